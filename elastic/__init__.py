@@ -1,0 +1,33 @@
+"""Elastic turns a pretrained transformer into an elastic one: frozen weights, tiny routers, one dial for compute.
+
+import elastic
+
+student = elastic.load("runs/smollm2-135m-0.7")
+outputs, decisions = student(input_ids)
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "distill": "elastic.trainer",
+    "evaluate": "elastic.evaluate",
+    "load": "elastic.run",
+    "make_config": "elastic.config",
+    "models": "teachers.registry",
+    "elasticize": "students",
+    "Student": "students",
+    "StudentSpec": "students",
+    "RouterSpec": "students",
+    "LoraSpec": "students",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import elastic` itself loads neither torch nor transformers."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'elastic' has no attribute {name!r}; it has {', '.join(_HOME)}")

@@ -1,0 +1,223 @@
+"""The command `elastic`. Heavy libraries are imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXAMPLES = """examples:
+  elastic distill --model smollm2-135m --target-compute 0.7
+  elastic distill --resume runs/smollm2-135m-0.7
+  elastic eval runs/smollm2-135m-0.7 --data my-text.txt
+  elastic models
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except (ValueError, OSError) as error:
+        # whatever a user can mend is raised as one of these two, with one line that says how
+        if os.environ.get("ELASTIC_TRACEBACK"):
+            raise
+        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        print(f"elastic: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        print(f"elastic: {interruption or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elastic",
+        description="Make a pretrained transformer elastic: frozen weights, tiny routers, one dial for compute.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command", title="commands")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(command=run)
+        return sub
+
+    distill = command("distill", _distill, "train routers for a model until it runs at the target compute")
+    distill.add_argument("--model", help="short name (see elastic models), hub id or local folder")
+    distill.add_argument(
+        "--target-compute", type=float, metavar="C", help="student's compute over the teacher's, 0 to 1 (default 0.7)"
+    )
+    distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
+    distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
+    distill.add_argument("--output", metavar="RUN", help="run folder (default runs/MODEL-C)")
+    distill.add_argument("--steps", type=int, help="optimizer steps")
+    distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 12)")
+    distill.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    distill.add_argument("--set", action="append", metavar="A.B=C", help="one setting, such as train.lr=0.001")
+    distill.add_argument("--resume", metavar="RUN", help="continue an interrupted run with its own configuration")
+    distill.add_argument("--overwrite", action="store_true", help="replace a run folder that exists")
+
+    measure = command("eval", _eval, "measure a finished run against its teacher")
+    measure.add_argument("run", metavar="RUN")
+    measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
+    measure.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
+    measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    info = command("info", _info, "say what a run is")
+    info.add_argument("run", metavar="RUN")
+    models = command("models", _models, "list the models that have a short name")
+    models.add_argument("--json", action="store_true", help="print one JSON object with rows")
+    return parser
+
+
+def _distill(options: argparse.Namespace) -> None:
+    if options.resume:
+        given = [
+            name
+            for name in ("model", "target_compute", "preset", "data", "output", "steps", "minutes", "config", "set")
+            if getattr(options, name) is not None
+        ]
+        if given or options.overwrite:
+            extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--overwrite"
+            raise ValueError(f"--resume continues with the run's own configuration: leave {extra} away")
+    from elastic.config import make_config
+
+    if not options.resume:
+        if options.steps is not None and options.minutes is not None:
+            raise ValueError("give --steps or --minutes, not both")
+        config = make_config(
+            file=options.config,
+            settings=options.set,
+            model=options.model,
+            preset=options.preset,
+            budget__target=options.target_compute,
+            data__source=options.data,
+            train__steps=options.steps,
+            train__minutes=options.minutes,
+        )
+        from teachers.registry import resolve
+
+        resolve(config.model)
+        name = os.path.basename(os.path.normpath(config.model))
+        output = options.output or f"runs/{name}-{config.budget.target:g}"
+    from elastic import trainer
+
+    with _screen() as (say, progress):
+        if options.resume:
+            row = trainer.resume(options.resume, say=say, progress=progress)
+        else:
+            row = trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
+    _print_rows([row])
+    folder = options.resume or output
+    print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from elastic.evaluate import measure_run
+
+    with _screen() as (say, _):
+        row = measure_run(options.run, data=options.data, compute=options.compute, say=say)
+    if options.json:
+        print(json.dumps({"rows": [row]}))
+    else:
+        _print_rows([row])
+
+
+def _info(options: argparse.Namespace) -> None:
+    import yaml
+
+    from elastic.config import to_dict
+    from elastic.run import Run
+
+    run = Run.open(options.run)
+    print(yaml.safe_dump({"run": str(run.folder), **run.about, "config": to_dict(run.config)}, sort_keys=False), end="")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from teachers.registry import models
+
+    entries = models().values()
+    if options.json:
+        rows = [{"name": e.name, "hub": e.hub, "parameters": e.parameters, "license": e.license} for e in entries]
+        print(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "hub id", "parameters", "license", "note")
+    for entry in entries:
+        table.add_row(entry.name, entry.hub, _count(entry.parameters), entry.license, entry.note)
+    Console().print(table)
+    print("Any other hub id or local folder of a supported architecture works too.")
+
+
+@contextmanager
+def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """(say, progress): lines and one progress bar on stderr, so that stdout holds results only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, visible=False)
+
+        def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
+            phase_compute = f"compute {line['compute_decode']:.3f} decode, {line['compute_prefill']:.3f} prefill"
+            bar.update(task, completed=step, total=steps, visible=steps is None or step < steps)
+            if not console.is_terminal or step % 50 == 0 or step == steps:
+                left = "" if steps is None else f", {(steps - step) / line['steps_per_second'] / 60:.1f} min left"
+                console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, {phase_compute}{left}")
+
+        yield console.print, progress
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table at the end of a run: one line a quantity, one column a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("model, preset", lambda r: f"{r['model']}, {r['preset']}"),
+        ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
+        ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),
+        ("compute, decode", lambda r: f"{r['compute']:.3f}"),
+        ("compute, prefill", lambda r: f"{r['compute_prefill']:.3f}"),
+        ("perplexity, teacher", lambda r: f"{r['teacher_perplexity']:.3f}"),
+        ("perplexity, student", lambda r: f"{r['perplexity']:.3f}"),
+        ("perplexity ratio", lambda r: f"{r['perplexity_ratio']:.4f}"),
+        ("KL to the teacher", lambda r: f"{r['kl']:.4f} nats"),
+        ("top-1 agreement", lambda r: f"{r['agreement']:.2%}"),
+        ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
+        ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
+    ]
+    table = Table(show_header=False)
+    for name, show in lines:
+        table.add_row(name, *(show(row) for row in rows))
+    Console(soft_wrap=True).print(table)
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

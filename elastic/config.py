@@ -1,0 +1,308 @@
+"""The configuration of a run: frozen dataclasses, defaults <- preset <- file <- command line; unknown keys are errors.
+
+A file or preset may have a section `prefill:`, merged over the rest where budget.phase is prefill: what saves compute
+one token at a time and what saves it many tokens at a time are different routers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from students.spec import RouterSpec, StudentSpec
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much compute the student may use, and how it is brought there."""
+
+    target: float = 0.7
+    """Student's compute over the teacher's, whole model."""
+    phase: Literal["decode", "prefill"] = "decode"
+    """Which phase the target speaks of: one token at a time, or all tokens of a window at once."""
+    control: Literal["price", "capacity"] = "price"
+    """price: the loss pays for compute, at a price that rises while the budget is exceeded. capacity: every router gets
+    the same share of open gates, the one at which the model meets the target; top-k routers keep it, others are
+    punished for exceeding it (a hinge)."""
+    stiffness: float = 20.0
+    """How fast the price answers to a missed budget, in prices per unit of compute."""
+    hinge: float = 1.0
+    """Weight of the capacity hinge (control: capacity)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"--target-compute is {self.target}; it must be above 0 and at most 1 (0.7 means 70 %)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and measured on."""
+
+    source: str = "builtin"
+    """A text, JSON-lines or parquet file or folder, a hub dataset id, or builtin."""
+    window: int = 512
+    """Tokens in a window."""
+    held_out: int = 32
+    """Windows set aside for measuring, never trained on."""
+    max_tokens: int | None = 2_000_000
+    """Read no more than this many tokens."""
+    prompt: int = 64
+    """Tokens of a window that sequence-level routers decide from; no quality is measured on them then."""
+
+    def __post_init__(self) -> None:
+        if self.window < 8 or self.held_out < 1:
+            raise ValueError(
+                f"data.window ({self.window}) must be at least 8 and data.held_out ({self.held_out}) at least 1"
+            )
+        if not 0 < self.prompt < self.window:
+            raise ValueError(
+                f"data.prompt is {self.prompt}; it must be between 1 and data.window - 1 ({self.window - 1})"
+            )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The closed-form start (see students/calibrate.py)."""
+
+    windows: int = 16
+    """Windows that calibration looks at; 0 starts from open gates."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the routers learn from. Weights of 0 switch a part off."""
+
+    logits: Literal["forward_kl", "reverse_kl", "jensen_shannon", "topk_kl"] = "forward_kl"
+    """Divergence between the teacher's and the student's next-token distributions."""
+    logits_weight: float = 1.0
+    """Weight of the divergence."""
+    temperature: float = 1.0
+    """Softens both distributions."""
+    beta: float = 0.5
+    """jensen_shannon: weight of the teacher in the mixture."""
+    k: int = 64
+    """topk_kl: how many of the teacher's tokens are compared one by one."""
+    hidden: Literal["cosine", "mse", "relative_mse"] = "cosine"
+    """Distance between hidden states."""
+    hidden_weight: float = 0.0
+    """Weight of the distance between hidden states."""
+    hidden_layers: Literal["final", "all"] = "final"
+    """Which hidden states are compared."""
+    cross_entropy_weight: float = 0.0
+    """Weight of plain next-token prediction."""
+    load_balance_weight: float = 0.0
+    """Weight of even use of experts and heads (top-k routers)."""
+    topk_weight: float = 0.0
+    """Weight of teaching scores to predict the top-k choice of their sequence (top-k token and layer routers)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int | None = None
+    """Optimizer steps; None: as many as `minutes` allow."""
+    minutes: float | None = 12.0
+    """Training time, turned into a number of steps after the first few. Give one of the two."""
+    batch: int = 4
+    """Windows in a micro-batch."""
+    window: int = 256
+    """Tokens in a training window: data windows are cut into these."""
+    accumulation: int = 1
+    """Micro-batches in a step."""
+    lr: float = 0.001
+    """Peak learning rate (Adam) of linear maps: routers that read an input, LoRA, substitutes, the head's preview."""
+    limit_lr: float = 0.01
+    """Peak learning rate of what stands for itself: channel limits (in log units) and static scores."""
+    warmup: int = 10
+    """Steps of linear warm-up; then cosine decay to zero."""
+    clip: float = 1.0
+    """Largest gradient norm of a parameter group."""
+    seed: int = 0
+    """Order of the data, calibration sample, initial values."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the frozen weights and activations; auto takes what the device computes fastest in."""
+    checkpointing: bool = False
+    """Recompute activations in backward to save memory."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    tracker: Literal["none", "tensorboard"] = "none"
+    """Where else metrics go, through accelerate's trackers."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("give train.steps or train.minutes")
+        for name in ("batch", "window", "accumulation", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.steps is not None and self.steps < 0) or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError("train.steps cannot be negative and train.minutes must be above 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: str
+    """Short name (see `elastic models`), hub id or local folder."""
+    preset: str = "default"
+    """Where `student`, `loss` and `budget` start from; see configs/presets."""
+    student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
+    """What is added to the model."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.window % self.train.window:
+            raise ValueError(
+                f"train.window ({self.train.window}) must divide data.window ({self.data.window}): "
+                "data windows are cut into training windows"
+            )
+        selections = {r.selection for r in self.student.routers}
+        if "topk" in selections and self.budget.control == "price":
+            raise ValueError("top-k routers have a fixed share of open gates: use budget.control=capacity")
+        per_sequence = any(r.granularity == "sequence" for r in self.student.routers)
+        if per_sequence and self.data.prompt >= self.train.window:
+            raise ValueError(
+                f"data.prompt ({self.data.prompt}) must be shorter than train.window ({self.train.window})"
+            )
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with Elastic."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("configs").joinpath("presets").iterdir())
+
+
+def make_config(*, file: str | None = None, settings: list[str] | None = None, **flags: Any) -> RunConfig:
+    """Merge defaults, the preset, a YAML file, flags (dotted with `__`, None means not given) and `a.b=c` settings.
+
+    Raises ValueError for unknown keys, wrong types and settings that contradict each other.
+    """
+    chosen: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            _put(chosen, key.split("__"), value)
+    for setting in settings or []:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
+        _put(chosen, key.split("."), yaml.safe_load(value))
+    user = _read_yaml(Path(file)) if file else {}
+    preset = chosen.get("preset") or user.get("preset") or "default"
+    if preset not in presets():
+        raise ValueError(f"unknown preset {preset!r}{_near(preset, presets())}; there are {', '.join(presets())}")
+    base = yaml.safe_load(files("configs").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
+    layers = [base, user, chosen]
+    phase = next((m["budget"]["phase"] for m in reversed(layers) if "phase" in m.get("budget", {})), "decode")
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        by_phase = layer.pop("prefill", {})
+        merged = _merge(merged, _merge(layer, by_phase if phase == "prefill" else {}))
+    merged["preset"] = preset
+    # the time and the number of steps exclude each other: the later word counts
+    train = chosen.get("train", {})
+    if train.get("steps") is not None and "minutes" not in train:
+        merged["train"]["minutes"] = None
+    return from_dict(RunConfig, merged)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain data, ready for YAML or JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type, data: Any, path: str = "") -> Any:
+    """A dataclass from plain data; ValueError names what is unknown or of the wrong type, and what exists."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{path or 'the configuration'} is {data!r}; it needs a mapping of {kind.__name__}'s keys")
+    hints = get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in data:
+        if key not in known:
+            raise ValueError(
+                f"unknown setting {path + str(key)!r}{_near(str(key), known)}; there are {', '.join(known)}"
+            )
+    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in data.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{path or 'the configuration '}lacks {', '.join(missing)}")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{path}.")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _value(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path} is {value!r}; it must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path} is {value!r}; it must be a list")
+        return tuple(_value(args[0], item, f"{path}[{number}]") for number, item in enumerate(value))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{path} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{'.'.join(keys)} cannot be set: {key} has a value already")
+    tree[keys[-1]] = value
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no such configuration file: {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no settings: it needs keys such as model, budget, train")
+    return data
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,143 @@
+"""A run folder: what defines the run, what it learned, and how a student comes out of it.
+
+config.yaml                the resolved configuration, written before anything else
+elastic.json               what the run is: model, identity of its weights, versions, machine, results
+metrics.jsonl              one line per logging step
+checkpoint.safetensors     routers, optimizer and loop state, to resume from
+routers.safetensors        the finished student: routers only, with its dial
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import teachers
+from elastic.config import RunConfig, from_dict, to_dict
+from students import Student, elasticize
+from teachers import Teacher
+from teachers.text import TextData, load_text
+
+FORMAT = 1
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Run:
+    """A run folder on disk."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool) -> Run:
+        """Make the folder and write what defines the run. ValueError where it exists and is not to be overwritten."""
+        run = cls(folder)
+        run.refuse_existing(overwrite)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml"):
+            (run.folder / name).unlink(missing_ok=True)
+        write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        run.describe(
+            format=FORMAT,
+            model=config.model,
+            identity=teacher.identity,
+            source=teacher.source,
+            versions={name: version(name) for name in ("torch", "transformers", "accelerate", "elastic-distill")},
+            machine={"platform": platform.platform(), "threads": torch.get_num_threads()},
+        )
+        return run
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        """ValueError where the folder has something in it and is not to be overwritten, or is not a run's."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        if not (self.folder / "config.yaml").exists():
+            raise ValueError(f"{self.folder} exists and is not a run folder; name another with --output")
+        if not overwrite:
+            raise ValueError(
+                f"{self.folder} exists: continue it with --resume {self.folder}, replace it with --overwrite, "
+                "or name another folder with --output"
+            )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """An existing run folder; ValueError where it is none."""
+        run = cls(folder)
+        if not (run.folder / "config.yaml").is_file() or not (run.folder / "elastic.json").is_file():
+            raise ValueError(
+                f"{folder} is not a run folder (no config.yaml and elastic.json in it); elastic distill makes one"
+            )
+        return run
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return from_dict(RunConfig, yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """elastic.json."""
+        return json.loads((self.folder / "elastic.json").read_text(encoding="utf-8"))
+
+    def describe(self, **entries: Any) -> None:
+        """Add entries to elastic.json."""
+        about = self.about if (self.folder / "elastic.json").exists() else {}
+        write_text(self.folder / "elastic.json", json.dumps(about | entries, indent=2) + "\n")
+
+    def teacher(self) -> Teacher:
+        """The run's teacher; ValueError where its weights are not those that the run was made with."""
+        config, about = self.config, self.about
+        teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
+        if teacher.identity != about["identity"]:
+            raise ValueError(
+                f"{self.folder} was made for other weights: {config.model} was {about['identity']} ({about['source']}), "
+                f"and is {teacher.identity} now ({teacher.source})"
+            )
+        return teacher
+
+    @property
+    def routers(self) -> Path:
+        """Where the finished student is."""
+        return self.folder / "routers.safetensors"
+
+    def load_student(self, teacher: Teacher) -> Student:
+        """The finished student."""
+        if not self.routers.exists():
+            raise ValueError(f"{self.folder} is not finished: continue it with elastic distill --resume {self.folder}")
+        student = elasticize(teacher.model, self.config.student)
+        student.restore(self.routers)
+        return student
+
+
+def load(folder: str | Path) -> Student:
+    """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for."""
+    run = Run.open(folder)
+    return run.load_student(run.teacher())
+
+
+def load_data(config: RunConfig, teacher: Teacher) -> TextData:
+    """The run's training and held-out windows; the same every time."""
+    return load_text(
+        config.data.source,
+        teacher.processor,
+        window=config.data.window,
+        held_out=config.data.held_out,
+        seed=config.train.seed,
+        max_tokens=config.data.max_tokens,
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written under a temporary name and then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,356 @@
+"""Distillation from start to end: load, calibrate, train the routers, set the dial, measure."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import teachers
+from elastic.config import RunConfig, TrainConfig, to_dict
+from elastic.evaluate import describe, evaluate, measured_compute
+from elastic.objective import Distillation
+from elastic.run import DTYPES, Run, load_data
+from losses import budget_price
+from students import Student, elasticize
+from students.calibrate import calibrate
+from students.checkpoint import read_tensors, write_tensors
+from teachers import Teacher
+from teachers.text import TextData
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int | None, dict[str, float]], None]
+"""(steps done, steps in all if known, newest metrics)."""
+
+TIMED_STEPS = 4
+"""Steps that are timed to turn minutes into a number of steps (after one that is not)."""
+DIAL_WINDOWS = 16
+DIAL_TOLERANCE = 0.001
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the state is saved."""
+
+
+@dataclass
+class State:
+    """What changes while training, besides parameters; all of it is in a checkpoint."""
+
+    step: int
+    steps: int | None
+    multiplier: Tensor
+    compute: Tensor
+
+
+def distill(
+    config: RunConfig,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    say: Say = print,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Distil a student into the run folder `output`; returns its row of results (see `evaluate`)."""
+    Run(output).refuse_existing(overwrite)
+    teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
+    say(f"teacher: {teacher.name}, {teacher.source}")
+    data = _data(config, teacher, say)
+    student = _student(config, teacher)
+    run = Run.create(output, config, teacher, overwrite)
+    return _run(run, config, student, data, say, progress)
+
+
+def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Continue an interrupted run with its own configuration, to the result of an uninterrupted one."""
+    run = Run.open(folder)
+    config, teacher = run.config, run.teacher()
+    say(f"teacher: {teacher.name}, {teacher.source}")
+    return _run(run, config, _student(config, teacher), _data(config, teacher, say), say, progress)
+
+
+def _data(config: RunConfig, teacher: Teacher, say: Say) -> TextData:
+    say(f"data: reading {config.data.source} ...")
+    data = load_data(config, teacher)
+    windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
+    say(f"data: {data.description}; {windows}")
+    return data
+
+
+def _student(config: RunConfig, teacher: Teacher) -> Student:
+    """Elasticize the teacher, after checking that the budget can be met."""
+    torch.manual_seed(config.train.seed)
+    student = elasticize(teacher.model, config.student)
+    lowest = student.compute.uniform(0.0, config.data.window, config.budget.phase)
+    if config.budget.target < lowest:
+        raise ValueError(
+            f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
+            f"{lowest:.3f} of the {config.budget.phase} compute is left; ask for more, or route more"
+        )
+    return student
+
+
+def _run(run: Run, config: RunConfig, student: Student, data: TextData, say: Say, progress: Progress) -> dict[str, Any]:
+    accelerator = Accelerator(
+        log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
+    )
+    student.to(accelerator.device)
+    train = data.train.to(accelerator.device)
+    if config.train.checkpointing:
+        student.checkpoint_blocks()
+    started = time.monotonic()
+    _train(run, config, student, train, accelerator, say, progress)
+    say("setting the dial ...")
+    sample = train[_order(len(train), config.train.seed, 1)[:DIAL_WINDOWS]]
+    set_dial(student, sample, config)
+    student.save(run.routers)
+    say(f"measuring on {len(data.held_out)} held-out windows ...")
+    row = describe(run, student, "held-out windows", evaluate(student, data.held_out, config))
+    run.describe(result=row, seconds=run.about.get("seconds", 0) + round(time.monotonic() - started, 1))
+    return row
+
+
+def _train(
+    run: Run,
+    config: RunConfig,
+    student: Student,
+    windows: Tensor,
+    accelerator: Accelerator,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """The loop. The host waits for the device only where it logs."""
+    train, budget = config.train, config.budget
+    state = _start(run, config, student, windows, say)
+    distillation = Distillation(student, config.loss, budget, config.data)
+    optimizer = _optimizer(student, train)
+    if state.step:
+        _restore_optimizer(run, student, optimizer)
+    distillation, optimizer = accelerator.prepare(distillation, optimizer)
+    if train.tracker != "none":
+        accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
+    pieces = windows.reshape(-1, train.window)
+    share = train.batch * accelerator.num_processes
+    distillation.train()
+    price = state.multiplier
+    clock = time.monotonic()
+    since_log = 0
+    with _interruptible() as interrupted:
+        while state.steps is None or state.step < state.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
+            for micro in range(train.accumulation):
+                first = (state.step * train.accumulation + micro) * share + train.batch * accelerator.process_index
+                picked = _picked(first, train.batch, len(pieces), train.seed)
+                with accelerator.accumulate(distillation):
+                    loss, measured = distillation(pieces[picked], price)
+                    accelerator.backward(loss / train.accumulation)
+            for group in optimizer.param_groups:
+                accelerator.clip_grad_norm_(group["params"], train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            state.compute = accelerator.reduce(
+                measured.macs[budget.phase] / measured.dense[budget.phase], "mean"
+            ).float()
+            price, state.multiplier = budget_price(state.multiplier, state.compute, budget.target, budget.stiffness)
+            state.step += 1
+            since_log += 1
+
+            if state.steps is None and state.step == 1 + TIMED_STEPS:
+                per_step = (time.monotonic() - clock) / TIMED_STEPS
+                state.steps = max(state.step, round(train.minutes * 60 / per_step))
+                run.describe(steps=state.steps)
+            if state.step == 1:
+                loss.item()
+                clock = time.monotonic()
+            done = state.step == state.steps
+            if state.step % train.log_every == 0 or done:
+                line = _metrics(state, loss, measured, price, optimizer, since_log / (time.monotonic() - clock))
+                clock, since_log = time.monotonic(), 0
+                if not math.isfinite(line["loss"]):
+                    raise ValueError(
+                        f"the loss is {line['loss']} at step {state.step}: stopped; the last good checkpoint is in "
+                        f"{run.folder}. Try a smaller --set train.lr (now {train.lr})"
+                    )
+                if accelerator.is_main_process:
+                    with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                accelerator.log(line, step=state.step)
+                progress(state.step, state.steps, line)
+                if state.step % train.save_every < train.log_every or done:
+                    _save(run, student, optimizer, state)
+            if interrupted():
+                _save(run, student, optimizer, state)
+                raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
+    if train.tracker != "none":
+        accelerator.end_training()
+    distillation.eval()
+
+
+def _start(run: Run, config: RunConfig, student: Student, windows: Tensor, say: Say) -> State:
+    """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
+    budget = config.budget
+    steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
+    if budget.control == "capacity":
+        student.runtime.capacity = capacity_for(student, config)
+    path = run.folder / "checkpoint.safetensors"
+    if path.exists():
+        tensors, about = read_tensors(path)
+        student.load_added_state(
+            {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
+        )
+        _cut_metrics(run, about["step"])
+        say(f"resuming at step {about['step']}")
+        place = windows.device
+        return State(about["step"], steps, tensors["multiplier"].to(place), tensors["compute"].to(place))
+    price = 0.0
+    if config.calibration.windows:
+        say("calibrating: what would closing each gate cost ...")
+        picked = _order(len(windows), config.train.seed, 0)[: config.calibration.windows]
+        start = calibrate(student, windows[picked].split(2), budget.target, budget.phase, config.train.seed)
+        say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
+        price = start.price
+    _cut_metrics(run, 0)
+    return State(
+        0, steps, torch.tensor(price, device=windows.device), torch.tensor(budget.target, device=windows.device)
+    )
+
+
+def capacity_for(student: Student, config: RunConfig) -> float:
+    """The share of open gates, the same for every router, at which the model meets its budget; by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        cost = student.compute.uniform(middle, config.data.window, config.budget.phase)
+        low, high = (low, middle) if cost > config.budget.target else (middle, high)
+    return low
+
+
+def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
+    """Measure compute at several offsets of all gates, and leave the student at the budget's target."""
+    run, target, phase = student.runtime, config.budget.target, config.budget.phase
+    points: dict[float, float] = {}
+
+    def measure(offset: float) -> float:
+        if offset not in points:
+            run.offset = offset
+            points[offset] = measured_compute(student, windows, phase)
+        return points[offset]
+
+    low = high = 0.0
+    for _ in range(6):  # bracket the target
+        if measure(high) < target:
+            low, high = high, high + 0.25 * 2 ** len(points)
+        elif measure(low) > target:
+            low, high = low - 0.25 * 2 ** len(points), low
+        else:
+            break
+    best = min(points, key=lambda offset: abs(points[offset] - target))
+    for _ in range(8):
+        if abs(points[best] - target) <= DIAL_TOLERANCE or measure(high) <= measure(low):
+            break
+        along = (target - points[low]) / (points[high] - points[low])
+        middle = low + (high - low) * min(0.9, max(0.1, along))
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+        best = min(points, key=lambda offset: abs(points[offset] - target))
+    for step in (-0.5, 0.5, 1.0):
+        measure(best + step)
+    run.offset = best
+    student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
+
+
+def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
+    limits, maps = [], []
+    for name, parameter in student.added_parameters().items():
+        (limits if name.endswith(("log_limit", ".score")) else maps).append(parameter)
+    groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
+    return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
+
+
+def _schedule(step: int, steps: int | None, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine decay to zero."""
+    if step < warmup or steps is None:
+        return min(1.0, (step + 1) / max(1, warmup))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def _picked(first: int, count: int, pieces: int, seed: int) -> Tensor:
+    """Which windows the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
+
+    A function of the step alone, so that a resumed run sees the same data.
+    """
+    samples = range(first, first + count)
+    orders = {epoch: _order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}
+    return torch.stack([orders[s // pieces][s % pieces] for s in samples])
+
+
+def _metrics(
+    state: State, loss: Tensor, measured: Any, price: Tensor, optimizer: Any, steps_per_second: float
+) -> dict[str, float]:
+    tokens = float(measured.tokens)
+    return {
+        "step": state.step,
+        "loss": loss.item(),
+        "kl": float(measured.kl) / tokens,
+        **{f"compute_{p}": float(measured.macs[p] / measured.dense[p]) for p in measured.macs},
+        "price": float(price),
+        "lr": optimizer.param_groups[-1]["lr"],
+        "steps_per_second": steps_per_second,
+    }
+
+
+def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
+    """routers, optimizer moments and loop state in one file."""
+    names = {parameter: name for name, parameter in student.added_parameters().items()}
+    tensors = {f"student.{name}": tensor for name, tensor in student.added_state().items()}
+    for parameter, moments in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{names[parameter]}"] = moments[key]
+    tensors |= {"multiplier": state.multiplier, "compute": state.compute}
+    write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step})
+
+
+def _restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimizer) -> None:
+    tensors, about = read_tensors(run.folder / "checkpoint.safetensors")
+    for name, parameter in student.added_parameters().items():
+        if f"exp_avg.{name}" in tensors:
+            moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(about["step"])), **moments}
+
+
+def _cut_metrics(run: Run, step: int) -> None:
+    """Forget metrics of steps that a resumed run will do again."""
+    path = run.folder / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within this context the first Ctrl-C is remembered instead of raised, so that a step is never cut in two."""
+    seen = []
+
+    def remember(*_: Any) -> None:
+        seen.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,36 @@
+"""Losses of self-distillation: pure functions on tensors that know no model."""
+
+from losses.divergence import (
+    DIVERGENCES,
+    chunked,
+    default_chunk_rows,
+    forward_kl,
+    jensen_shannon,
+    mean_divergence,
+    next_token_cross_entropy,
+    reverse_kl,
+    topk_kl,
+)
+from losses.hidden import HIDDEN_DISTANCES, cosine_distance, mse, per_layer, relative_mse
+from losses.routing import budget_price, capacity_hinge, load_balance, topk_bce
+
+__all__ = [
+    "DIVERGENCES",
+    "HIDDEN_DISTANCES",
+    "budget_price",
+    "capacity_hinge",
+    "chunked",
+    "cosine_distance",
+    "default_chunk_rows",
+    "forward_kl",
+    "jensen_shannon",
+    "load_balance",
+    "mean_divergence",
+    "mse",
+    "next_token_cross_entropy",
+    "per_layer",
+    "relative_mse",
+    "reverse_kl",
+    "topk_bce",
+    "topk_kl",
+]

@@ -1,0 +1,65 @@
+"""Losses on the routers' decisions: how much they open, how evenly, and how predictably.
+
+Shapes: B sequences, T tokens, M experts (or heads). Gates are 0 or 1 in value and carry a straight-through gradient, or
+are soft; masks are bool and mark the tokens that count.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def budget_price(multiplier: Tensor, compute: Tensor, target: float, stiffness: float) -> tuple[Tensor, Tensor]:
+    """Return what a unit of compute costs in the next step's loss, and the multiplier for the step after it.
+
+    The augmented Lagrangian of "compute = target": its gradient is (multiplier + stiffness * miss) times that of the
+    expected compute. Taken as a price, the penalty stays a sum over rows and chunks. The multiplier integrates the
+    miss, so that the budget is met whatever the loss demands; neither is ever negative.
+    """
+    miss = compute - target
+    return F.relu(multiplier + stiffness * miss), F.relu(multiplier + stiffness * miss / 20)
+
+
+def capacity_hinge(open_share: Tensor, capacity: float) -> Tensor:
+    """Return the mean over sites of max(0, open share - capacity) (Router-Tuning, arXiv 2410.13184)."""
+    return F.relu(open_share - capacity).mean()
+
+
+def load_balance(gates: Tensor, probabilities: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Return M * sum_i f_i P_i of gates [..., M]: 1 if all experts are used alike, M if one takes everything.
+
+    f_i is expert i's share of all open gates, a constant, and P_i its share of the routing probabilities (Switch
+    Transformers, arXiv 2101.03961). Without `probabilities` [..., M] the gates themselves stand in, and the value is
+    1 plus the squared coefficient of variation of the experts' use.
+    """
+    f = _shares(gates.detach(), mask)
+    p = _shares(gates if probabilities is None else probabilities, mask)
+    return gates.shape[-1] * (f * p).sum()
+
+
+def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Return each expert's share [M] of the total of non-negative weights [..., M]."""
+    totals = (weights.flatten(0, -2) if mask is None else weights[mask]).float().sum(0)
+    return totals / totals.sum().clamp(min=torch.finfo(totals.dtype).tiny)
+
+
+def topk_bce(scores: Tensor, share: float, mask: Tensor | None = None) -> Tensor:
+    """Teach scores [B, T] (before the sigmoid) to tell by themselves which tokens their sequence's top-k would choose.
+
+    k is `share` of each sequence's counted tokens, rounded up. The choice is a constant, the loss a binary
+    cross-entropy, its mean over counted tokens. A threshold of 0.5 then chooses much like the top-k, without looking at
+    other tokens (Mixture-of-Depths, arXiv 2404.02258; ElastiFormer, arXiv 2411.15281).
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    scores = scores.float()
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    order = scores.detach().masked_fill(~mask, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)
+    k = (mask.sum(1, keepdim=True) * share).ceil()
+    chosen = (rank < k).to(scores.dtype)
+    losses = F.binary_cross_entropy_with_logits(scores[mask], chosen[mask], reduction="sum")
+    return losses / mask.sum().clamp(min=1)

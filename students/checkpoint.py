@@ -1,0 +1,41 @@
+"""Tensors on disk: one safetensors file with a description in it, complete or absent, never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Tensors and a JSON-able description in one file, written under a temporary name and then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        clones = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(clones, part, metadata={"elastic": json.dumps(about)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `write_tensors`; ValueError where the file is truncated or not one of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["elastic"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of Elastic ({error}); restore it or distil again"
+        ) from None

@@ -1,0 +1,171 @@
+"""What a student's forward pass costs, in multiply-accumulates (MACs; a FLOP count is twice that), gate by gate.
+
+For one token, with D the width, H heads and K key/value heads of size h, F the MLP's width, V the vocabulary, c the
+number of keys the token attends to:
+
+    q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each of its matrices    head: D V
+
+A gate multiplies what it switches by its open share. Routers, substitutes and low-rank corrections are counted too.
+Two phases:
+
+- decode: one token at a time, c = keys so far; every kind of router saves.
+- prefill: all tokens of a window at once, c = the whole window (as torch's FlopCounterMode counts attention). Choices
+  that differ from token to token do not make a matrix product cheaper unless whole rows drop out of it, so only token
+  and layer routers, and decisions that are the same for the whole sequence, save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from students.runtime import Decisions
+from students.spec import RouterSpec, StudentSpec
+
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one block, and what was added to it. All in MACs for one token unless said otherwise."""
+
+    q: int
+    kv: int
+    o: int
+    mlp_in: int
+    mlp_out: int
+    per_key: int
+    """Scores and weighted values, for one key."""
+    window: int | None
+    """Keys that a sliding-window layer sees at most."""
+    lora: dict[str, int]
+    """Low-rank corrections: "q", "kv", "attn_out", "mlp_in", "mlp_out"."""
+    routers: dict[str, int]
+    """Cost of a router that decides token by token, by the key of its decision."""
+    substitutes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ComputeModel:
+    """Cost of a student as a differentiable function of its decisions."""
+
+    spec: StudentSpec
+    blocks: tuple[BlockShape, ...]
+    head: int
+    head_routed: int
+    """Cost of the vocab router: features, preview and limit."""
+
+    def dense(self, valid: Tensor, phase: Phase) -> Tensor:
+        """Cost [B, T] of the frozen model for tokens valid [B, T] (bool; padding costs nothing)."""
+        keys = _keys(valid, phase)
+        total = torch.full_like(keys, self.head)
+        for block in self.blocks:
+            total = total + block.q + block.kv + block.o + block.mlp_in + block.mlp_out
+            total = total + block.per_key * _within(keys, block.window, phase)
+        return total * valid
+
+    def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
+        """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s."""
+        total = torch.zeros(valid.shape, device=valid.device)
+        for number, block in enumerate(self.blocks):
+            total = total + self._block(number, block, decisions, valid, phase)
+        return total * valid
+
+    def routed_head(self, share: Tensor | None, phase: Phase) -> Tensor | float:
+        """Cost of the LM head for tokens whose exact rows have this share; None: no vocab router."""
+        if share is None or phase == "prefill":
+            return float(self.head)
+        return self.head_routed + self.head * share
+
+    def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
+        """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""
+        head = self.routed_head(decisions.share.get("vocab"), phase) * valid
+        return (self.routed_blocks(decisions, valid, phase) + head).sum() / self.dense(valid, phase).sum()
+
+    def uniform(self, share: float, tokens: int, phase: Phase) -> float:
+        """The compute ratio of a window of `tokens` tokens if every router kept the same share of its gates."""
+        everywhere = _Uniform(torch.tensor([[share]]))
+        valid = torch.ones(1, tokens, dtype=torch.bool)
+        return float(self.ratio(Decisions(share=everywhere), valid, phase))
+
+    def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
+        def share(kind: str, key: str) -> Tensor | float:
+            spec = self._spec(kind, number, key)
+            return decisions.share[key] if spec is not None and saves(spec, phase) else 1.0
+
+        layer = share("layer", f"{number}.layer")
+        attn = layer * share("token", f"{number}.attn.token")
+        mlp = layer * share("token", f"{number}.mlp.token")
+        head = share("head", f"{number}.attn.head")
+        expert = share("expert", f"{number}.mlp.expert")
+        read = {site: share("channel", f"{number}.{site}.channel") for site in ("attn_in", "attn_out", "mlp_in")}
+        # a closed head or expert group is a closed channel already where the next layer has a channel router
+        attn_out = read["attn_out"] if self._spec("channel", number, f"{number}.attn_out.channel") else head
+        mlp_out = share("channel", f"{number}.mlp_out.channel")
+        mlp_out = mlp_out if self._spec("channel", number, f"{number}.mlp_out.channel") else expert
+        if phase == "prefill":
+            attn_out, mlp_out = head, expert
+
+        token_spec = self._spec("token", number, f"{number}.attn.token")
+        layer_spec = self._spec("layer", number, f"{number}.layer")
+        written: Tensor | float = 1.0
+        if token_spec is not None and token_spec.kv == "drop":
+            written = written * share("token", f"{number}.attn.token")
+        if layer_spec is not None and layer_spec.kv == "drop":
+            written = written * layer
+
+        keys = _within(_keys(valid, phase, written), block.window, phase)
+        lora = block.lora
+        total = attn * (block.q * read["attn_in"] * head + block.per_key * keys * head + block.o * attn_out)
+        total = total + attn * (lora.get("q", 0) + lora.get("attn_out", 0))
+        total = total + written * (block.kv * read["attn_in"] + lora.get("kv", 0))
+        total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + block.mlp_out * mlp_out)
+        total = total + mlp * (lora.get("mlp_in", 0) + lora.get("mlp_out", 0))
+        total = total + sum(block.routers.values())
+        if "layer" in block.substitutes:
+            total = total + block.substitutes["layer"] * (1 - layer)
+        for branch, gate in (("attn", attn), ("mlp", mlp)):
+            if branch in block.substitutes:
+                total = total + block.substitutes[branch] * (layer - gate)
+        return total
+
+    def _spec(self, kind: str, number: int, key: str) -> RouterSpec | None:
+        site = key.split(".")[1] if kind in ("token", "channel") else ""
+        return self.spec.find(kind, number, site)
+
+
+class _Uniform(dict):
+    """A dictionary that has the same value under every key."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def __missing__(self, key: str) -> Tensor:
+        return self.value
+
+    def get(self, key: str, default: object = None) -> Tensor:
+        return self.value
+
+
+def saves(spec: RouterSpec, phase: Phase) -> bool:
+    """Whether a closed gate of this router makes this phase cheaper (see the module's docstring)."""
+    if phase == "decode" or spec.kind in ("token", "layer"):
+        return True
+    return spec.kind != "vocab" and (spec.granularity == "sequence" or spec.network == "static")
+
+
+def _keys(valid: Tensor, phase: Phase, written: Tensor | float = 1.0) -> Tensor:
+    """How many keys each token attends to, [B, T], if a share `written` of each token's keys exists."""
+    present = valid.float() * written
+    if phase == "decode":
+        return present.cumsum(1)
+    return present.sum(1, keepdim=True).expand(valid.shape)
+
+
+def _within(keys: Tensor, window: int | None, phase: Phase) -> Tensor:
+    return keys if window is None or phase == "prefill" else keys.clamp(max=window)

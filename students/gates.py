@@ -1,0 +1,133 @@
+"""Hard gates and their gradients: pure functions on tensors.
+
+Shapes: B batch, T tokens, N gates of one router, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def threshold(score: Tensor) -> Tensor:
+    """1 where the score is >= 0, else 0; the gradient is that of sigmoid(score) (straight-through, arXiv 1308.3432)."""
+    soft = score.sigmoid()
+    return (score >= 0).to(soft.dtype) + (soft - soft.detach())
+
+
+def topk(score: Tensor, share: float, dim: int) -> Tensor:
+    """1 for the round(share * size) largest scores along `dim` (at least one), else 0; gradient as in `threshold`."""
+    size = score.shape[dim]
+    keep = min(size, max(1, round(share * size)))
+    hard = torch.zeros_like(score).scatter_(dim, score.topk(keep, dim).indices, 1.0)
+    soft = score.sigmoid()
+    return hard + (soft - soft.detach())
+
+
+def score_weight(score: Tensor, over_gates: bool) -> Tensor:
+    """What ElastiFormer (arXiv 2411.15281) multiplies an open gate's output by, scaled to 1 at equal or zero scores.
+
+    over_gates: n*softmax over the last dimension; else 2*sigmoid, gate by gate.
+    """
+    return score.shape[-1] * score.softmax(-1) if over_gates else 2 * score.sigmoid()
+
+
+def _reaches(x: Tensor, limit: Tensor) -> Tensor:
+    """1 where x >= limit, else 0, in x's dtype: on CPUs five times as fast as a boolean, and so are products with it."""
+    return torch.ge(x, limit, out=torch.empty_like(x))
+
+
+def _sum_rows(weight: Tensor | None, x: Tensor) -> Tensor:
+    """sum_n weight[n] x[n, C] -> [C] as one matrix product; weight None: all ones."""
+    weight = x.new_ones(1, len(x)) if weight is None else weight.to(x.dtype).view(1, -1)
+    return (weight @ x).squeeze(0).float()
+
+
+class _ChannelGate(torch.autograd.Function):
+    """x where |x| >= limit, else 0, and the share of channels kept; written out because it runs at every linear layer.
+
+    The surrogate gradient of the hard comparison is that of a ramp in log|x| - log(limit), of slope 1 on [-1/2, 1/2]:
+    channels near their limit learn, the others cost nothing. The limit's gradient is taken for log(limit).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
+        keep = _reaches(x.abs(), log_limit.exp().to(x.dtype))
+        ctx.save_for_backward(x, keep, log_limit)
+        return x * keep, keep.mean(-1, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor, grad_share: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x, keep, log_limit = ctx.saved_tensors
+        grad_limit = None
+        if ctx.needs_input_grad[1]:
+            size = x.abs()
+            near = _reaches(size, (log_limit - 0.5).exp().to(x.dtype))
+            near -= _reaches(size, (log_limit + 0.5).exp().to(x.dtype))
+            near = near.flatten(0, -2)
+            towards = (grad_out * x).flatten(0, -2).mul_(near)
+            grad_limit = -_sum_rows(None, towards)
+            if grad_share is not None:
+                grad_limit -= _sum_rows(grad_share, near) / x.shape[-1]
+        return grad_out * keep, grad_limit
+
+
+def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit [C]); also the share kept [...], float32.
+
+    Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
+    """
+    return _ChannelGate.apply(x, log_limit)
+
+
+class _RowGate(torch.autograd.Function):
+    """Written out because it runs on [rows, V]. Surrogate gradient: a ramp of slope 1 within half a nat of the limit."""
+
+    @staticmethod
+    def forward(ctx, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        keep = _reaches(preview, limit.to(preview.dtype))
+        guess = preview + tail.to(preview.dtype)
+        ctx.save_for_backward(exact, preview, limit, guess, keep)
+        # both products are exact, and one of them is zero
+        return torch.addcmul(guess * (1 - keep), exact, keep), keep.mean(-1, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor, grad_share: Tensor | None) -> tuple[Tensor | None, ...]:
+        exact, preview, limit, guess, keep = ctx.saved_tensors
+        grad_exact = grad_out * keep
+        grad_preview = grad_out - grad_exact
+        grad_limit = grad_tail = None
+        if ctx.needs_input_grad[2]:
+            near = _reaches(preview, (limit - 0.5).to(preview.dtype))
+            near -= _reaches(preview, (limit + 0.5).to(preview.dtype))
+            grad_limit = -((exact - guess).mul_(grad_out).mul_(near)).sum(-1, keepdim=True, dtype=torch.float32)
+            if grad_share is not None:
+                grad_limit -= grad_share.unsqueeze(-1) * near.mean(-1, keepdim=True, dtype=torch.float32)
+        if ctx.needs_input_grad[3]:
+            grad_tail = grad_preview.sum(dtype=torch.float32)
+        return grad_exact, grad_preview, grad_limit, grad_tail
+
+
+def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """exact [..., V] where preview >= limit [..., 1], else preview + tail []; also the share of exact rows [...]."""
+    return _RowGate.apply(exact, preview, limit, tail)
+
+
+def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:
+    """Mean over the prompt's tokens: x [B, T, D], prompt [B, T] bool -> [B, 1, D]. Nothing after the prompt enters."""
+    weight = prompt.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """The attention mask [B, 1, T, T] under which only tokens with kept [B, T] are attended to, and each token itself.
+
+    mask: what the model would use: None (causal), boolean (True attends) or additive.
+    """
+    tokens = kept.shape[1]
+    allowed = kept[:, None, None, :] | torch.eye(tokens, dtype=torch.bool, device=kept.device)
+    if mask is None:
+        return allowed & torch.ones(tokens, tokens, dtype=torch.bool, device=kept.device).tril()
+    if mask.dtype == torch.bool:
+        return allowed & mask
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)

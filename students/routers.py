@@ -1,0 +1,121 @@
+"""The trainable parts: routers, substitutes and low-rank corrections. Parameters are float32 whatever the model is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.spec import RouterSpec
+
+OPEN = -30.0
+"""log_limit of an open channel: exp(-30) is below every non-zero activation."""
+
+
+class Router(nn.Module):
+    """Scores for n gates from a branch's input: zero at the start, and a gate is open where its score is >= 0.
+
+    members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).
+    """
+
+    def __init__(self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gates = gates
+        self.register_buffer("members", members)
+        if spec.network == "static":
+            self.score = nn.Parameter(torch.zeros(gates))
+            return
+        self.linear = nn.Linear(width, gates)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        if spec.network == "mlp":
+            self.bend = nn.Sequential(
+                nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, gates, bias=False)
+            )
+            nn.init.zeros_(self.bend[-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
+        if self.spec.network == "static":
+            return self.score[None, None]
+        x = x.float()
+        return self.linear(x) + self.bend(x) if self.spec.network == "mlp" else self.linear(x)
+
+    def macs(self, width: int) -> int:
+        """Multiply-accumulates for one token."""
+        if self.spec.network == "static":
+            return 0
+        bend = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
+        return width * self.gates + bend
+
+
+class ChannelRouter(nn.Module):
+    """One learned limit per input channel: the channel is read where |x| reaches it (see gates.channel).
+
+    static: the choice is fixed, by a learned score per channel.
+    """
+
+    def __init__(self, spec: RouterSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.log_limit = nn.Parameter(torch.full((width,), OPEN))
+
+
+class Substitute(nn.Module):
+    """Rank-r affine map of the branch's input that stands in for the branch; zero until fitted or trained."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(width, rank))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        kind = x.dtype
+        return F.linear(F.linear(x, self.down.to(kind)), self.up.to(kind), self.bias.to(kind))
+
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return self.down.numel() + self.up.numel()
+
+
+class Lora(nn.Module):
+    """Low-rank correction of one linear layer (arXiv 2106.09685): zero at the start."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class VocabRouter(nn.Module):
+    """Which rows of the LM head a token needs: a rank-r preview of all logits, exact rows above a learned limit.
+
+    The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview
+    reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits; the others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's
+    idea (NIPS 2017); here the map is fitted to the hidden states and trained.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(rank, width))
+        self.up = nn.Parameter(torch.zeros(width, rank))
+        self.slope = nn.Parameter(torch.zeros(rank))
+        self.spread = nn.Parameter(torch.zeros(()))
+        self.tail = nn.Parameter(torch.zeros(()))
+
+    def preview_weight(self, weight: Tensor) -> Tensor:
+        """The head's weight [V, D] seen through `up`: [V, r]."""
+        return weight @ self.up.to(weight.dtype)
+
+
+def vocab_limit(features: Tensor, slope: Tensor, spread: Tensor) -> Tensor:
+    """Features [..., r] -> the limit [..., 1] of each token's preview, float32. Zero parameters open every row."""
+    features = features.float()
+    return (features @ slope + spread * features.norm(dim=-1)).unsqueeze(-1)

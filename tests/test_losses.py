@@ -1,0 +1,447 @@
+"""Invariants of the losses, on small random tensors."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from losses import (
+    DIVERGENCES,
+    HIDDEN_DISTANCES,
+    budget_price,
+    capacity_hinge,
+    chunked,
+    default_chunk_rows,
+    forward_kl,
+    jensen_shannon,
+    load_balance,
+    mean_divergence,
+    next_token_cross_entropy,
+    per_layer,
+    reverse_kl,
+    topk_bce,
+    topk_kl,
+)
+
+KINDS = pytest.mark.parametrize("kind", DIVERGENCES)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Return student logits that require grad and teacher logits."""
+    student = torch.randn(shape, dtype=dtype) * scale
+    return student.requires_grad_(), torch.randn(shape, dtype=dtype) * scale
+
+
+# The plain formulas, left to autograd.
+
+
+def plain_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) of each row of probabilities."""
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def plain_jensen_shannon(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    m = beta * p + (1 - beta) * q
+    return beta * plain_kl(p, m) + (1 - beta) * plain_kl(q, m)
+
+
+def plain_topk_kl(p: Tensor, q: Tensor, k: int) -> Tensor:
+    top = p.topk(k).indices
+    p, q = (torch.cat([x.gather(-1, top), 1 - x.gather(-1, top).sum(-1, keepdim=True)], -1) for x in (p, q))
+    return plain_kl(p, q)
+
+
+PLAIN: list[tuple[str, dict[str, float], Callable[[Tensor, Tensor], Tensor]]] = [
+    ("forward_kl", {}, plain_kl),
+    ("reverse_kl", {}, lambda p, q: plain_kl(q, p)),
+    ("jensen_shannon", {}, plain_jensen_shannon),
+    ("jensen_shannon", {"beta": 0.2}, lambda p, q: plain_jensen_shannon(p, q, 0.2)),
+    ("jensen_shannon", {"beta": 0.0}, plain_kl),
+    ("jensen_shannon", {"beta": 1.0}, lambda p, q: plain_kl(q, p)),
+    ("topk_kl", {"k": 4}, lambda p, q: plain_topk_kl(p, q, 4)),
+    ("topk_kl", {"k": 1}, lambda p, q: plain_topk_kl(p, q, 1)),
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize(("kind", "options", "plain"), PLAIN)
+def test_value_and_gradient_are_those_of_the_plain_formula(
+    kind: str, options: dict[str, float], plain: Callable[[Tensor, Tensor], Tensor], temperature: float
+) -> None:
+    student, teacher = logits(2, 5, 11)
+    value = mean_divergence(student, teacher, kind=kind, temperature=temperature, **options)
+    (gradient,) = torch.autograd.grad(3 * value, student)
+    rows = plain((teacher / temperature).softmax(-1), (student / temperature).softmax(-1))
+    expected = temperature**2 * rows.mean()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * expected, student)[0])
+
+
+@pytest.mark.parametrize(("kind", "options", "plain"), PLAIN)
+def test_rows_may_be_weighted(kind: str, options: dict[str, float], plain: Callable[[Tensor, Tensor], Tensor]) -> None:
+    student, teacher = logits(6, 11)
+    weights = torch.randn(6, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(DIVERGENCES[kind](student, teacher, **options) @ weights, student)
+    expected = plain(teacher.softmax(-1), student.softmax(-1)) @ weights
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+def test_forward_kl_is_torch_kl_div() -> None:
+    student, teacher = logits(6, 13)
+    expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(mean_divergence(student, teacher), expected)
+
+
+@KINDS
+def test_zero_with_zero_gradient_at_equality(kind: str) -> None:
+    student, _ = logits(4, 9, dtype=torch.float32)
+    value = mean_divergence(student, student.detach().clone(), kind=kind)
+    value.backward()
+    torch.testing.assert_close(value, torch.zeros(()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(student.grad, torch.zeros(4, 9), atol=1e-6, rtol=0)
+
+
+@KINDS
+def test_positive_away_from_equality(kind: str) -> None:
+    student, teacher = logits(50, 9)
+    assert (DIVERGENCES[kind](student, teacher, **({"k": 3} if kind == "topk_kl" else {})) > 0).all()
+
+
+def test_jensen_shannon_is_symmetric_and_bounded() -> None:
+    student, teacher = logits(30, 8, scale=30.0)
+    rows = jensen_shannon(student, teacher)
+    torch.testing.assert_close(rows, jensen_shannon(teacher, student))
+    assert (rows <= math.log(2)).all()
+    assert rows.max() > 0.6
+
+
+def test_jensen_shannon_ends_are_limits() -> None:
+    student, teacher = logits(5, 8)
+    near = 1e-6
+    torch.testing.assert_close(
+        jensen_shannon(student, teacher, beta=near) / near, forward_kl(student, teacher), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        jensen_shannon(student, teacher, beta=1 - near) / near, reverse_kl(student, teacher), rtol=1e-4, atol=0
+    )
+
+
+def test_topk_kl_grows_with_k_up_to_the_full_divergence() -> None:
+    student, teacher = logits(20, 10)
+    full = forward_kl(student, teacher)
+    values = [topk_kl(student, teacher, k=k) for k in (1, 3, 6, 9, 10, 50)]
+    assert all((a <= b + 1e-12).all() for a, b in pairwise(values))
+    for value in values[-3:]:
+        torch.testing.assert_close(value, full)
+
+
+@KINDS
+def test_extreme_logits_stay_finite(kind: str) -> None:
+    student, teacher = logits(6, 200, dtype=torch.float32, scale=200.0)
+    value = mean_divergence(student, teacher, kind=kind)
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_float32(kind: str, dtype: torch.dtype) -> None:
+    student, teacher = (x.detach().to(dtype) for x in logits(6, 40))
+    results = []
+    for wide in (dtype, torch.float32):
+        leaf = student.to(wide).detach().requires_grad_()
+        value = mean_divergence(leaf, teacher.to(wide), kind=kind)
+        value.backward()
+        assert leaf.grad.dtype == wide
+        assert value.dtype == torch.float32
+        results.append((value, leaf.grad.float()))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-2, atol=1e-5)
+
+
+@KINDS
+def test_masked_rows_have_no_effect(kind: str) -> None:
+    student, teacher = logits(3, 4, 9)
+    mask = torch.rand(3, 4) < 0.5
+    value = mean_divergence(student, teacher, mask, kind=kind)
+    value.backward()
+    torch.testing.assert_close(value, mean_divergence(student[mask], teacher[mask], kind=kind))
+    assert (student.grad[~mask] == 0).all()
+    assert (student.grad[mask] != 0).any()
+    with torch.no_grad():
+        student[~mask], teacher[~mask] = math.nan, math.inf
+    student.grad = None
+    broken = mean_divergence(student, teacher, mask, kind=kind)
+    broken.backward()
+    assert broken == value
+    assert student.grad.isfinite().all()
+
+
+@KINDS
+def test_no_counted_row_gives_zero(kind: str) -> None:
+    student, teacher = logits(3, 9)
+    value = mean_divergence(student, teacher, torch.zeros(3, dtype=torch.bool), kind=kind)
+    value.backward()
+    assert value == 0
+    assert (student.grad == 0).all()
+
+
+@KINDS
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunk_size_changes_nothing(kind: str, masked: bool) -> None:
+    student, teacher = logits(10, 9)
+    mask = torch.arange(10) % 3 > 0 if masked else None
+    results = []
+    for chunk_rows in (1, 3, 10, 99, None):
+        value = mean_divergence(student, teacher, mask, kind=kind, chunk_rows=chunk_rows)
+        results.append((value, *torch.autograd.grad(value, student)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def test_cross_entropy_is_torch_cross_entropy_of_the_next_token() -> None:
+    student, _ = logits(2, 6, 9)
+    tokens = torch.randint(9, (2, 6))
+    value = next_token_cross_entropy(student, tokens)
+    torch.testing.assert_close(value, F.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 2] = mask[1, 5] = True  # the last position has nothing to predict
+    value = next_token_cross_entropy(student, tokens, mask, chunk_rows=1)
+    torch.testing.assert_close(value, -student[1, 2].log_softmax(-1)[tokens[1, 3]])
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient[1, 2].abs().sum() > 0
+    assert gradient.abs().sum() == gradient[1, 2].abs().sum()
+
+
+# The LM head inside the chunks.
+
+
+def head_loss(weight: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def chunk_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = F.linear(student, weight), F.linear(teacher, weight.detach())
+        return forward_kl(s, t).sum(), torch.stack([(s.argmax(-1) == t.argmax(-1)).sum(), s.new_tensor(len(s)).long()])
+
+    return chunk_loss
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 7, 64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunked_equals_its_function_on_all_rows(chunk_rows: int, masked: bool) -> None:
+    hidden, teacher = logits(10, 5)
+    weight = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(10) % 4 > 0 if masked else None
+    loss, statistics = chunked(head_loss(weight), [hidden, teacher], [weight], chunk_rows=chunk_rows, mask=mask)
+    gradients = torch.autograd.grad(loss / 7, [hidden, weight])
+    whole = slice(None) if mask is None else mask
+    expected, expected_statistics = head_loss(weight)(hidden[whole], teacher[whole])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(statistics, expected_statistics)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected / 7, [hidden, weight]))
+
+
+def test_chunked_only_evaluates_where_no_gradient_is_wanted() -> None:
+    hidden, teacher = logits(10, 5)
+    weight = torch.randn(9, 5, dtype=torch.float64)
+    expected = chunked(head_loss(weight), [hidden, teacher], chunk_rows=3)
+    with torch.no_grad():
+        loss, statistics = chunked(head_loss(weight), [hidden, teacher], chunk_rows=3)
+    assert not loss.requires_grad
+    assert not statistics.requires_grad
+    torch.testing.assert_close((loss, statistics), expected)
+    assert not chunked(head_loss(weight), [hidden.detach(), teacher], chunk_rows=3)[0].requires_grad
+
+
+def test_chunked_parameters_add_up_in_float32() -> None:
+    weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    ones = torch.ones(1000, 1, dtype=torch.bfloat16)
+    loss, _ = chunked(lambda x: ((x * weight).sum(), torch.zeros(0)), [ones], [weight], chunk_rows=1)
+    loss.backward()
+    assert weight.grad == 1000  # adding ones up in bfloat16 stops at 256
+
+
+def test_a_second_backward_fails_instead_of_giving_scaled_gradients() -> None:
+    student, teacher = logits(4, 9)
+    value = mean_divergence(student, teacher)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the most elements of a float32 tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.dtype == torch.float32:
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+N, V, CHUNK = 48, 512, 8
+
+
+def watched(run: Callable[[], Tensor]) -> int:
+    with LargestResult() as largest:
+        run().backward()
+    return largest.elements
+
+
+@KINDS
+def test_no_float32_copy_of_the_logits(kind: str) -> None:
+    student, teacher = logits(4, 12, V, dtype=torch.bfloat16)
+    assert watched(lambda: mean_divergence(student, teacher, kind=kind, chunk_rows=CHUNK)) <= CHUNK * V
+    mask = torch.rand(4, 12) < 0.9
+    assert watched(lambda: mean_divergence(student, teacher, mask, kind=kind, chunk_rows=CHUNK)) <= CHUNK * V
+    tokens = torch.randint(V, (4, 12))
+    assert watched(lambda: next_token_cross_entropy(student, tokens, chunk_rows=CHUNK)) <= CHUNK * V
+    plain = watched(lambda: F.cross_entropy(student.flatten(0, 1).float(), tokens.flatten()))
+    assert plain == N * V, "the watch must see what it looks for"
+
+
+def test_no_logits_at_all_with_the_head_inside() -> None:
+    hidden, teacher = logits(N, 4, dtype=torch.float32)
+    weight = torch.randn(V, 4)
+    assert watched(lambda: chunked(head_loss(weight), [hidden, teacher], chunk_rows=CHUNK)[0]) <= CHUNK * V
+
+
+def test_row_functions_work_in_blocks_of_their_own() -> None:
+    rows, vocabulary = 64, 131072  # 32 MB in float32
+    student, teacher = logits(rows, vocabulary, dtype=torch.bfloat16)
+    assert watched(lambda: forward_kl(student, teacher).sum()) <= rows * vocabulary // 2
+
+
+def test_default_chunk_fits_the_vocabulary() -> None:
+    cpu = torch.device("cpu")
+    assert default_chunk_rows(49152, torch.float32, cpu) * 49152 * 4 <= 16 * 2**20
+    assert default_chunk_rows(49152, torch.bfloat16, cpu) > default_chunk_rows(49152, torch.float32, cpu) > 64
+    assert default_chunk_rows(10**9, torch.float32, cpu) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, t: mean_divergence(s, t, kind="kl"), "unknown divergence 'kl'; there are forward_kl"),
+        (lambda s, t: mean_divergence(s, t[:, :-1]), "one shape"),
+        (lambda s, t: mean_divergence(s, t[:-1]), "teacher or tokens"),
+        (lambda s, t: mean_divergence(s, t, torch.ones(3, dtype=torch.bool)), "mask"),
+        (lambda s, t: mean_divergence(s, t, temperature=0.0), "temperature must be positive"),
+        (lambda s, t: jensen_shannon(s, t, beta=1.5), "beta must lie"),
+        (lambda s, t: topk_kl(s, t, k=0), "k must be"),
+        (lambda s, t: chunked(forward_kl, [s, t[:-1]], chunk_rows=2), "same number of rows"),
+        (lambda s, t: chunked(forward_kl, [s, t], chunk_rows=0), "chunk_rows"),
+        (lambda s, t: topk_bce(s, 7), "share must lie"),
+        (lambda s, t: per_layer(HIDDEN_DISTANCES["mse"], [s], []), "as many student as teacher layers"),
+    ],
+)
+def test_errors_say_what_was_given(call: Callable[[Tensor, Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*logits(4, 9))
+
+
+# Hidden states.
+
+
+@pytest.mark.parametrize("name", HIDDEN_DISTANCES)
+def test_hidden_distances_vanish_at_equality_and_ignore_masked_positions(name: str) -> None:
+    distance = HIDDEN_DISTANCES[name]
+    student, teacher = logits(2, 5, 8)
+    torch.testing.assert_close(distance(teacher, teacher, None), torch.zeros((), dtype=torch.float64))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    value = distance(student, teacher, mask)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value > 0
+    assert (gradient[~mask] == 0).all()
+    with torch.no_grad():
+        student[~mask] = math.nan
+    torch.testing.assert_close(distance(student, teacher, mask), value)
+    assert distance(student, teacher, torch.zeros_like(mask)) == 0
+    torch.testing.assert_close(per_layer(distance, [student, teacher], [teacher, teacher], mask), value / 2)
+
+
+def test_hidden_distances_have_the_units_they_claim() -> None:
+    _, teacher = logits(2, 5, 8)
+    cosine, mse, relative = HIDDEN_DISTANCES.values()
+    torch.testing.assert_close(cosine(-3 * teacher, teacher, None).item(), 2.0)
+    torch.testing.assert_close(mse(teacher + 3, teacher, None).item(), 9.0)
+    torch.testing.assert_close(relative(torch.zeros_like(teacher), teacher, None).item(), 1.0)
+    torch.testing.assert_close(relative(2 * teacher, teacher, None), relative(200 * teacher, 100 * teacher, None))
+    student, wide = (x.detach().bfloat16() for x in logits(2, 5, 8))
+    assert mse(student, wide).dtype == torch.float32
+
+
+# Routing.
+
+
+def test_budget_price_rises_while_the_budget_is_exceeded_and_is_never_negative() -> None:
+    multiplier = torch.tensor(1.0)
+    price, after = budget_price(multiplier, torch.tensor(0.8), 0.7, stiffness=10)
+    assert price > multiplier and after > multiplier
+    price, after = budget_price(multiplier, torch.tensor(0.6), 0.7, stiffness=10)
+    assert price < multiplier and after < multiplier
+    price, after = budget_price(multiplier, torch.tensor(0.7), 0.7, stiffness=10)
+    torch.testing.assert_close(price, multiplier)
+    assert budget_price(multiplier, torch.tensor(0.1), 0.7, stiffness=99)[0] == 0
+
+
+def test_capacity_hinge_judges_each_site() -> None:
+    share = torch.tensor([0.9, 0.1], requires_grad=True)
+    value = capacity_hinge(share, 0.5)
+    value.backward()
+    torch.testing.assert_close(value.item(), 0.2)
+    assert share.grad.tolist() == [0.5, 0]
+
+
+def test_load_balance_is_one_when_even_and_m_when_one_takes_all() -> None:
+    eye = torch.eye(4)
+    torch.testing.assert_close(load_balance(eye).item(), 1.0)
+    torch.testing.assert_close(load_balance(torch.ones(3, 5, 4)).item(), 1.0)
+    torch.testing.assert_close(load_balance(eye[:1].expand(6, 4)).item(), 4.0)
+    assert load_balance(torch.zeros(6, 4)) == 0
+    gates = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    use = gates.flatten(0, 1).mean(0)
+    torch.testing.assert_close(load_balance(gates), 1 + (use.std(correction=0) / use.mean()) ** 2)
+    mask = torch.tensor([[False, True], [True, True]])
+    torch.testing.assert_close(load_balance(gates, mask=mask).item(), 1.0)
+
+
+def test_load_balance_takes_from_the_busy_and_gives_to_the_idle() -> None:
+    probabilities = torch.full((6, 3), 1 / 3, requires_grad=True)
+    gates = torch.tensor([1.0, 1.0, 0.0]).expand(6, 3)
+    load_balance(gates, probabilities).backward()
+    assert (probabilities.grad[:, :2] > 0).all()
+    assert (probabilities.grad[:, 2] < 0).all()
+
+
+def test_topk_bce_raises_the_chosen_and_lowers_the_rest() -> None:
+    scores = torch.tensor([[3.0, -1.0, 2.0, 0.5, 9.0], [0.1, 0.2, 0.3, 0.4, 0.5]], requires_grad=True)
+    mask = torch.tensor([[True, True, True, True, False], [True] * 5])
+    loss = topk_bce(scores, 0.5, mask)
+    loss.backward()
+    assert scores.grad.sign().tolist() == [[-1, 1, -1, 1, 0], [1, 1, -1, -1, -1]]
+    settled = torch.where(scores.grad < 0, 30.0, -30.0)
+    assert topk_bce(settled, 0.5, mask) < 1e-6
+    assert topk_bce(scores, 0.5, torch.zeros_like(mask)) == 0
+
+
+def test_topk_bce_chooses_exactly_k_among_equals() -> None:
+    scores = torch.zeros(2, 8, requires_grad=True)
+    topk_bce(scores, 0.25).backward()
+    assert ((scores.grad < 0).sum(1) == 2).all()
