@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -61,10 +63,8 @@ class DataConfig:
             raise ValueError(
                 f"data.window ({self.window}) must be at least 8 and data.held_out ({self.held_out}) at least 1"
             )
-        if not 0 < self.prompt < self.window:
-            raise ValueError(
-                f"data.prompt is {self.prompt}; it must be between 1 and data.window - 1 ({self.window - 1})"
-            )
+        if self.prompt < 1 or (self.max_tokens is not None and self.max_tokens < 1):
+            raise ValueError(f"data.prompt ({self.prompt}) and data.max_tokens ({self.max_tokens}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class CalibrationConfig:
 
     windows: int = 16
     """Windows that calibration looks at; 0 starts from open gates."""
+
+    def __post_init__(self) -> None:
+        if self.windows < 0:
+            raise ValueError(f"calibration.windows is {self.windows}; it cannot be negative (0 starts from open gates)")
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if (self.steps is not None and self.steps < 0) or (self.minutes is not None and self.minutes <= 0):
             raise ValueError("train.steps cannot be negative and train.minutes must be above 0")
+        if min(self.lr, self.limit_lr, self.warmup, self.seed) < 0 or self.clip <= 0:
+            raise ValueError("train.lr, limit_lr, warmup and seed cannot be negative, and train.clip must be above 0")
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,23 @@ class RunConfig:
             raise ValueError(
                 f"data.prompt ({self.data.prompt}) must be shorter than train.window ({self.train.window})"
             )
+        over_tokens = any(r.selection == "topk" and r.kind in ("token", "layer") for r in self.student.routers)
+        over_gates = any(r.kind in ("head", "expert") for r in self.student.routers)
+        for name, works, needs in (
+            ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
+            ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
+            ("data.prompt", per_sequence, "a router with granularity: sequence"),
+            ("loss.beta", self.loss.logits == "jensen_shannon", "loss.logits=jensen_shannon"),
+            ("loss.k", self.loss.logits == "topk_kl", "loss.logits=topk_kl"),
+            ("loss.hidden", self.loss.hidden_weight > 0, "loss.hidden_weight above 0"),
+            ("loss.hidden_layers", self.loss.hidden_weight > 0, "loss.hidden_weight above 0"),
+            ("loss.topk_weight", over_tokens, "token or layer routers with selection: topk"),
+            ("loss.load_balance_weight", over_gates, "head or expert routers"),
+        ):
+            section, key = name.split(".")
+            part = getattr(self, section)
+            if not works and getattr(part, key) != getattr(type(part), key):
+                raise ValueError(f"{name} is {getattr(part, key)}, which has no effect without {needs}")
 
 
 def presets() -> list[str]:
@@ -198,23 +221,31 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
         key, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
-        _put(chosen, key.split("."), yaml.safe_load(value))
-    user = _read_yaml(Path(file)) if file else {}
+        try:
+            _put(chosen, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {setting}: {value!r} is not YAML") from None
+    user = read_yaml(Path(file)) if file else {}
     preset = chosen.get("preset") or user.get("preset") or "default"
     if preset not in presets():
-        raise ValueError(f"unknown preset {preset!r}{_near(preset, presets())}; there are {', '.join(presets())}")
+        raise ValueError(f"unknown preset {preset!r}{_near(str(preset), presets())}; there are {', '.join(presets())}")
     base = yaml.safe_load(files("configs").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
     layers = [base, user, chosen]
-    phase = next((m["budget"]["phase"] for m in reversed(layers) if "phase" in m.get("budget", {})), "decode")
+    phase = next((p for p in (_section(layer, "budget").get("phase") for layer in reversed(layers)) if p), "decode")
     merged: dict[str, Any] = {}
     for layer in layers:
-        by_phase = layer.pop("prefill", {})
-        merged = _merge(merged, _merge(layer, by_phase if phase == "prefill" else {}))
+        by_phase = _section(layer, "prefill")
+        layer = _merge({k: v for k, v in layer.items() if k != "prefill"}, by_phase if phase == "prefill" else {})
+        # the time and the number of steps exclude each other: the later word counts
+        given = [key for key in ("steps", "minutes") if _section(layer, "train").get(key) is not None]
+        if len(given) == 2:
+            raise ValueError("train.steps and train.minutes are both given: leave one away")
+        if given:
+            layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
+        merged = _merge(merged, layer)
     merged["preset"] = preset
-    # the time and the number of steps exclude each other: the later word counts
-    train = chosen.get("train", {})
-    if train.get("steps") is not None and "minutes" not in train:
-        merged["train"]["minutes"] = None
+    if "model" not in merged:
+        raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
     return from_dict(RunConfig, merged)
 
 
@@ -226,7 +257,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type, data: Any, path: str = "") -> Any:
     """A dataclass from plain data; ValueError names what is unknown or of the wrong type, and what exists."""
     if not isinstance(data, dict):
-        raise ValueError(f"{path or 'the configuration'} is {data!r}; it needs a mapping of {kind.__name__}'s keys")
+        raise ValueError(f"{path.rstrip('.') or 'the configuration'} is {data!r}; it must be a section of settings")
     hints = get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     for key in data:
@@ -241,7 +272,7 @@ def from_dict(kind: type, data: Any, path: str = "") -> Any:
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{path or 'the configuration '}lacks {', '.join(missing)}")
+        raise ValueError(f"{path.rstrip('.') or 'the configuration'} lacks {', '.join(missing)}")
     return kind(**values)
 
 
@@ -261,17 +292,29 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path} is {value!r}; it must be a list")
         return tuple(_value(args[0], item, f"{path}[{number}]") for number, item in enumerate(value))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{path} is {value!r}; it must be of type {hint.__name__}")
-    return value
+    if hint is float and type(value) in (int, float, str):  # YAML takes 1e-3 for text
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{path} is {value!r}; it must be {_TYPES[hint]}")
+
+
+_TYPES = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    section = tree.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{key} is {section!r}; it must be a section of settings")
+    return section
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -291,7 +334,8 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of settings; ValueError with one line where it is missing or no such file."""
     if not path.is_file():
         raise ValueError(f"no such configuration file: {path}")
     try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.config import LossConfig, RunConfig
-from elastic.objective import Distillation, Measured
+from elastic.objective import Distillation, Measured, prompt_mask
 from elastic.run import Run, load_data
 from students import Student
 from students.compute import PHASES, Phase
@@ -64,7 +64,7 @@ def measure_run(
     folder: str, *, data: str | None = None, compute: float | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Load a finished run and measure it: on all of `data`, or on the windows that its training never saw."""
-    run = Run.open(folder)
+    run = Run.open(folder, finished=True)
     config = run.config
     if compute is not None and not 0 < compute <= 1:
         raise ValueError(f"--compute is {compute}; it must be above 0 and at most 1")
@@ -88,17 +88,17 @@ def _measure(student: Student, windows: Tensor, config: RunConfig) -> Measured:
     device = next(student.parameters()).device
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         _, measured = module(batch.to(device))
-        total = measured if total is None else _add(total, measured)
+        total = measured if total is None else total + measured
     return total
 
 
 @torch.no_grad()
-def measured_compute(student: Student, windows: Tensor, phase: Phase) -> float:
-    """The compute ratio on token windows [N, T], without measuring quality."""
+def measured_compute(student: Student, windows: Tensor, phase: Phase, prompt: int) -> float:
+    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality."""
     spent = whole = 0.0
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         valid = torch.ones_like(batch, dtype=torch.bool)
-        out, decisions = student.features(batch)
+        out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
         rows = out.last_hidden_state.flatten(0, 1)
         tensors = student.head_tensors()
         shares = [student.logits(part, *tensors)[1] for part in rows.split(128)] if tensors else [None]
@@ -107,13 +107,3 @@ def measured_compute(student: Student, windows: Tensor, phase: Phase) -> float:
         spent += float(student.compute.routed_blocks(decisions, valid, phase).sum() + head.sum())
         whole += float(student.compute.dense(valid, phase).sum())
     return spent / whole
-
-
-def _add(a: Any, b: Any) -> Any:
-    if isinstance(a, dict):
-        return {key: a[key] + b[key] for key in a}
-    return Measured(**{f.name: _sum(getattr(a, f.name), getattr(b, f.name)) for f in fields(Measured)})
-
-
-def _sum(a: Any, b: Any) -> Any:
-    return _add(a, b) if isinstance(a, dict) else a + b

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,17 @@ class Measured:
     dense: dict[Phase, Tensor]
     """Teacher's compute, by phase."""
 
+    def __add__(self, other: Measured) -> Measured:
+        def add(a: Any, b: Any) -> Any:
+            return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
+
+        return Measured(*(add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def prompt_mask(ids: Tensor, length: int) -> Tensor:
+    """[B, T] bool: the first `length` tokens of each window, from which sequence-level routers decide."""
+    return (torch.arange(ids.shape[1], device=ids.device) < length).expand(ids.shape)
+
 
 class Distillation(nn.Module):
     """Student and loss in one module, so that accelerate can wrap it whole."""
@@ -61,8 +73,7 @@ class Distillation(nn.Module):
     def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
         """ids [B, T] without padding; price: nats per unit of compute. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
-        prompt = torch.zeros_like(ids, dtype=torch.bool)
-        prompt[:, : self.prompt] = True
+        prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
         states = {"output_hidden_states": loss.hidden_weight > 0 and loss.hidden_layers == "all"}
         with student.teacher(), torch.no_grad():

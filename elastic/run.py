@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 import yaml
 
 import teachers
-from elastic.config import RunConfig, from_dict, to_dict
+from elastic.config import RunConfig, from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from teachers import Teacher
 from teachers.text import TextData, load_text
 
 FORMAT = 1
+FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -40,18 +42,27 @@ class Run:
         run = cls(folder)
         run.refuse_existing(overwrite)
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml"):
-            (run.folder / name).unlink(missing_ok=True)
-        write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        run.describe(
-            format=FORMAT,
-            model=config.model,
-            identity=teacher.identity,
-            source=teacher.source,
-            versions={name: version(name) for name in ("torch", "transformers", "accelerate", "elastic-distill")},
-            machine={"platform": platform.platform(), "threads": torch.get_num_threads()},
-        )
+        run._clear()
+        try:
+            write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+            run.describe(
+                format=FORMAT,
+                model=config.model,
+                identity=teacher.identity,
+                source=teacher.source,
+                versions={name: version(name) for name in ("torch", "transformers", "accelerate", "elastic-distill")},
+                machine={"platform": platform.platform(), "threads": torch.get_num_threads()},
+            )
+        except OSError:
+            run._clear()
+            with suppress(OSError):
+                run.folder.rmdir()
+            raise
         return run
+
+    def _clear(self) -> None:
+        for name in FILES:
+            (self.folder / name).unlink(missing_ok=True)
 
     def refuse_existing(self, overwrite: bool) -> None:
         """ValueError where the folder has something in it and is not to be overwritten, or is not a run's."""
@@ -66,19 +77,21 @@ class Run:
             )
 
     @classmethod
-    def open(cls, folder: str | Path) -> Run:
-        """An existing run folder; ValueError where it is none."""
+    def open(cls, folder: str | Path, *, finished: bool = False) -> Run:
+        """An existing run folder; ValueError where it is none, or is to be finished and is not."""
         run = cls(folder)
         if not (run.folder / "config.yaml").is_file() or not (run.folder / "elastic.json").is_file():
             raise ValueError(
                 f"{folder} is not a run folder (no config.yaml and elastic.json in it); elastic distill makes one"
             )
+        if finished and not run.routers.exists():
+            raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {folder}")
         return run
 
     @property
     def config(self) -> RunConfig:
         """The resolved configuration."""
-        return from_dict(RunConfig, yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+        return from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -96,8 +109,8 @@ class Run:
         teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
         if teacher.identity != about["identity"]:
             raise ValueError(
-                f"{self.folder} was made for other weights: {config.model} was {about['identity']} ({about['source']}), "
-                f"and is {teacher.identity} now ({teacher.source})"
+                f"{self.folder} was made for other weights: {config.model} was {about['identity']} "
+                f"({about['source']}), and is {teacher.identity} now ({teacher.source})"
             )
         return teacher
 
@@ -108,8 +121,6 @@ class Run:
 
     def load_student(self, teacher: Teacher) -> Student:
         """The finished student."""
-        if not self.routers.exists():
-            raise ValueError(f"{self.folder} is not finished: continue it with elastic distill --resume {self.folder}")
         student = elasticize(teacher.model, self.config.student)
         student.restore(self.routers)
         return student
@@ -117,7 +128,7 @@ class Run:
 
 def load(folder: str | Path) -> Student:
     """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for."""
-    run = Run.open(folder)
+    run = Run.open(folder, finished=True)
     return run.load_student(run.teacher())
 
 
@@ -139,5 +150,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from torch import Tensor
 import teachers
 from elastic.config import RunConfig, TrainConfig, to_dict
 from elastic.evaluate import describe, evaluate, measured_compute
-from elastic.objective import Distillation
-from elastic.run import DTYPES, Run, load_data
+from elastic.objective import Distillation, Measured
+from elastic.run import DTYPES, Run, load_data, write_text
 from losses import budget_price
 from students import Student, elasticize
 from students.calibrate import calibrate
@@ -49,7 +51,7 @@ class State:
     step: int
     steps: int | None
     multiplier: Tensor
-    compute: Tensor
+    price: Tensor
 
 
 def distill(
@@ -61,6 +63,7 @@ def distill(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Distil a student into the run folder `output`; returns its row of results (see `evaluate`)."""
+    _require_tracker(config)
     Run(output).refuse_existing(overwrite)
     teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
     say(f"teacher: {teacher.name}, {teacher.source}")
@@ -73,9 +76,16 @@ def distill(
 def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Continue an interrupted run with its own configuration, to the result of an uninterrupted one."""
     run = Run.open(folder)
-    config, teacher = run.config, run.teacher()
+    config = run.config
+    _require_tracker(config)
+    teacher = run.teacher()
     say(f"teacher: {teacher.name}, {teacher.source}")
     return _run(run, config, _student(config, teacher), _data(config, teacher, say), say, progress)
+
+
+def _require_tracker(config: RunConfig) -> None:
+    if config.train.tracker == "tensorboard" and find_spec("tensorboard") is None:
+        raise ValueError("train.tracker=tensorboard needs a package that is missing: pip install tensorboard")
 
 
 def _data(config: RunConfig, teacher: Teacher, say: Say) -> TextData:
@@ -141,46 +151,46 @@ def _train(
     pieces = windows.reshape(-1, train.window)
     share = train.batch * accelerator.num_processes
     distillation.train()
-    price = state.multiplier
-    clock = time.monotonic()
-    since_log = 0
+    begun, since_log = state.step, 0
+    clock = timer = time.monotonic()
     with _interruptible() as interrupted:
         while state.steps is None or state.step < state.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
+            loss, measured = torch.zeros((), device=windows.device), None
             for micro in range(train.accumulation):
                 first = (state.step * train.accumulation + micro) * share + train.batch * accelerator.process_index
                 picked = _picked(first, train.batch, len(pieces), train.seed)
                 with accelerator.accumulate(distillation):
-                    loss, measured = distillation(pieces[picked], price)
-                    accelerator.backward(loss / train.accumulation)
+                    part, seen = distillation(pieces[picked], state.price)
+                    accelerator.backward(part / train.accumulation)
+                loss += part.detach() / train.accumulation
+                measured = seen if measured is None else measured + seen
             for group in optimizer.param_groups:
                 accelerator.clip_grad_norm_(group["params"], train.clip)
             optimizer.step()
             optimizer.zero_grad()
-            state.compute = accelerator.reduce(
-                measured.macs[budget.phase] / measured.dense[budget.phase], "mean"
-            ).float()
-            price, state.multiplier = budget_price(state.multiplier, state.compute, budget.target, budget.stiffness)
+            if budget.control == "price":
+                spent = measured.macs[budget.phase] / measured.dense[budget.phase]
+                compute = accelerator.reduce(spent, "mean").float()
+                state.price, state.multiplier = budget_price(state.multiplier, compute, budget.target, budget.stiffness)
             state.step += 1
             since_log += 1
 
-            if state.steps is None and state.step == 1 + TIMED_STEPS:
-                per_step = (time.monotonic() - clock) / TIMED_STEPS
+            if state.step == begun + 1:  # a process's first step is slower than the others
+                loss.item()
+                timer = time.monotonic()
+            elif state.steps is None and state.step > TIMED_STEPS:
+                loss.item()
+                per_step = (time.monotonic() - timer) / (state.step - begun - 1)
                 state.steps = max(state.step, round(train.minutes * 60 / per_step))
                 run.describe(steps=state.steps)
-            if state.step == 1:
-                loss.item()
-                clock = time.monotonic()
             done = state.step == state.steps
             if state.step % train.log_every == 0 or done:
-                line = _metrics(state, loss, measured, price, optimizer, since_log / (time.monotonic() - clock))
+                line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))
                 clock, since_log = time.monotonic(), 0
                 if not math.isfinite(line["loss"]):
-                    raise ValueError(
-                        f"the loss is {line['loss']} at step {state.step}: stopped; the last good checkpoint is in "
-                        f"{run.folder}. Try a smaller --set train.lr (now {train.lr})"
-                    )
+                    raise _diverged(run, state, f"the loss is {line['loss']}")
                 if accelerator.is_main_process:
                     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
@@ -211,18 +221,17 @@ def _start(run: Run, config: RunConfig, student: Student, windows: Tensor, say: 
         _cut_metrics(run, about["step"])
         say(f"resuming at step {about['step']}")
         place = windows.device
-        return State(about["step"], steps, tensors["multiplier"].to(place), tensors["compute"].to(place))
+        return State(about["step"], steps, tensors["multiplier"].to(place), tensors["price"].to(place))
     price = 0.0
     if config.calibration.windows:
         say("calibrating: what would closing each gate cost ...")
         picked = _order(len(windows), config.train.seed, 0)[: config.calibration.windows]
         start = calibrate(student, windows[picked].split(2), budget.target, budget.phase, config.train.seed)
         say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
-        price = start.price
+        price = start.price if budget.control == "price" else 0.0
     _cut_metrics(run, 0)
-    return State(
-        0, steps, torch.tensor(price, device=windows.device), torch.tensor(budget.target, device=windows.device)
-    )
+    price = torch.tensor(price, device=windows.device)
+    return State(0, steps, multiplier=price, price=price)
 
 
 def capacity_for(student: Student, config: RunConfig) -> float:
@@ -243,7 +252,7 @@ def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
     def measure(offset: float) -> float:
         if offset not in points:
             run.offset = offset
-            points[offset] = measured_compute(student, windows, phase)
+            points[offset] = measured_compute(student, windows, phase, config.data.prompt)
         return points[offset]
 
     low = high = 0.0
@@ -277,10 +286,14 @@ def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _schedule(step: int, steps: int | None, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine decay to zero."""
-    if step < warmup or steps is None:
+    """Share of the peak learning rate: linear warm-up, then cosine decay to zero.
+
+    The decay waits until minutes have become a number of steps, so that a resumed run, which knows it, does the same.
+    """
+    start = max(warmup, 1 + TIMED_STEPS)
+    if step < start or steps is None:
         return min(1.0, (step + 1) / max(1, warmup))
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
@@ -298,7 +311,7 @@ def _picked(first: int, count: int, pieces: int, seed: int) -> Tensor:
 
 
 def _metrics(
-    state: State, loss: Tensor, measured: Any, price: Tensor, optimizer: Any, steps_per_second: float
+    state: State, loss: Tensor, measured: Measured, optimizer: Any, steps_per_second: float
 ) -> dict[str, float]:
     tokens = float(measured.tokens)
     return {
@@ -306,21 +319,31 @@ def _metrics(
         "loss": loss.item(),
         "kl": float(measured.kl) / tokens,
         **{f"compute_{p}": float(measured.macs[p] / measured.dense[p]) for p in measured.macs},
-        "price": float(price),
+        "price": float(state.price),
         "lr": optimizer.param_groups[-1]["lr"],
         "steps_per_second": steps_per_second,
     }
 
 
 def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
-    """routers, optimizer moments and loop state in one file."""
+    """Routers, optimizer moments and loop state in one file; ValueError, and the old file stays, where one is NaN."""
+    if not all(parameter.isfinite().all() for parameter in student.added_parameters().values()):
+        raise _diverged(run, state, "parameters are no finite numbers")
     names = {parameter: name for name, parameter in student.added_parameters().items()}
     tensors = {f"student.{name}": tensor for name, tensor in student.added_state().items()}
     for parameter, moments in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[parameter]}"] = moments[key]
-    tensors |= {"multiplier": state.multiplier, "compute": state.compute}
+    tensors |= {"multiplier": state.multiplier, "price": state.price}
     write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step})
+
+
+def _diverged(run: Run, state: State, what: str) -> ValueError:
+    kept = (run.folder / "checkpoint.safetensors").exists()
+    return ValueError(
+        f"{what} at step {state.step}: stopped; {'the last good' if kept else 'no'} checkpoint is in {run.folder}. "
+        f"Try a smaller --set train.lr (now {run.config.train.lr:g})"
+    )
 
 
 def _restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimizer) -> None:
@@ -337,7 +360,7 @@ def _cut_metrics(run: Run, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
 
 
 @contextmanager
@@ -349,6 +372,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         seen.append(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield lambda: False
+        return
     before = signal.signal(signal.SIGINT, remember)
     try:
         yield lambda: bool(seen)

@@ -85,5 +85,6 @@ def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in], whichever way the layer stores it."""
+    """The weight of a linear layer as [out, in], whichever way the layer stores it, wrapped or not."""
+    linear = getattr(linear, "base_layer", linear)
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight

@@ -13,6 +13,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -20,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architecture import weight_of
+from students.architecture import Architecture, weight_of
 from students.compute import Phase, saves
-from students.routers import ChannelRouter, Router, Substitute, VocabRouter
+from students.routers import OPEN, ChannelRouter, Router, Substitute, VocabRouter
 from students.spec import LINEAR_SITES
 from students.student import Student
 from students.wrappers import RoutedHead, RoutedLinear
@@ -57,7 +58,7 @@ class Start:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One router before the price is known: cost [rows, gates] in nats, saving of one gate, and how to set the start."""
+    """One router before the price is known: cost [rows, gates] in nats, saving of a gate, how to set the start."""
 
     cost: Tensor
     saving: float
@@ -83,9 +84,12 @@ def calibrate(student: Student, batches: Iterable[Tensor], target: float, phase:
     if isinstance(head, RoutedHead):
         fits = fit_vocab(head, torch.cat(seen["hidden"].inputs))
         whole = student.compute.head / dense if phase == "decode" else 0.0
-        best = min(
-            fits, key=lambda fit: fit.kl + _lost(choices, _price(choices, compute - whole * (1 - fit.share), target))
-        )
+
+        def lost(fit: VocabFit) -> float:
+            """Estimated KL if the head takes this setting and the blocks save the rest."""
+            return fit.kl + _lost(choices, _price(choices, compute - whole * (1 - fit.share), target))
+
+        best = min(fits, key=lost)
         head.routers["vocab"].spread.data.fill_(best.spread)
         compute -= whole * (1 - best.share)
     price = _price(choices, compute, target)
@@ -105,13 +109,12 @@ def _saved(choices: list[_Choice], price: float) -> float:
 
 def _price(choices: list[_Choice], compute: float, target: float) -> float:
     """The price at which the choices bring `compute` down to `target`, by bisection of its logarithm."""
-    low, high = -12.0, 12.0
-    for _ in range(24):
+    low, high = -30.0, 15.0
+    for _ in range(30):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if compute - _saved(choices, torch.tensor(middle).exp().item()) > target else (low, middle)
-        )
-    return torch.tensor((low + high) / 2).exp().item()
+        too_much = compute - _saved(choices, math.exp(middle)) > target
+        low, high = (middle, high) if too_much else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 def _observe(student: Student, batches: list[Tensor], generator: torch.Generator) -> dict[str, Observed]:
@@ -120,42 +123,46 @@ def _observe(student: Student, batches: list[Tensor], generator: torch.Generator
     rows = torch.empty(0, dtype=torch.long)
     handles = []
 
-    def watch(key: str, module: nn.Module, moments: bool = False, residual: bool = False) -> None:
+    def watch(key: str, module: nn.Module, end: nn.Module, moments: bool = False, residual: bool = False) -> None:
+        """Inputs of `module`, outputs of `end` (itself, or the post-norm behind it)."""
         place = seen.setdefault(key, Observed())
+        waiting: list[Tensor] = []
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
-            x = (args[0] if args else kwargs["hidden_states"]).detach().flatten(0, 1)
-            y = out[0] if isinstance(out, tuple) else out
-            if y.requires_grad:
-                y.register_hook(lambda grad: _add_fisher(place, grad))
+        def enter(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+            waiting.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, 1))
+
+        def leave(module: nn.Module, args: tuple, out: object) -> None:
+            x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
+            y.register_hook(lambda grad: _add_fisher(place, grad))
             y = y.detach().flatten(0, 1)
             if residual:
                 y = y - x
             place.inputs.append(x[rows])
             place.outputs.append(y[rows])
             if moments:
-                xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
-                moment = xy[:, : x.shape[1] + 1].T @ xy
+                moment = _moments(x, y)
                 place.moments = moment if place.moments is None else place.moments + moment
 
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        handles.append(module.register_forward_hook(enter, with_kwargs=True))
+        handles.append(end.register_forward_hook(leave))
 
     record, spec = student.record, student.spec
     for number, block in enumerate(student.blocks):
-        for site in LINEAR_SITES:
-            watched = "head" if site == "attn_out" else "expert" if site == "mlp_out" else None
-            if spec.find("channel", number, site) or (watched and spec.find(watched, number)):
+        for site, kind in zip(LINEAR_SITES, (None, "head", None, "expert"), strict=True):
+            if spec.find("channel", number, site) or (kind and spec.find(kind, number)):
                 for name in record.linears(site):
-                    watch(f"{number}.{name}", block.get_submodule(name))
-        for branch in ("attn", "mlp"):
+                    linear = block.get_submodule(name)
+                    watch(f"{number}.{name}", linear, linear)
+        layer = spec.find("layer", number)
+        for branch, kind in (("attn", "head"), ("mlp", "expert")):
             token = spec.find("token", number, branch)
-            if token or spec.find("head" if branch == "attn" else "expert", number):
-                watch(
-                    f"{number}.{branch}", block.get_submodule(getattr(record, branch)), bool(token and token.substitute)
-                )
-        if layer := spec.find("layer", number):
-            watch(f"{number}.layer", block, bool(layer.substitute), residual=True)
-            watch(f"{number}.attn", block.get_submodule(record.attn))
+            if token or spec.find(kind, number) or (layer and branch == "attn"):
+                module = block.get_submodule(getattr(record, branch))
+                late = getattr(record, f"{branch}_exit")
+                end = block.get_submodule(late) if late else module
+                watch(f"{number}.{branch}", module, end, moments=bool(token and token.substitute))
+        if layer:
+            watch(f"{number}.layer", block, block, residual=True)
     embeddings = student.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     final = seen.setdefault("hidden", Observed())
@@ -233,7 +240,8 @@ def _block_choices(
         cost = torch.zeros(len(column_cost[site]), router.gates, device=router.members.device)
         cost.index_add_(1, router.members, column_cost[site])
         if saves(gated_spec, phase):
-            choices.append(_gated_choice(router, torch.cat(place.inputs), cost, total / router.gates / dense))
+            x = _features(torch.cat(place.inputs).float(), record)
+            choices.append(_gated_choice(router, x, cost, total / router.gates / dense))
 
     for branch, kind, key, total in (
         (attn, "token", f"{number}.attn", attention),
@@ -258,12 +266,17 @@ def _block_choices(
             missing = y - substitute(x)
         total += shape.kv if gated_spec.kv == "drop" and key.split(".")[1] != "mlp" else 0
         cost = (missing.pow(2) @ (place.fisher / place.tokens) / 2).unsqueeze(-1)
-        choices.append(_gated_choice(branch.routers[kind], x, cost, total / dense))
+        choices.append(_gated_choice(branch.routers[kind], _features(x, record), cost, total / dense))
     return choices
 
 
+def _features(x: Tensor, record: Architecture) -> Tensor:
+    """What a branch's routers read of its input."""
+    return x if record.prenorm else F.rms_norm(x, x.shape[-1:])
+
+
 def _moments(x: Tensor, y: Tensor) -> Tensor:
-    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1)
+    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
     return xy[:, : x.shape[1] + 1].T @ xy
 
 
@@ -275,9 +288,10 @@ def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, savin
     @torch.no_grad()
     def apply(price: float) -> None:
         if router.spec.network == "static":
-            router.log_limit.copy_((price * saving / cost[0].clamp(min=1e-30)).log() / 2)
+            limit = price * saving / cost[0].clamp(min=1e-30)
         else:
-            router.log_limit.copy_((2 * price * saving / importance.clamp(min=1e-30)).log() / 2)
+            limit = 2 * price * saving / importance.clamp(min=1e-30)
+        router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
 
     return _Choice(cost, saving, apply)
 
@@ -290,8 +304,8 @@ def _gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> _Ch
         logs = cost.mean(0, keepdim=True).clamp(min=1e-12).log()
         weight, predicted = None, logs
     else:
-        weight = ridge(x.float(), logs)
-        predicted = x.float() @ weight[:-1] + weight[-1]
+        weight = ridge(x, logs)
+        predicted = x @ weight[:-1] + weight[-1]
 
     @torch.no_grad()
     def apply(price: float) -> None:
@@ -332,7 +346,7 @@ def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
     cov = moments[:width, :width] / count - mean_x.outer(mean_x)
     cross = moments[:width, width + 1 :] / count - mean_x.outer(mean_y)
     cov.diagonal().add_(1e-4 * cov.diagonal().mean())
-    root, inverse_root = _roots(cov)
+    inverse_root = _roots(cov)[1]
     u, s, v = torch.linalg.svd(inverse_root @ cross, full_matrices=False)
     substitute.down.copy_((inverse_root @ u[:, :rank]).T)
     substitute.up.copy_((s[:rank, None] * v[:rank]).T)

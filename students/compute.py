@@ -3,7 +3,7 @@
 For one token, with D the width, H heads and K key/value heads of size h, F the MLP's width, V the vocabulary, c the
 number of keys the token attends to:
 
-    q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each of its matrices    head: D V
+    q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each matrix    head: D V
 
 A gate multiplies what it switches by its open share. Routers, substitutes and low-rank corrections are counted too.
 Two phases:

@@ -98,8 +98,9 @@ class VocabRouter(nn.Module):
     """Which rows of the LM head a token needs: a rank-r preview of all logits, exact rows above a learned limit.
 
     The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview
-    reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits; the others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's
-    idea (NIPS 2017); here the map is fitted to the hidden states and trained.
+    reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits.
+    The others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's idea (NIPS 2017); here
+    the map is fitted to the hidden states and trained.
     """
 
     def __init__(self, width: int, rank: int) -> None:

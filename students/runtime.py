@@ -13,8 +13,8 @@ from students.routers import Router
 
 @dataclass
 class Decisions:
-    """What one forward pass decided. Keys: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert", "3.mlp_in.channel",
-    "vocab". All tensors are differentiable with respect to the routers."""
+    """What one forward pass decided. Keys: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert",
+    "3.mlp_in.channel", "vocab". All tensors are differentiable with respect to the routers."""
 
     share: dict[str, Tensor] = field(default_factory=dict)
     """Open share of each router's gates per token [B, T] (or [B, 1], [1, 1] where it is the same for all)."""
@@ -46,7 +46,7 @@ class Runtime:
     """Gates on their way from the wrapper that decides to the wrapper that applies; taken out when applied."""
 
     def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N] ([B, 1, N] per sequence).
+        """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N], or [B, 1, N].
 
         The first multiplies what the gate lets through (1, or a weight, where open; 0 where closed), the second is
         1 where closed and 0 where open and multiplies the substitute. Both in x's dtype.

@@ -92,7 +92,7 @@ _ONLY_FOR = {
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank corrections of linear layers (arXiv 2106.09685), trained by the same loss; they read the unrouted input."""
+    """Low-rank corrections of linear layers (arXiv 2106.09685), trained by the same loss; they read all channels."""
 
     rank: int = 0
     """Rank of every correction; 0 switches LoRA off."""

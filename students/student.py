@@ -24,8 +24,6 @@ from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear
 
 ADDED = {"routers", "substitutes", "lora"}
 """Names under which a wrapper holds what was added; nothing else in the model is trainable or saved."""
-OPEN_ALL = 1e4
-"""An offset at which every threshold gate is open."""
 
 
 class Student(nn.Module):
@@ -171,12 +169,12 @@ class Student(nn.Module):
         self.runtime.offset, self.runtime.capacity = about["offset"], about["capacity"]
 
     def set_compute(self, compute: float) -> None:
-        """Turn the dial: from here on the student spends this share of the teacher's compute.
+        """Turn the dial: from here on the student spends this share of the teacher's compute; at 1.0 it is the teacher.
 
         Interpolates between the measured points of `dial`. ValueError outside of them.
         """
-        if compute == 1.0:
-            self.runtime.offset = OPEN_ALL
+        self.runtime.bypass = compute == 1.0
+        if self.runtime.bypass:
             return
         points = sorted(self.dial)
         if not points or not points[0][0] <= compute <= points[-1][0]:

@@ -1,11 +1,24 @@
-"""Tiny models, made in the test: every architecture that Elastic supports, a few thousand parameters each."""
+"""Tiny models, made in the test: every architecture that Elastic supports, a few thousand parameters each.
+
+A tokenizer of made-up words and a text of them complete a model folder that a whole run takes a second on.
+"""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from elastic.config import RunConfig, make_config
 
 _LLAMA = dict(
     vocab_size=120,
@@ -50,6 +63,55 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
             if parameter.ndim == 2:
                 parameter.mul_(4)
     return model
+
+
+def make_tokenizer(bos: bool = False, template: str | None = None, words: int = 5000) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ..., where the id of w0 is 3."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "<s>": 2, **{f"w{i}": i + 3 for i in range(words)}}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    if bos:
+        model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", eos_token="</s>", bos_token="<s>", chat_template=template
+    )
+
+
+RUN_SETTINGS = [
+    *("data.window=32", "data.held_out=2", "calibration.windows=4"),
+    *("train.window=16", "train.steps=6", "train.batch=2", "train.precision=float32"),
+    *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
+]
+"""Settings under which a run on a tiny model takes about a second."""
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, as `save_pretrained` leaves them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny("llama").save_pretrained(folder)
+    make_tokenizer(words=117).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 4,000 words of that tokenizer, some frequent and many rare."""
+    draw = random.Random(0)
+    file = tmp_path_factory.mktemp("data") / "words.txt"
+    file.write_text(" ".join(f"w{min(116, int(draw.expovariate(1 / 30)))}" for _ in range(4000)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def configure(model_folder: Path, text_file: Path) -> Callable[..., RunConfig]:
+    """Configurations of tiny runs: (*settings "a.b=c", **flags of make_config)."""
+
+    def make(*settings: str, **flags: object) -> RunConfig:
+        flags = {"model": str(model_folder), "data__source": str(text_file), "budget__target": 0.8, **flags}
+        return make_config(settings=[*RUN_SETTINGS, *settings], **flags)
+
+    return make
 
 
 @pytest.fixture(params=sorted(TINY))

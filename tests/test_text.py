@@ -11,28 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from conftest import make_tokenizer
 
 from teachers import corpus, text
 from teachers.text import load_text, load_windows
 
-EOS, BOS = 1, 2
-
-
-def make_tokenizer(bos: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w0, w1, ..., where the id of w0 is 3."""
-    vocabulary = {"<unk>": 0, "</s>": EOS, "<s>": BOS, **{f"w{i}": i + 3 for i in range(5000)}}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    if bos:
-        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", bos_token="<s>", chat_template=template
-    )
+EOS, BOS = 1, 2  # of conftest.make_tokenizer
 
 
 def words(start: int, stop: int) -> str:
