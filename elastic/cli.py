@@ -22,11 +22,17 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 130 for Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 130 for Ctrl-C.
+
+    141 where whoever reads the output closed the pipe.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
         return 0
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         # whatever a user can mend is raised as one of these two, with one line that says how
         if os.environ.get("ELASTIC_TRACEBACK"):
@@ -80,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
     measure.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    bench = command("bench", _bench, "measure what a training step of a finished run costs in teacher forwards")
+    bench.add_argument("run", metavar="RUN")
+    bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     info = command("info", _info, "say what a run is")
     info.add_argument("run", metavar="RUN")
@@ -141,6 +151,23 @@ def _eval(options: argparse.Namespace) -> None:
         _print_rows([row])
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from elastic.bench import bench_run
+
+    with _screen() as (say, _):
+        row = bench_run(options.run, say=say)
+    if options.json:
+        print(json.dumps({"rows": [row]}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else f"{value}")
+    Console(soft_wrap=True).print(table)
+
+
 def _info(options: argparse.Namespace) -> None:
     import yaml
 
@@ -162,10 +189,10 @@ def _models(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "hub id", "parameters", "license", "note")
+    table = Table("name", "hub id", "parameters", "license", "note", box=None, pad_edge=False)
     for entry in entries:
         table.add_row(entry.name, entry.hub, _count(entry.parameters), entry.license, entry.note)
-    Console().print(table)
+    Console(width=160).print(table)  # names are for copying: none is cut to fit a narrow terminal
     print("Any other hub id or local folder of a supported architecture works too.")
 
 

@@ -122,9 +122,9 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches in a step."""
     lr: float = 0.001
-    """Peak learning rate (Adam) of linear maps: routers that read an input, LoRA, substitutes, the head's preview."""
+    """Peak learning rate (Adam) of linear maps: routers that read an input, LoRA, substitutes."""
     limit_lr: float = 0.01
-    """Peak learning rate of what stands for itself: channel limits (in log units) and static scores."""
+    """Peak learning rate of what stands for itself: limits of channels (in log units) and rows, static scores."""
     warmup: int = 10
     """Steps of linear warm-up; then cosine decay to zero."""
     clip: float = 1.0

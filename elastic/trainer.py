@@ -89,6 +89,9 @@ def _require_tracker(config: RunConfig) -> None:
 
 
 def _data(config: RunConfig, teacher: Teacher, say: Say) -> TextData:
+    longest = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.data.window > longest:
+        raise ValueError(f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens")
     say(f"data: reading {config.data.source} ...")
     data = load_data(config, teacher)
     windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
@@ -280,7 +283,7 @@ def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
     limits, maps = [], []
     for name, parameter in student.added_parameters().items():
-        (limits if name.endswith(("log_limit", ".score")) else maps).append(parameter)
+        (limits if name.endswith(("log_limit", ".score", ".spread", ".tail")) else maps).append(parameter)
     groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
 

@@ -76,10 +76,13 @@ class ComputeModel:
         return total * valid
 
     def routed_head(self, share: Tensor | None, phase: Phase) -> Tensor | float:
-        """Cost of the LM head for tokens whose exact rows have this share; None: no vocab router."""
-        if share is None or phase == "prefill":
+        """Cost of the LM head for tokens whose exact rows have this share; None: no vocab router.
+
+        In prefill all rows are computed, and the preview too, for it says which of them count.
+        """
+        if share is None:
             return float(self.head)
-        return self.head_routed + self.head * share
+        return self.head_routed + self.head * (share if phase == "decode" else 1.0)
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""

@@ -95,7 +95,7 @@ class _RowGate(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor, grad_share: Tensor | None) -> tuple[Tensor | None, ...]:
         exact, preview, limit, guess, keep = ctx.saved_tensors
         grad_exact = grad_out * keep
-        grad_preview = grad_out - grad_exact
+        grad_preview = grad_out - grad_exact if ctx.needs_input_grad[1] else None
         grad_limit = grad_tail = None
         if ctx.needs_input_grad[2]:
             near = _reaches(preview, (limit - 0.5).to(preview.dtype))
@@ -104,7 +104,7 @@ class _RowGate(torch.autograd.Function):
             if grad_share is not None:
                 grad_limit -= grad_share.unsqueeze(-1) * near.mean(-1, keepdim=True, dtype=torch.float32)
         if ctx.needs_input_grad[3]:
-            grad_tail = grad_preview.sum(dtype=torch.float32)
+            grad_tail = grad_out.sum(dtype=torch.float32) - grad_exact.sum(dtype=torch.float32)
         return grad_exact, grad_preview, grad_limit, grad_tail
 
 

@@ -100,14 +100,14 @@ class VocabRouter(nn.Module):
     The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview
     reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits.
     The others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's idea (NIPS 2017); here
-    the map is fitted to the hidden states and trained.
+    the map is fitted to hidden states, in closed form, and stays as fitted; spread and tail are trained.
     """
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.zeros(rank, width))
-        self.up = nn.Parameter(torch.zeros(width, rank))
-        self.slope = nn.Parameter(torch.zeros(rank))
+        self.register_buffer("down", torch.zeros(rank, width))
+        self.register_buffer("up", torch.zeros(width, rank))
+        self.register_buffer("slope", torch.zeros(rank))
         self.spread = nn.Parameter(torch.zeros(()))
         self.tail = nn.Parameter(torch.zeros(()))
 
@@ -115,8 +115,11 @@ class VocabRouter(nn.Module):
         """The head's weight [V, D] seen through `up`: [V, r]."""
         return weight @ self.up.to(weight.dtype)
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., D] -> f [..., r]."""
+        return F.linear(hidden, self.down.to(hidden.dtype))
 
-def vocab_limit(features: Tensor, slope: Tensor, spread: Tensor) -> Tensor:
-    """Features [..., r] -> the limit [..., 1] of each token's preview, float32. Zero parameters open every row."""
-    features = features.float()
-    return (features @ slope + spread * features.norm(dim=-1)).unsqueeze(-1)
+    def limit(self, features: Tensor, spread: Tensor) -> Tensor:
+        """f [..., r] -> the limit [..., 1] of each token's preview, float32. Zero parameters open every row."""
+        features = features.float()
+        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1)

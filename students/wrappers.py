@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students import gates
-from students.routers import ChannelRouter, Lora, VocabRouter, vocab_limit
+from students.routers import ChannelRouter, Lora, VocabRouter
 from students.runtime import Runtime
 
 
@@ -171,9 +171,9 @@ class RoutedHead(Wrapper):
         self.routers = nn.ModuleDict({"vocab": router})
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `routed_logits` needs of the router; the first is worth computing once for many rows."""
+        """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
         router = self.routers["vocab"]
-        return router.preview_weight(self.base_layer.weight), router.down, router.slope, router.spread, router.tail
+        return router.spread, router.tail, router.preview_weight(self.base_layer.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.runtime.bypass:
@@ -183,10 +183,11 @@ class RoutedHead(Wrapper):
         return logits
 
     def routed_logits(
-        self, hidden: Tensor, preview_weight: Tensor, down: Tensor, slope: Tensor, spread: Tensor, tail: Tensor
+        self, hidden: Tensor, spread: Tensor, tail: Tensor, preview_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
         and the share of exact rows [...]."""
-        features = F.linear(hidden, down.to(hidden.dtype))
-        limit = vocab_limit(features, slope, spread) - self.runtime.offset
+        router = self.routers["vocab"]
+        features = router.features(hidden)
+        limit = router.limit(features, spread) - self.runtime.offset
         return gates.rows(self.base_layer(hidden), F.linear(features, preview_weight), limit, tail)

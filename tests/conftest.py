@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from elastic.config import RunConfig, make_config
 
+torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+
 _LLAMA = dict(
     vocab_size=120,
     hidden_size=32,

@@ -42,6 +42,9 @@ def scramble(student: Student, scale: float = 1.0) -> Student:
     """Random routers, so that about half of all gates close."""
     torch.manual_seed(7)
     with torch.no_grad():
+        for name, buffer in student.model.named_buffers():
+            if ".vocab." in name:
+                buffer.normal_(0, scale)
         for name, parameter in student.added_parameters().items():
             if name.endswith("log_limit"):
                 parameter.normal_(-0.7, 0.5)
