@@ -193,7 +193,7 @@ def _backward_fisher(student: Student, hidden: Tensor, generator: torch.Generato
 
 def _add_fisher(place: Observed, grad: Tensor) -> None:
     grad = grad.detach().flatten(0, -2)
-    square = grad.float().pow_(2).sum(0)
+    square = grad.float().square().sum(0)
     place.fisher = square if place.fisher is None else place.fisher + square
     place.tokens += grad.shape[0]
 
@@ -421,7 +421,6 @@ def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor
     """
     profiles = F.normalize(activations.abs().T, dim=1)
     neurons = len(profiles)
-    size = -(-neurons // groups)
     centres = profiles[torch.linspace(0, neurons - 1, groups).long()]
     member = torch.zeros(neurons, dtype=torch.long)
     for _ in range(rounds):
@@ -429,7 +428,7 @@ def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor
         best = likeness.topk(min(2, groups), dim=1).values
         order = (best[:, 0] - best[:, -1]).argsort(descending=True).tolist()
         ranked = likeness.argsort(dim=1, descending=True).tolist()
-        room = [size] * groups
+        room = [neurons // groups + (group < neurons % groups) for group in range(groups)]
         for neuron in order:
             group = next(g for g in ranked[neuron] if room[g])
             room[group] -= 1

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from students.runtime import Decisions
-from students.spec import RouterSpec, StudentSpec
+from students.spec import LINEAR_SITES, RouterSpec, StudentSpec
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -70,6 +70,8 @@ class ComputeModel:
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s."""
+        if decisions.bypassed:
+            return self.dense(valid, phase) - self.head * valid
         total = torch.zeros(valid.shape, device=valid.device)
         for number, block in enumerate(self.blocks):
             total = total + self._block(number, block, decisions, valid, phase)
@@ -86,7 +88,8 @@ class ComputeModel:
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""
-        head = self.routed_head(decisions.share.get("vocab"), phase) * valid
+        share = decisions.share.get("vocab") if self.spec.find("vocab") else None
+        head = self.routed_head(share, phase) * valid
         return (self.routed_blocks(decisions, valid, phase) + head).sum() / self.dense(valid, phase).sum()
 
     def uniform(self, share: float, tokens: int, phase: Phase) -> float:
@@ -105,13 +108,11 @@ class ComputeModel:
         mlp = layer * share("token", f"{number}.mlp.token")
         head = share("head", f"{number}.attn.head")
         expert = share("expert", f"{number}.mlp.expert")
-        read = {site: share("channel", f"{number}.{site}.channel") for site in ("attn_in", "attn_out", "mlp_in")}
-        # a closed head or expert group is a closed channel already where the next layer has a channel router
-        attn_out = read["attn_out"] if self._spec("channel", number, f"{number}.attn_out.channel") else head
-        mlp_out = share("channel", f"{number}.mlp_out.channel")
-        mlp_out = mlp_out if self._spec("channel", number, f"{number}.mlp_out.channel") else expert
-        if phase == "prefill":
-            attn_out, mlp_out = head, expert
+        read = {site: share("channel", f"{number}.{site}.channel") for site in LINEAR_SITES}
+        channel = {site: self._spec("channel", number, f"{number}.{site}.channel") for site in LINEAR_SITES}
+        # a closed head or expert group is a closed channel already where the next layer's channel router saves
+        attn_out = read["attn_out"] if channel["attn_out"] and saves(channel["attn_out"], phase) else head
+        mlp_out = read["mlp_out"] if channel["mlp_out"] and saves(channel["mlp_out"], phase) else expert
 
         token_spec = self._spec("token", number, f"{number}.attn.token")
         layer_spec = self._spec("layer", number, f"{number}.layer")

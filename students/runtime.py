@@ -20,6 +20,8 @@ class Decisions:
     """Open share of each router's gates per token [B, T] (or [B, 1], [1, 1] where it is the same for all)."""
     score: dict[str, Tensor] = field(default_factory=dict)
     """Scores of the gated routers [B, T, N], for the losses that read them."""
+    bypassed: bool = False
+    """Nothing was decided: the frozen model ran."""
 
 
 @dataclass

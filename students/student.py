@@ -100,7 +100,7 @@ class Student(nn.Module):
         run = self.runtime
         if prompt is None:
             prompt = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        run.prompt, run.decisions = prompt, Decisions()
+        run.prompt, run.decisions = prompt, Decisions(bypassed=run.bypass)
         try:
             yield run.decisions
         finally:
@@ -167,6 +167,7 @@ class Student(nn.Module):
         self.load_added_state(tensors)
         self.dial = tuple((compute, offset) for compute, offset in about["dial"])
         self.runtime.offset, self.runtime.capacity = about["offset"], about["capacity"]
+        self.runtime.bypass = False
 
     def set_compute(self, compute: float) -> None:
         """Turn the dial: from here on the student spends this share of the teacher's compute; at 1.0 it is the teacher.
