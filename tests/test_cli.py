@@ -276,7 +276,7 @@ def test_no_network_in_a_process_of_its_own(here: Path):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("elastic: error: ") and result.stderr.count("\n") == 1
     assert "some/model" in result.stderr and "127.0.0.1:9" in result.stderr
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
     assert not [path for path in here.rglob("*") if path.is_file()]
 
 

@@ -128,7 +128,7 @@ def run_load(name: str, **environment: str) -> tuple[str, float]:
 def test_unreachable_hub_costs_seconds(tmp_path: Path):
     line, seconds = run_load("gpt2", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
     assert line.startswith("OSError openai-community/gpt2") and "http://127.0.0.1:9" in line and "HF_HOME" in line
-    assert seconds < 15
+    assert seconds < 60
 
 
 def test_hub_cache_is_used_offline(folder: Path, tmp_path: Path):

@@ -169,7 +169,7 @@ def test_unreachable_hub_costs_seconds(tmp_path: Path):
     )
     assert result.stdout.startswith("no such file or folder: org/data:config") and "127.0.0.1:9" in result.stdout
     assert result.stdout.count("\n") == 1
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 DOCSTRING = """
