@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
     distill.add_argument("--output", metavar="RUN", help="run folder (default runs/MODEL-C)")
     distill.add_argument("--steps", type=int, help="optimizer steps")
-    distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 12)")
+    distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 10)")
     distill.add_argument("--config", metavar="FILE", help="YAML file of settings")
     distill.add_argument("--set", action="append", metavar="A.B=C", help="one setting, such as train.lr=0.001")
     distill.add_argument("--resume", metavar="RUN", help="continue an interrupted run with its own configuration")

@@ -113,7 +113,7 @@ class TrainConfig:
 
     steps: int | None = None
     """Optimizer steps; None: as many as `minutes` allow."""
-    minutes: float | None = 12.0
+    minutes: float | None = 10.0
     """Training time, turned into a number of steps after the first few. Give one of the two."""
     batch: int = 4
     """Windows in a micro-batch."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import teachers
 from elastic.config import RunConfig, TrainConfig, to_dict
-from elastic.evaluate import describe, evaluate, measured_compute
+from elastic.dial import capacity_for, set_dial
+from elastic.evaluate import describe, evaluate
 from elastic.objective import Distillation, Measured
 from elastic.run import DTYPES, Run, load_data, write_text
 from losses import budget_price
@@ -37,7 +38,7 @@ Progress = Callable[[int, int | None, dict[str, float]], None]
 TIMED_STEPS = 4
 """Steps that are timed to turn minutes into a number of steps (after one that is not)."""
 DIAL_WINDOWS = 16
-DIAL_TOLERANCE = 0.001
+"""Training windows that the dial is set on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -235,49 +236,6 @@ def _start(run: Run, config: RunConfig, student: Student, windows: Tensor, say: 
     _cut_metrics(run, 0)
     price = torch.tensor(price, device=windows.device)
     return State(0, steps, multiplier=price, price=price)
-
-
-def capacity_for(student: Student, config: RunConfig) -> float:
-    """The share of open gates, the same for every router, at which the model meets its budget; by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        cost = student.compute.uniform(middle, config.data.window, config.budget.phase)
-        low, high = (low, middle) if cost > config.budget.target else (middle, high)
-    return low
-
-
-def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
-    """Measure compute at several offsets of all gates, and leave the student at the budget's target."""
-    run, target, phase = student.runtime, config.budget.target, config.budget.phase
-    points: dict[float, float] = {}
-
-    def measure(offset: float) -> float:
-        if offset not in points:
-            run.offset = offset
-            points[offset] = measured_compute(student, windows, phase, config.data.prompt)
-        return points[offset]
-
-    low = high = 0.0
-    for _ in range(6):  # bracket the target
-        if measure(high) < target:
-            low, high = high, high + 0.25 * 2 ** len(points)
-        elif measure(low) > target:
-            low, high = low - 0.25 * 2 ** len(points), low
-        else:
-            break
-    best = min(points, key=lambda offset: abs(points[offset] - target))
-    for _ in range(8):
-        if abs(points[best] - target) <= DIAL_TOLERANCE or measure(high) <= measure(low):
-            break
-        along = (target - points[low]) / (points[high] - points[low])
-        middle = low + (high - low) * min(0.9, max(0.1, along))
-        low, high = (middle, high) if measure(middle) < target else (low, middle)
-        best = min(points, key=lambda offset: abs(points[offset] - target))
-    for step in (-0.5, 0.5, 1.0):
-        measure(best + step)
-    run.offset = best
-    student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:

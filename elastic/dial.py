@@ -1,0 +1,57 @@
+"""One dial for compute: how far all gates open, and what that costs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from elastic.config import RunConfig
+from elastic.evaluate import measured_compute
+from students import Student
+
+TOLERANCE = 0.001
+"""How near to the target measured compute has to come before the search ends."""
+AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0)
+"""Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate."""
+
+
+def capacity_for(student: Student, config: RunConfig) -> float:
+    """The share of open gates, the same for every router, at which the model meets its budget; by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        cost = student.compute.uniform(middle, config.data.window, config.budget.phase)
+        low, high = (low, middle) if cost > config.budget.target else (middle, high)
+    return low
+
+
+def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
+    """Measure compute at several offsets of all gates, and leave the student at the budget's target."""
+    run, target, phase = student.runtime, config.budget.target, config.budget.phase
+    points: dict[float, float] = {}
+
+    def measure(offset: float) -> float:
+        if offset not in points:
+            run.offset = offset
+            points[offset] = measured_compute(student, windows, phase, config.data.prompt)
+        return points[offset]
+
+    low = high = 0.0
+    for _ in range(6):  # bracket the target
+        if measure(high) < target:
+            low, high = high, high + 0.25 * 2 ** len(points)
+        elif measure(low) > target:
+            low, high = low - 0.25 * 2 ** len(points), low
+        else:
+            break
+    best = min(points, key=lambda offset: abs(points[offset] - target))
+    for _ in range(8):
+        if abs(points[best] - target) <= TOLERANCE or measure(high) <= measure(low):
+            break
+        along = (target - points[low]) / (points[high] - points[low])
+        middle = low + (high - low) * min(0.9, max(0.1, along))
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+        best = min(points, key=lambda offset: abs(points[offset] - target))
+    for step in AROUND:
+        measure(best + step)
+    run.offset = best
+    student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
