@@ -32,23 +32,24 @@ def bench_run(folder: str, *, repeats: int = 7, say: Say = print) -> dict[str, A
     ids = torch.randint(teacher.model.config.vocab_size, (train.batch, train.window))
     ids = ids.to(next(student.parameters()).device)
 
+    spent: list[torch.Tensor] = []
+
     def forward() -> None:
         with torch.no_grad(), student.teacher():
-            student(ids, use_cache=False)
+            student(ids)
 
-    def step() -> torch.Tensor:
+    def step() -> None:
         loss, measured = module(ids, 1.0)
         loss.backward()
         student.zero_grad()
-        return measured.macs["prefill"] / measured.dense["prefill"]
+        spent.append(measured.macs["prefill"] / measured.dense["prefill"])
 
     say(f"timing {repeats} teacher forwards and training steps in turn ...")
     seconds: dict[str, list[float]] = {"forward": [], "step": []}
-    compute = 1.0
     for turn in range(repeats + 1):
         for name, work in (("forward", forward), ("step", step)):
             started = time.perf_counter()
-            compute = work() if name == "step" else compute
+            work()
             if ids.is_cuda:
                 torch.cuda.synchronize()
             if turn:  # the first turn warms up
@@ -56,12 +57,13 @@ def bench_run(folder: str, *, repeats: int = 7, say: Say = print) -> dict[str, A
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    ideal = 1 + 2 * float(compute)
+    compute = float(spent[-1])
+    ideal = 1 + 2 * compute
     return {
         "phase": "train",
         "batch": train.batch,
         "tokens": train.window,
-        "compute": float(compute),
+        "compute": compute,
         "teacher_forward_seconds": medians["forward"],
         "step_seconds": medians["step"],
         "teacher_forwards": medians["step"] / medians["forward"],

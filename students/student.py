@@ -54,8 +54,9 @@ class Student(nn.Module):
         """The model's own output object, and what was decided.
 
         input_ids [B, T]; attention_mask [B, T], 0 at padding; prompt [B, T] bool, the tokens that sequence-level
-        decisions may look at (default: all that are not padding).
+        decisions may look at (default: all that are not padding); kwargs go to the model, use_cache False by default.
         """
+        kwargs.setdefault("use_cache", False)
         with self._deciding(input_ids, attention_mask, prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 

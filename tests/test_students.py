@@ -79,7 +79,7 @@ def test_open_drop_and_topk_agree_with_the_teacher(any_model, tokens):
     before = any_model(tokens).logits
     routers = [EVERY_KIND[n] for n in ("token-drop", "layer-drop", "head-topk", "expert-topk", "channel-static")]
     student = elasticize(any_model, StudentSpec(tuple(routers)))
-    after, _ = student(tokens, use_cache=False)
+    after, _ = student(tokens)
     torch.testing.assert_close(before, after.logits, atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_logits_are_the_models_own(any_model, tokens):
 def test_teacher_context_bypasses_every_router(any_model, tokens):
     before = any_model(tokens).logits
     student = scramble(elasticize(any_model, MIXED))
-    assert not torch.allclose(before, student(tokens, use_cache=False)[0].logits, atol=1e-3)
+    assert not torch.allclose(before, student(tokens)[0].logits, atol=1e-3)
     with student.teacher():
         assert torch.equal(before, student(tokens)[0].logits)
 
@@ -104,7 +104,7 @@ def test_every_kind_routes(llama, tokens, spec):
     before = llama(tokens).logits
     student = scramble(elasticize(llama, spec)).train(False)
     student.runtime.capacity = 0.5
-    out, decisions = student(tokens, use_cache=False)
+    out, decisions = student(tokens)
     assert not torch.allclose(before, out.logits, atol=1e-3)
     assert 0 < student.compute.ratio(decisions, torch.ones_like(tokens, dtype=torch.bool), "decode").item() < 1.2
     assert not student.runtime.passed and student.runtime.decisions is None
@@ -114,7 +114,7 @@ def test_later_tokens_change_no_earlier_logit(any_model, tokens):
     student = scramble(elasticize(any_model, MIXED))
     later = tokens.clone()
     later[:, 8:] = 5
-    first, second = (student(t, use_cache=False)[0].logits for t in (tokens, later))
+    first, second = (student(t)[0].logits for t in (tokens, later))
     torch.testing.assert_close(first[:, :8], second[:, :8], atol=1e-4, rtol=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_sequence_decisions_look_at_the_prompt_only(llama, tokens):
 
 def test_padding_and_batch_mates_change_nothing(any_model, tokens):
     student = scramble(elasticize(any_model, MIXED))
-    alone, _ = student(tokens[:1, :9], use_cache=False)
+    alone, _ = student(tokens[:1, :9])
     padded = torch.zeros_like(tokens)
     padded[0, 3:] = tokens[0, :9]
     padded[1] = tokens[1]
@@ -156,7 +156,7 @@ def test_only_what_was_added_learns(any_model, tokens):
     student = scramble(elasticize(any_model, MIXED), 0.1).train()
     added = student.added_parameters()
     optimizer = torch.optim.SGD(added.values(), lr=0.1)
-    out, decisions = student(tokens, use_cache=False)
+    out, decisions = student(tokens)
     compute = student.compute.ratio(decisions, torch.ones_like(tokens, dtype=torch.bool), "decode")
     (out.logits.float().logsumexp(-1).mean() + compute).backward()
     assert [n for n, p in student.named_parameters() if p.requires_grad] == [f"model.{n}" for n in added]
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, tokens):
         if checkpointed:
             student.checkpoint_blocks()
         student.train()
-        out, decisions = student(tokens, use_cache=False)
+        out, decisions = student(tokens)
         compute = student.compute.ratio(decisions, torch.ones_like(tokens, dtype=torch.bool), "decode")
         (out.logits.float().logsumexp(-1).mean() + compute).backward()
         gradients.append({n: p.grad for n, p in student.added_parameters().items()})
@@ -193,15 +193,15 @@ def test_copy_has_its_own_routers(llama, tokens):
     scramble(other)
     with student.teacher():
         assert not other.runtime.bypass
-    assert torch.equal(student(tokens, use_cache=False)[0].logits, llama(tokens, use_cache=False).logits)
-    assert not torch.equal(student(tokens, use_cache=False)[0].logits, other(tokens, use_cache=False)[0].logits)
+    assert torch.equal(student(tokens)[0].logits, llama(tokens, use_cache=False).logits)
+    assert not torch.equal(student(tokens)[0].logits, other(tokens)[0].logits)
 
 
 def test_added_state_round_trip(llama, tokens):
     student = scramble(elasticize(llama, MIXED))
     other = elasticize(make_tiny("llama"), MIXED)
     other.load_added_state(student.added_state())
-    assert torch.equal(student(tokens, use_cache=False)[0].logits, other(tokens, use_cache=False)[0].logits)
+    assert torch.equal(student(tokens)[0].logits, other(tokens)[0].logits)
     assert not [n for n in student.added_state() if "base_layer.weight" in n]
 
 

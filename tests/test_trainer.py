@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 import elastic
 import teachers
 from elastic import trainer
+from elastic.bench import bench_run
 from elastic.config import RunConfig, presets, to_dict
 from elastic.evaluate import measure_run, measured_compute
 from elastic.objective import Distillation
@@ -450,3 +451,11 @@ def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: 
     row = distill(configure("train.steps=0"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.8, abs=0.05)
     assert measure_run(str(tmp_path / "run"), say=silent) == row
+
+
+def test_bench_times_a_step_in_teacher_forwards(configure: Configure, tmp_path: Path):
+    distill(configure(), tmp_path / "run")
+    row = bench_run(str(tmp_path / "run"), repeats=3, say=silent)
+    assert row["teacher_forwards"] == pytest.approx(row["step_seconds"] / row["teacher_forward_seconds"])
+    assert 1 < row["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
+    assert row["ideal_teacher_forwards"] == pytest.approx(1 + 2 * row["compute"])
