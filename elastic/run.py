@@ -21,8 +21,9 @@ import yaml
 
 import teachers
 from elastic.config import RunConfig, from_dict, read_yaml, to_dict
-from students import Student, elasticize
+from students import Student, elasticize, kernels
 from teachers import Teacher
+from teachers.cache import cache_folder
 from teachers.text import TextData, load_text
 
 FORMAT = 1
@@ -121,6 +122,7 @@ class Run:
 
     def load_student(self, teacher: Teacher) -> Student:
         """The finished student."""
+        kernels.build(cache_folder())
         student = elasticize(teacher.model, self.config.student)
         student.restore(self.routers)
         return student

@@ -26,6 +26,8 @@ class Architecture:
     mlp_exit: str | None = None
     prenorm: bool = True
     """Whether the branch reads a normalised input; where it does not, routers normalise for themselves."""
+    norms_all_heads: bool = False
+    """Whether queries are normalised over all heads together, so that none can be left out."""
 
     def linears(self, site: str) -> list[str]:
         """Names of the linear layers at a site, from the block."""
@@ -43,7 +45,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "olmo2": replace(_GEMMA, prenorm=False),
+    "olmo2": replace(_GEMMA, prenorm=False, norms_all_heads=True),
     "phi3": replace(_LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
     "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",)),
     "gpt_neox": Architecture(

@@ -12,6 +12,9 @@ Two phases:
 - prefill: all tokens of a window at once, c = the whole window (as torch's FlopCounterMode counts attention). Choices
   that differ from token to token do not make a matrix product cheaper unless whole rows drop out of it, so only token
   and layer routers, and decisions that are the same for the whole sequence, save.
+
+Both are for a sequence that runs on its own. Heads and expert groups save where their linear layers can be narrowed:
+not next to channel routers (channels are chosen there), nor where an architecture keeps q, k and v in one layer.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students.runtime import Decisions
@@ -42,8 +46,13 @@ class BlockShape:
     """Scores and weighted values, for one key."""
     window: int | None
     """Keys that a sliding-window layer sees at most."""
+    own_q: bool
+    """Whether queries have a linear layer of their own: only then can a token that keeps its key go without one."""
+    narrows: dict[str, bool]
+    """Whether closed "head"s and "expert" groups can be left out of the linear layers and of attention."""
     lora: dict[str, int]
-    """Low-rank corrections: "q", "kv", "attn_out", "mlp_in", "mlp_out"."""
+    """Low-rank corrections: "q", "kv", "attn_out", "mlp_in", "mlp_out"; with "_open", the side that heads or groups
+    narrow."""
     routers: dict[str, int]
     """Cost of a router that decides token by token, by the key of its decision."""
     substitutes: dict[str, int]
@@ -61,11 +70,10 @@ class ComputeModel:
 
     def dense(self, valid: Tensor, phase: Phase) -> Tensor:
         """Cost [B, T] of the frozen model for tokens valid [B, T] (bool; padding costs nothing)."""
-        keys = _keys(valid, phase)
-        total = torch.full_like(keys, self.head)
+        total = torch.full(valid.shape, float(self.head), device=valid.device)
         for block in self.blocks:
             total = total + block.q + block.kv + block.o + block.mlp_in + block.mlp_out
-            total = total + block.per_key * _within(keys, block.window, phase)
+            total = total + block.per_key * _keys(valid, phase, block.window)
         return total * valid
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
@@ -101,7 +109,11 @@ class ComputeModel:
     def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         def share(kind: str, key: str) -> Tensor | float:
             spec = self._spec(kind, number, key)
-            return decisions.share[key] if spec is not None and saves(spec, phase) else 1.0
+            if spec is None or not saves(spec, phase) or not block.narrows.get(kind, True):
+                return 1.0
+            if kind == "channel" and key not in decisions.share:
+                return 0.0  # no token entered this branch
+            return decisions.share[key]
 
         layer = share("layer", f"{number}.layer")
         attn = layer * share("token", f"{number}.attn.token")
@@ -110,9 +122,9 @@ class ComputeModel:
         expert = share("expert", f"{number}.mlp.expert")
         read = {site: share("channel", f"{number}.{site}.channel") for site in LINEAR_SITES}
         channel = {site: self._spec("channel", number, f"{number}.{site}.channel") for site in LINEAR_SITES}
-        # a closed head or expert group is a closed channel already where the next layer's channel router saves
-        attn_out = read["attn_out"] if channel["attn_out"] and saves(channel["attn_out"], phase) else head
-        mlp_out = read["mlp_out"] if channel["mlp_out"] and saves(channel["mlp_out"], phase) else expert
+        # a closed head or expert group is a closed channel already where the next layer has a channel router
+        attn_out = read["attn_out"] if channel["attn_out"] else head
+        mlp_out = read["mlp_out"] if channel["mlp_out"] else expert
 
         token_spec = self._spec("token", number, f"{number}.attn.token")
         layer_spec = self._spec("layer", number, f"{number}.layer")
@@ -122,13 +134,18 @@ class ComputeModel:
         if layer_spec is not None and layer_spec.kv == "drop":
             written = written * layer
 
-        keys = _within(_keys(valid, phase, written), block.window, phase)
+        keys = _keys(valid, phase, block.window, written)
         lora = block.lora
-        total = attn * (block.q * read["attn_in"] * head + block.per_key * keys * head + block.o * attn_out)
-        total = total + attn * (lora.get("q", 0) + lora.get("attn_out", 0))
-        total = total + written * (block.kv * read["attn_in"] + lora.get("kv", 0))
-        total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + block.mlp_out * mlp_out)
-        total = total + mlp * (lora.get("mlp_in", 0) + lora.get("mlp_out", 0))
+        asked = attn if block.own_q else torch.maximum(torch.as_tensor(written), torch.as_tensor(attn))
+
+        def corrections(site: str, gates: Tensor | float) -> Tensor | float:
+            return lora.get(site, 0) + lora.get(f"{site}_open", 0) * gates
+
+        total = asked * (block.q * read["attn_in"] * head + corrections("q", head))
+        total = total + written * (block.kv * read["attn_in"] + corrections("kv", 1.0))
+        total = total + attn * (block.per_key * keys * head + block.o * attn_out + corrections("attn_out", head))
+        total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + corrections("mlp_in", expert))
+        total = total + mlp * (block.mlp_out * mlp_out + corrections("mlp_out", expert))
         total = total + sum(block.routers.values())
         if "layer" in block.substitutes:
             total = total + block.substitutes["layer"] * (1 - layer)
@@ -152,6 +169,9 @@ class _Uniform(dict):
     def __missing__(self, key: str) -> Tensor:
         return self.value
 
+    def __contains__(self, key: object) -> bool:
+        return True
+
     def get(self, key: str, default: object = None) -> Tensor:
         return self.value
 
@@ -163,13 +183,12 @@ def saves(spec: RouterSpec, phase: Phase) -> bool:
     return spec.kind != "vocab" and (spec.granularity == "sequence" or spec.network == "static")
 
 
-def _keys(valid: Tensor, phase: Phase, written: Tensor | float = 1.0) -> Tensor:
+def _keys(valid: Tensor, phase: Phase, window: int | None, written: Tensor | float = 1.0) -> Tensor:
     """How many keys each token attends to, [B, T], if a share `written` of each token's keys exists."""
     present = valid.float() * written
-    if phase == "decode":
-        return present.cumsum(1)
-    return present.sum(1, keepdim=True).expand(valid.shape)
-
-
-def _within(keys: Tensor, window: int | None, phase: Phase) -> Tensor:
-    return keys if window is None or phase == "prefill" else keys.clamp(max=window)
+    if phase == "prefill":
+        return present.sum(1, keepdim=True).expand(valid.shape)
+    keys = present.cumsum(1)
+    if window is None or window >= keys.shape[1]:
+        return keys
+    return keys - F.pad(keys[:, :-window], (window, 0))

@@ -38,9 +38,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
-            return self.score[None, None]
+            return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
         x = x.float()
         return self.linear(x) + self.bend(x) if self.spec.network == "mlp" else self.linear(x)
+
+    def share(self, gate: Tensor) -> Tensor:
+        """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""
+        if self.members is None or len(self.members) % self.gates == 0:
+            return gate.mean(-1)
+        return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
 
     def macs(self, width: int) -> int:
         """Multiply-accumulates for one token."""
@@ -60,6 +66,12 @@ class ChannelRouter(nn.Module):
         super().__init__()
         self.spec = spec
         self.log_limit = nn.Parameter(torch.full((width,), OPEN))
+
+    def limit(self, offset: float, dtype: torch.dtype) -> Tensor:
+        """What |x| has to reach [C], float32 but rounded to x's dtype; static: 0 where open, infinity where closed."""
+        if self.spec.network == "static":
+            return torch.where(offset >= self.log_limit.detach(), 0.0, torch.inf)
+        return (self.log_limit.detach() - offset).exp().to(dtype).float()
 
 
 class Substitute(nn.Module):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from students import gates
 from students.routers import Router
+from students.spec import RouterSpec
 
 
 @dataclass
@@ -34,18 +38,47 @@ class Runtime:
 
     bypass: bool = False
     """The student is the teacher."""
+    execution: Literal["skip", "mask"] = "skip"
+    """skip: what is closed is not computed. mask: it is computed and multiplied by zero, the reference for skip. With
+    gradients on, closed gates are masked anyway, because they learn from what they leave out (see `skips`)."""
     offset: float = 0.0
-    """The dial: added to every threshold router's scores; higher opens more gates."""
+    """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
     training: bool = False
     """Whether top-k over the sequence is allowed (token and layer routers)."""
     prompt: Tensor | None = None
     """[B, T] bool: the tokens from which sequence-level decisions are taken."""
+    valid: Tensor | None = None
+    """[B, T] bool: the tokens that are not padding; None: all."""
+    padded: int = 0
+    """How many tokens are padding."""
+    single: bool = False
+    """Whether the call is for one token."""
+    memory: dict[str, Any] | None = None
+    """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
     decisions: Decisions | None = None
     """Where this forward pass records what it decides, if anybody asked."""
     passed: dict[str, Any] = field(default_factory=dict)
     """Gates on their way from the wrapper that decides to the wrapper that applies; taken out when applied."""
+
+    def skips(self, specs: Iterable[RouterSpec]) -> bool:
+        """Whether what these routers close is left out: always without gradients; with them, where the gradient takes
+        the way of what is open (top-k weighted by the score), so that training gets cheaper and stays the same."""
+        if self.execution == "mask":
+            return False
+        return not torch.is_grad_enabled() or all(s.selection == "topk" and s.weight == "score" for s in specs)
+
+    @property
+    def kept(self) -> float:
+        """The share of gates that top-k head and expert routers keep: the capacity, turned by the dial."""
+        if self.offset == 0.0 or not 0 < self.capacity < 1:
+            return self.capacity
+        return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.offset))
+
+    def counted(self, x: Tensor) -> int:
+        """How many tokens of x [B, T, D] are not padding."""
+        return x.shape[:2].numel() - self.padded
 
     def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N], or [B, 1, N].
@@ -56,22 +89,30 @@ class Runtime:
         dtype = x.dtype
         spec = router.spec
         if spec.granularity == "sequence" and spec.network != "static":
-            if self.prompt is None:
-                raise RuntimeError("sequence-level routers need the prompt: call the student, not student.model")
-            x = gates.prompt_mean(x, self.prompt)
-        score = router(x)
+            score = self._score_prompt(key, router, x)
+        else:
+            score = router(x)
         per_token = spec.kind in ("token", "layer")
         if spec.selection == "topk" and not per_token:
-            gate = gates.topk(score, self.capacity, dim=-1)
+            gate = gates.topk(score, self.kept, dim=-1)
         elif spec.selection == "topk" and self.training:
             gate = gates.topk(score, self.capacity, dim=1)
         else:
             gate = gates.threshold(score + self.offset)
-        self.note(key, gate.mean(-1), score)
+        self.note(key, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
             gate, closed = gate.detach() * gates.score_weight(score, over_gates=not per_token), closed.detach()
         return gate.to(dtype), closed.to(dtype)
+
+    def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
+        """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""
+        if self.memory is not None and key in self.memory:
+            return self.memory[key]
+        score = router(gates.prompt_mean(x, self.prompt))
+        if self.memory is not None:
+            self.memory[key] = score
+        return score
 
     def note(self, key: str, share: Tensor, score: Tensor | None = None) -> None:
         """Record a router's open share [B, T] and, where it has them, its scores [B, T, N]."""

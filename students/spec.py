@@ -69,6 +69,11 @@ class RouterSpec:
         """The sites with the default filled in."""
         return self.sites or {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
 
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """The branches that a token or layer router skips."""
+        return BRANCHES if self.kind == "layer" else self.where
+
     def on(self, block: int) -> bool:
         """Whether block number `block` carries this router."""
         return self.blocks == "all" or (block % 2 == 1) == (self.blocks == "odd")

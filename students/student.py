@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from students.architecture import Architecture, architecture_of, weight_of
+from students.attention import route_attention
+from students.cache import RoutedCache
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import BlockShape, ComputeModel
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Decisions, Runtime
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
-from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Wrapper
+from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
 
 ADDED = {"routers", "substitutes", "lora"}
 """Names under which a wrapper holds what was added; nothing else in the model is trainable or saved."""
@@ -46,6 +48,11 @@ class Student(nn.Module):
         self.runtime = runtime
         self.compute = compute
         self.recompute = False
+        self._prompt: Tensor | None = None
+        self._dropping = {
+            n for n in range(len(blocks)) for r in spec.routers if r.kv == "drop" and r.on(n) and "attn" in r.touches
+        }
+        model.base_model.register_forward_pre_hook(self._before, with_kwargs=True)
         self.dial: tuple[tuple[float, float], ...] = ()
 
     def forward(
@@ -57,14 +64,18 @@ class Student(nn.Module):
         decisions may look at (default: all that are not padding); kwargs go to the model, use_cache False by default.
         """
         kwargs.setdefault("use_cache", False)
-        with self._deciding(input_ids, attention_mask, prompt) as decisions:
+        with self._deciding(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate` of the routed model. `student.model` is what a pipeline takes."""
+        return self.model.generate(*args, **kwargs)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
         """As `forward`, up to the LM head: the base model's output, whose last_hidden_state `logits` takes."""
-        with self._deciding(input_ids, attention_mask, prompt) as decisions:
+        with self._deciding(prompt) as decisions:
             out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 
@@ -97,16 +108,56 @@ class Student(nn.Module):
             self.runtime.bypass = before
 
     @contextmanager
-    def _deciding(self, input_ids: Tensor, attention_mask: Tensor | None, prompt: Tensor | None) -> Iterator[Decisions]:
+    def _deciding(self, prompt: Tensor | None) -> Iterator[Decisions]:
+        """Record what the model decides; prompt as in `forward`."""
         run = self.runtime
-        if prompt is None:
-            prompt = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        run.prompt, run.decisions = prompt, Decisions(bypassed=run.bypass)
+        self._prompt, run.decisions = prompt, Decisions(bypassed=run.bypass)
         try:
             yield run.decisions
         finally:
-            run.decisions = None
-            run.passed.clear()
+            self._prompt = run.decisions = None
+
+    def _before(self, base_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
+        run = self.runtime
+        run.passed.clear()
+        if run.bypass:
+            return None
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"][..., 0]
+        mask = kwargs.get("attention_mask")
+        run.valid, run.padded, run.single = None, 0, tokens.numel() == 1
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask[:, -tokens.shape[1] :].bool()
+            padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
+            if padded:
+                run.valid, run.padded = valid, padded
+        run.prompt = self._prompt
+        if run.prompt is None:
+            run.prompt = torch.ones_like(tokens, dtype=torch.bool) if run.valid is None else run.valid
+        kwargs = {**kwargs, **self._cache_for(kwargs)}
+        cache = kwargs.get("past_key_values")
+        run.memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
+        return args, kwargs
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""
+        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        use = self.model.config.use_cache if use is None else use
+        if cache is None and not use:
+            return {}
+        windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
+        if not windows or self.runtime.execution == "mask":
+            return {"past_key_values": DynamicCache(config=self.model.config)} if cache is None else {}
+        if isinstance(cache, RoutedCache):
+            return {}
+        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
+            raise ValueError(
+                f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
+                "dynamic cache that is empty at the start"
+            )
+        return {"past_key_values": RoutedCache(self.model.config, windows)}
 
     def train(self, mode: bool = True) -> Student:
         """Switch what differs between training and inference: only routing does, the frozen model stays in eval()."""
@@ -238,61 +289,94 @@ def _elasticize_block(
             wrapper.substitutes[kind] = _like(wrapper.base_layer, substitute)
             substitutes[key] = substitute.macs()
 
-    for branch in BRANCHES:
-        path = getattr(record, branch)
-        late = getattr(record, f"{branch}_exit")
-        wrapper = RoutedBranch(block.get_submodule(path), runtime, number, branch, record.prenorm, late is not None)
-        gated_by = None
-        if spec.find("token", number, branch):
-            add_router(wrapper, "token", f"{branch}.token", 1)
-            add_substitute(wrapper, "token", branch)
-        if spec.find("layer", number):
-            wrapper.routed_block = True
-            if branch == "attn":
-                add_router(wrapper, "layer", "layer", 1)
-                add_substitute(wrapper, "layer", "layer")
-        if branch == "attn" and spec.find("head", number):
-            add_router(wrapper, "head", "head", heads, torch.arange(heads).repeat_interleave(size))
-            gated_by = f"{number}.attn.head"
-        if branch == "mlp" and spec.find("expert", number):
-            count = min(spec.find("expert", number).groups, neurons)
-            members = torch.arange(neurons) * count // neurons
-            add_router(wrapper, "expert", "expert", count, members)
-            gated_by = f"{number}.mlp.expert"
-
-        for site in (f"{branch}_in", f"{branch}_out"):
-            channel_spec = spec.find("channel", number, site)
-            names = record.linears(site)
-            linears = [block.get_submodule(name) for name in names]
-            inputs = weight_of(linears[0]).shape[1]
-            channel = _like(linears[0], ChannelRouter(channel_spec, inputs)) if channel_spec else None
-            if channel is not None and channel_spec.network != "static":
-                routers[f"{site}.channel"] = inputs // 2  # one comparison a channel
-            corrected = spec.lora.rank > 0 and site in spec.lora.sites
-            for name, linear in zip(names, linears, strict=True):
-                if channel is None and not corrected and (site.endswith("in") or gated_by is None):
-                    continue
-                handed = gated_by if site.endswith("out") else None
-                routed = RoutedLinear(linear, runtime, number, site, len(linears), handed)
-                if channel is not None:
-                    routed.routers["channel"] = channel
-                if corrected:
-                    outputs = weight_of(linear).shape[0]
-                    routed.lora = _like(linear, Lora(inputs, outputs, spec.lora.rank))
-                    part = site if site != "attn_in" else "q" if linear is linears[0] and len(names) > 1 else "kv"
-                    lora[part] = lora.get(part, 0) + spec.lora.rank * (inputs + outputs)
-                block.set_submodule(name, routed)
-        if wrapper.routers or wrapper.routed_block:
-            block.set_submodule(path, wrapper)
-            if late is not None:
-                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, number, branch))
-
     window = None
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[number] == "sliding_attention":
         window = config.sliding_window
     elif kinds is None:
         window = getattr(config, "sliding_window", None)
+    own_q = len(record.attn_in) == 3
+    channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
+    narrows = {
+        "head": own_q and not record.norms_all_heads and "attn" not in channels,
+        "expert": "mlp" not in channels,
+    }
+
+    for branch in BRANCHES:
+        path = getattr(record, branch)
+        late = getattr(record, f"{branch}_exit")
+        kind = "head" if branch == "attn" else "expert"
+        wrapper = RoutedBranch(
+            block.get_submodule(path),
+            runtime,
+            number,
+            branch,
+            prenorm=record.prenorm,
+            late_exit=late is not None,
+            narrows=narrows[kind],
+            window=window,
+        )
+        if spec.find("token", number, branch):
+            add_router(wrapper, "token", f"{branch}.token", 1)
+            add_substitute(wrapper, "token", branch)
+        if spec.find("layer", number):
+            if branch == "attn":
+                add_router(wrapper, "layer", "layer", 1)
+                add_substitute(wrapper, "layer", "layer")
+                layer_router = wrapper.routers["layer"]
+            else:
+                wrapper.block_router = (layer_router,)
+        gated = spec.find(kind, number) is not None
+        if gated:
+            count = heads if branch == "attn" else min(spec.find("expert", number).groups, neurons)
+            channel_count = heads * size if branch == "attn" else neurons
+            add_router(wrapper, kind, kind, count, torch.arange(channel_count) * count // channel_count)
+        asks = branch == "attn" and ({"token", "layer"} & set(wrapper.routers))
+
+        for end in ("in", "out"):
+            site = f"{branch}_{end}"
+            channel_spec = spec.find("channel", number, site)
+            names = record.linears(site)
+            linears = [block.get_submodule(name) for name in names]
+            inputs = weight_of(linears[0]).shape[1]
+            channel = _like(linears[0], ChannelRouter(channel_spec, inputs)) if channel_spec else None
+            corrected = spec.lora.rank > 0 and site in spec.lora.sites
+            shared = Site(f"{number}.{site}")
+            for name, linear in zip(names, linears, strict=True):
+                first = linear is linears[0]
+                per_query = bool(asks) and (end == "out" or (own_q and first))
+                narrowed = gated and narrows[kind] and (branch == "mlp" or first)
+                part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
+                if channel is None and not corrected and not part and not per_query:
+                    continue
+                routed = RoutedLinear(
+                    linear,
+                    runtime,
+                    shared,
+                    f"{number}.{branch}",
+                    gated_by=f"{number}.{branch}.{kind}" if part == "inputs" else None,
+                    part=part,
+                    per_query=per_query,
+                )
+                if channel is not None:
+                    routed.routers["channel"] = channel
+                if corrected:
+                    outputs = weight_of(linear).shape[0]
+                    routed.lora = _like(linear, Lora(inputs, outputs, spec.lora.rank))
+                    cost = site if site != "attn_in" else "q" if first and own_q else "kv"
+                    always, gated_side = (inputs, outputs) if end == "in" else (outputs, inputs)
+                    if cost == "kv":
+                        always, gated_side = inputs + outputs, 0
+                    lora[cost] = lora.get(cost, 0) + spec.lora.rank * always
+                    lora[f"{cost}_open"] = lora.get(f"{cost}_open", 0) + spec.lora.rank * gated_side
+                block.set_submodule(name, routed)
+        if wrapper.routers or wrapper.block_router:
+            if branch == "attn":
+                route_attention(wrapper.base_layer)
+            block.set_submodule(path, wrapper)
+            if late is not None:
+                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, number, branch))
+
     kv_share = 2 * groups / (heads + 2 * groups)
     return BlockShape(
         q=round(macs["attn_in"] * (1 - kv_share)),
@@ -302,6 +386,8 @@ def _elasticize_block(
         mlp_out=macs["mlp_out"],
         per_key=2 * heads * size,
         window=window,
+        own_q=own_q,
+        narrows=narrows,
         lora=lora,
         routers=routers,
         substitutes=substitutes,

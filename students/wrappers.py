@@ -1,16 +1,27 @@
-"""Modules that stand in front of a frozen model's own: they hold `base_layer` and never copy its forward."""
+"""Modules that stand in front of a frozen model's own: they hold `base_layer` and never copy its forward.
+
+Each executes in two ways (see Runtime.execution) that agree: as masks, and by leaving out what is closed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from students import gates
-from students.routers import ChannelRouter, Lora, VocabRouter
+from students import gates, kernels
+from students.architecture import weight_of
+from students.attention import Packing, Plan
+from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
+
+HEAD_ROWS = 8
+"""Up to so many tokens at once, exact rows of the LM head are computed one by one instead of all in one product."""
 
 
 class Wrapper(nn.Module):
@@ -28,74 +39,282 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
 
+@dataclass
+class Exits:
+    """What token and layer gates do to the output of their branch."""
+
+    x: Tensor
+    """The branch's input [B, T, D], which substitutes read."""
+    gates: list[tuple[Tensor, Tensor, Substitute | None]] = field(default_factory=list)
+    """(gate, closed, substitute) in turn, the first two [B, T, 1] or [B, 1, 1]: out * gate + substitute * closed."""
+    weighted: bool = False
+    """Whether some gate multiplies what it lets through by something other than 1."""
+    rows: Tensor | None = None
+    """Flat indices of the tokens that the output [1, N, D] holds; None: all [B, T, D]."""
+    valid: Tensor | None = None
+    """[B, T] bool; padding is left out when rows are."""
+
+    def open(self, only: list[int] | None = None) -> Tensor:
+        """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
+        kept = self.valid
+        for number, (_, closed, _) in enumerate(self.gates):
+            if only is None or number in only:
+                this = closed.squeeze(-1).expand(self.x.shape[:2]) == 0
+                kept = this if kept is None else kept & this
+        return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
+
+    def apply(self, out: Tensor) -> Tensor:
+        """The branch's output as the block gets it, [B, T, D]."""
+        if self.rows is not None:
+            return self._scatter(out)
+        for gate, closed, substitute in self.gates:
+            out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * closed, out, gate)
+        return out
+
+    def pass_all(self, out: Tensor) -> Tensor:
+        """As `apply`, where all gates turned out to be open."""
+        for gate, _, _ in self.gates if self.weighted else ():
+            out = out * gate
+        return out
+
+    def _scatter(self, out: Tensor) -> Tensor:
+        x = self.x.flatten(0, 1)
+        total = x.new_zeros(x.shape)
+        passing = self.valid
+        weight = None
+        substitutes = []
+        for gate, closed, substitute in reversed(self.gates):
+            closed = closed.squeeze(-1).expand(self.x.shape[:2]) != 0
+            if substitute is not None:
+                chosen = (closed if passing is None else closed & passing).flatten().nonzero().squeeze(1)
+                substitutes.append((chosen, substitute, weight))
+            passing = ~closed if passing is None else passing & ~closed
+            if self.weighted:
+                gate = gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
+                weight = gate if weight is None else weight * gate
+        out = out.reshape(-1, x.shape[-1])
+        total = total.index_copy(0, self.rows, out if weight is None else out * weight[self.rows])
+        for chosen, substitute, later in substitutes:
+            if len(chosen):
+                stand_in = substitute(x[chosen])
+                total = total.index_copy(0, chosen, stand_in if later is None else stand_in * later[chosen])
+        return total.view_as(self.x)
+
+
+@dataclass
+class Narrow:
+    """The channels in front of a branch's last linear layer that are open, for all tokens of this call alike."""
+
+    channels: Tensor
+    """[n], ascending."""
+    size: int
+    """How many there are, open or not."""
+    weight: Tensor | None
+    """[n]: what they are multiplied by; None: 1."""
+    keep: bool
+    """The choice stands for more calls (sequence-level, static): weights may be sliced and kept."""
+
+
 class RoutedBranch(Wrapper):
     """An attention or MLP branch whose routers read its input.
 
     block: the block's number. branch: "attn" or "mlp". prenorm: whether the input is normalised already.
-    late_exit: gates are applied by a RoutedExit further on (post-norm architectures) instead of here.
+    late_exit: gates are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether
+    closed heads or groups can be left out of the linear layers. window: the layer's sliding window.
     """
 
     def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, block: int, branch: str, prenorm: bool, late_exit: bool
+        self,
+        base_layer: nn.Module,
+        runtime: Runtime,
+        block: int,
+        branch: str,
+        *,
+        prenorm: bool,
+        late_exit: bool,
+        narrows: bool,
+        window: int | None,
     ) -> None:
         super().__init__(base_layer, runtime)
         self.block = block
         self.branch = branch
         self.prenorm = prenorm
         self.late_exit = late_exit
+        self.narrows = narrows
+        self.window = window
         self.routers = nn.ModuleDict()
         self.substitutes = nn.ModuleDict()
-        self.routed_block = False
+        self.block_router: tuple[Router, ...] = ()
+        self._standing: tuple[Any, Any] = (None, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.runtime
         if run.bypass:
             return self.base_layer(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
-        exits = []
-        keys_kept: Tensor | None = None
-        for kind in ("token", "layer"):
-            decided = self._branch_gate(kind, features)
-            if decided is None:
-                continue
-            gate, closed = decided
-            exits.append((gate, closed * self.substitutes[kind](x) if kind in self.substitutes else None))
-            if self.branch == "attn" and self.routers[kind].spec.kv == "drop":
-                kept = closed.detach() == 0
-                keys_kept = kept if keys_kept is None else keys_kept & kept
-        for kind in ("head", "expert"):
-            if kind in self.routers:
-                key = f"{self.block}.{self.branch}.{kind}"
-                gate, _ = run.decide(key, self.routers[kind], features)
-                run.passed[key] = gate.index_select(-1, self.routers[kind].members)
-        if keys_kept is not None:
-            kwargs = self._without_closed_keys(x, keys_kept, kwargs)
-        out = self.base_layer(*args, **kwargs)
-        if self.late_exit:
-            run.passed[f"{self.block}.{self.branch}.exit"] = exits
-            return out
-        if isinstance(out, tuple):
-            return apply_exits(out[0], exits), *out[1:]
-        return apply_exits(out, exits)
+        exits, specs = self._decide(x, features)
+        skip = run.skips(specs)
+        try:
+            plan = self._pass_parts(x, features, skip)
+            if skip and exits.gates:
+                exits.valid = run.valid
+                leave_out = self._attend_some if self.branch == "attn" else self._compute_some
+                return leave_out(exits, plan, args, kwargs)
+            if plan is not None and self.branch == "attn":
+                kwargs["routed"] = plan
+            if self.branch == "attn" and any(spec.kv == "drop" for spec in specs):
+                kwargs = self._without_closed_keys(exits, specs, kwargs)
+            return self._leave(self.base_layer(x, *args, **kwargs), exits)
+        finally:
+            for what in ("narrow", "rows", "queries"):
+                run.passed.pop(f"{self.block}.{self.branch}.{what}", None)
 
-    def _branch_gate(self, kind: str, features: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(gate, closed), each [B, T, 1]. A layer gate is decided in front of attention and handed on to the MLP."""
-        if kind == "layer" and self.routed_block and self.branch == "mlp":
-            return self.runtime.passed.pop(f"{self.block}.layer")
+    def _decide(self, x: Tensor, features: Tensor) -> tuple[Exits, list[Any]]:
+        """Token and layer gates. A layer gate is decided in front of attention and handed on to the MLP."""
+        exits, specs = Exits(x), []
+        for kind in ("token", "layer"):
+            key = f"{self.block}.layer" if kind == "layer" else f"{self.block}.{self.branch}.{kind}"
+            if kind in self.routers:
+                router = self.routers[kind]
+                decided = self.runtime.decide(key, router, features)
+                if kind == "layer":
+                    self.runtime.passed[key] = decided
+            elif kind == "layer" and self.block_router:
+                router = self.block_router[0]
+                decided = self.runtime.passed.pop(key)
+            else:
+                continue
+            exits.gates.append((*decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
+            exits.weighted |= router.spec.weight == "score"
+            specs.append(router.spec)
+        return exits, specs
+
+    def _pass_parts(self, x: Tensor, features: Tensor, skip: bool) -> Plan | None:
+        """Decide heads or expert groups and hand them to the linear layers; the plan for attention, if it shrinks."""
+        kind = "head" if self.branch == "attn" else "expert"
         if kind not in self.routers:
             return None
-        key = f"{self.block}.layer" if kind == "layer" else f"{self.block}.{self.branch}.{kind}"
-        decided = self.runtime.decide(key, self.routers[kind], features)
-        if kind == "layer":
-            self.runtime.passed[key] = decided
-        return decided
+        run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
+        gate, _ = run.decide(key, router, features)
+        alike = gate.numel() == gate.shape[-1]
+        if not (skip and alike and self.narrows and run.skips([router.spec])):
+            run.passed[key] = gate.index_select(-1, router.members)
+            return None
+        narrow, heads = self._narrow(key, router, gate.flatten())
+        run.passed[f"{self.block}.{self.branch}.narrow"] = narrow
+        return Plan(heads=heads)
 
-    def _without_closed_keys(self, x: Tensor, kept: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
+        """(open channels, open gates) of gates [N]; remembered where they stand for more than this call."""
+        run, static = self.runtime, router.spec.network == "static"
+        if static:
+            state = router.score._version, run.offset, run.capacity
+            if self._standing[0] == state:
+                return self._standing[1]
+        elif run.memory is not None and f"{key}.narrow" in run.memory:
+            return run.memory[f"{key}.narrow"]
+        open_ = gate != 0
+        channels = open_[router.members].nonzero().squeeze(1)
+        weight = gate[router.members[channels]] if router.spec.weight == "score" else None
+        keep = static or router.spec.granularity == "sequence"
+        result = Narrow(channels, len(router.members), weight, keep), open_.nonzero().squeeze(1)
+        if static:
+            self._standing = state, result
+        elif keep and run.memory is not None:
+            run.memory[f"{key}.narrow"] = result
+        return result
+
+    def _compute_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """An MLP on the tokens that need it."""
+        rows = exits.open().flatten().nonzero().squeeze(1)
+        if len(rows) == self.runtime.counted(exits.x):
+            return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
+        exits.rows = rows
+        gate = self.runtime.passed.pop(f"{self.block}.mlp.expert", None)
+        packed = _take(exits.x, exits.x, rows)
+        if len(rows) == 0:
+            return self._leave(packed, exits)
+        self.runtime.passed[f"{self.block}.mlp.rows"] = rows, rows, exits.x.shape[:2]
+        if gate is not None:
+            self.runtime.passed[f"{self.block}.mlp.expert"] = _take(gate, exits.x, rows)
+        return self._leave(self.base_layer(packed, *args, **kwargs), exits)
+
+    def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention of the tokens that need it, to the tokens that have a key."""
+        run, x = self.runtime, exits.x
+        tokens = x.shape[1]
+        open_ = exits.open()
+        rows = open_.flatten().nonzero().squeeze(1)
+        drops = [n for n, spec in enumerate(self._specs()) if spec.kv == "drop"]
+        if not drops and len(rows) == run.counted(x):
+            if plan is not None:
+                kwargs["routed"] = plan
+            return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
+
+        exits.rows = rows
+        plan = plan or Plan()
+        kwargs["routed"] = plan
+        heads = f"{self.block}.attn.head"
+        gate = run.passed.pop(heads, None)
+        if drops:
+            kept = exits.open(drops)
+            seen = rows if len(drops) == len(exits.gates) else kept.flatten().nonzero().squeeze(1)
+            plan.packing = self._pack(x, seen, kept.sum(1).tolist(), kwargs)
+            if len(seen) == 0:
+                return self._leave((_take(x, x, seen), None), exits)  # late exit: the block still unpacks a tuple
+            if len(seen) > len(rows):
+                plan.queries = torch.searchsorted(seen, rows)
+        else:
+            plan.queries = rows
+        if gate is not None:
+            run.passed[heads] = _take(gate, x, rows)
+        if drops:
+            x = _take(x, x, seen)
+        run.passed[f"{self.block}.attn.rows"] = seen if drops else None, rows, exits.x.shape[:2]
+        if plan.queries is not None:
+            plan.counts = tuple(open_.sum(1).tolist()) if tokens > 1 or drops else ()
+            run.passed[f"{self.block}.attn.queries"] = plan.queries
+        return self._leave(self.base_layer(x, *args, **kwargs), exits)
+
+    def _pack(self, x: Tensor, rows: Tensor, counts: list[int], kwargs: dict[str, Any]) -> Packing:
+        """Prepare the cache and the arguments of attention for tokens x [B, T, D], of which the flat rows are kept."""
+        tokens = x.shape[1]
+        batch, index, layer = rows // tokens, rows % tokens, None
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if cache is not None:
+            layer = cache.layers[self.base_layer.layer_idx]
+            index = index + layer.get_seq_length()
+            layer.expect(batch, index, counts, tokens)
+        kwargs["attention_mask"] = None
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = tuple(_take(e, x, rows) for e in kwargs["position_embeddings"])
+        return Packing(index, batch, counts, layer, self.window)
+
+    def _specs(self) -> list[Any]:
+        """Specifications of the token and layer gates, in the order of `Exits.gates`."""
+        routers = [self.routers[kind] for kind in ("token", "layer") if kind in self.routers]
+        return [r.spec for r in (*routers, *self.block_router)]
+
+    def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
+        """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
+        if self.late_exit:
+            self.runtime.passed[f"{self.block}.{self.branch}.exit"] = exits, all_open
+            return out
+        apply = exits.pass_all if all_open else exits.apply
+        return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
+
+    def _without_closed_keys(self, exits: Exits, specs: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
-            raise NotImplementedError("the K/V policy `drop` with a KV cache: pass use_cache=False")
-        kept = kept.squeeze(-1).expand(x.shape[:2])
-        return {**kwargs, "attention_mask": gates.hide_closed_keys(kwargs.get("attention_mask"), kept, x.dtype)}
+            raise ValueError("masks with the K/V policy `drop` see whole sequences: pass use_cache=False, or skip")
+        kept = exits.open([n for n, spec in enumerate(specs) if spec.kv == "drop"])
+        mask = gates.hide_closed_keys(kwargs.get("attention_mask"), kept, exits.x.dtype)
+        return {**kwargs, "attention_mask": mask}
+
+
+def _take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Values [B or 1, T or 1, N] of the tokens x [B, T, D], for the flat rows only: [1, n, N]."""
+    return values.expand(*x.shape[:2], -1).flatten(0, 1)[rows].unsqueeze(0)
 
 
 class RoutedExit(Wrapper):
@@ -107,52 +326,241 @@ class RoutedExit(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
-        return out if self.runtime.bypass else apply_exits(out, self.runtime.passed.pop(self.key))
+        if self.runtime.bypass:
+            return out
+        exits, all_open = self.runtime.passed.pop(self.key)
+        return exits.pass_all(out) if all_open else exits.apply(out)
 
 
-def apply_exits(out: Tensor, exits: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """out * gate + substitute for each (gate [B, T, 1], gated substitute [B, T, D] or None) in turn."""
-    for gate, substitute in exits:
-        out = out * gate if substitute is None else torch.addcmul(substitute, out, gate)
-    return out
+class Site:
+    """The linear layers of a block that read one input: one weight [in, outs side by side], read together.
+
+    The weight is put together when a single token first comes by; the layers' own become views of it, so that there is
+    one copy.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layers: list[RoutedLinear] = []
+        self._whole: Tensor | None = None
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    def once(self, what: str, state: Any, make: Callable[[], Any]) -> Any:
+        """make(), again only when the state it depends on has changed."""
+        if what not in self._known or self._known[what][0] != state:
+            self._known[what] = state, make()
+        return self._known[what][1]
+
+    def read(
+        self, x: Tensor, limit: Tensor, only: RoutedLinear | None = None, corrected: bool = True
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """x [I] -> outputs [O] of each layer, by its place, and how many channels were read (see kernels).
+
+        corrected: with the low-rank corrections.
+        """
+        weight, ends = self._weight(), self.once("ends", (), self._ends)
+        lora = [p for layer in self.layers if layer.lora is not None for p in (layer.lora.down, layer.lora.up)]
+        state = x.dtype, weight.data_ptr(), *((id(p), p._version) for p in lora)
+        bias, down, up = self.once("rest", state, lambda: self._rest(x.dtype))
+        if not corrected:
+            down = up = None
+        if only is None:
+            out, count = kernels.read_channels(x, limit, weight, bias, down, up, ends)
+            return dict(enumerate(out.tensor_split(ends[:-1]))), count
+        place = self.layers.index(only)
+        part = slice(ends[place] - only.outputs, ends[place])
+        if down is not None:
+            down, up = down.chunk(len(ends))[place], up[:, part].contiguous()
+        bias = None if bias is None else bias[part]
+        out, count = kernels.read_channels(x, limit, weight[:, part], bias, down, up, [only.outputs])
+        return {place: out}, count
+
+    def _weight(self) -> Tensor:
+        """[I, O], contiguous."""
+        bases = [layer.base_layer for layer in self.layers]
+        if self._whole is None or self._whole.data_ptr() != bases[0].weight.data_ptr():
+            columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
+            self._whole = torch.cat([part.detach() for part in columns], 1)
+            for base, part in zip(bases, self._whole.split([c.shape[1] for c in columns], 1), strict=True):
+                base.weight.data = part if isinstance(base, Conv1D) else part.T
+        return self._whole
+
+    def _ends(self) -> list[int]:
+        return torch.tensor([layer.outputs for layer in self.layers]).cumsum(0).tolist()
+
+    def _rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(bias, down, up) of all layers side by side; a site has corrections at all of its layers or at none."""
+        biases = [layer.base_layer.bias for layer in self.layers]
+        if any(bias is not None for bias in biases):
+            zeros = [self._whole.new_zeros(layer.outputs) for layer in self.layers]
+            bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+        else:
+            bias = None
+        if self.layers[0].lora is None:
+            return bias, None, None
+        down = torch.cat([layer.lora.down.detach() for layer in self.layers]).to(dtype)
+        up = torch.cat([layer.lora.up.detach() for layer in self.layers]).T.to(dtype).contiguous()
+        return bias, down, up
 
 
 class RoutedLinear(Wrapper):
-    """A linear layer that reads only some of its input channels, with an optional low-rank correction.
+    """A linear layer of which only a part is computed, with an optional low-rank correction.
 
-    site: "attn_in", "attn_out", "mlp_in" or "mlp_out". layers: how many linear layers read the same input there; they
-    share one selection, which the first to run makes. gated_by: under which name the branch hands over the gates
-    [B, T, in] of heads or expert groups.
+    site: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
+    the name ("3.attn") under which the branch hands over what is open. part: which of a branch's heads or groups this
+    layer touches: the "inputs" it reads (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its
+    output is wanted only for tokens that attend (q, o).
     """
 
     def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, block: int, site: str, layers: int, gated_by: str | None
+        self,
+        base_layer: nn.Module,
+        runtime: Runtime,
+        site: Site,
+        branch: str,
+        *,
+        gated_by: str | None,
+        part: Literal["inputs", "outputs", ""],
+        per_query: bool,
     ) -> None:
         super().__init__(base_layer, runtime)
-        self.site = f"{block}.{site}"
-        self.layers = layers
+        self.site = site
+        self.branch = branch
         self.gated_by = gated_by
+        self.part = part
+        self.per_query = per_query
+        self.outputs, self.inputs = weight_of(base_layer).shape
         self.routers = nn.ModuleDict()
         self.lora: Lora | None = None
+        self._slice: tuple[Tensor | None, Any] = (None, None)
+        site.layers.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
         if run.bypass:
             return self.base_layer(x)
-        if self.gated_by is not None:
-            x = x * run.passed.pop(self.gated_by)
-        out = self.base_layer(self._read(x) if "channel" in self.routers else x)
+        queries = run.passed.get(f"{self.branch}.queries")
+        if queries is None or not self.per_query:
+            return self._compute(x, together=queries is None)
+        out = self._compute(x.flatten(0, 1)[queries].unsqueeze(0), together=False)
+        if self.site.name.endswith("out"):
+            return out  # the branch ends here and goes on with these tokens
+        full = out.new_zeros(x.shape[:-1].numel(), out.shape[-1])
+        return full.index_copy(0, queries, out.squeeze(0)).view(*x.shape[:-1], -1)
+
+    def _compute(self, x: Tensor, together: bool) -> Tensor:
+        narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
+        if narrow is not None:
+            return self._read_open(x, narrow) if self.part == "inputs" else self._write_open(x, narrow)
+        if self.part == "inputs":
+            x = x * self.runtime.passed.pop(self.gated_by)
+        if "channel" not in self.routers:
+            return self._correct(self.base_layer(x), x)
+        router = self.routers["channel"]
+        if self.runtime.execution == "skip" and not torch.is_grad_enabled():
+            if self._alone(x):
+                return self._read_one(router, x, together)
+            if router.spec.network == "static":
+                return self._read_static(router, x)
+        return self._correct(self.base_layer(self._mask(router, x, together)), x)
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether this is one token, decoded on its own: then reading less is faster."""
+        return self.runtime.single and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled()
+
+    def _note(self, share: Tensor) -> None:
+        """Record the share of channels that was read; 0 for tokens that are not here."""
+        run, place = self.runtime, self.runtime.passed.get(f"{self.branch}.rows")
+        asked = self.per_query and f"{self.branch}.queries" in run.passed
+        if run.decisions is None or (asked and self.site.name.endswith("in")):  # keys and values read for more tokens
+            return
+        rows = None if place is None else place[1] if self.site.name.endswith("out") else place[0]
+        if rows is not None:
+            full = share.new_zeros(place[2].numel())
+            share = full.index_copy(0, rows, share.flatten()).view(place[2])
+        run.note(f"{self.site.name}.channel", share)
+
+    def _correct(self, out: Tensor, x: Tensor) -> Tensor:
         return out if self.lora is None else out + self.lora(x)
 
-    def _read(self, x: Tensor) -> Tensor:
-        """x without the channels that stay closed."""
-        read, left = self.runtime.passed.pop(self.site, (None, self.layers))
-        if read is None:
-            read, share = read_channels(self.routers["channel"], x, self.runtime.offset)
-            self.runtime.note(f"{self.site}.channel", share)
+    def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
+        """x without the channels that stay closed; the first layer of a site chooses for all."""
+        run, name = self.runtime, self.site.name
+        masked, left = run.passed.pop(name, (None, len(self.site.layers))) if together else (None, 1)
+        if masked is None:
+            masked, share = read_channels(router, x, run.offset)
+            self._note(share)
         if left > 1:
-            self.runtime.passed[self.site] = read, left - 1
-        return read
+            run.passed[name] = masked, left - 1
+        return masked
+
+    def _read_one(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
+        """One token: only the rows of the transposed weight that it selects are read."""
+        run, name, place = self.runtime, f"{self.site.name}.read", self.site.layers.index(self)
+        if not together or name not in run.passed:
+            state = id(router), router.log_limit._version, run.offset, x.dtype
+            limit = self.site.once("limit", state, lambda: router.limit(run.offset, x.dtype))
+            outs, count = self.site.read(x.flatten(), limit, None if together else self)
+            if run.decisions is not None:
+                self._note((count / self.inputs).expand(x.shape[:-1]))
+            if not together:
+                return outs[place].view(*x.shape[:-1], -1)
+            run.passed[name] = outs
+        outs = run.passed[name]
+        out = outs.pop(place)
+        if not outs:
+            del run.passed[name]
+        return out.view(*x.shape[:-1], -1)
+
+    def _read_static(self, router: ChannelRouter, x: Tensor) -> Tensor:
+        """The same channels for every token: a smaller matrix product."""
+        run = self.runtime
+        state = id(router), router.log_limit._version, run.offset
+        limit = router.limit(run.offset, x.dtype)
+        channels = self.site.once("static", state, lambda: (limit == 0).nonzero().squeeze(1))
+        self._note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
+        weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
+        return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
+
+    def _write_open(self, x: Tensor, narrow: Narrow) -> Tensor:
+        """Outputs of open heads or groups only: [..., n], or [..., 2 n] where a layer holds gate and up."""
+        copies = self.outputs // narrow.size
+        rows = torch.cat([narrow.channels + copy * narrow.size for copy in range(copies)])
+        base = self.base_layer
+        if self._alone(x) and not narrow.keep:
+            if not weight_of(base).is_contiguous():
+                base.weight.data = base.weight.data.T.contiguous().T
+            out = kernels.dot_rows(x.flatten(), weight_of(base), base.bias, rows).view(*x.shape[:-1], -1)
+        else:
+            weight, bias = self._sliced(
+                narrow.channels, lambda: (weight_of(base)[rows], None if base.bias is None else base.bias[rows])
+            )
+            out = F.linear(x, weight, bias)
+        if self.lora is None:
+            return out
+        return out + F.linear(F.linear(x, self.lora.down.to(x.dtype)), self.lora.up[rows].to(x.dtype))
+
+    def _read_open(self, x: Tensor, narrow: Narrow) -> Tensor:
+        """From x [..., n], the channels of open heads or groups only."""
+        channels = narrow.channels
+        if narrow.weight is not None:
+            x = x * narrow.weight
+        if self._alone(x) and not narrow.keep:
+            full = x.new_zeros(self.inputs).index_copy(0, channels, x.flatten())
+            limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
+            out = self.site.read(full, limit, corrected=False)[0][0].view(*x.shape[:-1], -1)
+        else:
+            weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
+            out = F.linear(x, weight, self.base_layer.bias)
+        if self.lora is None:
+            return out
+        return out + F.linear(F.linear(x, self.lora.down[:, channels].to(x.dtype)), self.lora.up.to(x.dtype))
+
+    def _sliced(self, choice: Tensor, make: Callable[[], Any]) -> Any:
+        """Parts of the weight for a choice that stands, made once while the same tensor says so."""
+        if self._slice[0] is not choice:
+            self._slice = choice, make()
+        return self._slice[1]
 
 
 def read_channels(router: ChannelRouter, x: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -169,18 +577,46 @@ class RoutedHead(Wrapper):
     def __init__(self, base_layer: nn.Module, runtime: Runtime, router: VocabRouter) -> None:
         super().__init__(base_layer, runtime)
         self.routers = nn.ModuleDict({"vocab": router})
+        self._preview: tuple[Any, Tensor | None] = (None, None)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
         router = self.routers["vocab"]
-        return router.spread, router.tail, router.preview_weight(self.base_layer.weight)
+        return router.spread, router.tail, self._preview_weight()
+
+    def _preview_weight(self) -> Tensor:
+        """The router's preview of the head [V, r], computed when its maps or the head's weight change."""
+        router, weight = self.routers["vocab"], self.base_layer.weight
+        state = id(router.up), router.up._version, weight.data_ptr(), weight._version
+        if self._preview[0] != state:
+            self._preview = state, router.preview_weight(weight.detach())
+        return self._preview[1]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.runtime.bypass:
+        run = self.runtime
+        if run.bypass:
             return self.base_layer(hidden)
-        logits, share = self.routed_logits(hidden, *self.tensors())
-        self.runtime.note("vocab", share)
+        rows = hidden.shape[:-1].numel()
+        if rows <= HEAD_ROWS and run.execution == "skip" and not torch.is_grad_enabled():
+            logits, share = self._some_rows(hidden.flatten(0, -2))
+            logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
+        else:
+            logits, share = self.routed_logits(hidden, *self.tensors())
+        run.note("vocab", share)
         return logits
+
+    def _some_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read."""
+        router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
+        features = router.features(hidden)
+        limit = router.limit(features, router.spread).squeeze(-1) - self.runtime.offset
+        if len(hidden) == 1:
+            preview = kernels.dot_rows(features[0], up, None, None).unsqueeze(0)
+        else:
+            preview = F.linear(features, up)
+        tail = router.tail.to(hidden.dtype)
+        logits, count = kernels.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
+        return logits, count / len(base.weight)
 
     def routed_logits(
         self, hidden: Tensor, spread: Tensor, tail: Tensor, preview_weight: Tensor

@@ -139,7 +139,8 @@ def test_sequence_and_static_choices_save_in_prefill():
         assert student_of(router).compute.uniform(0.5, 12, "prefill") < 0.99, site
 
 
-SHAPE = dict(kv=20, o=100, mlp_in=300, mlp_out=150, per_key=8, window=None, lora={}, routers={}, substitutes={})
+SHAPE = dict(kv=20, o=100, mlp_in=300, mlp_out=150, per_key=8, window=None, own_q=True, narrows={})
+SHAPE |= dict(lora={}, routers={}, substitutes={})
 
 
 def test_decode_by_hand():

@@ -1,0 +1,187 @@
+"""Attention for some tokens and some heads, by calling the model's own attention function on less.
+
+transformers dispatches attention by name (`ALL_ATTENTION_FUNCTIONS`). A routed attention module gets a name of ours,
+which does what the original does until its branch passes a `Plan` along.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from students.cache import DroppedLayer
+
+BLOCK = 512
+"""Queries that share one causal mask: keys after the last of them are not read."""
+
+
+@dataclass
+class Packing:
+    """Tokens of several sequences, one after the other: [1, N, ...]."""
+
+    index: Tensor
+    """[N]: a token's place in its sequence, counted from the start of the cache."""
+    batch: Tensor
+    """[N]: the sequence it belongs to."""
+    counts: list[int]
+    """Tokens of each sequence."""
+    layer: DroppedLayer | None
+    """Where the keys so far are, these tokens' included; None without a cache."""
+    window: int | None
+    """A key further back than this is not seen."""
+
+
+@dataclass
+class Plan:
+    """What is left of an attention layer to compute."""
+
+    queries: Tensor | None = None
+    """Flat indices, ascending, of the tokens whose output is wanted; None: all."""
+    counts: tuple[int, ...] = ()
+    """How many of the queries each sequence has."""
+    heads: Tensor | None = None
+    """The query heads that are open, for all tokens alike; None: all."""
+    packing: Packing | None = None
+    """How tokens are packed; None: [B, T, ...] as usual."""
+
+
+def route_attention(module: nn.Module) -> None:
+    """Let an attention module listen to plans; without one it computes exactly what it did."""
+    base = module.config._attn_implementation or "eager"
+    name = f"elastic_{base}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation = name
+
+
+def routed_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    routed: Plan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As transformers' attention functions: query [B, H, T, d], key and value [B, K, C, d] -> ([B, T, H, d], weights).
+
+    Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    if routed is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("position_ids", None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if base == "eager":  # adds its mask, and takes none for: everything is seen
+            if mask is None and q.shape[2] > 1:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        if routed.heads is None:
+            return attend(module, q, k, v, mask, **kwargs)[0]
+        of = routed.heads // getattr(module, "num_key_value_groups", 1)
+        return attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
+
+    if routed.packing is not None:
+        return _packed(run, query, key, value, routed), None
+    if routed.queries is None:
+        return run(query, key, value, attention_mask), None
+    return _selected(run, query, key, value, attention_mask, routed), None
+
+
+class _OneKeyPerHead:
+    """An attention module as attention functions see it, with as many key heads as query heads."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _selected(
+    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan
+) -> Tensor:
+    """Every token has its key; only some are queries."""
+    batch, heads, tokens, _ = query.shape
+    out = query.new_zeros(batch, tokens, heads, value.shape[-1])
+    if tokens == 1:
+        rows = plan.queries
+        if len(rows) == 0:
+            return out
+        some = mask if mask is None or len(mask) == 1 else mask[rows]
+        return out.index_copy(0, rows, run(query[rows], key[rows], value[rows], some))
+    flat, start = out.flatten(0, 1), 0
+    for b, count in enumerate(plan.counts):
+        rows, start = plan.queries[start : start + count], start + count
+        for part in rows.split(BLOCK) if count else ():
+            places = part - b * tokens
+            if mask is None:  # as transformers has it: causal, from the first key on
+                last = int(places[-1]) + 1
+                k, v = key[b : b + 1, :, :last], value[b : b + 1, :, :last]
+                visible = _causal(places, torch.arange(last, device=places.device), None)
+            else:
+                k, v = key[b : b + 1], value[b : b + 1]
+                visible = mask[b if len(mask) > 1 else 0][None, :, places]
+            flat = flat.index_copy(0, part, run(query[b : b + 1, :, places], k, v, visible)[0])
+    return flat.view_as(out)
+
+
+def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+    """Tokens that are not here have no key either."""
+    packing = plan.packing
+    layer, window = packing.layer, packing.window
+    counts = list(plan.counts) if plan.queries is not None else packing.counts
+    queries = torch.arange(query.shape[2], device=query.device) if plan.queries is None else plan.queries
+    out = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+    if layer is not None and len(packing.counts) > 1 and max(packing.counts) == 1:
+        if len(queries) == 0:
+            return out.unsqueeze(0)
+        rows, places = packing.batch[queries], packing.index[queries]
+        kept = layer.index[rows]
+        visible = (kept >= 0) if window is None else (kept >= 0) & (kept > (places - window)[:, None])
+        q = query[0, :, queries].transpose(0, 1).unsqueeze(2)
+        every = len(rows) == len(layer.keys)
+        k, v = (layer.keys, layer.values) if every else (layer.keys[rows], layer.values[rows])
+        return out.index_copy(0, queries, run(q, k, v, visible[:, None, None])[:, 0]).unsqueeze(0)
+    first = begin = 0
+    for b, count in enumerate(counts):
+        rows, first = queries[first : first + count], first + count
+        size, start = packing.counts[b], begin
+        begin += size
+        if count == 0:
+            continue
+        if layer is None:
+            k, v, kept = key[:, :, start:begin], value[:, :, start:begin], packing.index[start:begin]
+        else:
+            length = layer.lengths[b]
+            k, v, kept = layer.keys[b : b + 1, :, :length], layer.values[b : b + 1, :, :length], layer.index[b, :length]
+        whole = count == size
+        for part in rows.split(len(rows) if whole and k.shape[2] == size and window is None else BLOCK):
+            visible = None
+            alone = len(part) == 1 and whole and size == 1 and window is None  # one new token sees all that is kept
+            if not alone and not (len(part) == count == k.shape[2] and window is None):
+                visible = _causal(packing.index[part], kept, window)
+            q = query[:, :, start:begin] if len(part) == size else query[:, :, part]
+            out = out.index_copy(0, part, run(q, k, v, visible)[0])
+    return out.unsqueeze(0)
+
+
+def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[1, 1, Q, K] bool: key places at or before the query's, and within its window."""
+    distance = queries[:, None] - keys[None]
+    visible = distance >= 0
+    return (visible if window is None else visible & (distance < window))[None, None]

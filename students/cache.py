@@ -1,0 +1,145 @@
+"""A key/value cache that holds only the tokens whose keys were written: what the K/V policy `drop` saves in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+
+class DroppedLayer(CacheLayerMixin):
+    """Keys and values [B, H, L, d] of one layer, packed to the left: row b has lengths[b] of them.
+
+    `index` [B, L] says which token of the sequence a slot holds, -1 where it holds none; `seen` counts the tokens of
+    the sequence, kept or not. A window drops keys that no later token can see.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.seen = 0
+        self.lengths: list[int] = []
+        self.index: Tensor | None = None
+        self.incoming: tuple[Tensor, Tensor, list[int]] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """An empty row for each row of the batch, which `expect` has counted."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows = len(self.lengths)
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], 0, key_states.shape[-1])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], 0, value_states.shape[-1])
+        self.index = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def expect(self, batch: Tensor, index: Tensor, counts: list[int], tokens: int) -> None:
+        """Announce `tokens` tokens, of which those at rows `batch` [N] and indices `index` [N], in order, are kept;
+        counts: how many in each row. Where there are any, the next `update` brings their keys and values."""
+        if self.window is not None and self.is_initialized:
+            self._forget()
+        self.incoming = batch, index, counts
+        self.seen += tokens
+        if not self.lengths:
+            self.lengths = [0] * len(counts)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [1, H, N, d] of the tokens that `expect` announced; returns them as they came."""
+        if self.incoming is None:
+            raise ValueError("this cache belongs to a student: it cannot be continued by the frozen model")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        (batch, index, counts), self.incoming = self.incoming, None
+        if len(self.lengths) == 1:
+            self.keys = torch.cat([self.keys, key_states], 2)
+            self.values = torch.cat([self.values, value_states], 2)
+            self.index = torch.cat([self.index, index.unsqueeze(0)], 1)
+            self.lengths = [self.keys.shape[2]]
+        else:
+            old = torch.tensor(self.lengths, device=self.device)
+            before = torch.tensor([0, *counts[:-1]], device=self.device).cumsum(0)
+            slots = old[batch] + torch.arange(len(batch), device=self.device) - before[batch]
+            self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+            grow = max(self.lengths) - self.keys.shape[2]
+            if grow > 0:
+                self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, grow)) for x in (self.keys, self.values))
+                self.index = torch.nn.functional.pad(self.index, (0, grow), value=-1)
+            self.keys[batch, :, slots] = key_states[0].transpose(0, 1)
+            self.values[batch, :, slots] = value_states[0].transpose(0, 1)
+            self.index[batch, slots] = index
+        return key_states, value_states
+
+    def _forget(self) -> None:
+        """Drop the leading slots that have left the window in every row."""
+        gone = min(((self.index >= 0) & (self.index <= self.seen - self.window)).sum(1).tolist())
+        if gone:
+            self._select(lambda x, dim: x.narrow(dim, gone, x.shape[dim] - gone))
+            self.lengths = [length - gone for length in self.lengths]
+
+    def _select(self, choose: Any) -> None:
+        """Apply choose(tensor, dimension of slots) to all three tensors."""
+        self.keys, self.values, self.index = choose(self.keys, 2), choose(self.values, 2), choose(self.index, 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of a cache that holds every token: the model's masks speak of the sequence."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the sequence so far, kept or not."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens of the sequence."""
+        self.seen += tokens_to_remove
+        if self.is_initialized:
+            self.lengths = ((self.index >= 0) & (self.index < self.seen)).sum(1).tolist()
+            longest = max(self.lengths)
+            self._select(lambda x, dim: x.narrow(dim, 0, longest))
+            self.index = self.index.masked_fill(self.index >= self.seen, -1)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.window)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        rows = torch.arange(len(self.lengths)).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self.lengths = [self.lengths[i] for i in indices.tolist()]
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self.keys, self.values, self.index = self.keys[indices], self.values[indices], self.index[indices]
+
+
+class RoutedCache(DynamicCache):
+    """The model's own dynamic cache, with a DroppedLayer where a router drops keys.
+
+    windows: for each such layer's number, the width of its sliding window or None.
+    """
+
+    def __init__(self, config: PretrainedConfig, windows: dict[int, int | None]) -> None:
+        super().__init__(config=config)
+        for number, window in windows.items():
+            self.layers[number] = DroppedLayer(window)
+
+
+def cache_bytes(cache: Any) -> int:
+    """What the keys and values of a cache take, and the indices of those that were kept."""
+    held = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "index", None))]
+    return sum(x.numel() * x.element_size() for x in held if x is not None)

@@ -1,0 +1,213 @@
+"""Matrix-vector products that read only what is selected, as torch operators: a small C library where a compiler is
+present (see kernels.c), torch's own operators elsewhere.
+
+They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. None has a gradient.
+On GPUs the shapes of what is selected depend on the data, so `nonzero` waits for the device there, once a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+_KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_library: ctypes.CDLL | None = None
+
+
+def build(folder: Path) -> bool:
+    """Compile the C library into this folder, unless it is there already, and use it from now on.
+
+    False, and torch's operators stay in use, where there is no C compiler or it fails.
+    """
+    global _library
+    if _library is not None:
+        return True
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    identity = hashlib.sha256(SOURCE.read_bytes() + version + " ".join((*_FLAGS, _machine())).encode())
+    final = folder / f"kernels-{identity.hexdigest()[:16]}.so"
+    try:
+        if not final.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as workshop:
+                objects, library = Path(workshop, "kernels.o"), Path(workshop, final.name)
+                _run(compiler, *_FLAGS, "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", str(objects))
+                # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
+                _run(compiler, "-shared", str(objects), "-o", str(library), "-lm")
+                library.replace(final)
+        library = ctypes.CDLL(str(final))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    for kind in _KINDS.values():
+        getattr(library, f"read_channels_{kind}").restype = ctypes.c_int64
+    _library = library
+    return True
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _machine() -> str:
+    """What `-march=native` depends on, so that a cache folder can be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.platform() + platform.processor()
+
+
+def _native(x: Tensor) -> str | None:
+    """The suffix of the C functions that take this tensor, or None."""
+    return _KINDS.get(x.dtype) if _library is not None and x.device.type == "cpu" else None
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _size(n: int) -> ctypes.c_int64:
+    return ctypes.c_int64(n)
+
+
+_operators = torch.library.Library("elastic", "DEF")
+
+
+def _operator(schema: str, fake: Any) -> Any:
+    def register(function: Any) -> Any:
+        name = _operators.define(schema)
+        _operators.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"elastic::{name}", fake, lib=_operators)
+        return getattr(torch.ops.elastic, name).default
+
+    return register
+
+
+def _read_channels(
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    inputs, outputs = weight.shape
+    kind = _native(x)
+    if kind is not None:
+        x = x.contiguous()
+        out = x.new_empty(outputs)
+        count = getattr(_library, f"read_channels_{kind}")(
+            *(_address(x), _address(limit), _address(weight), _size(weight.stride(0)), _size(inputs), _size(outputs)),
+            *(_address(bias), _address(down), _address(up), _size(0 if up is None else len(up))),
+            *((ctypes.c_int64 * len(ends))(*ends), _size(len(ends)), _address(out), torch.get_num_threads()),
+        )
+        return out, torch.tensor(count)
+    rows = (x.abs() >= limit).nonzero().squeeze(1)
+    bag = rows.unsqueeze(0)
+    if len(rows):
+        out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
+    else:
+        out = x.new_zeros(outputs)
+    if bias is not None:
+        out = out + bias
+    if up is not None:
+        low = F.linear(x, down).view(len(ends), -1)
+        starts = [0, *ends[:-1]]
+        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(zip(starts, ends, strict=True))])
+    return out, torch.tensor(len(rows))
+
+
+read_channels = _operator(
+    "read_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
+    " -> (Tensor, Tensor)",
+    lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), torch.empty((), dtype=torch.long)),
+)(_read_channels)
+"""Several linear layers that read one input x [I], side by side, from the channels with |x| >= limit [I] (float32).
+
+weight [I, O], contiguous rows; bias [O]; low-rank corrections, which read every channel: down [parts * r, I], up
+[r, O]; ends: where the outputs of each layer end. Returns out [O] and the number of channels read.
+"""
+
+
+def _dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    kind = _native(x)
+    if kind is not None:
+        x = x.contiguous()
+        out = x.new_empty(len(weight) if rows is None else len(rows))
+        getattr(_library, f"dot_rows_{kind}")(
+            *(_address(x), _address(weight), _address(bias), _address(rows), _size(len(out))),
+            *(_size(len(x)), _address(out), torch.get_num_threads()),
+        )
+        return out
+    if rows is None:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight[rows], None if bias is None else bias[rows])
+
+
+dot_rows = _operator(
+    "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
+    lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),
+)(_dot_rows)
+"""A linear layer, weight [O, I] contiguous, of which some outputs are wanted, rows [n] (None: all): x [I] -> [n]."""
+
+
+def _exact_rows(
+    x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor]:
+    kind = _native(x)
+    if kind is not None:
+        x, limit = x.contiguous(), limit.float().contiguous()
+        out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
+        getattr(_library, f"exact_rows_{kind}")(
+            *(_address(x), _size(len(x)), _address(head), _address(bias), _size(len(head)), _size(x.shape[1])),
+            *(_address(preview), _address(limit), ctypes.c_float(float(tail)), _address(out), _address(count)),
+            torch.get_num_threads(),
+        )
+        return out, count
+    needed = preview >= limit.unsqueeze(1)
+    rows = needed.any(0).nonzero().squeeze(1)
+    exact = F.linear(x, head[rows], None if bias is None else bias[rows])
+    guess = preview + tail
+    return guess.index_copy(1, rows, torch.where(needed[:, rows], exact, guess[:, rows])), needed.sum(1)
+
+
+exact_rows = _operator(
+    "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
+    lambda x, head, bias, preview, *_: (torch.empty_like(preview), x.new_empty(len(x), dtype=torch.long)),
+)(_exact_rows)
+"""The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
+[B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
+
+
+@register_flop_formula(torch.ops.elastic.read_channels, get_raw=True)
+def _read_channels_flops(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
+    _, down, up, _ = rest
+    corrections = 0 if up is None else down.numel() + up.numel()
+    return 2 * (int(out_val[1]) * weight.shape[1] + corrections)
+
+
+@register_flop_formula(torch.ops.elastic.dot_rows, get_raw=True)
+def _dot_rows_flops(x: Tensor, *rest: Any, out_val: Tensor) -> int:
+    return 2 * len(x) * len(out_val)
+
+
+@register_flop_formula(torch.ops.elastic.exact_rows, get_raw=True)
+def _exact_rows_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
+    return 2 * int(out_val[1].sum()) * x.shape[1]

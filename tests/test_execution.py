@@ -1,0 +1,154 @@
+"""What is closed is not computed, and nothing else changes: mask == skip == cached decoding, for every kind."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import TINY, make_tiny
+from test_students import EVERY_KIND, MIXED, scramble
+from torch.utils.flop_counter import FlopCounterMode
+
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, kernels
+
+KINDS = {
+    **EVERY_KIND,
+    "token-weighted": RouterSpec("token", weight="score", substitute=2),
+    "token-drop-all": RouterSpec("token", kv="drop", substitute=4),
+    "token-static": RouterSpec("token", network="static", blocks="odd"),
+    "layer-sequence": RouterSpec("layer", granularity="sequence", kv="drop"),
+    "head-sequence": RouterSpec("head", granularity="sequence"),
+    "head-static": RouterSpec("head", network="static"),
+    "expert-sequence": RouterSpec("expert", granularity="sequence", groups=6, weight="score"),
+    "expert-static": RouterSpec("expert", network="static", groups=48),
+}
+SPECS = {name: StudentSpec((router,), LoraSpec(2)) for name, router in KINDS.items()}
+SPECS["mixed"] = MIXED
+SPECS["mixed-keep"] = StudentSpec(
+    (
+        RouterSpec("token", substitute=3),
+        RouterSpec("head"),
+        RouterSpec("expert", groups=5),
+        RouterSpec("layer", kv="drop"),
+    )
+)
+SPECS["mixed-channels"] = StudentSpec((RouterSpec("token"), RouterSpec("channel"), RouterSpec("vocab", rank=5)))
+CLOSE = dict(atol=1e-3, rtol=2e-3)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["native", "torch"], scope="module")
+def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Both ways to run the operators of students.kernels."""
+    if request.param == "native" and not kernels.build(tmp_path_factory.mktemp("kernels")):
+        pytest.skip("no C compiler")
+    before = kernels._library
+    if request.param == "torch":
+        kernels._library = None
+    yield
+    kernels._library = before
+
+
+def make(name: str, spec: StudentSpec, **overrides: object) -> Student:
+    student = scramble(elasticize(make_tiny(name, **overrides), spec)).train(False)
+    student.runtime.capacity = 0.5
+    return student
+
+
+def in_both_ways(student: Student, *args: object, **kwargs: object) -> list[torch.Tensor]:
+    """Logits by masks and by skipping."""
+    results = []
+    for way in ("mask", "skip"):
+        student.runtime.execution = way
+        results.append(student(*args, **kwargs)[0].logits)
+    return results
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_mask_is_skip(name: str, kind: str, tokens: torch.Tensor):
+    student = make(name, SPECS[kind])
+    for batch in (tokens, tokens[:1], tokens[:1, :1]):
+        masked, skipped = in_both_ways(student, batch)
+        torch.testing.assert_close(masked, skipped, **CLOSE)
+    padding = torch.ones_like(tokens)
+    padding[0, :4] = 0
+    masked, skipped = in_both_ways(student, tokens, padding)
+    torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+
+
+def decode(student: Student, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> torch.Tensor:
+    """Logits of all tokens from one pass over the prompt and then one token at a time, from a cache."""
+    logits, cache = [], None
+    for a, b in itertools.pairwise([0, *range(prompt, tokens.shape[1] + 1)]):
+        upto = None if mask is None else mask[:, :b]
+        positions = None if mask is None else (upto.cumsum(1) - 1).clamp(min=0)[:, a:]
+        out, _ = student(tokens[:, a:b], upto, use_cache=True, past_key_values=cache, position_ids=positions)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_cached_decoding_is_one_forward_pass(name: str, kind: str, tokens: torch.Tensor, operators: None):
+    student = make(name, SPECS[kind])
+    prompt = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt[:, :5] = True
+    student.runtime.execution = "mask"
+    whole = student(tokens, prompt=prompt)[0].logits
+    student.runtime.execution = "skip"
+    for rows in (slice(0, 2), slice(0, 1)):
+        torch.testing.assert_close(whole[rows], decode(student, tokens[rows], None, 5), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens: torch.Tensor):
+    student = make("llama", SPECS[kind])
+    alone = decode(student, tokens[:1, :9], None, 5)
+    padded, mask = tokens.clone(), torch.ones_like(tokens)
+    padded[0, :3], padded[0, 3:], mask[0, :3] = 0, tokens[0, :9], 0
+    batched = decode(student, padded, mask, 8)
+    # the padded prompt's own positions start at its first token
+    torch.testing.assert_close(alone[0, 5:], batched[0, 8:], **CLOSE)
+
+
+def spent(student: Student, **inputs: object) -> tuple[int, object]:
+    """(FLOPs that torch counts in a forward pass, what it decided)."""
+    with FlopCounterMode(display=False) as counter:
+        _, decisions = student(**inputs)
+    return counter.get_total_flops(), decisions
+
+
+def eager(name: str, spec: StudentSpec) -> Student:
+    """A student whose attention torch can count on a CPU."""
+    return make(name, spec, attn_implementation="eager", vocab_size=120)
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "olmo2"])
+def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: torch.Tensor, operators: None):
+    student = eager(name, SPECS[kind])
+    row = tokens[:1]
+    student(row)  # what is made once (the preview of the head) is made
+    valid = torch.ones_like(row, dtype=torch.bool)
+
+    def reported(decisions: object, phase: str) -> torch.Tensor:
+        head = student.compute.routed_head(decisions.share.get("vocab"), phase)
+        return 2 * (student.compute.routed_blocks(decisions, valid, phase) + head * valid)
+
+    flops, decisions = spent(student, input_ids=row)
+    assert flops == pytest.approx(float(reported(decisions, "prefill").sum()), rel=0.01), "prefill"
+
+    prompt = valid.clone()
+    prompt[:, -1] = False
+    _, decisions = student(row, prompt=prompt)
+    out, _ = student(row[:, :-1], use_cache=True)
+    flops, _ = spent(student, input_ids=row[:, -1:], use_cache=True, past_key_values=out.past_key_values)
+    assert flops == pytest.approx(float(reported(decisions, "decode")[0, -1]), rel=0.01), "decode"
