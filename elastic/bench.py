@@ -1,41 +1,202 @@
-"""What a training step costs in teacher forwards, both measured in turn in one process."""
+"""How fast a student is: prefill, decoding and a training step against the dense model, in turn, in one process."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import teachers
+from elastic.counters import count
 from elastic.objective import Distillation
-from elastic.run import Run
+from elastic.run import DTYPES, Run, load_data
+from students import Student, kernels
+from students.cache import cache_bytes
 
 Say = Callable[[str], None]
+Work = Callable[[], object]
+
+PROMPT = 128
+"""Tokens in front of those that decoding is timed on."""
 
 
-def bench_run(folder: str, *, repeats: int = 7, say: Say = print) -> dict[str, Any]:
-    """One row for the training step of a finished run, at its own batch and window.
+def bench_run(
+    folder: str,
+    *,
+    compute: Sequence[float] = (),
+    batch: Sequence[int] = (1,),
+    tokens: Sequence[int] = (512,),
+    new_tokens: int = 128,
+    repeats: int = 5,
+    say: Say = print,
+) -> list[dict[str, Any]]:
+    """Rows for prefill (each batch and length), decoding (each batch) and a training step of a finished run.
 
-    The ideal is 1 + 2 c teacher forwards: the teacher's forward, and the student's forward and backward at compute c of
-    the phase that a step runs in (prefill); frozen weights need no gradients of their own. Times are medians in
-    seconds; memory is the process's peak, in bytes, next to that of the weights alone.
+    The opponent is the model as transformers ships it, a second copy. `compute` is what torch counts: the student's
+    FLOPs over the dense model's on the same tokens; predicted_speedup is its inverse, predicted_speedup_bytes compares
+    the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
+    Seconds are medians; for decoding, of one new token. tuned_speedup, for one sequence, is against a dense model whose
+    linear layers run on the same kernels as the student's. Memory is the process's peak, in bytes.
     """
-    run = Run.open(folder)
+    run = Run.open(folder, finished=True)
     config, teacher = run.config, run.teacher()
+    dense = teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
     student = run.load_student(teacher)
+    text = load_data(config, teacher).held_out.flatten()
+    rows = []
+    for target in compute or (None,):
+        if target is not None:
+            student.set_compute(target)
+        for size, length in itertools.product(batch, tokens):
+            say(f"prefill of {size} x {length} tokens ...")
+            rows.append(_prefill(student, dense, _cut(text, size, length), repeats))
+        for size in batch:
+            say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
+            rows.append(_decode(student, dense, _cut(text, size, PROMPT), new_tokens, repeats))
+    say("training steps ...")
     module = Distillation(student, config.loss, config.budget, config.data).train()
-    train = config.train
-    ids = torch.randint(teacher.model.config.vocab_size, (train.batch, train.window))
+    rows.append(_train(module, _cut(text, config.train.batch, config.train.window), repeats))
+    machine = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+
+
+def _cut(text: Tensor, batch: int, length: int) -> Tensor:
+    """[batch, length] tokens of text, from its start again where it is too short."""
+    need = batch * length
+    return text.repeat(-(-need // len(text)))[:need].view(batch, length)
+
+
+def _medians(works: dict[str, Work], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each piece of work, all in turn, after one turn to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _row(phase: str, ids: Tensor, tokens: int, counted: Sequence[tuple[int, int]], seconds: Sequence[float]) -> dict:
+    """A row from the (FLOPs, bytes) and the seconds of the student and the dense model."""
+    (flops, read), (dense_flops, dense_read) = counted
+    predicted, measured = dense_flops / flops, seconds[1] / seconds[0]
+    return {
+        "phase": phase,
+        "batch": len(ids),
+        "tokens": tokens,
+        "compute": flops / dense_flops,
+        "predicted_speedup": predicted,
+        "predicted_speedup_bytes": dense_read / read,
+        "measured_speedup": measured,
+        "efficiency": measured / predicted,
+        "seconds": seconds[0],
+        "dense_seconds": seconds[1],
+        "peak_bytes": _peak(ids.device),
+    }
+
+
+@torch.no_grad()
+def _prefill(student: Student, dense: PreTrainedModel, ids: Tensor, repeats: int) -> dict[str, Any]:
+    """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
+    ids = ids.to(dense.device)
+    models = {"student": student.model, "dense": dense}
+    works = {name: lambda model=model: model(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
+    seconds = _medians(works, repeats, ids.device)
+    row = _row("prefill", ids, ids.shape[1], [count(work) for work in works.values()], list(seconds.values()))
+    sizes = [cache_bytes(work().past_key_values) for work in works.values()]
+    return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
+
+
+@torch.no_grad()
+def _decode(student: Student, dense: PreTrainedModel, ids: Tensor, new: int, repeats: int) -> dict[str, Any]:
+    """Greedy `generate`, less the time for its first token."""
+    ids = ids.to(dense.device)
+    models = {"student": student.model, "dense": dense}
+    if len(ids) == 1:
+        models["tuned"] = _tuned(dense)
+
+    def generate(model: PreTrainedModel, tokens: int) -> Any:
+        options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+
+    works = {}
+    for name, model in models.items():
+        works[name, 1] = lambda model=model: generate(model, 1)
+        works[name, new] = lambda model=model: generate(model, new)
+    seconds = _medians(works, repeats, ids.device)
+    each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
+    outs = {name: generate(model, new) for name, model in models.items() if name != "tuned"}
+    counted = [_count_decoding(models[name], out) for name, out in outs.items()]
+    row = _row("decode", ids, new, counted, [each["student"], each["dense"]])
+    if "tuned" in each:
+        row["tuned_speedup"] = each["tuned"] / each["student"]
+    sizes = {name: cache_bytes(out.past_key_values) for name, out in outs.items()}
+    return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
+
+
+def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
+    """(FLOPs, bytes) of a few more decoding steps on the cache that `generate` left."""
+    last, cache = out.sequences[:, -1:], out.past_key_values
+    totals = [0, 0]
+
+    def step(last: Tensor, cache: Any) -> Tensor:
+        return model(last, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    for _ in range(4):
+        for n, number in enumerate(count(lambda x=last: step(x, copy.deepcopy(cache)))):
+            totals[n] += number
+        last = step(last, cache)
+    return totals[0], totals[1]
+
+
+class _RowByRow(nn.Module):
+    """A dense linear layer that runs one token on the kernel that the student's partial ones run on."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() > 1:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return kernels.dot_rows(x.flatten(), self.weight, self.bias, None).view(*x.shape[:-1], -1)
+
+
+def _tuned(dense: PreTrainedModel) -> PreTrainedModel:
+    """The dense model, sharing its weights, with our kernels in place of its linear layers."""
+    model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, _RowByRow(module))
+    return model
+
+
+def _train(module: Distillation, ids: Tensor, repeats: int) -> dict[str, Any]:
+    """A training step in forward passes of the teacher.
+
+    Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
+    step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward.
+    """
+    student = module.student
     ids = ids.to(next(student.parameters()).device)
+    spent: list[Tensor] = []
 
-    spent: list[torch.Tensor] = []
-
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad(), student.teacher():
+        with student.teacher():
             student(ids)
 
     def step() -> None:
@@ -44,33 +205,28 @@ def bench_run(folder: str, *, repeats: int = 7, say: Say = print) -> dict[str, A
         student.zero_grad()
         spent.append(measured.macs["prefill"] / measured.dense["prefill"])
 
-    say(f"timing {repeats} teacher forwards and training steps in turn ...")
-    seconds: dict[str, list[float]] = {"forward": [], "step": []}
-    for turn in range(repeats + 1):
-        for name, work in (("forward", forward), ("step", step)):
-            started = time.perf_counter()
-            work()
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    weights = sum(p.numel() * p.element_size() for p in student.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seconds = _medians({"forward": forward, "step": step}, repeats, ids.device)
     compute = float(spent[-1])
-    ideal = 1 + 2 * compute
+    ideal, cost = 1 + 2 * compute, seconds["step"] / seconds["forward"]
     return {
         "phase": "train",
-        "batch": train.batch,
-        "tokens": train.window,
+        "batch": len(ids),
+        "tokens": ids.shape[1],
         "compute": compute,
-        "teacher_forward_seconds": medians["forward"],
-        "step_seconds": medians["step"],
-        "teacher_forwards": medians["step"] / medians["forward"],
+        "predicted_speedup": 1 / ideal,
+        "measured_speedup": 1 / cost,
+        "efficiency": ideal / cost,
+        "seconds": seconds["step"],
+        "dense_seconds": seconds["forward"],
+        "teacher_forwards": cost,
         "ideal_teacher_forwards": ideal,
-        "times_ideal": medians["step"] / medians["forward"] / ideal,
-        "weight_bytes": weights,
-        "peak_bytes": torch.cuda.max_memory_allocated() if ids.is_cuda else peak,
-        "threads": torch.get_num_threads(),
-        "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in student.parameters()),
+        "peak_bytes": _peak(ids.device),
     }
+
+
+def _peak(device: torch.device) -> int:
+    """The most memory that was in use, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   elastic distill --model smollm2-135m --target-compute 0.7
   elastic distill --resume runs/smollm2-135m-0.7
   elastic eval runs/smollm2-135m-0.7 --data my-text.txt
+  elastic generate runs/smollm2-135m-0.7 --prompt "What is a transformer?" --stream
   elastic models
 """
 
@@ -87,9 +88,25 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
-    bench = command("bench", _bench, "measure what a training step of a finished run costs in teacher forwards")
+    bench = command("bench", _bench, "time a finished run against the dense model: prefill, decoding, training step")
     bench.add_argument("run", metavar="RUN")
+    bench.add_argument(
+        "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
+    )
+    bench.add_argument("--batch", type=int, nargs="+", metavar="B", default=[1], help="sequences at once (default 1)")
+    bench.add_argument("--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths (default 512)")
+    bench.add_argument("--new-tokens", type=int, metavar="N", default=128, help="tokens to decode (default 128)")
+    bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    generate = command("generate", _generate, "continue a prompt with a finished run")
+    generate.add_argument("run", metavar="RUN")
+    generate.add_argument("--prompt", required=True, help="text to continue; a question where the model chats")
+    generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
+    )
+    generate.add_argument("--stream", action="store_true", help="print words as they come")
 
     info = command("info", _info, "say what a run is")
     info.add_argument("run", metavar="RUN")
@@ -154,18 +171,71 @@ def _eval(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from elastic.bench import bench_run
 
+    for name in ("batch", "tokens", "repeats"):
+        given = getattr(options, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    if options.new_tokens < 2:
+        raise ValueError("--new-tokens must be at least 2: the first one is not timed")
     with _screen() as (say, _):
-        row = bench_run(options.run, say=say)
+        rows = bench_run(
+            options.run,
+            compute=options.compute,
+            batch=options.batch,
+            tokens=options.tokens,
+            new_tokens=options.new_tokens,
+            repeats=options.repeats,
+            say=say,
+        )
     if options.json:
-        print(json.dumps({"rows": [row]}))
+        print(json.dumps({"rows": rows}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False)
-    for name, value in row.items():
-        table.add_row(name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else f"{value}")
-    Console(soft_wrap=True).print(table)
+    def speed(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}x"
+
+    table = Table(
+        "phase", "batch", "tokens", "compute", "predicted", "by bytes", "measured", "efficiency", "tuned", "ms"
+    )
+    table.add_column("dense ms")
+    table.add_column("cache MB")
+    table.add_column("dense MB")
+    for r in rows:
+        caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
+        speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))
+        numbers = f"{r['batch']}", f"{r['tokens']}", f"{r['compute']:.3f}", *speeds, f"{r['efficiency']:.2f}"
+        times = (f"{1000 * r[k]:,.1f}" for k in ("seconds", "dense_seconds"))
+        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches)
+    Console(width=160).print(table)
+    train = rows[-1]
+    print(
+        f"{train['threads']} threads, {train['dtype']}; dense: the model as transformers ships it (training: a teacher "
+        f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
+        f"peak memory {train['peak_bytes'] / 1e9:.2f} GB, weights {train['weight_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from elastic.generate import generate_text
+
+    if options.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens must be at least 1")
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    with _screen() as (say, _):
+        result = generate_text(
+            options.run,
+            options.prompt,
+            compute=options.compute,
+            max_new_tokens=options.max_new_tokens,
+            stream=write if options.stream else None,
+        )
+        print("" if options.stream else result["text"])
+        say(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, compute {result['compute']:.3f}")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -93,8 +93,9 @@ def _measure(student: Student, windows: Tensor, config: RunConfig) -> Measured:
 
 
 @torch.no_grad()
-def measured_compute(student: Student, windows: Tensor, phase: Phase, prompt: int) -> float:
-    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality."""
+def measured_compute(student: Student, windows: Tensor, phase: Phase, prompt: int, after: int = 0) -> float:
+    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality; after: of
+    the tokens after so many only."""
     spent = whole = 0.0
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         valid = torch.ones_like(batch, dtype=torch.bool)
@@ -104,6 +105,6 @@ def measured_compute(student: Student, windows: Tensor, phase: Phase, prompt: in
         shares = [student.logits(part, *tensors)[1] for part in rows.split(128)] if tensors else [None]
         share = None if shares[0] is None else torch.cat(shares).view(batch.shape)
         head = torch.as_tensor(student.compute.routed_head(share, phase)) * valid
-        spent += float(student.compute.routed_blocks(decisions, valid, phase).sum() + head.sum())
-        whole += float(student.compute.dense(valid, phase).sum())
+        spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
+        whole += float(student.compute.dense(valid, phase)[:, after:].sum())
     return spent / whole

@@ -28,22 +28,30 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart
-#define ADD_ROWS(S, T)                                                                                           \
-    static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,  \
-                             int64_t n, float *restrict acc) {                                                   \
-        int64_t k = 0;                                                                                           \
-        for (; k + 8 <= n; k += 8) {                                                                             \
-            const T *a = w + row[k] * stride, *b = w + row[k + 1] * stride, *c = w + row[k + 2] * stride;        \
-            const T *d = w + row[k + 3] * stride, *e = w + row[k + 4] * stride, *f = w + row[k + 5] * stride;    \
-            const T *g = w + row[k + 6] * stride, *h = w + row[k + 7] * stride;                                  \
-            const float *v = value + k;                                                                          \
-            for (int64_t j = 0; j < width; j++)                                                                  \
-                acc[j] += v[0] * up_##S(a[j]) + v[1] * up_##S(b[j]) + v[2] * up_##S(c[j]) + v[3] * up_##S(d[j])  \
-                        + v[4] * up_##S(e[j]) + v[5] * up_##S(f[j]) + v[6] * up_##S(g[j]) + v[7] * up_##S(h[j]); \
-        }                                                                                                        \
-        for (; k < n; k++)                                                                                       \
-            for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);             \
+// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; eight rows at a time, a cache
+// line of each, while the same line of the next eight is on its way
+#define ADD_ROWS(S, T)                                                                                                 \
+    static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,        \
+                             int64_t n, float *restrict acc) {                                                         \
+        int64_t k = 0, line = 64 / sizeof(T);                                                                          \
+        for (; k + 8 <= n; k += 8) {                                                                                   \
+            const T *r[8], *next[8];                                                                                   \
+            for (int i = 0; i < 8; i++) {                                                                              \
+                r[i] = w + row[k + i] * stride;                                                                        \
+                next[i] = k + 8 + i < n ? w + row[k + 8 + i] * stride : r[i];                                          \
+            }                                                                                                          \
+            const float *v = value + k;                                                                                \
+            for (int64_t from = 0; from < width; from += line) {                                                       \
+                int64_t to = from + line < width ? from + line : width;                                                \
+                for (int i = 0; i < 8; i++) __builtin_prefetch(next[i] + from);                                        \
+                for (int64_t j = from; j < to; j++)                                                                    \
+                    acc[j] += v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j])                 \
+                            + v[3] * up_##S(r[3][j]) + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j])                 \
+                            + v[6] * up_##S(r[6][j]) + v[7] * up_##S(r[7][j]);                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; k < n; k++)                                                                                             \
+            for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);                   \
     }
 
 #define DOT(S, T)                                                        \
@@ -92,6 +100,15 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
         return n;                                                                                                 \
     }
 
+// out[n][k] = x[n][k] where |x[n][k]| >= limit[k], else 0; x [N, I], rows of out `stride` apart
+#define MASK_CHANNELS(S, T)                                                                                       \
+    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, T *out, int64_t stride,           \
+                           int threads) {                                                                         \
+        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++)       \
+            for (int64_t i = 0; i < I; i++)                                                                       \
+                out[n * stride + i] = fabsf(up_##S(x[n * I + i])) >= limit[i] ? x[n * I + i] : 0;                 \
+    }
+
 // out[k] = w[rows[k], :] . x + bias[rows[k]] for n rows of w [*, I]; bias may be NULL, rows NULL means the first n
 #define DOT_ROWS(S, T)                                                                                         \
     void dot_rows_##S(const T *x, const T *w, const T *bias, const int64_t *rows, int64_t n, int64_t I, T *out, \
@@ -114,26 +131,36 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
     void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,               \
                         const T *preview, const float *limit, float tail, T *out, int64_t *count, int threads) { \
         float *values = malloc(sizeof(float) * B * D);                                                          \
+        int64_t *chosen = malloc(sizeof(int64_t) * V);                                                          \
         for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                           \
-        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                           \
-        _Pragma("omp parallel num_threads(threads)") {                                                          \
-            int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                    \
-            for (int64_t v = me * V / team; v < (me + 1) * V / team; v++)                                       \
-                for (int64_t b = 0; b < B; b++) {                                                               \
-                    float guess = up_##S(preview[b * V + v]);                                                   \
-                    if (guess < limit[b]) {                                                                     \
-                        out[b * V + v] = down_##S(guess + tail);                                                \
-                        continue;                                                                               \
-                    }                                                                                           \
-                    _Pragma("omp atomic") count[b]++;                                                           \
-                    float exact = dot_##S(head + v * D, values + b * D, D) + (bias ? up_##S(bias[v]) : 0);      \
-                    out[b * V + v] = down_##S(exact);                                                           \
+        for (int64_t b = 0; b < B; b++) {                                                                       \
+            const T *guess = preview + b * V;                                                                   \
+            T *o = out + b * V;                                                                                 \
+            int64_t exact = 0;                                                                                  \
+            _Pragma("omp parallel num_threads(threads) reduction(+ : exact)") {                                 \
+                int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                         \
+                int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from;                  \
+                for (int64_t v = from; v < to; v++) {                                                           \
+                    float this = up_##S(guess[v]);                                                              \
+                    o[v] = down_##S(this + tail);                                                               \
+                    mine[n] = v;                                                                                \
+                    n += this >= limit[b];                                                                      \
                 }                                                                                               \
+                for (int64_t k = 0; k < n; k++) {                                                               \
+                    const T *next = head + mine[k + 2 < n ? k + 2 : k] * D;                                     \
+                    for (int64_t j = 0; j < D; j += 64 / sizeof(T)) __builtin_prefetch(next + j);               \
+                    float sum = dot_##S(head + mine[k] * D, values + b * D, D);                                 \
+                    o[mine[k]] = down_##S(sum + (bias ? up_##S(bias[mine[k]]) : 0));                            \
+                }                                                                                               \
+                exact += n;                                                                                     \
+            }                                                                                                   \
+            count[b] = exact;                                                                                   \
         }                                                                                                       \
         free(values);                                                                                           \
+        free(chosen);                                                                                           \
     }
 
-#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
+#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) MASK_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)

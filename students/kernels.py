@@ -14,12 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -54,8 +56,18 @@ def build(folder: Path) -> bool:
         library = ctypes.CDLL(str(final))
     except (OSError, subprocess.CalledProcessError):
         return False
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for kind in _KINDS.values():
-        getattr(library, f"read_channels_{kind}").restype = ctypes.c_int64
+        read = getattr(library, f"read_channels_{kind}")
+        read.argtypes = [pointer] * 3 + [number] * 3 + [pointer] * 3 + [number, pointer, number, pointer, count]
+        read.restype = number
+        dot = getattr(library, f"dot_rows_{kind}")
+        dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
+        mask = getattr(library, f"mask_channels_{kind}")
+        mask.argtypes = [pointer, number, number, pointer, pointer, number, count]
+        exact = getattr(library, f"exact_rows_{kind}")
+        exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
+        exact.argtypes += [pointer, pointer, count]
     _library = library
     return True
 
@@ -78,12 +90,8 @@ def _native(x: Tensor) -> str | None:
     return _KINDS.get(x.dtype) if _library is not None and x.device.type == "cpu" else None
 
 
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def _size(n: int) -> ctypes.c_int64:
-    return ctypes.c_int64(n)
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 _operators = torch.library.Library("elastic", "DEF")
@@ -114,9 +122,9 @@ def _read_channels(
         x = x.contiguous()
         out = x.new_empty(outputs)
         count = getattr(_library, f"read_channels_{kind}")(
-            *(_address(x), _address(limit), _address(weight), _size(weight.stride(0)), _size(inputs), _size(outputs)),
-            *(_address(bias), _address(down), _address(up), _size(0 if up is None else len(up))),
-            *((ctypes.c_int64 * len(ends))(*ends), _size(len(ends)), _address(out), torch.get_num_threads()),
+            *(x.data_ptr(), limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs, _address(bias)),
+            *(_address(down), _address(up), 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)),
+            *(len(ends), out.data_ptr(), torch.get_num_threads()),
         )
         return out, torch.tensor(count)
     rows = (x.abs() >= limit).nonzero().squeeze(1)
@@ -152,8 +160,8 @@ def _dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | Non
         x = x.contiguous()
         out = x.new_empty(len(weight) if rows is None else len(rows))
         getattr(_library, f"dot_rows_{kind}")(
-            *(_address(x), _address(weight), _address(bias), _address(rows), _size(len(out))),
-            *(_size(len(x)), _address(out), torch.get_num_threads()),
+            *(x.data_ptr(), weight.data_ptr(), _address(bias), _address(rows), len(out), len(x), out.data_ptr()),
+            torch.get_num_threads(),
         )
         return out
     if rows is None:
@@ -176,9 +184,8 @@ def _exact_rows(
         x, limit = x.contiguous(), limit.float().contiguous()
         out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
         getattr(_library, f"exact_rows_{kind}")(
-            *(_address(x), _size(len(x)), _address(head), _address(bias), _size(len(head)), _size(x.shape[1])),
-            *(_address(preview), _address(limit), ctypes.c_float(float(tail)), _address(out), _address(count)),
-            torch.get_num_threads(),
+            *(x.data_ptr(), len(x), head.data_ptr(), _address(bias), len(head), x.shape[1], preview.data_ptr()),
+            *(limit.data_ptr(), float(tail), out.data_ptr(), count.data_ptr(), torch.get_num_threads()),
         )
         return out, count
     needed = preview >= limit.unsqueeze(1)
@@ -194,6 +201,49 @@ exact_rows = _operator(
 )(_exact_rows)
 """The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
+
+
+def _mask_channels(x: Tensor, limit: Tensor, more: int) -> Tensor:
+    kind = _native(x)
+    if kind is None:
+        return F.pad(x * (x.abs() >= limit), (0, more))
+    x, (rows, inputs) = x.contiguous(), x.shape
+    out = x.new_empty(rows, inputs + more)
+    getattr(_library, f"mask_channels_{kind}")(
+        x.data_ptr(), rows, inputs, limit.data_ptr(), out.data_ptr(), inputs + more, torch.get_num_threads()
+    )
+    return out
+
+
+mask_channels = _operator(
+    "mask_channels(Tensor x, Tensor limit, int more) -> Tensor",
+    lambda x, limit, more: x.new_empty(x.shape[0], x.shape[1] + more),
+)(_mask_channels)
+"""x [N, I] with 0 where |x| < limit [I], and room for `more` columns: [N, I + more]."""
+
+
+def reader(
+    limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
+) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+    """`read_channels` for one set of weights and many inputs x [I]: what the C function is told is put together once.
+
+    The operator itself is called where somebody counts or compiles, and where there is no C library.
+    """
+    inputs, outputs = weight.shape
+    kind, threads, dtype = _native(weight), torch.get_num_threads(), weight.dtype
+    function = getattr(_library, f"read_channels_{kind}", None)
+    held = limit, weight, bias, down, up, (ctypes.c_int64 * len(ends))(*ends)
+    front = limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs, _address(bias)
+    middle = _address(down), _address(up), 0 if up is None else len(up), held[-1], len(ends)
+
+    def read(x: Tensor) -> tuple[Tensor, int | Tensor]:
+        if function is None or x.dtype != dtype or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+            return read_channels(x.flatten(), *held[:-1], ends)
+        x = x.contiguous()
+        out = torch.empty(outputs, dtype=dtype)
+        return out, function(x.data_ptr(), *front, *middle, out.data_ptr(), threads)
+
+    return read
 
 
 @register_flop_formula(torch.ops.elastic.read_channels, get_raw=True)

@@ -51,10 +51,16 @@ class Runtime:
     """[B, T] bool: the tokens from which sequence-level decisions are taken."""
     valid: Tensor | None = None
     """[B, T] bool: the tokens that are not padding; None: all."""
+    tokens: int = 0
+    """How many tokens the call is for."""
     padded: int = 0
     """How many tokens are padding."""
-    single: bool = False
-    """Whether the call is for one token."""
+    skipping: bool = False
+    """Whether this call skips and needs no gradients."""
+    alone: bool = False
+    """Whether it is also for one token only: then reading less is faster."""
+    epoch: int = 0
+    """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
     memory: dict[str, Any] | None = None
     """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
     decisions: Decisions | None = None

@@ -49,6 +49,9 @@ class Student(nn.Module):
         self.compute = compute
         self.recompute = False
         self._prompt: Tensor | None = None
+        self._state: Any = None
+        self._added = list(self.added_parameters().values())
+        self._frozen = next(p for p in model.parameters() if not p.requires_grad)
         self._dropping = {
             n for n in range(len(blocks)) for r in spec.routers if r.kv == "drop" and r.on(n) and "attn" in r.touches
         }
@@ -127,7 +130,13 @@ class Student(nn.Module):
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
-        run.valid, run.padded, run.single = None, 0, tokens.numel() == 1
+        run.valid, run.padded, run.tokens = None, 0, tokens.numel()
+        run.skipping = run.execution == "skip" and not torch.is_grad_enabled()
+        run.alone = run.skipping and run.tokens == 1
+        if run.skipping:
+            state = run.offset, run.capacity, sum(p._version for p in self._added), self._frozen.data_ptr()
+            if state != self._state:
+                self._state, run.epoch = state, run.epoch + 1
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
             padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
@@ -359,7 +368,7 @@ def _elasticize_block(
                     per_query=per_query,
                 )
                 if channel is not None:
-                    routed.routers["channel"] = channel
+                    routed.add_channels(channel)
                 if corrected:
                     outputs = weight_of(linear).shape[0]
                     routed.lora = _like(linear, Lora(inputs, outputs, spec.lora.rank))

@@ -5,6 +5,7 @@ Each executes in two ways (see Runtime.execution) that agree: as masks, and by l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,8 +21,9 @@ from students.attention import Packing, Plan
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
 
-HEAD_ROWS = 8
-"""Up to so many tokens at once, exact rows of the LM head are computed one by one instead of all in one product."""
+FEW_ROWS = 8
+"""Up to so many tokens at once, reading weights costs more than arithmetic: exact rows of the LM head are computed one
+by one, and low-rank corrections in one product with the layers that they correct."""
 
 
 class Wrapper(nn.Module):
@@ -333,74 +335,118 @@ class RoutedExit(Wrapper):
 
 
 class Site:
-    """The linear layers of a block that read one input: one weight [in, outs side by side], read together.
+    """The linear layers of a block that read one input through one selection of channels, without gradients.
 
-    The weight is put together when a single token first comes by; the layers' own become views of it, so that there is
-    one copy.
+    Their weights are put together when the first token comes by: [inputs, outputs side by side], of which the layers'
+    own become views, so that there is one copy; below them the low-rank corrections' `up` matrices as a block diagonal.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.layers: list[RoutedLinear] = []
+        self.waiting: list[Tensor | None] = []
         self._whole: Tensor | None = None
-        self._known: dict[str, tuple[Any, Any]] = {}
+        self._made_for = -1
 
-    def once(self, what: str, state: Any, make: Callable[[], Any]) -> Any:
-        """make(), again only when the state it depends on has changed."""
-        if what not in self._known or self._known[what][0] != state:
-            self._known[what] = state, make()
-        return self._known[what][1]
+    def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
+        if not self.waiting or self.waiting[layer.place] is None:
+            self.waiting = self.outputs(x)
+        out, self.waiting[layer.place] = self.waiting[layer.place], None
+        return out
 
-    def read(
-        self, x: Tensor, limit: Tensor, only: RoutedLinear | None = None, corrected: bool = True
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """x [I] -> outputs [O] of each layer, by its place, and how many channels were read (see kernels).
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Outputs of all layers for x [..., I]."""
+        self._prepare(x.dtype)
+        run = self.layers[0].runtime
+        if run.alone:  # read only what the token selects
+            out, count = self._reader(x)
+            self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
+        else:
+            self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
+            masked = kernels.mask_channels(x.flatten(0, -2), self._limit, self._rank)
+            low = None if self._down is None else F.linear(x.flatten(0, -2), self._down)
+            if run.tokens > FEW_ROWS:
+                return self._many(x, masked[:, : x.shape[-1]], low)
+            if low is not None:
+                masked[:, x.shape[-1] :] = low
+            out = masked @ self._whole
+            if self._bias is not None:
+                out += self._bias
+        out = out.view(*x.shape[:-1], -1)
+        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
-        corrected: with the low-rank corrections.
-        """
-        weight, ends = self._weight(), self.once("ends", (), self._ends)
-        lora = [p for layer in self.layers if layer.lora is not None for p in (layer.lora.down, layer.lora.up)]
-        state = x.dtype, weight.data_ptr(), *((id(p), p._version) for p in lora)
-        bias, down, up = self.once("rest", state, lambda: self._rest(x.dtype))
-        if not corrected:
-            down = up = None
-        if only is None:
-            out, count = kernels.read_channels(x, limit, weight, bias, down, up, ends)
-            return dict(enumerate(out.tensor_split(ends[:-1]))), count
-        place = self.layers.index(only)
-        part = slice(ends[place] - only.outputs, ends[place])
+    def _many(self, x: Tensor, masked: Tensor, low: Tensor | None) -> list[Tensor]:
+        """Where arithmetic counts more than calls: no product with the zeros of the block diagonal."""
+        outs = []
+        for layer, size, end in zip(self.layers, self._sizes, self._ends, strict=True):
+            part = slice(end - size, end)
+            out = F.linear(masked, self._whole[: x.shape[-1], part].T, None if self._bias is None else self._bias[part])
+            if low is not None:
+                rank = layer.lora.down.shape[0]
+                rows = slice(layer.place * rank, (layer.place + 1) * rank)
+                torch.addmm(out, low[:, rows], self._up[:, part], out=out)
+            outs.append(out.view(*x.shape[:-1], -1))
+        return outs
+
+    def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """The output of one layer only, for a token x [1, 1, I] on its own."""
+        self._prepare(x.dtype)
+        part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
+        down, up = self._down, self._up
         if down is not None:
-            down, up = down.chunk(len(ends))[place], up[:, part].contiguous()
-        bias = None if bias is None else bias[part]
-        out, count = kernels.read_channels(x, limit, weight[:, part], bias, down, up, [only.outputs])
-        return {place: out}, count
+            down, up = down.chunk(len(self.layers))[layer.place], up[:, part].contiguous()
+        bias = None if self._bias is None else self._bias[part]
+        weight = self._whole[: layer.inputs, part]
+        out, count = kernels.read_channels(x.flatten(), self._limit, weight, bias, down, up, [layer.outputs])
+        layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
+        return out.view(*x.shape[:-1], -1)
 
-    def _weight(self) -> Tensor:
-        """[I, O], contiguous."""
+    def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
+        """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
+        self._prepare(x.dtype)
+        layer = self.layers[0]
+        full = x.new_zeros(layer.inputs).index_copy(0, channels, x.flatten())
+        limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
+        weight = self._whole[: layer.inputs]
+        out, _ = kernels.read_channels(full, limit, weight, layer.base_layer.bias, None, None, self._ends)
+        return out.view(*x.shape[:-1], -1)
+
+    def _note(self, share: Callable[[], Tensor]) -> None:
+        if self.layers[0].runtime.decisions is not None:
+            self.layers[0].note(share())
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Bring what is kept up to date with weights, corrections, limits and the dial."""
+        first = self.layers[0]
+        run = first.runtime
+        if self._made_for == run.epoch:
+            return
+        self._made_for = run.epoch
+        self._sizes = [layer.outputs for layer in self.layers]
+        self._ends = list(itertools.accumulate(self._sizes))
+        lora = [layer.lora for layer in self.layers if layer.lora is not None]
+        self._rank = sum(len(part.down) for part in lora)
         bases = [layer.base_layer for layer in self.layers]
         if self._whole is None or self._whole.data_ptr() != bases[0].weight.data_ptr():
             columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
-            self._whole = torch.cat([part.detach() for part in columns], 1)
-            for base, part in zip(bases, self._whole.split([c.shape[1] for c in columns], 1), strict=True):
+            room = columns[0].new_zeros(self._rank, sum(self._sizes))
+            self._whole = torch.cat([torch.cat([part.detach() for part in columns], 1), room])
+            for base, part in zip(bases, self._whole[: first.inputs].split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
-        return self._whole
-
-    def _ends(self) -> list[int]:
-        return torch.tensor([layer.outputs for layer in self.layers]).cumsum(0).tolist()
-
-    def _rest(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(bias, down, up) of all layers side by side; a site has corrections at all of its layers or at none."""
-        biases = [layer.base_layer.bias for layer in self.layers]
-        if any(bias is not None for bias in biases):
-            zeros = [self._whole.new_zeros(layer.outputs) for layer in self.layers]
-            bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
-        else:
-            bias = None
-        if self.layers[0].lora is None:
-            return bias, None, None
-        down = torch.cat([layer.lora.down.detach() for layer in self.layers]).to(dtype)
-        up = torch.cat([layer.lora.up.detach() for layer in self.layers]).T.to(dtype).contiguous()
-        return bias, down, up
+        self._bias = self._down = self._up = self._limit = None
+        if any(base.bias is not None for base in bases):
+            biases = [base.bias for base in bases]
+            zeros = [self._whole.new_zeros(size) for size in self._sizes]
+            self._bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+        if lora:
+            self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
+            self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
+            self._whole[first.inputs :] = torch.block_diag(*(part.up.detach().T for part in lora))
+        if "channel" in first.routers:
+            self._limit = first.routers["channel"].limit(run.offset, dtype)
+            weight = self._whole[: first.inputs]
+            self._reader = kernels.reader(self._limit, weight, self._bias, self._down, self._up, self._ends)
 
 
 class RoutedLinear(Wrapper):
@@ -432,13 +478,23 @@ class RoutedLinear(Wrapper):
         self.outputs, self.inputs = weight_of(base_layer).shape
         self.routers = nn.ModuleDict()
         self.lora: Lora | None = None
-        self._slice: tuple[Tensor | None, Any] = (None, None)
+        self.place = len(site.layers)
+        self.selects = False  # set by add_channels
+        self._slice: tuple[Any, Any] = (None, None)
         site.layers.append(self)
+
+    def add_channels(self, router: ChannelRouter) -> None:
+        """Choose the channels that are read with this router, which all layers of the site share."""
+        self.routers["channel"] = router
+        for layer in self.site.layers:  # one runs for all where all run on the same tokens, and whole
+            layer.selects = router.spec.network != "static" and not any(x.part or x.per_query for x in self.site.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
         if run.bypass:
             return self.base_layer(x)
+        if run.skipping and self.selects:
+            return self.site.take(self, x)
         queries = run.passed.get(f"{self.branch}.queries")
         if queries is None or not self.per_query:
             return self._compute(x, together=queries is None)
@@ -457,18 +513,17 @@ class RoutedLinear(Wrapper):
         if "channel" not in self.routers:
             return self._correct(self.base_layer(x), x)
         router = self.routers["channel"]
-        if self.runtime.execution == "skip" and not torch.is_grad_enabled():
-            if self._alone(x):
-                return self._read_one(router, x, together)
-            if router.spec.network == "static":
-                return self._read_static(router, x)
+        if self._alone(x):
+            return self.site.take(self, x) if together else self.site.one(self, x)
+        if self.runtime.skipping and router.spec.network == "static":
+            return self._read_static(router, x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
     def _alone(self, x: Tensor) -> bool:
         """Whether this is one token, decoded on its own: then reading less is faster."""
-        return self.runtime.single and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled()
+        return self.runtime.alone and x.shape[:-1].numel() == 1
 
-    def _note(self, share: Tensor) -> None:
+    def note(self, share: Tensor) -> None:
         """Record the share of channels that was read; 0 for tokens that are not here."""
         run, place = self.runtime, self.runtime.passed.get(f"{self.branch}.rows")
         asked = self.per_query and f"{self.branch}.queries" in run.passed
@@ -489,37 +544,20 @@ class RoutedLinear(Wrapper):
         masked, left = run.passed.pop(name, (None, len(self.site.layers))) if together else (None, 1)
         if masked is None:
             masked, share = read_channels(router, x, run.offset)
-            self._note(share)
+            self.note(share)
         if left > 1:
             run.passed[name] = masked, left - 1
         return masked
 
-    def _read_one(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
-        """One token: only the rows of the transposed weight that it selects are read."""
-        run, name, place = self.runtime, f"{self.site.name}.read", self.site.layers.index(self)
-        if not together or name not in run.passed:
-            state = id(router), router.log_limit._version, run.offset, x.dtype
-            limit = self.site.once("limit", state, lambda: router.limit(run.offset, x.dtype))
-            outs, count = self.site.read(x.flatten(), limit, None if together else self)
-            if run.decisions is not None:
-                self._note((count / self.inputs).expand(x.shape[:-1]))
-            if not together:
-                return outs[place].view(*x.shape[:-1], -1)
-            run.passed[name] = outs
-        outs = run.passed[name]
-        out = outs.pop(place)
-        if not outs:
-            del run.passed[name]
-        return out.view(*x.shape[:-1], -1)
-
     def _read_static(self, router: ChannelRouter, x: Tensor) -> Tensor:
         """The same channels for every token: a smaller matrix product."""
         run = self.runtime
-        state = id(router), router.log_limit._version, run.offset
-        limit = router.limit(run.offset, x.dtype)
-        channels = self.site.once("static", state, lambda: (limit == 0).nonzero().squeeze(1))
-        self._note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
-        weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
+        state = run.offset, router.log_limit._version
+        if self._slice[0] != state:
+            channels = (router.limit(run.offset, x.dtype) == 0).nonzero().squeeze(1)
+            self._slice = state, (channels, weight_of(self.base_layer)[:, channels].contiguous())
+        channels, weight = self._slice[1]
+        self.note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
         return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
 
     def _write_open(self, x: Tensor, narrow: Narrow) -> Tensor:
@@ -546,9 +584,7 @@ class RoutedLinear(Wrapper):
         if narrow.weight is not None:
             x = x * narrow.weight
         if self._alone(x) and not narrow.keep:
-            full = x.new_zeros(self.inputs).index_copy(0, channels, x.flatten())
-            limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
-            out = self.site.read(full, limit, corrected=False)[0][0].view(*x.shape[:-1], -1)
+            out = self.site.open_channels(x, channels)
         else:
             weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
             out = F.linear(x, weight, self.base_layer.bias)
@@ -596,8 +632,7 @@ class RoutedHead(Wrapper):
         run = self.runtime
         if run.bypass:
             return self.base_layer(hidden)
-        rows = hidden.shape[:-1].numel()
-        if rows <= HEAD_ROWS and run.execution == "skip" and not torch.is_grad_enabled():
+        if run.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
             logits, share = self._some_rows(hidden.flatten(0, -2))
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
         else:

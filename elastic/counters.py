@@ -1,0 +1,65 @@
+"""What a forward pass costs, counted while it runs: FLOPs and bytes of its matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+_aten, _elastic = torch.ops.aten, torch.ops.elastic
+_PRODUCTS = {
+    _aten.mm,
+    _aten.addmm,
+    _aten.bmm,
+    _aten.baddbmm,
+    _aten.mv,
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+}
+
+
+@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """The kernel that CPUs attend with, which torch's counter does not know; causal or not, as for GPUs."""
+    return sdpa_flop_count(query, key, value)
+
+
+class _ByteCounter(TorchDispatchMode):
+    """Bytes of everything that matrix products read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        if packet in _PRODUCTS:
+            self.total += sum(_bytes(x) for x in args if isinstance(x, Tensor))
+        elif packet is _elastic.read_channels:
+            weight = args[2]
+            self.total += int(out[1]) * weight.shape[1] * weight.element_size()
+            self.total += sum(_bytes(x) for x in args[4:6] if x is not None)
+        elif packet is _elastic.dot_rows:
+            self.total += len(out) * args[1].shape[1] * args[1].element_size()
+        elif packet is _elastic.exact_rows:
+            head = args[1]
+            self.total += min(int(out[1].sum()), len(head)) * head.shape[1] * head.element_size()
+        return out
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+@torch.no_grad()
+def count(work: Callable[[], object]) -> tuple[int, int]:
+    """(FLOPs, bytes read) of the matrix products in work()."""
+    with FlopCounterMode(display=False) as flops:
+        work()
+    with _ByteCounter() as read:
+        work()
+    return flops.get_total_flops(), read.total
