@@ -11,8 +11,11 @@ from torch import Tensor
 
 def threshold(score: Tensor) -> Tensor:
     """1 where the score is >= 0, else 0; the gradient is that of sigmoid(score) (straight-through, arXiv 1308.3432)."""
+    hard = (score >= 0).to(score.dtype)
+    if not torch.is_grad_enabled():
+        return hard
     soft = score.sigmoid()
-    return (score >= 0).to(soft.dtype) + (soft - soft.detach())
+    return hard + (soft - soft.detach())
 
 
 def topk(score: Tensor, share: float, dim: int) -> Tensor:

@@ -100,13 +100,24 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
         return n;                                                                                                 \
     }
 
-// out[n][k] = x[n][k] where |x[n][k]| >= limit[k], else 0; x [N, I], rows of out `stride` apart
-#define MASK_CHANNELS(S, T)                                                                                       \
-    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, T *out, int64_t stride,           \
-                           int threads) {                                                                         \
-        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++)       \
-            for (int64_t i = 0; i < I; i++)                                                                       \
-                out[n * stride + i] = fabsf(up_##S(x[n * I + i])) >= limit[i] ? x[n * I + i] : 0;                 \
+// out[n][k] = x[n][k] where |x[n][k]| >= limit[k], else 0; then r low-rank features: down [r, I] times the whole x[n].
+// x [N, I], out [N, I + r]
+#define MASK_CHANNELS(S, T)                                                                                          \
+    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, const T *down, int64_t r, T *out,    \
+                           int threads) {                                                                            \
+        int64_t parts = r + 1, wide = I + r;                                                                         \
+        float *values = malloc(sizeof(float) * (r ? N * I : 1));                                                     \
+        for (int64_t i = 0; r && i < N * I; i++) values[i] = up_##S(x[i]);                                           \
+        _Pragma("omp parallel for num_threads(N * I > 8192 || r ? threads : 1)") for (int64_t k = 0; k < N * parts; k++) { \
+            int64_t n = k / parts, part = k % parts;                                                                 \
+            if (part < r) {                                                                                          \
+                out[n * wide + I + part] = down_##S(dot_##S(down + part * I, values + n * I, I));                    \
+                continue;                                                                                            \
+            }                                                                                                        \
+            for (int64_t i = 0; i < I; i++)                                                                          \
+                out[n * wide + i] = fabsf(up_##S(x[n * I + i])) >= limit[i] ? x[n * I + i] : 0;                      \
+        }                                                                                                            \
+        free(values);                                                                                                \
     }
 
 // out[k] = w[rows[k], :] . x + bias[rows[k]] for n rows of w [*, I]; bias may be NULL, rows NULL means the first n

@@ -64,7 +64,7 @@ def build(folder: Path) -> bool:
         dot = getattr(library, f"dot_rows_{kind}")
         dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
         mask = getattr(library, f"mask_channels_{kind}")
-        mask.argtypes = [pointer, number, number, pointer, pointer, number, count]
+        mask.argtypes = [pointer, number, number, pointer, pointer, number, pointer, count]
         exact = getattr(library, f"exact_rows_{kind}")
         exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
         exact.argtypes += [pointer, pointer, count]
@@ -203,23 +203,25 @@ exact_rows = _operator(
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
 
 
-def _mask_channels(x: Tensor, limit: Tensor, more: int) -> Tensor:
+def _mask_channels(x: Tensor, limit: Tensor, down: Tensor | None) -> Tensor:
     kind = _native(x)
     if kind is None:
-        return F.pad(x * (x.abs() >= limit), (0, more))
+        masked = x * (x.abs() >= limit)
+        return masked if down is None else torch.cat([masked, F.linear(x, down)], 1)
     x, (rows, inputs) = x.contiguous(), x.shape
-    out = x.new_empty(rows, inputs + more)
+    rank = 0 if down is None else len(down)
+    out = x.new_empty(rows, inputs + rank)
     getattr(_library, f"mask_channels_{kind}")(
-        x.data_ptr(), rows, inputs, limit.data_ptr(), out.data_ptr(), inputs + more, torch.get_num_threads()
+        *(x.data_ptr(), rows, inputs, limit.data_ptr(), _address(down), rank, out.data_ptr(), torch.get_num_threads())
     )
     return out
 
 
 mask_channels = _operator(
-    "mask_channels(Tensor x, Tensor limit, int more) -> Tensor",
-    lambda x, limit, more: x.new_empty(x.shape[0], x.shape[1] + more),
+    "mask_channels(Tensor x, Tensor limit, Tensor? down) -> Tensor",
+    lambda x, limit, down: x.new_empty(x.shape[0], x.shape[1] + (0 if down is None else len(down))),
 )(_mask_channels)
-"""x [N, I] with 0 where |x| < limit [I], and room for `more` columns: [N, I + more]."""
+"""x [N, I] with 0 where |x| < limit [I], then low-rank features of all of x, down [r, I]: [N, I + r]."""
 
 
 def reader(
@@ -261,3 +263,8 @@ def _dot_rows_flops(x: Tensor, *rest: Any, out_val: Tensor) -> int:
 @register_flop_formula(torch.ops.elastic.exact_rows, get_raw=True)
 def _exact_rows_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
     return 2 * int(out_val[1].sum()) * x.shape[1]
+
+
+@register_flop_formula(torch.ops.elastic.mask_channels, get_raw=True)
+def _mask_channels_flops(x: Tensor, limit: Tensor, down: Tensor | None, *, out_val: Tensor) -> int:
+    return 0 if down is None else 2 * len(x) * down.numel()

@@ -39,8 +39,16 @@ class Router(nn.Module):
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
-        x = x.float()
-        return self.linear(x) + self.bend(x) if self.spec.network == "mlp" else self.linear(x)
+        score = self._map(self.linear, x)
+        if self.spec.network == "mlp":
+            score = score + self._map(self.bend[2], self.bend[1](self._map(self.bend[0], x)))
+        return score.float()
+
+    @staticmethod
+    def _map(layer: nn.Linear, x: Tensor) -> Tensor:
+        """A linear layer in x's dtype: on many tokens a copy of x in float32 costs more than the router itself."""
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.weight.to(x.dtype), bias)
 
     def share(self, gate: Tensor) -> Tensor:
         """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""

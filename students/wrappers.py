@@ -364,13 +364,11 @@ class Site:
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
         else:
             self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
-            masked = kernels.mask_channels(x.flatten(0, -2), self._limit, self._rank)
-            low = None if self._down is None else F.linear(x.flatten(0, -2), self._down)
+            flat = x.flatten(0, -2)
             if run.tokens > FEW_ROWS:
-                return self._many(x, masked[:, : x.shape[-1]], low)
-            if low is not None:
-                masked[:, x.shape[-1] :] = low
-            out = masked @ self._whole
+                low = None if self._down is None else F.linear(flat, self._down)
+                return self._many(x, kernels.mask_channels(flat, self._limit, None), low)
+            out = kernels.mask_channels(flat, self._limit, self._down) @ self._whole
             if self._bias is not None:
                 out += self._bias
         out = out.view(*x.shape[:-1], -1)
@@ -481,6 +479,8 @@ class RoutedLinear(Wrapper):
         self.place = len(site.layers)
         self.selects = False  # set by add_channels
         self._slice: tuple[Any, Any] = (None, None)
+        self._low: tuple[Tensor, ...] = ()
+        self._lora_for = -1
         site.layers.append(self)
 
     def add_channels(self, router: ChannelRouter) -> None:
@@ -536,7 +536,17 @@ class RoutedLinear(Wrapper):
         run.note(f"{self.site.name}.channel", share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:
-        return out if self.lora is None else out + self.lora(x)
+        """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
+        if self.lora is None:
+            return out
+        if not self.runtime.skipping:
+            return out + self.lora(x)
+        if self._lora_for != self.runtime.epoch:
+            self._lora_for = self.runtime.epoch
+            self._low = self.lora.down.detach().to(x.dtype), self.lora.up.detach().T.to(x.dtype).contiguous()
+        flat = out.view(-1, self.outputs)
+        torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), self._low[0]), self._low[1], out=flat)
+        return out
 
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
         """x without the channels that stay closed; the first layer of a site chooses for all."""
