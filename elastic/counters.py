@@ -23,8 +23,10 @@ _PRODUCTS = {
 
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """The kernel that CPUs attend with, which torch's counter does not know; causal or not, as for GPUs."""
-    return sdpa_flop_count(query, key, value)
+    """The kernel that CPUs attend with, which torch's counter does not know: what it computes, half where causal."""
+    causal = options.get("is_causal", rest[1] if len(rest) > 1 else False)
+    whole = sdpa_flop_count(query, key, value)
+    return whole * (key[2] + 1) // (2 * key[2]) if causal else whole
 
 
 class _ByteCounter(TorchDispatchMode):

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.cache import DroppedLayer
 
-BLOCK = 512
+BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
 
 
@@ -130,9 +130,9 @@ def _selected(
         for part in rows.split(BLOCK) if count else ():
             places = part - b * tokens
             if mask is None:  # as transformers has it: causal, from the first key on
-                last = int(places[-1]) + 1
+                visible = _causal_bias(places, query.dtype)
+                last = visible.shape[-1]
                 k, v = key[b : b + 1, :, :last], value[b : b + 1, :, :last]
-                visible = _causal(places, torch.arange(last, device=places.device), None)
             else:
                 k, v = key[b : b + 1], value[b : b + 1]
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
@@ -182,6 +182,19 @@ def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
 
 def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """[1, 1, Q, K] bool: key places at or before the query's, and within its window."""
-    distance = queries[:, None] - keys[None]
-    visible = distance >= 0
-    return (visible if window is None else visible & (distance < window))[None, None]
+    visible = keys <= queries[:, None]
+    if window is not None:
+        visible &= keys > (queries - window)[:, None]
+    return visible[None, None]
+
+
+def _causal_bias(queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, 1, Q, K]: what to add to the scores of keys 0 ... K - 1 = the last query's place; queries [Q] ascending.
+
+    All queries see the keys up to the first of them, so that only the others are compared.
+    """
+    first, last = int(queries[0]), int(queries[-1])
+    bias = queries.new_zeros(len(queries), last + 1, dtype=dtype)
+    later = torch.arange(first + 1, last + 1, device=queries.device)
+    bias[:, first + 1 :].masked_fill_(later > queries[:, None], torch.finfo(dtype).min)
+    return bias[None, None]

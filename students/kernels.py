@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
@@ -268,3 +268,16 @@ def _exact_rows_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> 
 @register_flop_formula(torch.ops.elastic.mask_channels, get_raw=True)
 def _mask_channels_flops(x: Tensor, limit: Tensor, down: Tensor | None, *, out_val: Tensor) -> int:
     return 0 if down is None else 2 * len(x) * down.numel()
+
+
+def _mv_flops(a_shape: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return 2 * a_shape[0] * a_shape[1]
+
+
+def _addmv_flops(bias_shape: Any, a_shape: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return 2 * a_shape[0] * a_shape[1]
+
+
+for _product, _formula in ((torch.ops.aten.mv, _mv_flops), (torch.ops.aten.addmv, _addmv_flops)):
+    if _product not in flop_registry:  # torch counts products with matrices only
+        register_flop_formula(_product)(_formula)

@@ -48,6 +48,9 @@ class Router(nn.Module):
     def _map(layer: nn.Linear, x: Tensor) -> Tensor:
         """A linear layer in x's dtype: on many tokens a copy of x in float32 costs more than the router itself."""
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        if layer.out_features == 1:  # a matrix-vector product is faster than a product with a thin matrix
+            score = (x @ layer.weight[0].to(x.dtype)).unsqueeze(-1)
+            return score if bias is None else score + bias
         return F.linear(x, layer.weight.to(x.dtype), bias)
 
     def share(self, gate: Tensor) -> Tensor:
