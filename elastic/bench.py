@@ -63,6 +63,7 @@ def bench_run(
             say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
             rows.append(_decode(student, dense, _cut(text, size, PROMPT), new_tokens, repeats))
     say("training steps ...")
+    student.runtime.bypass = False  # whatever the dial said last
     module = Distillation(student, config.loss, config.budget, config.data).train()
     rows.append(_train(module, _cut(text, config.train.batch, config.train.window), repeats))
     machine = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}

@@ -108,7 +108,7 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
         int64_t parts = r + 1, wide = I + r;                                                                         \
         float *values = malloc(sizeof(float) * (r ? N * I : 1));                                                     \
         for (int64_t i = 0; r && i < N * I; i++) values[i] = up_##S(x[i]);                                           \
-        _Pragma("omp parallel for num_threads(N * I > 8192 || r ? threads : 1)") for (int64_t k = 0; k < N * parts; k++) { \
+        _Pragma("omp parallel for num_threads(N * I * parts > 262144 ? threads : 1)") for (int64_t k = 0; k < N * parts; k++) { \
             int64_t n = k / parts, part = k % parts;                                                                 \
             if (part < r) {                                                                                          \
                 out[n * wide + I + part] = down_##S(dot_##S(down + part * I, values + n * I, I));                    \

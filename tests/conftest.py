@@ -6,7 +6,7 @@ A tokenizer of made-up words and a text of them complete a model folder that a w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,15 @@ RUN_SETTINGS = [
     *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
 ]
 """Settings under which a run on a tiny model takes about a second."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test touches the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELASTIC_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,35 @@ def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: py
     assert other["compute_target"] == 0.75 and other["compute"] == pytest.approx(0.75, abs=0.05)
 
 
+def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["generate", str(finished), "--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
+    assert main(command) == 0
+    whole = capsys.readouterr()
+    assert whole.out.strip().startswith("w") and "tokens/s, compute 0." in whole.err
+    assert main([*command, "--stream"]) == 0
+    assert capsys.readouterr().out == whole.out
+    assert main([*command, "--compute", "1.0"]) == 0
+    assert "compute 1.000" in capsys.readouterr().err
+
+
+def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., str]):
+    assert "--prompt is empty" in refused("generate", finished, "--prompt", "")
+    assert "outside what this student" in refused("generate", finished, "--prompt", "w3", "--compute", 0.01)
+    assert "--max-new-tokens" in refused("generate", finished, "--prompt", "w3", "--max-new-tokens", 0)
+    assert "--batch must be at least 1" in refused("bench", finished, "--batch", 0)
+    assert "--new-tokens" in refused("bench", finished, "--new-tokens", 1)
+
+
+def test_bench_prints_one_json_object(finished: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["bench", str(finished), "--tokens", "8", "--new-tokens", "2", "--repeats", "1"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    keys = {"phase", "batch", "tokens", "compute", "predicted_speedup", "measured_speedup", "efficiency"}
+    assert [row["phase"] for row in rows] == ["prefill", "decode", "train"] and all(keys <= set(row) for row in rows)
+    assert main(command) == 0
+    assert "teacher forward" in " ".join(capsys.readouterr().out.split())
+
+
 def test_models(capsys: pytest.CaptureFixture[str]):
     assert main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}

@@ -453,9 +453,26 @@ def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: 
     assert measure_run(str(tmp_path / "run"), say=silent) == row
 
 
-def test_bench_times_a_step_in_teacher_forwards(configure: Configure, tmp_path: Path):
+def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
     distill(configure(), tmp_path / "run")
-    row = bench_run(str(tmp_path / "run"), repeats=3, say=silent)
-    assert row["teacher_forwards"] == pytest.approx(row["step_seconds"] / row["teacher_forward_seconds"])
-    assert 1 < row["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
-    assert row["ideal_teacher_forwards"] == pytest.approx(1 + 2 * row["compute"])
+    rows = bench_run(str(tmp_path / "run"), batch=[1, 2], tokens=[24], new_tokens=4, repeats=2, say=silent)
+    assert [(r["phase"], r["batch"]) for r in rows] == [
+        *(("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 2), ("train", 2)),
+    ]
+    for row in rows:
+        assert row["measured_speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
+        assert row["peak_bytes"] > 0 and row["threads"] >= 1 and row["dtype"] == "float32"
+    decode, pair, train = rows[2:]
+    assert decode["predicted_speedup"] == pytest.approx(1 / decode["compute"])
+    assert decode["compute"] < pair["compute"]  # several sequences share what is read: nothing is left out
+    assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
+    assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
+    assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
+
+
+def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
+    distill(configure(), tmp_path / "run")
+    rows = bench_run(str(tmp_path / "run"), compute=[0.8, 1.0], tokens=[16], new_tokens=3, repeats=1, say=silent)
+    routed, dense = (row["compute"] for row in rows if row["phase"] == "decode")
+    assert routed < 0.9 and dense == 1
