@@ -46,7 +46,7 @@ class Run:
         run._clear()
         try:
             write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-            run.describe(
+            run.record(
                 format=FORMAT,
                 model=config.model,
                 identity=teacher.identity,
@@ -99,7 +99,7 @@ class Run:
         """elastic.json."""
         return json.loads((self.folder / "elastic.json").read_text(encoding="utf-8"))
 
-    def describe(self, **entries: Any) -> None:
+    def record(self, **entries: Any) -> None:
         """Add entries to elastic.json."""
         about = self.about if (self.folder / "elastic.json").exists() else {}
         write_text(self.folder / "elastic.json", json.dumps(about | entries, indent=2) + "\n")

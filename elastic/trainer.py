@@ -129,7 +129,7 @@ def _run(run: Run, config: RunConfig, student: Student, data: TextData, say: Say
     student.save(run.routers)
     say(f"measuring on {len(data.held_out)} held-out windows ...")
     row = describe(run, student, "held-out windows", evaluate(student, data.held_out, config))
-    run.describe(result=row, seconds=run.about.get("seconds", 0) + round(time.monotonic() - started, 1))
+    run.record(result=row, seconds=run.about.get("seconds", 0) + round(time.monotonic() - started, 1))
     return row
 
 
@@ -188,7 +188,7 @@ def _train(
                 loss.item()
                 per_step = (time.monotonic() - timer) / (state.step - begun - 1)
                 state.steps = max(state.step, round(train.minutes * 60 / per_step))
-                run.describe(steps=state.steps)
+                run.record(steps=state.steps)
             done = state.step == state.steps
             if state.step % train.log_every == 0 or done:
                 line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))

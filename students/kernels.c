@@ -100,24 +100,22 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
         return n;                                                                                                 \
     }
 
-// out[n][k] = x[n][k] where |x[n][k]| >= limit[k], else 0; then r low-rank features: down [r, I] times the whole x[n].
-// x [N, I], out [N, I + r]
-#define MASK_CHANNELS(S, T)                                                                                          \
-    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, const T *down, int64_t r, T *out,    \
-                           int threads) {                                                                            \
-        int64_t parts = r + 1, wide = I + r;                                                                         \
-        float *values = malloc(sizeof(float) * (r ? N * I : 1));                                                     \
-        for (int64_t i = 0; r && i < N * I; i++) values[i] = up_##S(x[i]);                                           \
-        _Pragma("omp parallel for num_threads(N * I * parts > 262144 ? threads : 1)") for (int64_t k = 0; k < N * parts; k++) { \
-            int64_t n = k / parts, part = k % parts;                                                                 \
-            if (part < r) {                                                                                          \
-                out[n * wide + I + part] = down_##S(dot_##S(down + part * I, values + n * I, I));                    \
-                continue;                                                                                            \
-            }                                                                                                        \
-            for (int64_t i = 0; i < I; i++)                                                                          \
-                out[n * wide + i] = fabsf(up_##S(x[n * I + i])) >= limit[i] ? x[n * I + i] : 0;                      \
-        }                                                                                                            \
-        free(values);                                                                                                \
+// out[k] = x[k] where |x[k]| >= limit[k], else 0; bfloat16 compares as an integer does, and its limits are rounded to it
+static void mask_f32(const float *x, const float *limit, int64_t I, float *out) {
+    for (int64_t i = 0; i < I; i++) out[i] = fabsf(x[i]) >= limit[i] ? x[i] : 0;
+}
+static void mask_bf16(const uint16_t *x, const float *limit, int64_t I, uint16_t *out) {
+    for (int64_t i = 0; i < I; i++) {
+        uint16_t least = down_bf16(limit[i]);
+        out[i] = (x[i] & 0x7fff) >= least ? x[i] : 0;
+    }
+}
+
+// x [N, I] with the channels that are below their limit set to 0
+#define MASK_CHANNELS(S, T)                                                                                    \
+    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, T *out, int threads) {         \
+        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++)    \
+            mask_##S(x + n * I, limit, I, out + n * I);                                                        \
     }
 
 // out[k] = w[rows[k], :] . x + bias[rows[k]] for n rows of w [*, I]; bias may be NULL, rows NULL means the first n
@@ -144,28 +142,34 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
         float *values = malloc(sizeof(float) * B * D);                                                          \
         int64_t *chosen = malloc(sizeof(int64_t) * V);                                                          \
         for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                           \
-        for (int64_t b = 0; b < B; b++) {                                                                       \
-            const T *guess = preview + b * V;                                                                   \
-            T *o = out + b * V;                                                                                 \
-            int64_t exact = 0;                                                                                  \
-            _Pragma("omp parallel num_threads(threads) reduction(+ : exact)") {                                 \
-                int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                         \
-                int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from;                  \
-                for (int64_t v = from; v < to; v++) {                                                           \
-                    float this = up_##S(guess[v]);                                                              \
-                    o[v] = down_##S(this + tail);                                                               \
-                    mine[n] = v;                                                                                \
-                    n += this >= limit[b];                                                                      \
-                }                                                                                               \
-                for (int64_t k = 0; k < n; k++) {                                                               \
-                    const T *next = head + mine[k + 2 < n ? k + 2 : k] * D;                                     \
-                    for (int64_t j = 0; j < D; j += 64 / sizeof(T)) __builtin_prefetch(next + j);               \
-                    float sum = dot_##S(head + mine[k] * D, values + b * D, D);                                 \
-                    o[mine[k]] = down_##S(sum + (bias ? up_##S(bias[mine[k]]) : 0));                            \
-                }                                                                                               \
-                exact += n;                                                                                     \
+        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                           \
+        _Pragma("omp parallel num_threads(threads)") {                                                          \
+            int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                             \
+            int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from;                      \
+            for (int64_t v = from; v < to; v++) {                                                               \
+                int needed = 0;                                                                                 \
+                for (int64_t b = 0; b < B; b++) needed |= up_##S(preview[b * V + v]) >= limit[b];               \
+                if (needed) mine[n++] = v;                                                                      \
             }                                                                                                   \
-            count[b] = exact;                                                                                   \
+            for (int64_t b = 0; b < B; b++) {                                                                   \
+                int64_t exact = 0;                                                                              \
+                for (int64_t v = from; v < to; v++) {                                                           \
+                    float guess = up_##S(preview[b * V + v]);                                                   \
+                    out[b * V + v] = down_##S(guess + tail);                                                    \
+                    exact += guess >= limit[b];                                                                 \
+                }                                                                                               \
+                _Pragma("omp atomic") count[b] += exact;                                                        \
+            }                                                                                                   \
+            for (int64_t k = 0; k < n; k++) {                                                                   \
+                int64_t v = mine[k];                                                                            \
+                const T *next = head + mine[k + 2 < n ? k + 2 : k] * D;                                         \
+                for (int64_t j = 0; j < D; j += 64 / sizeof(T)) __builtin_prefetch(next + j);                   \
+                for (int64_t b = 0; b < B; b++) {                                                               \
+                    if (up_##S(preview[b * V + v]) < limit[b]) continue;                                        \
+                    float sum = dot_##S(head + v * D, values + b * D, D);                                       \
+                    out[b * V + v] = down_##S(sum + (bias ? up_##S(bias[v]) : 0));                              \
+                }                                                                                               \
+            }                                                                                                   \
         }                                                                                                       \
         free(values);                                                                                           \
         free(chosen);                                                                                           \
@@ -175,3 +179,113 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+// sums[b][O] += sum of value[b][k] * w[row[k], :] for B inputs at once: n rows (a multiple of 16) are read once for all.
+// pairs[b][n / 2] holds two neighbouring values. Within 32 outputs sums are in the order that unpacking leaves.
+static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int64_t *row, int64_t n,
+                         const uint32_t *pairs, int64_t wide, int64_t B, float *sums) {
+    for (int64_t k = 0; k < n; k += 16) {
+        const uint16_t *r[16], *next[16];
+        for (int i = 0; i < 16; i++) {
+            r[i] = w + row[k + i] * stride;
+            next[i] = k + 16 < n ? w + row[k + 16 + i] * stride : r[i];
+        }
+        for (int64_t from = 0; from < O; from += 32) {
+            __m512i low[8], high[8];
+            for (int i = 0; i < 16; i++) __builtin_prefetch(next[i] + from);
+            for (int i = 0; i < 8; i++) {
+                __m512i a = _mm512_loadu_si512(r[2 * i] + from), b = _mm512_loadu_si512(r[2 * i + 1] + from);
+                low[i] = _mm512_unpacklo_epi16(a, b), high[i] = _mm512_unpackhi_epi16(a, b);
+            }
+            for (int64_t b = 0; b < B; b++) {
+                float *at = sums + b * O + from;
+                const uint32_t *pair = pairs + b * wide + k / 2;
+                __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
+                __m512 third = _mm512_setzero_ps(), fourth = _mm512_setzero_ps();
+                for (int i = 0; i < 8; i += 2) {
+                    __m512bh x = (__m512bh)_mm512_set1_epi32((int)pair[i]), y = (__m512bh)_mm512_set1_epi32((int)pair[i + 1]);
+                    first = _mm512_dpbf16_ps(first, (__m512bh)low[i], x);
+                    second = _mm512_dpbf16_ps(second, (__m512bh)high[i], x);
+                    third = _mm512_dpbf16_ps(third, (__m512bh)low[i + 1], y);
+                    fourth = _mm512_dpbf16_ps(fourth, (__m512bh)high[i + 1], y);
+                }
+                _mm512_storeu_ps(at, _mm512_add_ps(first, third)), _mm512_storeu_ps(at + 16, _mm512_add_ps(second, fourth));
+            }
+        }
+    }
+}
+
+// Sums of 32 outputs over the team, [team][B][O], back in order.
+static void gather_32(const float *sums, int64_t apart, int64_t team, float *whole) {
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    __m512 first = _mm512_loadu_ps(sums), second = _mm512_loadu_ps(sums + 16);
+    for (int64_t t = 1; t < team; t++) {
+        first = _mm512_add_ps(first, _mm512_loadu_ps(sums + t * apart));
+        second = _mm512_add_ps(second, _mm512_loadu_ps(sums + t * apart + 16));
+    }
+    _mm512_storeu_ps(whole, _mm512_permutex2var_ps(first, front, second));
+    _mm512_storeu_ps(whole + 16, _mm512_permutex2var_ps(first, back, second));
+}
+
+// As read_channels, for a few inputs x [B, I] at once; O and all ends are multiples of 32. Returns how many channels
+// some input needs.
+int64_t few_channels_bf16(const uint16_t *x, int64_t B, const float *limit, const uint16_t *w, int64_t stride, int64_t I,
+                          int64_t O, const uint16_t *bias, const uint16_t *down, const uint16_t *up, int64_t r,
+                          const int64_t *ends, int64_t parts, uint16_t *out, int threads) {
+    static _Thread_local void *scratch;  // kept: memory fresh from the system would have to be mapped at every call
+    static _Thread_local size_t held;
+    int64_t wide = (I + 17) / 2 * 2, n = 0, needed, ranks = parts * r;
+    size_t floats = B * (I + ranks) + threads * B * O, shorts = 2 * B * wide + I, longs = I + 16;
+    size_t size = 8 * longs + 4 * floats + 2 * shorts;
+    if (size > held) free(scratch), scratch = malloc(size), held = size;
+    int64_t *rows = scratch;
+    float *values = (float *)(rows + longs), *low = values + B * I, *sums = low + B * ranks;
+    uint16_t *masked = (uint16_t *)(values + floats), *kept = masked + B * wide, *open = kept + B * wide;
+    memset(open, 0, sizeof(uint16_t) * I);
+    for (int64_t b = 0; b < B; b++) {
+        mask_bf16(x + b * I, limit, I, masked + b * wide);
+        for (int64_t i = 0; i < I; i++) open[i] |= masked[b * wide + i];
+        for (int64_t i = 0; i < I; i++) values[b * I + i] = up_bf16(x[b * I + i]);
+    }
+    for (int64_t i = 0; i < I; i++) {
+        rows[n] = i;
+        n += open[i] != 0;
+    }
+    needed = n;
+    for (; n % 16; n++) rows[n] = rows[0];
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t k = 0; k < needed; k++) kept[b * wide + k] = masked[b * wide + rows[k]];
+        for (int64_t k = needed; k < n; k++) kept[b * wide + k] = 0;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+        int64_t from = me * (n / 16) / team * 16, to = (me + 1) * (n / 16) / team * 16;
+        float *mine = sums + me * B * O;
+        memset(mine, 0, sizeof(float) * B * O);
+        add_rows_few(w, stride, O, rows + from, to - from, (const uint32_t *)(kept + from), wide / 2, B, mine);
+        for (int64_t i = me * ranks / team; i < (me + 1) * ranks / team; i++)
+            for (int64_t b = 0; b < B; b++) low[b * ranks + i] = dot_bf16(down + i * I, values + b * I, I);
+#pragma omp barrier
+        for (int64_t at = me * (O / 32) / team * 32; at < (me + 1) * (O / 32) / team * 32; at += 32) {
+            int64_t p = 0;
+            while (r && ends[p] <= at) p++;
+            for (int64_t b = 0; b < B; b++) {
+                float whole[32];
+                gather_32(sums + b * O + at, B * O, team, whole);
+                for (int j = 0; bias && j < 32; j++) whole[j] += up_bf16(bias[at + j]);
+                for (int64_t i = 0; i < r; i++) {
+                    float feature = low[b * ranks + p * r + i];
+                    for (int j = 0; j < 32; j++) whole[j] += feature * up_bf16(up[i * O + at + j]);
+                }
+                for (int j = 0; j < 32; j++) out[b * O + at + j] = down_bf16(whole[j]);
+            }
+        }
+    }
+    return needed;
+}
+#endif

@@ -64,10 +64,15 @@ def build(folder: Path) -> bool:
         dot = getattr(library, f"dot_rows_{kind}")
         dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
         mask = getattr(library, f"mask_channels_{kind}")
-        mask.argtypes = [pointer, number, number, pointer, pointer, number, pointer, count]
+        mask.argtypes = [pointer, number, number, pointer, pointer, count]
         exact = getattr(library, f"exact_rows_{kind}")
         exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
         exact.argtypes += [pointer, pointer, count]
+    if hasattr(library, "few_channels_bf16"):
+        few = library.few_channels_bf16
+        few.argtypes = [pointer, number, pointer, pointer] + [number] * 3 + [pointer] * 3
+        few.argtypes += [number, pointer, number, pointer, count]
+        few.restype = number
     _library = library
     return True
 
@@ -203,25 +208,54 @@ exact_rows = _operator(
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
 
 
-def _mask_channels(x: Tensor, limit: Tensor, down: Tensor | None) -> Tensor:
+def _mask_channels(x: Tensor, limit: Tensor) -> Tensor:
     kind = _native(x)
     if kind is None:
-        masked = x * (x.abs() >= limit)
-        return masked if down is None else torch.cat([masked, F.linear(x, down)], 1)
-    x, (rows, inputs) = x.contiguous(), x.shape
-    rank = 0 if down is None else len(down)
-    out = x.new_empty(rows, inputs + rank)
+        return x * (x.abs() >= limit)
+    x = x.contiguous()
+    out = torch.empty_like(x)
     getattr(_library, f"mask_channels_{kind}")(
-        *(x.data_ptr(), rows, inputs, limit.data_ptr(), _address(down), rank, out.data_ptr(), torch.get_num_threads())
+        x.data_ptr(), *x.shape, limit.data_ptr(), out.data_ptr(), torch.get_num_threads()
     )
     return out
 
 
-mask_channels = _operator(
-    "mask_channels(Tensor x, Tensor limit, Tensor? down) -> Tensor",
-    lambda x, limit, down: x.new_empty(x.shape[0], x.shape[1] + (0 if down is None else len(down))),
-)(_mask_channels)
-"""x [N, I] with 0 where |x| < limit [I], then low-rank features of all of x, down [r, I]: [N, I + r]."""
+mask_channels = _operator("mask_channels(Tensor x, Tensor limit) -> Tensor", lambda x, limit: torch.empty_like(x))(
+    _mask_channels
+)
+"""x [N, I] with 0 where |x| < limit [I]."""
+
+
+def reads_few(weight: Tensor, ends: list[int]) -> bool:
+    """Whether `few_channels` runs here: bfloat16 on a CPU with products of it, and outputs in multiples of 32."""
+    return _native(weight) == "bf16" and hasattr(_library, "few_channels_bf16") and not any(end % 32 for end in ends)
+
+
+def _few_channels(
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    x, (inputs, outputs) = x.contiguous(), weight.shape
+    out = x.new_empty(len(x), outputs)
+    count = _library.few_channels_bf16(
+        *(x.data_ptr(), len(x), limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs),
+        *(_address(bias), _address(down), _address(up), 0 if up is None else len(up)),
+        *((ctypes.c_int64 * len(ends))(*ends), len(ends), out.data_ptr(), torch.get_num_threads()),
+    )
+    return out, torch.tensor(count)
+
+
+few_channels = _operator(
+    "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
+    " -> (Tensor, Tensor)",
+    lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), torch.empty((), dtype=torch.long)),
+)(_few_channels)
+"""As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 
 
 def reader(
@@ -232,7 +266,7 @@ def reader(
     The operator itself is called where somebody counts or compiles, and where there is no C library.
     """
     inputs, outputs = weight.shape
-    kind, threads, dtype = _native(weight), torch.get_num_threads(), weight.dtype
+    kind, dtype = _native(weight), weight.dtype
     function = getattr(_library, f"read_channels_{kind}", None)
     held = limit, weight, bias, down, up, (ctypes.c_int64 * len(ends))(*ends)
     front = limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs, _address(bias)
@@ -243,7 +277,7 @@ def reader(
             return read_channels(x.flatten(), *held[:-1], ends)
         x = x.contiguous()
         out = torch.empty(outputs, dtype=dtype)
-        return out, function(x.data_ptr(), *front, *middle, out.data_ptr(), threads)
+        return out, function(x.data_ptr(), *front, *middle, out.data_ptr(), torch.get_num_threads())
 
     return read
 
@@ -265,9 +299,9 @@ def _exact_rows_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> 
     return 2 * int(out_val[1].sum()) * x.shape[1]
 
 
-@register_flop_formula(torch.ops.elastic.mask_channels, get_raw=True)
-def _mask_channels_flops(x: Tensor, limit: Tensor, down: Tensor | None, *, out_val: Tensor) -> int:
-    return 0 if down is None else 2 * len(x) * down.numel()
+@register_flop_formula(torch.ops.elastic.few_channels, get_raw=True)
+def _few_channels_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
+    return len(x) * _read_channels_flops(x, *rest, out_val=out_val)
 
 
 def _mv_flops(a_shape: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:

@@ -22,8 +22,7 @@ from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRoute
 from students.runtime import Runtime
 
 FEW_ROWS = 8
-"""Up to so many tokens at once, reading weights costs more than arithmetic: exact rows of the LM head are computed one
-by one, and low-rank corrections in one product with the layers that they correct."""
+"""Up to so many tokens at once, reading weights costs more than arithmetic: only what one of them needs is read."""
 
 
 class Wrapper(nn.Module):
@@ -211,7 +210,7 @@ class RoutedBranch(Wrapper):
         """(open channels, open gates) of gates [N]; remembered where they stand for more than this call."""
         run, static = self.runtime, router.spec.network == "static"
         if static:
-            state = router.score._version, run.offset, run.capacity
+            state = router.score._version, router.members._version, run.offset, run.capacity
             if self._standing[0] == state:
                 return self._standing[1]
         elif run.memory is not None and f"{key}.narrow" in run.memory:
@@ -338,7 +337,7 @@ class Site:
     """The linear layers of a block that read one input through one selection of channels, without gradients.
 
     Their weights are put together when the first token comes by: [inputs, outputs side by side], of which the layers'
-    own become views, so that there is one copy; below them the low-rank corrections' `up` matrices as a block diagonal.
+    own become views, so that there is one copy.
     """
 
     def __init__(self, name: str) -> None:
@@ -365,23 +364,22 @@ class Site:
         else:
             self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
             flat = x.flatten(0, -2)
-            if run.tokens > FEW_ROWS:
-                low = None if self._down is None else F.linear(flat, self._down)
-                return self._many(x, kernels.mask_channels(flat, self._limit, None), low)
-            out = kernels.mask_channels(flat, self._limit, self._down) @ self._whole
-            if self._bias is not None:
-                out += self._bias
+            if run.tokens > FEW_ROWS or not kernels.reads_few(self._whole, self._ends):
+                return self._many(x, flat)
+            out, _ = kernels.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
         out = out.view(*x.shape[:-1], -1)
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
-    def _many(self, x: Tensor, masked: Tensor, low: Tensor | None) -> list[Tensor]:
-        """Where arithmetic counts more than calls: no product with the zeros of the block diagonal."""
+    def _many(self, x: Tensor, flat: Tensor) -> list[Tensor]:
+        """Many tokens: nothing is saved by leaving channels out, so they are masked."""
+        masked = kernels.mask_channels(flat, self._limit)
+        low = None if self._down is None else F.linear(flat, self._down)
         outs = []
         for layer, size, end in zip(self.layers, self._sizes, self._ends, strict=True):
             part = slice(end - size, end)
-            out = F.linear(masked, self._whole[: x.shape[-1], part].T, None if self._bias is None else self._bias[part])
+            out = F.linear(masked, self._whole[:, part].T, None if self._bias is None else self._bias[part])
             if low is not None:
-                rank = layer.lora.down.shape[0]
+                rank = len(layer.lora.down)
                 rows = slice(layer.place * rank, (layer.place + 1) * rank)
                 torch.addmm(out, low[:, rows], self._up[:, part], out=out)
             outs.append(out.view(*x.shape[:-1], -1))
@@ -395,8 +393,9 @@ class Site:
         if down is not None:
             down, up = down.chunk(len(self.layers))[layer.place], up[:, part].contiguous()
         bias = None if self._bias is None else self._bias[part]
-        weight = self._whole[: layer.inputs, part]
-        out, count = kernels.read_channels(x.flatten(), self._limit, weight, bias, down, up, [layer.outputs])
+        out, count = kernels.read_channels(
+            x.flatten(), self._limit, self._whole[:, part], bias, down, up, [layer.outputs]
+        )
         layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
         return out.view(*x.shape[:-1], -1)
 
@@ -406,8 +405,7 @@ class Site:
         layer = self.layers[0]
         full = x.new_zeros(layer.inputs).index_copy(0, channels, x.flatten())
         limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
-        weight = self._whole[: layer.inputs]
-        out, _ = kernels.read_channels(full, limit, weight, layer.base_layer.bias, None, None, self._ends)
+        out, _ = kernels.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
 
     def _note(self, share: Callable[[], Tensor]) -> None:
@@ -424,13 +422,11 @@ class Site:
         self._sizes = [layer.outputs for layer in self.layers]
         self._ends = list(itertools.accumulate(self._sizes))
         lora = [layer.lora for layer in self.layers if layer.lora is not None]
-        self._rank = sum(len(part.down) for part in lora)
         bases = [layer.base_layer for layer in self.layers]
         if self._whole is None or self._whole.data_ptr() != bases[0].weight.data_ptr():
             columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
-            room = columns[0].new_zeros(self._rank, sum(self._sizes))
-            self._whole = torch.cat([torch.cat([part.detach() for part in columns], 1), room])
-            for base, part in zip(bases, self._whole[: first.inputs].split(self._sizes, 1), strict=True):
+            self._whole = torch.cat([part.detach() for part in columns], 1)
+            for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
         self._bias = self._down = self._up = self._limit = None
         if any(base.bias is not None for base in bases):
@@ -440,11 +436,9 @@ class Site:
         if lora:
             self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
             self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
-            self._whole[first.inputs :] = torch.block_diag(*(part.up.detach().T for part in lora))
         if "channel" in first.routers:
             self._limit = first.routers["channel"].limit(run.offset, dtype)
-            weight = self._whole[: first.inputs]
-            self._reader = kernels.reader(self._limit, weight, self._bias, self._down, self._up, self._ends)
+            self._reader = kernels.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
 
 
 class RoutedLinear(Wrapper):
