@@ -41,7 +41,7 @@ class _ByteCounter(TorchDispatchMode):
         packet = function.overloadpacket
         if packet in _PRODUCTS:
             self.total += sum(_bytes(x) for x in args if isinstance(x, Tensor))
-        elif packet is _elastic.read_channels:
+        elif packet in (_elastic.read_channels, _elastic.few_channels):
             weight = args[2]
             self.total += int(out[1]) * weight.shape[1] * weight.element_size()
             self.total += sum(_bytes(x) for x in args[4:6] if x is not None)

@@ -465,6 +465,7 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
         assert row["peak_bytes"] > 0 and row["threads"] >= 1 and row["dtype"] == "float32"
     decode, pair, train = rows[2:]
     assert decode["predicted_speedup"] == pytest.approx(1 / decode["compute"])
+    assert 1 < decode["predicted_speedup_bytes"] < 2
     assert decode["compute"] < pair["compute"]  # several sequences share what is read: nothing is left out
     assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
     assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
