@@ -211,6 +211,18 @@ def test_checkpoint_of_another_student_is_refused(llama):
         student.load_added_state(elasticize(make_tiny("llama"), MIXED).added_state())
 
 
+def test_the_dial_turns_top_k_shares_too(llama, tokens):
+    student = elasticize(llama, StudentSpec((EVERY_KIND["head-topk"], EVERY_KIND["expert-topk"])))
+    run, shares = student.runtime, []
+    run.capacity = 0.5
+    for run.offset in (-2.0, 0.0, 2.0):
+        _, decisions = student(tokens)
+        shares.append([float(share.mean()) for share in decisions.share.values()])
+    assert set(shares[1]) == {0.5} and all(low < 0.5 < high for low, high in zip(shares[0], shares[2], strict=True))
+    run.capacity = 1.0
+    assert run.kept == 1.0
+
+
 def test_unsupported_architecture_says_what_was_looked_for():
     from transformers import BloomConfig, BloomForCausalLM
 
