@@ -217,7 +217,7 @@ def test_the_dial_turns_top_k_shares_too(llama, tokens):
     run.capacity = 0.5
     for run.offset in (-2.0, 0.0, 2.0):
         _, decisions = student(tokens)
-        shares.append([float(share.mean()) for share in decisions.share.values()])
+        shares.append([share.mean().item() for share in decisions.share.values()])
     assert set(shares[1]) == {0.5} and all(low < 0.5 < high for low, high in zip(shares[0], shares[2], strict=True))
     run.capacity = 1.0
     assert run.kept == 1.0
