@@ -57,10 +57,10 @@ def build(folder: Path) -> bool:
     except (OSError, subprocess.CalledProcessError):
         return False
     pointer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    layers = [pointer] * 2 + [number] * 3 + [pointer] * 3 + [number, pointer, number]
     for kind in _KINDS.values():
         read = getattr(library, f"read_channels_{kind}")
-        read.argtypes = [pointer] * 3 + [number] * 3 + [pointer] * 3 + [number, pointer, number, pointer, count]
-        read.restype = number
+        read.argtypes, read.restype = [pointer, *layers, pointer, count], number
         dot = getattr(library, f"dot_rows_{kind}")
         dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
         mask = getattr(library, f"mask_channels_{kind}")
@@ -70,9 +70,7 @@ def build(folder: Path) -> bool:
         exact.argtypes += [pointer, pointer, count]
     if hasattr(library, "few_channels_bf16"):
         few = library.few_channels_bf16
-        few.argtypes = [pointer, number, pointer, pointer] + [number] * 3 + [pointer] * 3
-        few.argtypes += [number, pointer, number, pointer, count]
-        few.restype = number
+        few.argtypes, few.restype = [pointer, number, *layers, pointer, count], number
     _library = library
     return True
 
@@ -99,6 +97,17 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _layers(
+    limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
+) -> tuple[Any, ...]:
+    """Linear layers side by side, as the C functions that read channels take them between input and output."""
+    rank = 0 if up is None else len(up)
+    return (
+        *(limit.data_ptr(), weight.data_ptr(), weight.stride(0), *weight.shape, _address(bias), _address(down)),
+        *(_address(up), rank, (ctypes.c_int64 * len(ends))(*ends), len(ends)),
+    )
+
+
 _operators = torch.library.Library("elastic", "DEF")
 
 
@@ -121,15 +130,12 @@ def _read_channels(
     up: Tensor | None,
     ends: list[int],
 ) -> tuple[Tensor, Tensor]:
-    inputs, outputs = weight.shape
     kind = _native(x)
     if kind is not None:
-        x = x.contiguous()
-        out = x.new_empty(outputs)
+        x, out = x.contiguous(), x.new_empty(weight.shape[1])
+        layers = _layers(limit, weight, bias, down, up, ends)
         count = getattr(_library, f"read_channels_{kind}")(
-            *(x.data_ptr(), limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs, _address(bias)),
-            *(_address(down), _address(up), 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)),
-            *(len(ends), out.data_ptr(), torch.get_num_threads()),
+            x.data_ptr(), *layers, out.data_ptr(), torch.get_num_threads()
         )
         return out, torch.tensor(count)
     rows = (x.abs() >= limit).nonzero().squeeze(1)
@@ -137,7 +143,7 @@ def _read_channels(
     if len(rows):
         out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
     else:
-        out = x.new_zeros(outputs)
+        out = x.new_zeros(weight.shape[1])
     if bias is not None:
         out = out + bias
     if up is not None:
@@ -231,22 +237,10 @@ def reads_few(weight: Tensor, ends: list[int]) -> bool:
     return _native(weight) == "bf16" and hasattr(_library, "few_channels_bf16") and not any(end % 32 for end in ends)
 
 
-def _few_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
-    x, (inputs, outputs) = x.contiguous(), weight.shape
-    out = x.new_empty(len(x), outputs)
-    count = _library.few_channels_bf16(
-        *(x.data_ptr(), len(x), limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs),
-        *(_address(bias), _address(down), _address(up), 0 if up is None else len(up)),
-        *((ctypes.c_int64 * len(ends))(*ends), len(ends), out.data_ptr(), torch.get_num_threads()),
-    )
+def _few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
+    layers = _layers(limit, weight, *rest)
+    count = _library.few_channels_bf16(x.data_ptr(), len(x), *layers, out.data_ptr(), torch.get_num_threads())
     return out, torch.tensor(count)
 
 
@@ -258,26 +252,20 @@ few_channels = _operator(
 """As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 
 
-def reader(
-    limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
-) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+def reader(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
     """`read_channels` for one set of weights and many inputs x [I]: what the C function is told is put together once.
 
     The operator itself is called where somebody counts or compiles, and where there is no C library.
     """
-    inputs, outputs = weight.shape
-    kind, dtype = _native(weight), weight.dtype
-    function = getattr(_library, f"read_channels_{kind}", None)
-    held = limit, weight, bias, down, up, (ctypes.c_int64 * len(ends))(*ends)
-    front = limit.data_ptr(), weight.data_ptr(), weight.stride(0), inputs, outputs, _address(bias)
-    middle = _address(down), _address(up), 0 if up is None else len(up), held[-1], len(ends)
+    outputs, dtype = weight.shape[1], weight.dtype
+    function = getattr(_library, f"read_channels_{_native(weight)}", None)
+    layers = _layers(limit, weight, *rest)
 
     def read(x: Tensor) -> tuple[Tensor, int | Tensor]:
         if function is None or x.dtype != dtype or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
-            return read_channels(x.flatten(), *held[:-1], ends)
-        x = x.contiguous()
-        out = torch.empty(outputs, dtype=dtype)
-        return out, function(x.data_ptr(), *front, *middle, out.data_ptr(), torch.get_num_threads())
+            return read_channels(x.flatten(), limit, weight, *rest)
+        x, out = x.contiguous(), torch.empty(outputs, dtype=dtype)
+        return out, function(x.data_ptr(), *layers, out.data_ptr(), torch.get_num_threads())
 
     return read
 
@@ -304,14 +292,11 @@ def _few_channels_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -
     return len(x) * _read_channels_flops(x, *rest, out_val=out_val)
 
 
-def _mv_flops(a_shape: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    return 2 * a_shape[0] * a_shape[1]
+def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
+    rows, columns = shapes[-2]  # mv(matrix, vector), addmv(start, matrix, vector)
+    return 2 * rows * columns
 
 
-def _addmv_flops(bias_shape: Any, a_shape: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    return 2 * a_shape[0] * a_shape[1]
-
-
-for _product, _formula in ((torch.ops.aten.mv, _mv_flops), (torch.ops.aten.addmv, _addmv_flops)):
+for _product in (torch.ops.aten.mv, torch.ops.aten.addmv):
     if _product not in flop_registry:  # torch counts products with matrices only
-        register_flop_formula(_product)(_formula)
+        register_flop_formula(_product)(_mv_flops)

@@ -20,6 +20,7 @@ from students.architecture import weight_of
 from students.attention import Packing, Plan
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
+from students.spec import RouterSpec
 
 FEW_ROWS = 8
 """Up to so many tokens at once, reading weights costs more than arithmetic: only what one of them needs is read."""
@@ -48,12 +49,22 @@ class Exits:
     """The branch's input [B, T, D], which substitutes read."""
     gates: list[tuple[Tensor, Tensor, Substitute | None]] = field(default_factory=list)
     """(gate, closed, substitute) in turn, the first two [B, T, 1] or [B, 1, 1]: out * gate + substitute * closed."""
-    weighted: bool = False
-    """Whether some gate multiplies what it lets through by something other than 1."""
+    specs: list[RouterSpec] = field(default_factory=list)
+    """Of the routers that decided them."""
     rows: Tensor | None = None
     """Flat indices of the tokens that the output [1, N, D] holds; None: all [B, T, D]."""
     valid: Tensor | None = None
     """[B, T] bool; padding is left out when rows are."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some gate multiplies what it lets through by something other than 1."""
+        return any(spec.weight == "score" for spec in self.specs)
+
+    @property
+    def drops(self) -> list[int]:
+        """The numbers of the gates whose closed tokens write no key."""
+        return [number for number, spec in enumerate(self.specs) if spec.kv == "drop"]
 
     def open(self, only: list[int] | None = None) -> Tensor:
         """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
@@ -154,26 +165,26 @@ class RoutedBranch(Wrapper):
             return self.base_layer(*args, **kwargs)
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
-        exits, specs = self._decide(x, features)
-        skip = run.skips(specs)
+        exits = self._decide(x, features)
+        skip = run.skips(exits.specs)
         try:
-            plan = self._pass_parts(x, features, skip)
+            plan = self._pass_parts(features, skip)
             if skip and exits.gates:
                 exits.valid = run.valid
                 leave_out = self._attend_some if self.branch == "attn" else self._compute_some
                 return leave_out(exits, plan, args, kwargs)
             if plan is not None and self.branch == "attn":
                 kwargs["routed"] = plan
-            if self.branch == "attn" and any(spec.kv == "drop" for spec in specs):
-                kwargs = self._without_closed_keys(exits, specs, kwargs)
+            if self.branch == "attn" and exits.drops:
+                kwargs = self._without_closed_keys(exits, kwargs)
             return self._leave(self.base_layer(x, *args, **kwargs), exits)
         finally:
             for what in ("narrow", "rows", "queries"):
                 run.passed.pop(f"{self.block}.{self.branch}.{what}", None)
 
-    def _decide(self, x: Tensor, features: Tensor) -> tuple[Exits, list[Any]]:
+    def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Token and layer gates. A layer gate is decided in front of attention and handed on to the MLP."""
-        exits, specs = Exits(x), []
+        exits = Exits(x)
         for kind in ("token", "layer"):
             key = f"{self.block}.layer" if kind == "layer" else f"{self.block}.{self.branch}.{kind}"
             if kind in self.routers:
@@ -187,11 +198,10 @@ class RoutedBranch(Wrapper):
             else:
                 continue
             exits.gates.append((*decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
-            exits.weighted |= router.spec.weight == "score"
-            specs.append(router.spec)
-        return exits, specs
+            exits.specs.append(router.spec)
+        return exits
 
-    def _pass_parts(self, x: Tensor, features: Tensor, skip: bool) -> Plan | None:
+    def _pass_parts(self, features: Tensor, skip: bool) -> Plan | None:
         """Decide heads or expert groups and hand them to the linear layers; the plan for attention, if it shrinks."""
         kind = "head" if self.branch == "attn" else "expert"
         if kind not in self.routers:
@@ -247,7 +257,7 @@ class RoutedBranch(Wrapper):
         tokens = x.shape[1]
         open_ = exits.open()
         rows = open_.flatten().nonzero().squeeze(1)
-        drops = [n for n, spec in enumerate(self._specs()) if spec.kv == "drop"]
+        drops = exits.drops
         if not drops and len(rows) == run.counted(x):
             if plan is not None:
                 kwargs["routed"] = plan
@@ -292,11 +302,6 @@ class RoutedBranch(Wrapper):
             kwargs["position_embeddings"] = tuple(_take(e, x, rows) for e in kwargs["position_embeddings"])
         return Packing(index, batch, counts, layer, self.window)
 
-    def _specs(self) -> list[Any]:
-        """Specifications of the token and layer gates, in the order of `Exits.gates`."""
-        routers = [self.routers[kind] for kind in ("token", "layer") if kind in self.routers]
-        return [r.spec for r in (*routers, *self.block_router)]
-
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
         if self.late_exit:
@@ -305,10 +310,10 @@ class RoutedBranch(Wrapper):
         apply = exits.pass_all if all_open else exits.apply
         return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
 
-    def _without_closed_keys(self, exits: Exits, specs: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _without_closed_keys(self, exits: Exits, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
             raise ValueError("masks with the K/V policy `drop` see whole sequences: pass use_cache=False, or skip")
-        kept = exits.open([n for n, spec in enumerate(specs) if spec.kv == "drop"])
+        kept = exits.open(exits.drops)
         mask = gates.hide_closed_keys(kwargs.get("attention_mask"), kept, exits.x.dtype)
         return {**kwargs, "attention_mask": mask}
 
