@@ -1,6 +1,7 @@
 """Students: frozen models with routers that decide what an input needs."""
 
+from students.build import elasticize
 from students.spec import LoraSpec, RouterSpec, StudentSpec
-from students.student import Student, elasticize
+from students.student import Student
 
 __all__ = ["LoraSpec", "RouterSpec", "Student", "StudentSpec", "elasticize"]

@@ -25,7 +25,7 @@ from students.architecture import Architecture, weight_of
 from students.compute import Phase, saves
 from students.routers import OPEN, ChannelRouter, Router, Substitute, VocabRouter
 from students.spec import LINEAR_SITES
-from students.student import Student
+from students.language import LanguageStudent
 from students.wrappers import RoutedHead, RoutedLinear
 
 ROWS_PER_BATCH = 256
@@ -65,7 +65,7 @@ class _Choice:
     apply: Callable[[float], None]
 
 
-def calibrate(student: Student, batches: Iterable[Tensor], target: float, phase: Phase, seed: int = 0) -> Start:
+def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float, phase: Phase, seed: int = 0) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
     batches: token ids [B, T] without padding.
@@ -117,7 +117,7 @@ def _price(choices: list[_Choice], compute: float, target: float) -> float:
     return math.exp((low + high) / 2)
 
 
-def _observe(student: Student, batches: list[Tensor], generator: torch.Generator) -> dict[str, Observed]:
+def _observe(student: LanguageStudent, batches: list[Tensor], generator: torch.Generator) -> dict[str, Observed]:
     """Run the frozen model forward and backward over the batches and keep what calibration needs."""
     seen: dict[str, Observed] = {}
     rows = torch.empty(0, dtype=torch.long)
@@ -179,7 +179,7 @@ def _observe(student: Student, batches: list[Tensor], generator: torch.Generator
     return seen
 
 
-def _backward_fisher(student: Student, hidden: Tensor, generator: torch.Generator) -> None:
+def _backward_fisher(student: LanguageStudent, hidden: Tensor, generator: torch.Generator) -> None:
     """Backward of sum -log p(y) with y drawn from the model, in row chunks so that no large float32 logits exist."""
     grad = torch.empty_like(hidden)
     for chunk, out in zip(hidden.detach().split(128), grad.split(128), strict=True):
@@ -199,7 +199,7 @@ def _add_fisher(place: Observed, grad: Tensor) -> None:
 
 
 def _block_choices(
-    student: Student, number: int, seen: dict[str, Observed], dense: float, keys: float, phase: Phase
+    student: LanguageStudent, number: int, seen: dict[str, Observed], dense: float, keys: float, phase: Phase
 ) -> list[_Choice]:
     """The routers of one block that save compute in this phase, each with its estimated cost."""
     record, spec, block = student.record, student.spec, student.blocks[number]

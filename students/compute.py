@@ -67,6 +67,12 @@ class ComputeModel:
     head: int
     head_routed: int
     """Cost of the vocab router: features, preview and limit."""
+    image: bool = False
+    """Whether the tokens are an image's, of which a layer router hands the block only those that are open."""
+    prefix: int = 0
+    """Tokens in front of an image's patches, which are never closed."""
+    outside: int = 0
+    """Cost for one image of what is not in its blocks: patch embedding, pooling, classifier."""
 
     def dense(self, valid: Tensor, phase: Phase) -> Tensor:
         """Cost [B, T] of the frozen model for tokens valid [B, T] (bool; padding costs nothing)."""
@@ -74,13 +80,13 @@ class ComputeModel:
         for block in self.blocks:
             total = total + block.q + block.kv + block.o + block.mlp_in + block.mlp_out
             total = total + block.per_key * _keys(valid, phase, block.window)
-        return total * valid
+        return (total + self.outside / valid.sum(1, keepdim=True)) * valid
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s."""
         if decisions.bypassed:
             return self.dense(valid, phase) - self.head * valid
-        total = torch.zeros(valid.shape, device=valid.device)
+        total = self.outside / valid.sum(1, keepdim=True)
         for number, block in enumerate(self.blocks):
             total = total + self._block(number, block, decisions, valid, phase)
         return total * valid
@@ -102,11 +108,17 @@ class ComputeModel:
 
     def uniform(self, share: float, tokens: int, phase: Phase) -> float:
         """The compute ratio of a window of `tokens` tokens if every router kept the same share of its gates."""
-        everywhere = _Uniform(torch.tensor([[share]]))
         valid = torch.ones(1, tokens, dtype=torch.bool)
+        shares = torch.tensor([[share]])
+        if self.prefix:
+            shares = torch.cat([torch.ones(1, self.prefix), shares.expand(1, tokens - self.prefix)], 1)
+        everywhere = _Uniform(shares)
         return float(self.ratio(Decisions(share=everywhere), valid, phase))
 
     def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
+        layers = self.spec.find("layer")
+        stays = layers is not None and layers.dropped == "stay"
+
         def share(kind: str, key: str) -> Tensor | float:
             spec = self._spec(kind, number, key)
             if spec is None or not saves(spec, phase) or not block.narrows.get(kind, True):
@@ -116,6 +128,8 @@ class ComputeModel:
             return decisions.share[key]
 
         layer = share("layer", f"{number}.layer")
+        if stays:  # also where the block has no router of its own
+            layer = decisions.share[f"{number}.layer"]
         attn = layer * share("token", f"{number}.attn.token")
         mlp = layer * share("token", f"{number}.mlp.token")
         head = share("head", f"{number}.attn.head")
@@ -131,7 +145,7 @@ class ComputeModel:
         written: Tensor | float = 1.0
         if token_spec is not None and token_spec.kv == "drop":
             written = written * share("token", f"{number}.attn.token")
-        if layer_spec is not None and layer_spec.kv == "drop":
+        if stays or (layer_spec is not None and layer_spec.kv == "drop"):
             written = written * layer
 
         keys = _keys(valid, phase, block.window, written)
@@ -146,13 +160,24 @@ class ComputeModel:
         total = total + attn * (block.per_key * keys * head + block.o * attn_out + corrections("attn_out", head))
         total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + corrections("mlp_in", expert))
         total = total + mlp * (block.mlp_out * mlp_out + corrections("mlp_out", expert))
-        total = total + sum(block.routers.values())
+        for key, cost in block.routers.items():
+            inside = layer if layers is not None and self.image else 1.0  # only tokens in the block get there
+            total = total + cost * (self._scored(number, decisions, valid) if key == "layer" else inside)
         if "layer" in block.substitutes:
             total = total + block.substitutes["layer"] * (1 - layer)
         for branch, gate in (("attn", attn), ("mlp", mlp)):
             if branch in block.substitutes:
                 total = total + block.substitutes[branch] * (layer - gate)
         return total
+
+    def _scored(self, number: int, decisions: Decisions, valid: Tensor) -> Tensor | float:
+        """Which tokens [B, T] a layer router looks at: all; of an image, the patches that are still there."""
+        if not self.image:
+            return 1.0
+        here = 1.0
+        if number and self.spec.find("layer").dropped == "stay":
+            here = decisions.share[f"{number - 1}.layer"]
+        return here * (torch.arange(valid.shape[1], device=valid.device) >= self.prefix)
 
     def _spec(self, kind: str, number: int, key: str) -> RouterSpec | None:
         site = key.split(".")[1] if kind in ("token", "channel") else ""

@@ -21,8 +21,12 @@ def threshold(score: Tensor) -> Tensor:
 def topk(score: Tensor, share: float, dim: int) -> Tensor:
     """1 for the round(share * size) largest scores along `dim` (at least one), else 0; gradient as in `threshold`."""
     size = score.shape[dim]
-    keep = min(size, max(1, round(share * size)))
-    hard = torch.zeros_like(score).scatter_(dim, score.topk(keep, dim).indices, 1.0)
+    return best(score, min(size, max(1, round(share * size))), dim)
+
+
+def best(score: Tensor, count: int, dim: int) -> Tensor:
+    """1 for the `count` largest scores along `dim`, else 0; gradient as in `threshold`."""
+    hard = torch.zeros_like(score).scatter_(dim, score.topk(count, dim).indices, 1.0)
     soft = score.sigmoid()
     return hard + (soft - soft.detach())
 
@@ -122,13 +126,15 @@ def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:
     return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype) -> Tensor:
+def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype, causal: bool = True) -> Tensor:
     """The attention mask [B, 1, T, T] under which only tokens with kept [B, T] are attended to, and each token itself.
 
-    mask: what the model would use: None (causal), boolean (True attends) or additive.
+    mask: what the model would use: None, boolean (True attends) or additive. causal: what None means.
     """
     tokens = kept.shape[1]
     allowed = kept[:, None, None, :] | torch.eye(tokens, dtype=torch.bool, device=kept.device)
+    if mask is None and not causal:
+        return torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(~allowed, torch.finfo(dtype).min)
     if mask is None:
         return allowed & torch.ones(tokens, tokens, dtype=torch.bool, device=kept.device).tril()
     if mask.dtype == torch.bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.spec import RouterSpec
+
+LEVELS = 65
+"""Quantiles that are kept of the scores of a router with quota."""
 
 OPEN = -30.0
 """log_limit of an open channel: exp(-30) is below every non-zero activation."""
@@ -23,6 +28,8 @@ class Router(nn.Module):
         self.spec = spec
         self.gates = gates
         self.register_buffer("members", members)
+        self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
+        self._levels: tuple[int, list[float]] = (-1, [])
         if spec.network == "static":
             self.score = nn.Parameter(torch.zeros(gates))
             return
@@ -58,6 +65,22 @@ class Router(nn.Module):
         if self.members is None or len(self.members) % self.gates == 0:
             return gate.mean(-1)
         return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
+
+    def set_quota(self, scores: Tensor) -> None:
+        """Take the distribution of scores [N] as the one that `quota` answers for."""
+        steps = torch.linspace(0, 1, LEVELS, device=scores.device)
+        self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
+
+    def quota(self, offset: float) -> float:
+        """The share of scores that are at least -offset, between 0 and 1."""
+        if self._levels[0] != self.levels._version:
+            self._levels = self.levels._version, self.levels.tolist()
+        levels = self._levels[1]
+        place = bisect.bisect_left(levels, -offset)
+        if place == 0 or place == len(levels):
+            return 0.0 if place else 1.0
+        low, high = levels[place - 1], levels[place]
+        return 1 - (place - 1 + (-offset - low) / (high - low)) / (len(levels) - 1)
 
     def macs(self, width: int) -> int:
         """Multiply-accumulates for one token."""

@@ -46,9 +46,13 @@ class Runtime:
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
     training: bool = False
-    """Whether top-k over the sequence is allowed (token and layer routers)."""
+    """Whether routers are being trained. Over the tokens of a sequence, language models choose a top-k only then."""
+    causal: bool = True
+    """Whether a token sees only what is before it."""
+    prefix: int = 0
+    """Tokens in front of an image's patches; they are never closed."""
     prompt: Tensor | None = None
-    """[B, T] bool: the tokens from which sequence-level decisions are taken."""
+    """[B, T] bool: the tokens from which sequence-level decisions are taken; None: all."""
     valid: Tensor | None = None
     """[B, T] bool: the tokens that are not padding; None: all."""
     tokens: int = 0
@@ -101,8 +105,10 @@ class Runtime:
         per_token = spec.kind in ("token", "layer")
         if spec.selection == "topk" and not per_token:
             gate = gates.topk(score, self.kept, dim=-1)
-        elif spec.selection == "topk" and self.training:
+        elif spec.selection == "topk" and self.causal and self.training:
             gate = gates.topk(score, self.capacity, dim=1)
+        elif per_token and not self.causal:
+            gate = self._patches(router, score)
         else:
             gate = gates.threshold(score + self.offset)
         self.note(key, router.share(gate), score)
@@ -111,11 +117,33 @@ class Runtime:
             gate, closed = gate.detach() * gates.score_weight(score, over_gates=not per_token), closed.detach()
         return gate.to(dtype), closed.to(dtype)
 
+    def _patches(self, router: Router, score: Tensor) -> Tensor:
+        """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
+        if score.shape[1] == 1:  # one decision for all tokens
+            return gates.threshold(score + self.offset)
+        first, patches = score[:, : self.prefix], score[:, self.prefix :]
+        count = self.patches_kept(router, patches.shape[1])
+        gate = gates.threshold(patches + self.offset) if count is None else gates.best(patches, count, 1)
+        return torch.cat([torch.ones_like(first), gate], 1)
+
+    def patches_kept(self, router: Router, patches: int) -> int | None:
+        """How many of an image's `patches` patches pass; None: as many as have a score of at least 0."""
+        spec = router.spec
+        if spec.granularity == "sequence" or spec.selection == "threshold":
+            return None
+        if spec.selection == "quota":
+            if self.training:
+                return None
+            share = router.quota(self.offset)
+        else:
+            share = self.kept
+        return min(patches, max(0 if self.prefix else 1, round(share * patches)))
+
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
         """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""
         if self.memory is not None and key in self.memory:
             return self.memory[key]
-        score = router(gates.prompt_mean(x, self.prompt))
+        score = router(x.mean(1, keepdim=True) if self.prompt is None else gates.prompt_mean(x, self.prompt))
         if self.memory is not None:
             self.memory[key] = score
         return score

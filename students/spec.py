@@ -27,14 +27,19 @@ class RouterSpec:
     """How a score is computed: a linear map of the input, that plus a small MLP, or a learned constant (no input)."""
     hidden: int = 32
     """Width of the router's hidden layer (network: mlp)."""
-    selection: Literal["threshold", "topk"] = "threshold"
+    selection: Literal["threshold", "topk", "quota"] = "threshold"
     """threshold: a gate opens where its score is >= 0. topk: head and expert routers keep the best k for each token;
-    token and layer routers keep the best k of the sequence while training and use the threshold at inference."""
+    token and layer routers keep the best k of the sequence, in language models only while training. quota (token and
+    layer routers of image models): trained as thresholds, so that each learns its share; from then on every image keeps
+    its best k, k being what the thresholds kept on average: shapes stay the same from image to image."""
     weight: Literal["none", "score"] = "none"
     """score: what passes an open gate is multiplied by 2*sigmoid(score) (token, layer) or n*softmax(score) (head,
     expert), which is 1 at the zero start; the gradient flows through that weight instead of straight through."""
     kv: Literal["keep", "drop"] = "keep"
     """token and layer: whether a token that attention skips still writes its keys and values."""
+    dropped: Literal["return", "stay"] = "return"
+    """layer, image models: whether a token that a block leaves out is back for the next one, or stays out until the
+    last block is done (the sequence gets shorter)."""
     groups: int = 16
     """expert: into how many groups the MLP's neurons are split."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"
@@ -61,6 +66,10 @@ class RouterSpec:
             )
         if self.selection == "topk" and self.granularity == "sequence" and self.kind in ("token", "layer"):
             raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
+        if self.selection == "quota" and (self.kind not in ("token", "layer") or self.granularity == "sequence"):
+            raise ValueError("`selection: quota` is for token and layer routers that decide token by token")
+        if self.dropped == "stay" and self.weight == "score":
+            raise ValueError("tokens that stay away cannot be weighted: use `weight: none` or `dropped: return`")
         if self.network == "static" and self.weight == "score":
             raise ValueError("a static router has no score to weigh by: use `weight: none`")
 
@@ -89,6 +98,7 @@ _ONLY_FOR = {
     "blocks": (*_GATED, "channel"),
     "kv": ("token", "layer"),
     "substitute": ("token", "layer"),
+    "dropped": ("layer",),
     "groups": ("expert",),
     "grouping": ("expert",),
     "rank": ("vocab",),

@@ -132,7 +132,8 @@ class RoutedBranch(Wrapper):
 
     block: the block's number. branch: "attn" or "mlp". prenorm: whether the input is normalised already.
     late_exit: gates are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether
-    closed heads or groups can be left out of the linear layers. window: the layer's sliding window.
+    closed heads or groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword
+    under which attention takes one.
     """
 
     def __init__(
@@ -146,8 +147,10 @@ class RoutedBranch(Wrapper):
         late_exit: bool,
         narrows: bool,
         window: int | None,
+        mask: str = "attention_mask",
     ) -> None:
         super().__init__(base_layer, runtime)
+        self.mask = mask
         self.block = block
         self.branch = branch
         self.prenorm = prenorm
@@ -164,6 +167,8 @@ class RoutedBranch(Wrapper):
         if run.bypass:
             return self.base_layer(*args, **kwargs)
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if args and not run.causal:  # vision towers of transformers hand the mask on by its place
+            kwargs[self.mask], args = args[0], args[1:]
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
         exits = self._decide(x, features)
         skip = run.skips(exits.specs)
@@ -171,8 +176,11 @@ class RoutedBranch(Wrapper):
             plan = self._pass_parts(features, skip)
             if skip and exits.gates:
                 exits.valid = run.valid
-                leave_out = self._attend_some if self.branch == "attn" else self._compute_some
-                return leave_out(exits, plan, args, kwargs)
+                if self.branch == "mlp":
+                    return self._compute_some(exits, args, kwargs)
+                if run.causal:
+                    return self._attend_some(exits, plan, args, kwargs)
+                return self._attend_patches(exits, plan, args, kwargs)
             if plan is not None and self.branch == "attn":
                 kwargs["routed"] = plan
             if self.branch == "attn" and exits.drops:
@@ -236,7 +244,7 @@ class RoutedBranch(Wrapper):
             run.memory[f"{key}.narrow"] = result
         return result
 
-    def _compute_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """An MLP on the tokens that need it."""
         rows = exits.open().flatten().nonzero().squeeze(1)
         if len(rows) == self.runtime.counted(exits.x):
@@ -288,6 +296,31 @@ class RoutedBranch(Wrapper):
             run.passed[f"{self.block}.attn.queries"] = plan.queries
         return self._leave(self.base_layer(x, *args, **kwargs), exits)
 
+    def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention among the tokens of an image that need it."""
+        run, x = self.runtime, exits.x
+        index, valid = gather_open(exits.open())
+        if index.shape[1] == x.shape[1] and valid is None:
+            if plan is not None:
+                kwargs["routed"] = plan
+            return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
+        flat = flat_index(index, x.shape[1])
+        exits.rows = flat if valid is None else flat[valid.flatten()]
+        heads = f"{self.block}.attn.head"
+        if heads in run.passed:
+            gate = run.passed[heads].expand(*x.shape[:2], -1)
+            run.passed[heads] = gate.flatten(0, 1)[flat].view(*index.shape, -1)
+        run.passed[f"{self.block}.attn.rows"] = flat, flat, x.shape[:2]
+        if plan is not None:
+            kwargs["routed"] = plan
+        kwargs = for_tokens(kwargs, index, run.prefix)
+        if valid is not None:
+            kwargs[self.mask] = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
+        out = self.base_layer(x.flatten(0, 1)[flat].view(*index.shape, x.shape[-1]), *args, **kwargs)
+        packed, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        packed = (packed.flatten(0, 1) if valid is None else packed[valid]).unsqueeze(0)
+        return self._leave(packed if rest is None else (packed, *rest), exits)
+
     def _pack(self, x: Tensor, rows: Tensor, counts: list[int], kwargs: dict[str, Any]) -> Packing:
         """Prepare the cache and the arguments of attention for tokens x [B, T, D], of which the flat rows are kept."""
         tokens = x.shape[1]
@@ -314,13 +347,40 @@ class RoutedBranch(Wrapper):
         if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
             raise ValueError("masks with the K/V policy `drop` see whole sequences: pass use_cache=False, or skip")
         kept = exits.open(exits.drops)
-        mask = gates.hide_closed_keys(kwargs.get("attention_mask"), kept, exits.x.dtype)
-        return {**kwargs, "attention_mask": mask}
+        mask = gates.hide_closed_keys(kwargs.get(self.mask), kept, exits.x.dtype, self.runtime.causal)
+        return {**kwargs, self.mask: mask}
 
 
 def _take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Values [B or 1, T or 1, N] of the tokens x [B, T, D], for the flat rows only: [1, n, N]."""
     return values.expand(*x.shape[:2], -1).flatten(0, 1)[rows].unsqueeze(0)
+
+
+def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the open tokens of open_ [B, T] are: index [B, k], k the most that any row has (at least 1), the open ones
+    first; and which of them are open [B, k], None where all are."""
+    counts = open_.sum(1)
+    most = max(1, int(counts.max()))  # waits for the device
+    index = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    valid = torch.arange(most, device=open_.device) < counts[:, None]
+    return index, None if bool(valid.all()) else valid
+
+
+def flat_index(index: Tensor, tokens: int) -> Tensor:
+    """[B * k]: where the tokens at index [B, k] are once batch and tokens [B, tokens] are one dimension."""
+    return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
+
+
+def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:
+    """What a block of an image model is called with, for the tokens at index [B, k] only, which begins with the prefix.
+
+    Rotary embeddings (timm's `rope`) hold patches alone, [..., N, C]; they become [B, 1 or heads, k - prefix, C].
+    """
+    rope = kwargs.get("rope")
+    if rope is None:
+        return kwargs
+    rope = rope if rope.ndim > 2 else rope.unsqueeze(0)
+    return {**kwargs, "rope": rope[:, index[:, prefix:] - prefix].transpose(0, 1)}
 
 
 class RoutedExit(Wrapper):

@@ -1,0 +1,255 @@
+"""Put routers in front of a frozen model's parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from students.architecture import Architecture, Sizes, architecture_of, sizes_of, trunk_of, weight_of
+from students.attention import route_attention
+from students.compute import BlockShape, ComputeModel
+from students.image import ImageStudent, RoutedBlock, call
+from students.language import LanguageStudent
+from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
+from students.runtime import Runtime
+from students.spec import BRANCHES, LINEAR_SITES, StudentSpec
+from students.student import Student
+from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
+
+
+def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
+    """Put routers in front of a frozen model's parts, in place. All gates start open: the student is the teacher.
+
+    model: a causal language model or vision transformer of transformers, or a vision transformer of timm. Raises
+    ValueError for an architecture or a combination that is not supported, before anything is changed.
+    """
+    record, blocks = architecture_of(model)
+    if any(isinstance(module, Wrapper) for module in model.modules()):
+        raise ValueError("this model has routers already; load a fresh one")
+    model.requires_grad_(False).eval()
+    return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec).train(False)
+
+
+def _elasticize_language(
+    model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
+) -> LanguageStudent:
+    for router in spec.routers:
+        if router.selection == "quota" or router.dropped == "stay":
+            raise ValueError(
+                f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
+                "quota` and `dropped: stay` are for images"
+            )
+    runtime = Runtime()
+    shapes = _shapes(model, record, blocks, spec, runtime)
+    head = model.get_output_embeddings()
+    vocabulary, width = head.weight.shape
+    head_routed = 0
+    if spec.find("vocab") is not None:
+        rank = spec.find("vocab").rank or width // 4
+        head_routed = rank * (width + vocabulary + 1)
+        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, VocabRouter(width, rank))))
+    compute = ComputeModel(spec, shapes, vocabulary * width, head_routed)
+    return LanguageStudent(model, record, blocks, spec, runtime, compute)
+
+
+def _elasticize_image(
+    model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
+) -> ImageStudent:
+    for router in spec.routers:
+        if router.kind == "vocab":
+            raise ValueError("a vocab router needs a language model's head; image models have none")
+        if router.kind in ("token", "layer") and "attn" in router.touches and router.kv == "keep":
+            raise ValueError(f"image models keep no keys of skipped tokens: give the {router.kind} router `kv: drop`")
+        if router.kind == "layer" and router.substitute:
+            raise ValueError("a layer router of an image model takes no substitute; token routers do")
+        if router.kind == "layer" and (router.granularity == "sequence" or router.network == "static"):
+            raise ValueError("a layer router of an image model decides token by token")
+    if spec.find("layer") and spec.find("token"):
+        raise ValueError("image models take layer routers or token routers, not both: a layer router is both branches'")
+    tokens, others = _probe(model, blocks)
+    runtime = Runtime(causal=False, prefix=record.prefix)
+    shapes = _shapes(model, record, blocks, spec, runtime)
+    layer = spec.find("layer")
+    if layer is not None:
+        parent = trunk_of(model).get_submodule(record.blocks)
+        stays, last = layer.dropped == "stay", len(blocks) - 1
+        for number, block in enumerate(blocks):
+            if not (stays or layer.on(number)):
+                continue
+            routed = RoutedBlock(block, runtime, number, record.prefix, record.mask, stays, last=number == last)
+            if layer.on(number):
+                width = sizes_of(model, record, number, block).width
+                routed.routers["layer"] = _like(block, Router(layer, width, 1))
+                shapes[number].routers["layer"] = routed.routers["layer"].macs(width)
+            parent[number] = blocks[number] = routed
+    compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
+    ones = torch.ones(1, tokens, dtype=torch.bool)
+    inside = compute.dense(ones, "prefill").sum()
+    compute = replace(compute, outside=max(0, round(others - float(inside))))
+    return ImageStudent(model, record, blocks, spec, runtime, compute, tokens=tokens)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, blocks: list[nn.Module]) -> tuple[int, int]:
+    """(tokens of an image, multiply-accumulates of a forward pass), by looking at one."""
+    seen: list[int] = []
+    hook = blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    parameter = next(model.parameters())
+    try:
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            call(model, torch.zeros(1, *image_shape(model), dtype=parameter.dtype, device=parameter.device))
+    finally:
+        hook.remove()
+    return seen[0], flops.get_total_flops() // 2
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model takes."""
+    if isinstance(model, PreTrainedModel):
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return model.config.num_channels, height, width
+    return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+
+
+def _shapes(
+    model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec, runtime: Runtime
+) -> tuple[BlockShape, ...]:
+    """Put the routers of branches and linear layers into all blocks."""
+    return tuple(
+        _elasticize_block(sizes_of(model, record, number, block), record, spec, runtime, number, block)
+        for number, block in enumerate(blocks)
+    )
+
+
+def _elasticize_block(
+    sizes: Sizes, record: Architecture, spec: StudentSpec, runtime: Runtime, number: int, block: nn.Module
+) -> BlockShape:
+    width, heads, size, groups = sizes.width, sizes.heads, sizes.size, sizes.groups
+    macs = {s: sum(block.get_submodule(n).weight.numel() for n in record.linears(s)) for s in LINEAR_SITES}
+    neurons = weight_of(block.get_submodule(record.linears("mlp_out")[0])).shape[1]
+    lora: dict[str, int] = {}
+    routers: dict[str, int] = {}
+    substitutes: dict[str, int] = {}
+
+    def add_router(wrapper: RoutedBranch, kind: str, key: str, gates: int, members: Tensor | None = None) -> None:
+        router_spec = spec.find(kind, number)
+        router = Router(router_spec, width, gates, members)
+        wrapper.routers[kind] = _like(wrapper.base_layer, router)
+        if router_spec.granularity == "token":
+            routers[key] = router.macs(width)
+
+    def add_substitute(wrapper: RoutedBranch, kind: str, key: str) -> None:
+        if spec.find(kind, number).substitute:
+            substitute = Substitute(width, min(width, spec.find(kind, number).substitute))
+            wrapper.substitutes[kind] = _like(wrapper.base_layer, substitute)
+            substitutes[key] = substitute.macs()
+
+    own_q = len(record.attn_in) == 3
+    channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
+    narrows = {
+        "head": own_q and not record.whole_heads and "attn" not in channels,
+        "expert": "mlp" not in channels,
+    }
+
+    for branch in BRANCHES:
+        path = getattr(record, branch)
+        late = getattr(record, f"{branch}_exit")
+        kind = "head" if branch == "attn" else "expert"
+        wrapper = RoutedBranch(
+            block.get_submodule(path),
+            runtime,
+            number,
+            branch,
+            prenorm=record.prenorm,
+            late_exit=late is not None,
+            narrows=narrows[kind],
+            window=sizes.window,
+            mask=record.mask,
+        )
+        if spec.find("token", number, branch):
+            add_router(wrapper, "token", f"{branch}.token", 1)
+            add_substitute(wrapper, "token", branch)
+        if record.causal and spec.find("layer", number):
+            if branch == "attn":
+                add_router(wrapper, "layer", "layer", 1)
+                add_substitute(wrapper, "layer", "layer")
+                layer_router = wrapper.routers["layer"]
+            else:
+                wrapper.block_router = (layer_router,)
+        gated = spec.find(kind, number) is not None
+        if gated:
+            count = heads if branch == "attn" else min(spec.find("expert", number).groups, neurons)
+            channel_count = heads * size if branch == "attn" else neurons
+            add_router(wrapper, kind, kind, count, torch.arange(channel_count) * count // channel_count)
+        asks = record.causal and branch == "attn" and ({"token", "layer"} & set(wrapper.routers))
+
+        for end in ("in", "out"):
+            site = f"{branch}_{end}"
+            channel_spec = spec.find("channel", number, site)
+            names = record.linears(site)
+            linears = [block.get_submodule(name) for name in names]
+            inputs = weight_of(linears[0]).shape[1]
+            channel = _like(linears[0], ChannelRouter(channel_spec, inputs)) if channel_spec else None
+            corrected = spec.lora.rank > 0 and site in spec.lora.sites
+            shared = Site(f"{number}.{site}")
+            for name, linear in zip(names, linears, strict=True):
+                first = linear is linears[0]
+                per_query = bool(asks) and (end == "out" or (own_q and first))
+                narrowed = gated and narrows[kind] and (branch == "mlp" or first)
+                part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
+                if channel is None and not corrected and not part and not per_query:
+                    continue
+                routed = RoutedLinear(
+                    linear,
+                    runtime,
+                    shared,
+                    f"{number}.{branch}",
+                    gated_by=f"{number}.{branch}.{kind}" if part == "inputs" else None,
+                    part=part,
+                    per_query=per_query,
+                )
+                if channel is not None:
+                    routed.add_channels(channel)
+                if corrected:
+                    outputs = weight_of(linear).shape[0]
+                    routed.lora = _like(linear, Lora(inputs, outputs, spec.lora.rank))
+                    cost = site if site != "attn_in" else "q" if first and own_q else "kv"
+                    always, gated_side = (inputs, outputs) if end == "in" else (outputs, inputs)
+                    if cost == "kv":
+                        always, gated_side = inputs + outputs, 0
+                    lora[cost] = lora.get(cost, 0) + spec.lora.rank * always
+                    lora[f"{cost}_open"] = lora.get(f"{cost}_open", 0) + spec.lora.rank * gated_side
+                block.set_submodule(name, routed)
+        if wrapper.routers or wrapper.block_router:
+            if branch == "attn" and hasattr(wrapper.base_layer, "config"):  # timm's attention is no function by name
+                route_attention(wrapper.base_layer)
+            block.set_submodule(path, wrapper)
+            if late is not None:
+                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, number, branch))
+
+    kv_share = 2 * groups / (heads + 2 * groups)
+    return BlockShape(
+        q=round(macs["attn_in"] * (1 - kv_share)),
+        kv=round(macs["attn_in"] * kv_share),
+        o=macs["attn_out"],
+        mlp_in=macs["mlp_in"],
+        mlp_out=macs["mlp_out"],
+        per_key=2 * heads * size,
+        window=sizes.window,
+        own_q=own_q,
+        narrows=narrows,
+        lora=lora,
+        routers=routers,
+        substitutes=substitutes,
+    )
+
+
+def _like(place: nn.Module, added: nn.Module) -> nn.Module:
+    """Put a new module on the device of the module it serves (its parameters stay float32)."""
+    return added.to(next(place.parameters()).device)

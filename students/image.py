@@ -1,0 +1,291 @@
+"""Students of image models, whose tokens see each other, and blocks that run on the tokens they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from students import gates
+from students.architecture import trunk_of
+from students.routers import Router
+from students.runtime import Decisions, Runtime
+from students.spec import BRANCHES
+from students.student import Student
+from students.wrappers import Wrapper, flat_index, for_tokens, gather_open
+
+
+@dataclass
+class Flow:
+    """The tokens of a batch of images on their way through the blocks, where some stay away once they are dropped."""
+
+    tokens: int
+    """How many each image started with."""
+    score: Tensor | None = None
+    """[B, n]: the lowest score that each patch still here has had so far."""
+    left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(tokens before a drop [B, n, D], flat indices of those that went on), drop by drop."""
+    places: Tensor | None = None
+    """[B, n]: where the tokens still here were at the start; None: all are here."""
+    valid: Tensor | None = None
+    """[B, n] bool: which of them are not there to fill up the shape; None: all."""
+    kept: Tensor | None = None
+    """[B, T] gates, for masks: 1 for tokens still here."""
+
+    def back(self, x: Tensor) -> Tensor:
+        """All tokens [B, T, D], those that were dropped as they were then."""
+        for before, rows in reversed(self.left):
+            x = before.flatten(0, 1).index_copy(0, rows, x.flatten(0, 1)).view_as(before)
+        return x
+
+
+class RoutedBlock(Wrapper):
+    """A block that runs on the tokens that its router lets through, which are all it sees.
+
+    number: of the block. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
+    stays: whether tokens that a block drops stay away from all later ones. last: whether this is the last block.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, runtime: Runtime, number: int, prefix: int, mask: str, stays: bool, last: bool
+    ) -> None:
+        super().__init__(base_layer, runtime)
+        self.number = number
+        self.prefix = prefix
+        self.mask = mask
+        self.stays = stays
+        self.last = last
+        self.routers = nn.ModuleDict()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = self.runtime
+        if run.bypass:
+            return self.base_layer(x, *args, **kwargs)
+        if args:  # vision towers of transformers hand their mask, which is None, on by its place
+            kwargs[self.mask], args = args[0], args[1:]
+        if not self.stays or "flow" not in run.passed:
+            run.passed["flow"] = Flow(x.shape[1])
+        flow = run.passed["flow"]
+        router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
+        if run.execution == "skip" and not torch.is_grad_enabled():
+            x = self._skip(x, args, kwargs, flow, router)
+            if self.last and self.stays:
+                x = flow.back(x)
+        else:
+            x = self._mask(x, args, kwargs, flow, router)
+        if self.last or not self.stays:
+            del run.passed["flow"]
+        return x
+
+    def _scores(self, x: Tensor, flow: Flow, router: Router) -> Tensor:
+        """Scores [B, n] of patches x [B, prefix + n, D]; where tokens stay away, the lowest so far."""
+        patches = x[:, self.prefix :]
+        score = router(F.rms_norm(patches, patches.shape[-1:])).squeeze(-1).expand(patches.shape[:2])
+        if self.stays and flow.score is not None:
+            score = torch.minimum(score, flow.score)
+        return score
+
+    def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
+        run, prefix = self.runtime, self.prefix
+        index = weight = None
+        valid = flow.valid
+        if router is not None:
+            score = self._scores(x, flow, router)
+            flow.score = score
+            count = run.patches_kept(router, flow.tokens - prefix)
+            if count is None:
+                open_ = score + run.offset >= 0
+                open_ = open_ if valid is None else open_ & valid[:, prefix:]
+                chosen, here = gather_open(open_)
+            else:
+                chosen = score.topk(min(count, score.shape[1]), dim=1).indices
+                here = None
+            if chosen.shape[1] < score.shape[1] or here is not None:
+                first = torch.arange(prefix, device=x.device).expand(len(x), -1)
+                index = torch.cat([first, chosen + prefix], 1)
+                valid = None if here is None else F.pad(here, (prefix, 0), value=True)
+            if router.spec.weight == "score":
+                weight = gates.score_weight(score.gather(1, chosen), over_gates=False).to(x.dtype)
+                weight = F.pad(weight, (prefix, 0), value=1.0).unsqueeze(-1)
+        some, rows = x, None
+        if index is not None:
+            rows = flat_index(index, x.shape[1])
+            some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
+            if self.stays:
+                flow.score = flow.score.gather(1, chosen)
+                flow.left.append((x, rows))
+                flow.places = index if flow.places is None else flow.places.gather(1, index)
+                flow.valid = valid
+        places = flow.places if self.stays else index
+        if places is not None:
+            kwargs = for_tokens(kwargs, places, prefix)
+        if valid is not None:
+            kwargs[self.mask] = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
+        out = self.base_layer(some, *args, **kwargs)
+        if weight is not None:
+            out = some + weight * (out - some)
+        if valid is not None:
+            out = torch.where(valid.unsqueeze(-1), out, some)
+        if run.decisions is not None and (router is not None or self.stays):
+            self._note(x, flow, places, valid)
+        if rows is None or self.stays:
+            return out
+        return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
+
+    def _note(self, x: Tensor, flow: Flow, places: Tensor | None, valid: Tensor | None) -> None:
+        share = torch.ones(len(x), flow.tokens, device=x.device)
+        if places is not None:
+            share = torch.zeros_like(share).scatter(1, places, 1.0 if valid is None else valid.float())
+        self.runtime.note(f"{self.number}.layer", share)
+
+    def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
+        run = self.runtime
+        if router is None:
+            gate = flow.kept
+        else:
+            score = self._scores(x, flow, router)
+            flow.score = score if self.stays else None
+            gate = self._gate(score, flow, router)
+            flow.kept = gate if self.stays else None
+        if router is not None or self.stays:
+            share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
+            run.note(f"{self.number}.layer", share, None if router is None else score.unsqueeze(-1))
+        if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
+            weighs = router is not None and router.spec.weight == "score"
+            out = self.base_layer(x, *args, **kwargs)
+            return x + self._weight(score, x.dtype) * (out - x) if weighs else out
+        mask = gates.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
+        if torch.is_grad_enabled() and flow.score is not None:
+            # an open key learns how much it is missed: its score enters as the logarithm of a soft gate
+            soft = F.logsigmoid(flow.score + run.offset)
+            pull = F.pad(soft - soft.detach(), (self.prefix, 0)).to(x.dtype)
+            mask = mask + pull[:, None, None, :]
+        out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        gate = gate.to(x.dtype).unsqueeze(-1)
+        if router is not None and router.spec.weight == "score":
+            return x + gate.detach() * self._weight(score, x.dtype) * (out - x)
+        return out * gate + x * (1 - gate)
+
+    def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the change of each token is multiplied by [B, T, 1]."""
+        weight = gates.score_weight(score, over_gates=False).to(dtype)
+        return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+    def _gate(self, score: Tensor, flow: Flow, router: Router) -> Tensor:
+        """Gates [B, T] with the gradient of their scores [B, n]."""
+        run = self.runtime
+        count = run.patches_kept(router, flow.tokens - self.prefix)
+        here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
+        if count is None:
+            gate = gates.threshold(score + run.offset)
+        elif here is None:
+            gate = gates.best(score, count, 1)
+        else:
+            gate = gates.best(score.masked_fill(~here, -torch.inf), min(count, int(here[0].sum())), 1)
+        return F.pad(gate, (self.prefix, 0), value=1.0)
+
+
+@dataclass
+class Features:
+    """What an image model made of a batch."""
+
+    logits: Tensor | None
+    """[B, classes]; None where the model has no classifier."""
+    pooled: Tensor
+    """[B, D]: what the classifier reads, or the model's own summary of the image."""
+    layers: list[Tensor]
+    """Tokens [B, T, D] after each block, if they were asked for."""
+
+
+class ImageStudent(Student):
+    """A frozen image model and its routers."""
+
+    def __init__(self, *parts: Any, tokens: int) -> None:
+        super().__init__(*parts)
+        self.tokens = tokens
+        """Tokens of an image of the model's own size, those of the prefix included."""
+        trunk_of(self.model).register_forward_pre_hook(self._before)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
+        """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
+        with self._deciding() as decisions:
+            return call(self.model, pixel_values, **kwargs), decisions
+
+    def features(self, pixel_values: Tensor, layers: bool = False) -> tuple[Features, Decisions]:
+        """Logits and features of images pixel_values [B, C, H, W]; layers: also the tokens after every block."""
+        seen: dict[str, Any] = {"layers": []}
+        with ExitStack() as hooks:
+            head = classifier_of(self.model)
+            if head is not None:
+                hook = head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
+                hooks.callback(hook.remove)
+            for block in self.blocks if layers else ():
+                hook = block.register_forward_hook(lambda _, args, out: seen["layers"].append(out))
+                hooks.callback(hook.remove)
+            out, decisions = self(pixel_values)
+        if isinstance(out, Tensor):
+            logits, pooled = None if isinstance(head, nn.Identity) else out, seen["pooled"]
+        else:
+            logits = out.get("logits")
+            pooled = seen.get("pooled", out.get("pooler_output"))
+            if pooled is None:
+                pooled = out.last_hidden_state.mean(1)
+        return Features(logits, pooled, seen["layers"]), decisions
+
+    def quota_routers(self) -> Iterator[tuple[str, Router]]:
+        """Routers with quota, by the keys of their decisions."""
+        for number, block in enumerate(self.blocks):
+            places = {f"{number}.layer": (block, "layer")}
+            for branch in BRANCHES:
+                module = block.get_submodule(getattr(self.record, branch))
+                places[f"{number}.{branch}.token"] = module, "token"
+            for key, (module, kind) in places.items():
+                if isinstance(module, Wrapper) and kind in module.routers and module.routers[kind].levels is not None:
+                    yield key, module.routers[kind]
+
+    @torch.no_grad()
+    def set_quotas(self, batches: Iterable[Tensor]) -> None:
+        """Let every router with quota take, from now on, the shares that its threshold keeps of these images."""
+        run, seen = self.runtime, {}
+        before = run.training, run.execution, run.offset
+        run.training, run.execution, run.offset = True, "mask", 0.0
+        try:
+            for pixels in batches:
+                _, decisions = self(pixels)
+                for key, _ in self.quota_routers():
+                    score = decisions.score[key].squeeze(-1)
+                    tail = score if key.endswith("layer") else score[:, run.prefix :]
+                    seen.setdefault(key, []).append(tail.flatten())
+        finally:
+            run.training, run.execution, run.offset = before
+        for key, router in self.quota_routers():
+            router.set_quota(torch.cat(seen[key]))
+
+    def _before(self, trunk: nn.Module, args: Any) -> None:
+        """What routers need to know of a forward pass, whoever called the model."""
+        self.runtime.passed.clear()
+        if not self.runtime.bypass:
+            self._enter(0)
+
+
+def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
+    """An image model's forward. ViT-MAE, which would hide patches at random, sees all of them in their order."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return model(pixel_values, **kwargs)
+    if config.model_type == "vit_mae":
+        patches = (config.image_size // config.patch_size) ** 2
+        kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
+    return model(pixel_values=pixel_values, **kwargs)
+
+
+def classifier_of(model: nn.Module) -> nn.Module | None:
+    """The module that turns pooled features into logits, or None."""
+    names = ("classifier", "cls_classifier") if isinstance(model, PreTrainedModel) else ("head",)
+    return next((getattr(model, name) for name in names if hasattr(model, name)), None)

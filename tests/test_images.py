@@ -1,0 +1,187 @@
+"""Image models with routers: what the teacher says, masks and skipping, batches, counted compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+
+_SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+_IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
+_TIMM = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7)
+
+
+def _transformers(kind: str, **settings: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = getattr(transformers, kind.partition(":")[0])(**_SIZES, **_IMAGE, **settings)
+        return getattr(transformers, kind.partition(":")[2])(config)
+
+    return make
+
+
+def _timm(name: str, fused: bool = True, **settings: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = timm.create_model(name, **{**_TIMM, **settings})
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        return model
+
+    return make
+
+
+MODELS = {
+    "vit": _transformers("ViTConfig:ViTForImageClassification", num_labels=7),
+    "deit": _transformers("DeiTConfig:DeiTForImageClassificationWithTeacher", num_labels=7),
+    "dinov2": _transformers("Dinov2Config:Dinov2ForImageClassification", num_labels=7),
+    "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
+    "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
+    "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),
+    "timm_fused": _timm("vit_tiny_patch16_224"),
+    "timm_plain": _timm("vit_tiny_patch16_224", fused=False),
+    "timm_registers": _timm("vit_small_patch14_reg4_dinov2", mlp_ratio=2),
+    "timm_siglip": _timm("vit_base_patch16_siglip_224", num_classes=0),
+    "timm_eva02": _timm("eva02_tiny_patch14_224", mlp_ratio=2),
+    "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
+}
+SPECS = {
+    "block": (RouterSpec("layer", selection="quota", kv="drop"),),
+    "block stays": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),),
+    "odd blocks stay": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay", blocks="odd"),),
+    "block adaptive": (RouterSpec("layer", kv="drop"),),
+    "block adaptive stays": (RouterSpec("layer", kv="drop", dropped="stay", network="mlp"),),
+    "block top-k weighted": (RouterSpec("layer", selection="topk", weight="score", kv="drop", blocks="odd"),),
+    "branches": (RouterSpec("token", selection="quota", kv="drop"),),
+    "branches adaptive": (RouterSpec("token", kv="drop", substitute=4),),
+    "heads and experts": (RouterSpec("head"), RouterSpec("expert", groups=4)),
+    "fixed heads and experts": (RouterSpec("head", network="static"), RouterSpec("expert", network="static", groups=4)),
+    "all": (
+        RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),
+        RouterSpec("head"),
+        RouterSpec("expert", groups=4),
+    ),
+}
+
+
+def make(name: str) -> nn.Module:
+    """A tiny model with weights large enough that every branch matters."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+            elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start at almost nothing
+                parameter.fill_(0.5)
+    return model
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def bias_of(student: Student, key: str) -> str:
+    """The name of the bias of the router that records under a key."""
+    number, *branch, kind = key.split(".")
+    place = ".".join([student.record.blocks, number])
+    if branch:
+        module = getattr(student.record, branch[0])
+        place = f"{place}.base_layer.{module}" if student.spec.find("layer") else f"{place}.{module}"
+    name = f"{place}.routers.{kind}.linear.bias"
+    return next((n for n in student.added_parameters() if n.endswith(name)), name)
+
+
+def routed(name: str, spec: str, pixels: Tensor) -> Student:
+    """A student with random routers, some gates open and some closed."""
+    student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2) if spec == "branches" else LoraSpec()))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in student.added_parameters().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    student.runtime.execution = "mask"
+    for number in range(3):  # centre the scores of each block, of which the next ones' depend
+        with torch.no_grad():
+            _, decisions = student(pixels)
+            for key, score in decisions.score.items():
+                if key.startswith(str(number)):
+                    bias = student.added_parameters().get(bias_of(student, key))
+                    if bias is not None:
+                        bias -= score.flatten(0, 1).median(0).values - 0.01
+    student.runtime.execution = "skip"
+    student.set_quotas([pixels])
+    student.runtime.capacity = 0.5
+    return student
+
+
+def outputs(student: Student, pixels: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        features, _ = student.features(pixels)
+    return [x for x in (features.logits, features.pooled) if x is not None]
+
+
+def flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("execution", ["skip", "mask"])
+def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: str, pixels: Tensor) -> None:
+    expected = make(name)
+    student = elasticize(make(name), StudentSpec(SPECS["all"]))
+    student.runtime.execution = execution
+    with torch.no_grad():
+        from students.image import call
+
+        want, (got, _) = call(expected, pixels), student(pixels)
+        want, got = (x if isinstance(x, Tensor) else x[0] for x in (want, got))
+        assert torch.equal(got, want)
+        with student.teacher():
+            again = student(pixels)[0]
+        assert torch.equal(again if isinstance(again, Tensor) else again[0], want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor) -> None:
+    student = routed(name, spec, pixels)
+    skipped = outputs(student, pixels)
+    with student.teacher():
+        dense = outputs(student, pixels)
+    student.runtime.execution = "mask"
+    for one, other, teacher in zip(skipped, outputs(student, pixels), dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(one, teacher, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["vit", "siglip", "timm_fused", "timm_eva02"])
+def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> None:
+    student = routed(name, spec, pixels)
+    together = outputs(student, pixels)
+    alone = [torch.cat(parts) for parts in zip(*(outputs(student, x[None]) for x in pixels), strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["vit", "clip", "timm_fused", "timm_registers", "timm_dinov3"])
+def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Tensor) -> None:
+    student = routed(name, spec, pixels)
+    with student.teacher():
+        dense = flops(lambda: student(pixels[:1]))
+    with torch.no_grad():
+        _, decisions = student(pixels[:1])
+    valid = torch.ones(1, student.tokens, dtype=torch.bool)
+    reported = float(student.compute.ratio(decisions, valid, "prefill"))
+    counted = flops(lambda: student(pixels[:1])) / dense
+    assert reported == pytest.approx(counted, rel=0.01)
