@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "distill": "elastic.trainer",
-    "evaluate": "elastic.evaluate",
+    "measure_run": "elastic.evaluate",
     "load": "elastic.run",
     "make_config": "elastic.config",
     "models": "teachers.registry",

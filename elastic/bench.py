@@ -1,4 +1,4 @@
-"""How fast a student is: prefill, decoding and a training step against the dense model, in turn, in one process."""
+"""How fast a student is: inference and a training step against the dense model, in turn, in one process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import teachers
+from elastic import families
 from elastic.counters import count
-from elastic.objective import Distillation
-from elastic.run import DTYPES, Run, load_data
+from elastic.run import DTYPES, Run
 from students import Student, kernels
 from students.cache import cache_bytes
+from students.image import ImageStudent, call
+from teachers.images import ImageSet
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
@@ -33,16 +35,19 @@ def bench_run(
     folder: str,
     *,
     compute: Sequence[float] = (),
-    batch: Sequence[int] = (1,),
+    batch: Sequence[int] | None = None,
     tokens: Sequence[int] = (512,),
     new_tokens: int = 128,
     repeats: int = 5,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Rows for prefill (each batch and length), decoding (each batch) and a training step of a finished run.
+    """Rows of timings of a finished run; batch None: 1 for text, 1, 8 and 64 for images.
 
-    The opponent is the model as transformers ships it, a second copy. `compute` is what torch counts: the student's
-    FLOPs over the dense model's on the same tokens; predicted_speedup is its inverse, predicted_speedup_bytes compares
+    Text: prefill (each batch and length), decoding (each batch) and a training step. Images: classifying (each batch)
+    and a training step.
+
+    The opponent is the model as its library ships it, a second copy. `compute` is what torch counts: the student's
+    FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup, for one sequence, is against a dense model whose
     linear layers run on the same kernels as the student's. Memory is the process's peak, in bytes.
@@ -51,23 +56,51 @@ def bench_run(
     config, teacher = run.config, run.teacher()
     dense = teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
     student = run.load_student(teacher)
-    text = load_data(config, teacher).held_out.flatten()
+    data = families.of(config.family).load(config, teacher)
     rows = []
     for target in compute or (None,):
         if target is not None:
             student.set_compute(target)
-        for size, length in itertools.product(batch, tokens):
+        if isinstance(student, ImageStudent):
+            for size in batch or (1, 8, 64):
+                say(f"{size} images at once ...")
+                rows.append(_classify(student, dense, _images(data.held_out, size), repeats))
+            continue
+        text = data.held_out.flatten()
+        for size, length in itertools.product(batch or (1,), tokens):
             say(f"prefill of {size} x {length} tokens ...")
             rows.append(_prefill(student, dense, _cut(text, size, length), repeats))
-        for size in batch:
+        for size in batch or (1,):
             say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
             rows.append(_decode(student, dense, _cut(text, size, PROMPT), new_tokens, repeats))
     say("training steps ...")
     student.runtime.bypass = False  # whatever the dial said last
-    module = Distillation(student, config.loss, config.budget, config.data).train()
-    rows.append(_train(module, _cut(text, config.train.batch, config.train.window), repeats))
-    machine = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    module = families.of(config.family).Distillation(student, config.loss, config.budget, config.data).train()
+    if isinstance(student, ImageStudent):
+        sample = _images(data.train, config.train.batch)
+        rows.append(_train(module, sample, student.tokens, repeats))
+    else:
+        rows.append(_train(module, _cut(text, config.train.batch, config.train.window), config.train.window, repeats))
+    machine = {"threads": torch.get_num_threads(), "dtype": str(next(dense.parameters()).dtype).removeprefix("torch.")}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+
+
+def _images(images: ImageSet, count: int) -> Tensor:
+    """Pixels of `count` images, from the first again where there are too few."""
+    return images.load([n % len(images) for n in range(count)])[0]
+
+
+@torch.no_grad()
+def _classify(student: ImageStudent, dense: nn.Module, pixels: Tensor, repeats: int) -> dict[str, Any]:
+    """A forward pass of images [B, C, H, W]; small ones are run several times in a row, to be timed at all."""
+    pixels = pixels.to(next(dense.parameters()).device)
+    often = max(1, 64 // len(pixels))
+    models = {"student": student.model, "dense": dense}
+    works = {name: lambda model=model: call(model, pixels) for name, model in models.items()}
+    many = {name: lambda work=work: [work() for _ in range(often)] for name, work in works.items()}
+    seconds = [value / often for value in _medians(many, repeats, pixels.device).values()]
+    row = _row("classify", pixels, student.tokens, [count(work) for work in works.values()], seconds)
+    return {**row, "images_per_second": len(pixels) / seconds[0], "dense_images_per_second": len(pixels) / seconds[1]}
 
 
 def _cut(text: Tensor, batch: int, length: int) -> Tensor:
@@ -185,7 +218,7 @@ def _tuned(dense: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _train(module: Distillation, ids: Tensor, repeats: int) -> dict[str, Any]:
+def _train(module: nn.Module, ids: Tensor, tokens: int, repeats: int) -> dict[str, Any]:
     """A training step in forward passes of the teacher.
 
     Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
@@ -212,7 +245,7 @@ def _train(module: Distillation, ids: Tensor, repeats: int) -> dict[str, Any]:
     return {
         "phase": "train",
         "batch": len(ids),
-        "tokens": ids.shape[1],
+        "tokens": tokens,
         "compute": compute,
         "predicted_speedup": 1 / ideal,
         "measured_speedup": 1 / cost,

@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
     )
-    bench.add_argument("--batch", type=int, nargs="+", metavar="B", default=[1], help="sequences at once (default 1)")
+    bench.add_argument(
+        "--batch", type=int, nargs="+", metavar="B", help="sequences at once (default 1; images: 1 8 64)"
+    )
     bench.add_argument("--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths (default 512)")
     bench.add_argument("--new-tokens", type=int, metavar="N", default=128, help="tokens to decode (default 128)")
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
@@ -107,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
     )
     generate.add_argument("--stream", action="store_true", help="print words as they come")
+
+    pretrain = command("pretrain", _pretrain, "train a small image teacher from scratch, as vit-fashion was made")
+    pretrain.add_argument("--data", required=True, help="as for distill; small square images of one size")
+    pretrain.add_argument("--output", metavar="FOLDER", required=True, help="where the model goes")
+    pretrain.add_argument("--epochs", type=int, default=12, help="passes over the images (default 12)")
+    pretrain.add_argument("--start", metavar="FOLDER", help="go on from a model that this command wrote")
 
     info = command("info", _info, "say what a run is")
     info.add_argument("run", metavar="RUN")
@@ -173,7 +181,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     for name in ("batch", "tokens", "repeats"):
         given = getattr(options, name)
-        if min(given if isinstance(given, list) else [given]) < 1:
+        if given is not None and min(given if isinstance(given, list) else [given]) < 1:
             raise ValueError(f"--{name} must be at least 1")
     if options.new_tokens < 2:
         raise ValueError("--new-tokens must be at least 2: the first one is not timed")
@@ -211,7 +219,7 @@ def _bench(options: argparse.Namespace) -> None:
     Console(width=160).print(table)
     train = rows[-1]
     print(
-        f"{train['threads']} threads, {train['dtype']}; dense: the model as transformers ships it (training: a teacher "
+        f"{train['threads']} threads, {train['dtype']}; dense: the model as its library ships it (training: a teacher "
         f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
         f"peak memory {train['peak_bytes'] / 1e9:.2f} GB, weights {train['weight_bytes'] / 1e9:.2f} GB"
     )
@@ -236,6 +244,16 @@ def _generate(options: argparse.Namespace) -> None:
         )
         print("" if options.stream else result["text"])
         say(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, compute {result['compute']:.3f}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from teachers.recipe import pretrain
+
+    if options.epochs < 1:
+        raise ValueError("--epochs must be at least 1")
+    with _screen() as (say, _):
+        accuracy = pretrain(options.data, options.output, epochs=options.epochs, start=options.start, say=say)
+    print(f"top-1 {accuracy:.2%}; use it: elastic distill --model {options.output} --data {options.data}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -285,11 +303,12 @@ def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
         task = bar.add_task("training", total=None, visible=False)
 
         def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
-            phase_compute = f"compute {line['compute_decode']:.3f} decode, {line['compute_prefill']:.3f} prefill"
+            phases = [key.removeprefix("compute_") for key in line if key.startswith("compute_")]
+            spent = ", ".join(f"{line[f'compute_{p}']:.3f}" + f" {p}" * (len(phases) > 1) for p in phases)
             bar.update(task, completed=step, total=steps, visible=steps is None or step < steps)
             if not console.is_terminal or step % 50 == 0 or step == steps:
                 left = "" if steps is None else f", {(steps - step) / line['steps_per_second'] / 60:.1f} min left"
-                console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, {phase_compute}{left}")
+                console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, compute {spent}{left}")
 
         yield console.print, progress
 
@@ -299,17 +318,11 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from elastic import families
+
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("model, preset", lambda r: f"{r['model']}, {r['preset']}"),
-        ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
-        ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),
-        ("compute, decode", lambda r: f"{r['compute']:.3f}"),
-        ("compute, prefill", lambda r: f"{r['compute_prefill']:.3f}"),
-        ("perplexity, teacher", lambda r: f"{r['teacher_perplexity']:.3f}"),
-        ("perplexity, student", lambda r: f"{r['perplexity']:.3f}"),
-        ("perplexity ratio", lambda r: f"{r['perplexity_ratio']:.4f}"),
-        ("KL to the teacher", lambda r: f"{r['kl']:.4f} nats"),
-        ("top-1 agreement", lambda r: f"{r['agreement']:.2%}"),
+        *families.of(rows[0]["family"]).lines(),
         ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
         ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
     ]

@@ -1,7 +1,8 @@
 """The configuration of a run: frozen dataclasses, defaults <- preset <- file <- command line; unknown keys are errors.
 
-A file or preset may have a section `prefill:`, merged over the rest where budget.phase is prefill: what saves compute
-one token at a time and what saves it many tokens at a time are different routers.
+A file or preset may have sections that are merged over the rest where they apply, because what saves compute there are
+different routers: `prefill:` where budget.phase is prefill (many tokens at once instead of one at a time), and `vit:`
+for image models.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from students.spec import RouterSpec, StudentSpec
+from teachers.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BudgetConfig:
     target: float = 0.7
     """Student's compute over the teacher's, whole model."""
     phase: Literal["decode", "prefill"] = "decode"
-    """Which phase the target speaks of: one token at a time, or all tokens of a window at once."""
+    """Which phase the target speaks of: one token at a time, or all tokens of a window (or an image) at once."""
     control: Literal["price", "capacity"] = "price"
     """price: the loss pays for compute, at a price that rises while the budget is exceeded. capacity: every router gets
     the same share of open gates, the one at which the model meets the target; top-k routers keep it, others are
@@ -48,13 +50,16 @@ class DataConfig:
     """What is trained on and measured on."""
 
     source: str = "builtin"
-    """A text, JSON-lines or parquet file or folder, a hub dataset id, or builtin."""
+    """A text, JSON-lines or parquet file or folder, a hub dataset id, or builtin. Images: a folder with train/ and val/
+    or class sub-folders, parquet files, a hub dataset id, or fashion-mnist."""
     window: int = 512
     """Tokens in a window."""
     held_out: int = 32
-    """Windows set aside for measuring, never trained on."""
+    """Windows or images set aside for measuring, never trained on."""
     max_tokens: int | None = 2_000_000
     """Read no more than this many tokens."""
+    max_images: int | None = 100_000
+    """Train on no more than this many images."""
     prompt: int = 64
     """Tokens of a window that sequence-level routers decide from; no quality is measured on them then."""
 
@@ -72,7 +77,7 @@ class CalibrationConfig:
     """The closed-form start (see students/calibrate.py)."""
 
     windows: int = 16
-    """Windows that calibration looks at; 0 starts from open gates."""
+    """Windows or images that calibration looks at; 0 starts from open gates."""
 
     def __post_init__(self) -> None:
         if self.windows < 0:
@@ -116,7 +121,7 @@ class TrainConfig:
     minutes: float | None = 10.0
     """Training time, turned into a number of steps after the first few. Give one of the two."""
     batch: int = 4
-    """Windows in a micro-batch."""
+    """Windows or images in a micro-batch."""
     window: int = 256
     """Tokens in a training window: data windows are cut into these."""
     accumulation: int = 1
@@ -160,6 +165,8 @@ class RunConfig:
 
     model: str
     """Short name (see `elastic models`), hub id or local folder."""
+    family: Literal["llm", "vit"] = "llm"
+    """What kind of model that is: a causal language model or an image model."""
     preset: str = "default"
     """Where `student`, `loss` and `budget` start from; see configs/presets."""
     student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
@@ -171,6 +178,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.family == "vit" and self.budget.phase != "prefill":
+            raise ValueError("budget.phase is decode, which image models do not: leave it away")
         if self.data.window % self.train.window:
             raise ValueError(
                 f"train.window ({self.train.window}) must divide data.window ({self.data.window}): "
@@ -186,7 +195,13 @@ class RunConfig:
             )
         over_tokens = any(r.selection == "topk" and r.kind in ("token", "layer") for r in self.student.routers)
         over_gates = any(r.kind in ("head", "expert") for r in self.student.routers)
+        text = self.family == "llm"
         for name, works, needs in (
+            ("data.window", text, "a language model"),
+            ("data.max_tokens", text, "a language model"),
+            ("train.window", text, "a language model"),
+            ("loss.cross_entropy_weight", text, "a language model"),
+            ("data.max_images", not text, "an image model"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
             ("data.prompt", per_sequence, "a router with granularity: sequence"),
@@ -231,11 +246,18 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
         raise ValueError(f"unknown preset {preset!r}{_near(str(preset), presets())}; there are {', '.join(presets())}")
     base = yaml.safe_load(files("configs").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
     layers = [base, user, chosen]
+    model = chosen.get("model") or user.get("model")
+    if not isinstance(model, str):
+        raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
+    entry = resolve(model)
     phase = next((p for p in (_section(layer, "budget").get("phase") for layer in reversed(layers)) if p), "decode")
-    merged: dict[str, Any] = {}
+    applies = "vit" if entry.family == "vit" else "prefill" if phase == "prefill" else ""
+    merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
+    if entry.family == "vit":
+        merged |= {"budget": {"phase": "prefill"}}
     for layer in layers:
-        by_phase = _section(layer, "prefill")
-        layer = _merge({k: v for k, v in layer.items() if k != "prefill"}, by_phase if phase == "prefill" else {})
+        section = _section(layer, applies)
+        layer = _merge({k: v for k, v in layer.items() if k not in ("prefill", "vit")}, section)
         # the time and the number of steps exclude each other: the later word counts
         given = [key for key in ("steps", "minutes") if _section(layer, "train").get(key) is not None]
         if len(given) == 2:
@@ -244,8 +266,10 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
             layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = _merge(merged, layer)
     merged["preset"] = preset
-    if "model" not in merged:
-        raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
+    if entry.family == "vit" and merged["data"]["source"] == "builtin":
+        raise ValueError(
+            f"{model} needs images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist"
+        )
     return from_dict(RunConfig, merged)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
 
 from elastic.config import RunConfig
-from elastic.evaluate import measured_compute
 from students import Student
 
 TOLERANCE = 0.001
@@ -14,25 +13,26 @@ AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0)
 """Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate."""
 
 
-def capacity_for(student: Student, config: RunConfig) -> float:
-    """The share of open gates, the same for every router, at which the model meets its budget; by bisection."""
+def capacity_for(student: Student, tokens: int, config: RunConfig) -> float:
+    """The share of open gates, the same for every router, at which the model meets its budget on inputs of
+    `tokens` tokens; by bisection."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        cost = student.compute.uniform(middle, config.data.window, config.budget.phase)
+        cost = student.compute.uniform(middle, tokens, config.budget.phase)
         low, high = (low, middle) if cost > config.budget.target else (middle, high)
     return low
 
 
-def set_dial(student: Student, windows: Tensor, config: RunConfig) -> None:
-    """Measure compute at several offsets of all gates, and leave the student at the budget's target."""
-    run, target, phase = student.runtime, config.budget.target, config.budget.phase
+def set_dial(student: Student, target: float, meter: Callable[[], float]) -> None:
+    """Measure compute at several offsets of all gates, and leave the student where it is the target."""
+    run = student.runtime
     points: dict[float, float] = {}
 
     def measure(offset: float) -> float:
         if offset not in points:
             run.offset = offset
-            points[offset] = measured_compute(student, windows, phase, config.data.prompt)
+            points[offset] = meter()
         return points[offset]
 
     low = high = 0.0

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from elastic.evaluate import measured_compute
 from elastic.run import Run
+from elastic.text import measured_compute
 
 
 class _Stream(TextStreamer):

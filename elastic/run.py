@@ -24,7 +24,6 @@ from elastic.config import RunConfig, from_dict, read_yaml, to_dict
 from students import Student, elasticize, kernels
 from teachers import Teacher
 from teachers.cache import cache_folder
-from teachers.text import TextData, load_text
 
 FORMAT = 1
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
@@ -132,18 +131,6 @@ def load(folder: str | Path) -> Student:
     """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for."""
     run = Run.open(folder, finished=True)
     return run.load_student(run.teacher())
-
-
-def load_data(config: RunConfig, teacher: Teacher) -> TextData:
-    """The run's training and held-out windows; the same every time."""
-    return load_text(
-        config.data.source,
-        teacher.processor,
-        window=config.data.window,
-        held_out=config.data.held_out,
-        seed=config.train.seed,
-        max_tokens=config.data.max_tokens,
-    )
 
 
 def write_text(path: Path, text: str) -> None:

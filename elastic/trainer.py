@@ -19,17 +19,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import teachers
+from elastic import families
 from elastic.config import RunConfig, TrainConfig, to_dict
 from elastic.dial import capacity_for, set_dial
-from elastic.evaluate import describe, evaluate
-from elastic.objective import Distillation, Measured
-from elastic.run import DTYPES, Run, load_data, write_text
+from elastic.evaluate import HELD_OUT, describe
+from elastic.run import DTYPES, Run, write_text
+from elastic.sums import Sums
 from losses import budget_price
 from students import Student, elasticize
-from students.calibrate import calibrate
 from students.checkpoint import read_tensors, write_tensors
 from teachers import Teacher
-from teachers.text import TextData
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int | None, dict[str, float]], None]
@@ -37,8 +36,6 @@ Progress = Callable[[int, int | None, dict[str, float]], None]
 
 TIMED_STEPS = 4
 """Steps that are timed to turn minutes into a number of steps (after one that is not)."""
-DIAL_WINDOWS = 16
-"""Training windows that the dial is set on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -89,14 +86,11 @@ def _require_tracker(config: RunConfig) -> None:
         raise ValueError("train.tracker=tensorboard needs a package that is missing: pip install tensorboard")
 
 
-def _data(config: RunConfig, teacher: Teacher, say: Say) -> TextData:
-    longest = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.data.window > longest:
-        raise ValueError(f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens")
+def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
+    family = families.of(config.family)
     say(f"data: reading {config.data.source} ...")
-    data = load_data(config, teacher)
-    windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
-    say(f"data: {data.description}; {windows}")
+    data = family.load(config, teacher)
+    say(f"data: {family.describe(data, config)}")
     return data
 
 
@@ -104,7 +98,8 @@ def _student(config: RunConfig, teacher: Teacher) -> Student:
     """Elasticize the teacher, after checking that the budget can be met."""
     torch.manual_seed(config.train.seed)
     student = elasticize(teacher.model, config.student)
-    lowest = student.compute.uniform(0.0, config.data.window, config.budget.phase)
+    tokens = families.of(config.family).tokens(student, config)
+    lowest = student.compute.uniform(0.0, tokens, config.budget.phase)
     if config.budget.target < lowest:
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
@@ -113,22 +108,22 @@ def _student(config: RunConfig, teacher: Teacher) -> Student:
     return student
 
 
-def _run(run: Run, config: RunConfig, student: Student, data: TextData, say: Say, progress: Progress) -> dict[str, Any]:
+def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, progress: Progress) -> dict[str, Any]:
+    family = families.of(config.family)
     accelerator = Accelerator(
         log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
     )
     student.to(accelerator.device)
-    train = data.train.to(accelerator.device)
     if config.train.checkpointing:
         student.checkpoint_blocks()
     started = time.monotonic()
-    _train(run, config, student, train, accelerator, say, progress)
+    _train(run, config, student, data, accelerator, say, progress)
     say("setting the dial ...")
-    sample = train[_order(len(train), config.train.seed, 1)[:DIAL_WINDOWS]]
-    set_dial(student, sample, config)
+    order = _order(len(data.train), config.train.seed, 1)
+    set_dial(student, config.budget.target, family.compute_meter(student, data, order, config))
     student.save(run.routers)
-    say(f"measuring on {len(data.held_out)} held-out windows ...")
-    row = describe(run, student, "held-out windows", evaluate(student, data.held_out, config))
+    say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
+    row = describe(run, student, HELD_OUT, family.evaluate(student, data.held_out, config))
     run.record(result=row, seconds=run.about.get("seconds", 0) + round(time.monotonic() - started, 1))
     return row
 
@@ -137,23 +132,30 @@ def _train(
     run: Run,
     config: RunConfig,
     student: Student,
-    windows: Tensor,
+    data: Any,
     accelerator: Accelerator,
     say: Say,
     progress: Progress,
 ) -> None:
     """The loop. The host waits for the device only where it logs."""
     train, budget = config.train, config.budget
-    state = _start(run, config, student, windows, say)
-    distillation = Distillation(student, config.loss, budget, config.data)
+    family = families.of(config.family)
+    device = accelerator.device
+    state = _start(run, config, student, data, device, say)
+    distillation = family.Distillation(student, config.loss, budget, config.data)
     optimizer = _optimizer(student, train)
     if state.step:
         _restore_optimizer(run, student, optimizer)
     distillation, optimizer = accelerator.prepare(distillation, optimizer)
     if train.tracker != "none":
         accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
-    pieces = windows.reshape(-1, train.window)
+    batches = family.Batches(data, config, device)
     share = train.batch * accelerator.num_processes
+
+    def picked(number: int) -> list[int]:
+        """What this process's micro-batch of this number consists of."""
+        return _picked(number * share + train.batch * accelerator.process_index, train.batch, len(batches), train.seed)
+
     distillation.train()
     begun, since_log = state.step, 0
     clock = timer = time.monotonic()
@@ -161,12 +163,11 @@ def _train(
         while state.steps is None or state.step < state.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
-            loss, measured = torch.zeros((), device=windows.device), None
-            for micro in range(train.accumulation):
-                first = (state.step * train.accumulation + micro) * share + train.batch * accelerator.process_index
-                picked = _picked(first, train.batch, len(pieces), train.seed)
+            loss, measured = torch.zeros((), device=device), None
+            for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
+                batch = batches.load(picked(number), following=picked(number + 1))
                 with accelerator.accumulate(distillation):
-                    part, seen = distillation(pieces[picked], state.price)
+                    part, seen = distillation(batch, state.price)
                     accelerator.backward(part / train.accumulation)
                 loss += part.detach() / train.accumulation
                 measured = seen if measured is None else measured + seen
@@ -210,12 +211,13 @@ def _train(
     distillation.eval()
 
 
-def _start(run: Run, config: RunConfig, student: Student, windows: Tensor, say: Say) -> State:
+def _start(run: Run, config: RunConfig, student: Student, data: Any, device: torch.device, say: Say) -> State:
     """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
     budget = config.budget
     steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
     if budget.control == "capacity":
-        student.runtime.capacity = capacity_for(student, config)
+        tokens = families.of(config.family).tokens(student, config)
+        student.runtime.capacity = capacity_for(student, tokens, config)
     path = run.folder / "checkpoint.safetensors"
     if path.exists():
         tensors, about = read_tensors(path)
@@ -224,17 +226,16 @@ def _start(run: Run, config: RunConfig, student: Student, windows: Tensor, say: 
         )
         _cut_metrics(run, about["step"])
         say(f"resuming at step {about['step']}")
-        place = windows.device
-        return State(about["step"], steps, tensors["multiplier"].to(place), tensors["price"].to(place))
+        return State(about["step"], steps, tensors["multiplier"].to(device), tensors["price"].to(device))
     price = 0.0
     if config.calibration.windows:
         say("calibrating: what would closing each gate cost ...")
-        picked = _order(len(windows), config.train.seed, 0)[: config.calibration.windows]
-        start = calibrate(student, windows[picked].split(2), budget.target, budget.phase, config.train.seed)
+        order = _order(len(data.train), config.train.seed, 0)
+        start = families.of(config.family).start(student, data, order, config)
         say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
         price = start.price if budget.control == "price" else 0.0
     _cut_metrics(run, 0)
-    price = torch.tensor(price, device=windows.device)
+    price = torch.tensor(price, device=device)
     return State(0, steps, multiplier=price, price=price)
 
 
@@ -261,19 +262,17 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _picked(first: int, count: int, pieces: int, seed: int) -> Tensor:
-    """Which windows the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
+def _picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
+    """Which samples the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
 
     A function of the step alone, so that a resumed run sees the same data.
     """
     samples = range(first, first + count)
     orders = {epoch: _order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}
-    return torch.stack([orders[s // pieces][s % pieces] for s in samples])
+    return [int(orders[s // pieces][s % pieces]) for s in samples]
 
 
-def _metrics(
-    state: State, loss: Tensor, measured: Measured, optimizer: Any, steps_per_second: float
-) -> dict[str, float]:
+def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, float]:
     tokens = float(measured.tokens)
     return {
         "step": state.step,

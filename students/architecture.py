@@ -27,7 +27,7 @@ class Architecture:
     prenorm: bool = True
     """Whether the branch reads a normalised input; where it does not, routers normalise for themselves."""
     whole_heads: bool = False
-    """Whether no head can be left out: queries are normalised over all heads together, or attention passes no plan on."""
+    """Whether no head can be left out: queries are normalised over all heads, or attention passes no plan on."""
     causal: bool = True
     """Whether a token sees only what is before it (language), or everything (images)."""
     mask: str = "attention_mask"
@@ -46,9 +46,7 @@ _GEMMA = replace(_LLAMA, attn_exit="post_attention_layernorm", mlp_exit="post_fe
 
 _VIT = replace(_LLAMA, attn="attention", mlp_in=("fc1",), mlp_out=("fc2",), causal=False, prefix=1)
 _CLIP = replace(_VIT, blocks="encoder.layers", attn="self_attn", attn_out=("out_proj",))
-_TIMM = replace(
-    _VIT, blocks="blocks", attn="attn", attn_in=("qkv",), attn_out=("proj",), mask="attn_mask", prefix=None
-)
+_TIMM = replace(_VIT, blocks="blocks", attn="attn", attn_in=("qkv",), attn_out=("proj",), mask="attn_mask", prefix=None)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,

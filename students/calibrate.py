@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from students.architecture import Architecture, weight_of
 from students.compute import Phase, saves
+from students.language import LanguageStudent
 from students.routers import OPEN, ChannelRouter, Router, Substitute, VocabRouter
 from students.spec import LINEAR_SITES
-from students.language import LanguageStudent
 from students.wrappers import RoutedHead, RoutedLinear
 
 ROWS_PER_BATCH = 256
@@ -57,7 +57,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """One router before the price is known: cost [rows, gates] in nats, saving of a gate, how to set the start."""
 
     cost: Tensor
@@ -87,32 +87,32 @@ def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float
 
         def lost(fit: VocabFit) -> float:
             """Estimated KL if the head takes this setting and the blocks save the rest."""
-            return fit.kl + _lost(choices, _price(choices, compute - whole * (1 - fit.share), target))
+            return fit.kl + _lost(choices, find_price(choices, compute - whole * (1 - fit.share), target))
 
         best = min(fits, key=lost)
         head.routers["vocab"].spread.data.fill_(best.spread)
         compute -= whole * (1 - best.share)
-    price = _price(choices, compute, target)
+    price = find_price(choices, compute, target)
     for choice in choices:
         choice.apply(price)
-    return Start(price, compute - _saved(choices, price))
+    return Start(price, compute - saved(choices, price))
 
 
-def _lost(choices: list[_Choice], price: float) -> float:
+def _lost(choices: list[Choice], price: float) -> float:
     """Estimated KL of everything that closes at this price, in nats per token."""
     return sum(float((c.cost * (c.cost < price * c.saving)).sum(1).mean()) for c in choices)
 
 
-def _saved(choices: list[_Choice], price: float) -> float:
+def saved(choices: list[Choice], price: float) -> float:
     return sum(float((c.cost < price * c.saving).float().mean()) * c.cost.shape[1] * c.saving for c in choices)
 
 
-def _price(choices: list[_Choice], compute: float, target: float) -> float:
+def find_price(choices: list[Choice], compute: float, target: float) -> float:
     """The price at which the choices bring `compute` down to `target`, by bisection of its logarithm."""
     low, high = -30.0, 15.0
     for _ in range(30):
         middle = (low + high) / 2
-        too_much = compute - _saved(choices, math.exp(middle)) > target
+        too_much = compute - saved(choices, math.exp(middle)) > target
         low, high = (middle, high) if too_much else (low, middle)
     return math.exp((low + high) / 2)
 
@@ -200,7 +200,7 @@ def _add_fisher(place: Observed, grad: Tensor) -> None:
 
 def _block_choices(
     student: LanguageStudent, number: int, seen: dict[str, Observed], dense: float, keys: float, phase: Phase
-) -> list[_Choice]:
+) -> list[Choice]:
     """The routers of one block that save compute in this phase, each with its estimated cost."""
     record, spec, block = student.record, student.spec, student.blocks[number]
     shape = student.compute.blocks[number]
@@ -241,7 +241,7 @@ def _block_choices(
         cost.index_add_(1, router.members, column_cost[site])
         if saves(gated_spec, phase):
             x = _features(torch.cat(place.inputs).float(), record)
-            choices.append(_gated_choice(router, x, cost, total / router.gates / dense))
+            choices.append(gated_choice(router, x, cost, total / router.gates / dense))
 
     for branch, kind, key, total in (
         (attn, "token", f"{number}.attn", attention),
@@ -266,7 +266,7 @@ def _block_choices(
             missing = y - substitute(x)
         total += shape.kv if gated_spec.kv == "drop" and key.split(".")[1] != "mlp" else 0
         cost = (missing.pow(2) @ (place.fisher / place.tokens) / 2).unsqueeze(-1)
-        choices.append(_gated_choice(branch.routers[kind], _features(x, record), cost, total / dense))
+        choices.append(gated_choice(branch.routers[kind], _features(x, record), cost, total / dense))
     return choices
 
 
@@ -280,7 +280,7 @@ def _moments(x: Tensor, y: Tensor) -> Tensor:
     return xy[:, : x.shape[1] + 1].T @ xy
 
 
-def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, saving: float) -> _Choice:
+def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, saving: float) -> Choice:
     router: ChannelRouter = layer.routers["channel"]
     if router.spec.network == "static":
         cost = cost.mean(0, keepdim=True)
@@ -293,10 +293,10 @@ def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, savin
             limit = 2 * price * saving / importance.clamp(min=1e-30)
         router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
 
-    return _Choice(cost, saving, apply)
+    return Choice(cost, saving, apply)
 
 
-def _gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> _Choice:
+def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choice:
     """A router that predicts log(cost): by ridge regression, or as the mean where it has no input."""
     logs = cost.clamp(min=1e-12).log()
     static = router.spec.network == "static"
@@ -316,7 +316,7 @@ def _gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> _Ch
             router.linear.weight.copy_(weight[:-1].T)
             router.linear.bias.copy_(weight[-1] - threshold)
 
-    return _Choice(predicted.exp(), saving, apply)
+    return Choice(predicted.exp(), saving, apply)
 
 
 def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:

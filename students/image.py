@@ -146,6 +146,8 @@ class RoutedBlock(Wrapper):
 
     def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
+        if run.probed is not None and router is not None:
+            return self._probe(x, args, kwargs)
         if router is None:
             gate = flow.kept
         else:
@@ -171,6 +173,14 @@ class RoutedBlock(Wrapper):
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score, x.dtype) * (out - x)
         return out * gate + x * (1 - gate)
+
+    def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """All gates open, each with its gradient: on the token's change, and as a key of others."""
+        gate = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=True)
+        self.runtime.probed[f"{self.number}.layer"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
+        mask = gate.log()[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        return out * gate.unsqueeze(-1) + x * (1 - gate.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
         """What the change of each token is multiplied by [B, T, 1]."""
@@ -238,16 +248,21 @@ class ImageStudent(Student):
                 pooled = out.last_hidden_state.mean(1)
         return Features(logits, pooled, seen["layers"]), decisions
 
-    def quota_routers(self) -> Iterator[tuple[str, Router]]:
-        """Routers with quota, by the keys of their decisions."""
+    @property
+    def stays(self) -> bool:
+        """Whether tokens that a block drops stay away from all later ones."""
+        layer = self.spec.find("layer")
+        return layer is not None and layer.dropped == "stay"
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Routers that score tokens, heads or groups, by the keys of their decisions, block by block."""
         for number, block in enumerate(self.blocks):
-            places = {f"{number}.layer": (block, "layer")}
-            for branch in BRANCHES:
-                module = block.get_submodule(getattr(self.record, branch))
-                places[f"{number}.{branch}.token"] = module, "token"
-            for key, (module, kind) in places.items():
-                if isinstance(module, Wrapper) and kind in module.routers and module.routers[kind].levels is not None:
-                    yield key, module.routers[kind]
+            places = [(f"{number}.", block)]
+            places += [(f"{number}.{b}.", block.get_submodule(getattr(self.record, b))) for b in BRANCHES]
+            for prefix, module in places:
+                for kind, router in module.routers.items() if isinstance(module, Wrapper) else ():
+                    if isinstance(router, Router):
+                        yield prefix + kind, router
 
     @torch.no_grad()
     def set_quotas(self, batches: Iterable[Tensor]) -> None:
@@ -258,14 +273,17 @@ class ImageStudent(Student):
         try:
             for pixels in batches:
                 _, decisions = self(pixels)
-                for key, _ in self.quota_routers():
+                for key, router in self.routers():
+                    if router.levels is None:
+                        continue
                     score = decisions.score[key].squeeze(-1)
                     tail = score if key.endswith("layer") else score[:, run.prefix :]
                     seen.setdefault(key, []).append(tail.flatten())
         finally:
             run.training, run.execution, run.offset = before
-        for key, router in self.quota_routers():
-            router.set_quota(torch.cat(seen[key]))
+        for key, router in self.routers():
+            if router.levels is not None:
+                router.set_quota(torch.cat(seen[key]))
 
     def _before(self, trunk: nn.Module, args: Any) -> None:
         """What routers need to know of a forward pass, whoever called the model."""

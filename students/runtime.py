@@ -67,6 +67,9 @@ class Runtime:
     """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
     memory: dict[str, Any] | None = None
     """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
+    probed: dict[str, tuple[Tensor, Tensor]] | None = None
+    """Calibration of image models: (gates, what the router reads) by key. All gates are open then, and have a gradient
+    of their own."""
     decisions: Decisions | None = None
     """Where this forward pass records what it decides, if anybody asked."""
     passed: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +101,11 @@ class Runtime:
         """
         dtype = x.dtype
         spec = router.spec
+        if self.probed is not None:
+            tokens = x.shape[1] if spec.granularity == "token" and spec.network != "static" else 1
+            gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
+            self.probed[key] = gate, x.detach()
+            return gate, 1 - gate
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:

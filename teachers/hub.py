@@ -67,6 +67,21 @@ def cached_model(repo: str) -> Path | None:
     return folder if weights and all((folder / name).is_file() for name in weights) else None
 
 
+def config_file(repo: str) -> Path | None:
+    """A model's config.json, from the cache or the hub; None where neither has it."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    if unreachable():
+        return None
+    try:
+        return Path(hf_hub_download(repo, "config.json"))
+    except Exception:  # loading the model will say what is wrong
+        return None
+
+
 def download_model(repo: str) -> Path:
     """Fetch a model's small files and safetensors weights into the hub's cache and return the folder.
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teachers import hub, wheel
+from teachers import hub, vision, wheel
 from teachers.quiet import first_line, quiet
-from teachers.registry import ModelEntry, resolve
+from teachers.registry import ModelEntry, models, resolve
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from teachers.images import Preprocess
 
 _SAMPLES_PER_TENSOR = 64
 
@@ -24,12 +27,12 @@ class Teacher:
 
     name: str
     """What the user asked for: short name, hub id or folder."""
-    model: PreTrainedModel
-    """The model; no parameter requires a gradient."""
-    processor: PreTrainedTokenizerBase
-    """What turns raw inputs into the model's: the tokenizer for a language model."""
+    model: nn.Module
+    """The model, of transformers or timm; no parameter requires a gradient."""
+    processor: PreTrainedTokenizerBase | Preprocess
+    """What turns raw inputs into the model's: the tokenizer of a language model, an image model's preprocessing."""
     family: str
-    """How the model is trained and measured; "llm"."""
+    """How the model is trained and measured: "llm" or "vit"."""
     source: str
     """Where the weights came from, for the user to read."""
     identity: str
@@ -46,19 +49,23 @@ def load(
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
     `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
-    it, else float32. Raises ValueError for an unknown name or a model that is no causal language model, OSError where
-    no source of the weights can be reached; both with one line.
+    it, else float32. Raises ValueError for an unknown name or a model that is neither a causal language model nor an
+    image model, OSError where no source of the weights can be reached; both with one line.
     """
     import torch
 
     entry = resolve(name)
     folder, source = _locate(entry)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or preferred_dtype(device)
     with quiet():
-        model = _causal_lm(name, folder, dtype or preferred_dtype(device), trust_remote_code)
-        tokenizer = _tokenizer(name, folder, trust_remote_code)
+        if entry.family == "vit":
+            model, processor = vision.load(name, folder, dtype, trust_remote_code)
+        else:
+            model = _causal_lm(name, folder, dtype, trust_remote_code)
+            processor = _tokenizer(name, folder, trust_remote_code)
     model = model.to(device).eval().requires_grad_(False)
-    return Teacher(name, model, tokenizer, entry.family, source, fingerprint(model))
+    return Teacher(name, model, processor, entry.family, source, fingerprint(model))
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
@@ -74,7 +81,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A name for architecture and weights, such as "llama-1f0c...": the same however the model was loaded.
 
     Hashes every parameter's name and shape and 64 of its values, rounded to bfloat16, so that loading a checkpoint in
@@ -82,15 +89,19 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     import torch
 
-    text = model.config.get_text_config()
-    heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
-    digest = hashlib.sha256(f"{model.config.model_type} {heads}".encode())
+    config = getattr(model, "config", None)  # timm's models have none
+    if config is None:
+        kind, heads = type(model).__name__.lower(), [getattr(block.attn, "num_heads", None) for block in model.blocks]
+    else:
+        text, kind = config.get_text_config(), config.model_type
+        heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+    digest = hashlib.sha256(f"{kind} {heads}".encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         values = parameter.detach().reshape(-1)
         sample = values[:: max(1, len(values) // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
         digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return f"{model.config.model_type}-{digest.hexdigest()[:16]}"
+    return f"{kind}-{digest.hexdigest()[:16]}"
 
 
 def _locate(entry: ModelEntry) -> tuple[Path, str]:
@@ -100,7 +111,8 @@ def _locate(entry: ModelEntry) -> tuple[Path, str]:
     goes first, so that a model neither needs the network twice nor changes between two runs.
     """
     if entry.folder:
-        return entry.folder, f"local folder {entry.folder.absolute()}"
+        shipped = entry.name in models()
+        return entry.folder, "shipped with Elastic" if shipped else f"local folder {entry.folder.absolute()}"
     assert entry.hub is not None
     if cached := hub.cached_model(entry.hub):
         return cached, f"{entry.hub} in the Hugging Face cache, {cached}"

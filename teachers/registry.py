@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import yaml
+
+from teachers import hub
+from teachers.quiet import first_line
+
+IMAGE_MODELS = {"vit", "deit", "dinov2", "vit_mae", "clip_vision_model", "siglip_vision_model", "clip", "siglip"}
+"""The `model_type`s of transformers that are image models or hold one (CLIP, SigLIP)."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -43,7 +50,7 @@ class ModelEntry:
     folder: Path | None = None
     """A local folder as written by `save_pretrained`; None for a hub model."""
     family: str = "llm"
-    """How the model is loaded, trained and measured."""
+    """How the model is loaded, trained and measured: "llm" (causal language models) or "vit" (image models)."""
     parameters: int | None = None
     """Parameter count; None where the table does not know."""
     license: str = ""
@@ -52,6 +59,8 @@ class ModelEntry:
     """One short remark."""
     wheel: Wheel | None = None
     """Source to fall back on when the hub cannot be reached."""
+    data: str = "builtin"
+    """What it is trained on where the user names no data."""
 
 
 @functools.cache
@@ -61,7 +70,9 @@ def models() -> Mapping[str, ModelEntry]:
     entries = {}
     for name, record in table.items():
         wheel = record.pop("wheel", None)
-        entries[name] = ModelEntry(name=name, wheel=Wheel(**wheel) if wheel else None, **record)
+        shipped = record.pop("shipped", None)
+        folder = Path(str(resources.files("teachers").joinpath(shipped))) if shipped else None
+        entries[name] = ModelEntry(name=name, folder=folder, wheel=Wheel(**wheel) if wheel else None, **record)
     return MappingProxyType(entries)
 
 
@@ -76,12 +87,32 @@ def resolve(name: str) -> ModelEntry:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
-        return ModelEntry(name=name, folder=folder)
+        return ModelEntry(name=name, folder=folder, family=family_of(folder))
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         known = next((entry for entry in models().values() if entry.hub == name), None)
-        return known or ModelEntry(name=name, hub=name)
+        return known or ModelEntry(name=name, hub=name, family=_hub_family(name))
     near = difflib.get_close_matches(name.lower(), models(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"unknown model {name!r}: {hint}`elastic models` lists all; a hub id (org/name) or a local folder also works"
     )
+
+
+def family_of(folder: Path) -> str:
+    """Which family the model in a folder is of, by its config.json; what is no image model counts as a language model.
+
+    Raises ValueError where the file cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        return "vit" if "architecture" in config or config.get("model_type") in IMAGE_MODELS else "llm"
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json cannot be read: {first_line(error)}") from error
+
+
+def _hub_family(repo: str) -> str:
+    """As `family_of`, for a hub model, of which only config.json is looked at; "llm" where it cannot be."""
+    if repo.startswith("timm/"):
+        return "vit"
+    config = hub.config_file(repo)
+    return "llm" if config is None else family_of(config.parent)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny
 
-from elastic.evaluate import measured_compute
+from elastic.text import measured_compute
 from losses import forward_kl
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.calibrate import calibrate, cluster_neurons, fit_substitute, fit_vocab, ridge

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 
 import elastic
 import teachers
-from elastic import trainer
+from elastic import text, trainer
 from elastic.bench import bench_run
 from elastic.config import RunConfig, presets, to_dict
-from elastic.evaluate import measure_run, measured_compute
-from elastic.objective import Distillation
+from elastic.evaluate import measure_run
 from elastic.run import Run
+from elastic.text import measured_compute
 from students import checkpoint
 from students.checkpoint import read_tensors
 from teachers.load import fingerprint
@@ -68,13 +68,13 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def on_step(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Pass the loss of one training step (without accumulation) through `change`."""
-    forward, calls = Distillation.forward, count(1)
+    forward, calls = text.Distillation.forward, count(1)
 
-    def patched(self: Distillation, *args: object) -> tuple:
+    def patched(self: text.Distillation, *args: object) -> tuple:
         loss, measured = forward(self, *args)
         return (change(loss) if self.training and next(calls) == step else loss), measured
 
-    monkeypatch.setattr(Distillation, "forward", patched)
+    monkeypatch.setattr(text.Distillation, "forward", patched)
 
 
 def interrupt(value: object = None, *_: object) -> object:
@@ -146,7 +146,7 @@ def test_checkpoints_hold_routers_only(finished: Path):
 def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
     student = elastic.load(finished)
     config = configure()
-    windows = trainer.load_data(config, Run.open(finished).teacher()).train[:16]
+    windows = text.load(config, Run.open(finished).teacher()).train[:16]
     lowest, highest = student.dial[0][0], student.dial[-1][0]
     spent = []
     for compute in (lowest, 0.7 * lowest + 0.3 * highest, 0.3 * lowest + 0.7 * highest, highest):

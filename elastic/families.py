@@ -1,0 +1,23 @@
+"""Families of models: one module of the same few functions for each.
+
+load(config, teacher)                      data with .train and .held_out
+load_all(source, config, teacher)          data to measure on
+describe(data, config)                     what there is, for the user to read
+Batches(data, config, device)              training batches by number: len(), load(chosen, following)
+Distillation(student, loss, budget, data)  module: (batch, price) -> (loss, Measured)
+start(student, data, order, config)        calibration
+compute_meter(student, data, order, config)  what the dial is set by
+evaluate(student, held_out, config)        a row's measurements
+lines()                                    how a table shows them
+bench(...)                                 rows of timings
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+_MODULES = {"llm": "elastic.text", "vit": "elastic.images"}
+
+
+def of(family: str) -> ModuleType:
+    """The module of a family: "llm" or "vit"."""
+    return import_module(_MODULES[family])

@@ -1,0 +1,242 @@
+"""The family of image models: their data, what a batch of it costs, and what a student is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.sums import Sums, routing_loss
+from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
+from students.calibrate import Start
+from students.calibrate_images import calibrate_images
+from students.image import Features, ImageStudent
+from teachers import Teacher
+from teachers.images import ImageData, ImageSet, load_images
+from teachers.images import load_all as load_all_images
+
+UNIT = "images"
+"""What data consists of, for the user to read."""
+MEASURED = 256
+"""Images that are measured together."""
+CALIBRATED = 64
+"""Images that are looked at together in calibration."""
+DIAL_IMAGES = 2048
+"""Training images that quotas and the dial are set on."""
+
+
+def load(config: RunConfig, teacher: Teacher) -> ImageData:
+    """The run's training and held-out images; the same every time."""
+    data = config.data
+    return load_images(
+        data.source, teacher.processor, held_out=data.held_out, seed=config.train.seed, max_images=data.max_images
+    )
+
+
+def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
+    """The validation part of a source, or all of it."""
+    return load_all_images(source, teacher.processor)
+
+
+def describe(data: ImageData, config: RunConfig) -> str:
+    """What there is to train on, for the user to read."""
+    return f"{data.description} to train on, {len(data.held_out):,} held out"
+
+
+def tokens(student: ImageStudent, config: RunConfig) -> int:
+    """Tokens of an image."""
+    return student.tokens
+
+
+class Batches:
+    """Training images by number; the next ones are read while a batch is worked on."""
+
+    def __init__(self, data: ImageData, config: RunConfig, device: torch.device) -> None:
+        self.images = data.train
+        self.device = device
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[list[int], Future] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Tensor:
+        """Pixels [B, C, H, W] of the images with these numbers; following: those that come next."""
+        if self._next is not None and self._next[0] == chosen:
+            pixels, _ = self._next[1].result()
+        else:
+            pixels, _ = self.images.load(chosen)
+        self._next = following, self._pool.submit(self.images.load, following)
+        return pixels.to(self.device, non_blocking=True)
+
+
+@dataclass
+class Measured(Sums):
+    """Sums over the images of a batch, on the device; add them up and divide by `tokens`."""
+
+    tokens: Tensor
+    """Images."""
+    kl: Tensor
+    """Divergence of the class distributions, in nats; 0 where the model has no classifier."""
+    macs: dict[str, Tensor]
+    """Student's compute."""
+    dense: dict[str, Tensor]
+    """Teacher's compute."""
+
+
+class Distillation(nn.Module):
+    """Student and loss in one module, so that accelerate can wrap it whole."""
+
+    def __init__(self, student: ImageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.budget = budget
+        options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
+        self.options = {"temperature": loss.temperature, **options}
+
+    def forward(self, pixels: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
+        """pixels [B, C, H, W]; price: loss per unit of compute. Returns the loss and what was measured."""
+        student, loss = self.student, self.loss
+        layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
+        with student.teacher(), torch.no_grad():
+            teacher, _ = student.features(pixels, layers)
+        out, decisions = student.features(pixels, layers)
+        macs, dense = _spent(student, pixels, decisions)
+        total = price * macs / dense + routing_loss(student, decisions, loss, self.budget)
+        kl = pixels.new_zeros((), dtype=torch.float32)
+        if out.logits is not None:
+            kl = DIVERGENCES[loss.logits](out.logits, teacher.logits, **self.options).sum()
+            total = total + loss.logits_weight * kl / len(pixels)
+        if loss.hidden_weight:
+            total = total + loss.hidden_weight * self._hidden_loss(out, teacher)
+        phases = {"prefill": macs.detach()}, {"prefill": dense}
+        return total, Measured(torch.tensor(len(pixels), device=pixels.device), kl.detach(), *phases)
+
+    def _hidden_loss(self, out: Features, teacher: Features) -> Tensor:
+        """Distance of what the classifier reads, or after every block of the tokens that are always there."""
+        distance = HIDDEN_DISTANCES[self.loss.hidden]
+        if self.loss.hidden_layers == "final":
+            return distance(out.pooled, teacher.pooled)
+        prefix = self.student.record.prefix or None
+        pairs = ([x[:, :prefix] for x in features.layers] for features in (out, teacher))
+        return per_layer(distance, *pairs)
+
+
+def _spent(student: ImageStudent, pixels: Tensor, decisions: Any) -> tuple[Tensor, Tensor]:
+    """(student's, teacher's) multiply-accumulates of a batch."""
+    valid = torch.ones(len(pixels), student.tokens, dtype=torch.bool, device=pixels.device)
+    compute = student.compute
+    return compute.routed_blocks(decisions, valid, "prefill").sum(), compute.dense(valid, "prefill").sum()
+
+
+def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
+    """Calibrate; order: the training images, shuffled."""
+    images = data.train.subset(order[: config.calibration.windows].tolist())
+    batches = [pixels.split(CALIBRATED) for pixels, _ in _batches(student, images)]
+    flat = [part for parts in batches for part in parts]
+    return calibrate_images(student, flat, config.budget.target, config.train.seed)
+
+
+@torch.no_grad()
+def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Callable[[], float]:
+    """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
+    batches = [pixels for pixels, _ in _batches(student, data.train.subset(order[:DIAL_IMAGES].tolist()))]
+    student.set_quotas(batches)
+    return lambda: measured_compute(student, batches)
+
+
+@torch.no_grad()
+def measured_compute(student: ImageStudent, batches: Sequence[Tensor]) -> float:
+    """The compute ratio on batches of pixels."""
+    sums = [_spent(student, pixels, student(pixels)[1]) for pixels in batches]
+    return float(sum(macs for macs, _ in sums) / sum(dense for _, dense in sums))
+
+
+def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and labels of all images, in order, on the student's device."""
+    device = next(student.parameters()).device
+    numbers = range(len(images))
+    with ThreadPoolExecutor(1) as pool:
+        parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
+        ahead = pool.submit(images.load, parts[0])
+        for following in [*parts[1:], None]:
+            pixels, labels = ahead.result()
+            if following is not None:
+                ahead = pool.submit(images.load, following)
+            yield pixels.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict[str, Any]:
+    """Measure a student on images.
+
+    Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
+    classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
+    similarity of the features that the classifier reads; images, and how many were broken.
+    """
+    from torchmetrics.classification import MulticlassAccuracy
+
+    sums = dict.fromkeys(("macs", "dense", "kl", "agreement", "cosine"), 0.0)
+    seen, metrics = 0, {}
+    for pixels, labels in _batches(student, images):
+        with student.teacher():
+            teacher, _ = student.features(pixels)
+        out, decisions = student.features(pixels)
+        macs, dense = _spent(student, pixels, decisions)
+        seen += len(pixels)
+        sums["macs"] += float(macs)
+        sums["dense"] += float(dense)
+        sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, teacher.pooled)))
+        if out.logits is None:
+            continue
+        sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, teacher.logits).sum())
+        sums["agreement"] += float((out.logits.argmax(-1) == teacher.logits.argmax(-1)).sum())
+        if int(labels.min()) < 0:
+            continue
+        classes = out.logits.shape[-1]
+        if int(labels.max()) >= classes:
+            raise ValueError(f"the data has a class number {int(labels.max())}, but the model tells {classes} apart")
+        for name, logits in (("", out.logits), ("teacher_", teacher.logits)):
+            for k in (1, 5):
+                accuracy = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
+                metrics.setdefault(f"{name}top{k}", accuracy).update(logits.float(), labels)
+    row = {"compute": sums["macs"] / sums["dense"]}
+    row |= {name: float(metric.compute()) for name, metric in metrics.items()}
+    if sums["agreement"]:
+        row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen}
+    return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": len(images.broken)}
+
+
+def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """What a table of results says of an image model, line by line."""
+
+    def accuracy(k: int) -> Callable[[dict[str, Any]], str]:
+        def show(row: dict[str, Any]) -> str:
+            if f"top{k}" not in row:
+                return "no labels"
+            return f"{row[f'top{k}']:.2%} (teacher {row[f'teacher_top{k}']:.2%})"
+
+        return show
+
+    def part(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: format(row[key], form) if key in row else "no classifier"
+
+    return [
+        (
+            "measured on",
+            lambda r: f"{r['data']}, {r['images']:,} images" + f", {r['broken']} broken" * (r["broken"] > 0),
+        ),
+        ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
+        ("compute", lambda r: f"{r['compute']:.3f}"),
+        ("top-1", accuracy(1)),
+        ("top-5", accuracy(5)),
+        ("top-1 agreement", part("agreement", ".2%")),
+        ("KL to the teacher", part("kl", ".4f")),
+        ("cosine of features", part("cosine", ".4f")),
+    ]

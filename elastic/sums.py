@@ -1,0 +1,52 @@
+"""What the families' objectives share: sums over a batch, and what routing has to pay."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from elastic.config import BudgetConfig, LossConfig
+from losses import capacity_hinge, load_balance, topk_bce
+from students import RouterSpec, Student
+from students.runtime import Decisions
+
+T = TypeVar("T", bound="Sums")
+
+
+class Sums:
+    """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field."""
+
+    def __add__(self: T, other: T) -> T:
+        def add(a: Any, b: Any) -> Any:
+            return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
+
+        return type(self)(*(add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:
+    """What presets with fixed capacities add: the hinge, top-k prediction, even use."""
+    total = 0.0
+    capacity = student.runtime.capacity
+    if budget.control == "capacity":
+        free = [k for k in decisions.share if student.router_spec(k).selection == "threshold"]
+        if free:
+            shares = torch.stack([decisions.share[k].mean() for k in free])
+            total = total + budget.hinge * capacity_hinge(shares, capacity)
+    if loss.topk_weight:
+        keys = [k for k in decisions.score if _over_tokens(student.router_spec(k))]
+        if keys:
+            parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
+            total = total + loss.topk_weight * torch.stack(parts).mean()
+    if loss.load_balance_weight:
+        keys = [k for k in decisions.score if student.router_spec(k).kind in ("head", "expert")]
+        if keys:
+            parts = [load_balance(decisions.score[k].softmax(-1)) for k in keys]
+            total = total + loss.load_balance_weight * torch.stack(parts).mean()
+    return total
+
+
+def _over_tokens(spec: RouterSpec) -> bool:
+    return spec.selection == "topk" and spec.kind in ("token", "layer")

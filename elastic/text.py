@@ -1,0 +1,277 @@
+"""The family of causal language models: their data, what a batch of it costs, and what a student is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.sums import Sums, routing_loss
+from losses import (
+    DIVERGENCES,
+    HIDDEN_DISTANCES,
+    chunked,
+    default_chunk_rows,
+    per_layer,
+)
+from students.calibrate import Start, calibrate
+from students.compute import PHASES, Phase
+from students.language import LanguageStudent
+from teachers import Teacher
+from teachers.text import TextData, load_text, load_windows
+
+BATCH_TOKENS = 1024
+"""Tokens that are measured together."""
+UNIT = "windows"
+"""What data consists of, for the user to read."""
+DIAL_WINDOWS = 16
+"""Training windows that the dial is set on."""
+
+
+def load(config: RunConfig, teacher: Teacher) -> TextData:
+    """The run's training and held-out windows; the same every time. ValueError where the model reads less at once."""
+    longest = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.data.window > longest:
+        raise ValueError(f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens")
+    return load_text(
+        config.data.source,
+        teacher.processor,
+        window=config.data.window,
+        held_out=config.data.held_out,
+        seed=config.train.seed,
+        max_tokens=config.data.max_tokens,
+    )
+
+
+def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
+    """All of a source as windows [N, T]."""
+    return load_windows(source, teacher.processor, window=config.data.window)
+
+
+def describe(data: TextData, config: RunConfig) -> str:
+    """What there is to train on, for the user to read."""
+    windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
+    return f"{data.description}; {windows}"
+
+
+def tokens(student: LanguageStudent, config: RunConfig) -> int:
+    """Tokens that the model reads at once."""
+    return config.data.window
+
+
+class Batches:
+    """Training windows [N, T], by number."""
+
+    def __init__(self, data: TextData, config: RunConfig, device: torch.device) -> None:
+        self.pieces = data.train.to(device).reshape(-1, config.train.window)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Tensor:
+        """The windows [B, T] with these numbers; following: those that come next."""
+        return self.pieces[torch.tensor(chosen)]
+
+
+def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:
+    """Calibrate; order: the training windows, shuffled."""
+    picked = data.train[order[: config.calibration.windows]].to(next(student.parameters()).device)
+    return calibrate(student, picked.split(2), config.budget.target, config.budget.phase, config.train.seed)
+
+
+def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Callable[[], float]:
+    """What measures the compute that the dial is set by; order: the training windows, shuffled."""
+    windows = data.train[order[:DIAL_WINDOWS]].to(next(student.parameters()).device)
+    return lambda: measured_compute(student, windows, config.budget.phase, config.data.prompt)
+
+
+@dataclass
+class Measured(Sums):
+    """Sums over the tokens of a batch, on the device; add them up and divide by `tokens`."""
+
+    tokens: Tensor
+    """Tokens that quality is measured on."""
+    kl: Tensor
+    """Divergence from the teacher, in nats (the configured one in training, forward KL in evaluation)."""
+    agreement: Tensor
+    """Tokens at which student and teacher have the same most likely next token; like the two below, not in training."""
+    nll: Tensor
+    """Student's negative log-likelihood of the text."""
+    teacher_nll: Tensor
+    predicted: Tensor
+    """Tokens that nll is summed over: those with a successor."""
+    macs: dict[Phase, Tensor]
+    """Student's compute, by phase."""
+    dense: dict[Phase, Tensor]
+    """Teacher's compute, by phase."""
+
+
+def prompt_mask(ids: Tensor, length: int) -> Tensor:
+    """[B, T] bool: the first `length` tokens of each window, from which sequence-level routers decide."""
+    return (torch.arange(ids.shape[1], device=ids.device) < length).expand(ids.shape)
+
+
+class Distillation(nn.Module):
+    """Student and loss in one module, so that accelerate can wrap it whole."""
+
+    def __init__(self, student: LanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.budget = budget
+        self.prompt = data.prompt
+        options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
+        self.options = {"temperature": loss.temperature, **options}
+        self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
+
+    def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
+        """ids [B, T] without padding; price: nats per unit of compute. Returns the loss and what was measured."""
+        student, loss = self.student, self.loss
+        prompt = prompt_mask(ids, self.prompt)
+        counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
+        states = {"output_hidden_states": loss.hidden_weight > 0 and loss.hidden_layers == "all"}
+        with student.teacher(), torch.no_grad():
+            teacher, _ = student.features(ids, **states)
+        out, decisions = student.features(ids, prompt=prompt, **states)
+
+        valid = torch.ones_like(prompt)
+        phase = self.budget.phase
+        dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
+        macs = {p: student.compute.routed_blocks(decisions, valid, p).sum() for p in PHASES}
+        head, sums = self._head_loss(
+            out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, dense[phase]
+        )
+        tokens = counted.sum()
+        total = head / tokens + price * macs[phase] / dense[phase]
+        total = total + routing_loss(student, decisions, loss, self.budget)
+        if loss.hidden_weight:
+            distance = HIDDEN_DISTANCES[loss.hidden]
+            pairs = (
+                (out.hidden_states[1:], teacher.hidden_states[1:])
+                if states["output_hidden_states"]
+                else ([out.last_hidden_state], [teacher.last_hidden_state])
+            )
+            total = total + loss.hidden_weight * per_layer(distance, *pairs, counted)
+        macs = {p: m.detach() + sums[4 + i] for i, (p, m) in enumerate(macs.items())}
+        return total, Measured(tokens, *sums[:4], counted[:, :-1].sum(), macs, dense)
+
+    def _head_loss(
+        self, hidden: Tensor, teacher_hidden: Tensor, ids: Tensor, counted: Tensor, price: Tensor | float, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """LM head and everything on logits, chunk by chunk. Sums: kl, agreement, nll, teacher's nll, head's MACs twice.
+
+        The head's compute is that of the counted tokens, scaled up to all.
+        """
+        student, loss = self.student, self.loss
+        divergence = DIVERGENCES[loss.logits]
+        targets = ids.roll(-1, dims=1)
+        follows = torch.ones_like(ids, dtype=torch.bool)
+        follows[:, -1] = False
+        scale = counted.numel() / counted.sum()
+        tensors = student.head_tensors()
+
+        def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, share = student.logits(h, *tensors)
+            with torch.no_grad():
+                teacher_logits, _ = student.logits(t)
+            kl = divergence(logits, teacher_logits, **self.options).sum()
+            costs = {p: torch.as_tensor(student.compute.routed_head(share, p), device=h.device) for p in PHASES}
+            cost = {p: c.expand(len(h)).sum() * scale for p, c in costs.items()}
+            total = loss.logits_weight * kl
+            if loss.cross_entropy_weight:
+                total = total + loss.cross_entropy_weight * _nll(logits, target, follows)
+            if share is not None and self.budget.control == "price":
+                total = total + price * cost[self.budget.phase] * counted.sum() / dense
+            with torch.no_grad():
+                quality = [h.new_zeros(())] * 3
+                if not self.training:
+                    agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+                    quality = [agreement, _nll(logits, target, follows), _nll(teacher_logits, target, follows)]
+                return total, torch.stack([s.double() for s in (kl, *quality, *cost.values())])
+
+        rows = [x.flatten(0, 1) for x in (hidden, teacher_hidden, targets, follows)]
+        vocabulary = student.model.config.vocab_size
+        return chunked(
+            chunk_loss,
+            rows,
+            tensors,
+            chunk_rows=default_chunk_rows(vocabulary, hidden.dtype, hidden.device),
+            mask=counted.flatten() if self.sequence_level else None,
+        )
+
+
+def _nll(logits: Tensor, target: Tensor, follows: Tensor) -> Tensor:
+    """Sum over rows that have a successor."""
+    return F.cross_entropy(logits.float(), torch.where(follows, target, -100), ignore_index=-100, reduction="sum")
+
+
+def evaluate(student: LanguageStudent, windows: Tensor, config: RunConfig) -> dict[str, Any]:
+    """Measure a student on token windows [N, T].
+
+    Keys: compute (decode phase) and compute_prefill, both as shares of the teacher's; perplexity, teacher_perplexity
+    and their ratio; kl, in nats per token, of the student to the teacher; agreement of the most likely next token;
+    tokens. Where a router decides per sequence, quality is that of the tokens after the prompt.
+    """
+    total = _measure(student, windows, config)
+    nll, teacher_nll = (float(x / total.predicted) for x in (total.nll, total.teacher_nll))
+    compute = {p: float(total.macs[p] / total.dense[p]) for p in PHASES}
+    return {
+        "compute": compute["decode"],
+        "compute_prefill": compute["prefill"],
+        "perplexity": math.exp(nll),
+        "teacher_perplexity": math.exp(teacher_nll),
+        "perplexity_ratio": math.exp(nll - teacher_nll),
+        "kl": float(total.kl / total.tokens),
+        "agreement": float(total.agreement / total.tokens),
+        "tokens": int(total.tokens),
+    }
+
+
+@torch.no_grad()
+def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig) -> Measured:
+    module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
+    total = None
+    device = next(student.parameters()).device
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        _, measured = module(batch.to(device))
+        total = measured if total is None else total + measured
+    return total
+
+
+@torch.no_grad()
+def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, prompt: int, after: int = 0) -> float:
+    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality; after: of
+    the tokens after so many only."""
+    spent = whole = 0.0
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        valid = torch.ones_like(batch, dtype=torch.bool)
+        out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
+        rows = out.last_hidden_state.flatten(0, 1)
+        tensors = student.head_tensors()
+        shares = [student.logits(part, *tensors)[1] for part in rows.split(128)] if tensors else [None]
+        share = None if shares[0] is None else torch.cat(shares).view(batch.shape)
+        head = torch.as_tensor(student.compute.routed_head(share, phase)) * valid
+        spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
+        whole += float(student.compute.dense(valid, phase)[:, after:].sum())
+    return spent / whole
+
+
+def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """What a table of results says of a language model, line by line."""
+    return [
+        ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
+        ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),
+        ("compute, decode", lambda r: f"{r['compute']:.3f}"),
+        ("compute, prefill", lambda r: f"{r['compute_prefill']:.3f}"),
+        ("perplexity, teacher", lambda r: f"{r['teacher_perplexity']:.3f}"),
+        ("perplexity, student", lambda r: f"{r['perplexity']:.3f}"),
+        ("perplexity ratio", lambda r: f"{r['perplexity_ratio']:.4f}"),
+        ("KL to the teacher", lambda r: f"{r['kl']:.4f} nats"),
+        ("top-1 agreement", lambda r: f"{r['agreement']:.2%}"),
+    ]
