@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("run", metavar="RUN")
     measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
     measure.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
+    measure.add_argument(
+        "--baselines",
+        nargs="+",
+        default=[],
+        metavar="B",
+        choices=("random", "uniform", "tome"),
+        help="image models: also measure random, uniform (dropping), tome (merging) at the same compute",
+    )
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     bench = command("bench", _bench, "time a finished run against the dense model: prefill, decoding, training step")
@@ -100,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--new-tokens", type=int, metavar="N", default=128, help="tokens to decode (default 128)")
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    compare = command("compare", _compare, "say how alike the routers of two finished runs of an image model decide")
+    compare.add_argument("run", metavar="RUN")
+    compare.add_argument("other", metavar="RUN")
+    compare.add_argument("--data", help="as for distill; all of it is used (default: the first run's held-out images)")
+    compare.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     generate = command("generate", _generate, "continue a prompt with a finished run")
     generate.add_argument("run", metavar="RUN")
@@ -169,11 +183,13 @@ def _eval(options: argparse.Namespace) -> None:
     from elastic.evaluate import measure_run
 
     with _screen() as (say, _):
-        row = measure_run(options.run, data=options.data, compute=options.compute, say=say)
+        rows = measure_run(
+            options.run, data=options.data, compute=options.compute, baselines=options.baselines, say=say
+        )
     if options.json:
-        print(json.dumps({"rows": [row]}))
+        print(json.dumps({"rows": rows}))
     else:
-        _print_rows([row])
+        _print_rows(rows)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -223,6 +239,22 @@ def _bench(options: argparse.Namespace) -> None:
         f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
         f"peak memory {train['peak_bytes'] / 1e9:.2f} GB, weights {train['weight_bytes'] / 1e9:.2f} GB"
     )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from elastic.evaluate import compare_runs
+
+    rows = compare_runs(options.run, options.other, data=options.data)
+    if options.json:
+        print(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("router", "rank correlation of scores")
+    for row in rows:
+        table.add_row(row["router"], f"{row['correlation']:.3f}")
+    Console().print(table)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -279,7 +311,7 @@ def _models(options: argparse.Namespace) -> None:
 
     table = Table("name", "hub id", "parameters", "license", "note", box=None, pad_edge=False)
     for entry in entries:
-        table.add_row(entry.name, entry.hub, _count(entry.parameters), entry.license, entry.note)
+        table.add_row(entry.name, entry.hub or "(shipped)", _count(entry.parameters), entry.license, entry.note)
     Console(width=160).print(table)  # names are for copying: none is cut to fit a narrow terminal
     print("Any other hub id or local folder of a supported architecture works too.")
 

@@ -60,6 +60,8 @@ class DataConfig:
     """Read no more than this many tokens."""
     max_images: int | None = 100_000
     """Train on no more than this many images."""
+    classes: tuple[int, ...] | None = None
+    """Images: train on and hold out only these classes, by number."""
     prompt: int = 64
     """Tokens of a window that sequence-level routers decide from; no quality is measured on them then."""
 
@@ -202,6 +204,7 @@ class RunConfig:
             ("train.window", text, "a language model"),
             ("loss.cross_entropy_weight", text, "a language model"),
             ("data.max_images", not text, "an image model"),
+            ("data.classes", not text, "an image model"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
             ("data.prompt", per_sequence, "a router with granularity: sequence"),
@@ -256,8 +259,8 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     if entry.family == "vit":
         merged |= {"budget": {"phase": "prefill"}}
     for layer in layers:
-        section = _section(layer, applies)
-        layer = _merge({k: v for k, v in layer.items() if k not in ("prefill", "vit")}, section)
+        sections = {name: _section(layer, name) for name in ("prefill", "vit")}
+        layer = _merge({k: v for k, v in layer.items() if k not in sections}, sections.get(applies, {}))
         # the time and the number of steps exclude each other: the later word counts
         given = [key for key in ("steps", "minutes") if _section(layer, "train").get(key) is not None]
         if len(given) == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from elastic import families
@@ -33,22 +33,60 @@ def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) ->
 
 
 def measure_run(
-    folder: str, *, data: str | None = None, compute: float | None = None, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Load a finished run and measure it: on all of `data`, or on what its training never saw."""
+    folder: str,
+    *,
+    data: str | None = None,
+    compute: float | None = None,
+    baselines: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Load a finished run and measure it: on all of `data`, or on what its training never saw.
+
+    Returns its row, and one of each of `baselines` (image models; see elastic/baselines.py) at the same compute.
+    """
     run = Run.open(folder, finished=True)
     config = run.config
     if compute is not None and not 0 < compute <= 1:
         raise ValueError(f"--compute is {compute}; it must be above 0 and at most 1")
+    family = families.of(config.family)
+    if baselines and not hasattr(family, "baseline"):
+        raise ValueError(f"--baselines are for image models; {config.model} is none")
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:
         student.set_compute(compute)
-    family = families.of(config.family)
     if data is None:
         held_out, name = family.load(config, teacher).held_out, HELD_OUT
     else:
         held_out, name = family.load_all(data, config, teacher), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
     row = describe(run, student, name, family.evaluate(student, held_out, config))
-    return row if compute is None else {**row, "compute_target": compute}
+    if compute is not None:
+        row["compute_target"] = compute
+    rows = [row]
+    for other in baselines:
+        say(f"measuring the baseline {other} ...")
+        measured = family.baseline(other, student, held_out, config, row["compute"])
+        nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
+        rows.append({**row, **measured, **nothing, "preset": other})
+    return rows
+
+
+def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:
+    """How alike two runs of one image model decide: a row for each router, and their mean under the name "mean"."""
+    runs = [Run.open(path, finished=True) for path in (folder, other)]
+    config = runs[0].config
+    family = families.of(config.family)
+    if not hasattr(family, "alike"):
+        raise ValueError(f"comparing is for image models; {config.model} is none")
+    if runs[0].about["identity"] != runs[1].about["identity"]:
+        raise ValueError(f"{folder} and {other} are runs of different models: {config.model}, {runs[1].config.model}")
+    loaded = [run.teacher() for run in runs]
+    students = [run.load_student(teacher) for run, teacher in zip(runs, loaded, strict=True)]
+    if data is None:
+        images = family.load(config, loaded[0]).held_out
+    else:
+        images = family.load_all(data, config, loaded[0])
+    alike = family.alike(*students, images)
+    alike["mean"] = sum(alike.values()) / len(alike)
+    return [{"router": key, "correlation": value} for key, value in alike.items()]

@@ -38,6 +38,8 @@ def generate_text(
     tokens took. stream: called with each piece of text as it comes.
     """
     run = Run.open(folder, finished=True)
+    if run.config.family != "llm":
+        raise ValueError(f"{run.config.model} is an image model: it generates no text (elastic eval measures it)")
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:

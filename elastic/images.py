@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import teachers
+from elastic import baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.sums import Sums, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
 from students.calibrate import Start
 from students.calibrate_images import calibrate_images
-from students.image import Features, ImageStudent
+from students.image import Features, ImageStudent, features_of
 from teachers import Teacher
 from teachers.images import ImageData, ImageSet, load_images
 from teachers.images import load_all as load_all_images
@@ -34,7 +37,12 @@ def load(config: RunConfig, teacher: Teacher) -> ImageData:
     """The run's training and held-out images; the same every time."""
     data = config.data
     return load_images(
-        data.source, teacher.processor, held_out=data.held_out, seed=config.train.seed, max_images=data.max_images
+        data.source,
+        teacher.processor,
+        held_out=data.held_out,
+        seed=config.train.seed,
+        max_images=data.max_images,
+        classes=data.classes,
     )
 
 
@@ -178,20 +186,36 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
 
     Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
     classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
-    similarity of the features that the classifier reads; images, and how many were broken.
+    similarity of the features that the classifier reads; images, how many were broken, and images_per_second and
+    teacher_images_per_second in this run.
     """
+
+    def run(pixels: Tensor) -> tuple[Features, float]:
+        features, decisions = student.features(pixels)
+        macs, dense = _spent(student, pixels, decisions)
+        return features, float(macs / dense)
+
+    return compare(student, images, run)
+
+
+@torch.no_grad()
+def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tuple[Features, float]]) -> dict[str, Any]:
+    """As `evaluate`, for anything that makes features of pixels, at a share of the teacher's compute."""
     from torchmetrics.classification import MulticlassAccuracy
 
-    sums = dict.fromkeys(("macs", "dense", "kl", "agreement", "cosine"), 0.0)
+    sums = dict.fromkeys(("compute", "kl", "agreement", "cosine"), 0.0)
+    seconds = {"": 0.0, "teacher_": 0.0}
     seen, metrics = 0, {}
     for pixels, labels in _batches(student, images):
+        started = time.perf_counter()
         with student.teacher():
             teacher, _ = student.features(pixels)
-        out, decisions = student.features(pixels)
-        macs, dense = _spent(student, pixels, decisions)
+        between = time.perf_counter()
+        out, compute = run(pixels)
+        seconds["teacher_"] += between - started
+        seconds[""] += time.perf_counter() - between
         seen += len(pixels)
-        sums["macs"] += float(macs)
-        sums["dense"] += float(dense)
+        sums["compute"] += len(pixels) * compute
         sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, teacher.pooled)))
         if out.logits is None:
             continue
@@ -206,11 +230,41 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
             for k in (1, 5):
                 accuracy = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
                 metrics.setdefault(f"{name}top{k}", accuracy).update(logits.float(), labels)
-    row = {"compute": sums["macs"] / sums["dense"]}
+    row = {"compute": sums["compute"] / seen}
     row |= {name: float(metric.compute()) for name, metric in metrics.items()}
     if sums["agreement"]:
         row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen}
+    row |= {f"{name}images_per_second": seen / spent for name, spent in seconds.items()}
     return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": len(images.broken)}
+
+
+def baseline(name: str, student: ImageStudent, images: ImageSet, config: RunConfig, compute: float) -> dict[str, Any]:
+    """As `evaluate`, for a baseline at the student's compute. `random` and `uniform` change the student for good."""
+    if name == "tome":
+        teacher = teachers.load(config.model, dtype=next(student.model.parameters()).dtype).model
+        model, share = baselines.merging(teacher, images.load([0])[0], compute)
+        return compare(student, images, lambda pixels: (features_of(model, pixels), share))
+    baselines.drop_blindly(student, name, config.train.seed)
+    return evaluate(student, images, config)
+
+
+@torch.no_grad()
+def alike(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[str, float]:
+    """How alike two students of one model decide: Spearman's rank correlation of their scores on the same images, by
+    router, each student running its own routing as masks."""
+    from torchmetrics.functional import spearman_corrcoef
+
+    seen: dict[str, list[list[Tensor]]] = {}
+    for pixels, _ in _batches(first, images):
+        for place, student in enumerate((first, second)):
+            student.runtime.execution, student.runtime.training = "mask", True  # where all routers have a say
+            _, decisions = student(pixels)
+            for key, _ in student.routers():
+                seen.setdefault(key, [[], []])[place].append(decisions.score[key].flatten().float().cpu())
+    odd = [key for key, (one, other) in seen.items() if len(one) != len(other)]
+    if odd:
+        raise ValueError(f"the two runs have different routers, such as {odd[0]}")
+    return {key: float(spearman_corrcoef(*(torch.cat(part) for part in parts))) for key, parts in seen.items()}
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
@@ -239,4 +293,5 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
         ("top-1 agreement", part("agreement", ".2%")),
         ("KL to the teacher", part("kl", ".4f")),
         ("cosine of features", part("cosine", ".4f")),
+        ("images/s", lambda r: f"{r['images_per_second']:.0f} (teacher {r['teacher_images_per_second']:.0f})"),
     ]

@@ -82,6 +82,7 @@ def _elasticize_image(
             if not (stays or layer.on(number)):
                 continue
             routed = RoutedBlock(block, runtime, number, record.prefix, record.mask, stays, last=number == last)
+            _like(block, routed)
             if layer.on(number):
                 width = sizes_of(model, record, number, block).width
                 routed.routers["layer"] = _like(block, Router(layer, width, 1))

@@ -104,9 +104,8 @@ def _layer_choices(
     choices, lowest = [], None
     numbers = [int(key.partition(".")[0]) for key in routers]
     blocks = range(len(student.blocks))
-    for (key, router), number, following in zip(
-        routers.items(), numbers, [*numbers[1:], len(student.blocks)], strict=True
-    ):
+    ends = [*numbers, len(student.blocks)][1:]
+    for (key, router), number, following in zip(routers.items(), numbers, ends, strict=True):
         own = sum(_block_macs(student, n) for n in (range(number, following) if student.stays else [number])) / dense
         tail = sum(_block_macs(student, n) for n in blocks[number:]) / dense if student.stays else own
         choice = gated_choice(router, *seen[key], tail)

@@ -162,7 +162,7 @@ class ComputeModel:
         total = total + mlp * (block.mlp_out * mlp_out + corrections("mlp_out", expert))
         for key, cost in block.routers.items():
             inside = layer if layers is not None and self.image else 1.0  # only tokens in the block get there
-            total = total + cost * (self._scored(number, decisions, valid) if key == "layer" else inside)
+            total = total + cost * (self._scored(number, decisions) if key == "layer" else inside)
         if "layer" in block.substitutes:
             total = total + block.substitutes["layer"] * (1 - layer)
         for branch, gate in (("attn", attn), ("mlp", mlp)):
@@ -170,14 +170,11 @@ class ComputeModel:
                 total = total + block.substitutes[branch] * (layer - gate)
         return total
 
-    def _scored(self, number: int, decisions: Decisions, valid: Tensor) -> Tensor | float:
-        """Which tokens [B, T] a layer router looks at: all; of an image, the patches that are still there."""
-        if not self.image:
+    def _scored(self, number: int, decisions: Decisions) -> Tensor | float:
+        """Which tokens [B, T] a layer router looks at: all, or of an image those that are still there."""
+        if not number or not self.image or self.spec.find("layer").dropped == "return":
             return 1.0
-        here = 1.0
-        if number and self.spec.find("layer").dropped == "stay":
-            here = decisions.share[f"{number - 1}.layer"]
-        return here * (torch.arange(valid.shape[1], device=valid.device) >= self.prefix)
+        return decisions.share[f"{number - 1}.layer"]
 
     def _spec(self, kind: str, number: int, key: str) -> RouterSpec | None:
         site = key.split(".")[1] if kind in ("token", "channel") else ""

@@ -31,6 +31,18 @@ def best(score: Tensor, count: int, dim: int) -> Tensor:
     return hard + (soft - soft.detach())
 
 
+def even(score: Tensor, here: Tensor | None = None) -> Tensor:
+    """1 for the k largest scores [B, n] of each row, k being how many are >= 0 in the mean over rows, else 0.
+
+    Gradient as in `threshold`; here [B, n] bool: which may be chosen. Nothing waits for the device.
+    """
+    count = (score >= 0).sum(1).float().mean().round()
+    ranked = score if here is None else score.masked_fill(~here, -torch.inf)
+    rank = ranked.argsort(dim=1, descending=True).argsort(dim=1)
+    soft = score.sigmoid()
+    return (rank < count).to(score.dtype) + (soft - soft.detach())
+
+
 def score_weight(score: Tensor, over_gates: bool) -> Tensor:
     """What ElastiFormer (arXiv 2411.15281) multiplies an open gate's output by, scaled to 1 at equal or zero scores.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from students import gates
@@ -20,6 +21,11 @@ from students.spec import BRANCHES
 from students.student import Student
 from students.wrappers import Wrapper, flat_index, for_tokens, gather_open
 
+TOP = 1e30
+"""Scores of the tokens that are never closed start here."""
+LEAK = 1e-3
+"""Weight of a closed key while routers are trained."""
+
 
 @dataclass
 class Flow:
@@ -28,7 +34,7 @@ class Flow:
     tokens: int
     """How many each image started with."""
     score: Tensor | None = None
-    """[B, n]: the lowest score that each patch still here has had so far."""
+    """[B, n]: the lowest score that each token still here has had so far."""
     left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(tokens before a drop [B, n, D], flat indices of those that went on), drop by drop."""
     places: Tensor | None = None
@@ -62,6 +68,8 @@ class RoutedBlock(Wrapper):
         self.stays = stays
         self.last = last
         self.routers = nn.ModuleDict()
+        # scores of the prefix: above all others, and in its order
+        self.register_buffer("top", torch.arange(prefix, 0, -1) * TOP, persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run = self.runtime
@@ -75,7 +83,7 @@ class RoutedBlock(Wrapper):
         router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
         if run.execution == "skip" and not torch.is_grad_enabled():
             x = self._skip(x, args, kwargs, flow, router)
-            if self.last and self.stays:
+            if self.last and self.stays and run.restores:
                 x = flow.back(x)
         else:
             x = self._mask(x, args, kwargs, flow, router)
@@ -84,45 +92,41 @@ class RoutedBlock(Wrapper):
         return x
 
     def _scores(self, x: Tensor, flow: Flow, router: Router) -> Tensor:
-        """Scores [B, n] of patches x [B, prefix + n, D]; where tokens stay away, the lowest so far."""
-        patches = x[:, self.prefix :]
-        score = router(F.rms_norm(patches, patches.shape[-1:])).squeeze(-1).expand(patches.shape[:2])
+        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far."""
+        score = router.of_stream(x)
+        if self.prefix:
+            score[:, : self.prefix] = self.top
         if self.stays and flow.score is not None:
             score = torch.minimum(score, flow.score)
         return score
 
     def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run, prefix = self.runtime, self.prefix
-        index = weight = None
+        index = rows = weight = None
         valid = flow.valid
-        if router is not None:
+        count = None if router is None else run.patches_kept(router, flow.tokens - prefix)
+        if router is not None and not self._idle(router, count, x.shape[1] - prefix):
             score = self._scores(x, flow, router)
-            flow.score = score
-            count = run.patches_kept(router, flow.tokens - prefix)
             if count is None:
                 open_ = score + run.offset >= 0
-                open_ = open_ if valid is None else open_ & valid[:, prefix:]
-                chosen, here = gather_open(open_)
-            else:
-                chosen = score.topk(min(count, score.shape[1]), dim=1).indices
-                here = None
-            if chosen.shape[1] < score.shape[1] or here is not None:
-                first = torch.arange(prefix, device=x.device).expand(len(x), -1)
-                index = torch.cat([first, chosen + prefix], 1)
-                valid = None if here is None else F.pad(here, (prefix, 0), value=True)
+                index, valid = gather_open(open_ if valid is None else open_ & valid)
+                score = score.gather(1, index)
+            elif count + prefix < score.shape[1]:
+                score, index = score.topk(count + prefix, dim=1)
+            flow.score = score
             if router.spec.weight == "score":
-                weight = gates.score_weight(score.gather(1, chosen), over_gates=False).to(x.dtype)
-                weight = F.pad(weight, (prefix, 0), value=1.0).unsqueeze(-1)
-        some, rows = x, None
+                weight = gates.score_weight(score, over_gates=False).to(x.dtype).unsqueeze(-1)
+                weight[:, :prefix] = 1
+        some = x
+        if index is not None and index.shape[1] == x.shape[1] and valid is None:
+            index = None
         if index is not None:
-            rows = flat_index(index, x.shape[1])
+            rows = index.flatten() if len(x) == 1 else flat_index(index, x.shape[1])
             some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
             if self.stays:
-                flow.score = flow.score.gather(1, chosen)
                 flow.left.append((x, rows))
-                flow.places = index if flow.places is None else flow.places.gather(1, index)
                 flow.valid = valid
-        places = flow.places if self.stays else index
+        places = self._places(flow, index, kwargs)
         if places is not None:
             kwargs = for_tokens(kwargs, places, prefix)
         if valid is not None:
@@ -138,6 +142,21 @@ class RoutedBlock(Wrapper):
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
+    def _idle(self, router: Router, count: int | None, patches: int) -> bool:
+        """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
+        weighs = router.spec.weight == "score"
+        return count is not None and count >= patches and not weighs and not self.runtime.training
+
+    def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
+        if self.runtime.decisions is None and kwargs.get("rope") is None:
+            return None
+        if not self.stays:
+            return index
+        if index is not None:
+            flow.places = index if flow.places is None else flow.places.gather(1, index)
+        return flow.places
+
     def _note(self, x: Tensor, flow: Flow, places: Tensor | None, valid: Tensor | None) -> None:
         share = torch.ones(len(x), flow.tokens, device=x.device)
         if places is not None:
@@ -148,31 +167,41 @@ class RoutedBlock(Wrapper):
         run = self.runtime
         if run.probed is not None and router is not None:
             return self._probe(x, args, kwargs)
+        here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
+        if router is not None and not run.training:
+            count = run.patches_kept(router, flow.tokens - self.prefix)
+            if self._idle(router, count, flow.tokens - self.prefix if here is None else int(here[0].sum())):
+                router = None
         if router is None:
             gate = flow.kept
         else:
             score = self._scores(x, flow, router)
             flow.score = score if self.stays else None
-            gate = self._gate(score, flow, router)
+            gate = F.pad(run.choose(router, score[:, self.prefix :], here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
-        if router is not None or self.stays:
+        if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
-            run.note(f"{self.number}.layer", share, None if router is None else score.unsqueeze(-1))
+            run.note(f"{self.number}.layer", share, None if router is None else score[:, self.prefix :].unsqueeze(-1))
         if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
             weighs = router is not None and router.spec.weight == "score"
-            out = self.base_layer(x, *args, **kwargs)
+            out = self._run(x, args, kwargs)
             return x + self._weight(score, x.dtype) * (out - x) if weighs else out
-        mask = gates.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
-        if torch.is_grad_enabled() and flow.score is not None:
-            # an open key learns how much it is missed: its score enters as the logarithm of a soft gate
-            soft = F.logsigmoid(flow.score + run.offset)
-            pull = F.pad(soft - soft.detach(), (self.prefix, 0)).to(x.dtype)
-            mask = mask + pull[:, None, None, :]
-        out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        if torch.is_grad_enabled():
+            # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
+            mask = torch.log(gate * (1 - LEAK) + LEAK).to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        else:
+            mask = gates.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
+        out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score, x.dtype) * (out - x)
         return out * gate + x * (1 - gate)
+
+    def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The block, whose activations are kept for backward or not."""
+        if self.runtime.recompute and torch.is_grad_enabled():
+            return checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
 
     def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """All gates open, each with its gradient: on the token's change, and as a key of others."""
@@ -184,21 +213,8 @@ class RoutedBlock(Wrapper):
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
         """What the change of each token is multiplied by [B, T, 1]."""
-        weight = gates.score_weight(score, over_gates=False).to(dtype)
+        weight = gates.score_weight(score[:, self.prefix :], over_gates=False).to(dtype)
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
-
-    def _gate(self, score: Tensor, flow: Flow, router: Router) -> Tensor:
-        """Gates [B, T] with the gradient of their scores [B, n]."""
-        run = self.runtime
-        count = run.patches_kept(router, flow.tokens - self.prefix)
-        here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
-        if count is None:
-            gate = gates.threshold(score + run.offset)
-        elif here is None:
-            gate = gates.best(score, count, 1)
-        else:
-            gate = gates.best(score.masked_fill(~here, -torch.inf), min(count, int(here[0].sum())), 1)
-        return F.pad(gate, (self.prefix, 0), value=1.0)
 
 
 @dataclass
@@ -220,6 +236,7 @@ class ImageStudent(Student):
         super().__init__(*parts)
         self.tokens = tokens
         """Tokens of an image of the model's own size, those of the prefix included."""
+        self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
@@ -229,24 +246,14 @@ class ImageStudent(Student):
 
     def features(self, pixel_values: Tensor, layers: bool = False) -> tuple[Features, Decisions]:
         """Logits and features of images pixel_values [B, C, H, W]; layers: also the tokens after every block."""
-        seen: dict[str, Any] = {"layers": []}
-        with ExitStack() as hooks:
-            head = classifier_of(self.model)
-            if head is not None:
-                hook = head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
-                hooks.callback(hook.remove)
-            for block in self.blocks if layers else ():
-                hook = block.register_forward_hook(lambda _, args, out: seen["layers"].append(out))
-                hooks.callback(hook.remove)
-            out, decisions = self(pixel_values)
-        if isinstance(out, Tensor):
-            logits, pooled = None if isinstance(head, nn.Identity) else out, seen["pooled"]
-        else:
-            logits = out.get("logits")
-            pooled = seen.get("pooled", out.get("pooler_output"))
-            if pooled is None:
-                pooled = out.last_hidden_state.mean(1)
-        return Features(logits, pooled, seen["layers"]), decisions
+        with self._deciding() as decisions:
+            return features_of(self.model, pixel_values, self.blocks if layers else ()), decisions
+
+    def checkpoint_blocks(self) -> None:
+        """Compute activations of blocks with layer routers again in backward instead of keeping them."""
+        if self.spec.find("layer") is None:
+            raise ValueError("train.checkpointing: image models recompute blocks with layer routers; there are none")
+        self.runtime.recompute = True
 
     @property
     def stays(self) -> bool:
@@ -301,6 +308,31 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
         patches = (config.image_size // config.patch_size) ** 2
         kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
     return model(pixel_values=pixel_values, **kwargs)
+
+
+def features_of(model: nn.Module, pixel_values: Tensor, blocks: Sequence[nn.Module] = ()) -> Features:
+    """Logits and features of images pixel_values [B, C, H, W], and the tokens after these blocks."""
+    seen: dict[str, Any] = {"layers": []}
+    head = classifier_of(model)
+    with ExitStack() as hooks:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
+            hooks.callback(hook.remove)
+        for block in blocks:
+            hook = block.register_forward_hook(lambda _, args, out: seen["layers"].append(out))
+            hooks.callback(hook.remove)
+        out = call(model, pixel_values)
+    if isinstance(out, Tensor):
+        return Features(None if isinstance(head, nn.Identity) else out, seen["pooled"], seen["layers"])
+    pooled = seen.get("pooled", out.get("pooler_output"))
+    return Features(out.get("logits"), out.last_hidden_state.mean(1) if pooled is None else pooled, seen["layers"])
+
+
+def reads_prefix_only(model: nn.Module) -> bool:
+    """Whether nobody sees what a model makes of its patches: it classifies by its class token, and returns no more."""
+    if isinstance(model, PreTrainedModel):
+        return False  # asked for its hidden states, it returns them
+    return model.global_pool == "token" and model.num_prefix_tokens > 0
 
 
 def classifier_of(model: nn.Module) -> nn.Module | None:

@@ -13,6 +13,8 @@ from students.spec import RouterSpec
 LEVELS = 65
 """Quantiles that are kept of the scores of a router with quota."""
 
+FEW_TOKENS = 1024
+
 OPEN = -30.0
 """log_limit of an open channel: exp(-30) is below every non-zero activation."""
 
@@ -50,6 +52,16 @@ class Router(nn.Module):
         if self.spec.network == "mlp":
             score = score + self._map(self.bend[2], self.bend[1](self._map(self.bend[0], x)))
         return score.float()
+
+    def of_stream(self, x: Tensor) -> Tensor:
+        """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square."""
+        length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+        scale = x.shape[-1] ** 0.5 / length
+        if self.spec.network == "mlp":
+            return self(x * scale.unsqueeze(-1).to(x.dtype)).squeeze(-1)
+        # for few tokens a product of bfloat16 takes longer than one of float32, and a norm longer than either
+        kind = torch.float32 if length.numel() <= FEW_TOKENS else x.dtype
+        return (x.to(kind) @ self.linear.weight[0].to(kind)).float() * scale + self.linear.bias
 
     @staticmethod
     def _map(layer: nn.Linear, x: Tensor) -> Tensor:

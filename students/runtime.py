@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students import gates
@@ -67,6 +68,10 @@ class Runtime:
     """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
     memory: dict[str, Any] | None = None
     """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
+    restores: bool = True
+    """Image models: whether tokens that stayed away are put back in their places behind the last block."""
+    recompute: bool = False
+    """Image models: compute a block's activations again in backward instead of keeping them."""
     probed: dict[str, tuple[Tensor, Tensor]] | None = None
     """Calibration of image models: (gates, what the router reads) by key. All gates are open then, and have a gradient
     of their own."""
@@ -129,23 +134,30 @@ class Runtime:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
         if score.shape[1] == 1:  # one decision for all tokens
             return gates.threshold(score + self.offset)
-        first, patches = score[:, : self.prefix], score[:, self.prefix :]
-        count = self.patches_kept(router, patches.shape[1])
-        gate = gates.threshold(patches + self.offset) if count is None else gates.best(patches, count, 1)
-        return torch.cat([torch.ones_like(first), gate], 1)
+        gate = self.choose(router, score[:, self.prefix :].squeeze(-1))
+        return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+    def choose(self, router: Router, score: Tensor, here: Tensor | None = None) -> Tensor:
+        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there."""
+        if self.training and router.spec.selection == "quota":
+            return gates.even(score + self.offset, here)
+        count = self.patches_kept(router, score.shape[1])
+        if count is None:
+            return gates.threshold(score + self.offset)
+        if here is not None:
+            score, count = score.masked_fill(~here, -torch.inf), min(count, int(here[0].sum()))
+        return gates.best(score, count, 1)
 
     def patches_kept(self, router: Router, patches: int) -> int | None:
         """How many of an image's `patches` patches pass; None: as many as have a score of at least 0."""
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
             return None
-        if spec.selection == "quota":
-            if self.training:
-                return None
-            share = router.quota(self.offset)
-        else:
-            share = self.kept
-        return min(patches, max(0 if self.prefix else 1, round(share * patches)))
+        share = router.quota(self.offset) if spec.selection == "quota" else self.kept
+        tokens = self.prefix + round(share * patches)
+        if tokens >= spec.multiple:
+            tokens = spec.multiple * round(tokens / spec.multiple)
+        return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
         """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""

@@ -96,15 +96,22 @@ class ImageData:
 
 
 def load_images(
-    source: str, preprocess: Preprocess, *, held_out: int, seed: int, max_images: int | None = None
+    source: str,
+    preprocess: Preprocess,
+    *,
+    held_out: int,
+    seed: int,
+    max_images: int | None = None,
+    classes: Sequence[int] | None = None,
 ) -> ImageData:
     """Images to train on, and `held_out` others: of the source's own validation part where it has one.
 
-    `seed` chooses both; at most `max_images` are trained on. Raises ValueError with one line for a source that cannot
-    be read or has too few images.
+    `seed` chooses both; at most `max_images` are trained on. classes: take only images of these.
+    Raises ValueError with one line for a source that cannot be read or has too few images.
     """
     train = _open(source, True, preprocess, max_images)
     other = _open(source, False, preprocess, held_out)
+    train, other = (part if part is None else _only(part, classes, source) for part in (train, other))
     if train is None:
         raise ValueError(f"{source} has no images to train on, only a {' or '.join(HELD_OUT_NAMES)} part")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -120,12 +127,22 @@ def load_images(
     return ImageData(train, other, f"{len(train):,} images of {source}")
 
 
-def load_all(source: str, preprocess: Preprocess) -> ImageSet:
-    """The validation part of a source, or all of it where it has no parts."""
+def _only(images: ImageSet, classes: Sequence[int] | None, source: str) -> ImageSet:
+    """The images of some classes; None: all."""
+    if classes is None:
+        return images
+    chosen = [number for number, label in enumerate(images.labels) if label in classes]
+    if not chosen:
+        raise ValueError(f"{source} has no image of the classes {', '.join(map(str, classes))} (data.classes)")
+    return images.subset(chosen)
+
+
+def load_all(source: str, preprocess: Preprocess, classes: Sequence[int] | None = None) -> ImageSet:
+    """The validation part of a source, or all of it where it has no parts; classes: only images of these."""
     images = _open(source, False, preprocess, None)
     images = images if images is not None else _open(source, True, preprocess, None)
     assert images is not None  # one of the two
-    return images
+    return _only(images, classes, source)
 
 
 def _open(source: str, train: bool, preprocess: Preprocess, most: int | None) -> ImageSet | None:

@@ -28,8 +28,6 @@ REPORT = 100
 """Steps between lines about progress."""
 DROPPED_PATCHES = ((0.0, 0.5), (0.5, 0.3), (0.75, 0.0))
 """(share of the run, share of the patches left out from there on): PatchDropout (arXiv 2208.07220)."""
-
-
 ARCHITECTURE = "vit_tiny_patch16_224"
 """timm's name of the model: depth 12, width 192, 3 heads."""
 PATCH = 4
@@ -54,6 +52,8 @@ def pretrain(
     import timm
     from safetensors.torch import load_file, save_file
 
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"this recipe needs torch 2.9 or newer (torch.optim.Muon); this is {torch.__version__}")
     final = Path(output)
     if final.exists():
         raise ValueError(f"{final} exists: name another folder with --output")
@@ -141,9 +141,9 @@ def train_vit(
     for block in model.blocks:
         block.attn.fused_attn = False  # on CPUs the fused kernel's backward takes half of the step
     mean, std = channel_statistics(images)
+    masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     work = model.train().to(torch.bfloat16)
     parameters = list(work.parameters())
-    masters = [nn.Parameter(p.detach().float()) for p in parameters]
     names = [name for name, _ in work.named_parameters()]
     hidden = [m for m, n in zip(masters, names, strict=True) if n.startswith("blocks.") and m.ndim == 2]
     others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
@@ -156,12 +156,13 @@ def train_vit(
         ),
     ]
     peak = PEAK_LR / 2 if again else PEAK_LR
-    steps = len(images) // BATCH * epochs
-    order = torch.cat([torch.randperm(len(images))[: len(images) // BATCH * BATCH] for _ in range(epochs)])
+    batch = min(BATCH, len(images))
+    steps = len(images) // batch * epochs
+    order = torch.cat([torch.randperm(len(images))[: len(images) // batch * batch] for _ in range(epochs)])
     mark, loss_sum = time.monotonic(), 0.0
     for step in range(steps):
         done = (step / steps + 1) / 2 if again else step / steps
-        rows = order[step * BATCH : (step + 1) * BATCH]
+        rows = order[step * batch : (step + 1) * batch]
         dropped = next(share for begin, share in reversed(DROPPED_PATCHES) if done >= begin)
         work.patch_drop = PatchDropout(dropped, num_prefix_tokens=1) if dropped else nn.Identity()
         x = augment(normalise(images[rows], mean, std)).to(torch.bfloat16)
@@ -182,9 +183,8 @@ def train_vit(
         if (step + 1) % REPORT == 0:
             speed = REPORT / (time.monotonic() - mark)
             left = (steps - step - 1) / speed / 60
-            say(
-                f"step {step + 1}/{steps}: loss {loss_sum / REPORT:.3f}, {speed * BATCH:.0f} images/s, {left:.0f} min left"
-            )
+            rate = f"{speed * batch:.0f} images/s, {left:.0f} min left"
+            say(f"step {step + 1}/{steps}: loss {loss_sum / REPORT:.3f}, {rate}")
             mark, loss_sum = time.monotonic(), 0.0
     work.float().eval()
     work.patch_drop = nn.Identity()

@@ -258,7 +258,9 @@ def test_models(capsys: pytest.CaptureFixture[str]):
     assert rows["llama3-8b"]["hub"] == "meta-llama/Meta-Llama-3-8B" and rows["smollm2-135m"]["parameters"] > 1e8
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:-1]] == [[row["name"], row["hub"]] for row in rows.values()]
+    assert [line.split()[:2] for line in lines[1:-1]] == [
+        [row["name"], row["hub"] or "(shipped)"] for row in rows.values()
+    ]
 
 
 def test_info(finished: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,8 +14,11 @@ from teachers.registry import models, resolve
 def test_table_is_complete():
     for name, entry in models().items():
         assert entry.name == name
-        assert entry.hub and entry.hub.count("/") == 1
-        assert entry.family == "llm" and entry.parameters and entry.license
+        assert entry.family in ("llm", "vit") and entry.parameters and entry.license
+        if entry.folder is None:
+            assert entry.hub and entry.hub.count("/") == 1
+        else:
+            assert (entry.folder / "config.json").is_file() and entry.data != "builtin"
     assert [name for name, entry in models().items() if entry.wheel] == ["smollm2-135m"]
 
 

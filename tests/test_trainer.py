@@ -109,7 +109,7 @@ def test_every_preset_runs_end_to_end(preset: str, configure: Configure, tmp_pat
     assert run.config == config
     assert run.about["result"] == row and run.about["model"] == config.model
     assert [line["step"] for line in metrics(run.folder)] == [1, 2, 3, 4, 5, 6]
-    assert measure_run(str(run.folder), say=silent) == row
+    assert measure_run(str(run.folder), say=silent) == [row]
     assert 0 <= row["kl"] < 3 and row["tokens"] > 0 and 0 < row["compute"] < 1.2
     assert metrics(run.folder)[0]["lr"] > 0
 
@@ -166,7 +166,7 @@ def test_full_compute_is_the_teacher_bit_for_bit(preset: str, configure: Configu
     ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
     student.set_compute(1.0)
     assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
-    row = measure_run(str(tmp_path / "run"), compute=1.0, say=silent)
+    (row,) = measure_run(str(tmp_path / "run"), compute=1.0, say=silent)
     assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
     student.set_compute(student.dial[0][0])
     assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)
@@ -450,7 +450,7 @@ def test_data_that_training_sees_is_a_function_of_the_step():
 def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: Path):
     row = distill(configure("train.steps=0"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.8, abs=0.05)
-    assert measure_run(str(tmp_path / "run"), say=silent) == row
+    assert measure_run(str(tmp_path / "run"), say=silent) == [row]
 
 
 def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
