@@ -148,7 +148,7 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
         total += 1
         for number, block in enumerate(merged.blocks):
             block.pairs = total * (number + 1) // len(blocks) - total * number // len(blocks)
-        before, share = share, count(lambda: merged(pixels))[0] / dense
-        if total > 1 and share >= before and total > len(blocks):
+        share = count(lambda: merged(pixels))[0] / dense
+        if total > len(blocks) * pixels.shape[-1]:
             raise ValueError(f"merging cannot bring this model to {target} of its compute, only to {share:.3f}")
     return merged, share
