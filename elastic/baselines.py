@@ -1,4 +1,8 @@
-"""What a trained image student has to beat, on the same frozen weights: dropping patches blindly, and merging them."""
+"""What a trained image student has to beat, on the same frozen weights: dropping patches blindly, and merging them.
+
+random, uniform: as many patches leave each block as the student's routers send away, but any, or at even distances.
+tome: a few patches of every block are merged with similar ones (arXiv 2210.09461).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,6 @@ from torch import Tensor, nn
 from elastic.counters import count
 from students.image import ImageStudent, RoutedBlock
 from students.routers import Router
-
-BASELINES = ("random", "uniform", "tome")
-"""random, uniform: as many patches leave each block as the student's routers send away, but any, or at even distances.
-tome: a few patches of every block are merged with similar ones (arXiv 2210.09461)."""
 
 
 class _Order(nn.Module):

@@ -104,8 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--batch", type=int, nargs="+", metavar="B", help="sequences at once (default 1; images: 1 8 64)"
     )
-    bench.add_argument("--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths (default 512)")
-    bench.add_argument("--new-tokens", type=int, metavar="N", default=128, help="tokens to decode (default 128)")
+    bench.add_argument(
+        "--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths of text (default 512)"
+    )
+    bench.add_argument(
+        "--new-tokens", type=int, metavar="N", default=128, help="tokens of text to decode (default 128)"
+    )
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
@@ -162,9 +166,6 @@ def _distill(options: argparse.Namespace) -> None:
             train__steps=options.steps,
             train__minutes=options.minutes,
         )
-        from teachers.registry import resolve
-
-        resolve(config.model)
         name = os.path.basename(os.path.normpath(config.model))
         output = options.output or f"runs/{name}-{config.budget.target:g}"
     from elastic import trainer

@@ -2,14 +2,16 @@
 
 load(config, teacher)                      data with .train and .held_out
 load_all(source, config, teacher)          data to measure on
-describe(data, config)                     what there is, for the user to read
+summary(data, config)                      what there is, for the user to read
+tokens(student, config)                    tokens that the model reads at once
 Batches(data, config, device)              training batches by number: len(), load(chosen, following)
 Distillation(student, loss, budget, data)  module: (batch, price) -> (loss, Measured)
 start(student, data, order, config)        calibration
 compute_meter(student, data, order, config)  what the dial is set by
 evaluate(student, held_out, config)        a row's measurements
 lines()                                    how a table shows them
-bench(...)                                 rows of timings
+UNIT                                       what data consists of
+baseline(...), alike(...)                  images only: see elastic/images.py
 """
 
 from importlib import import_module

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import teachers
 from elastic import baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
-from elastic.sums import Sums, routing_loss
+from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
 from students.calibrate import Start
 from students.calibrate_images import calibrate_images
@@ -51,7 +51,7 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
     return load_all_images(source, teacher.processor)
 
 
-def describe(data: ImageData, config: RunConfig) -> str:
+def summary(data: ImageData, config: RunConfig) -> str:
     """What there is to train on, for the user to read."""
     return f"{data.description} to train on, {len(data.held_out):,} held out"
 
@@ -105,8 +105,7 @@ class Distillation(nn.Module):
         self.student = student
         self.loss = loss
         self.budget = budget
-        options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
-        self.options = {"temperature": loss.temperature, **options}
+        self.divergence = divergence_of(loss)
 
     def forward(self, pixels: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
         """pixels [B, C, H, W]; price: loss per unit of compute. Returns the loss and what was measured."""
@@ -119,7 +118,7 @@ class Distillation(nn.Module):
         total = price * macs / dense + routing_loss(student, decisions, loss, self.budget)
         kl = pixels.new_zeros((), dtype=torch.float32)
         if out.logits is not None:
-            kl = DIVERGENCES[loss.logits](out.logits, teacher.logits, **self.options).sum()
+            kl = self.divergence(out.logits, teacher.logits).sum()
             total = total + loss.logits_weight * kl / len(pixels)
         if loss.hidden_weight:
             total = total + loss.hidden_weight * self._hidden_loss(out, teacher)
@@ -228,8 +227,10 @@ def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tup
             raise ValueError(f"the data has a class number {int(labels.max())}, but the model tells {classes} apart")
         for name, logits in (("", out.logits), ("teacher_", teacher.logits)):
             for k in (1, 5):
-                accuracy = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
-                metrics.setdefault(f"{name}top{k}", accuracy).update(logits.float(), labels)
+                key = f"{name}top{k}"
+                if key not in metrics:
+                    metrics[key] = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
+                metrics[key].update(logits.float(), labels)
     row = {"compute": sums["compute"] / seen}
     row |= {name: float(metric.compute()) for name, metric in metrics.items()}
     if sums["agreement"]:
@@ -251,7 +252,7 @@ def baseline(name: str, student: ImageStudent, images: ImageSet, config: RunConf
 @torch.no_grad()
 def alike(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[str, float]:
     """How alike two students of one model decide: Spearman's rank correlation of their scores on the same images, by
-    router, each student running its own routing as masks."""
+    router, each student routing as it does in training."""
     from torchmetrics.functional import spearman_corrcoef
 
     seen: dict[str, list[list[Tensor]]] = {}

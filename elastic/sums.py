@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from elastic.config import BudgetConfig, LossConfig
-from losses import capacity_hinge, load_balance, topk_bce
+from losses import DIVERGENCES, capacity_hinge, load_balance, topk_bce
 from students import RouterSpec, Student
 from students.runtime import Decisions
 
@@ -24,6 +26,12 @@ class Sums:
             return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
 
         return type(self)(*(add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """(student's logits, teacher's logits) -> the configured divergence of each row."""
+    options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
+    return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **options)
 
 
 def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
-from elastic.sums import Sums, routing_loss
+from elastic.sums import Sums, divergence_of, routing_loss
 from losses import (
-    DIVERGENCES,
     HIDDEN_DISTANCES,
     chunked,
     default_chunk_rows,
@@ -54,7 +53,7 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
     return load_windows(source, teacher.processor, window=config.data.window)
 
 
-def describe(data: TextData, config: RunConfig) -> str:
+def summary(data: TextData, config: RunConfig) -> str:
     """What there is to train on, for the user to read."""
     windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
     return f"{data.description}; {windows}"
@@ -126,8 +125,7 @@ class Distillation(nn.Module):
         self.loss = loss
         self.budget = budget
         self.prompt = data.prompt
-        options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
-        self.options = {"temperature": loss.temperature, **options}
+        self.divergence = divergence_of(loss)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
 
     def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
@@ -169,7 +167,6 @@ class Distillation(nn.Module):
         The head's compute is that of the counted tokens, scaled up to all.
         """
         student, loss = self.student, self.loss
-        divergence = DIVERGENCES[loss.logits]
         targets = ids.roll(-1, dims=1)
         follows = torch.ones_like(ids, dtype=torch.bool)
         follows[:, -1] = False
@@ -180,7 +177,7 @@ class Distillation(nn.Module):
             logits, share = student.logits(h, *tensors)
             with torch.no_grad():
                 teacher_logits, _ = student.logits(t)
-            kl = divergence(logits, teacher_logits, **self.options).sum()
+            kl = self.divergence(logits, teacher_logits).sum()
             costs = {p: torch.as_tensor(student.compute.routed_head(share, p), device=h.device) for p in PHASES}
             cost = {p: c.expand(len(h)).sum() * scale for p, c in costs.items()}
             total = loss.logits_weight * kl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -90,7 +91,7 @@ def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
     family = families.of(config.family)
     say(f"data: reading {config.data.source} ...")
     data = family.load(config, teacher)
-    say(f"data: {family.describe(data, config)}")
+    say(f"data: {family.summary(data, config)}")
     return data
 
 
@@ -258,6 +259,7 @@ def _schedule(step: int, steps: int | None, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
+@functools.lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from teachers.quiet import first_line
 
@@ -109,6 +110,28 @@ def download_model(repo: str) -> Path:
     if not weight_files(folder):
         raise ValueError(f"{repo} has no safetensors weights (model.safetensors); pickled weights are not loaded")
     return folder
+
+
+def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_code: bool, **options: Any) -> Any:
+    """The transformers model in `folder` by `loader.from_pretrained`, all of its weights from safetensors.
+
+    Raises ValueError with one line that starts with `name` where they cannot be read or some are missing.
+    """
+    try:
+        model, report = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # safetensors, torch and transformers each have their own classes
+        raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
+    return model
 
 
 def weight_files(folder: Path) -> list[str]:

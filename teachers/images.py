@@ -137,12 +137,12 @@ def _only(images: ImageSet, classes: Sequence[int] | None, source: str) -> Image
     return images.subset(chosen)
 
 
-def load_all(source: str, preprocess: Preprocess, classes: Sequence[int] | None = None) -> ImageSet:
-    """The validation part of a source, or all of it where it has no parts; classes: only images of these."""
+def load_all(source: str, preprocess: Preprocess) -> ImageSet:
+    """The validation part of a source, or all of it where it has no parts."""
     images = _open(source, False, preprocess, None)
     images = images if images is not None else _open(source, True, preprocess, None)
     assert images is not None  # one of the two
-    return _only(images, classes, source)
+    return images
 
 
 def _open(source: str, train: bool, preprocess: Preprocess, most: int | None) -> ImageSet | None:

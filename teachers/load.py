@@ -153,20 +153,7 @@ def _causal_lm(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: b
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     if not hub.weight_files(folder):
         raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:  # safetensors, torch and transformers each have their own classes
-        raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
-    return model
+    return hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
 
 
 def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -25,11 +25,11 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if not hub.weight_files(folder):
         raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    if "architecture" not in config:
+        return _transformers(name, folder, config, dtype, trust_remote_code)
     try:
-        if "architecture" in config:
-            return _timm(folder, dtype)
-        return _transformers(folder, config, dtype, trust_remote_code)
-    except Exception as error:  # timm, transformers, safetensors and torch each have their own classes
+        return _timm(folder, dtype)
+    except Exception as error:  # timm, safetensors and torch each have their own classes
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
 
 
@@ -53,7 +53,7 @@ def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
 
 
 def _transformers(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool
+    name: str, folder: Path, config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[nn.Module, Preprocess]:
     import transformers
 
@@ -70,18 +70,11 @@ def _transformers(
     else:
         loader = transformers.AutoModel
         options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
-    model, report = loader.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{name}: image processor cannot be loaded: {first_line(error)}") from error
     mode = "L" if model.config.num_channels == 1 else "RGB"
 
     def preprocess(image: Image) -> torch.Tensor:

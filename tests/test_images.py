@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.image import call
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 _IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
@@ -141,8 +142,6 @@ def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: st
     student = elasticize(make(name), StudentSpec(SPECS["all"]))
     student.runtime.execution = execution
     with torch.no_grad():
-        from students.image import call
-
         want, (got, _) = call(expected, pixels), student(pixels)
         want, got = (x if isinstance(x, Tensor) else x[0] for x in (want, got))
         assert torch.equal(got, want)
