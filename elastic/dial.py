@@ -19,7 +19,7 @@ def capacity_for(student: Student, tokens: int, config: RunConfig) -> float:
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        cost = student.compute.uniform(middle, tokens, config.budget.phase)
+        cost = student.uniform(middle, tokens, config.budget.phase)
         low, high = (low, middle) if cost > config.budget.target else (middle, high)
     return low
 

@@ -100,7 +100,7 @@ def _student(config: RunConfig, teacher: Teacher) -> Student:
     torch.manual_seed(config.train.seed)
     student = elasticize(teacher.model, config.student)
     tokens = families.of(config.family).tokens(student, config)
-    lowest = student.compute.uniform(0.0, tokens, config.budget.phase)
+    lowest = student.uniform(0.0, tokens, config.budget.phase)
     if config.budget.target < lowest:
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "

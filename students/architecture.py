@@ -48,9 +48,23 @@ _VIT = replace(_LLAMA, attn="attention", mlp_in=("fc1",), mlp_out=("fc2",), caus
 _CLIP = replace(_VIT, blocks="encoder.layers", attn="self_attn", attn_out=("out_proj",))
 _TIMM = replace(_VIT, blocks="blocks", attn="attn", attn_in=("qkv",), attn_out=("proj",), mask="attn_mask", prefix=None)
 
+VISION_TOWERS = {
+    "llava": "vision_tower",
+    "llava_next": "vision_tower",
+    "paligemma": "vision_tower",
+    "idefics3": "vision_model",
+    "smolvlm": "vision_model",
+    "qwen2_vl": "visual",
+    "qwen2_5_vl": "visual",
+}
+"""Vision-language models by `model_type`, and where their base model keeps the vision tower."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "gemma": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma2": _GEMMA,

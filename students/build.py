@@ -10,7 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from students.architecture import Architecture, Sizes, architecture_of, sizes_of, trunk_of, weight_of
+from students.architecture import (
+    VISION_TOWERS,
+    Architecture,
+    Sizes,
+    architecture_of,
+    kind_of,
+    sizes_of,
+    trunk_of,
+    weight_of,
+)
 from students.attention import route_attention
 from students.compute import BlockShape, ComputeModel
 from students.image import ImageStudent, RoutedBlock, call
@@ -19,25 +28,63 @@ from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRoute
 from students.runtime import Runtime
 from students.spec import BRANCHES, LINEAR_SITES, StudentSpec
 from students.student import Student
+from students.vlm import Door, ImageRouter, VisionLanguageStudent
 from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
 
 
 def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     """Put routers in front of a frozen model's parts, in place. All gates start open: the student is the teacher.
 
-    model: a causal language model or vision transformer of transformers, or a vision transformer of timm. Raises
-    ValueError for an architecture or a combination that is not supported, before anything is changed.
+    model: a causal language model, vision transformer or vision-language model of transformers, or a vision transformer
+    of timm. Raises ValueError for an architecture or a combination that is not supported, before anything is changed.
     """
-    record, blocks = architecture_of(model)
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
+    if kind_of(model) in VISION_TOWERS:
+        return _elasticize_vision_language(model, spec).train(False)
+    record, blocks = architecture_of(model)
+    for router in spec.routers:
+        if router.kind == "image" or router.part == "vision":
+            raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     model.requires_grad_(False).eval()
     return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec).train(False)
+
+
+def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:
+    trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
+    record, blocks = architecture_of(trunk)
+    inside = spec.of("vision")
+    if inside.routers:
+        tower_record, tower_blocks = architecture_of(tower)
+        for router in inside.routers:
+            if router.kind in ("layer", "channel"):
+                raise ValueError(
+                    f"a {router.kind} router cannot stand in the vision tower of a vision-language model, whose "
+                    "language model reads the states after its blocks: use token, head or expert routers"
+                )
+    model.requires_grad_(False).eval()
+    language = spec.of("language")
+    runtime, compute = _language_parts(model, trunk, record, blocks, language)
+    vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
+    image = spec.find("image")
+    if image is not None:
+        trunk.door = _like(blocks[0], Door(ImageRouter(image, trunk.config.hidden_size)))
+    return VisionLanguageStudent(model, record, blocks, language, runtime, compute, trunk=trunk, vision=vision)
 
 
 def _elasticize_language(
     model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> LanguageStudent:
+    trunk = model.base_model
+    return LanguageStudent(
+        model, record, blocks, spec, *_language_parts(model, trunk, record, blocks, spec), trunk=trunk
+    )
+
+
+def _language_parts(
+    model: PreTrainedModel, trunk: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
+) -> tuple[Runtime, ComputeModel]:
+    """Routers in the blocks of a language model and in front of its head."""
     for router in spec.routers:
         if router.selection == "quota" or router.dropped == "stay":
             raise ValueError(
@@ -45,7 +92,7 @@ def _elasticize_language(
                 "quota` and `dropped: stay` are for images"
             )
     runtime = Runtime()
-    shapes = _shapes(model, record, blocks, spec, runtime)
+    shapes = _shapes(trunk, record, blocks, spec, runtime)
     head = model.get_output_embeddings()
     vocabulary, width = head.weight.shape
     head_routed = 0
@@ -53,8 +100,7 @@ def _elasticize_language(
         rank = spec.find("vocab").rank or width // 4
         head_routed = rank * (width + vocabulary + 1)
         model.set_output_embeddings(_like(head, RoutedHead(head, runtime, VocabRouter(width, rank))))
-    compute = ComputeModel(spec, shapes, vocabulary * width, head_routed)
-    return LanguageStudent(model, record, blocks, spec, runtime, compute)
+    return runtime, ComputeModel(spec, shapes, vocabulary * width, head_routed)
 
 
 def _elasticize_image(

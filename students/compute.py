@@ -83,7 +83,8 @@ class ComputeModel:
         return (total + self.outside / valid.sum(1, keepdim=True)) * valid
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
-        """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s."""
+        """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s. valid [B, T]: which tokens are
+        there, or how far (gates), where image tokens may be left out."""
         if decisions.bypassed:
             return self.dense(valid, phase) - self.head * valid
         total = self.outside / valid.sum(1, keepdim=True)
@@ -109,11 +110,17 @@ class ComputeModel:
     def uniform(self, share: float, tokens: int, phase: Phase) -> float:
         """The compute ratio of a window of `tokens` tokens if every router kept the same share of its gates."""
         valid = torch.ones(1, tokens, dtype=torch.bool)
+        return float(self.ratio(self._evenly(share, tokens), valid, phase))
+
+    def uniform_blocks(self, share: float, valid: Tensor, phase: Phase) -> Tensor:
+        """As `routed_blocks`, if every router kept the same share of its gates."""
+        return self.routed_blocks(self._evenly(share, valid.shape[1]), valid, phase)
+
+    def _evenly(self, share: float, tokens: int) -> Decisions:
         shares = torch.tensor([[share]])
         if self.prefix:
             shares = torch.cat([torch.ones(1, self.prefix), shares.expand(1, tokens - self.prefix)], 1)
-        everywhere = _Uniform(shares)
-        return float(self.ratio(Decisions(share=everywhere), valid, phase))
+        return Decisions(share=_Uniform(shares))
 
     def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         layers = self.spec.find("layer")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from students.cache import RoutedCache
 from students.runtime import Decisions
@@ -19,8 +19,9 @@ from students.wrappers import RoutedHead
 class LanguageStudent(Student):
     """A frozen causal language model and its routers."""
 
-    def __init__(self, *parts: Any) -> None:
+    def __init__(self, *parts: Any, trunk: PreTrainedModel) -> None:
         super().__init__(*parts)
+        self.__dict__["trunk"] = trunk  # the module that holds the blocks; it is in the model already
         self._prompt: Tensor | None = None
         self._dropping = {
             n
@@ -28,7 +29,7 @@ class LanguageStudent(Student):
             for r in self.spec.routers
             if r.kv == "drop" and r.on(n) and "attn" in r.touches
         }
-        self.model.base_model.register_forward_pre_hook(self._before, with_kwargs=True)
+        trunk.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -51,7 +52,7 @@ class LanguageStudent(Student):
     ) -> tuple[Any, Decisions]:
         """As `forward`, up to the LM head: the base model's output, whose last_hidden_state `logits` takes."""
         with self._deciding_from(prompt) as decisions:
-            out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 
     def head_tensors(self) -> tuple[Tensor, ...]:
@@ -70,7 +71,7 @@ class LanguageStudent(Student):
             logits, share = head.routed_logits(hidden, *head_tensors)
         else:
             logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2, arXiv 2408.00118
+        cap = getattr(self.trunk.config, "final_logit_softcapping", None)  # Gemma 2, arXiv 2408.00118
         return logits if cap is None else cap * torch.tanh(logits / cap), share
 
     @contextmanager
@@ -83,7 +84,7 @@ class LanguageStudent(Student):
         finally:
             self._prompt = None
 
-    def _before(self, base_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
         run = self.runtime
         run.passed.clear()
@@ -110,12 +111,12 @@ class LanguageStudent(Student):
     def _cache_for(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""
         cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        use = self.model.config.use_cache if use is None else use
+        use = self.trunk.config.use_cache if use is None else use
         if cache is None and not use:
             return {}
         windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
         if not windows or self.runtime.execution == "mask":
-            return {"past_key_values": DynamicCache(config=self.model.config)} if cache is None else {}
+            return {"past_key_values": DynamicCache(config=self.trunk.config)} if cache is None else {}
         if isinstance(cache, RoutedCache):
             return {}
         if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
@@ -123,4 +124,4 @@ class LanguageStudent(Student):
                 f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
                 "dynamic cache that is empty at the start"
             )
-        return {"past_key_values": RoutedCache(self.model.config, windows)}
+        return {"past_key_values": RoutedCache(self.trunk.config, windows)}

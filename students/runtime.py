@@ -27,6 +27,12 @@ class Decisions:
     """Scores of the gated routers [B, T, N], for the losses that read them."""
     bypassed: bool = False
     """Nothing was decided: the frozen model ran."""
+    index: Tensor | None = None
+    """[B, L] vision-language models: which token of the input each row of the output is; None: all are there."""
+    valid: Tensor | None = None
+    """[B, L] vision-language models: how far each of them is there: 0 for filling, or gates, for masks."""
+    vision: Decisions | None = None
+    """Vision-language models: what routers in the vision tower decided, also to be found under "vision." above."""
 
 
 @dataclass

@@ -14,9 +14,11 @@ LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 class RouterSpec:
     """One kind of router and where it stands."""
 
-    kind: Literal["token", "head", "expert", "channel", "layer", "vocab"]
+    kind: Literal["token", "head", "expert", "channel", "layer", "vocab", "image"]
     """What a gate switches: the branch for one token, one attention head, one group of MLP neurons, one input channel
-    of a linear layer, the whole block, or one row of the LM head."""
+    of a linear layer, the whole block, one row of the LM head, or one image token at a language model's door."""
+    part: Literal["language", "vision"] = "language"
+    """Vision-language models: in the blocks of which tower the router stands."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
@@ -29,10 +31,10 @@ class RouterSpec:
     """Width of the router's hidden layer (network: mlp)."""
     selection: Literal["threshold", "topk", "quota"] = "threshold"
     """threshold: a gate opens where its score is >= 0. topk: head and expert routers keep the best k for each token;
-    token and layer routers keep the best k of the sequence, in language models only while training. quota (token and
-    layer routers of image models): every image keeps its best k, k being how many scores are >= 0 on average (while
-    training, of the batch; from then on, of training images): each router learns its share, and shapes stay the same
-    from image to image."""
+    token and layer routers keep the best k of the sequence, in language models only while training. quota (image
+    routers, and token and layer routers of image models): every image keeps its best k, k being how many scores are
+    >= 0 on average (while training, of the batch; from then on, of training images): each router learns its share, and
+    shapes stay the same from image to image."""
     weight: Literal["none", "score"] = "none"
     """score: what passes an open gate is multiplied by 2*sigmoid(score) (token, layer) or n*softmax(score) (head,
     expert), which is 1 at the zero start; the gradient flows through that weight instead of straight through."""
@@ -52,6 +54,8 @@ class RouterSpec:
     """token and layer: rank of the affine map that stands in for a closed branch; 0 puts nothing there."""
     rank: int = 0
     """vocab: rank of the cheap preview of the logits; 0 means a quarter of the hidden width."""
+    query: int = 0
+    """image: rank of a bilinear form of image token and question, added to the score; 0 looks at the image alone."""
 
     def __post_init__(self) -> None:
         allowed = {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
@@ -64,16 +68,19 @@ class RouterSpec:
         for name, kinds in _ONLY_FOR.items():
             if self.kind not in kinds and getattr(self, name) != RouterSpec.__dataclass_fields__[name].default:
                 raise ValueError(f"`{name}` has no effect on a {self.kind} router, only on: {', '.join(kinds)}")
-        if self.hidden < 1 or self.groups < 1 or self.substitute < 0 or self.rank < 0:
+        if self.hidden < 1 or self.groups < 1 or min(self.substitute, self.rank, self.query) < 0:
             raise ValueError(
-                "router sizes (hidden, groups, substitute, rank) cannot be negative, hidden and groups not 0"
+                "router sizes (hidden, groups, substitute, rank, query) cannot be negative, hidden and groups not 0"
             )
+        if self.kind == "image" and self.network == "static":
+            raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
         if self.selection == "topk" and self.granularity == "sequence" and self.kind in ("token", "layer"):
             raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
         if self.multiple != 1 and (self.selection != "quota" or self.multiple < 1):
             raise ValueError("`multiple` is for routers with `selection: quota`, and at least 1")
-        if self.selection == "quota" and (self.kind not in ("token", "layer") or self.granularity == "sequence"):
-            raise ValueError("`selection: quota` is for token and layer routers that decide token by token")
+        over_tokens = self.kind in ("token", "layer", "image") and self.granularity == "token"
+        if self.selection == "quota" and not over_tokens:
+            raise ValueError("`selection: quota` is for image, token and layer routers that decide token by token")
         if self.dropped == "stay" and self.weight == "score":
             raise ValueError("tokens that stay away cannot be weighted: use `weight: none` or `dropped: return`")
         if self.network == "static" and self.weight == "score":
@@ -99,17 +106,19 @@ class RouterSpec:
 _GATED = ("token", "head", "expert", "layer")
 _ONLY_FOR = {
     "granularity": _GATED,
-    "hidden": _GATED,
-    "network": (*_GATED, "channel"),
-    "selection": _GATED,
+    "hidden": (*_GATED, "image"),
+    "network": (*_GATED, "channel", "image"),
+    "selection": (*_GATED, "image"),
     "weight": _GATED,
     "blocks": (*_GATED, "channel"),
+    "part": (*_GATED, "channel"),
     "kv": ("token", "layer"),
     "substitute": ("token", "layer"),
     "dropped": ("layer",),
     "groups": ("expert",),
     "grouping": ("expert",),
     "rank": ("vocab",),
+    "query": ("image",),
 }
 
 
@@ -140,14 +149,17 @@ class StudentSpec:
     """Low-rank corrections."""
 
     def __post_init__(self) -> None:
-        seen: set[tuple[str, str]] = set()
+        seen: set[tuple[str, str, str]] = set()
         for router in self.routers:
             for place in router.where or ("",):
-                if (router.kind, place) in seen:
+                if (router.part, router.kind, place) in seen:
                     raise ValueError(f"two {router.kind} routers at {place or 'the same place'}: one is enough")
-                seen.add((router.kind, place))
-        if not self.routers:
-            raise ValueError("a student needs at least one router")
+                seen.add((router.part, router.kind, place))
+
+    def of(self, part: str) -> StudentSpec:
+        """What is added to the blocks of one tower of a vision-language model; LoRA is the language model's."""
+        routers = tuple(r for r in self.routers if r.part == part and r.kind != "image")
+        return StudentSpec(routers, self.lora if part == "language" else LoraSpec())
 
     def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
         """The router of this kind at this block and site, or None."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from students.architecture import Architecture
 from students.checkpoint import read_tensors, write_tensors
-from students.compute import ComputeModel
+from students.compute import ComputeModel, Phase
 from students.runtime import Decisions, Runtime
 from students.spec import RouterSpec, StudentSpec
 
@@ -126,6 +126,10 @@ class Student(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+
+    def uniform(self, share: float, tokens: Any, phase: Phase) -> float:
+        """The compute ratio if every router kept the same share of its gates; tokens: how many the model reads."""
+        return self.compute.uniform(share, tokens, phase)
 
     def save(self, path: str | Path) -> None:
         """Write what was added to the model, and the dial, to one safetensors file."""
