@@ -1,4 +1,4 @@
-"""What a trained image student has to beat, on the same frozen weights: dropping patches blindly, and merging them.
+"""What a student of images has to beat, on the same frozen weights: dropping patches blindly, and merging them.
 
 random, uniform: as many patches leave each block as the student's routers send away, but any, or at even distances.
 tome: a few patches of every block are merged with similar ones (arXiv 2210.09461).
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elastic.counters import count
 from students.image import ImageStudent, RoutedBlock
 from students.routers import Router
+from students.vlm import VisionLanguageStudent
 
 
 class _Order(nn.Module):
@@ -30,6 +31,14 @@ class _Order(nn.Module):
         self.quota = router.quota
         self.stands = stands
         self.scores = scores
+
+    def at_door(self, x: Tensor, question: Tensor) -> Tensor:
+        """Scores [B, T] of embedded tokens x [B, T, D]."""
+        return self.scores(x)
+
+    def macs(self, width: int) -> int:
+        """Nothing is multiplied."""
+        return 0
 
     def of_stream(self, x: Tensor) -> Tensor:
         """Scores [B, n] of tokens x [B, n, D]."""
@@ -46,6 +55,25 @@ def drop_blindly(student: ImageStudent, kind: str, seed: int = 0) -> None:
     layer = student.spec.find("layer")
     if layer is None or layer.selection != "quota":
         raise ValueError(f"the baseline {kind} drops as many patches as layer routers with quota: this run has none")
+    scores, first = _blind(kind, seed), True
+    for block in student.blocks:
+        if isinstance(block, RoutedBlock) and "layer" in block.routers:
+            block.routers["layer"] = _Order(block.routers["layer"], student.stays and not first, scores)
+            first = False
+
+
+def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
+    """Let as many image tokens through the door as before, but at random or at even distances ("random", "uniform").
+
+    ValueError where there is no image router with quota, whose number could be taken over.
+    """
+    if student.door is None or student.door.spec.selection != "quota":
+        raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
+    student.trunk.door.routers["image"] = _Order(student.door, False, _blind(kind, seed))
+
+
+def _blind(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
+    """Scores [B, n] for tokens [B, n, D] that know nothing of them: "random", or "uniform", in even distances."""
     generator = torch.Generator().manual_seed(seed)
 
     def at_random(x: Tensor) -> Tensor:
@@ -54,13 +82,7 @@ def drop_blindly(student: ImageStudent, kind: str, seed: int = 0) -> None:
     def evenly(x: Tensor) -> Tensor:
         return spread(x.shape[1]).to(x.device).repeat(len(x), 1)
 
-    first = True
-    for block in student.blocks:
-        if isinstance(block, RoutedBlock) and "layer" in block.routers:
-            scores = at_random if kind == "random" else evenly
-            order = _Order(block.routers["layer"], student.stays and not first, scores)
-            block.routers["layer"] = order
-            first = False
+    return at_random if kind == "random" else evenly
 
 
 def spread(count: int) -> Tensor:

@@ -19,10 +19,14 @@ import teachers
 from elastic import families
 from elastic.counters import count
 from elastic.run import DTYPES, Run
+from elastic.vlms import Questions
 from students import Student, kernels
 from students.cache import cache_bytes
 from students.image import ImageStudent, call
+from students.vlm import VisionLanguageStudent
 from teachers.images import ImageSet
+from teachers.vlm import call as call_processor
+from teachers.vlm import prompt_text
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
@@ -41,10 +45,10 @@ def bench_run(
     repeats: int = 5,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Rows of timings of a finished run; batch None: 1 for text, 1, 8 and 64 for images.
+    """Rows of timings of a finished run; batch None: 1 for text, 1, 8 and 64 for images, 1 and 8 for questions.
 
     Text: prefill (each batch and length), decoding (each batch) and a training step. Images: classifying (each batch)
-    and a training step.
+    and a training step. Questions about images: as text, the prompts being as long as they are, images and all.
 
     The opponent is the model as its library ships it, a second copy. `compute` is what torch counts: the student's
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
@@ -66,21 +70,36 @@ def bench_run(
                 say(f"{size} images at once ...")
                 rows.append(_classify(student, dense, _images(data.held_out, size), repeats))
             continue
+        if isinstance(student, VisionLanguageStudent):
+            for size in batch or (1, 8):
+                inputs = _asked(data.held_out, size)
+                say(f"prefill of {size} questions ...")
+                rows.append(_prefill(student, dense, inputs, repeats))
+                say(f"decoding {size} x {new_tokens} tokens after the question ...")
+                rows.append(_decode(student, dense, inputs, new_tokens, repeats))
+            continue
         text = data.held_out.flatten()
         for size, length in itertools.product(batch or (1,), tokens):
             say(f"prefill of {size} x {length} tokens ...")
-            rows.append(_prefill(student, dense, _cut(text, size, length), repeats))
+            rows.append(_prefill(student, dense, _unpadded(_cut(text, size, length)), repeats))
         for size in batch or (1,):
             say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
-            rows.append(_decode(student, dense, _cut(text, size, PROMPT), new_tokens, repeats))
+            rows.append(_decode(student, dense, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats))
     say("training steps ...")
     student.runtime.bypass = False  # whatever the dial said last
     module = families.of(config.family).Distillation(student, config.loss, config.budget, config.data).train()
-    if isinstance(student, ImageStudent):
-        sample = _images(data.train, config.train.batch)
-        rows.append(_train(module, sample, student.tokens, repeats))
+    if isinstance(student, VisionLanguageStudent):
+        prompts = data.train.load([n % len(data.train) for n in range(config.train.batch)]).to(student.model.device)
+        sample, inputs, length = prompts, prompts.inputs, prompts.image.shape[1]
     else:
-        rows.append(_train(module, _cut(text, config.train.batch, config.train.window), config.train.window, repeats))
+        if isinstance(student, ImageStudent):
+            sample, name, length = _images(data.train, config.train.batch), "pixel_values", student.tokens
+        else:
+            length = config.train.window
+            sample, name = _cut(text, config.train.batch, length), "input_ids"
+        sample = sample.to(next(student.parameters()).device)
+        inputs = {name: sample}
+    rows.append(_train(module, sample, inputs, config.train.batch, length, repeats))
     machine = {"threads": torch.get_num_threads(), "dtype": str(next(dense.parameters()).dtype).removeprefix("torch.")}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
 
@@ -88,6 +107,17 @@ def bench_run(
 def _images(images: ImageSet, count: int) -> Tensor:
     """Pixels of `count` images, from the first again where there are too few."""
     return images.load([n % len(images) for n in range(count)])[0]
+
+
+def _asked(questions: Questions, count: int) -> dict[str, Tensor]:
+    """What a model is called with for `count` questions, from the first again where there are too few."""
+    samples = questions.asked.read([n % len(questions) for n in range(count)])
+    texts = [prompt_text(questions.processor, question) for _, question, _ in samples]
+    return call_processor(questions.processor, texts, [image for image, _, _ in samples], "left")
+
+
+def _unpadded(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
@@ -99,7 +129,7 @@ def _classify(student: ImageStudent, dense: nn.Module, pixels: Tensor, repeats: 
     works = {name: lambda model=model: call(model, pixels) for name, model in models.items()}
     many = {name: lambda work=work: [work() for _ in range(often)] for name, work in works.items()}
     seconds = [value / often for value in _medians(many, repeats, pixels.device).values()]
-    row = _row("classify", pixels, student.tokens, [count(work) for work in works.values()], seconds)
+    row = _row("classify", len(pixels), student.tokens, [count(work) for work in works.values()], seconds)
     return {**row, "images_per_second": len(pixels) / seconds[0], "dense_images_per_second": len(pixels) / seconds[1]}
 
 
@@ -123,13 +153,13 @@ def _medians(works: dict[str, Work], repeats: int, device: torch.device) -> dict
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def _row(phase: str, ids: Tensor, tokens: int, counted: Sequence[tuple[int, int]], seconds: Sequence[float]) -> dict:
+def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]], seconds: Sequence[float]) -> dict:
     """A row from the (FLOPs, bytes) and the seconds of the student and the dense model."""
     (flops, read), (dense_flops, dense_read) = counted
     predicted, measured = dense_flops / flops, seconds[1] / seconds[0]
     return {
         "phase": phase,
-        "batch": len(ids),
+        "batch": batch,
         "tokens": tokens,
         "compute": flops / dense_flops,
         "predicted_speedup": predicted,
@@ -138,43 +168,48 @@ def _row(phase: str, ids: Tensor, tokens: int, counted: Sequence[tuple[int, int]
         "efficiency": measured / predicted,
         "seconds": seconds[0],
         "dense_seconds": seconds[1],
-        "peak_bytes": _peak(ids.device),
+        "peak_bytes": _peak(),
     }
 
 
 @torch.no_grad()
-def _prefill(student: Student, dense: PreTrainedModel, ids: Tensor, repeats: int) -> dict[str, Any]:
+def _prefill(student: Student, dense: PreTrainedModel, inputs: dict[str, Tensor], repeats: int) -> dict[str, Any]:
     """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
-    ids = ids.to(dense.device)
+    inputs = {name: tensor.to(dense.device) for name, tensor in inputs.items()}
     models = {"student": student.model, "dense": dense}
-    works = {name: lambda model=model: model(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
-    seconds = _medians(works, repeats, ids.device)
-    row = _row("prefill", ids, ids.shape[1], [count(work) for work in works.values()], list(seconds.values()))
+    works = {
+        name: lambda model=model: model(**inputs, use_cache=True, logits_to_keep=1) for name, model in models.items()
+    }
+    seconds = _medians(works, repeats, dense.device)
+    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works.values()], list(seconds.values()))
     sizes = [cache_bytes(work().past_key_values) for work in works.values()]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
 
 @torch.no_grad()
-def _decode(student: Student, dense: PreTrainedModel, ids: Tensor, new: int, repeats: int) -> dict[str, Any]:
+def _decode(
+    student: Student, dense: PreTrainedModel, inputs: dict[str, Tensor], new: int, repeats: int
+) -> dict[str, Any]:
     """Greedy `generate`, less the time for its first token."""
-    ids = ids.to(dense.device)
+    inputs = {name: tensor.to(dense.device) for name, tensor in inputs.items()}
+    batch = len(inputs["input_ids"])
     models = {"student": student.model, "dense": dense}
-    if len(ids) == 1:
+    if batch == 1:
         models["tuned"] = _tuned(dense)
 
     def generate(model: PreTrainedModel, tokens: int) -> Any:
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
-        return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        return model.generate(**inputs, pad_token_id=0, **options)
 
     works = {}
     for name, model in models.items():
         works[name, 1] = lambda model=model: generate(model, 1)
         works[name, new] = lambda model=model: generate(model, new)
-    seconds = _medians(works, repeats, ids.device)
+    seconds = _medians(works, repeats, dense.device)
     each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
     outs = {name: generate(model, new) for name, model in models.items() if name != "tuned"}
     counted = [_count_decoding(models[name], out) for name, out in outs.items()]
-    row = _row("decode", ids, new, counted, [each["student"], each["dense"]])
+    row = _row("decode", batch, new, counted, [each["student"], each["dense"]])
     if "tuned" in each:
         row["tuned_speedup"] = each["tuned"] / each["student"]
     sizes = {name: cache_bytes(out.past_key_values) for name, out in outs.items()}
@@ -218,33 +253,34 @@ def _tuned(dense: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _train(module: nn.Module, ids: Tensor, tokens: int, repeats: int) -> dict[str, Any]:
+def _train(
+    module: nn.Module, sample: Any, inputs: dict[str, Tensor], batch: int, tokens: int, repeats: int
+) -> dict[str, Any]:
     """A training step in forward passes of the teacher.
 
     Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
     step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward.
     """
     student = module.student
-    ids = ids.to(next(student.parameters()).device)
     spent: list[Tensor] = []
 
     @torch.no_grad()
     def forward() -> None:
         with student.teacher():
-            student(ids)
+            student(**inputs)
 
     def step() -> None:
-        loss, measured = module(ids, 1.0)
+        loss, measured = module(sample, 1.0)
         loss.backward()
         student.zero_grad()
         spent.append(measured.macs["prefill"] / measured.dense["prefill"])
 
-    seconds = _medians({"forward": forward, "step": step}, repeats, ids.device)
+    seconds = _medians({"forward": forward, "step": step}, repeats, next(student.parameters()).device)
     compute = float(spent[-1])
     ideal, cost = 1 + 2 * compute, seconds["step"] / seconds["forward"]
     return {
         "phase": "train",
-        "batch": len(ids),
+        "batch": batch,
         "tokens": tokens,
         "compute": compute,
         "predicted_speedup": 1 / ideal,
@@ -255,12 +291,12 @@ def _train(module: nn.Module, ids: Tensor, tokens: int, repeats: int) -> dict[st
         "teacher_forwards": cost,
         "ideal_teacher_forwards": ideal,
         "weight_bytes": sum(p.numel() * p.element_size() for p in student.parameters()),
-        "peak_bytes": _peak(ids.device),
+        "peak_bytes": _peak(),
     }
 
 
-def _peak(device: torch.device) -> int:
+def _peak() -> int:
     """The most memory that was in use, in bytes."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="B",
         choices=("random", "uniform", "tome"),
-        help="image models: also measure random, uniform (dropping), tome (merging) at the same compute",
+        help="models of images: also measure random, uniform (dropping), tome (merging) at the same compute",
     )
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
     )
     bench.add_argument(
-        "--batch", type=int, nargs="+", metavar="B", help="sequences at once (default 1; images: 1 8 64)"
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="B",
+        help="inputs at once (default 1; images: 1 8 64; questions: 1 8)",
     )
     bench.add_argument(
         "--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths of text (default 512)"
@@ -122,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue a prompt with a finished run")
     generate.add_argument("run", metavar="RUN")
     generate.add_argument("--prompt", required=True, help="text to continue; a question where the model chats")
+    generate.add_argument("--image", metavar="FILE", help="image that a vision-language model is asked about")
     generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
@@ -271,6 +276,7 @@ def _generate(options: argparse.Namespace) -> None:
         result = generate_text(
             options.run,
             options.prompt,
+            image=options.image,
             compute=options.compute,
             max_new_tokens=options.max_new_tokens,
             stream=write if options.stream else None,

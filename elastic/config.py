@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, defaults <- preset <- file <- command line; unknown keys are errors.
 
 A file or preset may have sections that are merged over the rest where they apply, because what saves compute there are
-different routers: `prefill:` where budget.phase is prefill (many tokens at once instead of one at a time), and `vit:`
-for image models.
+different routers: `prefill:` where budget.phase is prefill (many tokens at once instead of one at a time), `vit:` for
+image models, and `vlm:` for vision-language models.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ import yaml
 
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import resolve
+
+SECTIONS = ("prefill", "vit", "vlm")
+"""Sections of a file that hold only where they apply."""
+_NEEDS = {
+    "vit": "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist",
+    "vlm": "questions about images: --data FILE (image, question, answer in JSON lines or parquet), or easy-vqa",
+}
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,16 @@ class DataConfig:
 
     source: str = "builtin"
     """A text, JSON-lines or parquet file or folder, a hub dataset id, or builtin. Images: a folder with train/ and val/
-    or class sub-folders, parquet files, a hub dataset id, or fashion-mnist."""
+    or class sub-folders, parquet files, a hub dataset id, or fashion-mnist. Questions about images: a JSON-lines, JSON
+    or parquet file or folder, a hub dataset id, or easy-vqa."""
     window: int = 512
     """Tokens in a window."""
     held_out: int = 32
-    """Windows or images set aside for measuring, never trained on."""
+    """Windows, images or questions set aside for measuring, never trained on."""
     max_tokens: int | None = 2_000_000
     """Read no more than this many tokens."""
     max_images: int | None = 100_000
-    """Train on no more than this many images."""
+    """Train on no more than this many images, or questions about images."""
     classes: tuple[int, ...] | None = None
     """Images: train on and hold out only these classes, by number."""
     prompt: int = 64
@@ -79,7 +87,7 @@ class CalibrationConfig:
     """The closed-form start (see students/calibrate.py)."""
 
     windows: int = 16
-    """Windows or images that calibration looks at; 0 starts from open gates."""
+    """Windows, images or questions that calibration looks at; 0 starts from open gates."""
 
     def __post_init__(self) -> None:
         if self.windows < 0:
@@ -123,7 +131,7 @@ class TrainConfig:
     minutes: float | None = 10.0
     """Training time, turned into a number of steps after the first few. Give one of the two."""
     batch: int = 4
-    """Windows or images in a micro-batch."""
+    """Windows, images or questions in a micro-batch."""
     window: int = 256
     """Tokens in a training window: data windows are cut into these."""
     accumulation: int = 1
@@ -167,8 +175,8 @@ class RunConfig:
 
     model: str
     """Short name (see `elastic models`), hub id or local folder."""
-    family: Literal["llm", "vit"] = "llm"
-    """What kind of model that is: a causal language model or an image model."""
+    family: Literal["llm", "vit", "vlm"] = "llm"
+    """What kind of model that is: a causal language model, an image model or a vision-language model."""
     preset: str = "default"
     """Where `student`, `loss` and `budget` start from; see configs/presets."""
     student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
@@ -180,8 +188,10 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.family == "vit" and self.budget.phase != "prefill":
-            raise ValueError("budget.phase is decode, which image models do not: leave it away")
+        if not self.student.routers:
+            raise ValueError("a student needs at least one router")
+        if self.family != "llm" and self.budget.phase != "prefill":
+            raise ValueError("budget.phase is decode; it has no effect on models of images: leave it away")
         if self.data.window % self.train.window:
             raise ValueError(
                 f"train.window ({self.train.window}) must divide data.window ({self.data.window}): "
@@ -204,7 +214,7 @@ class RunConfig:
             ("train.window", text, "a language model"),
             ("loss.cross_entropy_weight", text, "a language model"),
             ("data.max_images", not text, "an image model"),
-            ("data.classes", not text, "an image model"),
+            ("data.classes", self.family == "vit", "an image model"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
             ("data.prompt", per_sequence, "a router with granularity: sequence"),
@@ -254,12 +264,12 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
         raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
     entry = resolve(model)
     phase = next((p for p in (_section(layer, "budget").get("phase") for layer in reversed(layers)) if p), "decode")
-    applies = "vit" if entry.family == "vit" else "prefill" if phase == "prefill" else ""
+    applies = entry.family if entry.family != "llm" else "prefill" if phase == "prefill" else ""
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
-    if entry.family == "vit":
+    if entry.family != "llm":
         merged |= {"budget": {"phase": "prefill"}}
     for layer in layers:
-        sections = {name: _section(layer, name) for name in ("prefill", "vit")}
+        sections = {name: _section(layer, name) for name in SECTIONS}
         layer = _merge({k: v for k, v in layer.items() if k not in sections}, sections.get(applies, {}))
         # the time and the number of steps exclude each other: the later word counts
         given = [key for key in ("steps", "minutes") if _section(layer, "train").get(key) is not None]
@@ -269,10 +279,8 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
             layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = _merge(merged, layer)
     merged["preset"] = preset
-    if entry.family == "vit" and merged["data"]["source"] == "builtin":
-        raise ValueError(
-            f"{model} needs images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist"
-        )
+    if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
+        raise ValueError(f"{model} needs {_NEEDS[entry.family]}")
     return from_dict(RunConfig, merged)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from elastic.config import RunConfig
 from students import Student
@@ -13,9 +14,9 @@ AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0)
 """Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate."""
 
 
-def capacity_for(student: Student, tokens: int, config: RunConfig) -> float:
+def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
     """The share of open gates, the same for every router, at which the model meets its budget on inputs of
-    `tokens` tokens; by bisection."""
+    `tokens` tokens (see `tokens` of the family); by bisection."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2

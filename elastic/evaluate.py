@@ -42,7 +42,7 @@ def measure_run(
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 
-    Returns its row, and one of each of `baselines` (image models; see elastic/baselines.py) at the same compute.
+    Returns its row, and one of each of `baselines` (models of images; see elastic/baselines.py) at the same compute.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -50,7 +50,7 @@ def measure_run(
         raise ValueError(f"--compute is {compute}; it must be above 0 and at most 1")
     family = families.of(config.family)
     if baselines and not hasattr(family, "baseline"):
-        raise ValueError(f"--baselines are for image models; {config.model} is none")
+        raise ValueError(f"--baselines are for models of images; {config.model} is none")
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:

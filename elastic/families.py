@@ -3,7 +3,7 @@
 load(config, teacher)                      data with .train and .held_out
 load_all(source, config, teacher)          data to measure on
 summary(data, config)                      what there is, for the user to read
-tokens(student, config)                    tokens that the model reads at once
+tokens(student, data, config)              tokens that the model reads at once
 Batches(data, config, device)              training batches by number: len(), load(chosen, following)
 Distillation(student, loss, budget, data)  module: (batch, price) -> (loss, Measured)
 start(student, data, order, config)        calibration
@@ -11,15 +11,16 @@ compute_meter(student, data, order, config)  what the dial is set by
 evaluate(student, held_out, config)        a row's measurements
 lines()                                    how a table shows them
 UNIT                                       what data consists of
-baseline(...), alike(...)                  images only: see elastic/images.py
+baseline(...)                              images and questions about them: what a student has to beat
+alike(...)                                 images only: see elastic/images.py
 """
 
 from importlib import import_module
 from types import ModuleType
 
-_MODULES = {"llm": "elastic.text", "vit": "elastic.images"}
+_MODULES = {"llm": "elastic.text", "vit": "elastic.images", "vlm": "elastic.vlms"}
 
 
 def of(family: str) -> ModuleType:
-    """The module of a family: "llm" or "vit"."""
+    """The module of a family: "llm", "vit" or "vlm"."""
     return import_module(_MODULES[family])

@@ -11,6 +11,9 @@ from transformers import TextStreamer
 
 from elastic.run import Run
 from elastic.text import measured_compute
+from students import Student
+from students.vlm import VisionLanguageStudent
+from teachers.vlm import call, prompt_text
 
 
 class _Stream(TextStreamer):
@@ -28,31 +31,35 @@ def generate_text(
     folder: str,
     prompt: str,
     *,
+    image: str | None = None,
     compute: float | None = None,
     max_new_tokens: int = 128,
     stream: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt, greedily, as an answer where the model has a chat template.
 
-    Keys: text; tokens, how many are new; tokens_per_second; compute, the share of the teacher's FLOPs that the new
-    tokens took. stream: called with each piece of text as it comes.
+    image: the file that a vision-language model is asked about. Keys: text; tokens, how many are new;
+    tokens_per_second; compute, the share of the teacher's FLOPs that the new tokens took, or, of a question about an
+    image, that its prompt took. stream: called with each piece of text as it comes.
     """
     run = Run.open(folder, finished=True)
-    if run.config.family != "llm":
+    family = run.config.family
+    if family == "vit":
         raise ValueError(f"{run.config.model} is an image model: it generates no text (elastic eval measures it)")
+    if (image is not None) != (family == "vlm"):
+        needs = "is asked about an image: add --image FILE" if image is None else "reads no images: leave --image away"
+        raise ValueError(f"{run.config.model} {needs}")
+    picture = None if image is None else _open(image)
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:
         student.set_compute(compute)
-    tokenizer = teacher.processor
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+    if picture is not None:
+        inputs = call(teacher.processor, [prompt_text(teacher.processor, prompt)], [picture], "left")
+        tokenizer = teacher.processor.tokenizer
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: inputs[name].to(student.model.device) for name in ("input_ids", "attention_mask")}
+        inputs, tokenizer = _tokens(teacher.processor, prompt), teacher.processor
+    inputs = {name: tensor.to(student.model.device) for name, tensor in inputs.items()}
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("--prompt is empty: give some text")
@@ -68,10 +75,41 @@ def generate_text(
         )
     seconds = time.perf_counter() - started
     new = whole.shape[1] - length
-    spent = 1.0 if student.runtime.bypass else measured_compute(student, whole, "decode", length, after=length)
     return {
         "text": tokenizer.decode(whole[0, length:], skip_special_tokens=True),
         "tokens": new,
         "tokens_per_second": new / seconds,
-        "compute": spent,
+        "compute": 1.0 if student.runtime.bypass else _spent(student, inputs, whole, length),
     }
+
+
+def _open(file: str) -> Any:
+    """An image file, read to its end; ValueError where it is none."""
+    from PIL import Image
+
+    try:
+        return Image.open(file).convert("RGB")
+    except Exception as error:  # image libraries raise whatever they like for a damaged file
+        raise ValueError(f"--image {file} cannot be read: {error}") from None
+
+
+def _tokens(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def _spent(student: Student, inputs: dict[str, torch.Tensor], whole: torch.Tensor, length: int) -> float:
+    """Compute of the new tokens of `whole` [1, T], or of the prompt where it holds an image."""
+    if not isinstance(student, VisionLanguageStudent):
+        return measured_compute(student, whole, "decode", length, after=length)
+    _, decisions = student.features(**inputs)
+    image = inputs["input_ids"] == student.model.config.image_token_id
+    macs, _, dense = student.spent(decisions, image, inputs["attention_mask"].bool(), 1)
+    return float(macs / dense)

@@ -56,7 +56,7 @@ def summary(data: ImageData, config: RunConfig) -> str:
     return f"{data.description} to train on, {len(data.held_out):,} held out"
 
 
-def tokens(student: ImageStudent, config: RunConfig) -> int:
+def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> int:
     """Tokens of an image."""
     return student.tokens
 

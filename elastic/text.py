@@ -59,7 +59,7 @@ def summary(data: TextData, config: RunConfig) -> str:
     return f"{data.description}; {windows}"
 
 
-def tokens(student: LanguageStudent, config: RunConfig) -> int:
+def tokens(student: LanguageStudent, data: TextData, config: RunConfig) -> int:
     """Tokens that the model reads at once."""
     return config.data.window
 

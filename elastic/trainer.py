@@ -67,7 +67,7 @@ def distill(
     teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, teacher, say)
-    student = _student(config, teacher)
+    student = _student(config, teacher, data)
     run = Run.create(output, config, teacher, overwrite)
     return _run(run, config, student, data, say, progress)
 
@@ -79,7 +79,8 @@ def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda 
     _require_tracker(config)
     teacher = run.teacher()
     say(f"teacher: {teacher.name}, {teacher.source}")
-    return _run(run, config, _student(config, teacher), _data(config, teacher, say), say, progress)
+    data = _data(config, teacher, say)
+    return _run(run, config, _student(config, teacher, data), data, say, progress)
 
 
 def _require_tracker(config: RunConfig) -> None:
@@ -95,11 +96,11 @@ def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
     return data
 
 
-def _student(config: RunConfig, teacher: Teacher) -> Student:
+def _student(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     """Elasticize the teacher, after checking that the budget can be met."""
     torch.manual_seed(config.train.seed)
     student = elasticize(teacher.model, config.student)
-    tokens = families.of(config.family).tokens(student, config)
+    tokens = families.of(config.family).tokens(student, data, config)
     lowest = student.uniform(0.0, tokens, config.budget.phase)
     if config.budget.target < lowest:
         raise ValueError(
@@ -217,7 +218,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     budget = config.budget
     steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
     if budget.control == "capacity":
-        tokens = families.of(config.family).tokens(student, config)
+        tokens = families.of(config.family).tokens(student, data, config)
         student.runtime.capacity = capacity_for(student, tokens, config)
     path = run.folder / "checkpoint.safetensors"
     if path.exists():

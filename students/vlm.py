@@ -1,8 +1,8 @@
 """Students of vision-language models: a door in front of the language model, at which image tokens may be left out.
 
 The choice is taken once, from the prompt: from image tokens as the projector leaves them and, with `query`, from the
-question. What is left out has no place in the sequence behind the door: it is neither computed nor cached there, and the
-tokens that go through keep their positions.
+question. What is left out has no place in the sequence behind the door: it is neither computed nor cached there, and
+the tokens that go through keep their positions.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class VisionLanguageStudent(LanguageStudent):
             return out, decisions
 
     def spent(self, decisions: Decisions, image: Tensor, valid: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiply-accumulates of a call of `features` and of the LM head on `rows` rows: the student's, those of them in
-        the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of the call."""
+        """Multiply-accumulates of a call of `features` and of the LM head on `rows` rows: the student's, those of them
+        in the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of the call."""
         count, head = image.sum(), rows * self.compute.head
         outside = torch.as_tensor((self.vision_macs or 0.0) * count, device=image.device)
         frozen = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum()

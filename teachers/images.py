@@ -240,7 +240,7 @@ def _hub(source: str, match: re.Match, train: bool, preprocess: Preprocess, most
         raise
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
-    return ImageSet([r for r, _ in rows], [int(r) for _, r in rows], _decode_row, preprocess)
+    return ImageSet([r for r, _ in rows], [int(r) for _, r in rows], decode_row, preprocess)
 
 
 def _rows(rows: Any, source: str, preprocess: Preprocess) -> ImageSet:
@@ -261,10 +261,11 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
 
 
 def _decode_nth(rows: Any, image: str, number: int) -> Image:
-    return _decode_row(rows[number][image])
+    return decode_row(rows[number][image])
 
 
-def _decode_row(row: dict[str, Any]) -> Image:
+def decode_row(row: dict[str, Any]) -> Image:
+    """An image as `datasets` stores it: encoded bytes, or a path."""
     from PIL import Image
 
     return Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])

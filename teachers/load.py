@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teachers import hub, vision, wheel
+from teachers import hub, vision, vlm, wheel
 from teachers.quiet import first_line, quiet
 from teachers.registry import ModelEntry, models, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from teachers.images import Preprocess
 
@@ -29,10 +29,11 @@ class Teacher:
     """What the user asked for: short name, hub id or folder."""
     model: nn.Module
     """The model, of transformers or timm; no parameter requires a gradient."""
-    processor: PreTrainedTokenizerBase | Preprocess
-    """What turns raw inputs into the model's: the tokenizer of a language model, an image model's preprocessing."""
+    processor: PreTrainedTokenizerBase | ProcessorMixin | Preprocess
+    """What turns raw inputs into the model's: a tokenizer, a processor of images and text, an image model's
+    preprocessing."""
     family: str
-    """How the model is trained and measured: "llm" or "vit"."""
+    """How the model is trained and measured: "llm", "vit" or "vlm"."""
     source: str
     """Where the weights came from, for the user to read."""
     identity: str
@@ -49,8 +50,8 @@ def load(
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
     `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
-    it, else float32. Raises ValueError for an unknown name or a model that is neither a causal language model nor an
-    image model, OSError where no source of the weights can be reached; both with one line.
+    it, else float32. Raises ValueError for an unknown name or a model that is neither a language model, an image model
+    nor a vision-language model, OSError where no source of the weights can be reached; both with one line.
     """
     import torch
 
@@ -61,6 +62,8 @@ def load(
     with quiet():
         if entry.family == "vit":
             model, processor = vision.load(name, folder, dtype, trust_remote_code)
+        elif entry.family == "vlm":
+            model, processor, source = _vision_language(name, folder, source, dtype, trust_remote_code)
         else:
             model = _causal_lm(name, folder, dtype, trust_remote_code)
             processor = _tokenizer(name, folder, trust_remote_code)
@@ -134,6 +137,17 @@ def _locate(entry: ModelEntry) -> tuple[Path, str]:
         f"{entry.hub} is not in the Hugging Face cache and the hub cannot be reached ({reason}): give a local folder, "
         "set HF_HOME to a cache that holds it, or try smollm2-135m, which needs no hub"
     )
+
+
+def _vision_language(
+    name: str, folder: Path, source: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, ProcessorMixin, str]:
+    """Model, processor and source; some models have only tower and projector in their folder."""
+    language = vlm.language_of(folder)
+    if language is None:
+        return *vlm.load(name, folder, dtype, trust_remote_code), source
+    base = load(language, dtype=dtype, device="cpu")
+    return *vlm.compose(folder, base.model, base.processor), f"{source}; language model: {base.source}"
 
 
 def _causal_lm(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -18,6 +18,9 @@ from teachers.quiet import first_line
 IMAGE_MODELS = {"vit", "deit", "dinov2", "vit_mae", "clip_vision_model", "siglip_vision_model", "clip", "siglip"}
 """The `model_type`s of transformers that are image models or hold one (CLIP, SigLIP)."""
 
+VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}
+"""The `model_type`s of transformers that are vision-language models."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -50,7 +53,8 @@ class ModelEntry:
     folder: Path | None = None
     """A local folder as written by `save_pretrained`; None for a hub model."""
     family: str = "llm"
-    """How the model is loaded, trained and measured: "llm" (causal language models) or "vit" (image models)."""
+    """How the model is loaded, trained and measured: "llm" (causal language models), "vit" (image models) or "vlm"
+    (vision-language models)."""
     parameters: int | None = None
     """Parameter count; None where the table does not know."""
     license: str = ""
@@ -105,7 +109,10 @@ def family_of(folder: Path) -> str:
     """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        return "vit" if "architecture" in config or config.get("model_type") in IMAGE_MODELS else "llm"
+        kind = config.get("model_type")
+        if kind in VISION_LANGUAGE_MODELS:
+            return "vlm"
+        return "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json cannot be read: {first_line(error)}") from error
 

