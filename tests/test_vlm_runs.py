@@ -1,0 +1,270 @@
+"""Runs of vision-language models from start to end, on tiny models, images and questions made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+import teachers
+from elastic import trainer, vlms
+from elastic.bench import bench_run
+from elastic.cli import main
+from elastic.config import RunConfig, make_config
+from elastic.evaluate import measure_run
+from elastic.run import Run, load
+from students.vlm import VisionLanguageStudent
+from teachers.questions import load_all, load_questions
+from teachers.vision import pack
+from teachers.vlm import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, processor_for
+
+SETTINGS = [
+    *("data.held_out=6", "calibration.windows=8", "train.batch=4", "train.steps=4", "train.precision=float32"),
+    *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
+]
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 12 images of one colour, two questions each."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for number in range(12):
+        color = list(COLORS)[number % 3]
+        Image.new("RGB", (20, 20), COLORS[color]).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "w5 w6 w7", "answer": color})
+        rows.append({"image": f"{number}.png", "question": "w8 w9", "answer": "w1"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer(words=90)
+    tokenizer.add_tokens(list(COLORS))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, "<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with its processor, as `save_pretrained` leaves them."""
+    from vlms import make_vlm
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "llava", _tokenizer()
+    model = make_vlm("llava")
+    model.config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    model.config.vision_feature_select_strategy = "default"
+    model.save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
+    transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configure(model_folder: Path, questions: Path) -> Callable[..., RunConfig]:
+    def make(*settings: str, **flags: object) -> RunConfig:
+        flags = {"model": str(model_folder), "data__source": str(questions), "budget__target": 0.7, **flags}
+        return make_config(settings=[*SETTINGS, *settings], **flags)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.distill(configure(), folder, say=silent)
+    return folder
+
+
+def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
+    row = Run.open(finished).about["result"]
+    assert row["compute"] == pytest.approx(0.7, abs=0.04)  # 16 image tokens: few steps to choose from
+    assert row["questions"] == 6 and row["broken"] == 0 and 0 < row["image_tokens_kept"] < 1
+    for key in ("accuracy", "teacher_accuracy", "agreement", "compute_vision"):
+        assert 0 <= row[key] <= 1
+
+
+def test_evaluating_again_gives_the_same_and_the_dial_reaches_the_teacher(finished: Path) -> None:
+    (row,) = measure_run(str(finished), say=silent)
+    told = Run.open(finished).about["result"]
+    same = ("compute", "accuracy", "agreement", "kl", "image_tokens_kept")
+    assert {key: row[key] for key in same} == pytest.approx({key: told[key] for key in same})
+    (dense,) = measure_run(str(finished), compute=1.0, say=silent)
+    assert dense["compute"] == dense["agreement"] == dense["image_tokens_kept"] == 1
+    assert dense["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    finished: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = vlms.Distillation.forward, []
+
+    def stop(self: vlms.Distillation, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlms.Distillation, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.distill(configure(), tmp_path / "run", say=silent)
+    trainer.resume(tmp_path / "run", say=silent)
+    one, other = (load(folder).added_state() for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_only_routers_are_trained_and_saved(finished: Path, model_folder: Path) -> None:
+    student = load(finished)
+    assert isinstance(student, VisionLanguageStudent)
+    added = student.added_state()
+    assert all("routers" in name for name in added)
+    before = dict(teachers.load(str(model_folder), dtype=torch.float32).model.named_parameters())
+    base = {n.replace(".base_layer", ""): p for n, p in student.model.named_parameters() if not p.requires_grad}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.items())
+
+
+def test_baselines_keep_as_many_image_tokens(finished: Path) -> None:
+    rows = measure_run(str(finished), baselines=["random", "uniform"], say=silent)
+    assert [row["preset"] for row in rows] == ["default", "random", "uniform"]
+    assert len({row["image_tokens_kept"] for row in rows}) == 1
+    assert rows[0]["kl"] != rows[1]["kl"] != rows[2]["kl"]
+    with pytest.raises(ValueError, match="not for vision-language models"):
+        measure_run(str(finished), baselines=["tome"], say=silent)
+
+
+def test_routers_in_the_towers_can_be_trained_too(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    routers = "[{kind: token, sites: [mlp]}, {kind: token, sites: [mlp], part: vision, kv: drop}]"
+    config = configure(f"student.routers={routers}", "calibration.windows=0", budget__target=0.9)
+    row = trainer.distill(config, tmp_path / "run", say=silent)
+    assert row["image_tokens_kept"] == 1 and row["compute"] < 1.05
+    assert any("vision_tower" in name for name in load(tmp_path / "run").added_state())
+
+
+def test_free_answers_are_generated(finished: Path, questions: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": str(questions / "0.png"), "conversations": [_turn("human", "<image>\nw5"), _turn("gpt", f"w{n} w2")]}
+        for n in (3, 3, 4)
+    ]
+    (tmp_path / "free.json").write_text(json.dumps(rows))
+    asked = load_all(str(tmp_path / "free.json"))
+    assert [(s.question, s.answer) for s in asked.samples] == [("w5", "w3 w2"), ("w5", "w3 w2"), ("w5", "w4 w2")]
+    asked.choices = ("w3 w2", "w3 w4")  # begin alike: no score tells them apart by their first token
+    run = Run.open(finished)
+    teacher = run.teacher()
+    whole = vlms.Questions(asked, teacher.processor, teacher.model.config.image_token_id)
+    row = vlms.evaluate(run.load_student(teacher), whole, run.config)
+    assert row["questions"] == 3 and 0 <= row["accuracy"] <= 1
+
+
+def _turn(who: str, said: str) -> dict[str, str]:
+    return {"from": who, "value": said}
+
+
+def test_no_image_is_asked_about_in_both_parts(questions: Path) -> None:
+    data = load_questions(str(questions / "train.jsonl"), held_out=5, seed=0)
+    train, other = ({s.image for s in part.samples} for part in (data.train, data.held_out))
+    assert not train & other and len(data.held_out) == 5
+    assert data.train.choices == ("blue", "green", "red", "w1")
+
+
+def test_broken_images_are_left_out_and_counted(questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [{"image": name, "question": "w1", "answer": "red"} for name in ("broken.png", str(questions / "0.png"))]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = load_all(str(tmp_path / "some.jsonl"))
+    assert len(asked.read([0, 1])) == 1 and asked.broken == {0}
+    with pytest.raises(ValueError, match="none of 1 images"):
+        asked.read([0])
+
+
+def test_answers_are_where_the_mask_says(model_folder: Path, questions: Path) -> None:
+    teacher = teachers.load(str(model_folder), dtype=torch.float32)
+    assert teacher.family == "vlm"
+    samples = load_all(str(questions)).read([0, 1])
+    prompts = encode(teacher.processor, samples, teacher.model.config.image_token_id)
+    ids, tokenizer = prompts.inputs["input_ids"], teacher.processor.tokenizer
+    assert prompts.image.sum(1).tolist() == [16, 16]
+    for row, (_, _, answer) in enumerate(samples):
+        told = ids[row, 1:][prompts.answers[row, :-1]]
+        assert tokenizer.decode(told).split() == [answer, "<|im_end|>"]
+        assert not (prompts.prompt[row, 1:] & prompts.answers[row, :-1]).any()
+
+
+def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import make_tiny
+
+    language, tokenizer = tmp_path / "language", _tokenizer()
+    text = make_tiny("llama")
+    text.save_pretrained(language)
+    tokenizer.save_pretrained(language)
+    vision = dict(model_type="siglip_vision_model", hidden_size=24, intermediate_size=32, num_hidden_layers=2)
+    vision |= dict(num_attention_heads=2, image_size=16, patch_size=4, vision_use_head=False)
+    settings = dict(vision_config=vision, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    model = assemble(settings, text, tokenizer)
+    own = {n: p for n, p in model.state_dict().items() if "vision_tower" in n or "projector" in n}
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    save_file(pack(own), shipped / "model.safetensors")
+    (shipped / "config.json").write_text(json.dumps({"model_type": "llava", "language_model": str(language), **settings}))
+    teacher = teachers.load(str(shipped), dtype=torch.float32)
+    assert teacher.family == "vlm" and "language model: local folder" in teacher.source
+    processor = processor_for(teacher.model, tokenizer)
+    prompts = encode(processor, [(Image.new("RGB", (20, 20)), "w1", "red")], teacher.model.config.image_token_id)
+    assert teacher.model(**prompts.inputs).logits.isfinite().all()
+    again = dict(teacher.model.named_parameters())
+    assert torch.equal(again["model.language_model.norm.weight"], text.model.norm.weight)
+
+
+def test_bench_measures_prefill_and_decoding(finished: Path) -> None:
+    rows = bench_run(str(finished), batch=[1, 2], new_tokens=3, repeats=1, say=silent)
+    assert [row["phase"] for row in rows] == ["prefill", "decode", "prefill", "decode", "train"]
+    for row in rows[:4]:
+        assert row["cache_bytes"] < row["dense_cache_bytes"]
+    assert rows[0]["compute"] == pytest.approx(0.7, abs=0.1)
+
+
+def test_the_command_line_speaks_of_questions(
+    finished: Path, questions: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(finished), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    keys = {"accuracy", "teacher_accuracy", "agreement", "kl", "compute", "compute_target", "image_tokens_kept"}
+    assert keys <= set(row)
+    assert main(["eval", str(finished)]) == 0
+    assert "image tokens kept" in capsys.readouterr().out
+    asked = ["generate", str(finished), "--prompt", "w5 w6", "--max-new-tokens", "3"]
+    assert main([*asked, "--image", str(questions / "1.png")]) == 0
+    assert "compute 0." in capsys.readouterr().err
+    for arguments, message in (
+        (asked, "add --image FILE"),
+        ([*asked, "--image", str(questions / "train.jsonl")], "cannot be read"),
+        (["distill", "--model", str(model_folder)], "needs questions about images"),
+        (["distill", "--model", str(model_folder), "--data", "nowhere/at/all"], "no such file or folder"),
+        (["distill", "--model", str(model_folder), "--data", str(questions / "0.png")], "unknown kind of file"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
