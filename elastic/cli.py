@@ -133,11 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--stream", action="store_true", help="print words as they come")
 
-    pretrain = command("pretrain", _pretrain, "train a small image teacher from scratch, as vit-fashion was made")
-    pretrain.add_argument("--data", required=True, help="as for distill; small square images of one size")
+    pretrain = command("pretrain", _pretrain, "train a small teacher from scratch, as the shipped ones were made")
+    pretrain.add_argument(
+        "--data", required=True, help="small square images of one size, as for distill (an image model); or easy-vqa"
+    )
     pretrain.add_argument("--output", metavar="FOLDER", required=True, help="where the model goes")
-    pretrain.add_argument("--epochs", type=int, default=12, help="passes over the images (default 12)")
-    pretrain.add_argument("--start", metavar="FOLDER", help="go on from a model that this command wrote")
+    pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12; easy-vqa: 1)")
+    pretrain.add_argument("--start", metavar="FOLDER", help="go on from an image model that this command wrote")
 
     info = command("info", _info, "say what a run is")
     info.add_argument("run", metavar="RUN")
@@ -286,13 +288,21 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+    from teachers.questions import EASY_VQA
     from teachers.recipe import pretrain
+    from teachers.vlm_recipe import pretrain_vlm
 
-    if options.epochs < 1:
+    if options.epochs is not None and options.epochs < 1:
         raise ValueError("--epochs must be at least 1")
     with _screen() as (say, _):
-        accuracy = pretrain(options.data, options.output, epochs=options.epochs, start=options.start, say=say)
-    print(f"top-1 {accuracy:.2%}; use it: elastic distill --model {options.output} --data {options.data}")
+        if options.data == EASY_VQA:
+            if options.start is not None:
+                raise ValueError(f"--start is for image models: leave it away with --data {EASY_VQA}")
+            accuracy, name = pretrain_vlm(options.output, epochs=options.epochs or 1, say=say), "accuracy"
+        else:
+            made = pretrain(options.data, options.output, epochs=options.epochs or 12, start=options.start, say=say)
+            accuracy, name = made, "top-1"
+    print(f"{name} {accuracy:.2%}; use it: elastic distill --model {options.output} --data {options.data}")
 
 
 def _info(options: argparse.Namespace) -> None:

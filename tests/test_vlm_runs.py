@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.functional import pil_to_tensor
 
 import teachers
 from elastic import trainer, vlms
@@ -23,6 +24,7 @@ from students.vlm import VisionLanguageStudent
 from teachers.questions import load_all, load_questions
 from teachers.vision import pack
 from teachers.vlm import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, processor_for
+from teachers.vlm_recipe import WORDS, _labels, _Packer
 
 SETTINGS = [
     *("data.held_out=6", "calibration.windows=8", "train.batch=4", "train.steps=4", "train.precision=float32"),
@@ -229,14 +231,41 @@ def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path, monke
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     save_file(pack(own), shipped / "model.safetensors")
-    (shipped / "config.json").write_text(json.dumps({"model_type": "llava", "language_model": str(language), **settings}))
+    (shipped / "config.json").write_text(
+        json.dumps({"model_type": "llava", "language_model": str(language), **settings})
+    )
     teacher = teachers.load(str(shipped), dtype=torch.float32)
+    assert_packing_changes_nothing(teacher)
     assert teacher.family == "vlm" and "language model: local folder" in teacher.source
     processor = processor_for(teacher.model, tokenizer)
     prompts = encode(processor, [(Image.new("RGB", (20, 20)), "w1", "red")], teacher.model.config.image_token_id)
     assert teacher.model(**prompts.inputs).logits.isfinite().all()
     again = dict(teacher.model.named_parameters())
     assert torch.equal(again["model.language_model.norm.weight"], text.model.norm.weight)
+
+
+def assert_packing_changes_nothing(teacher: teachers.Teacher) -> None:
+    """Questions that are trained on in one sequence get what they get one by one."""
+    images = [Image.new("RGB", (16, 16), color) for color in COLORS.values()][:2]
+    asked = [[("w1 w2", "red"), ("w3", "w4")], [("w5", "blue")]]
+    pixels = torch.stack([pil_to_tensor(image) for image in images]).float() / 127.5 - 1
+    packed, targets = _Packer(teacher.model, teacher.processor.tokenizer)(pixels, asked)
+    flat = [(image, *pair) for image, pairs in zip(images, asked, strict=True) for pair in pairs]
+    prompts = encode(teacher.processor, flat, teacher.model.config.image_token_id)
+    alone = teacher.model(**prompts.inputs).logits[prompts.answers]
+    told = prompts.inputs["input_ids"].roll(-1, 1)[prompts.answers]
+    assert torch.equal(targets, told)
+    torch.testing.assert_close(packed, alone, rtol=2e-2, atol=2e-2)  # the tower runs in bfloat16 while it is trained
+
+
+def test_questions_give_away_what_images_show() -> None:
+    about = [
+        [("what shape is there?", "circle"), ("is there a red shape?", "no")],
+        [("does the image not contain a teal shape?", "no"), ("is there no circle?", "yes")],
+    ]
+    found = _labels(about).tolist()
+    assert [WORDS[0][found[0][0]], found[0][1]] == ["circle", -100]
+    assert [found[1][0], WORDS[1][found[1][1]]] == [-100, "teal"]
 
 
 def test_bench_measures_prefill_and_decoding(finished: Path) -> None:
