@@ -222,19 +222,23 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_complaint(width: int, page: Path, tmp_path: Path):
     """Chromium finds nothing to log, draws every plot, and the page is no wider than the window."""
-    probe = tmp_path / "probe.html"
     script = (
         "<script>addEventListener('load', () => { const plots = [...document.querySelectorAll('figure svg')];"
-        "document.title = JSON.stringify({width: innerWidth, needed: document.documentElement.scrollWidth,"
+        "parent.postMessage(JSON.stringify({width: innerWidth, needed: document.documentElement.scrollWidth,"
         "plots: plots.filter(plot => plot.getBoundingClientRect().height > 100).length,"
-        "lines: document.querySelectorAll('figure svg path').length}) })</script></body>"
+        "lines: document.querySelectorAll('figure svg path').length}), '*') })</script></body>"
     )
     text = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    probe.write_text(text.replace("</body>", script))
+    (tmp_path / "page.html").write_text(text.replace("</body>", script))
+    frame = tmp_path / "frame.html"  # windows of a browser cannot be as narrow as a phone
+    frame.write_text(
+        "<!doctype html><script>onmessage = event => { document.title = event.data }</script>"
+        f"<iframe src=page.html style='border: 0; width: {width}px; height: 900px'></iframe>"
+    )
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars"]
-    options += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
+    options += ["--window-size=1400,1000", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
     result = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *options, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120
     )
     assert "CONSOLE" not in result.stderr
     seen = json.loads(re.search(r"<title>(\{.*?\})</title>", result.stdout).group(1))
