@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   elastic distill --resume runs/smollm2-135m-0.7
   elastic eval runs/smollm2-135m-0.7 --data my-text.txt
   elastic generate runs/smollm2-135m-0.7 --prompt "What is a transformer?" --stream
+  elastic sweep --model smollm2-135m --target-compute 0.5 0.7 1.0 --output sweeps/smollm2
+  elastic report sweeps/smollm2 -o report.html
   elastic models
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from html import escape
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 INK, FAINT = "#00f0f0", "#00f0f1"
 SERIES = [f"#00f0a{n}" for n in range(8)]
@@ -63,6 +64,7 @@ class Line:
 class Panel:
     """One pair of axes."""
 
+    title: str
     x: str
     y: str
     lines: list[Line]
@@ -75,10 +77,10 @@ class Panel:
 def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
     """Panels side by side with one legend below; alone: a file of its own instead of a part of a page."""
     with matplotlib.rc_context(STYLE):
-        styles = dict.fromkeys(line.label for panel in panels for line in panel.lines)
-        columns = 2 if len(panels) == 1 else 4
-        height = 2.9 + 0.2 * -(-len(styles) // columns)
-        figure = Figure(figsize=(4.7 * len(panels) if len(panels) == 1 else 3.9 * len(panels), height))
+        labels = {line.label for panel in panels for line in panel.lines}
+        width = (4.3 if len(panels) == 1 else 3.9) * len(panels)
+        columns = max(1, min(4, len(labels), int(14 * width / (max(map(len, labels), default=0) + 8))))
+        figure = Figure(figsize=(width, 2.8 + 0.2 * -(-len(labels) // columns)))
         figure.set_layout_engine("constrained")
         handles: dict[str, object] = {}
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -89,6 +91,7 @@ def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
 
 def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", pad=9)
     axes.patch.set_alpha(0)
     for line in panel.lines:
         colour, marker = SERIES[line.style % len(SERIES)], MARKERS[line.style % len(MARKERS)]
@@ -99,17 +102,7 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) 
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
             around = np.abs(np.array([line.low, line.high]) - line.y)
             axes.errorbar(line.x, line.y, around, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
-    values = [y for line in panel.lines for y in line.y]
-    positive = [y for y in values if y > 0]
-    if positive and max(positive) > 20 * min(positive) and min(values) >= 0:
-        if min(values) > 0:
-            axes.set_yscale("log")
-        else:  # zero has a place, too
-            axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylim(bottom=0 if min(values) == 0 else None)
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+    _scale(axes, [y for line in panel.lines for y in line.y])
     if panel.level is not None:
         level, text = panel.level
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
@@ -120,18 +113,36 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) 
         axes.annotate(panel.diagonal, (max(ends), max(ends)), (-4, 2), textcoords="offset points", size=9, ha="right")
 
 
+def _scale(axes: matplotlib.axes.Axes, values: Sequence[float]) -> None:
+    """Logarithmic where values span more than a factor of 20, with a place for zero where one is there."""
+    positive = [value for value in values if value > 0]
+    if not positive or min(values) < 0 or max(positive) <= 20 * min(positive):
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
+        decades = range(math.ceil(math.log10(min(positive))), math.floor(math.log10(max(positive))) + 1)
+        axes.set_yticks([0, *(10**n for n in decades)])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def heat(names: Sequence[str], budgets: Sequence[str], shares: np.ndarray, alt: str) -> str:
     """Shares [budgets, layers, branches] as a map for each branch, one below the other; names: of the branches."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         rows = len(names)
-        figure = Figure(figsize=(4.7, rows * (0.55 + 0.2 * len(budgets)) + 0.9), layout="constrained")
+        figure = Figure(figsize=(4.3, rows * (0.55 + 0.2 * len(budgets)) + 0.9), layout="constrained")
         every = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         top = max(1.0, float(shares.max()))
         for axes, name, values in zip(every, names, np.moveaxis(shares, 2, 0), strict=True):
             edges = np.arange(values.shape[1] + 1) - 0.5, np.arange(len(budgets) + 1) - 0.5
             mesh = axes.pcolormesh(*edges, values, vmin=0, vmax=top, cmap="viridis", rasterized=True)
-            axes.set(title=name, yticks=range(len(budgets)), yticklabels=budgets, ylabel="budget")
-            axes.title.set_fontsize(10)
+            axes.set(yticks=range(len(budgets)), yticklabels=budgets, ylabel="budget")
+            axes.set_title(name, loc="left", fontsize=10)
             axes.invert_yaxis()
             axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         every[-1].set_xlabel("layer")
@@ -157,17 +168,17 @@ def _svg(figure: Figure, alt: str, alone: bool = False) -> str:
     label = f'role="img" aria-label="{escape(alt)}" stroke-linejoin="round"'
     if not alone:
         return text.replace("<svg ", f"<svg {label} ", 1)
-    fonts = "text { font-family: system-ui, sans-serif }"
-    text = text.replace(">", f"><title>{escape(alt)}</title><style>{fonts} {palette(':root')}</style>", 1)
+    style = f"{palette(':root')} :root {{ background: var(--page) }} text {{ font-family: system-ui, sans-serif }}"
+    text = text.replace(">", f"><title>{escape(alt)}</title><style>{style}</style>", 1)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text.replace("<svg ", f"<svg {label} ", 1)
 
 
 def palette(selector: str) -> str:
-    """The CSS properties that the plots' colours are taken from, for light and dark pages."""
+    """The CSS properties that colours are taken from, on light and on dark pages."""
 
-    def rule(ink: str, faint: str, series: Sequence[str]) -> str:
+    def rule(page: str, ink: str, faint: str, series: Sequence[str]) -> str:
         colours = "".join(f"--series-{number}: {colour}; " for number, colour in enumerate(series))
-        return f"{selector} {{ color: {ink}; --faint: {faint}; {colours}}}"
+        return f"{selector} {{ --page: {page}; color: {ink}; --faint: {faint}; {colours}}}"
 
-    light, dark = rule("#1c2127", "#d9dee4", LIGHT), rule("#e4e8ec", "#343c46", DARK)
+    light, dark = rule("#ffffff", "#1c2127", "#d9dee4", LIGHT), rule("#12161b", "#e4e8ec", "#343c46", DARK)
     return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }}"

@@ -115,7 +115,7 @@ class Model:
             pairs = [
                 [[(spent(row), row[key]) for row in s.at(b) if key in row] for b in s.budgets] for s in self.series
             ]
-            panels.append(plots.Panel(self.axis, f"{label}, {better} is better", _lines(self.series, pairs), level))
+            panels.append(plots.Panel(label, self.axis, f"{better} is better", _lines(self.series, pairs), level))
         return panels
 
     def quality_plot(self) -> str:
@@ -125,7 +125,9 @@ class Model:
     def quality_plots(self) -> list[Markup]:
         """Each metric on its own."""
         return [
-            Markup(plots.curves([panel], f"{self.title}: {panel.y}, against compute; the table below has the numbers"))
+            Markup(
+                plots.curves([panel], f"{self.title}: {panel.title} against compute; the table below has the numbers")
+            )
             for panel in self.quality_panels()
         ]
 
@@ -137,7 +139,7 @@ class Model:
                 [[pair for row in s.at(b) for pair in speed_ups(row, way)] for b in s.budgets] for s in self.students
             ]
             lines = _lines(self.students, pairs)
-            panel = plots.Panel("predicted from FLOPs", f"measured: {way}", lines, diagonal="as predicted")
+            panel = plots.Panel(way, "speed-up predicted from FLOPs", "measured", lines, diagonal="as predicted")
             alt = f"{self.title}: measured against predicted speed-up, {way}; the table below has the numbers"
             drawn.append(Markup(plots.curves([panel], alt)))
         return drawn
@@ -149,7 +151,13 @@ class Model:
     def quality_table(self) -> Table:
         """Quality and compute at every budget, means over seeds."""
         seeds = max(len(series.at(b)) for series in self.series for b in series.budgets)
-        header = ["", "asked", "compute", *(label for _, label, _ in self.metrics), *(["seeds"] if seeds > 1 else [])]
+        header = [
+            "preset or baseline",
+            "asked",
+            "compute",
+            *(label for _, label, _ in self.metrics),
+            *(["seeds"] if seeds > 1 else []),
+        ]
         rows = []
         for series in self.series:
             for budget in series.budgets:
@@ -175,7 +183,9 @@ class Model:
                         speeds = (_spread(values, "{:.2f}x") for values in (predicted, measured))
                         rows.append([series.label, f"{budget:g}", way, *speeds, f"{ratio:.2f}"])
         return Table(
-            "Speed over the dense model", ["", "asked", "how", "predicted", "measured", "measured / predicted"], rows
+            "Speed over the dense model",
+            ["preset", "asked", "how", "predicted", "measured", "measured / predicted"],
+            rows,
         )
 
     def heat_maps(self) -> list[tuple[str, Markup, Table]]:
@@ -291,9 +301,8 @@ def _series(rows: list[Row]) -> list[Series]:
     varies = [len({key[n] for key in found}) > 1 for n in range(6)]
     for style, (key, series) in enumerate(ordered):
         more = [part for part, shown in zip(key[2:], varies[2:], strict=True) if shown]
-        if key[0] is not None:
-            more = [*([f"to {key[1]}"] if varies[1] else []), *more]
-        series.label = ", ".join([key[1] if key[0] is None else f"{key[0]} (baseline)", *more])
+        of = f" of {key[1]}" if varies[1] else ""
+        series.label = ", ".join([key[1] if key[0] is None else f"{key[0]} (baseline{of})", *more])
         series.style = style
         series.budgets = sorted({row["compute_target"] for row in series.rows}, reverse=True)
     return [series for _, series in ordered]

@@ -151,7 +151,7 @@ def test_the_numbers_are_there(page: Path, folder: Path):
     assert "runs/tiny-other-0.5-1.0-seed1" in text and "preset: other" in text and "40 steps, 1.0 min" in text
     assert "elastic sweep --output &#39;a &lt;b&gt;&#39;" in text and "Test &amp; Co" in text and "torch 2.14" in text
     assert "&lt;b&gt;parts&lt;/b&gt;" in text and "<b>parts" not in text
-    assert "random (baseline), to default" in text and "random (baseline), to other" in text
+    assert "random (baseline of default)" in text and "random (baseline of other)" in text
     markdown, table = page.with_suffix(".md").read_text(), page.with_suffix(".csv").read_text()
     assert f"| default | 0.5 | 0.501 ± 0.001 | {told} |" in markdown
     assert "![Quality of tiny against compute](report-tiny.svg)" in markdown
