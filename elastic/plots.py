@@ -81,7 +81,7 @@ def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
         width = (4.3 if len(panels) == 1 else 3.9) * len(panels)
         columns = max(1, min(4, len(labels), int(14 * width / (max(map(len, labels), default=0) + 8))))
         figure = Figure(figsize=(width, 2.8 + 0.2 * -(-len(labels) // columns)))
-        figure.set_layout_engine("constrained")
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         handles: dict[str, object] = {}
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _axes(axes, panel, handles)
