@@ -18,8 +18,13 @@ EXAMPLES = """examples:
   elastic distill --resume runs/smollm2-135m-0.7
   elastic eval runs/smollm2-135m-0.7 --data my-text.txt
   elastic generate runs/smollm2-135m-0.7 --prompt "What is a transformer?" --stream
+  elastic sweep --model smollm2-135m --target-compute 0.5 0.7 1.0 --output sweeps/smollm2
+  elastic report sweeps/smollm2 -o report.html
   elastic models
 """
+
+BASELINES = ("random", "uniform", "tome")
+"""What can be measured beside a student."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     141 where whoever reads the output closed the pipe.
     """
     options = _parser().parse_args(arguments)
+    options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         options.command(options)
         return 0
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="B",
-        choices=("random", "uniform", "tome"),
+        choices=BASELINES,
         help="models of images: also measure random, uniform (dropping), tome (merging) at the same compute",
     )
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
@@ -116,6 +122,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    sweep = command("sweep", _sweep, "distil, measure and time models at many budgets into one folder, for a report")
+    sweep.add_argument("--model", nargs="+", required=True, metavar="M", help="as for distill")
+    sweep.add_argument("--target-compute", nargs="+", type=float, required=True, metavar="C", help="budgets, up to 1.0")
+    sweep.add_argument("--preset", nargs="+", default=["default"], metavar="P", help="as for distill")
+    sweep.add_argument("--seed", nargs="+", type=int, default=[0], metavar="S", help="one run each (default 0)")
+    sweep.add_argument(
+        "--per-budget", action="store_true", help="a run for each budget, instead of one that serves them all"
+    )
+    sweep.add_argument("--baselines", nargs="+", default=[], metavar="B", choices=BASELINES, help="as for eval")
+    sweep.add_argument("--data", help="what to train on, as for distill")
+    sweep.add_argument("--eval-data", metavar="DATA", help="what to measure on (default: each run's held-out data)")
+    sweep.add_argument("--steps", type=int, help="optimizer steps of each run")
+    sweep.add_argument("--minutes", type=float, help="training time of each run, instead of steps (default 10)")
+    sweep.add_argument("--no-bench", action="store_true", help="do not time anything")
+    sweep.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for distill")
+    sweep.add_argument("--output", required=True, metavar="DIR", help="sweep folder; what is finished there stays")
+
+    report = command("report", _report, "write a page about sweeps: quality, speed, and where the compute went")
+    report.add_argument("folders", nargs="+", metavar="DIR", help="sweep folders")
+    report.add_argument(
+        "-o",
+        "--output",
+        default="report.html",
+        metavar="FILE",
+        help="the page; tables as .md and .csv and plots as .svg go beside it (default report.html)",
+    )
 
     compare = command("compare", _compare, "say how alike the routers of two finished runs of an image model decide")
     compare.add_argument("run", metavar="RUN")
@@ -247,6 +280,54 @@ def _bench(options: argparse.Namespace) -> None:
         f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
         f"peak memory {train['peak_bytes'] / 1e9:.2f} GB, weights {train['weight_bytes'] / 1e9:.2f} GB"
     )
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    import shlex
+
+    from elastic.sweep import sweep
+
+    if options.steps is not None and options.minutes is not None:
+        raise ValueError("give --steps or --minutes, not both")
+    with _screen() as (say, progress):
+        rows = sweep(
+            options.output,
+            models=options.model,
+            budgets=options.target_compute,
+            presets=options.preset,
+            seeds=options.seed,
+            baselines=options.baselines,
+            per_budget=options.per_budget,
+            eval_data=options.eval_data,
+            timed=not options.no_bench,
+            command=shlex.join(options.line),
+            say=say,
+            progress=progress,
+            settings=options.set,
+            data__source=options.data,
+            train__steps=options.steps,
+            train__minutes=options.minutes,
+        )
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for row in rows for key, _, _ in row["metrics"]))
+    table = Table("model", "preset", "seed", "asked", "compute", *(key.replace("_", " ") for key in keys))
+    for row in rows:
+        name = row["preset"] if row["baseline"] is None else f"{row['baseline']} (baseline of {row['preset']})"
+        numbers = (f"{row['compute_target']:.3f}", f"{row['compute']:.3f}")
+        table.add_row(
+            row["model"], name, str(row["seed"]), *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys)
+        )
+    Console().print(table)
+    print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from elastic.report import report
+
+    for path in report(options.folders, options.output):
+        print(path)
 
 
 def _compare(options: argparse.Namespace) -> None:

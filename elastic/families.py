@@ -10,6 +10,8 @@ start(student, data, order, config)        calibration
 compute_meter(student, data, order, config)  what the dial is set by
 evaluate(student, held_out, config)        a row's measurements
 lines()                                    how a table shows them
+METRICS                                    which of them a report plots: (key, label, "lower" or "higher" is better)
+routing(student, data, teacher, config)    where compute went, and examples (see elastic/routing.py)
 UNIT                                       what data consists of
 baseline(...)                              images and questions about them: what a student has to beat
 alike(...)                                 images only: see elastic/images.py

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 import teachers
 from elastic import baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
 from students.calibrate import Start
@@ -31,6 +35,17 @@ CALIBRATED = 64
 """Images that are looked at together in calibration."""
 DIAL_IMAGES = 2048
 """Training images that quotas and the dial are set on."""
+EXAMPLES = 8
+"""Images that routing is looked at on, and that are shown."""
+SHOWN = 112
+"""About how many pixels wide they are shown."""
+METRICS = (
+    ("top1", "top-1 accuracy", "higher"),
+    ("kl", "KL to the teacher (nats per image)", "lower"),
+    ("agreement", "top-1 agreement with the teacher", "higher"),
+    ("cosine", "cosine of the features to the teacher's", "higher"),
+)
+"""What a report plots against compute: key, label, and which direction is better."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> ImageData:
@@ -266,6 +281,46 @@ def alike(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[s
     if odd:
         raise ValueError(f"the two runs have different routers, such as {odd[0]}")
     return {key: float(spearman_corrcoef(*(torch.cat(part) for part in parts))) for key, parts in seen.items()}
+
+
+@torch.no_grad()
+def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+    """Where compute goes in a few of the images (see elastic/routing.py), and how they look then.
+
+    Adds the key examples: for each, original and image, a data URI each, the second with patches as opaque as the
+    compute is that they get, and compute, its share of the teacher's. None where the patches are no square.
+    """
+    chosen = [len(images) * n // EXAMPLES for n in range(min(EXAMPLES, len(images)))]
+    pixels = images.load(chosen)[0].to(next(student.parameters()).device)
+    _, decisions = student.features(pixels)
+    valid = torch.ones(len(pixels), student.tokens, dtype=torch.bool, device=pixels.device)
+    found = where(student, decisions, pixels, valid, "prefill")
+    spent = student.compute.routed_blocks(decisions, valid, "prefill")
+    dense = student.compute.dense(valid, "prefill")
+    patches = torch.tensor(found["tokens"]).float().mean(0).div(1000).view(len(pixels), -1)
+    side = math.isqrt(patches.shape[1])
+    examples = []
+    if side * side == patches.shape[1]:
+        for picture, opaque, share in zip(pixels.cpu(), patches, (spent.sum(1) / dense.sum(1)).tolist(), strict=True):
+            shown = {"original": _data_uri(picture), "image": _data_uri(picture, opaque.view(side, side))}
+            examples.append({**shown, "compute": round(share, 3)})
+    return {**found, "examples": examples}
+
+
+def _data_uri(pixels: Tensor, opaque: Tensor | None = None) -> str:
+    """A picture of pixels [C, H, W] of any range, in WebP; opaque [h, w]: of each patch, 0 to 1."""
+    from PIL import Image
+
+    size = max(1, round(SHOWN / pixels.shape[-1])) * pixels.shape[-1] if pixels.shape[-1] < SHOWN else SHOWN
+    mode = "nearest" if size > pixels.shape[-1] else "area"
+    pixels = (pixels.float() - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-6)
+    picture = nn.functional.interpolate(pixels.expand(3, -1, -1)[None], size=size, mode=mode)[0]
+    if opaque is not None:
+        alpha = nn.functional.interpolate(opaque.clamp(0, 1)[None, None], size=size, mode="nearest")[0]
+        picture = torch.cat([picture, alpha])
+    file = io.BytesIO()
+    Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).numpy()).save(file, format="WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:

@@ -21,6 +21,7 @@ import yaml
 
 import teachers
 from elastic.config import RunConfig, from_dict, read_yaml, to_dict
+from elastic.files import write_text
 from students import Student, elasticize, kernels
 from teachers import Teacher
 from teachers.cache import cache_folder
@@ -50,8 +51,7 @@ class Run:
                 model=config.model,
                 identity=teacher.identity,
                 source=teacher.source,
-                versions={name: version(name) for name in ("torch", "transformers", "accelerate", "elastic-distill")},
-                machine={"platform": platform.platform(), "threads": torch.get_num_threads()},
+                **surroundings(),
             )
         except OSError:
             run._clear()
@@ -127,19 +127,24 @@ class Run:
         return student
 
 
+def surroundings() -> dict[str, Any]:
+    """What results depend on besides the configuration: versions of libraries, and the machine."""
+    names = ("elastic-distill", "torch", "transformers", "timm", "accelerate")
+    machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["device"] = torch.cuda.get_device_name()
+    return {"versions": {"python": platform.python_version(), **{n: version(n) for n in names}}, "machine": machine}
+
+
+def _processor() -> str:
+    """The processor's name; on Linux the kernel knows it, elsewhere the standard library."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def load(folder: str | Path) -> Student:
     """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for."""
     run = Run.open(folder, finished=True)
     return run.load_student(run.teacher())
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, written under a temporary name and then renamed."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)

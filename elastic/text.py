@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import (
     HIDDEN_DISTANCES,
@@ -31,6 +32,16 @@ UNIT = "windows"
 """What data consists of, for the user to read."""
 DIAL_WINDOWS = 16
 """Training windows that the dial is set on."""
+EXAMPLE_TOKENS = 512
+"""Tokens that routing is looked at on."""
+SHOWN = 200
+"""How many of them are shown."""
+METRICS = (
+    ("perplexity_ratio", "perplexity over the teacher's", "lower"),
+    ("kl", "KL to the teacher (nats per token)", "lower"),
+    ("agreement", "top-1 agreement with the teacher", "higher"),
+)
+"""What a report plots against compute: key, label, and which direction is better."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> TextData:
@@ -249,14 +260,38 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         valid = torch.ones_like(batch, dtype=torch.bool)
         out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
-        rows = out.last_hidden_state.flatten(0, 1)
-        tensors = student.head_tensors()
-        shares = [student.logits(part, *tensors)[1] for part in rows.split(128)] if tensors else [None]
-        share = None if shares[0] is None else torch.cat(shares).view(batch.shape)
-        head = torch.as_tensor(student.compute.routed_head(share, phase)) * valid
+        head = _head_cost(student, out.last_hidden_state, phase)
         spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
         whole += float(student.compute.dense(valid, phase)[:, after:].sum())
     return spent / whole
+
+
+def _head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
+    """What the LM head costs for each of the final hidden states [B, T, D], [B, T]."""
+    tensors = student.head_tensors()
+    rows = hidden.flatten(0, 1).split(128)
+    share = torch.cat([student.logits(part, *tensors)[1] for part in rows]).view(hidden.shape[:2]) if tensors else None
+    return torch.as_tensor(student.compute.routed_head(share, phase)).expand(hidden.shape[:2])
+
+
+@torch.no_grad()
+def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+    """Where compute goes in the first of the windows [N, T] (see elastic/routing.py), and what it reads there.
+
+    Adds the key examples: one text, in pieces of [text, compute as a share of the teacher's].
+    """
+    shown = windows[: max(1, EXAMPLE_TOKENS // windows.shape[1])].to(next(student.parameters()).device)
+    valid, phase = torch.ones_like(shown, dtype=torch.bool), config.budget.phase
+    out, decisions = student.features(shown, prompt=prompt_mask(shown, config.data.prompt))
+    spent = student.compute.routed_blocks(decisions, valid, phase) + _head_cost(student, out.last_hidden_state, phase)
+    shares = (spent / student.compute.dense(valid, phase)).flatten()
+    ids, text = shown.flatten().tolist(), ""
+    pieces = []
+    for number, share in enumerate(shares[:SHOWN].tolist()):
+        # what a token adds to the text in front of it: alone, some tokenizers would take its space away
+        before, text = text, teacher.processor.decode(ids[: number + 1])
+        pieces.append([text[len(before) :], round(share, 3)])
+    return {**where(student, decisions, shown, valid, phase), "examples": [{"pieces": pieces}]}
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:

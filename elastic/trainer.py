@@ -24,7 +24,8 @@ from elastic import families
 from elastic.config import RunConfig, TrainConfig, to_dict
 from elastic.dial import capacity_for, set_dial
 from elastic.evaluate import HELD_OUT, describe
-from elastic.run import DTYPES, Run, write_text
+from elastic.files import write_text
+from elastic.run import DTYPES, Run
 from elastic.sums import Sums
 from losses import budget_price
 from students import Student, elasticize

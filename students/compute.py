@@ -19,7 +19,7 @@ not next to channel routers (channels are chosen there), nor where an architectu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.runtime import Decisions
-from students.spec import LINEAR_SITES, RouterSpec, StudentSpec
+from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -56,6 +56,16 @@ class BlockShape:
     routers: dict[str, int]
     """Cost of a router that decides token by token, by the key of its decision."""
     substitutes: dict[str, int]
+
+    def only(self, branch: str) -> BlockShape:
+        """One branch alone, "attn" or "mlp"; what belongs to neither, such as a router of the block, is attention's."""
+
+        def mine(key: str) -> bool:
+            return key.startswith(("mlp", "expert")) == (branch == "mlp")
+
+        sizes = {n: getattr(self, n) * mine(n) for n in ("q", "kv", "o", "per_key", "mlp_in", "mlp_out")}
+        added = {n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")}
+        return replace(self, **sizes, **added)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,18 @@ class ComputeModel:
         if share is None:
             return float(self.head)
         return self.head_routed + self.head * (share if phase == "decode" else 1.0)
+
+    def by_branch(self, decisions: Decisions, valid: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:
+        """(student's, frozen model's) cost [blocks, 2, B, T] of every block's attention and MLP for each token."""
+        spent, dense = [], []
+        for number, block in enumerate(self.blocks):
+            for part in map(block.only, BRANCHES):
+                whole = part.q + part.kv + part.o + part.mlp_in + part.mlp_out
+                whole = whole + part.per_key * _keys(valid, phase, part.window)
+                routed = whole if decisions.bypassed else self._block(number, part, decisions, valid, phase)
+                dense.append(whole * valid)
+                spent.append(routed * valid)
+        return tuple(torch.stack(x).unflatten(0, (-1, len(BRANCHES))) for x in (spent, dense))
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""

@@ -92,6 +92,22 @@ def test_fewer_open_gates_never_cost_more(kind: str, phase: str):
     assert (saving == 0) if phase == "prefill" and per_token else saving > 0.01
 
 
+@pytest.mark.parametrize("kind", [*sorted(EVERY_KIND), "mixed"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_branches_add_up_to_the_blocks(kind: str, phase: str, llama: PreTrainedModel, tokens: torch.Tensor):
+    spec = MIXED if kind == "mixed" else StudentSpec((EVERY_KIND[kind],), LoraSpec(2))
+    student = scramble(elasticize(llama, spec))
+    with torch.no_grad():
+        _, decisions = student(tokens, use_cache=False)
+        spent, dense = student.compute.by_branch(decisions, ALL, phase)
+        assert spent.shape == dense.shape == (3, 2, 2, 12)
+        torch.testing.assert_close(spent.sum((0, 1)), student.compute.routed_blocks(decisions, ALL, phase))
+        torch.testing.assert_close(dense.sum((0, 1)), student.compute.dense(ALL, phase) - student.compute.head)
+        with student.teacher():
+            _, decisions = student(tokens, use_cache=False)
+        assert torch.equal(student.compute.by_branch(decisions, ALL, phase)[0], dense)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_all_open_is_one_and_what_routers_cost(phase: str):
     compute = student_of(RouterSpec("token", network="static"), RouterSpec("channel", network="static")).compute

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from elastic.cli import main
 from elastic.config import RunConfig, make_config
 from elastic.evaluate import compare_runs, measure_run
 from elastic.run import Run, load
+from elastic.sweep import look
 from students import StudentSpec, elasticize
 from students.image import ImageStudent
 from students.spec import RouterSpec
@@ -198,6 +201,30 @@ def test_runs_can_be_compared(finished: Path) -> None:
     rows = {row["router"]: row["correlation"] for row in compare_runs(str(finished), str(finished))}
     assert set(rows) == {"1.layer", "mean"}
     assert all(value == pytest.approx(1) for value in rows.values())
+
+
+def test_where_compute_goes(finished: Path) -> None:
+    """Patches stay away from block 1 on: nobody misses any before, and pictures fade by what their patches miss."""
+    details = look(str(finished), None)
+    result = Run.open(finished).about["result"]
+    assert (len(details["blocks"]), details["phase"]) == (3, "prefill")
+    first, *later = details["blocks"]
+    assert first == [1, 1] and all(0 < share < 1 for block in later for share in block)
+    tokens = torch.tensor(details["tokens"]).view(3, 8, 16) / 1000
+    assert (tokens[0] == 1).all() and set(tokens[2].flatten().tolist()) == {0, tokens[2].max().item()}
+    assert sum(example["compute"] for example in details["examples"]) / 8 == pytest.approx(result["compute"], abs=1e-3)
+    for example, patches in zip(details["examples"], tokens.mean(0), strict=True):
+        original, faded = (_picture(example[key]) for key in ("original", "image"))
+        assert original.mode == "RGB" and faded.mode == "RGBA" and original.size == faded.size == (112, 112)
+        alpha = torch.tensor(bytearray(faded.getchannel("A").tobytes())).view(4, 28, 4, 28)
+        assert torch.equal(alpha.amin((1, 3)), alpha.amax((1, 3)))
+        torch.testing.assert_close(alpha[:, 0, :, 0].flatten() / 255, patches.clamp(max=1), atol=0.005, rtol=0)
+
+
+def _picture(uri: str) -> Image.Image:
+    head, data = uri.split(",")
+    assert head == "data:image/webp;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 def test_bench_measures_inference_and_a_step(finished: Path) -> None:
