@@ -302,12 +302,12 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
     examples = []
     if side * side == patches.shape[1]:
         for picture, opaque, share in zip(pixels.cpu(), patches, (spent.sum(1) / dense.sum(1)).tolist(), strict=True):
-            shown = {"original": _data_uri(picture), "image": _data_uri(picture, opaque.view(side, side))}
+            shown = {"original": data_uri(picture), "image": data_uri(picture, opaque.view(side, side))}
             examples.append({**shown, "compute": round(share, 3)})
     return {**found, "examples": examples}
 
 
-def _data_uri(pixels: Tensor, opaque: Tensor | None = None) -> str:
+def data_uri(pixels: Tensor, opaque: Tensor | None = None) -> str:
     """A picture of pixels [C, H, W] of any range, in WebP; opaque [h, w]: of each patch, 0 to 1."""
     from PIL import Image
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from elastic import baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.images import data_uri
+from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES
 from students.calibrate import Start
@@ -33,6 +37,14 @@ DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
 LONGEST_ANSWER = 16
 """Tokens of an answer that is generated."""
+EXAMPLES = 6
+"""Questions that a report shows."""
+METRICS = (
+    ("accuracy", "accuracy", "higher"),
+    ("agreement", "agreement of answers", "higher"),
+    ("kl", "KL to the teacher, nats per token", "lower"),
+)
+"""What a report plots (see elastic/families.py)."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +335,46 @@ def baseline(
         raise ValueError(f"the baseline {name} is not for vision-language models: random and uniform are")
     baselines.keep_blindly(student, name, config.train.seed)
     return evaluate(student, questions, config)
+
+
+@torch.no_grad()
+def routing(
+    student: VisionLanguageStudent, questions: Questions, teacher: Teacher, config: RunConfig
+) -> dict[str, Any]:
+    """Where compute goes in a few of the questions (see elastic/routing.py), and which image tokens pass.
+
+    Adds the key examples: for each, original and image, a data URI each, the second without the patches that stay
+    outside, caption, question and answer, and compute, the prompt's share of the teacher's. None where patches are no
+    square.
+    """
+    chosen = [len(questions) * n // EXAMPLES for n in range(min(EXAMPLES, len(questions)))]
+    samples = questions.asked.read(chosen)
+    prompts = encode(questions.processor, samples, questions.image_token).to(student.model.device)
+    before, student.runtime.execution = student.runtime.execution, "mask"  # where all tokens have a place
+    try:
+        _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
+    finally:
+        student.runtime.execution = before
+    valid = prompts.inputs["attention_mask"].bool()
+    kept = valid if decisions.valid is None else decisions.valid
+    found = where(student, decisions, prompts.inputs["input_ids"], valid, "prefill", kept)
+    examples = []
+    for row, (picture, question, answer) in enumerate(samples):
+        side = math.isqrt(int(prompts.image[row].sum()))
+        if side * side != prompts.image[row].sum():
+            continue
+        shown = kept[row][prompts.image[row]].float().view(side, side)
+        pixels = pil_to_tensor(picture).float()
+        share = float(kept[row].sum() / valid[row].sum())
+        examples.append(
+            {
+                "original": data_uri(pixels),
+                "image": data_uri(pixels, shown.cpu()),
+                "caption": f"{question} {answer}",
+                "compute": round(share, 3),
+            }
+        )
+    return {**found, "examples": examples}
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:

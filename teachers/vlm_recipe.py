@@ -86,9 +86,12 @@ def pretrain_vlm(
     _name(tower, images, truth, say)
     say("stage 2: image tokens learn the places of words")
     words = [_places(model, base.processor, names) for names in WORDS]
-    _align(tower, projector, images, truth, words, say)
+    with torch.no_grad():
+        scale = float(_states(tower, images[:TOWER_BATCH]).std(-1).mean())
+        projector.linear_1.weight.div_(scale)  # the states are not normalised, and this layer is their first
+    _align(tower, projector, images, truth, words, scale, say)
     say(f"stage 3: tower and projector learn from answers, through {language}")
-    _answer(model, base.processor, images, about, epochs, say)
+    _answer(model, base.processor, images, about, epochs, scale, say)
     state = {**_prefixed(tower, "model.vision_tower."), **_prefixed(projector, "model.multi_modal_projector.")}
     with published(final) as workshop:
         folder = workshop / final.name
@@ -188,13 +191,32 @@ def _places(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> Ten
     return torch.stack([embed(torch.tensor(tokenizer(word).input_ids)).float().mean(0) for word in words])
 
 
+def _groups(
+    tower: nn.Module, projector: nn.Module, lr: float, projector_lr: float, scale: float
+) -> list[dict[str, Any]]:
+    """Parameters and learning rates; the layer that reads states of this scale learns in steps that much smaller."""
+    first = projector.linear_1.weight
+    others = [p for p in _learn(projector) if p is not first]
+    return [
+        {"params": _learn(tower), "lr": lr},
+        {"params": [first], "lr": projector_lr / scale},
+        {"params": others, "lr": projector_lr},
+    ]
+
+
 def _align(
-    tower: nn.Module, projector: nn.Module, images: Tensor, truth: Tensor, words: Sequence[Tensor], say: Say
+    tower: nn.Module,
+    projector: nn.Module,
+    images: Tensor,
+    truth: Tensor,
+    words: Sequence[Tensor],
+    scale: float,
+    say: Say,
 ) -> None:
     """Image tokens learn the place of a word: every other one the shape's, the others the colour's."""
-    scale = torch.cat(list(words)).var()
+    spread = torch.cat(list(words)).var()
     steps = WORD_EPOCHS * len(images) // TOWER_BATCH
-    for take in _steps([{"params": _learn(tower, projector), "lr": 1e-3}], steps, 30, say):
+    for take in _steps(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 30, say):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
             tokens = projector(_states(tower, turned(images[rows])))
@@ -204,7 +226,7 @@ def _align(
             mine, target = tokens[target >= 0, kind :: len(words)].float(), target[target >= 0]
             likeness = 20 * F.normalize(mine, dim=-1) @ F.normalize(places, dim=-1).T
             every = target.repeat_interleave(mine.shape[1])
-            loss = loss + (mine - places[target].unsqueeze(1)).square().mean() / scale
+            loss = loss + (mine - places[target].unsqueeze(1)).square().mean() / spread
             loss = loss + F.cross_entropy(likeness.flatten(0, 1), every)
         take(loss)
 
@@ -215,11 +237,11 @@ def _answer(
     images: Tensor,
     about: Sequence[Sequence[tuple[str, str]]],
     epochs: int,
+    scale: float,
     say: Say,
 ) -> None:
     """Tower and projector learn from the answers to a few questions about each image, read in one sequence."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    groups = [{"params": _learn(tower), "lr": 3e-4}, {"params": _learn(projector), "lr": 1e-3}]
+    groups = _groups(model.model.vision_tower, model.model.multi_modal_projector, 4e-4, 2e-3, scale)
     packer = _Packer(model, tokenizer)
     steps = max(1, epochs * len(images) // IMAGES)
     order = torch.cat([torch.randperm(len(images)) for _ in range(epochs + 1)])

@@ -268,6 +268,17 @@ def test_questions_give_away_what_images_show() -> None:
     assert [found[1][0], WORDS[1][found[1][1]]] == [-100, "teal"]
 
 
+def test_what_a_report_shows_of_a_question(finished: Path) -> None:
+    run = Run.open(finished)
+    teacher, config = run.teacher(), run.config
+    student = run.load_student(teacher)
+    found = vlms.routing(student, vlms.load(config, teacher).held_out, teacher, config)
+    assert len(found["blocks"]) == 3 and all(0 < share < 1.01 for block in found["blocks"] for share in block)
+    assert student.runtime.execution == "skip"
+    for example in found["examples"]:
+        assert example["image"].startswith("data:image/webp") and example["caption"] and 0 < example["compute"] < 1
+
+
 def test_bench_measures_prefill_and_decoding(finished: Path) -> None:
     rows = bench_run(str(finished), batch=[1, 2], new_tokens=3, repeats=1, say=silent)
     assert [row["phase"] for row in rows] == ["prefill", "decode", "prefill", "decode", "train"]
