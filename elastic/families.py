@@ -11,7 +11,9 @@ compute_meter(student, data, order, config)  what the dial is set by
 evaluate(student, held_out, config)        a row's measurements
 lines()                                    how a table shows them
 UNIT                                       what data consists of
-baseline(...), alike(...)                  images only: see elastic/images.py
+BASELINES                                  names of what the next one makes
+baseline(name, student, held_out, config, compute)  a row's measurements of something untrained at this compute
+alike(...)                                 images only: see elastic/images.py
 """
 
 from importlib import import_module

@@ -31,6 +31,8 @@ CALIBRATED = 64
 """Images that are looked at together in calibration."""
 DIAL_IMAGES = 2048
 """Training images that quotas and the dial are set on."""
+BASELINES = ("random", "uniform", "tome")
+"""What `baseline` makes; see elastic/baselines.py."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> ImageData:
