@@ -27,7 +27,7 @@ from students.calibrate import calibrate
 from students.language import LanguageStudent
 from students.routers import OPEN
 from students.runtime import Decisions
-from students.spec import LINEAR_SITES, LoraSpec, RouterSpec, StudentSpec
+from students.spec import LINEAR_SITES, RouterSpec, StudentSpec
 from students.wrappers import RoutedHead, RoutedLinear
 
 LEVELS = 513
@@ -122,7 +122,10 @@ def at_random(
         why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
         raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
     shares = _shares(student, batches)
-    other = elasticize(model, replace(student.spec, lora=LoraSpec()))
+    routers = tuple(
+        RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
+    )
+    other = elasticize(model, StudentSpec(routers))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
 
     def turned(offset: float) -> dict[str, Tensor]:
@@ -136,8 +139,7 @@ def at_random(
     shares = {key: float(share) for key, share in turned(low).items()}
     generator = torch.Generator().manual_seed(config.train.seed)
     for key, layer in _sites(other).items():
-        if f"{key}.channel" in shares:
-            layer.register_forward_pre_hook(_drop(shares[f"{key}.channel"], generator))
+        layer.register_forward_pre_hook(_drop(shares[f"{key}.channel"], generator))
     head = other.model.get_output_embeddings()
     if isinstance(head, RoutedHead):
         router = head.routers["vocab"]
