@@ -188,7 +188,7 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    if options.tasks:
+    if options.tasks is not None:
         return _eval_tasks(options)
     if options.limit is not None:
         raise ValueError("--limit is for --tasks: leave it away")

@@ -225,6 +225,10 @@ def _ask(scorer: Scorer, name: str, task: ConfigurableTask, limit: int | None) -
 
 def load_tasks(items: Sequence[str], say: Callable[[str], None] = print) -> dict[str, ConfigurableTask]:
     """Tasks by name, zero-shot, of names that the harness knows and of paths. ValueError for what is none of both."""
+    if not items:
+        raise ValueError(
+            "--tasks names no task: give names of the harness and paths of files, with commas between them"
+        )
     paths = {item: Path(item).expanduser() for item in items}
     files = {item for item, path in paths.items() if path.is_file() or path.suffix or len(path.parts) > 1}
     found = [(paths[item].stem, file_task(paths[item])) for item in items if item in files]

@@ -231,6 +231,7 @@ def test_command_line(
         return err.splitlines()[-1]
 
     assert "no such file of questions: missing.jsonl" in refused("--tasks", "missing.jsonl")
+    assert "--tasks names no task" in refused("--tasks", ",")
     assert "two tasks are called own" in refused("--tasks", f"{file},{file}")
     assert "--limit must be at least 1" in refused("--tasks", file, "--limit", "0")
     assert "--limit is for --tasks" in refused("--limit", "3")
