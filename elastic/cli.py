@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ EXAMPLES = """examples:
   elastic models
 """
 
-BASELINES = ("random", "uniform", "tome")
+BASELINES = ("random", "uniform", "static", "teal", "tome")
 """What can be measured beside a student."""
 
 
@@ -98,8 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="B",
         choices=BASELINES,
-        help="models of images: also measure random, uniform (dropping), tome (merging) at the same compute",
+        help="also measure these at the same compute: random, uniform; text: static, teal; images: tome (merging)",
     )
+    measure.add_argument(
+        "--tasks",
+        metavar="T,T",
+        help="zero-shot accuracy on these instead: names of lm-evaluation-harness, files of questions (JSON lines)",
+    )
+    measure.add_argument("--limit", type=int, metavar="N", help="--tasks: so many questions of each only")
     measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     bench = command("bench", _bench, "time a finished run against the dense model: prefill, decoding, training step")
@@ -221,6 +228,10 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    if options.tasks is not None:
+        return _eval_tasks(options)
+    if options.limit is not None:
+        raise ValueError("--limit is for --tasks: leave it away")
     from elastic.evaluate import measure_run
 
     with _screen() as (say, _):
@@ -231,6 +242,39 @@ def _eval(options: argparse.Namespace) -> None:
         print(json.dumps({"rows": rows}))
     else:
         _print_rows(rows)
+
+
+def _eval_tasks(options: argparse.Namespace) -> None:
+    if options.data or options.baselines:
+        raise ValueError(
+            "--tasks brings its own data and measures teacher and student: leave --data and --baselines away"
+        )
+    if options.limit is not None and options.limit < 1:
+        raise ValueError("--limit must be at least 1")
+    if find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'elastic-distill[tasks]'")
+    from elastic.tasks import score_run
+
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    with _screen() as (say, _):
+        rows = score_run(options.run, names, compute=options.compute, limit=options.limit, say=say)
+    if options.json:
+        print(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    def accuracy(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:.2%} ± {row[f'{key}_stderr']:.2%}" if key in row else ""
+
+    table = Table("task", "examples", "decode", "prefill", "agreement")
+    columns = "accuracy", "teacher_accuracy", "accuracy_norm", "teacher_accuracy_norm"
+    for key in columns:
+        table.add_column(key.replace("_", " "))
+    for r in rows:
+        numbers = f"{r['examples']:,}", f"{r['compute']:.3f}", f"{r['compute_prefill']:.3f}", f"{r['agreement']:.2%}"
+        table.add_row(r["task"], *numbers, *(accuracy(r, key) for key in columns))
+    Console(width=160).print(table)
 
 
 def _bench(options: argparse.Namespace) -> None:

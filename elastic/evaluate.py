@@ -42,15 +42,16 @@ def measure_run(
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 
-    Returns its row, and one of each of `baselines` (models of images; see elastic/baselines.py) at the same compute.
+    Returns its row, and one of each of `baselines` (see BASELINES of the family) at the same compute.
     """
     run = Run.open(folder, finished=True)
     config = run.config
     if compute is not None and not 0 < compute <= 1:
         raise ValueError(f"--compute is {compute}; it must be above 0 and at most 1")
     family = families.of(config.family)
-    if baselines and not hasattr(family, "baseline"):
-        raise ValueError(f"--baselines are for models of images; {config.model} is none")
+    for other in baselines:
+        if other not in family.BASELINES:
+            raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(family.BASELINES)}")
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:
@@ -66,7 +67,8 @@ def measure_run(
     rows = [row]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
-        measured = family.baseline(other, student, held_out, config, row["compute"])
+        spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
+        measured = family.baseline(other, student, held_out, config, spent)
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows

@@ -13,7 +13,8 @@ lines()                                    how a table shows them
 METRICS                                    which of them a report plots: (key, label, "lower" or "higher" is better)
 routing(student, data, teacher, config)    where compute went, and examples (see elastic/routing.py)
 UNIT                                       what data consists of
-baseline(...)                              images and questions about them: what a student has to beat
+BASELINES                                  names of what the next one makes
+baseline(name, student, held_out, config, compute)  a row's measurements of something untrained at this compute
 alike(...)                                 images only: see elastic/images.py
 """
 

@@ -46,6 +46,8 @@ METRICS = (
     ("cosine", "cosine of the features to the teacher's", "higher"),
 )
 """What a report plots against compute: key, label, and which direction is better."""
+BASELINES = ("random", "uniform", "tome")
+"""What `baseline` makes; see elastic/baselines.py."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> ImageData:

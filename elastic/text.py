@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import teachers
+from elastic import text_baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
@@ -31,7 +33,7 @@ BATCH_TOKENS = 1024
 UNIT = "windows"
 """What data consists of, for the user to read."""
 DIAL_WINDOWS = 16
-"""Training windows that the dial is set on."""
+"""Windows that the dial is set on."""
 EXAMPLE_TOKENS = 512
 """Tokens that routing is looked at on."""
 SHOWN = 200
@@ -42,6 +44,8 @@ METRICS = (
     ("agreement", "top-1 agreement with the teacher", "higher"),
 )
 """What a report plots against compute: key, label, and which direction is better."""
+BASELINES = ("random", "uniform", "static", "teal")
+"""What `baseline` makes; see elastic/text_baselines.py."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> TextData:
@@ -292,6 +296,28 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
         before, text = text, teacher.processor.decode(ids[: number + 1])
         pieces.append([text[len(before) :], round(share, 3)])
     return {**where(student, decisions, shown, valid, phase), "examples": [{"pieces": pieces}]}
+
+
+def baseline(name: str, student: LanguageStudent, windows: Tensor, config: RunConfig, compute: float) -> dict[str, Any]:
+    """As `evaluate`, for a baseline (see elastic/text_baselines.py) at the student's compute in the run's phase.
+
+    Compute is matched on the first of the windows; calibration looks at training windows.
+    """
+    frozen = student.model
+    teacher = teachers.load(config.model, device=frozen.device, dtype=frozen.dtype)
+    first = windows[:DIAL_WINDOWS].to(frozen.device)
+    if name == "random":
+        other = text_baselines.at_random(student, teacher.model, config, compute, first.split(2))
+    else:
+        train = load(config, teacher).train
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
+        looked_at = train[order[:DIAL_WINDOWS]].to(first.device).split(2)
+
+        def meter(other: LanguageStudent) -> float:
+            return measured_compute(other, first, config.budget.phase, config.data.prompt)
+
+        other = text_baselines.calibrated(name, student, teacher.model, config, compute, looked_at, meter)
+    return evaluate(other, windows, config)
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:

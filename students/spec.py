@@ -17,8 +17,6 @@ class RouterSpec:
     kind: Literal["token", "head", "expert", "channel", "layer", "vocab", "image"]
     """What a gate switches: the branch for one token, one attention head, one group of MLP neurons, one input channel
     of a linear layer, the whole block, one row of the LM head, or one image token at a language model's door."""
-    part: Literal["language", "vision"] = "language"
-    """Vision-language models: in the blocks of which tower the router stands."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
@@ -56,6 +54,8 @@ class RouterSpec:
     """vocab: rank of the cheap preview of the logits; 0 means a quarter of the hidden width."""
     query: int = 0
     """image: rank of a bilinear form of image token and question, added to the score; 0 looks at the image alone."""
+    part: Literal["language", "vision"] = "language"
+    """Vision-language models: in the blocks of which tower the router stands."""
 
     def __post_init__(self) -> None:
         allowed = {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())

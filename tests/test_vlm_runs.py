@@ -154,7 +154,7 @@ def test_baselines_keep_as_many_image_tokens(finished: Path) -> None:
     assert [row["preset"] for row in rows] == ["default", "random", "uniform"]
     assert len({row["image_tokens_kept"] for row in rows}) == 1
     assert rows[0]["kl"] != rows[1]["kl"] != rows[2]["kl"]
-    with pytest.raises(ValueError, match="not for vision-language models"):
+    with pytest.raises(ValueError, match="there is no baseline tome"):
         measure_run(str(finished), baselines=["tome"], say=silent)
 
 
