@@ -123,13 +123,15 @@ def test_a_killed_sweep_goes_on(
     def killed(*args: object) -> None:
         forward(*args)
         steps.append(1)
-        if len(steps) == 5:  # in the second run, after its first checkpoint
+        if len(steps) in (2, 5):  # in the first run, and then in the second
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save", killed)
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            run_sweep(folder)
+    for many in (1, 2):  # three checkpoints each
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_save", killed)
+            with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+                run_sweep(folder)
+        assert len(SweepFolder.open(folder).rows()) == 2 * (many - 1) and len(steps) in (2, 5)
     with (folder / "results.jsonl").open("a") as file:
         file.write('{"run": "runs/tiny-def')  # what a kill may leave
     assert [row["compute_target"] for row in SweepFolder.open(folder).rows()] == [1.0, 0.8]
