@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from students import Student
@@ -16,19 +17,33 @@ BRANCHES = ("attention", "MLP")
 
 
 def where(student: Student, decisions: Decisions, sample: Tensor, valid: Tensor, phase: Phase) -> dict[str, Any]:
-    """The compute of a batch as shares of the teacher's, by place and by token.
+    """Where the compute of a batch went, and what was open to each token.
 
     sample: the input that was decided on; valid [B, T] bool: its tokens. Keys: phase; sample, a fingerprint of the
-    input, for only decisions on the same one can be compared; branches, their names; blocks, for each block a share for
-    each branch; tokens, for each block a share in thousandths for each token, those of the prefix left out.
+    input, for only decisions on the same one can be compared; branches, their names; blocks, for each block a share of
+    the teacher's compute for each branch; outside, such shares by name of what is in no block (the family's to add);
+    tokens, for each block the share of gates that is open to each token, in thousandths, the prefix left out.
     """
     spent, dense = student.compute.by_branch(decisions, valid, phase)
     blocks = spent.sum((2, 3)) / dense.sum((2, 3))
-    tokens = (spent.sum(1) / dense.sum(1))[..., student.compute.prefix :].flatten(1)
+    tokens = open_shares(decisions, valid, len(blocks))[..., student.compute.prefix :].flatten(1)
     return {
         "phase": phase,
-        "sample": hashlib.sha256(sample.cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
+        "sample": hashlib.sha256(sample.cpu().double().numpy().tobytes()).hexdigest()[:16],
         "branches": list(BRANCHES),
         "blocks": [[round(share, 4) for share in block] for block in blocks.tolist()],
+        "outside": {},
         "tokens": (1000 * tokens).round().int().tolist(),
     }
+
+
+def open_shares(decisions: Decisions, valid: Tensor, blocks: int) -> Tensor:
+    """[blocks, B, T]: the share of gates that is open to each token, a mean over the routers of each block.
+
+    Compute would not do to compare tokens by: those further back in a text cost more, whatever was decided.
+    """
+    shares = []
+    for number in range(blocks):
+        found = [share.expand(valid.shape) for key, share in decisions.share.items() if key.startswith(f"{number}.")]
+        shares.append(torch.stack(found).mean(0) if found else torch.ones(valid.shape, device=valid.device))
+    return torch.stack(shares)

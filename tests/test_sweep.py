@@ -9,13 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RUN_SETTINGS
+from transformers import PreTrainedModel
 
 from elastic import bench, evaluate, trainer
 from elastic.cli import main
 from elastic.config import make_config
 from elastic.results import SweepFolder, key_of
+from elastic.routing import where
 from elastic.sweep import Clock, plan, sweep
+from students import RouterSpec, StudentSpec, elasticize
+from students.runtime import Decisions
 
 
 def silent(*_: object) -> None:
@@ -208,6 +213,21 @@ def test_runs_of_a_plan(model_folder: Path):
     assert [name for name, _ in names([0.7], presets=["default", "static"], seeds=[0, 1])] == [
         f"tiny-{preset}-0.7-seed{seed}" for preset in ("default", "static") for seed in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_open_gates_and_a_fingerprint(dtype: torch.dtype, llama: PreTrainedModel, tokens: torch.Tensor):
+    student = elasticize(llama, StudentSpec((RouterSpec("token", sites=("mlp",), blocks="odd"),)))
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    decisions = Decisions(share={"1.mlp.token": (tokens % 2).float()})
+    found = where(student, decisions, tokens.to(dtype), valid, "prefill")
+    assert found["tokens"] == [[1000] * 24, (1000 * (tokens % 2)).flatten().tolist(), [1000] * 24]
+    assert found["blocks"][0] == found["blocks"][2] == [1, 1]
+    mean = float((tokens % 2).float().mean())
+    router = 32 / (3 * 32 * 48)  # of the MLP's multiply-accumulates
+    assert found["blocks"][1] == pytest.approx([1, mean + router], abs=1e-3)
+    assert found["sample"] == where(student, decisions, tokens, valid, "prefill")["sample"]
+    assert found["sample"] != where(student, decisions, tokens + 1, valid, "prefill")["sample"]
 
 
 def test_time_left():
