@@ -290,7 +290,8 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
     """Where compute goes in a few of the images (see elastic/routing.py), and how they look then.
 
     Adds the key examples: for each, original and image, a data URI each, the second with patches as opaque as the
-    compute is that they get, and compute, its share of the teacher's. None where the patches are no square.
+    share of gates is that are open to them, and compute, as a share of the teacher's. None where the patches are no
+    square.
     """
     chosen = [len(images) * n // EXAMPLES for n in range(min(EXAMPLES, len(images)))]
     pixels = images.load(chosen)[0].to(next(student.parameters()).device)

@@ -188,8 +188,8 @@ class Model:
             rows,
         )
 
-    def heat_maps(self) -> list[tuple[str, Markup, Table]]:
-        """(label, plot, table) for every preset: which layers and branches compute goes to."""
+    def heat_maps(self) -> list[tuple[str, Markup, str, Table]]:
+        """(label, plot, what it leaves out, table) for every preset: which layers and branches compute goes to."""
         maps = []
         for series in self.students:
             found = [(row, details) for row in series.first() if (details := details_of(row))]
@@ -207,8 +207,13 @@ class Model:
                 [str(layer), *(f"{shares[b, layer, n]:.2f}" for b in range(len(budgets)) for n in range(len(names)))]
                 for layer in range(shares.shape[1])
             ]
+            outside = "; ".join(
+                f"{name}: "
+                + ", ".join(f"{details['outside'][name]:.2f} at {row['compute_target']:g}" for row, details in found)
+                for name in found[0][1]["outside"]
+            )
             table = Table(f"Compute of every layer, {series.label}", header, cells)
-            maps.append((series.label, Markup(plots.heat(names, budgets, shares, alt)), table))
+            maps.append((series.label, Markup(plots.heat(names, budgets, shares, alt)), outside, table))
         return maps
 
     def examples(self) -> list[dict[str, Any]]:
@@ -344,7 +349,7 @@ def details_of(row: Row) -> Details | None:
 
 
 def alike(first: Details, second: Details) -> float | None:
-    """How alike two students route: Spearman's rank correlation over tokens of the compute that they get in a layer,
+    """How alike two students route: Spearman's rank correlation over tokens of the share of gates that a layer opens,
     mean over the layers in which both choose. None where there are none, or they did not see the same tokens."""
     if first["sample"] != second["sample"] or len(first["tokens"]) != len(second["tokens"]):
         return None

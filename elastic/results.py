@@ -38,8 +38,6 @@ class SweepFolder:
 
         A last line that a kill cut short does not count; ValueError where another line is no row.
         """
-        if not self.results.exists():
-            return []
         *lines, _ = self.results.read_text(encoding="utf-8").split("\n")
         newest: dict[Key, Row] = {}
         for number, line in enumerate(lines, 1):
@@ -50,11 +48,12 @@ class SweepFolder:
                 raise ValueError(f"line {number} of {self.results} is no row of a sweep: remove it") from None
         return list(newest.values())
 
-    def drop_half_line(self) -> None:
-        """Cut off what a kill left of a last line."""
-        if self.results.exists():
-            whole, newline, _ = self.results.read_text(encoding="utf-8").rpartition("\n")
-            write_text(self.results, whole + newline)
+    def prepare(self) -> None:
+        """Make the folder where there is none; where a kill cut the last line short, leave that out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = self.results.read_text(encoding="utf-8") if self.results.exists() else ""
+        whole, newline, _ = found.rpartition("\n")
+        write_text(self.results, whole + newline)
 
     def append(self, row: Row) -> None:
         """Add a row, on disk when this returns."""

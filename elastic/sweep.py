@@ -37,6 +37,18 @@ class Task:
     """(budget, what the dial is turned to; None: where training left it)."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every point."""
+
+    data: str | None
+    """What is measured on; None: the run's held-out data."""
+    timed: bool
+    """Whether speed is measured."""
+    command: str
+    """What the row says that it was made by."""
+
+
 def sweep(
     output: str | Path,
     *,
@@ -68,10 +80,11 @@ def sweep(
         raise ValueError(f"{output} exists and is not a sweep folder: name another with --output")
     for task in tasks:
         _require_same(folder.run(task.name), task.config)
-    data = eval_data or evaluate.HELD_OUT
-    wanted = {(task.name, point): _keys(task, point[0], baselines, data) for task in tasks for point in task.points}
-    folder.folder.mkdir(parents=True, exist_ok=True)
-    folder.drop_half_line()
+    asked = Asked(eval_data, timed, command)
+    wanted = {
+        (task.name, point): _keys(task, point[0], baselines, eval_data) for task in tasks for point in task.points
+    }
+    folder.prepare()
     finished = {key_of(row): row for row in folder.rows()}
 
     def missing(keys: list[Key]) -> list[str | None]:
@@ -107,7 +120,7 @@ def sweep(
             try:
                 with clock.timing("points"):
                     kinds = missing(wanted[task.name, point])
-                    for row in _measure(folder, task, point, kinds, eval_data, timed, command, failed, say):
+                    for row in _measure(folder, task, point, kinds, asked, failed, say):
                         folder.append(row)
                         finished[key_of(row)] = row
             except (ValueError, OSError) as error:
@@ -157,10 +170,10 @@ def plan(
     return tasks
 
 
-def _keys(task: Task, budget: float, baselines: Sequence[str], data: str) -> list[Key]:
+def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None) -> list[Key]:
     """What the rows of a point are known by, the student's own first; at 1.0, where it is the teacher, no baselines."""
     kinds = (None, *dict.fromkeys(baselines if budget < 1 else ()))
-    return [(f"runs/{task.name}", budget, kind, data) for kind in kinds]
+    return [(f"runs/{task.name}", budget, kind, data or evaluate.HELD_OUT) for kind in kinds]
 
 
 def _require_same(path: Path, config: RunConfig) -> None:
@@ -204,9 +217,7 @@ def _measure(
     task: Task,
     point: tuple[float, float | None],
     kinds: Sequence[str | None],
-    data: str | None,
-    timed: bool,
-    command: str,
+    asked: Asked,
     failed: Callable[[str, Exception], None],
     say: Say,
 ) -> Iterator[Row]:
@@ -215,12 +226,12 @@ def _measure(
     path = str(folder.run(task.name))
     baselines = [kind for kind in kinds if kind is not None]
     try:
-        measured = evaluate.measure_run(path, data=data, compute=turn, baselines=baselines, say=say)
+        measured = evaluate.measure_run(path, data=asked.data, compute=turn, baselines=baselines, say=say)
     except ValueError as error:
         if not baselines:
             raise
         failed(f"{task.name} at {budget:g}, baselines {', '.join(baselines)}", error)
-        measured, baselines = evaluate.measure_run(path, data=data, compute=turn, say=say), []
+        measured, baselines = evaluate.measure_run(path, data=asked.data, compute=turn, say=say), []
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS
     for row, baseline in zip(measured, (None, *baselines), strict=True):
@@ -237,14 +248,14 @@ def _measure(
             "bench": None,
             "train_seconds": run.about.get("seconds"),
             "train_steps": run.about.get("steps", task.config.train.steps),
-            "command": command,
+            "command": asked.command,
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **surroundings(),
         }
         if baseline is None:
             if turn != 1:  # there it is the teacher, which routes nothing
                 _write(folder.details(row), look(path, turn))
-            if timed:
+            if asked.timed:
                 row["bench"] = bench.bench_run(path, compute=() if turn is None else (turn,), say=say)
         yield row
 

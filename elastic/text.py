@@ -287,7 +287,8 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
     shown = windows[: max(1, EXAMPLE_TOKENS // windows.shape[1])].to(next(student.parameters()).device)
     valid, phase = torch.ones_like(shown, dtype=torch.bool), config.budget.phase
     out, decisions = student.features(shown, prompt=prompt_mask(shown, config.data.prompt))
-    spent = student.compute.routed_blocks(decisions, valid, phase) + _head_cost(student, out.last_hidden_state, phase)
+    head = _head_cost(student, out.last_hidden_state, phase)
+    spent = student.compute.routed_blocks(decisions, valid, phase) + head
     shares = (spent / student.compute.dense(valid, phase)).flatten()
     ids, text = shown.flatten().tolist(), ""
     pieces = []
@@ -295,7 +296,9 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
         # what a token adds to the text in front of it: alone, some tokenizers would take its space away
         before, text = text, teacher.processor.decode(ids[: number + 1])
         pieces.append([text[len(before) :], round(share, 3)])
-    return {**where(student, decisions, shown, valid, phase), "examples": [{"pieces": pieces}]}
+    found = where(student, decisions, shown, valid, phase)
+    found["outside"] = {"LM head": round(float(head.mean()) / student.compute.head, 4)}
+    return {**found, "examples": [{"pieces": pieces}]}
 
 
 def baseline(name: str, student: LanguageStudent, windows: Tensor, config: RunConfig, compute: float) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def write_sweep(
             if not text:
                 example = {"original": PIXEL, "image": PIXEL, "compute": budget}
             details = {"phase": row["phase"], "sample": "0", "branches": ["attention", "MLP"], "blocks": blocks}
+            details["outside"] = {"LM head": 0.25 + budget / 2} if text else {}
             path = sweep.details(row)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**details, "tokens": tokens, "examples": [example] * (1 if text else 6)}))
@@ -150,6 +151,7 @@ def test_the_numbers_are_there(page: Path, folder: Path):
     assert told in text and f"{(math.exp(4.5) + math.exp(4.53)) / 2:.1f} ± " in text
     assert "runs/tiny-other-0.5-1.0-seed1" in text and "preset: other" in text and "40 steps, 1.0 min" in text
     assert "elastic sweep --output &#39;a &lt;b&gt;&#39;" in text and "Test &amp; Co" in text and "torch 2.14" in text
+    assert "<span class" in text and "LM head: 0.62 at 0.75, 0.50 at 0.5<" in text
     assert "&lt;b&gt;parts&lt;/b&gt;" in text and "<b>parts" not in text
     assert "random (baseline of default)" in text and "random (baseline of other)" in text
     markdown, table = page.with_suffix(".md").read_text(), page.with_suffix(".csv").read_text()

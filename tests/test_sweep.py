@@ -9,13 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RUN_SETTINGS
+from transformers import PreTrainedModel
 
 from elastic import bench, evaluate, trainer
 from elastic.cli import main
 from elastic.config import make_config
 from elastic.results import SweepFolder, key_of
+from elastic.routing import where
 from elastic.sweep import Clock, plan, sweep
+from students import RouterSpec, StudentSpec, elasticize
+from students.runtime import Decisions
 
 
 def silent(*_: object) -> None:
@@ -123,13 +128,15 @@ def test_a_killed_sweep_goes_on(
     def killed(*args: object) -> None:
         forward(*args)
         steps.append(1)
-        if len(steps) == 5:  # in the second run, after its first checkpoint
+        if len(steps) in (2, 5):  # in the first run, and then in the second
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save", killed)
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            run_sweep(folder)
+    for many in (1, 2):  # three checkpoints each
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_save", killed)
+            with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+                run_sweep(folder)
+        assert len(SweepFolder.open(folder).rows()) == 2 * (many - 1) and len(steps) in (2, 5)
     with (folder / "results.jsonl").open("a") as file:
         file.write('{"run": "runs/tiny-def')  # what a kill may leave
     assert [row["compute_target"] for row in SweepFolder.open(folder).rows()] == [1.0, 0.8]
@@ -206,6 +213,21 @@ def test_runs_of_a_plan(model_folder: Path):
     assert [name for name, _ in names([0.7], presets=["default", "static"], seeds=[0, 1])] == [
         f"tiny-{preset}-0.7-seed{seed}" for preset in ("default", "static") for seed in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_open_gates_and_a_fingerprint(dtype: torch.dtype, llama: PreTrainedModel, tokens: torch.Tensor):
+    student = elasticize(llama, StudentSpec((RouterSpec("token", sites=("mlp",), blocks="odd"),)))
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    decisions = Decisions(share={"1.mlp.token": (tokens % 2).float()})
+    found = where(student, decisions, tokens.to(dtype), valid, "prefill")
+    assert found["tokens"] == [[1000] * 24, (1000 * (tokens % 2)).flatten().tolist(), [1000] * 24]
+    assert found["blocks"][0] == found["blocks"][2] == [1, 1]
+    mean = float((tokens % 2).float().mean())
+    router = 32 / (3 * 32 * 48)  # of the MLP's multiply-accumulates
+    assert found["blocks"][1] == pytest.approx([1, mean + router], abs=1e-3)
+    assert found["sample"] == where(student, decisions, tokens, valid, "prefill")["sample"]
+    assert found["sample"] != where(student, decisions, tokens + 1, valid, "prefill")["sample"]
 
 
 def test_time_left():
