@@ -14,7 +14,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,8 @@ ROWS_PER_BATCH = 256
 """Tokens of a batch whose activations are kept."""
 PRICED_ROWS = 256
 """Tokens that channel routers are priced on."""
+LEAST_GAIN = 0.05
+"""Of the LM head's rows, where one limit seems best for all budgets."""
 
 
 @dataclass
@@ -54,6 +56,13 @@ class Start:
     """Nats per unit of compute at which gates close."""
     compute: float
     """Predicted compute ratio."""
+    prices: tuple[float, ...]
+    """The price of each budget that was asked for."""
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """How far to turn the dial from this start for each of them: a channel's cost is its magnitude squared."""
+        return tuple((math.log(self.price) - math.log(price)) / 2 for price in self.prices)
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,15 @@ class Choice:
     apply: Callable[[float], None]
 
 
-def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float, phase: Phase, seed: int = 0) -> Start:
+def calibrate(
+    student: LanguageStudent, batches: Iterable[Tensor], target: float | Sequence[float], phase: Phase, seed: int = 0
+) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
-    batches: token ids [B, T] without padding.
+    batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
+    router with the gain at which one dial reaches all of them.
     """
+    targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
     seen = _observe(student, batches, generator)
@@ -81,21 +94,39 @@ def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float
         choices += _block_choices(student, number, seen, dense, keys, phase)
     compute = student.compute.uniform(1.0, valid.shape[1], phase)
     head = student.model.get_output_embeddings()
-    if isinstance(head, RoutedHead):
-        fits = fit_vocab(head, torch.cat(seen["hidden"].inputs))
-        whole = student.compute.head / dense if phase == "decode" else 0.0
+    if not isinstance(head, RoutedHead):
+        return start_at(choices, compute, targets)
+    hidden = torch.cat(seen["hidden"].inputs)
+    fits = fit_vocab(head, hidden)
+    whole = student.compute.head / dense if phase == "decode" else 0.0
+    router: VocabRouter = head.routers["vocab"]
 
-        def lost(fit: VocabFit) -> float:
-            """Estimated KL if the head takes this setting and the blocks save the rest."""
-            return fit.kl + _lost(choices, find_price(choices, compute - whole * (1 - fit.share), target))
+    def lost(fit: VocabFit, target: float) -> float:
+        """Estimated KL if the head takes this setting and the blocks save the rest."""
+        return fit.kl + _lost(choices, find_price(choices, compute - whole * (1 - fit.share), target))
 
-        best = min(fits, key=lost)
-        head.routers["vocab"].spread.data.fill_(best.spread)
-        compute -= whole * (1 - best.share)
-    price = find_price(choices, compute, target)
+    best = [min(fits, key=lambda fit: lost(fit, target)) for target in (middle_of(targets), targets[0], targets[-1])]
+    router.spread.data.fill_(best[0].spread)
+    start = start_at(choices, compute - whole * (1 - best[0].share), targets)
+    if router.log_gain is not None:
+        length = router.features(hidden.float()).norm(dim=-1).mean()
+        gain = (best[1].spread - best[2].spread) * length / (start.offsets[-1] - start.offsets[0])
+        router.log_gain.data.copy_(gain.clamp(min=LEAST_GAIN).log())
+    return start
+
+
+def middle_of(targets: Sequence[float]) -> float:
+    """The budget that routers start from."""
+    return (targets[0] + targets[-1]) / 2
+
+
+def start_at(choices: list[Choice], compute: float, targets: Sequence[float]) -> Start:
+    """Start all routers in the middle of the targets; compute: what they would spend with all gates of these open."""
+    price = find_price(choices, compute, middle_of(targets))
     for choice in choices:
         choice.apply(price)
-    return Start(price, compute - saved(choices, price))
+    prices = [price if len(targets) == 1 else find_price(choices, compute, target) for target in targets]
+    return Start(price, compute - saved(choices, price), tuple(prices))
 
 
 def _lost(choices: list[Choice], price: float) -> float:
@@ -315,6 +346,8 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
         else:
             router.linear.weight.copy_(weight[:-1].T)
             router.linear.bias.copy_(weight[-1] - threshold)
+        if router.log_gain is not None:
+            router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, limits of their square roots
 
     return Choice(predicted.exp(), saving, apply)
 

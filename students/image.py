@@ -108,15 +108,18 @@ class RoutedBlock(Wrapper):
         if router is not None and not self._idle(router, count, x.shape[1] - prefix):
             score = self._scores(x, flow, router)
             if count is None:
-                open_ = score + run.offset >= 0
+                open_ = score + router.shift(run.turn(score)) >= 0
                 index, valid = gather_open(open_ if valid is None else open_ & valid)
+                score = score.gather(1, index)
+            elif isinstance(count, tuple):  # each row keeps as many as its budget says
+                here = score if valid is None else score.masked_fill(~valid, -torch.inf)
+                index, valid = gather_open(gates.best(here, [prefix + k for k in count], 1) != 0)
                 score = score.gather(1, index)
             elif count + prefix < score.shape[1]:
                 score, index = score.topk(count + prefix, dim=1)
             flow.score = score
             if router.spec.weight == "score":
-                weight = gates.score_weight(score, over_gates=False).to(x.dtype).unsqueeze(-1)
-                weight[:, :prefix] = 1
+                weight = self._weight(score[:, prefix:], x.dtype)
         some = x
         if index is not None and index.shape[1] == x.shape[1] and valid is None:
             index = None
@@ -142,10 +145,11 @@ class RoutedBlock(Wrapper):
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
-    def _idle(self, router: Router, count: int | None, patches: int) -> bool:
+    def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int) -> bool:
         """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
-        weighs = router.spec.weight == "score"
-        return count is not None and count >= patches and not weighs and not self.runtime.training
+        if count is None or router.spec.weight == "score" or self.runtime.training:
+            return False
+        return (min(count) if isinstance(count, tuple) else count) >= patches
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
@@ -185,7 +189,7 @@ class RoutedBlock(Wrapper):
         if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
             weighs = router is not None and router.spec.weight == "score"
             out = self._run(x, args, kwargs)
-            return x + self._weight(score, x.dtype) * (out - x) if weighs else out
+            return x + self._weight(score[:, self.prefix :], x.dtype) * (out - x) if weighs else out
         if torch.is_grad_enabled():
             # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
             mask = torch.log(gate * (1 - LEAK) + LEAK).to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
@@ -194,7 +198,7 @@ class RoutedBlock(Wrapper):
         out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
-            return x + gate.detach() * self._weight(score, x.dtype) * (out - x)
+            return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
         return out * gate + x * (1 - gate)
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -212,8 +216,11 @@ class RoutedBlock(Wrapper):
         return out * gate.unsqueeze(-1) + x * (1 - gate.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the change of each token is multiplied by [B, T, 1]."""
-        weight = gates.score_weight(score[:, self.prefix :], over_gates=False).to(dtype)
+        """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
+        weight = gates.score_weight(score, over_gates=False).to(dtype)
+        corrected = self.runtime.corrected(weight)
+        if corrected is not None:
+            weight = 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
 
@@ -237,7 +244,7 @@ class ImageStudent(Student):
         self.tokens = tokens
         """Tokens of an image of the model's own size, those of the prefix included."""
         self.runtime.restores = not reads_prefix_only(self.model)
-        trunk_of(self.model).register_forward_pre_hook(self._before)
+        trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
         """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
@@ -292,11 +299,12 @@ class ImageStudent(Student):
             if router.levels is not None:
                 router.set_quota(torch.cat(seen[key]))
 
-    def _before(self, trunk: nn.Module, args: Any) -> None:
+    def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
         self.runtime.passed.clear()
         if not self.runtime.bypass:
-            self._enter(0)
+            pixels = args[0] if args else kwargs["pixel_values"]
+            self._enter(0, len(pixels), pixels.device)
 
 
 def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:

@@ -138,6 +138,8 @@ class StudentSpec:
     """The routers; a kind may appear once per site."""
     lora: LoraSpec = field(default_factory=LoraSpec)
     """Low-rank corrections."""
+    gains: bool = False
+    """Whether each router learns how far it turns with the dial: for a student that serves a range of budgets."""
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, str]] = set()
