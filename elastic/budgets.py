@@ -10,8 +10,8 @@ from elastic.config import BudgetConfig
 
 KNOTS = 6
 """Budgets of a range that have a price and an offset of their own."""
-TOP = 0.95
-"""No higher budget is trained for, because hardly anything is closed there; the dial reaches it all the same."""
+TOP = 0.85
+"""No higher budget is trained for, because next to nothing is lost there; the dial reaches it all the same."""
 
 
 def trained(budget: BudgetConfig) -> tuple[float, ...]:
@@ -19,7 +19,7 @@ def trained(budget: BudgetConfig) -> tuple[float, ...]:
     low, high = budget.span
     if not budget.ranges:
         return (low,)
-    top = high if low >= TOP else min(high, TOP)
+    top = min(high, max(TOP, (low + high) / 2))
     return tuple(low + (top - low) * knot / (KNOTS - 1) for knot in range(KNOTS))
 
 

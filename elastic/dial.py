@@ -16,6 +16,8 @@ REACH = 12
 """How many steps the ends of a range are looked for."""
 BETWEEN = 24
 """How many points are measured between others, at most."""
+STEPS = 256
+"""At how many offsets compute is measured where it goes in steps."""
 APART = 0.06
 """How far apart in compute the measured points of a range may be."""
 
@@ -60,8 +62,19 @@ def set_dial(student: Student, target: float, meter: Callable[[], float]) -> Non
         best = min(points, key=lambda offset: abs(points[offset] - target))
     for step in AROUND:
         measure(best + step)
+    if student.stepwise:
+        best = _nearest(points, measure, target)
     run.offset = best
     student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
+
+
+def _nearest(points: dict[float, float], measure: Callable[[float], float], target: float) -> float:
+    """Measure at many offsets between those in points, and return the one nearest to the target: counts of patches are
+    whole numbers, in multiples, so that compute goes in steps, and not always upwards."""
+    low, high = min(points), max(points)
+    for step in range(1, STEPS):
+        measure(low + (high - low) * step / STEPS)
+    return min(points, key=lambda offset: abs(points[offset] - target))
 
 
 def set_range(
@@ -72,8 +85,9 @@ def set_range(
     points: dict[float, float] = {}
 
     def measure(offset: float) -> None:
-        run.offset = offset
-        points[offset] = meter()
+        if offset not in points:
+            run.offset = offset
+            points[offset] = meter()
 
     low, high = span
     for offset in offsets:
@@ -87,6 +101,8 @@ def set_range(
         else:
             break
         step *= 1.5
+    if student.stepwise:
+        _nearest(points, measure, low)
     for _ in range(BETWEEN):
         steps = [(points[b] - points[a], (a + b) / 2) for a, b in pairwise(sorted(points))]
         gap, middle = max((gap, middle) for gap, middle in steps)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.calibrate import Choice, Start, gated_choice, start_at
+from students.calibrate import Choice, Curve, Start, gated_choice, start_at
 from students.image import ImageStudent
 from students.routers import Router
 
@@ -40,7 +40,8 @@ def calibrate_images(
             (layers if key.endswith(".layer") else rest)[key] = router
     choices = [_choice(student, key, router, *seen[key], dense) for key, router in rest.items()]
     choices += _layer_choices(student, layers, seen, dense)
-    return start_at(choices, student.compute.uniform(1.0, student.tokens, "prefill"), targets)
+    compute = student.compute.uniform(1.0, student.tokens, "prefill")
+    return start_at(choices, Curve(choices), [compute] * len(targets), targets)
 
 
 def _observe(

@@ -43,6 +43,8 @@ class Flow:
     """[B, n] bool: which of them are not there to fill up the shape; None: all."""
     kept: Tensor | None = None
     """[B, T] gates, for masks: 1 for tokens still here."""
+    so_far: list[tuple[float, int]] = field(default_factory=list)
+    """What rounding to whole patches has taken away, and how many it left (see Runtime.patches_kept)."""
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then."""
@@ -104,7 +106,11 @@ class RoutedBlock(Wrapper):
         run, prefix = self.runtime, self.prefix
         index = rows = weight = None
         valid = flow.valid
-        count = None if router is None else run.patches_kept(router, flow.tokens - prefix)
+        count = (
+            None
+            if router is None
+            else run.patches_kept(router, flow.tokens - prefix, flow.so_far if self.stays else None)
+        )
         if router is not None and not self._idle(router, count, x.shape[1] - prefix):
             score = self._scores(x, flow, router)
             if count is None:
@@ -172,8 +178,9 @@ class RoutedBlock(Wrapper):
         if run.probed is not None and router is not None:
             return self._probe(x, args, kwargs)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
+        count = None
         if router is not None and not run.training:
-            count = run.patches_kept(router, flow.tokens - self.prefix)
+            count = run.patches_kept(router, flow.tokens - self.prefix, flow.so_far if self.stays else None)
             if self._idle(router, count, flow.tokens - self.prefix if here is None else int(here[0].sum())):
                 router = None
         if router is None:
@@ -181,7 +188,7 @@ class RoutedBlock(Wrapper):
         else:
             score = self._scores(x, flow, router)
             flow.score = score if self.stays else None
-            gate = F.pad(run.choose(router, score[:, self.prefix :], here), (self.prefix, 0), value=1.0)
+            gate = F.pad(run.choose(router, score[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
         if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate

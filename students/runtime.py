@@ -169,36 +169,56 @@ class Runtime:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
         if score.shape[1] == 1:  # one decision for all tokens
             return gates.threshold(score + router.shift(self.turn(score)))
-        gate = self.choose(router, score[:, self.prefix :].squeeze(-1))
+        score = score[:, self.prefix :].squeeze(-1)
+        gate = self.choose(router, score, self.patches_kept(router, score.shape[1]))
         return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
-    def choose(self, router: Router, score: Tensor, here: Tensor | None = None) -> Tensor:
-        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there."""
+    def choose(
+        self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None
+    ) -> Tensor:
+        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
+        `patches_kept` says, which is not asked for while quotas are trained."""
         if self.training and router.spec.selection == "quota":
             return gates.even(score, router.shift(self.turn(score)), here)
-        count = self.patches_kept(router, score.shape[1])
         if count is None:
             return gates.threshold(score + router.shift(self.turn(score)))
         if here is not None:
             score = score.masked_fill(~here, -torch.inf)
         return gates.best(score, count, 1)
 
-    def patches_kept(self, router: Router, patches: int) -> int | tuple[int, ...] | None:
-        """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0."""
+    def patches_kept(
+        self, router: Router, patches: int, so_far: list[tuple[float, int]] | None = None
+    ) -> int | tuple[int, ...] | None:
+        """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
+
+        so_far: where patches stay away, what rounding has taken from earlier blocks and how many they left, for all
+        rows or each; brought up to date. What one block rounds away the next ones get, so that compute comes within
+        half a `multiple` in one block of what the quotas say.
+        """
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
             return None
         if spec.selection == "topk":
             return self._whole(spec, self.kept, patches)
-        if self.rows is None:
-            return self._whole(spec, router.quota(self.offset), patches)
-        return tuple(self._whole(spec, router.quota(offset), patches) for offset in self.rows.tolist())
+        offsets = [self.offset] if self.rows is None else self.rows.tolist()
+        shares = [router.quota(offset) for offset in offsets]
+        before = so_far or [(0.0, patches)] * len(shares)
+        counts = [
+            min(left, self._whole(spec, share + owed / patches, patches))
+            for share, (owed, left) in zip(shares, before, strict=True)
+        ]
+        if so_far is not None:
+            so_far[:] = [
+                (owed + min(share * patches, left) - count, count)
+                for share, count, (owed, left) in zip(shares, counts, before, strict=True)
+            ]
+        return counts[0] if self.rows is None else tuple(counts)
 
     def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
         """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""
-        if share == 1:
+        if share >= 1:
             return patches
-        tokens = self.prefix + round(share * patches)
+        tokens = self.prefix + max(0, round(share * patches))
         if tokens >= spec.multiple:
             tokens = spec.multiple * round(tokens / spec.multiple)
         return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))

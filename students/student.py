@@ -169,6 +169,11 @@ class Student(nn.Module):
         if not self.runtime.bypass:
             self.runtime.offset = tuple(offsets) if len(set(offsets)) > 1 else offsets[0]
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether compute goes in steps as the dial turns: quotas are whole numbers of patches."""
+        return any(router.selection == "quota" for router in self.spec.routers)
+
     def _offset(self, compute: float) -> float:
         """Where the dial is for a budget below 1."""
         points = sorted(self.dial)
@@ -176,6 +181,8 @@ class Student(nn.Module):
         if not low <= compute <= high:
             reach = "to 1.0 only" if low == 1.0 else f"from {low:.3f} to {high:.3f}" + " and to 1.0" * (high < 1)
             raise ValueError(f"compute {compute} is outside what this student can be set to: {reach}")
+        if self.stepwise:
+            return min(points, key=lambda point: abs(point[0] - compute))[1]
         compute = min(max(compute, points[0][0]), points[-1][0])
         for (below, offset), (above, following) in pairwise(points):
             if below <= compute <= above:
