@@ -73,7 +73,7 @@ class BudgetConfig:
 
     @property
     def measured(self) -> tuple[float | None, ...]:
-        """The budgets that results are shown of: both ends of a range and its middle; None: what the dial was left at."""
+        """The budgets that results are shown of: both ends of a range and its middle; None: where the dial was left."""
         low, high = self.span
         return (low, (low + high) / 2, high) if self.ranges else (None,)
 

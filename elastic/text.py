@@ -265,8 +265,10 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
         valid = torch.ones_like(batch, dtype=torch.bool)
         out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
         rows = out.last_hidden_state.flatten(0, 1)
+        owners = torch.arange(len(batch), device=rows.device).repeat_interleave(batch.shape[1])
         tensors = student.head_tensors()
-        shares = [student.logits(part, *tensors)[1] for part in rows.split(128)] if tensors else [None]
+        parts = zip(rows.split(128), owners.split(128), strict=True) if tensors else ()
+        shares = [student.logits(part, *tensors, owner=owner)[1] for part, owner in parts] or [None]
         share = None if shares[0] is None else torch.cat(shares).view(batch.shape)
         head = torch.as_tensor(student.compute.routed_head(share, phase)) * valid
         spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())

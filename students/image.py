@@ -93,26 +93,31 @@ class RoutedBlock(Wrapper):
             del run.passed["flow"]
         return x
 
-    def _scores(self, x: Tensor, flow: Flow, router: Router) -> Tensor:
-        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far."""
+    def _scores(self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None) -> Tensor:
+        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far.
+
+        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were.
+        """
         score = router.of_stream(x)
         if self.prefix:
             score[:, : self.prefix] = self.top
-        if self.stays and flow.score is not None:
-            score = torch.minimum(score, flow.score)
-        return score
+        if not self.stays:
+            return score
+        before = torch.full_like(score, torch.inf) if flow.score is None else flow.score
+        score = torch.minimum(score, before)
+        return score if choosing is None else torch.where(choosing[:, None], score, before)
 
     def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run, prefix = self.runtime, self.prefix
         index = rows = weight = None
         valid = flow.valid
-        count = (
-            None
-            if router is None
-            else run.patches_kept(router, flow.tokens - prefix, flow.so_far if self.stays else None)
-        )
-        if router is not None and not self._idle(router, count, x.shape[1] - prefix):
-            score = self._scores(x, flow, router)
+        count = self._count(flow, router)
+        choosing = None
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+            choosing = torch.tensor(count, device=x.device) + prefix < left
+        if router is not None and not self._idle(router, count, x.shape[1] - prefix, choosing):
+            score = self._scores(x, flow, router, choosing)
             if count is None:
                 open_ = score + router.shift(run.turn(score)) >= 0
                 index, valid = gather_open(open_ if valid is None else open_ & valid)
@@ -151,11 +156,17 @@ class RoutedBlock(Wrapper):
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
-    def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int) -> bool:
+    def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
+        """How many patches pass (see Runtime.patches_kept)."""
+        if router is None:
+            return None
+        return self.runtime.patches_kept(router, flow.tokens - self.prefix, flow.so_far if self.stays else None)
+
+    def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
         """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
-        if count is None or router.spec.weight == "score" or self.runtime.training:
+        if count is None or router.spec.weight == "score":
             return False
-        return (min(count) if isinstance(count, tuple) else count) >= patches
+        return count >= patches if choosing is None else not bool(choosing.any())
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
@@ -178,15 +189,17 @@ class RoutedBlock(Wrapper):
         if run.probed is not None and router is not None:
             return self._probe(x, args, kwargs)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
-        count = None
-        if router is not None and not run.training:
-            count = run.patches_kept(router, flow.tokens - self.prefix, flow.so_far if self.stays else None)
-            if self._idle(router, count, flow.tokens - self.prefix if here is None else int(here[0].sum())):
-                router = None
+        patches = flow.tokens - self.prefix
+        count, choosing = None if run.training else self._count(flow, router), None
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), patches, device=x.device) if here is None else here.sum(1)
+            choosing = torch.tensor(count, device=x.device) < left
+        if router is not None and self._idle(router, count, patches if here is None else int(here[0].sum()), choosing):
+            router = None
         if router is None:
             gate = flow.kept
         else:
-            score = self._scores(x, flow, router)
+            score = self._scores(x, flow, router, choosing)
             flow.score = score if self.stays else None
             gate = F.pad(run.choose(router, score[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None

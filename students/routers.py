@@ -194,7 +194,9 @@ class VocabRouter(nn.Module):
         return F.linear(hidden, self.down.to(hidden.dtype))
 
     def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, turn: Tensor | float) -> Tensor:
-        """f [..., r] -> the limit [..., 1] of each token's preview, float32, where the dial is at `turn`. Zero parameters
-        open every row."""
+        """f [..., r] -> the limit [..., 1] of each token's preview, float32, where the dial is at `turn`.
+
+        Zero parameters open every row.
+        """
         features = features.float()
         return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * turn
