@@ -29,6 +29,7 @@ class _Order(nn.Module):
         super().__init__()
         self.spec = router.spec
         self.quota = router.quota
+        self.shift = router.shift
         self.stands = stands
         self.scores = scores
 

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     distill = command("distill", _distill, "train routers for a model until it runs at the target compute")
     distill.add_argument("--model", help="short name (see elastic models), hub id or local folder")
     distill.add_argument(
-        "--target-compute", type=float, metavar="C", help="student's compute over the teacher's, 0 to 1 (default 0.7)"
+        "--target-compute", metavar="C", help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any"
     )
     distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
     distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
@@ -214,16 +214,17 @@ def _distill(options: argparse.Namespace) -> None:
             train__minutes=options.minutes,
         )
         name = os.path.basename(os.path.normpath(config.model))
-        output = options.output or f"runs/{name}-{config.budget.target:g}"
+        output = options.output or f"runs/{name}-{'-'.join(f'{end:g}' for end in sorted(set(config.budget.span)))}"
     from elastic import trainer
+    from elastic.run import Run
 
     with _screen() as (say, progress):
         if options.resume:
-            row = trainer.resume(options.resume, say=say, progress=progress)
+            trainer.resume(options.resume, say=say, progress=progress)
         else:
-            row = trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
-    _print_rows([row])
+            trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
     folder = options.resume or output
+    _print_rows(Run.open(folder).about["results"])
     print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
 
 

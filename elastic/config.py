@@ -34,8 +34,8 @@ _NEEDS = {
 class BudgetConfig:
     """How much compute the student may use, and how it is brought there."""
 
-    target: float = 0.7
-    """Student's compute over the teacher's, whole model."""
+    target: float | str = 0.7
+    """Student's compute over the teacher's, whole model; or "LOW:HIGH", and one student serves all of that range."""
     phase: Literal["decode", "prefill"] = "decode"
     """Which phase the target speaks of: one token at a time, or all tokens of a window (or an image) at once."""
     control: Literal["price", "capacity"] = "price"
@@ -48,8 +48,41 @@ class BudgetConfig:
     """Weight of the capacity hinge (control: capacity)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.target <= 1:
-            raise ValueError(f"--target-compute is {self.target}; it must be above 0 and at most 1 (0.7 means 70 %)")
+        try:
+            low, high = self.span
+        except ValueError:
+            raise ValueError(
+                f"--target-compute is {self.target!r}; write a number such as 0.7, or a range such as 0.5:1.0"
+            ) from None
+        if not 0 < low <= high <= 1 or (self.ranges and low == high):
+            raise ValueError(
+                f"--target-compute is {self.target}; it must be above 0 and at most 1 (0.7 means 70 %)"
+                + ", the lower end of a range first (0.5:1.0)" * self.ranges
+            )
+        if self.ranges and self.control == "capacity":
+            raise ValueError(
+                f"--target-compute is {self.target}, but budget.control=capacity keeps one share of all gates open: a "
+                "range needs budget.control=price, such as --preset default has"
+            )
+
+    @property
+    def ranges(self) -> bool:
+        """Whether the target is a range."""
+        return isinstance(self.target, str)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest budget."""
+        if not isinstance(self.target, str):
+            return self.target, self.target
+        low, high = self.target.split(":")
+        return float(low), float(high)
+
+    @property
+    def measured(self) -> tuple[float | None, ...]:
+        """The budgets that results are shown of: both ends of a range and its middle; None: where the dial was left."""
+        low, high = self.span
+        return (low, (low + high) / 2, high) if self.ranges else (None,)
 
 
 @dataclass(frozen=True)
@@ -197,6 +230,10 @@ class RunConfig:
                 f"train.window ({self.train.window}) must divide data.window ({self.data.window}): "
                 "data windows are cut into training windows"
             )
+        if self.budget.ranges and not self.calibration.windows:
+            raise ValueError(
+                "calibration.windows is 0: a range of budgets starts from calibrated prices, leave it away"
+            )
         selections = {r.selection for r in self.student.routers}
         if "topk" in selections and self.budget.control == "price":
             raise ValueError("top-k routers have a fixed share of open gates: use budget.control=capacity")
@@ -215,6 +252,7 @@ class RunConfig:
             ("loss.cross_entropy_weight", text, "a language model"),
             ("data.max_images", not text, "an image model"),
             ("data.classes", self.family == "vit", "an image model"),
+            ("student.gains", self.budget.ranges, "a range of budgets (--target-compute 0.5:1.0)"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
             ("data.prompt", per_sequence, "a router with granularity: sequence"),
@@ -279,6 +317,8 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
             layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = _merge(merged, layer)
     merged["preset"] = preset
+    if ":" in str(_section(merged, "budget").get("target")):
+        merged["student"] = {"gains": True, **_section(merged, "student")}
     if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {_NEEDS[entry.family]}")
     return from_dict(RunConfig, merged)
@@ -318,7 +358,13 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _value(next(a for a in args if a is not type(None)), value, path)
+        first, *others = (a for a in args if a is not type(None))
+        try:
+            return _value(first, value, path)
+        except ValueError:
+            if type(value) not in others:
+                raise
+            return value
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{path} is {value!r}; it must be one of {', '.join(map(str, args))}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from elastic.config import RunConfig
@@ -12,6 +13,14 @@ TOLERANCE = 0.001
 """How near to the target measured compute has to come before the search ends."""
 AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0)
 """Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate."""
+REACH = 12
+"""How many steps the ends of a range are looked for."""
+BETWEEN = 24
+"""How many points are measured between others, at most."""
+STEPS = 256
+"""At how many offsets compute is measured where it goes in steps."""
+APART = 0.06
+"""How far apart in compute the measured points of a range may be."""
 
 
 def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
@@ -21,7 +30,7 @@ def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
     for _ in range(30):
         middle = (low + high) / 2
         cost = student.uniform(middle, tokens, config.budget.phase)
-        low, high = (low, middle) if cost > config.budget.target else (middle, high)
+        low, high = (low, middle) if cost > config.budget.span[0] else (middle, high)
     return low
 
 
@@ -54,5 +63,53 @@ def set_dial(student: Student, target: float, meter: Callable[[], float]) -> Non
         best = min(points, key=lambda offset: abs(points[offset] - target))
     for step in AROUND:
         measure(best + step)
+    if student.stepwise:
+        best = _nearest(points, measure, target)
     run.offset = best
     student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
+
+
+def _nearest(points: dict[float, float], measure: Callable[[float], float], target: float) -> float:
+    """Measure at many offsets between those in points, and return the one nearest to the target: counts of patches are
+    whole numbers, in multiples, so that compute goes in steps, and not always upwards."""
+    low, high = min(points), max(points)
+    for step in range(1, STEPS):
+        measure(low + (high - low) * step / STEPS)
+    return min(points, key=lambda offset: abs(points[offset] - target))
+
+
+def set_range(
+    student: Student, span: tuple[float, float], offsets: Sequence[float], meter: Callable[[], float]
+) -> None:
+    """Measure compute over a range of budgets, and leave the student at the lowest. offsets: where to look first."""
+    run = student.runtime
+    points: dict[float, float] = {}
+
+    def measure(offset: float) -> None:
+        if offset not in points:
+            run.offset = offset
+            points[offset] = meter()
+
+    low, high = span
+    for offset in offsets:
+        measure(offset)
+    step = (max(offsets) - min(offsets)) / len(offsets)
+    for _ in range(REACH):
+        if min(points.values()) > low:
+            measure(min(points) - step)
+        elif max(points.values()) < high - TOLERANCE:
+            measure(max(points) + step)
+        else:
+            break
+        step *= 1.5
+    if student.stepwise:
+        _nearest(points, measure, low)
+    for _ in range(BETWEEN):
+        steps = [(points[b] - points[a], (a + b) / 2) for a, b in pairwise(sorted(points))]
+        gap, middle = max((gap, middle) for gap, middle in steps)
+        if gap <= APART:
+            break
+        measure(middle)
+    student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
+    student.span = span
+    student.set_compute(low)

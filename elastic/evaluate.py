@@ -32,6 +32,19 @@ def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) ->
     }
 
 
+def measure(
+    run: Run, student: Student, name: str, held_out: Any, budgets: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """A row for each budget, on data of this name; None: as the dial is."""
+    config, rows = run.config, []
+    for budget in budgets:
+        if budget is not None:
+            student.set_compute(budget)
+        row = describe(run, student, name, families.of(config.family).evaluate(student, held_out, config))
+        rows.append(row if budget is None else {**row, "compute_target": budget})
+    return rows
+
+
 def measure_run(
     folder: str,
     *,
@@ -42,7 +55,8 @@ def measure_run(
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 
-    Returns its row, and one of each of `baselines` (see BASELINES of the family) at the same compute.
+    Returns its row (of a run for a range: one at either end and one in the middle, unless `compute` says where), and
+    one of each of `baselines` (see BASELINES of the family) at the same compute.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -52,19 +66,20 @@ def measure_run(
     for other in baselines:
         if other not in family.BASELINES:
             raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(family.BASELINES)}")
+    budgets = config.budget.measured if compute is None else (compute,)
+    if baselines and len(budgets) > 1:
+        raise ValueError(f"--baselines need one compute, and {folder} serves {config.budget.target}: add --compute 0.7")
     teacher = run.teacher()
     student = run.load_student(teacher)
     if compute is not None:
-        student.set_compute(compute)
+        student.set_compute(compute)  # a mistake here should not have to wait for the data
     if data is None:
         held_out, name = family.load(config, teacher).held_out, HELD_OUT
     else:
         held_out, name = family.load_all(data, config, teacher), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
-    row = describe(run, student, name, family.evaluate(student, held_out, config))
-    if compute is not None:
-        row["compute_target"] = compute
-    rows = [row]
+    rows = measure(run, student, name, held_out, budgets)
+    row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of

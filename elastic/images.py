@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import teachers
 from elastic import baselines
+from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
@@ -112,6 +113,8 @@ class Measured(Sums):
     """Student's compute."""
     dense: dict[str, Tensor]
     """Teacher's compute."""
+    rows: dict[str, Tensor]
+    """For each image its "kl", in nats, and its "compute", as a share of the teacher's."""
 
 
 class Distillation(nn.Module):
@@ -125,22 +128,25 @@ class Distillation(nn.Module):
         self.divergence = divergence_of(loss)
 
     def forward(self, pixels: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """pixels [B, C, H, W]; price: loss per unit of compute. Returns the loss and what was measured."""
+        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]. Returns the loss and what was
+        measured."""
         student, loss = self.student, self.loss
         layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
         with student.teacher(), torch.no_grad():
             teacher, _ = student.features(pixels, layers)
         out, decisions = student.features(pixels, layers)
         macs, dense = _spent(student, pixels, decisions)
-        total = price * macs / dense + routing_loss(student, decisions, loss, self.budget)
-        kl = pixels.new_zeros((), dtype=torch.float32)
+        total = (price * macs / dense).mean() + routing_loss(student, decisions, loss, self.budget)
+        kl = pixels.new_zeros(len(pixels), dtype=torch.float32)
         if out.logits is not None:
-            kl = self.divergence(out.logits, teacher.logits).sum()
-            total = total + loss.logits_weight * kl / len(pixels)
+            kl = self.divergence(out.logits, teacher.logits)
+            total = total + loss.logits_weight * kl.mean()
         if loss.hidden_weight:
             total = total + loss.hidden_weight * self._hidden_loss(out, teacher)
-        phases = {"prefill": macs.detach()}, {"prefill": dense}
-        return total, Measured(torch.tensor(len(pixels), device=pixels.device), kl.detach(), *phases)
+        macs, kl = macs.detach(), kl.detach()
+        phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
+        rows = {"kl": kl, "compute": macs / dense}
+        return total, Measured(torch.tensor(len(pixels), device=pixels.device), kl.sum(), *phases, rows)
 
     def _hidden_loss(self, out: Features, teacher: Features) -> Tensor:
         """Distance of what the classifier reads, or after every block of the tokens that are always there."""
@@ -153,10 +159,10 @@ class Distillation(nn.Module):
 
 
 def _spent(student: ImageStudent, pixels: Tensor, decisions: Any) -> tuple[Tensor, Tensor]:
-    """(student's, teacher's) multiply-accumulates of a batch."""
+    """(student's, teacher's) multiply-accumulates of each image [B]."""
     valid = torch.ones(len(pixels), student.tokens, dtype=torch.bool, device=pixels.device)
     compute = student.compute
-    return compute.routed_blocks(decisions, valid, "prefill").sum(), compute.dense(valid, "prefill").sum()
+    return compute.routed_blocks(decisions, valid, "prefill").sum(1), compute.dense(valid, "prefill").sum(1)
 
 
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
@@ -164,7 +170,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     images = data.train.subset(order[: config.calibration.windows].tolist())
     batches = [pixels.split(CALIBRATED) for pixels, _ in _batches(student, images)]
     flat = [part for parts in batches for part in parts]
-    return calibrate_images(student, flat, config.budget.target, config.train.seed)
+    return calibrate_images(student, flat, trained(config.budget), config.train.seed)
 
 
 @torch.no_grad()
@@ -172,6 +178,8 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
     """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
     batches = [pixels for pixels, _ in _batches(student, data.train.subset(order[:DIAL_IMAGES].tolist()))]
     student.set_quotas(batches)
+    if all(router.selection == "quota" for router in student.spec.routers):
+        batches = [batches[0][:1]]  # every image costs the same
     return lambda: measured_compute(student, batches)
 
 
@@ -179,7 +187,7 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
 def measured_compute(student: ImageStudent, batches: Sequence[Tensor]) -> float:
     """The compute ratio on batches of pixels."""
     sums = [_spent(student, pixels, student(pixels)[1]) for pixels in batches]
-    return float(sum(macs for macs, _ in sums) / sum(dense for _, dense in sums))
+    return float(sum(macs.sum() for macs, _ in sums) / sum(dense.sum() for _, dense in sums))
 
 
 def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,7 +217,7 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
     def run(pixels: Tensor) -> tuple[Features, float]:
         features, decisions = student.features(pixels)
         macs, dense = _spent(student, pixels, decisions)
-        return features, float(macs / dense)
+        return features, float(macs.sum() / dense.sum())
 
     return compare(student, images, run)
 

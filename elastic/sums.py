@@ -19,13 +19,16 @@ T = TypeVar("T", bound="Sums")
 
 
 class Sums:
-    """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field."""
+    """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field; of `rows`, one follows the
+    other."""
 
     def __add__(self: T, other: T) -> T:
-        def add(a: Any, b: Any) -> Any:
+        def add(name: str, a: Any, b: Any) -> Any:
+            if name == "rows":
+                return {key: torch.cat([a[key], b[key]]) for key in a}
             return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
 
-        return type(self)(*(add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return type(self)(*(add(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:

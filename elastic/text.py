@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import teachers
 from elastic import text_baselines
+from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
@@ -96,7 +97,7 @@ class Batches:
 def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training windows, shuffled."""
     picked = data.train[order[: config.calibration.windows]].to(next(student.parameters()).device)
-    return calibrate(student, picked.split(2), config.budget.target, config.budget.phase, config.train.seed)
+    return calibrate(student, picked.split(2), trained(config.budget), config.budget.phase, config.train.seed)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Callable[[], float]:
@@ -124,6 +125,8 @@ class Measured(Sums):
     """Student's compute, by phase."""
     dense: dict[Phase, Tensor]
     """Teacher's compute, by phase."""
+    rows: dict[str, Tensor]
+    """For each window its "kl", in nats per token, and its "compute", as a share of the teacher's."""
 
 
 def prompt_mask(ids: Tensor, length: int) -> Tensor:
@@ -144,7 +147,8 @@ class Distillation(nn.Module):
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
 
     def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """ids [B, T] without padding; price: nats per unit of compute. Returns the loss and what was measured."""
+        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]. Returns the loss and
+        what was measured."""
         student, loss = self.student, self.loss
         prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
@@ -156,12 +160,13 @@ class Distillation(nn.Module):
         valid = torch.ones_like(prompt)
         phase = self.budget.phase
         dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
-        macs = {p: student.compute.routed_blocks(decisions, valid, p).sum() for p in PHASES}
-        head, sums = self._head_loss(
+        macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
+        price = torch.as_tensor(price, device=ids.device).expand(len(ids))
+        head, sums, rows = self._head_loss(
             out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, dense[phase]
         )
         tokens = counted.sum()
-        total = head / tokens + price * macs[phase] / dense[phase]
+        total = head / tokens + (price * macs[phase]).sum() / dense[phase]
         total = total + routing_loss(student, decisions, loss, self.budget)
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]
@@ -171,13 +176,19 @@ class Distillation(nn.Module):
                 else ([out.last_hidden_state], [teacher.last_hidden_state])
             )
             total = total + loss.hidden_weight * per_layer(distance, *pairs, counted)
-        macs = {p: m.detach() + sums[4 + i] for i, (p, m) in enumerate(macs.items())}
-        return total, Measured(tokens, *sums[:4], counted[:, :-1].sum(), macs, dense)
+        macs = {p: m.detach() + rows[:, 1 + i] for i, (p, m) in enumerate(macs.items())}
+        each = {
+            "kl": rows[:, 0] / counted.sum(1),
+            "compute": macs[phase] / student.compute.dense(valid, phase).sum(1),
+        }
+        macs = {p: m.sum() for p, m in macs.items()}
+        return total, Measured(tokens, rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
 
     def _head_loss(
-        self, hidden: Tensor, teacher_hidden: Tensor, ids: Tensor, counted: Tensor, price: Tensor | float, dense: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """LM head and everything on logits, chunk by chunk. Sums: kl, agreement, nll, teacher's nll, head's MACs twice.
+        self, hidden: Tensor, teacher_hidden: Tensor, ids: Tensor, counted: Tensor, price: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
+        each row of the batch [B, 3]: kl, and the head's MACs in both phases.
 
         The head's compute is that of the counted tokens, scaled up to all.
         """
@@ -187,35 +198,39 @@ class Distillation(nn.Module):
         follows[:, -1] = False
         scale = counted.numel() / counted.sum()
         tensors = student.head_tensors()
+        owners = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
 
-        def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor) -> tuple[Tensor, Tensor]:
-            logits, share = student.logits(h, *tensors)
+        def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+            logits, share = student.logits(h, *tensors, owner=owner)
             with torch.no_grad():
                 teacher_logits, _ = student.logits(t)
-            kl = self.divergence(logits, teacher_logits).sum()
+            kl = self.divergence(logits, teacher_logits)
             costs = {p: torch.as_tensor(student.compute.routed_head(share, p), device=h.device) for p in PHASES}
-            cost = {p: c.expand(len(h)).sum() * scale for p, c in costs.items()}
-            total = loss.logits_weight * kl
+            cost = {p: c.expand(len(h)) * scale for p, c in costs.items()}
+            total = loss.logits_weight * kl.sum()
             if loss.cross_entropy_weight:
                 total = total + loss.cross_entropy_weight * _nll(logits, target, follows)
             if share is not None and self.budget.control == "price":
-                total = total + price * cost[self.budget.phase] * counted.sum() / dense
+                total = total + (price[owner] * cost[self.budget.phase]).sum() * counted.sum() / dense
             with torch.no_grad():
                 quality = [h.new_zeros(())] * 3
                 if not self.training:
                     agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
                     quality = [agreement, _nll(logits, target, follows), _nll(teacher_logits, target, follows)]
-                return total, torch.stack([s.double() for s in (kl, *quality, *cost.values())])
+                parts = torch.stack([kl, *cost.values()], 1).double()
+                each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
+                return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
-        rows = [x.flatten(0, 1) for x in (hidden, teacher_hidden, targets, follows)]
+        rows = [*(x.flatten(0, 1) for x in (hidden, teacher_hidden, targets, follows)), owners]
         vocabulary = student.model.config.vocab_size
-        return chunked(
+        total, sums = chunked(
             chunk_loss,
             rows,
             tensors,
             chunk_rows=default_chunk_rows(vocabulary, hidden.dtype, hidden.device),
             mask=counted.flatten() if self.sequence_level else None,
         )
+        return total, sums[:3], sums[3:].view(len(ids), 3)
 
 
 def _nll(logits: Tensor, target: Tensor, follows: Tensor) -> Tensor:
@@ -273,8 +288,12 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
 def _head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
     """What the LM head costs for each of the final hidden states [B, T, D], [B, T]."""
     tensors = student.head_tensors()
-    rows = hidden.flatten(0, 1).split(128)
-    share = torch.cat([student.logits(part, *tensors)[1] for part in rows]).view(hidden.shape[:2]) if tensors else None
+    if not tensors:
+        return torch.as_tensor(student.compute.routed_head(None, phase)).expand(hidden.shape[:2])
+    rows = hidden.flatten(0, 1)
+    owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
+    parts = zip(rows.split(128), owners.split(128), strict=True)
+    share = torch.cat([student.logits(part, *tensors, owner=owner)[1] for part, owner in parts]).view(hidden.shape[:2])
     return torch.as_tensor(student.compute.routed_head(share, phase)).expand(hidden.shape[:2])
 
 

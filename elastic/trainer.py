@@ -21,13 +21,14 @@ from torch import Tensor
 
 import teachers
 from elastic import families
+from elastic.budgets import draw, trained
 from elastic.config import RunConfig, TrainConfig, to_dict
-from elastic.dial import capacity_for, set_dial
-from elastic.evaluate import HELD_OUT, describe
+from elastic.dial import capacity_for, set_dial, set_range
+from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
 from elastic.run import DTYPES, Run
 from elastic.sums import Sums
-from losses import budget_price
+from losses import budget_price, budget_prices
 from students import Student, elasticize
 from students.checkpoint import read_tensors, write_tensors
 from teachers import Teacher
@@ -51,7 +52,10 @@ class State:
     step: int
     steps: int | None
     multiplier: Tensor
+    """[K], as are the two below: of each of the budgets that are trained for (see elastic/budgets.py)."""
     price: Tensor
+    offsets: Tensor
+    """Where the dial is for them."""
 
 
 def distill(
@@ -103,7 +107,7 @@ def _student(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     student = elasticize(teacher.model, config.student)
     tokens = families.of(config.family).tokens(student, data, config)
     lowest = student.uniform(0.0, tokens, config.budget.phase)
-    if config.budget.target < lowest:
+    if config.budget.span[0] < lowest:
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
             f"{lowest:.3f} of the {config.budget.phase} compute is left; ask for more, or route more"
@@ -120,15 +124,21 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
     if config.train.checkpointing:
         student.checkpoint_blocks()
     started = time.monotonic()
-    _train(run, config, student, data, accelerator, say, progress)
+    state = _train(run, config, student, data, accelerator, say, progress)
     say("setting the dial ...")
     order = _order(len(data.train), config.train.seed, 1)
-    set_dial(student, config.budget.target, family.compute_meter(student, data, order, config))
+    student.runtime.offset = 0.0
+    meter = family.compute_meter(student, data, order, config)
+    if config.budget.ranges:
+        set_range(student, config.budget.span, state.offsets.tolist(), meter)
+    else:
+        set_dial(student, config.budget.target, meter)
     student.save(run.routers)
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
-    row = describe(run, student, HELD_OUT, family.evaluate(student, data.held_out, config))
-    run.record(result=row, seconds=run.about.get("seconds", 0) + round(time.monotonic() - started, 1))
-    return row
+    rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)
+    seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
+    run.record(result=rows[0], results=rows, seconds=seconds)
+    return rows[0]
 
 
 def _train(
@@ -139,8 +149,8 @@ def _train(
     accelerator: Accelerator,
     say: Say,
     progress: Progress,
-) -> None:
-    """The loop. The host waits for the device only where it logs."""
+) -> State:
+    """The loop; returns its last state. The host waits for the device only where it logs."""
     train, budget = config.train, config.budget
     family = families.of(config.family)
     device = accelerator.device
@@ -155,9 +165,16 @@ def _train(
     batches = family.Batches(data, config, device)
     share = train.batch * accelerator.num_processes
 
+    knots = trained(budget)
+    targets = torch.tensor(knots, device=device)
+
+    def first(number: int) -> int:
+        """The first sample of this process's micro-batch of this number."""
+        return number * share + train.batch * accelerator.process_index
+
     def picked(number: int) -> list[int]:
-        """What this process's micro-batch of this number consists of."""
-        return _picked(number * share + train.batch * accelerator.process_index, train.batch, len(batches), train.seed)
+        """What it consists of."""
+        return _picked(first(number), train.batch, len(batches), train.seed)
 
     distillation.train()
     begun, since_log = state.step, 0
@@ -166,11 +183,15 @@ def _train(
         while state.steps is None or state.step < state.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
-            loss, measured = torch.zeros((), device=device), None
+            loss, measured, weights = torch.zeros((), device=device), None, []
             for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
                 batch = batches.load(picked(number), following=picked(number + 1))
+                rows = draw(knots, len(batch), train.seed * 1_000_003 + first(number))
+                weights.append(rows.to(device))
+                if budget.ranges:
+                    student.runtime.offset = tuple((weights[-1] @ state.offsets).tolist())
                 with accelerator.accumulate(distillation):
-                    part, seen = distillation(batch, state.price)
+                    part, seen = distillation(batch, weights[-1] @ state.price)
                     accelerator.backward(part / train.accumulation)
                 loss += part.detach() / train.accumulation
                 measured = seen if measured is None else measured + seen
@@ -179,9 +200,15 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             if budget.control == "price":
-                spent = measured.macs[budget.phase] / measured.dense[budget.phase]
-                compute = accelerator.reduce(spent, "mean").float()
-                state.price, state.multiplier = budget_price(state.multiplier, compute, budget.target, budget.stiffness)
+                parts = torch.cat(weights)
+                missed = (measured.rows["compute"].float() - parts @ targets) @ parts
+                missed, rows = accelerator.reduce(torch.stack([missed, parts.sum(0)]), "sum")
+                missed = missed / rows.clamp(min=1)
+                if budget.ranges:
+                    state.price = budget_prices(state.price, missed, budget.stiffness)
+                else:
+                    compute = targets + missed
+                    state.price, state.multiplier = budget_price(state.multiplier, compute, knots[0], budget.stiffness)
             state.step += 1
             since_log += 1
 
@@ -196,6 +223,8 @@ def _train(
             done = state.step == state.steps
             if state.step % train.log_every == 0 or done:
                 line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))
+                if budget.ranges:
+                    line["budgets"] = _by_budget(knots, torch.cat(weights), measured, state)
                 clock, since_log = time.monotonic(), 0
                 if not math.isfinite(line["loss"]):
                     raise _diverged(run, state, f"the loss is {line['loss']}")
@@ -212,6 +241,7 @@ def _train(
     if train.tracker != "none":
         accelerator.end_training()
     distillation.eval()
+    return state
 
 
 def _start(run: Run, config: RunConfig, student: Student, data: Any, device: torch.device, say: Say) -> State:
@@ -229,23 +259,26 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
         )
         _cut_metrics(run, about["step"])
         say(f"resuming at step {about['step']}")
-        return State(about["step"], steps, tensors["multiplier"].to(device), tensors["price"].to(device))
-    price = 0.0
+        return State(about["step"], steps, *(tensors[name].to(device) for name in ("multiplier", "price", "offsets")))
+    knots = trained(budget)
+    price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
         say("calibrating: what would closing each gate cost ...")
         order = _order(len(data.train), config.train.seed, 0)
         start = families.of(config.family).start(student, data, order, config)
         say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
-        price = start.price if budget.control == "price" else 0.0
+        if budget.control == "price":
+            price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
     _cut_metrics(run, 0)
-    price = torch.tensor(price, device=device)
-    return State(0, steps, multiplier=price, price=price)
+    price = price.to(device)
+    return State(0, steps, multiplier=price, price=price, offsets=offsets.to(device))
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
     limits, maps = [], []
     for name, parameter in student.added_parameters().items():
-        (limits if name.endswith(("log_limit", ".score", ".spread", ".tail")) else maps).append(parameter)
+        alone = name.endswith(("log_limit", "log_gain", ".score", ".spread", ".tail"))
+        (limits if alone else maps).append(parameter)
     groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
 
@@ -283,10 +316,21 @@ def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_p
         "loss": loss.item(),
         "kl": float(measured.kl) / tokens,
         **{f"compute_{p}": float(measured.macs[p] / measured.dense[p]) for p in measured.macs},
-        "price": float(state.price),
+        "price": float(state.price.mean()),
         "lr": optimizer.param_groups[-1]["lr"],
         "steps_per_second": steps_per_second,
     }
+
+
+def _by_budget(knots: tuple[float, ...], weights: Tensor, measured: Sums, state: State) -> list[dict[str, float]]:
+    """KL and compute of the rows [B, K] around each budget, where there are any, and its price."""
+    lines = []
+    for place, budget in enumerate(knots):
+        part = weights[:, place] / weights[:, place].sum()
+        if bool(part.isfinite().all()):
+            seen = {name: float(values.float() @ part) for name, values in measured.rows.items()}
+            lines.append({"budget": budget, **seen, "price": float(state.price[place])})
+    return lines
 
 
 def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
@@ -298,7 +342,7 @@ def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
     for parameter, moments in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[parameter]}"] = moments[key]
-    tensors |= {"multiplier": state.multiplier, "price": state.price}
+    tensors |= {"multiplier": state.multiplier, "price": state.price, "offsets": state.offsets}
     write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from elastic import baselines
+from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.images import data_uri
 from elastic.routing import where
@@ -151,6 +152,8 @@ class Measured(Sums):
     """Student's compute."""
     dense: dict[str, Tensor]
     """Teacher's compute."""
+    rows: dict[str, Tensor]
+    """For each prompt its "kl", in nats per token of the answer, and its "compute", as a share of the teacher's."""
 
 
 class Distillation(nn.Module):
@@ -166,7 +169,7 @@ class Distillation(nn.Module):
         self.divergence = divergence_of(loss)
 
     def forward(self, prompts: Prompts, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """price: loss per unit of compute. Returns the loss and what was measured."""
+        """price: loss per unit of compute, for all prompts or each [B]. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
         with student.teacher(), torch.no_grad():
             teacher = student.features(**prompts.inputs)[0].last_hidden_state
@@ -174,17 +177,15 @@ class Distillation(nn.Module):
         out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         hidden = out.last_hidden_state
         logits, _ = student.logits(hidden[_through(prompts.answers, decisions)], *student.head_tensors())
-        kl, count = self.divergence(logits, teacher_logits).sum(), prompts.answers.sum()
-        measured = _measured(student, prompts, decisions, kl)
-        total = loss.logits_weight * kl / count + price * measured.macs["prefill"] / measured.dense["prefill"]
+        kl = self.divergence(logits, teacher_logits)
+        macs, vision, dense = _spent(student, prompts, decisions)
+        total = loss.logits_weight * kl.mean() + (price * macs / dense).mean()
         total = total + routing_loss(student, decisions, loss, self.budget)
         if loss.hidden_weight:
             text = prompts.inputs["attention_mask"].bool() & ~prompts.image
             distance = HIDDEN_DISTANCES[loss.hidden]
             total = total + loss.hidden_weight * distance(hidden[_through(text, decisions)], teacher[text], None)
-        measured.macs = {phase: macs.detach() for phase, macs in measured.macs.items()}
-        measured.kl, measured.vision = kl.detach(), measured.vision.detach()
-        return total, measured
+        return total, _measured(prompts, decisions, kl.detach(), macs.detach(), vision.detach(), dense)
 
 
 def _through(chosen: Tensor, decisions: Decisions) -> Tensor:
@@ -192,13 +193,23 @@ def _through(chosen: Tensor, decisions: Decisions) -> Tensor:
     return chosen if decisions.index is None else chosen.gather(1, decisions.index) & decisions.valid
 
 
-def _measured(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisions, kl: Tensor) -> Measured:
+def _spent(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisions) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply-accumulates of each prompt: the student's, those in vision tower and projector, the teacher's."""
     valid = prompts.inputs["attention_mask"].bool()
-    count, image = prompts.answers.sum(), prompts.image.sum()
-    macs, vision, dense = student.spent(decisions, prompts.image, valid, int(count))
-    share = decisions.share.get("image")
+    return student.spent(decisions, prompts.image, valid, prompts.answers.sum(1))
+
+
+def _measured(
+    prompts: Prompts, decisions: Decisions, kl: Tensor, macs: Tensor, vision: Tensor, dense: Tensor
+) -> Measured:
+    """Sums of a batch; kl: of each token of the answers, the others as `_spent` gives them."""
+    image, share = prompts.image.sum(), decisions.share.get("image")
     kept = image if share is None else (share.detach() * prompts.image).sum()
-    return Measured(count, kl, kept, image, vision, {"prefill": macs}, {"prefill": dense.detach()})
+    owner = prompts.answers.nonzero()[:, 0]
+    each = kl.new_zeros(len(prompts)).index_add(0, owner, kl) / prompts.answers.sum(1)
+    phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
+    rows = {"kl": each, "compute": macs / dense}
+    return Measured(prompts.answers.sum(), kl.sum(), kept, image, vision.sum(), *phases, rows)
 
 
 def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Start:
@@ -210,7 +221,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
         for prompts in _batches(student, chosen, CALIBRATED)
     ]
-    return calibrate_door(student, batches, config.budget.target, tokens(student, data, config), config.train.seed)
+    return calibrate_door(student, batches, trained(config.budget), tokens(student, data, config), config.train.seed)
 
 
 @torch.no_grad()
@@ -233,9 +244,12 @@ def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts])
     """The compute ratio on batches of prompts."""
     spent = whole = 0.0
     for prompts in batches:
-        _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
-        measured = _measured(student, prompts, decisions, torch.zeros(()))
-        spent, whole = spent + float(measured.macs["prefill"]), whole + float(measured.dense["prefill"])
+        if student.by_count:
+            decisions = student.passing(prompts.image, prompts.inputs["attention_mask"].bool())
+        else:
+            _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
+        macs, _, dense = _spent(student, prompts, decisions)
+        spent, whole = spent + float(macs.sum()), whole + float(dense.sum())
     return spent / whole
 
 
@@ -261,16 +275,15 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
     for begin in range(0, len(questions), MEASURED):
         samples = asked.read(range(begin, min(begin + MEASURED, len(asked))))
         prompts = encode(questions.processor, samples, questions.image_token).to(student.model.device)
-        kl, said = torch.zeros(()), {}
-        hidden, decisions = {}, None
+        said, hidden = {}, {}
         with student.teacher():
             out, _ = student.features(**prompts.inputs)
             hidden["teacher_"] = student.logits(out.last_hidden_state[prompts.answers])[0]
         out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         rows = out.last_hidden_state[_through(prompts.answers, decisions)]
         hidden[""] = student.logits(rows, *student.head_tensors())[0]
-        kl = DIVERGENCES["forward_kl"](hidden[""], hidden["teacher_"]).sum()
-        measured = _measured(student, prompts, decisions, kl)
+        kl = DIVERGENCES["forward_kl"](hidden[""], hidden["teacher_"])
+        measured = _measured(prompts, decisions, kl, *_spent(student, prompts, decisions))
         total = measured if total is None else total + measured
         starts = prompts.answers.sum(1).cumsum(0) - prompts.answers.sum(1)
         for name, logits in hidden.items():

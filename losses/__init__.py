@@ -12,12 +12,13 @@ from losses.divergence import (
     topk_kl,
 )
 from losses.hidden import HIDDEN_DISTANCES, cosine_distance, mse, per_layer, relative_mse
-from losses.routing import budget_price, capacity_hinge, load_balance, topk_bce
+from losses.routing import budget_price, budget_prices, capacity_hinge, load_balance, topk_bce
 
 __all__ = [
     "DIVERGENCES",
     "HIDDEN_DISTANCES",
     "budget_price",
+    "budget_prices",
     "capacity_hinge",
     "chunked",
     "cosine_distance",

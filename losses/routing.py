@@ -22,6 +22,15 @@ def budget_price(multiplier: Tensor, compute: Tensor, target: float, stiffness: 
     return F.relu(multiplier + stiffness * miss), F.relu(multiplier + stiffness * miss / 20)
 
 
+def budget_prices(prices: Tensor, misses: Tensor, stiffness: float) -> Tensor:
+    """Return what a unit of compute costs in the next step at each of several budgets, prices [K], misses [K].
+
+    Prices of a range of budgets differ by orders of magnitude, so each answers to its miss (compute - budget) in
+    proportion to itself. They are slow: what remains missed is for the dial to correct.
+    """
+    return prices * (misses * (stiffness / 20)).exp()
+
+
 def capacity_hinge(open_share: Tensor, capacity: float) -> Tensor:
     """Return the mean over sites of max(0, open share - capacity) (Router-Tuning, arXiv 2410.13184)."""
     return F.relu(open_share - capacity).mean()

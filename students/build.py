@@ -68,7 +68,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
     image = spec.find("image")
     if image is not None:
-        trunk.door = _like(blocks[0], Door(ImageRouter(image, trunk.config.hidden_size)))
+        trunk.door = _like(blocks[0], Door(ImageRouter(image, trunk.config.hidden_size, spec.gains)))
     return VisionLanguageStudent(model, record, blocks, language, runtime, compute, trunk=trunk, vision=vision)
 
 
@@ -99,7 +99,8 @@ def _language_parts(
     if spec.find("vocab") is not None:
         rank = spec.find("vocab").rank or width // 4
         head_routed = rank * (width + vocabulary + 1)
-        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, VocabRouter(width, rank))))
+        router = VocabRouter(width, rank, spec.gains)
+        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, router)))
     return runtime, ComputeModel(spec, shapes, vocabulary * width, head_routed)
 
 
@@ -131,7 +132,7 @@ def _elasticize_image(
             _like(block, routed)
             if layer.on(number):
                 width = sizes_of(model, record, number, block).width
-                routed.routers["layer"] = _like(block, Router(layer, width, 1))
+                routed.routers["layer"] = _like(block, Router(layer, width, 1, gains=spec.gains))
                 shapes[number].routers["layer"] = routed.routers["layer"].macs(width)
             parent[number] = blocks[number] = routed
     compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
@@ -186,7 +187,7 @@ def _elasticize_block(
 
     def add_router(wrapper: RoutedBranch, kind: str, key: str, gates: int, members: Tensor | None = None) -> None:
         router_spec = spec.find(kind, number)
-        router = Router(router_spec, width, gates, members)
+        router = Router(router_spec, width, gates, members, spec.gains)
         wrapper.routers[kind] = _like(wrapper.base_layer, router)
         if router_spec.granularity == "token":
             routers[key] = router.macs(width)
@@ -242,7 +243,7 @@ def _elasticize_block(
             names = record.linears(site)
             linears = [block.get_submodule(name) for name in names]
             inputs = weight_of(linears[0]).shape[1]
-            channel = _like(linears[0], ChannelRouter(channel_spec, inputs)) if channel_spec else None
+            channel = _like(linears[0], ChannelRouter(channel_spec, inputs, spec.gains)) if channel_spec else None
             corrected = spec.lora.rank > 0 and site in spec.lora.sites
             shared = Site(f"{number}.{site}")
             for name, linear in zip(names, linears, strict=True):

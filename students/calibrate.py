@@ -14,7 +14,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,10 @@ ROWS_PER_BATCH = 256
 """Tokens of a batch whose activations are kept."""
 PRICED_ROWS = 256
 """Tokens that channel routers are priced on."""
+LOWEST, HIGHEST, FINENESS = -30.0, 15.0, 0.002
+"""Logarithms of prices that are told apart."""
+LEAST_GAIN = 0.05
+"""Of the LM head's rows, where one limit seems best for all budgets."""
 
 
 @dataclass
@@ -54,6 +58,13 @@ class Start:
     """Nats per unit of compute at which gates close."""
     compute: float
     """Predicted compute ratio."""
+    prices: tuple[float, ...]
+    """The price of each budget that was asked for."""
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """How far to turn the dial from this start for each of them: a channel's cost is its magnitude squared."""
+        return tuple((math.log(self.price) - math.log(price)) / 2 for price in self.prices)
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,15 @@ class Choice:
     apply: Callable[[float], None]
 
 
-def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float, phase: Phase, seed: int = 0) -> Start:
+def calibrate(
+    student: LanguageStudent, batches: Iterable[Tensor], target: float | Sequence[float], phase: Phase, seed: int = 0
+) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
-    batches: token ids [B, T] without padding.
+    batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
+    router with the gain at which one dial reaches all of them.
     """
+    targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
     seen = _observe(student, batches, generator)
@@ -80,41 +95,72 @@ def calibrate(student: LanguageStudent, batches: Iterable[Tensor], target: float
     for number in range(len(student.blocks)):
         choices += _block_choices(student, number, seen, dense, keys, phase)
     compute = student.compute.uniform(1.0, valid.shape[1], phase)
+    curve = Curve(choices)
     head = student.model.get_output_embeddings()
-    if isinstance(head, RoutedHead):
-        fits = fit_vocab(head, torch.cat(seen["hidden"].inputs))
-        whole = student.compute.head / dense if phase == "decode" else 0.0
+    if not isinstance(head, RoutedHead):
+        return start_at(choices, curve, [compute] * len(targets), targets)
+    hidden = torch.cat(seen["hidden"].inputs)
+    fits = fit_vocab(head, hidden)
+    whole = student.compute.head / dense if phase == "decode" else 0.0
 
-        def lost(fit: VocabFit) -> float:
-            """Estimated KL if the head takes this setting and the blocks save the rest."""
-            return fit.kl + _lost(choices, find_price(choices, compute - whole * (1 - fit.share), target))
+    def lost(fit: VocabFit, target: float) -> float:
+        """Estimated KL if the head takes this setting and the blocks save the rest."""
+        return fit.kl + curve.lost(curve.price(compute - whole * (1 - fit.share), target))
 
-        best = min(fits, key=lost)
-        head.routers["vocab"].spread.data.fill_(best.spread)
-        compute -= whole * (1 - best.share)
-    price = find_price(choices, compute, target)
+    best = [min(fits, key=lambda fit: lost(fit, target)) for target in targets]
+    start = start_at(choices, curve, [compute - whole * (1 - fit.share) for fit in best], targets)
+    router: VocabRouter = head.routers["vocab"]
+    spreads, offsets = torch.tensor([fit.spread for fit in best]), torch.tensor(start.offsets)
+    slope = 0.0 if len(best) == 1 else float(torch.stack([offsets, spreads]).cov()[0, 1] / offsets.var())
+    router.spread.data.fill_(spreads.mean() - slope * offsets.mean())
+    if router.log_gain is not None:
+        gain = -slope * router.features(hidden.float()).norm(dim=-1).mean()
+        router.log_gain.data.copy_(gain.clamp(min=LEAST_GAIN).log())
+    return start
+
+
+def start_at(choices: list[Choice], curve: Curve, compute: Sequence[float], targets: Sequence[float]) -> Start:
+    """Start all routers at the price that reaches the target, or half-way between those of several.
+
+    compute: for each target, what the student would spend if none of these gates closed.
+    """
+    prices = [curve.price(whole, target) for whole, target in zip(compute, targets, strict=True)]
+    price = math.sqrt(prices[0] * prices[-1])
     for choice in choices:
         choice.apply(price)
-    return Start(price, compute - saved(choices, price))
+    middle = (compute[0] + compute[-1]) / 2
+    return Start(price, middle - curve.saved(price), tuple(prices))
 
 
-def _lost(choices: list[Choice], price: float) -> float:
-    """Estimated KL of everything that closes at this price, in nats per token."""
-    return sum(float((c.cost * (c.cost < price * c.saving)).sum(1).mean()) for c in choices)
+class Curve:
+    """What the gates of some choices save, and what is lost with them, as functions of the price they close at."""
 
+    def __init__(self, choices: list[Choice]) -> None:
+        self.points = int((HIGHEST - LOWEST) / FINENESS)
+        saving, losing = torch.zeros(2, self.points, dtype=torch.float64)
+        for choice in choices:
+            rows, cost = len(choice.cost), choice.cost.flatten().cpu()
+            place = ((cost / choice.saving).clamp(min=1e-30).log() - LOWEST) / FINENESS
+            place = place.long().clamp(0, self.points - 1)
+            saving += place.bincount(minlength=self.points) * choice.saving / rows
+            losing += place.bincount(cost.double(), minlength=self.points) / rows
+        self._saved, self._lost = saving.cumsum(0), losing.cumsum(0)
 
-def saved(choices: list[Choice], price: float) -> float:
-    return sum(float((c.cost < price * c.saving).float().mean()) * c.cost.shape[1] * c.saving for c in choices)
+    def _place(self, price: float) -> int:
+        return min(self.points, max(1, round((math.log(price) - LOWEST) / FINENESS))) - 1
 
+    def saved(self, price: float) -> float:
+        """Compute that is saved at this price, as a share of the model's."""
+        return float(self._saved[self._place(price)])
 
-def find_price(choices: list[Choice], compute: float, target: float) -> float:
-    """The price at which the choices bring `compute` down to `target`, by bisection of its logarithm."""
-    low, high = -30.0, 15.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        too_much = compute - saved(choices, math.exp(middle)) > target
-        low, high = (middle, high) if too_much else (low, middle)
-    return math.exp((low + high) / 2)
+    def lost(self, price: float) -> float:
+        """Estimated KL of everything that closes at this price, in nats per token."""
+        return float(self._lost[self._place(price)])
+
+    def price(self, compute: float, target: float) -> float:
+        """The lowest price at which `compute` comes down to `target`."""
+        place = int(torch.searchsorted(self._saved, compute - target)) + 1
+        return math.exp(LOWEST + FINENESS * min(place, self.points))
 
 
 def _observe(student: LanguageStudent, batches: list[Tensor], generator: torch.Generator) -> dict[str, Observed]:
@@ -315,6 +361,8 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
         else:
             router.linear.weight.copy_(weight[:-1].T)
             router.linear.bias.copy_(weight[-1] - threshold)
+        if router.log_gain is not None:
+            router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, limits of their square roots
 
     return Choice(predicted.exp(), saving, apply)
 

@@ -9,13 +9,13 @@ Where dropped tokens stay away, the gate of a block is the gate of all later one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.calibrate import Choice, Start, find_price, gated_choice, saved
+from students.calibrate import Choice, Curve, Start, gated_choice, start_at
 from students.image import ImageStudent
 from students.routers import Router
 
@@ -25,8 +25,11 @@ ROWS_PER_BATCH = 1024
 """Tokens of a batch that a router's start is fitted to."""
 
 
-def calibrate_images(student: ImageStudent, batches: Iterable[Tensor], target: float, seed: int = 0) -> Start:
-    """Start all routers at the price that reaches `target`. batches: pixels [B, C, H, W]."""
+def calibrate_images(
+    student: ImageStudent, batches: Iterable[Tensor], target: float | Sequence[float], seed: int = 0
+) -> Start:
+    """Start all routers at the price that reaches `target`, or between several. batches: pixels [B, C, H, W]."""
+    targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
     seen = _observe(student, list(batches), generator)
     ones = torch.ones(1, student.tokens, dtype=torch.bool)
@@ -38,10 +41,7 @@ def calibrate_images(student: ImageStudent, batches: Iterable[Tensor], target: f
     choices = [_choice(student, key, router, *seen[key], dense) for key, router in rest.items()]
     choices += _layer_choices(student, layers, seen, dense)
     compute = student.compute.uniform(1.0, student.tokens, "prefill")
-    price = find_price(choices, compute, target)
-    for choice in choices:
-        choice.apply(price)
-    return Start(price, compute - saved(choices, price))
+    return start_at(choices, Curve(choices), [compute] * len(targets), targets)
 
 
 def _observe(

@@ -6,14 +6,14 @@ tokens, is what the router predicts from the token at the door. Routers in the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.calibrate import Start, find_price, gated_choice, saved
+from students.calibrate import Curve, Start, gated_choice, start_at
 from students.vlm import VisionLanguageStudent
 
 DRAWS = 2
@@ -23,11 +23,11 @@ DRAWS = 2
 def calibrate_door(
     student: VisionLanguageStudent,
     batches: Iterable[tuple[dict[str, Any], Tensor, Tensor]],
-    target: float,
+    targets: Sequence[float],
     tokens: tuple[int, int],
     seed: int = 0,
 ) -> Start:
-    """Start the door's router at the price that reaches `target`.
+    """Start the door's router at the price that reaches the middle of the targets, one or several, ascending.
 
     batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
     bool). tokens: (text, image) of a prompt.
@@ -52,9 +52,7 @@ def calibrate_door(
     x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
     compute = student.uniform(1.0, tokens, "prefill")
     choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
-    price = find_price([choice], compute, target)
-    choice.apply(price)
-    return Start(price, compute - saved([choice], price))
+    return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
 
 
 def _log_likelihood(student: VisionLanguageStudent, hidden: Tensor, generator: torch.Generator) -> Tensor:

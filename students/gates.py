@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, N gates of one router, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,23 +26,37 @@ def topk(score: Tensor, share: float, dim: int) -> Tensor:
     return best(score, min(size, max(1, round(share * size))), dim)
 
 
-def best(score: Tensor, count: int, dim: int) -> Tensor:
-    """1 for the `count` largest scores along `dim`, else 0; gradient as in `threshold`."""
-    hard = torch.zeros_like(score).scatter_(dim, score.topk(count, dim).indices, 1.0)
+def best(score: Tensor, count: int | Sequence[int], dim: int) -> Tensor:
+    """1 for the `count` largest scores along `dim`, else 0; gradient as in `threshold`.
+
+    count may differ between the rows of score [B, n] (dim 1). Scores of -infinity are never among the largest.
+    """
+    if isinstance(count, int):
+        hard = torch.zeros_like(score).scatter_(dim, score.topk(count, dim).indices, 1.0)
+    else:
+        hard = (_rank(score) < torch.tensor(count, device=score.device)[:, None]).to(score.dtype)
+    hard = hard * (score > -torch.inf)
     soft = score.sigmoid()
     return hard + (soft - soft.detach())
 
 
-def even(score: Tensor, here: Tensor | None = None) -> Tensor:
-    """1 for the k largest scores [B, n] of each row, k being how many are >= 0 in the mean over rows, else 0.
+def _rank(score: Tensor) -> Tensor:
+    """The place [B, n] of each score in its row, the largest first."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
-    Gradient as in `threshold`; here [B, n] bool: which may be chosen. Nothing waits for the device.
+
+def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None) -> Tensor:
+    """1 for the k largest scores [B, n] of each row, k being how many are >= -shift in the mean over rows, else 0.
+
+    shift: one number, or [B, 1], one for each row. Gradient as in `threshold` of score + shift; here [B, n] bool: which
+    may be chosen. Nothing waits for the device.
     """
-    count = (score >= 0).sum(1).float().mean().round()
+    limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
+    below = torch.searchsorted(score.detach().flatten().sort().values, limit.detach())
+    count = ((score.numel() - below) / len(score)).round()
     ranked = score if here is None else score.masked_fill(~here, -torch.inf)
-    rank = ranked.argsort(dim=1, descending=True).argsort(dim=1)
-    soft = score.sigmoid()
-    return (rank < count).to(score.dtype) + (soft - soft.detach())
+    soft = (score + shift).sigmoid()
+    return (_rank(ranked) < count).to(score.dtype) + (soft - soft.detach())
 
 
 def score_weight(score: Tensor, over_gates: bool) -> Tensor:
@@ -56,10 +72,15 @@ def _reaches(x: Tensor, limit: Tensor) -> Tensor:
     return torch.ge(x, limit, out=torch.empty_like(x))
 
 
-def _sum_rows(weight: Tensor | None, x: Tensor) -> Tensor:
-    """sum_n weight[n] x[n, C] -> [C] as one matrix product; weight None: all ones."""
-    weight = x.new_ones(1, len(x)) if weight is None else weight.to(x.dtype).view(1, -1)
-    return (weight @ x).squeeze(0).float()
+def _sum_tokens(weight: Tensor | None, x: Tensor, shape: torch.Size) -> Tensor:
+    """sum_n weight[n] x[n, C] as a matrix product, over all tokens (shape [C]) or those of each row ([B, 1, C]).
+
+    x [..., C], weight [...]; None: all ones.
+    """
+    weight = x.new_ones(x.shape[:-1]) if weight is None else weight.to(x.dtype)
+    if len(shape) == 1:
+        x, weight = x.flatten(0, -2), weight.flatten()
+    return (weight.unsqueeze(-2) @ x).float().view(shape)
 
 
 class _ChannelGate(torch.autograd.Function):
@@ -83,16 +104,16 @@ class _ChannelGate(torch.autograd.Function):
             size = x.abs()
             near = _reaches(size, (log_limit - 0.5).exp().to(x.dtype))
             near -= _reaches(size, (log_limit + 0.5).exp().to(x.dtype))
-            near = near.flatten(0, -2)
-            towards = (grad_out * x).flatten(0, -2).mul_(near)
-            grad_limit = -_sum_rows(None, towards)
+            grad_limit = -_sum_tokens(None, (grad_out * x).mul_(near), log_limit.shape)
             if grad_share is not None:
-                grad_limit -= _sum_rows(grad_share, near) / x.shape[-1]
+                grad_limit -= _sum_tokens(grad_share, near, log_limit.shape) / x.shape[-1]
         return grad_out * keep, grad_limit
 
 
 def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit [C]); also the share kept [...], float32.
+    """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit); also the share kept [...], float32.
+
+    log_limit [C], or [B, 1, C] where it differs from row to row of x [B, T, C].
 
     Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
     """

@@ -43,6 +43,8 @@ class Flow:
     """[B, n] bool: which of them are not there to fill up the shape; None: all."""
     kept: Tensor | None = None
     """[B, T] gates, for masks: 1 for tokens still here."""
+    so_far: list[tuple[float, int]] = field(default_factory=list)
+    """What rounding to whole patches has taken away, and how many it left (see Runtime.patches_kept)."""
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then."""
@@ -91,32 +93,44 @@ class RoutedBlock(Wrapper):
             del run.passed["flow"]
         return x
 
-    def _scores(self, x: Tensor, flow: Flow, router: Router) -> Tensor:
-        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far."""
+    def _scores(self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None) -> Tensor:
+        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far.
+
+        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were.
+        """
         score = router.of_stream(x)
         if self.prefix:
             score[:, : self.prefix] = self.top
-        if self.stays and flow.score is not None:
-            score = torch.minimum(score, flow.score)
-        return score
+        if not self.stays:
+            return score
+        before = torch.full_like(score, torch.inf) if flow.score is None else flow.score
+        score = torch.minimum(score, before)
+        return score if choosing is None else torch.where(choosing[:, None], score, before)
 
     def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run, prefix = self.runtime, self.prefix
         index = rows = weight = None
         valid = flow.valid
-        count = None if router is None else run.patches_kept(router, flow.tokens - prefix)
-        if router is not None and not self._idle(router, count, x.shape[1] - prefix):
-            score = self._scores(x, flow, router)
+        count = self._count(flow, router)
+        choosing = None
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+            choosing = torch.tensor(count, device=x.device) + prefix < left
+        if router is not None and not self._idle(router, count, x.shape[1] - prefix, choosing):
+            score = self._scores(x, flow, router, choosing)
             if count is None:
-                open_ = score + run.offset >= 0
+                open_ = score + router.shift(run.turn(score)) >= 0
                 index, valid = gather_open(open_ if valid is None else open_ & valid)
+                score = score.gather(1, index)
+            elif isinstance(count, tuple):  # each row keeps as many as its budget says
+                here = score if valid is None else score.masked_fill(~valid, -torch.inf)
+                index, valid = gather_open(gates.best(here, [prefix + k for k in count], 1) != 0)
                 score = score.gather(1, index)
             elif count + prefix < score.shape[1]:
                 score, index = score.topk(count + prefix, dim=1)
             flow.score = score
             if router.spec.weight == "score":
-                weight = gates.score_weight(score, over_gates=False).to(x.dtype).unsqueeze(-1)
-                weight[:, :prefix] = 1
+                weight = self._weight(score[:, prefix:], x.dtype)
         some = x
         if index is not None and index.shape[1] == x.shape[1] and valid is None:
             index = None
@@ -142,10 +156,17 @@ class RoutedBlock(Wrapper):
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
-    def _idle(self, router: Router, count: int | None, patches: int) -> bool:
+    def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
+        """How many patches pass (see Runtime.patches_kept)."""
+        if router is None:
+            return None
+        return self.runtime.patches_kept(router, flow.tokens - self.prefix, flow.so_far if self.stays else None)
+
+    def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
         """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
-        weighs = router.spec.weight == "score"
-        return count is not None and count >= patches and not weighs and not self.runtime.training
+        if count is None or router.spec.weight == "score":
+            return False
+        return count >= patches if choosing is None else not bool(choosing.any())
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
@@ -168,16 +189,19 @@ class RoutedBlock(Wrapper):
         if run.probed is not None and router is not None:
             return self._probe(x, args, kwargs)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
-        if router is not None and not run.training:
-            count = run.patches_kept(router, flow.tokens - self.prefix)
-            if self._idle(router, count, flow.tokens - self.prefix if here is None else int(here[0].sum())):
-                router = None
+        patches = flow.tokens - self.prefix
+        count, choosing = None if run.training else self._count(flow, router), None
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), patches, device=x.device) if here is None else here.sum(1)
+            choosing = torch.tensor(count, device=x.device) < left
+        if router is not None and self._idle(router, count, patches if here is None else int(here[0].sum()), choosing):
+            router = None
         if router is None:
             gate = flow.kept
         else:
-            score = self._scores(x, flow, router)
+            score = self._scores(x, flow, router, choosing)
             flow.score = score if self.stays else None
-            gate = F.pad(run.choose(router, score[:, self.prefix :], here), (self.prefix, 0), value=1.0)
+            gate = F.pad(run.choose(router, score[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
         if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
@@ -185,7 +209,7 @@ class RoutedBlock(Wrapper):
         if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
             weighs = router is not None and router.spec.weight == "score"
             out = self._run(x, args, kwargs)
-            return x + self._weight(score, x.dtype) * (out - x) if weighs else out
+            return x + self._weight(score[:, self.prefix :], x.dtype) * (out - x) if weighs else out
         if torch.is_grad_enabled():
             # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
             mask = torch.log(gate * (1 - LEAK) + LEAK).to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
@@ -194,7 +218,7 @@ class RoutedBlock(Wrapper):
         out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
-            return x + gate.detach() * self._weight(score, x.dtype) * (out - x)
+            return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
         return out * gate + x * (1 - gate)
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -212,8 +236,11 @@ class RoutedBlock(Wrapper):
         return out * gate.unsqueeze(-1) + x * (1 - gate.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the change of each token is multiplied by [B, T, 1]."""
-        weight = gates.score_weight(score[:, self.prefix :], over_gates=False).to(dtype)
+        """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
+        weight = gates.score_weight(score, over_gates=False).to(dtype)
+        corrected = self.runtime.corrected(weight)
+        if corrected is not None:
+            weight = 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
 
@@ -237,7 +264,7 @@ class ImageStudent(Student):
         self.tokens = tokens
         """Tokens of an image of the model's own size, those of the prefix included."""
         self.runtime.restores = not reads_prefix_only(self.model)
-        trunk_of(self.model).register_forward_pre_hook(self._before)
+        trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
         """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
@@ -292,11 +319,12 @@ class ImageStudent(Student):
             if router.levels is not None:
                 router.set_quota(torch.cat(seen[key]))
 
-    def _before(self, trunk: nn.Module, args: Any) -> None:
+    def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
         self.runtime.passed.clear()
         if not self.runtime.bypass:
-            self._enter(0)
+            pixels = args[0] if args else kwargs["pixel_values"]
+            self._enter(0, len(pixels), pixels.device)
 
 
 def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:

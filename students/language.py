@@ -60,15 +60,18 @@ class LanguageStudent(Student):
         head = self.model.get_output_embeddings()
         return head.tensors() if isinstance(head, RoutedHead) and not self.runtime.bypass else ()
 
-    def logits(self, hidden: Tensor, *head_tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def logits(
+        self, hidden: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits of final hidden rows [N, D] -> [N, V], and the share of exact rows [N] (None: no vocab router).
 
-        head_tensors: those of `head_tensors()`; without them the head is the frozen one.
+        head_tensors: those of `head_tensors()`; without them the head is the frozen one. owner [N]: the row of the last
+        batch that each belongs to, which is needed where rows have budgets of their own.
         """
         head = self.model.get_output_embeddings()
         share = None
         if head_tensors:
-            logits, share = head.routed_logits(hidden, *head_tensors)
+            logits, share = head.routed_logits(hidden, *head_tensors, owner=owner)
         else:
             logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
         cap = getattr(self.trunk.config, "final_logit_softcapping", None)  # Gemma 2, arXiv 2408.00118
@@ -94,7 +97,7 @@ class LanguageStudent(Student):
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
-        self._enter(tokens.numel())
+        self._enter(tokens.numel(), len(tokens), tokens.device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
             padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass

@@ -25,13 +25,16 @@ class Router(nn.Module):
     members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).
     """
 
-    def __init__(self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None) -> None:
+    def __init__(
+        self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None, gains: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.gates = gates
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._levels: tuple[int, list[float]] = (-1, [])
+        self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
         if spec.network == "static":
             self.score = nn.Parameter(torch.zeros(gates))
             return
@@ -78,13 +81,18 @@ class Router(nn.Module):
             return gate.mean(-1)
         return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
 
+    def shift(self, turn: float | Tensor) -> float | Tensor:
+        """What the dial adds to the scores."""
+        return turn if self.log_gain is None else self.log_gain.exp() * turn
+
     def set_quota(self, scores: Tensor) -> None:
         """Take the distribution of scores [N] as the one that `quota` answers for."""
         steps = torch.linspace(0, 1, LEVELS, device=scores.device)
         self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
 
     def quota(self, offset: float) -> float:
-        """The share of scores that are at least -offset, between 0 and 1."""
+        """The share of scores that are at least as large as the dial asks, between 0 and 1."""
+        offset = float(self.shift(offset))
         if self._levels[0] != self.levels._version:
             self._levels = self.levels._version, self.levels.tolist()
         levels = self._levels[1]
@@ -108,16 +116,23 @@ class ChannelRouter(nn.Module):
     static: the choice is fixed, by a learned score per channel.
     """
 
-    def __init__(self, spec: RouterSpec, width: int) -> None:
+    def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
         super().__init__()
         self.spec = spec
         self.log_limit = nn.Parameter(torch.full((width,), OPEN))
+        self.log_gain = nn.Parameter(torch.zeros(width)) if gains else None
 
-    def limit(self, offset: float, dtype: torch.dtype) -> Tensor:
-        """What |x| has to reach [C], float32 but rounded to x's dtype; static: 0 where open, infinity where closed."""
+    def turned(self, turn: float | Tensor) -> Tensor:
+        """The logarithm of the limit where the dial is at `turn`: [C], or [..., C] for turns [..., 1]."""
+        return self.log_limit - (turn if self.log_gain is None else self.log_gain.exp() * turn)
+
+    def limit(self, turn: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """What |x| has to reach [C] or [..., C], float32 but rounded to x's dtype; static: 0 where open, infinity where
+        closed."""
+        turned = self.turned(turn).detach()
         if self.spec.network == "static":
-            return torch.where(offset >= self.log_limit.detach(), 0.0, torch.inf)
-        return (self.log_limit.detach() - offset).exp().to(dtype).float()
+            return torch.where(turned <= 0, 0.0, torch.inf)
+        return turned.exp().to(dtype).float()
 
 
 class Substitute(nn.Module):
@@ -161,8 +176,9 @@ class VocabRouter(nn.Module):
     the map is fitted to hidden states, in closed form, and stays as fitted; spread and tail are trained.
     """
 
-    def __init__(self, width: int, rank: int) -> None:
+    def __init__(self, width: int, rank: int, gains: bool = False) -> None:
         super().__init__()
+        self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
         self.register_buffer("down", torch.zeros(rank, width))
         self.register_buffer("up", torch.zeros(width, rank))
         self.register_buffer("slope", torch.zeros(rank))
@@ -177,7 +193,10 @@ class VocabRouter(nn.Module):
         """Final hidden states [..., D] -> f [..., r]."""
         return F.linear(hidden, self.down.to(hidden.dtype))
 
-    def limit(self, features: Tensor, spread: Tensor) -> Tensor:
-        """f [..., r] -> the limit [..., 1] of each token's preview, float32. Zero parameters open every row."""
+    def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, turn: Tensor | float) -> Tensor:
+        """f [..., r] -> the limit [..., 1] of each token's preview, float32, where the dial is at `turn`.
+
+        Zero parameters open every row.
+        """
         features = features.float()
-        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1)
+        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * turn

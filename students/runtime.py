@@ -48,8 +48,11 @@ class Runtime:
     execution: Literal["skip", "mask"] = "skip"
     """skip: what is closed is not computed. mask: it is computed and multiplied by zero, the reference for skip. With
     gradients on, closed gates are masked anyway, because they learn from what they leave out (see `skips`)."""
-    offset: float = 0.0
-    """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates."""
+    offset: float | tuple[float, ...] = 0.0
+    """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates.
+    Several: one for each row of the batch (or each group of as many rows), infinity where the row is the teacher's."""
+    rows: Tensor | None = None
+    """[B]: this call's offsets, where each row has its own."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
     training: bool = False
@@ -100,6 +103,34 @@ class Runtime:
             return self.capacity
         return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.offset))
 
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Give each of this call's rows its offset. ValueError where there are not as many."""
+        self.rows = None
+        if not isinstance(self.offset, tuple):
+            return
+        if batch % len(self.offset):
+            raise ValueError(
+                f"this batch has {batch} rows, and budgets were set for {len(self.offset)}: call set_compute with one "
+                "budget for all rows, or one for each"
+            )
+        self.rows = torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
+
+    def turn(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
+        """The dial for x [B, ..., C]: one number, or one for each row [B, ..., 1].
+
+        owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
+        """
+        if self.rows is None:
+            return self.offset
+        if owner is None:
+            return self.rows.view(-1, *[1] * (x.ndim - 1))
+        return self.rows[owner].view(*x.shape[:-1], 1)
+
+    def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
+        """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
+        teacher's: shapes as in `turn`, in x's dtype; None: all are."""
+        return None if self.rows is None else (self.turn(x, owner) < math.inf).to(x.dtype)
+
     def counted(self, x: Tensor) -> int:
         """How many tokens of x [B, T, D] are not padding."""
         return x.shape[:2].numel() - self.padded
@@ -129,38 +160,71 @@ class Runtime:
         elif per_token and not self.causal:
             gate = self._patches(router, score)
         else:
-            gate = gates.threshold(score + self.offset)
+            gate = gates.threshold(score + router.shift(self.turn(score)))
         self.note(key, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
-            gate, closed = gate.detach() * gates.score_weight(score, over_gates=not per_token), closed.detach()
+            weight = gates.score_weight(score, over_gates=not per_token)
+            corrected = self.corrected(score)
+            if corrected is not None:
+                weight = 1 + (weight - 1) * corrected
+            gate, closed = gate.detach() * weight, closed.detach()
         return gate.to(dtype), closed.to(dtype)
 
     def _patches(self, router: Router, score: Tensor) -> Tensor:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
         if score.shape[1] == 1:  # one decision for all tokens
-            return gates.threshold(score + self.offset)
-        gate = self.choose(router, score[:, self.prefix :].squeeze(-1))
+            return gates.threshold(score + router.shift(self.turn(score)))
+        score = score[:, self.prefix :].squeeze(-1)
+        gate = self.choose(router, score, self.patches_kept(router, score.shape[1]))
         return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
-    def choose(self, router: Router, score: Tensor, here: Tensor | None = None) -> Tensor:
-        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there."""
+    def choose(
+        self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None
+    ) -> Tensor:
+        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
+        `patches_kept` says, which is not asked for while quotas are trained."""
         if self.training and router.spec.selection == "quota":
-            return gates.even(score + self.offset, here)
-        count = self.patches_kept(router, score.shape[1])
+            return gates.even(score, router.shift(self.turn(score)), here)
         if count is None:
-            return gates.threshold(score + self.offset)
+            return gates.threshold(score + router.shift(self.turn(score)))
         if here is not None:
-            score, count = score.masked_fill(~here, -torch.inf), min(count, int(here[0].sum()))
+            score = score.masked_fill(~here, -torch.inf)
         return gates.best(score, count, 1)
 
-    def patches_kept(self, router: Router, patches: int) -> int | None:
-        """How many of an image's `patches` patches pass; None: as many as have a score of at least 0."""
+    def patches_kept(
+        self, router: Router, patches: int, so_far: list[tuple[float, int]] | None = None
+    ) -> int | tuple[int, ...] | None:
+        """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
+
+        so_far: where patches stay away, what rounding has taken from earlier blocks and how many they left, for all
+        rows or each; brought up to date. What one block rounds away the next ones get, so that compute comes within
+        half a `multiple` in one block of what the quotas say.
+        """
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
             return None
-        share = router.quota(self.offset) if spec.selection == "quota" else self.kept
-        tokens = self.prefix + round(share * patches)
+        if spec.selection == "topk":
+            return self._whole(spec, self.kept, patches)
+        offsets = [self.offset] if self.rows is None else self.rows.tolist()
+        shares = [router.quota(offset) for offset in offsets]
+        before = so_far or [(0.0, patches)] * len(shares)
+        counts = [
+            min(left, self._whole(spec, share + owed / patches, patches))
+            for share, (owed, left) in zip(shares, before, strict=True)
+        ]
+        if so_far is not None:
+            so_far[:] = [
+                (owed + min(share * patches, left) - count, count)
+                for share, count, (owed, left) in zip(shares, counts, before, strict=True)
+            ]
+        return counts[0] if self.rows is None else tuple(counts)
+
+    def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
+        """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""
+        if share >= 1:
+            return patches
+        tokens = self.prefix + max(0, round(share * patches))
         if tokens >= spec.multiple:
             tokens = spec.multiple * round(tokens / spec.multiple)
         return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))

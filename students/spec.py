@@ -147,6 +147,8 @@ class StudentSpec:
     """The routers; a kind may appear once per site."""
     lora: LoraSpec = field(default_factory=LoraSpec)
     """Low-rank corrections."""
+    gains: bool = False
+    """Whether each router learns how far it turns with the dial: for a student that serves a range of budgets."""
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, str, str]] = set()
@@ -159,7 +161,7 @@ class StudentSpec:
     def of(self, part: str) -> StudentSpec:
         """What is added to the blocks of one tower of a vision-language model; LoRA is the language model's."""
         routers = tuple(r for r in self.routers if r.part == part and r.kind != "image")
-        return StudentSpec(routers, self.lora if part == "language" else LoraSpec())
+        return StudentSpec(routers, self.lora if part == "language" else LoraSpec(), self.gains)
 
     def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
         """The router of this kind at this block and site, or None."""

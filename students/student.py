@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -44,6 +45,9 @@ class Student(nn.Module):
         self.compute = compute
         self.recompute = False
         self.dial: tuple[tuple[float, float], ...] = ()
+        """(measured compute, offset), ascending."""
+        self.span: tuple[float, float] | None = None
+        """The lowest and the highest budget, where the student was trained for a range of them."""
         self._state: Any = None
         self._added = list(self.added_parameters().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
@@ -67,9 +71,10 @@ class Student(nn.Module):
         finally:
             run.decisions = None
 
-    def _enter(self, tokens: int) -> None:
+    def _enter(self, tokens: int, batch: int, device: torch.device) -> None:
         """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter."""
         run = self.runtime
+        run.begin(batch, device)
         run.valid, run.padded, run.tokens = None, 0, tokens
         run.skipping = run.execution == "skip" and not torch.is_grad_enabled()
         run.alone = run.skipping and run.tokens == 1
@@ -133,7 +138,8 @@ class Student(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write what was added to the model, and the dial, to one safetensors file."""
-        about = {"offset": self.runtime.offset, "capacity": self.runtime.capacity, "dial": self.dial}
+        run = self.runtime
+        about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
         write_tensors(Path(path), self.added_state(), about)
 
     def restore(self, path: str | Path) -> None:
@@ -141,23 +147,49 @@ class Student(nn.Module):
         tensors, about = read_tensors(Path(path))
         self.load_added_state(tensors)
         self.dial = tuple((compute, offset) for compute, offset in about["dial"])
-        self.runtime.offset, self.runtime.capacity = about["offset"], about["capacity"]
+        self.span = about["span"] and tuple(about["span"])
+        offset = about["offset"]
+        self.runtime.offset = tuple(offset) if isinstance(offset, list) else offset
+        self.runtime.capacity = about["capacity"]
         self.runtime.bypass = False
 
-    def set_compute(self, compute: float) -> None:
+    def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:
         """Turn the dial: from here on the student spends this share of the teacher's compute; at 1.0 it is the teacher.
 
-        Interpolates between the measured points of `dial`. ValueError outside of them.
+        Several: one for each row of the batches to come (where a batch has a multiple of as many rows, as beam search
+        makes of them, neighbours share one). A row at 1.0 has all gates open and no corrections.
+
+        Interpolates between the measured points of `dial`. ValueError outside of them, or of the range that the student
+        was trained for.
         """
-        self.runtime.bypass = compute == 1.0
-        if self.runtime.bypass:
-            return
+        budgets = compute.tolist() if isinstance(compute, Tensor) else compute
+        budgets = [budgets] if isinstance(budgets, int | float) else list(budgets)
+        if not budgets:
+            raise ValueError("set_compute needs a budget, or one for each row of a batch")
+        offsets = [math.inf if budget == 1.0 else self._offset(budget) for budget in budgets]
+        if len(set(offsets)) > 1 and any(router.selection == "topk" for router in self.spec.routers):
+            raise ValueError("top-k routers keep the same share for all rows of a batch: set one budget for all")
+        self.runtime.bypass = min(offsets) == math.inf
+        if not self.runtime.bypass:
+            self.runtime.offset = tuple(offsets) if len(set(offsets)) > 1 else offsets[0]
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether compute goes in steps as the dial turns: quotas are whole numbers of patches."""
+        return any(router.selection == "quota" for router in self.spec.routers)
+
+    def _offset(self, compute: float) -> float:
+        """Where the dial is for a budget below 1."""
         points = sorted(self.dial)
-        if not points or not points[0][0] <= compute <= points[-1][0]:
-            reach = f"{points[0][0]:.3f} to {points[-1][0]:.3f}" if points else "no"
-            raise ValueError(f"compute {compute} is outside what this student can be set to: {reach} and 1.0")
-        for (low, low_offset), (high, high_offset) in pairwise(points):
-            if low <= compute <= high:
-                along = (compute - low) / (high - low) if high > low else 0.0
-                self.runtime.offset = low_offset + along * (high_offset - low_offset)
-                return
+        low, high = self.span or (points and (points[0][0], points[-1][0])) or (1.0, 1.0)
+        if not low <= compute <= high:
+            reach = "to 1.0 only" if low == 1.0 else f"from {low:.3f} to {high:.3f}" + " and to 1.0" * (high < 1)
+            raise ValueError(f"compute {compute} is outside what this student can be set to: {reach}")
+        if self.stepwise:
+            return min(points, key=lambda point: abs(point[0] - compute))[1]
+        compute = min(max(compute, points[0][0]), points[-1][0])
+        for (below, offset), (above, following) in pairwise(points):
+            if below <= compute <= above:
+                along = (compute - below) / (above - below) if above > below else 0.0
+                return offset + along * (following - offset)
+        return points[0][1]

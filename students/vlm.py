@@ -34,8 +34,8 @@ VISION = "vision."
 class ImageRouter(Router):
     """Scores image tokens at the language model's door, alone and against the question."""
 
-    def __init__(self, spec: RouterSpec, width: int) -> None:
-        super().__init__(spec, width, 1)
+    def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
+        super().__init__(spec, width, 1, gains=gains)
         if spec.query:
             self.look = nn.Linear(width, spec.query, bias=False)
             self.ask = nn.Linear(width, spec.query, bias=False)
@@ -114,26 +114,50 @@ class VisionLanguageStudent(LanguageStudent):
             out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 
-    def spent(self, decisions: Decisions, image: Tensor, valid: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiply-accumulates of a call of `features` and of the LM head on `rows` rows: the student's, those of them
-        in the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of the call."""
-        count, head = image.sum(), rows * self.compute.head
-        outside = torch.as_tensor((self.vision_macs or 0.0) * count, device=image.device)
-        frozen = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum()
+    def spent(
+        self, decisions: Decisions, image: Tensor, valid: Tensor, rows: Tensor | int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Multiply-accumulates [B] of a call of `features` and of the LM head on so many rows of each prompt: the
+        student's, those of them in the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of
+        the call."""
+        count, head = image.sum(1), rows * self.compute.head
+        outside = (self.vision_macs or 0.0) * count
+        frozen = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum(1)
         if decisions.bypassed:
             return frozen + outside + head, outside, frozen + outside + head
         weight = valid if decisions.valid is None else decisions.valid
-        macs = self.compute.routed_blocks(decisions, weight, "prefill").sum() + head
+        macs = self.compute.routed_blocks(decisions, weight, "prefill").sum(1) + head
         if self.door is not None:
-            macs = macs + self.door.macs(self.trunk.config.hidden_size) * valid.sum()
+            macs = macs + self.door.macs(self.trunk.config.hidden_size) * valid.sum(1)
         vision = outside
         inside = decisions.vision
         if self.vision is not None and inside is not None and inside.share:
             images = max(len(share) for share in inside.share.values())
             ones = torch.ones(images, self.vision.tokens, dtype=torch.bool, device=image.device)
             compute = self.vision.compute
-            vision = outside - (compute.dense(ones, "prefill") - compute.routed_blocks(inside, ones, "prefill")).sum()
+            saved = (compute.dense(ones, "prefill") - compute.routed_blocks(inside, ones, "prefill")).sum()
+            vision = outside - saved * count / count.sum()
         return macs + vision, vision, frozen + outside + head
+
+    @property
+    def by_count(self) -> bool:
+        """Whether nothing is routed but image tokens, by quota: what a prompt costs follows from its lengths."""
+        quota = self.door is not None and self.door.spec.selection == "quota"
+        return quota and not self.spec.routers and self.vision is None
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether compute goes in steps as the dial turns."""
+        return self.by_count
+
+    def passing(self, image: Tensor, valid: Tensor) -> Decisions:
+        """What the door would decide of prompts with image tokens at image [B, T], as far as numbers go."""
+        if self.runtime.bypass:
+            return Decisions(bypassed=True)
+        self.runtime.begin(len(image), image.device)
+        order = -torch.arange(image.shape[1], device=image.device).float()
+        gate = self._choose(order.expand(image.shape), image)
+        return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
 
     def uniform(self, share: float, tokens: Any, phase: str) -> float:
         """As of a language student; tokens: (text tokens, image tokens) of a prompt."""
@@ -212,6 +236,7 @@ class VisionLanguageStudent(LanguageStudent):
             return None
         if ids is None:
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
+        self.runtime.begin(len(ids), ids.device)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         valid = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
@@ -312,20 +337,25 @@ class VisionLanguageStudent(LanguageStudent):
 
     def _choose(self, score: Tensor, image: Tensor) -> Tensor:
         """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
-        run, spec = self.runtime, self.door.spec
-        if spec.selection == "threshold":
-            return gates.threshold(score + run.offset)
-        have = image.sum(1, keepdim=True)
-        if spec.selection == "topk":
-            share = torch.as_tensor(run.capacity if run.training else run.kept)
-        elif run.training:
-            share = (image & (score + run.offset >= 0)).sum() / image.sum().clamp(min=1)
+        run, door = self.runtime, self.door
+        shift = door.shift(run.turn(score))
+        if door.spec.selection == "threshold":
+            return gates.threshold(score + shift)
+        have, count = image.sum(1, keepdim=True), image.sum().clamp(min=1)
+        if door.spec.selection == "topk":
+            share = run.capacity if run.training else run.kept
+        elif run.training:  # of all image tokens of the batch, as in gates.even
+            ranked = score.detach().masked_fill(~image, -torch.inf).flatten().sort().values
+            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device).detach()
+            share = ((ranked.numel() - torch.searchsorted(ranked, limit)) / count).clamp(max=1)
+        elif run.rows is None:
+            share = door.quota(run.offset)
         else:
-            share = torch.as_tensor(self.door.quota(run.offset))
-        count = (share.to(have.device) * have).round().clamp(min=1)
+            share = torch.tensor([[door.quota(offset)] for offset in run.rows.tolist()], device=score.device)
+        most = (share * have).round().clamp(min=1)
         rank = score.masked_fill(~image, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        soft = (score + run.offset).sigmoid()
-        return (rank < count).to(score.dtype) + (soft - soft.detach())
+        soft = (score + shift).sigmoid()
+        return (rank < most).to(score.dtype) + (soft - soft.detach())
 
 
 def _append(memory: dict[str, Any], held: Tensor) -> None:

@@ -427,18 +427,24 @@ class Site:
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
         else:
-            self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
+            limit = self._limit
+            if run.rows is not None:
+                limit = self.layers[0].routers["channel"].limit(self.layers[0].turn(x), x.dtype)
+            self._note(lambda: (x.abs() >= limit).float().mean(-1))
             flat = x.flatten(0, -2)
-            if run.tokens > FEW_ROWS or not kernels.reads_few(self._whole, self._ends):
-                return self._many(x, flat)
-            out, _ = kernels.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+            if run.rows is not None or run.tokens > FEW_ROWS or not kernels.reads_few(self._whole, self._ends):
+                return self._many(x, flat, limit)
+            out, _ = kernels.few_channels(flat, limit, self._whole, self._bias, self._down, self._up, self._ends)
         out = out.view(*x.shape[:-1], -1)
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
-    def _many(self, x: Tensor, flat: Tensor) -> list[Tensor]:
+    def _many(self, x: Tensor, flat: Tensor, limit: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
-        masked = kernels.mask_channels(flat, self._limit)
+        masked = kernels.mask_channels(flat, limit) if limit.ndim == 1 else (x * (x.abs() >= limit)).flatten(0, -2)
         low = None if self._down is None else F.linear(flat, self._down)
+        corrected = None if low is None else self.layers[0].corrected(x)
+        if corrected is not None:
+            low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
         outs = []
         for layer, size, end in zip(self.layers, self._sizes, self._ends, strict=True):
             part = slice(end - size, end)
@@ -501,7 +507,7 @@ class Site:
         if lora:
             self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
             self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
-        if "channel" in first.routers:
+        if "channel" in first.routers and run.rows is None:
             self._limit = first.routers["channel"].limit(run.offset, dtype)
             self._reader = kernels.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
 
@@ -574,9 +580,27 @@ class RoutedLinear(Wrapper):
         router = self.routers["channel"]
         if self._alone(x):
             return self.site.take(self, x) if together else self.site.one(self, x)
-        if self.runtime.skipping and router.spec.network == "static":
+        if self.runtime.skipping and router.spec.network == "static" and self.runtime.rows is None:
             return self._read_static(router, x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
+
+    def _owner(self) -> Tensor | None:
+        """The row of the batch that each of this call's tokens belongs to, where they are packed."""
+        passed = self.runtime.passed
+        if f"{self.branch}.rows" not in passed:
+            return None
+        everyone, some, (_, tokens) = passed[f"{self.branch}.rows"]
+        few = self.site.name.endswith("out") or (self.per_query and f"{self.branch}.queries" in passed)
+        index = some if few else everyone
+        return None if index is None else index // tokens
+
+    def turn(self, x: Tensor) -> float | Tensor:
+        """The dial for x [..., I] (see Runtime.turn)."""
+        return self.runtime.turn(x, None if self.runtime.rows is None else self._owner())
+
+    def corrected(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x [..., I] are corrected (see Runtime.corrected)."""
+        return None if self.runtime.rows is None else self.runtime.corrected(x, self._owner())
 
     def _alone(self, x: Tensor) -> bool:
         """Whether this is one token, decoded on its own: then reading less is faster."""
@@ -598,8 +622,8 @@ class RoutedLinear(Wrapper):
         """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
         if self.lora is None:
             return out
-        if not self.runtime.skipping:
-            return out + self.lora(x)
+        if not self.runtime.skipping or self.runtime.rows is not None:
+            return out + self._only_corrected(self.lora(x), x)
         if self._lora_for != self.runtime.epoch:
             self._lora_for = self.runtime.epoch
             self._low = self.lora.down.detach().to(x.dtype), self.lora.up.detach().T.to(x.dtype).contiguous()
@@ -607,12 +631,17 @@ class RoutedLinear(Wrapper):
         torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), self._low[0]), self._low[1], out=flat)
         return out
 
+    def _only_corrected(self, low: Tensor, x: Tensor) -> Tensor:
+        """The low-rank correction [..., O] from x [..., I], but for rows that are the teacher's."""
+        corrected = self.corrected(x)
+        return low if corrected is None else low * corrected
+
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
         """x without the channels that stay closed; the first layer of a site chooses for all."""
         run, name = self.runtime, self.site.name
         masked, left = run.passed.pop(name, (None, len(self.site.layers))) if together else (None, 1)
         if masked is None:
-            masked, share = read_channels(router, x, run.offset)
+            masked, share = read_channels(router, x, self.turn(x))
             self.note(share)
         if left > 1:
             run.passed[name] = masked, left - 1
@@ -645,7 +674,8 @@ class RoutedLinear(Wrapper):
             out = F.linear(x, weight, bias)
         if self.lora is None:
             return out
-        return out + F.linear(F.linear(x, self.lora.down.to(x.dtype)), self.lora.up[rows].to(x.dtype))
+        low = F.linear(F.linear(x, self.lora.down.to(x.dtype)), self.lora.up[rows].to(x.dtype))
+        return out + self._only_corrected(low, x)
 
     def _read_open(self, x: Tensor, narrow: Narrow) -> Tensor:
         """From x [..., n], the channels of open heads or groups only."""
@@ -659,7 +689,8 @@ class RoutedLinear(Wrapper):
             out = F.linear(x, weight, self.base_layer.bias)
         if self.lora is None:
             return out
-        return out + F.linear(F.linear(x, self.lora.down[:, channels].to(x.dtype)), self.lora.up.to(x.dtype))
+        low = F.linear(F.linear(x, self.lora.down[:, channels].to(x.dtype)), self.lora.up.to(x.dtype))
+        return out + self._only_corrected(low, x)
 
     def _sliced(self, choice: Tensor, make: Callable[[], Any]) -> Any:
         """Parts of the weight for a choice that stands, made once while the same tensor says so."""
@@ -668,12 +699,13 @@ class RoutedLinear(Wrapper):
         return self._slice[1]
 
 
-def read_channels(router: ChannelRouter, x: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-    """x [..., C] without the channels that stay closed, and the share that is read [...]."""
+def read_channels(router: ChannelRouter, x: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C] without the channels that stay closed, and the share that is read [...]; turn: the dial for x."""
+    turned = router.turned(turn)
     if router.spec.network == "static":
-        gate = gates.threshold(offset - router.log_limit)
-        return x * gate.to(x.dtype), gate.mean().expand(x.shape[:-1])
-    return gates.channel(x, router.log_limit - offset)
+        gate = gates.threshold(-turned)
+        return x * gate.to(x.dtype), gate.mean(-1).expand(x.shape[:-1])
+    return gates.channel(x, turned)
 
 
 class RoutedHead(Wrapper):
@@ -687,7 +719,8 @@ class RoutedHead(Wrapper):
     def tensors(self) -> tuple[Tensor, ...]:
         """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
         router = self.routers["vocab"]
-        return router.spread, router.tail, self._preview_weight()
+        gain = torch.zeros_like(router.spread) if router.log_gain is None else router.log_gain
+        return router.spread, router.tail, self._preview_weight(), gain
 
     def _preview_weight(self) -> Tensor:
         """The router's preview of the head [V, r], computed when its maps or the head's weight change."""
@@ -713,7 +746,8 @@ class RoutedHead(Wrapper):
         """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
         features = router.features(hidden)
-        limit = router.limit(features, router.spread).squeeze(-1) - self.runtime.offset
+        gain = 1.0 if router.log_gain is None else router.log_gain.exp()
+        limit = router.limit(features, router.spread, gain, self.runtime.turn(features)).squeeze(-1)
         if len(hidden) == 1:
             preview = kernels.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
@@ -723,11 +757,17 @@ class RoutedHead(Wrapper):
         return logits, count / len(base.weight)
 
     def routed_logits(
-        self, hidden: Tensor, spread: Tensor, tail: Tensor, preview_weight: Tensor
+        self,
+        hidden: Tensor,
+        spread: Tensor,
+        tail: Tensor,
+        preview_weight: Tensor,
+        log_gain: Tensor,
+        owner: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
-        and the share of exact rows [...]."""
+        and the share of exact rows [...]. owner: as in Runtime.turn, where hidden [N, D] is flat."""
         router = self.routers["vocab"]
         features = router.features(hidden)
-        limit = router.limit(features, spread) - self.runtime.offset
+        limit = router.limit(features, spread, log_gain.exp(), self.runtime.turn(features, owner))
         return gates.rows(self.base_layer(hidden), F.linear(features, preview_weight), limit, tail)

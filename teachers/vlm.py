@@ -114,6 +114,9 @@ class Prompts:
     image: torch.Tensor
     """[B, T] bool: image tokens."""
 
+    def __len__(self) -> int:
+        return len(self.image)
+
     def to(self, device: torch.device) -> Prompts:
         """The same on another device."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}

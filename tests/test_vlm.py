@@ -118,6 +118,35 @@ def test_decoding_with_a_cache_is_the_full_pass(name: str) -> None:
 
 
 @torch.no_grad()
+def test_rows_may_have_budgets_of_their_own(name: str) -> None:
+    student = student_of(name)
+    student.dial = ((0.2, -0.5), (0.99, 0.5))
+    inputs = make_prompts(student.model, (1, 1), left=True)
+    student.set_compute([0.5, 1.0])
+    assert student.runtime.rows is None
+    together, decisions = student(**inputs)
+    kept = (decisions.share["image"] * (inputs["input_ids"] == 110)).sum(1) / (inputs["input_ids"] == 110).sum(1)
+    assert kept[0] < 1 == kept[1]
+    for row, budget in enumerate((0.5, 1.0)):
+        student.set_compute(budget)
+        alone, _ = student(**one(inputs, row))
+        here = inputs["attention_mask"][row].bool() if decisions.index is None else decisions.valid[row]
+        torch.testing.assert_close(alone.logits[0], together.logits[row][here], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_passes_can_be_counted_beforehand() -> None:
+    student = student_of("llava")
+    inputs = make_prompts(student.model, (2, 1))
+    image, valid = inputs["input_ids"] == 110, inputs["attention_mask"].bool()
+    assert student.by_count and not student_of("llava", DOOR, RouterSpec("token", sites=("mlp",))).by_count
+    _, decisions = student.features(**inputs)
+    expected = student.spent(decisions, image, valid, 1)
+    for one_, other in zip(expected, student.spent(student.passing(image, valid), image, valid, 1), strict=True):
+        torch.testing.assert_close(one_, other)
+
+
+@torch.no_grad()
 def test_searching_and_sampling_run(name: str) -> None:
     student = student_of(name)
     inputs = make_prompts(student.model, (1, 1), left=True)
@@ -138,11 +167,11 @@ def test_reported_compute_is_what_torch_counts() -> None:
         inputs = make_prompts(student.model, (1, 1, 1))
         _, decisions = student.features(**inputs)
         valid = inputs["attention_mask"].bool()
-        rows = decisions.valid.numel()
-        macs, vision, dense = student.spent(decisions, inputs["input_ids"] == 110, valid, rows)
+        each = decisions.valid.shape[1]
+        macs, vision, dense = (x.sum() for x in student.spent(decisions, inputs["input_ids"] == 110, valid, each))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             flops, _ = count(lambda student=student, inputs=inputs: student(**inputs))
-        padding = 1 - float(decisions.valid.sum()) / rows
+        padding = 1 - float(decisions.valid.float().mean())
         assert 2 * float(macs) == pytest.approx(flops, rel=0.01 + padding)
         assert 0 < float(vision) < float(macs) < float(dense)
 
@@ -175,7 +204,7 @@ def test_gradients_reach_the_door_and_nothing_else(selection: str) -> None:
     out, decisions = student.features(**inputs)
     text = inputs["attention_mask"].bool() & (inputs["input_ids"] != 110)
     macs, *_ = student.spent(decisions, inputs["input_ids"] == 110, inputs["attention_mask"].bool(), 1)
-    (out.last_hidden_state[text].square().mean() + macs / 1e6).backward()
+    (out.last_hidden_state[text].square().mean() + macs.sum() / 1e6).backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in student.added_parameters().values())
     assert all(p.grad is None for p in student.model.parameters() if not p.requires_grad)
 

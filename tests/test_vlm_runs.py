@@ -138,6 +138,17 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_one_run_serves_a_range_of_budgets(
+    configure: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.distill(configure(budget__target="0.6:1.0"), tmp_path / "run", say=silent)
+    found = [measure_run(str(tmp_path / "run"), compute=b, say=silent)[0] for b in (0.6, 0.8, 1.0)]
+    assert [row["compute"] for row in found] == pytest.approx([0.6, 0.8, 1.0], abs=0.04)
+    assert found[-1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert main(["eval", str(tmp_path / "run"), "--compute", "0.3"]) == 2
+    assert "from 0.600 to 1.000" in capsys.readouterr().err
+
+
 def test_only_routers_are_trained_and_saved(finished: Path, model_folder: Path) -> None:
     student = load(finished)
     assert isinstance(student, VisionLanguageStudent)
