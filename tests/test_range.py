@@ -14,8 +14,8 @@ import torch
 import yaml
 from conftest import make_tiny
 from test_execution import SPECS
-from test_image_runs import configure as configure_images  # noqa: F401: a fixture
-from test_image_runs import image_folder, timm_folder  # noqa: F401: fixtures
+from test_image_runs import configure as configure_images  # noqa: F401
+from test_image_runs import image_folder, timm_folder  # noqa: F401
 from test_images import SPECS as IMAGE_SPECS
 from test_images import make as make_image
 from test_students import scramble
