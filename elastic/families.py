@@ -5,8 +5,9 @@ load_all(source, config, teacher)          data to measure on
 summary(data, config)                      what there is, for the user to read
 tokens(student, data, config)              tokens that the model reads at once
 Batches(data, config, device)              training batches by number: len(), load(chosen, following)
-Distillation(student, loss, budget, data)  module: (batch, price) -> (loss, Measured)
-start(student, data, order, config)        calibration
+Distillation(student, loss, budget, data)  module: (batch, price, one for all rows or each [B]) -> (loss, Measured),
+                                           Measured.rows being "kl" and "compute" of each row
+start(student, data, order, config)        calibration, for all budgets that are trained (elastic/budgets.py)
 compute_meter(student, data, order, config)  what the dial is set by
 evaluate(student, held_out, config)        a row's measurements
 lines()                                    how a table shows them

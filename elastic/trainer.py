@@ -55,7 +55,7 @@ class State:
     """[K], as are the two below: of each of the budgets that are trained for (see elastic/budgets.py)."""
     price: Tensor
     offsets: Tensor
-    """Where the dial is for them."""
+    """Where the dial is for them; on the host."""
 
 
 def distill(
@@ -189,7 +189,7 @@ def _train(
                 rows = draw(knots, len(batch), train.seed * 1_000_003 + first(number))
                 weights.append(rows.to(device))
                 if budget.ranges:
-                    student.runtime.offset = tuple((weights[-1] @ state.offsets).tolist())
+                    student.runtime.offset = tuple((rows @ state.offsets).tolist())
                 with accelerator.accumulate(distillation):
                     part, seen = distillation(batch, weights[-1] @ state.price)
                     accelerator.backward(part / train.accumulation)
@@ -259,7 +259,8 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
         )
         _cut_metrics(run, about["step"])
         say(f"resuming at step {about['step']}")
-        return State(about["step"], steps, *(tensors[name].to(device) for name in ("multiplier", "price", "offsets")))
+        multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
+        return State(about["step"], steps, multiplier, price, tensors["offsets"])
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
@@ -271,7 +272,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
     _cut_metrics(run, 0)
     price = price.to(device)
-    return State(0, steps, multiplier=price, price=price, offsets=offsets.to(device))
+    return State(0, steps, multiplier=price, price=price, offsets=offsets)
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:

@@ -44,7 +44,7 @@ class Flow:
     kept: Tensor | None = None
     """[B, T] gates, for masks: 1 for tokens still here."""
     so_far: list[tuple[float, int]] = field(default_factory=list)
-    """What rounding to whole patches has taken away, and how many it left (see Runtime.patches_kept)."""
+    """What rounding to multiples has taken away, and how many it left (see Runtime.patches_kept)."""
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then."""
@@ -160,7 +160,8 @@ class RoutedBlock(Wrapper):
         """How many patches pass (see Runtime.patches_kept)."""
         if router is None:
             return None
-        return self.runtime.patches_kept(router, flow.tokens - self.prefix, flow.so_far if self.stays else None)
+        so_far = flow.so_far if self.stays and router.spec.multiple > 1 else None
+        return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
 
     def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
         """Whether there is nothing to choose: the quota lets all patches pass that are still here."""

@@ -197,9 +197,9 @@ class Runtime:
     ) -> int | tuple[int, ...] | None:
         """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
 
-        so_far: where patches stay away, what rounding has taken from earlier blocks and how many they left, for all
-        rows or each; brought up to date. What one block rounds away the next ones get, so that compute comes within
-        half a `multiple` in one block of what the quotas say.
+        so_far: where patches stay away and come in multiples, what rounding has taken from earlier blocks and how many
+        they left, for all rows or each; brought up to date. What one block rounds away the next ones get, so that
+        compute follows the quotas more closely than by a `multiple` in every block.
         """
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":

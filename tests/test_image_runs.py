@@ -92,7 +92,7 @@ def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempP
 
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
     row = Run.open(finished).about["result"]
-    assert row["compute"] == pytest.approx(0.7, abs=0.05)  # 16 patches: few steps to choose from
+    assert row["compute"] == pytest.approx(0.7, abs=0.06)  # 16 patches: few steps to choose from
     assert row["images"] == 8 and row["broken"] == 0
     for key in ("top1", "teacher_top1", "top5", "teacher_top5", "agreement"):
         assert 0 <= row[key] <= 1
