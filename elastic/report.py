@@ -216,21 +216,24 @@ class Model:
             maps.append((series.label, Markup(plots.heat(names, budgets, shares, alt)), outside, table))
         return maps
 
-    def examples(self) -> list[dict[str, Any]]:
-        """For every preset its examples at every budget, as long as there is room; see the template."""
-        shown, room = [], EXAMPLE_BYTES
+    def examples(self, room: int) -> list[dict[str, Any]]:
+        """For every preset its examples at every budget, none where they would need more than `room` bytes in all."""
+        shown = []
         for series in self.students:
             found = [(row, details["examples"]) for row in series.first() if (details := details_of(row))]
             found = [(row, examples) for row, examples in found if examples]
-            size = len(json.dumps([examples for _, examples in found])) * 2
-            if not found or size > room:
+            if not found:
                 continue
-            room -= size
-            shares = [share for _, examples in found for e in examples for _, share in e.get("pieces", ())]
+            every = [example for _, examples in found for example in examples]
+            size = sum(map(_size, every))
+            fits = size <= room
+            room -= size * fits
+            shares = [share for example in every for _, share in example.get("pieces", ())]
             low, high = np.percentile(shares, [5, 95]) if shares else (0.0, 1.0)
             budgets = [
                 {"budget": f"{row['compute_target']:g}", "examples": [_shaded(e, low, high) for e in examples]}
                 for row, examples in found
+                if fits
             ]
             shown.append({"label": series.label, "low": low, "high": high, "text": bool(shares), "budgets": budgets})
         return shown
@@ -245,9 +248,9 @@ class Model:
             groups.append((f"budgets of {series.label}", [(f"{r['compute_target']:g}", r) for r in series.first()]))
         found = []
         for title, members in groups:
-            known = [(name, details) for name, row in members if (details := details_of(row))]
+            known = [(name, ranked(details)) for name, row in members if (details := details_of(row))]
             if len(known) > 1:
-                every = [details for _, details in known]
+                every = [ranks for _, ranks in known]
                 found.append((title, [name for name, _ in known], [[alike(a, b) for b in every] for a in every]))
         return found
 
@@ -348,20 +351,38 @@ def details_of(row: Row) -> Details | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def alike(first: Details, second: Details) -> float | None:
-    """How alike two students route: Spearman's rank correlation over tokens of the share of gates that a layer opens,
-    mean over the layers in which both choose. None where there are none, or they did not see the same tokens."""
-    if first["sample"] != second["sample"] or len(first["tokens"]) != len(second["tokens"]):
+def ranked(details: Details) -> tuple[str, np.ndarray]:
+    """(what was looked at, the rank of each token [layers, tokens], scaled so that products are correlations).
+
+    Ranks are by the share of gates that a layer opens to a token; equal ones share their mean rank. NaN where a layer
+    treats all tokens alike.
+    """
+    ranks = np.array([_ranks(values) for values in details["tokens"]])
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return details["sample"], np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
+
+
+def alike(first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> float | None:
+    """How alike two students route: Spearman's rank correlation over tokens, mean over the layers in which both choose.
+
+    None where there are none, or they did not see the same tokens.
+    """
+    if first[0] != second[0] or first[1].shape != second[1].shape:
         return None
-    pairs = [(_ranks(a), _ranks(b)) for a, b in zip(first["tokens"], second["tokens"], strict=True)]
-    found = [float(np.corrcoef(a, b)[0, 1]) for a, b in pairs if a.std() > 0 and b.std() > 0]
-    return mean(found) if found else None
+    found = (first[1] * second[1]).sum(1)
+    found = found[~np.isnan(found)]
+    return float(found.mean()) if len(found) else None
 
 
 def _ranks(values: Sequence[int]) -> np.ndarray:
-    """The rank of each value; equal ones share their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+def _size(example: dict[str, Any]) -> int:
+    """About how many bytes of a page an example takes."""
+    return len(example.get("image", "")) + sum(40 + len(text) for text, _ in example.get("pieces", ()))
 
 
 def _shaded(example: dict[str, Any], low: float, high: float) -> dict[str, Any]:
@@ -389,7 +410,12 @@ def _page(models: list[Model], origins: Origins) -> str:
     )
     template = environment.from_string(files("elastic").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
-        models=models, origins=origins, palette=Markup(plots.palette(":root")), levels=LEVELS, number=_is_number
+        models=models,
+        origins=origins,
+        palette=Markup(plots.palette(":root")),
+        levels=LEVELS,
+        room=EXAMPLE_BYTES // len(models),
+        number=_is_number,
     )
 
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from elastic.cli import main
-from elastic.report import alike, report
+from elastic.report import alike, ranked, report
 from elastic.results import SweepFolder
 
 ROOT = Path(__file__).parents[1]
@@ -199,12 +199,26 @@ def test_the_same_sweep_twice_is_told_apart(folder: Path, tmp_path: Path):
 
 
 def test_likeness_is_a_rank_correlation():
-    first = {"sample": "a", "tokens": [[1, 2, 3, 4], [5, 5, 5, 5]]}
-    assert alike(first, first) == pytest.approx(1)
-    assert alike(first, {"sample": "a", "tokens": [[40, 30, 20, 0], [1, 2, 3, 4]]}) == pytest.approx(-1)
-    assert alike(first, {"sample": "a", "tokens": [[1, 1, 2, 2], [1, 2, 3, 4]]}) == pytest.approx(2 / math.sqrt(5))
-    assert alike(first, {"sample": "b", "tokens": first["tokens"]}) is None
-    assert alike(first, {"sample": "a", "tokens": [[3, 3, 3, 3], [1, 2, 3, 4]]}) is None
+    def compare(*tokens: list[list[int]], samples: str = "aa") -> float | None:
+        return alike(*(ranked({"sample": name, "tokens": t}) for name, t in zip(samples, tokens, strict=True)))
+
+    first = [[1, 2, 3, 4], [5, 5, 5, 5]]
+    assert compare(first, first) == pytest.approx(1)
+    assert compare(first, [[40, 30, 20, 0], [1, 2, 3, 4]]) == pytest.approx(-1)
+    assert compare(first, [[1, 1, 2, 2], [1, 2, 3, 4]]) == pytest.approx(2 / math.sqrt(5))
+    assert compare([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [3, 2, 1]]) == pytest.approx(0)
+    assert compare(first, first, samples="ab") is None
+    assert compare(first, [[3, 3, 3, 3], [1, 2, 3, 4]]) is None
+
+
+def test_examples_that_would_burst_the_page_are_left_out(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "sweep")
+    for path in copy.glob("details/tiny-other*/*.json"):
+        details = json.loads(path.read_text())
+        details["examples"][0]["pieces"] *= 100
+        path.write_text(json.dumps(details))
+    text = report([copy], tmp_path / "report.html")[0].read_text()
+    assert len(text) < 1e6 and "Left out, to keep the page small" in text and '<p class="text">' in text
 
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
