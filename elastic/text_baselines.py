@@ -195,11 +195,11 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
 def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
     exceeds log_limit; of "vocab": by how many |f| a row's preview exceeds the mean."""
-    steps = torch.linspace(0, 1, LEVELS)
     levels: dict[str, Tensor] = {}
 
     def add(key: str, values: Tensor) -> None:
-        quantiles = torch.quantile(values.flatten(), steps.to(values.device)) / len(batches)
+        places = torch.linspace(0, values.numel() - 1, LEVELS, device=values.device)
+        quantiles = values.flatten().sort().values[places.long()] / len(batches)
         levels[key] = levels[key] + quantiles if key in levels else quantiles
 
     def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
