@@ -735,19 +735,23 @@ class RoutedHead(Wrapper):
         if run.bypass:
             return self.base_layer(hidden)
         if run.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
-            logits, share = self._some_rows(hidden.flatten(0, -2))
+            turn = run.turn(hidden)
+            if isinstance(turn, Tensor):
+                turn = turn.expand(*hidden.shape[:-1], 1).flatten(0, -2)
+            logits, share = self._some_rows(hidden.flatten(0, -2), turn)
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
         else:
             logits, share = self.routed_logits(hidden, *self.tensors())
         run.note("vocab", share)
         return logits
 
-    def _some_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read."""
+    def _some_rows(self, hidden: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. turn: the
+        dial, for all or each [n, 1]."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
         features = router.features(hidden)
         gain = 1.0 if router.log_gain is None else router.log_gain.exp()
-        limit = router.limit(features, router.spread, gain, self.runtime.turn(features)).squeeze(-1)
+        limit = router.limit(features, router.spread, gain, turn).squeeze(-1)
         if len(hidden) == 1:
             preview = kernels.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
