@@ -24,10 +24,9 @@ def trained(budget: BudgetConfig) -> tuple[float, ...]:
 
 
 def draw(knots: tuple[float, ...], count: int, seed: int) -> Tensor:
-    """Budgets for `count` rows, as parts [count, K] of the knots: from all of the range, half of them from its lowest
-    quarter, where there is most to lose and to learn."""
+    """Budgets for `count` rows, spread evenly over the range, as parts [count, K] of its knots."""
     if len(knots) == 1:
         return torch.ones(count, 1)
     start = torch.rand((), generator=torch.Generator().manual_seed(seed))
-    place = ((torch.arange(count) + start) / count).square() * (len(knots) - 1)
+    place = (torch.arange(count) + start) / count * (len(knots) - 1)
     return (1 - (place[:, None] - torch.arange(len(knots))).abs()).clamp(min=0)
