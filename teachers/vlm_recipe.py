@@ -241,7 +241,7 @@ def _answer(
     say: Say,
 ) -> None:
     """Tower and projector learn from the answers to a few questions about each image, read in one sequence."""
-    groups = _groups(model.model.vision_tower, model.model.multi_modal_projector, 4e-4, 2e-3, scale)
+    groups = _groups(model.model.vision_tower, model.model.multi_modal_projector, 2e-4, 4e-4, scale)
     packer = _Packer(model, tokenizer)
     steps = max(1, epochs * len(images) // IMAGES)
     order = torch.cat([torch.randperm(len(images)) for _ in range(epochs + 1)])

@@ -22,8 +22,9 @@ from elastic.evaluate import measure_run
 from elastic.run import Run, load
 from students.vlm import VisionLanguageStudent
 from teachers.questions import load_all, load_questions
+from teachers.registry import models
 from teachers.vision import pack
-from teachers.vlm import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, processor_for
+from teachers.vlm import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, language_of, processor_for
 from teachers.vlm_recipe import WORDS, _labels, _Packer
 
 SETTINGS = [
@@ -267,6 +268,13 @@ def assert_packing_changes_nothing(teacher: teachers.Teacher) -> None:
     told = prompts.inputs["input_ids"].roll(-1, 1)[prompts.answers]
     assert torch.equal(targets, told)
     torch.testing.assert_close(packed, alone, rtol=2e-2, atol=2e-2)  # the tower runs in bfloat16 while it is trained
+
+
+def test_the_shipped_tower_and_projector_are_small() -> None:
+    entry = models()["vlm-easyvqa"]
+    assert entry.family == "vlm" and entry.data == "easy-vqa"
+    assert language_of(entry.folder) == "smollm2-135m"
+    assert sum(file.stat().st_size for file in entry.folder.iterdir()) < 8e6
 
 
 def test_questions_give_away_what_images_show() -> None:
