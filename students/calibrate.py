@@ -135,9 +135,10 @@ def start_at(choices: list[Choice], curve: Curve, compute: Sequence[float], targ
 class Curve:
     """What the gates of some choices save, and what is lost with them, as functions of the price they close at."""
 
+    @torch.no_grad()
     def __init__(self, choices: list[Choice]) -> None:
         self.points = int((HIGHEST - LOWEST) / FINENESS)
-        saving, losing = torch.zeros(2, self.points, dtype=torch.float64)
+        saving, losing = (torch.zeros(self.points, dtype=torch.float64) for _ in range(2))
         for choice in choices:
             rows, cost = len(choice.cost), choice.cost.flatten().cpu()
             place = ((cost / choice.saving).clamp(min=1e-30).log() - LOWEST) / FINENESS
