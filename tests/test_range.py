@@ -169,6 +169,14 @@ def test_bench_and_generate_turn_the_dial(finished: Path, capsys: pytest.Capture
     assert "4 tokens" in capsys.readouterr().err
 
 
+def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
+    target = "0.9:1.0"  # routers and substitutes weigh much in a model this small
+    config = configure(*SETTINGS, budget__phase="prefill", budget__target=target)
+    distill(config, tmp_path / "run")
+    results = Run.open(tmp_path / "run").about["results"]
+    assert [row["compute_prefill"] for row in results] == pytest.approx([0.9, 0.95, 1.0], abs=0.015)
+
+
 def test_gains_of_one_leave_one_offset_for_all(configure: Configure, tmp_path: Path):
     row = distill(configure(*SETTINGS, "student.gains=false", budget__target="0.7:0.9"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.7, abs=0.015)
