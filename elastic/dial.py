@@ -93,7 +93,7 @@ def set_range(
     low, high = span
     for offset in offsets:
         measure(offset)
-    step = (max(offsets) - min(offsets)) / len(offsets)
+    step = (max(offsets) - min(offsets)) / len(offsets) or 0.25
     for _ in range(REACH):
         if min(points.values()) > low:
             measure(min(points) - step)

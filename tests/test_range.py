@@ -170,11 +170,12 @@ def test_bench_and_generate_turn_the_dial(finished: Path, capsys: pytest.Capture
 
 
 def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
-    target = "0.9:1.0"  # routers and substitutes weigh much in a model this small
-    config = configure(*SETTINGS, budget__phase="prefill", budget__target=target)
+    routers = "student.routers=[{kind: token, substitute: 2}]"
+    small = (routers, "student.lora.rank=0")  # the preset's substitutes weigh more than a model this small
+    config = configure(*SETTINGS, *small, budget__phase="prefill", budget__target="0.8:1.0")
     distill(config, tmp_path / "run")
     results = Run.open(tmp_path / "run").about["results"]
-    assert [row["compute_prefill"] for row in results] == pytest.approx([0.9, 0.95, 1.0], abs=0.015)
+    assert [row["compute_prefill"] for row in results] == pytest.approx([0.8, 0.9, 1.0], abs=0.03)
 
 
 def test_gains_of_one_leave_one_offset_for_all(configure: Configure, tmp_path: Path):
