@@ -4,7 +4,8 @@ channels, and of rows of the LM head, that nobody trained.
 random   any channels and rows, anew for each token, as many at each site as the student opens there
 uniform  every linear layer keeps the same share of its channels, and the head (where the student routes it) the same
          share of its rows; which ones goes by the estimated cost of closing them (see students/calibrate.py)
-static   the same channels for every token, those that cost most to close; the LM head whole; saves in prefill too
+static   the same channels for every token, those of each linear layer that cost most to close, the same share of every
+         layer; the LM head whole; saves in prefill too
 teal     the largest magnitudes: one threshold for each linear layer, at which all keep the same share; the LM head
          whole (arXiv 2408.14690, without its search for a share of its own for each layer)
 
@@ -70,8 +71,7 @@ def calibrated(
         )
     if name != "teal":
         calibrate(other, batches, compute, phase, config.train.seed)
-    if name != "static":  # for which the closed form is exact
-        keep_alike(other, config, compute, batches, meter)
+    keep_alike(other, config, compute, batches, meter)
     return other
 
 
@@ -83,7 +83,11 @@ def keep_alike(
     meter: Callable[[LanguageStudent], float],
 ) -> None:
     """Move the limits of each site, all of a site alike, until every site keeps the same share of its channels on
-    calibration text, the one at which measured compute is `compute`."""
+    calibration text, the one at which measured compute is `compute`.
+
+    The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
+    same for every token and add up.
+    """
     levels = _levels(student, batches)
     limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
     shapes = {key: limit.detach().clone() for key, limit in limits.items()}
@@ -194,7 +198,7 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
 @torch.no_grad()
 def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
-    exceeds log_limit; of "vocab": by how many |f| a row's preview exceeds the mean."""
+    exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean."""
     levels: dict[str, Tensor] = {}
 
     def add(key: str, values: Tensor) -> None:
@@ -204,8 +208,9 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
 
     def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            router = layer.routers["channel"]
             size = _some(args[0], ROWS).abs().float().log().clamp(min=OPEN)
-            add(key, size - layer.routers["channel"].log_limit)
+            add(key, (0.0 if router.spec.network == "static" else size) - router.log_limit)
 
         return layer.register_forward_pre_hook(hook)
 

@@ -47,7 +47,8 @@ def test_a_row_for_each_baseline_at_the_students_compute(finished: Path):
     assert [row["preset"] for row in rows] == ["default", *text.BASELINES]
     own, random, uniform, static, teal = rows
     for row in rows[1:]:
-        assert row["compute"] == pytest.approx(own["compute"], abs=0.015)
+        step = 0.03 if row is static else 0.015  # a channel of every layer at once
+        assert row["compute"] == pytest.approx(own["compute"], abs=step)
         assert row["trainable_parameters"] == row["checkpoint_bytes"] == 0
         assert row["tokens"] == own["tokens"] and row["teacher_perplexity"] == own["teacher_perplexity"]
     assert static["compute_prefill"] == pytest.approx(static["compute"], abs=0.05)  # less attention in decoding
@@ -75,13 +76,18 @@ def test_uniform_and_teal_keep_the_same_share_everywhere(name: str, ids: Tensor)
 def test_static_reads_the_same_channels_for_every_token(ids: Tensor):
     config = make_config(model="smollm2-135m", budget__phase="prefill")
     routed = elasticize(make_tiny("llama"), config.student)
-    student = text_baselines.calibrated("static", routed, make_tiny("llama"), config, 0.75, ids.split(2), lambda s: 0.0)
+
+    def meter(student: LanguageStudent) -> float:
+        return text.measured_compute(student, ids, "prefill", 4)
+
+    student = text_baselines.calibrated("static", routed, make_tiny("llama"), config, 0.75, ids.split(2), meter)
     with torch.no_grad():
         _, decisions = student(ids)
     channels = [share for key, share in decisions.share.items() if key.endswith("channel")]
     assert len(channels) == 12 and all((share == share.flatten()[0]).all() for share in channels)
-    assert len({round(float(share.flatten()[0]), 3) for share in channels}) > 3  # where to save is chosen too
-    assert text.measured_compute(student, ids, "prefill", 4) == pytest.approx(0.75, abs=0.01)
+    kept = [float(share.flatten()[0]) for share in channels]
+    assert max(kept) - min(kept) < 0.04  # as many of every layer, but for whole channels
+    assert meter(student) == pytest.approx(0.75, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma2"])
