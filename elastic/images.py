@@ -7,7 +7,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import teachers
 from elastic import baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.prefetch import Prefetched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
@@ -79,26 +80,14 @@ def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> int:
     return student.tokens
 
 
-class Batches:
-    """Training images by number; the next ones are read while a batch is worked on."""
+class Batches(Prefetched):
+    """Training images [B, C, H, W] by number."""
 
     def __init__(self, data: ImageData, config: RunConfig, device: torch.device) -> None:
-        self.images = data.train
-        self.device = device
-        self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[list[int], Future] | None = None
+        super().__init__(data.train, device)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Tensor:
-        """Pixels [B, C, H, W] of the images with these numbers; following: those that come next."""
-        if self._next is not None and self._next[0] == chosen:
-            pixels, _ = self._next[1].result()
-        else:
-            pixels, _ = self.images.load(chosen)
-        self._next = following, self._pool.submit(self.images.load, following)
-        return pixels.to(self.device, non_blocking=True)
+    def _read(self, chosen: Sequence[int]) -> Tensor:
+        return self.samples.load(chosen)[0]
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from elastic import baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.images import data_uri
+from elastic.prefetch import Prefetched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES
@@ -114,24 +114,11 @@ def tokens(student: VisionLanguageStudent, data: Data, config: RunConfig) -> tup
     return round(whole - image), round(image)
 
 
-class Batches:
-    """Training prompts by number; the next ones are read while a batch is worked on."""
+class Batches(Prefetched):
+    """Training prompts by number."""
 
     def __init__(self, data: Data, config: RunConfig, device: torch.device) -> None:
-        self.questions = data.train
-        self.device = device
-        self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[list[int], Future] | None = None
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Prompts:
-        """Prompts of the questions with these numbers; following: those that come next."""
-        ready = self._next is not None and self._next[0] == chosen
-        prompts = self._next[1].result() if ready else self.questions.load(chosen)
-        self._next = following, self._pool.submit(self.questions.load, following)
-        return prompts.to(self.device)
+        super().__init__(data.train, device)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from students.image import ImageStudent, RoutedBlock, call
 from students.language import LanguageStudent
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
-from students.spec import BRANCHES, LINEAR_SITES, StudentSpec
+from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 from students.student import Student
 from students.vlm import Door, ImageRouter, VisionLanguageStudent
 from students.wrappers import RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
@@ -185,16 +185,19 @@ def _elasticize_block(
     routers: dict[str, int] = {}
     substitutes: dict[str, int] = {}
 
+    def find(wrapper: RoutedBranch, kind: str) -> RouterSpec:
+        return spec.find(kind, number, wrapper.branch if kind == "token" else "")
+
     def add_router(wrapper: RoutedBranch, kind: str, key: str, gates: int, members: Tensor | None = None) -> None:
-        router_spec = spec.find(kind, number)
+        router_spec = find(wrapper, kind)
         router = Router(router_spec, width, gates, members, spec.gains)
         wrapper.routers[kind] = _like(wrapper.base_layer, router)
         if router_spec.granularity == "token":
             routers[key] = router.macs(width)
 
     def add_substitute(wrapper: RoutedBranch, kind: str, key: str) -> None:
-        if spec.find(kind, number).substitute:
-            substitute = Substitute(width, min(width, spec.find(kind, number).substitute))
+        if rank := find(wrapper, kind).substitute:
+            substitute = Substitute(width, min(width, rank))
             wrapper.substitutes[kind] = _like(wrapper.base_layer, substitute)
             substitutes[key] = substitute.macs()
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import make_tiny
+from transformers import PreTrainedModel
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 
@@ -243,3 +244,10 @@ def test_unsupported_architecture_says_what_was_looked_for():
 def test_router_settings_without_effect_are_errors(settings, problem):
     with pytest.raises(ValueError, match=problem):
         RouterSpec(**settings)
+
+
+def test_each_branch_has_the_substitute_of_its_own_router(llama: PreTrainedModel) -> None:
+    routers = (RouterSpec("token", ("attn",), substitute=4), RouterSpec("token", ("mlp",), substitute=6))
+    block = elasticize(llama, StudentSpec(routers)).blocks[0]
+    assert len(block.self_attn.substitutes["token"].down) == 4
+    assert len(block.mlp.substitutes["token"].down) == 6
