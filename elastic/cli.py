@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     distill = command("distill", _distill, "train routers for a model until it runs at the target compute")
     distill.add_argument("--model", help="short name (see elastic models), hub id or local folder")
     distill.add_argument(
-        "--target-compute", metavar="C", help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any"
+        "--target-compute",
+        type=_target,
+        metavar="C",
+        help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any",
     )
     distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
     distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
@@ -186,6 +189,15 @@ def _parser() -> argparse.ArgumentParser:
     models = command("models", _models, "list the models that have a short name")
     models.add_argument("--json", action="store_true", help="print one JSON object with rows")
     return parser
+
+
+def _target(text: str) -> float | str:
+    """A budget, or a range as it is written: LOW:HIGH."""
+    try:
+        budgets = [float(part) for part in text.split(":")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; write a number such as 0.7, or a range such as 0.5:1.0") from None
+    return text if len(budgets) > 1 else budgets[0]
 
 
 def _distill(options: argparse.Namespace) -> None:
