@@ -129,7 +129,7 @@ def at_random(
     routers = tuple(
         RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
     )
-    other = elasticize(model, StudentSpec(routers))
+    other = elasticize(model, StudentSpec(routers, gains=student.spec.gains))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
 
     def turned(offset: float) -> dict[str, Tensor]:
@@ -173,8 +173,8 @@ class _RandomRows(RoutedHead):
         self.share = share
         self.generator = generator
 
-    def routed_logits(self, hidden: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        router, preview_weight = self.routers["vocab"], tensors[-1]
+    def routed_logits(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        router, (_, _, preview_weight, _) = self.routers["vocab"], tensors
         exact = self.base_layer(hidden)
         guess = F.linear(router.features(hidden), preview_weight) + router.tail.to(hidden.dtype)
         open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
@@ -221,9 +221,9 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
             for ids in batches:
                 hidden = student.features(ids)[0].last_hidden_state
                 if isinstance(head, RoutedHead):
-                    router, preview_weight = head.routers["vocab"], head.tensors()[-1]
+                    router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
                     features = router.features(_some(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
-                    mean = router.limit(features, torch.zeros_like(router.spread))
+                    mean = router.limit(features, torch.zeros_like(router.spread), 1.0, 0.0)
                     length = features.float().norm(dim=-1, keepdim=True)
                     add("vocab", (F.linear(features, preview_weight).float() - mean) / length)
     finally:

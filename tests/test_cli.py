@@ -271,7 +271,11 @@ def test_info(finished: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["distil"], ["distill", "--target-compute", "most"], ["eval"], ["eval", "run", "--nonsense"]]
+    "arguments",
+    [
+        *([], ["distil"], ["eval"], ["eval", "run", "--nonsense"]),
+        *(["distill", "--target-compute", target] for target in ("most", "0.5:")),
+    ],
 )
 def test_command_lines_that_do_not_parse_get_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as error:
