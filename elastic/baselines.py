@@ -22,15 +22,15 @@ from students.vlm import VisionLanguageStudent
 class _Order(nn.Module):
     """In place of a router: scores that know nothing of the image, and the router's own quota.
 
-    Where dropped patches stay away the first block's scores stand for all.
+    whole: where dropped patches stay away, the tokens of an image before any has gone; the scores given then stand.
     """
 
-    def __init__(self, router: Router, stands: bool, scores: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, router: Router, scores: Callable[[Tensor], Tensor], whole: int = 0) -> None:
         super().__init__()
         self.spec = router.spec
         self.quota = router.quota
         self.shift = router.shift
-        self.stands = stands
+        self.whole = whole
         self.scores = scores
 
     def at_door(self, x: Tensor, question: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Order(nn.Module):
 
     def of_stream(self, x: Tensor) -> Tensor:
         """Scores [B, n] of tokens x [B, n, D]."""
-        if self.stands:
+        if x.shape[1] < self.whole:
             return x.new_full(x.shape[:2], torch.inf, dtype=torch.float32)
         return self.scores(x)
 
@@ -56,11 +56,10 @@ def drop_blindly(student: ImageStudent, kind: str, seed: int = 0) -> None:
     layer = student.spec.find("layer")
     if layer is None or layer.selection != "quota":
         raise ValueError(f"the baseline {kind} drops as many patches as layer routers with quota: this run has none")
-    scores, first = _blind(kind, seed), True
+    scores, whole = _blind(kind, seed), student.tokens if student.stays else 0
     for block in student.blocks:
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
-            block.routers["layer"] = _Order(block.routers["layer"], student.stays and not first, scores)
-            first = False
+            block.routers["layer"] = _Order(block.routers["layer"], scores, whole)
 
 
 def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
@@ -70,7 +69,7 @@ def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> No
     """
     if student.door is None or student.door.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    student.trunk.door.routers["image"] = _Order(student.door, False, _blind(kind, seed))
+    student.trunk.door.routers["image"] = _Order(student.door, _blind(kind, seed))
 
 
 def _blind(kind: str, seed: int) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import teachers
 from elastic import images, trainer
-from elastic.baselines import merge, merging, spread
+from elastic.baselines import drop_blindly, merge, merging, spread
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, make_config
@@ -167,6 +167,23 @@ def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
     assert [row["compute"] for row in rows[1:3]] == pytest.approx([rows[0]["compute"]] * 2)
     assert 0 < rows[3]["compute"] <= rows[0]["compute"]
     assert rows[0]["kl"] != rows[1]["kl"] != rows[2]["kl"]
+
+
+def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder: Path) -> None:
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for kind in ("random", "uniform"):
+        spec = StudentSpec((RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),))
+        student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
+        for number, block in enumerate(student.blocks):  # the first keeps all, the others half
+            block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
+        drop_blindly(student, kind)
+        with torch.no_grad():
+            _, decisions = student.features(pixels)
+        assert bool((decisions.share["0.layer"] == 1).all())
+        kept.append(decisions.share["2.layer"])
+        assert 0 < float(kept[-1].mean()) < 0.7
+    assert not torch.equal(*kept) and len(kept[0].unique(dim=0)) > 1
 
 
 def test_merging_keeps_the_weighted_sum_and_counts_patches() -> None:
