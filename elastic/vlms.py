@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,11 +278,9 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
             if first is not None:
                 best = logits[starts][:, torch.tensor(list(first.values()), device=logits.device)].argmax(-1)
                 said[name] = [list(first)[number] for number in best.tolist()]
-            elif name:
-                with student.teacher():
-                    said[name] = answers(student, questions.processor, samples)
             else:
-                said[name] = answers(student, questions.processor, samples)
+                with student.teacher() if name else nullcontext():
+                    said[name] = answers(student, questions.processor, samples)
             right[name] += sum(_same(one, answer) for one, (_, _, answer) in zip(said[name], samples, strict=True))
         agreed += sum(_same(one, other) for one, other in zip(said[""], said["teacher_"], strict=True))
     seen = len(asked) - len(asked.broken)

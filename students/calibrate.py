@@ -132,6 +132,13 @@ def start_at(choices: list[Choice], curve: Curve, compute: Sequence[float], targ
     return Start(price, middle - curve.saved(price), tuple(prices))
 
 
+def log_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over rows of log p(y) for logits [N, V], y drawn from the distribution that they are."""
+    logits = logits.float()
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+
+
 class Curve:
     """What the gates of some choices save, and what is lost with them, as functions of the price they close at."""
 

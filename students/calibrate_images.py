@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from students.calibrate import Choice, Curve, Start, gated_choice, start_at
+from students.calibrate import Choice, Curve, Start, gated_choice, log_likelihood, start_at
 from students.image import ImageStudent
 from students.routers import Router
 
@@ -92,9 +91,7 @@ def _log_likelihood(features: object, generator: torch.Generator) -> Tensor:
         pooled = features.pooled.float()
         noise = torch.randn(pooled.shape, generator=generator).to(pooled.device)
         return (pooled / pooled.detach().norm(dim=-1, keepdim=True) * noise).sum()
-    logits = features.logits.float()
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-    return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    return log_likelihood(features.logits, generator)
 
 
 def _layer_choices(

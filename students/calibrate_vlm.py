@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from students.calibrate import Curve, Start, gated_choice, start_at
+from students.calibrate import Curve, Start, gated_choice, log_likelihood, start_at
 from students.vlm import VisionLanguageStudent
 
 DRAWS = 2
@@ -38,10 +37,10 @@ def calibrate_door(
         for inputs, answers, image in batches:
             run.probed = {}
             with torch.enable_grad():
-                hidden = student.features(**inputs)[0].last_hidden_state[answers]
+                logits, _ = student.logits(student.features(**inputs)[0].last_hidden_state[answers])
                 gate, x = run.probed["image"]
                 draws = [
-                    torch.autograd.grad(_log_likelihood(student, hidden, generator), gate, retain_graph=True)[0]
+                    torch.autograd.grad(log_likelihood(logits, generator), gate, retain_graph=True)[0]
                     for _ in range(DRAWS)
                 ]
             cost = torch.stack(draws).float().square().mean(0) / 2
@@ -53,10 +52,3 @@ def calibrate_door(
     compute = student.uniform(1.0, tokens, "prefill")
     choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
     return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
-
-
-def _log_likelihood(student: VisionLanguageStudent, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over rows [N, D] of log p(y), y drawn from the model's own distribution."""
-    logits = student.logits(hidden)[0].float()
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-    return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")

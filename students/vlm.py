@@ -74,7 +74,12 @@ class Prompted:
 
 
 class VisionLanguageStudent(LanguageStudent):
-    """A frozen vision-language model and its routers: at the door, in the language model, in the vision tower."""
+    """A frozen vision-language model and its routers: at the door, in the language model, in the vision tower.
+
+    `forward` and `features` take the images as the model's processor prepares them. Where the door left tokens out, the
+    output has no rows for them: `decisions.index` says which token of the input each row is, and `decisions.valid`
+    which rows are more than filling.
+    """
 
     def __init__(self, *parts: Any, trunk: PreTrainedModel, vision: ImageStudent | None) -> None:
         super().__init__(*parts, trunk=trunk)
@@ -89,20 +94,6 @@ class VisionLanguageStudent(LanguageStudent):
     def door(self) -> ImageRouter | None:
         """The router of image tokens."""
         return self.trunk.door.routers["image"] if hasattr(self.trunk, "door") else None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        prompt: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Decisions]:
-        """As of a language student; kwargs hold the images as the model's processor prepares them.
-
-        Where the door left tokens out, the output has no rows for them: `decisions.index` says which token of the
-        input each row is, and `decisions.valid` which rows are more than filling.
-        """
-        return super().forward(input_ids, attention_mask, prompt, **kwargs)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -184,11 +175,6 @@ class VisionLanguageStudent(LanguageStudent):
             return self.vision.router_spec(key.removeprefix(VISION))
         return self.door.spec if key == "image" else super().router_spec(key)
 
-    def routers(self) -> Iterator[tuple[str, Router]]:
-        """The door's router, by the key of its decisions."""
-        if self.door is not None:
-            yield "image", self.door
-
     @torch.no_grad()
     def set_quotas(self, scores: Iterable[Tensor]) -> None:
         """Let the door take, from now on, the share of image tokens that its threshold keeps of these scores."""
@@ -210,11 +196,11 @@ class VisionLanguageStudent(LanguageStudent):
     @torch.no_grad()
     def _count_vision(self, kwargs: dict[str, Any]) -> None:
         """Count, once, what the frozen vision tower and projector cost for one image token."""
+        if self.vision_macs is not None or kwargs.get("pixel_values") is None:
+            return
         base = self.model.base_model
         takes = inspect.signature(base.get_image_features).parameters
         images = {name: value for name, value in kwargs.items() if name in takes}
-        if self.vision_macs is not None or images.get("pixel_values") is None:
-            return
         with self.teacher(), FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
             self._follow()
             made = base.get_image_features(**images).pooler_output
@@ -280,7 +266,7 @@ class VisionLanguageStudent(LanguageStudent):
             return
         count = prompted.valid.shape[1]
         kwargs["position_ids"] = memory["next"] + torch.arange(count, device=memory["next"].device)
-        memory["held"] = torch.cat([memory["held"], prompted.valid], 1)
+        _append(memory, prompted.valid)
         memory["next"] = memory["next"] + count
 
     def _shorten(self, prompted: Prompted, kwargs: dict[str, Any]) -> Tensor | None:

@@ -3,7 +3,7 @@
 import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,15 @@ def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_co
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
     return model
+
+
+def stream(name: str, config: str | None, parts: Sequence[str]) -> Any:
+    """A hub data set's part that is the first of `parts` it has, streamed; None where it has none of them."""
+    import datasets
+
+    splits = datasets.get_dataset_split_names(name, config)
+    part = next((part for part in parts if part in splits), None)
+    return None if part is None else datasets.load_dataset(name, config, split=part, streaming=True)
 
 
 def weight_files(folder: Path) -> list[str]:

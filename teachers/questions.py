@@ -186,11 +186,9 @@ def _hub(source: str, match: re.Match, train: bool, most: int | None) -> Questio
         raise ValueError(f"no such folder: {source}; and the hub cannot be reached ({reason}); {_ACCEPTED}")
     try:
         with quiet():
-            splits = datasets.get_dataset_split_names(*match.groups())
-            names = [s for s in ("train",) if s in splits] if train else [s for s in HELD_OUT_NAMES if s in splits]
-            if not names:
+            stream = hub.stream(*match.groups(), ("train",) if train else HELD_OUT_NAMES)
+            if stream is None:
                 return None
-            stream = datasets.load_dataset(*match.groups(), split=names[0], streaming=True)
             for name, feature in (stream.features or {}).items():
                 if isinstance(feature, datasets.Image):
                     stream = stream.cast_column(name, datasets.Image(decode=False))

@@ -6,22 +6,12 @@ from typing import Any
 
 import torch
 import transformers
+from conftest import TINY
 from torch import Tensor
 from transformers import PreTrainedModel
 
 IMAGE_TOKEN = 110
-_TEXT = dict(
-    vocab_size=120,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+_TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
 _GEMMA = dict(_TEXT, head_dim=8, model_type="gemma")
 _VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16)
 _SIGLIP = dict(_VISION, patch_size=4, model_type="siglip_vision_model", vision_use_head=False)
