@@ -34,17 +34,24 @@ def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
     return low
 
 
-def set_dial(student: Student, target: float, meter: Callable[[], float]) -> None:
-    """Measure compute at several offsets of all gates, and leave the student where it is the target."""
-    run = student.runtime
+def _measured_points(
+    student: Student, meter: Callable[[], float]
+) -> tuple[dict[float, float], Callable[[float], float]]:
+    """(compute by offset, what measures it at one, once)."""
     points: dict[float, float] = {}
 
     def measure(offset: float) -> float:
         if offset not in points:
-            run.offset = offset
+            student.runtime.offset = offset
             points[offset] = meter()
         return points[offset]
 
+    return points, measure
+
+
+def set_dial(student: Student, target: float, meter: Callable[[], float]) -> None:
+    """Measure compute at several offsets of all gates, and leave the student where it is the target."""
+    points, measure = _measured_points(student, meter)
     low = high = 0.0
     for _ in range(6):  # bracket the target
         if measure(high) < target:
@@ -65,7 +72,7 @@ def set_dial(student: Student, target: float, meter: Callable[[], float]) -> Non
         measure(best + step)
     if student.stepwise:
         best = _nearest(points, measure, target)
-    run.offset = best
+    student.runtime.offset = best
     student.dial = tuple(sorted((compute, offset) for offset, compute in points.items()))
 
 
@@ -82,14 +89,7 @@ def set_range(
     student: Student, span: tuple[float, float], offsets: Sequence[float], meter: Callable[[], float]
 ) -> None:
     """Measure compute over a range of budgets, and leave the student at the lowest. offsets: where to look first."""
-    run = student.runtime
-    points: dict[float, float] = {}
-
-    def measure(offset: float) -> None:
-        if offset not in points:
-            run.offset = offset
-            points[offset] = meter()
-
+    points, measure = _measured_points(student, meter)
     low, high = span
     for offset in offsets:
         measure(offset)
