@@ -40,12 +40,15 @@ def bench_run(
     *,
     compute: Sequence[float] = (),
     batch: Sequence[int] | None = None,
-    tokens: Sequence[int] = (512,),
-    new_tokens: int = 128,
+    tokens: Sequence[int] | None = None,
+    new_tokens: int | None = None,
     repeats: int = 5,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Rows of timings of a finished run; batch None: 1 for text, 1, 8 and 64 for images, 1 and 8 for questions.
+    """Rows of timings of a finished run.
+
+    batch: None is 1 for text, 1, 8 and 64 for images, 1 and 8 for questions. tokens: lengths of prompts of text (None:
+    512); new_tokens: how many are decoded (None: 128); ValueError where the run's model has no use for them.
 
     Text: prefill (each batch and length), decoding (each batch) and a training step. Images: classifying (each batch)
     and a training step. Questions about images: as text, the prompts being as long as they are, images and all.
@@ -57,7 +60,14 @@ def bench_run(
     linear layers run on the same kernels as the student's. Memory is the process's peak, in bytes.
     """
     run = Run.open(folder, finished=True)
-    config, teacher = run.config, run.teacher()
+    config = run.config
+    for name, given, taking in (("--tokens", tokens, ("llm",)), ("--new-tokens", new_tokens, ("llm", "vlm"))):
+        if given is not None and config.family not in taking:
+            raise ValueError(
+                f"{name} has no effect on {config.model}, which takes no text of that length: leave it away"
+            )
+    new_tokens = new_tokens or 128
+    teacher = run.teacher()
     dense = teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
     student = run.load_student(teacher)
     data = families.of(config.family).load(config, teacher)
@@ -79,7 +89,7 @@ def bench_run(
                 rows.append(_decode(student, dense, inputs, new_tokens, repeats))
             continue
         text = data.held_out.flatten()
-        for size, length in itertools.product(batch or (1,), tokens):
+        for size, length in itertools.product(batch or (1,), tokens or (512,)):
             say(f"prefill of {size} x {length} tokens ...")
             rows.append(_prefill(student, dense, _unpadded(_cut(text, size, length)), repeats))
         for size in batch or (1,):

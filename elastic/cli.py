@@ -124,12 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="B",
         help="inputs at once (default 1; images: 1 8 64; questions: 1 8)",
     )
-    bench.add_argument(
-        "--tokens", type=int, nargs="+", metavar="T", default=[512], help="prompt lengths of text (default 512)"
-    )
-    bench.add_argument(
-        "--new-tokens", type=int, metavar="N", default=128, help="tokens of text to decode (default 128)"
-    )
+    bench.add_argument("--tokens", type=int, nargs="+", metavar="T", help="prompt lengths of text (default 512)")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="tokens of text to decode (default 128)")
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
@@ -297,7 +293,7 @@ def _bench(options: argparse.Namespace) -> None:
         given = getattr(options, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:
             raise ValueError(f"--{name} must be at least 1")
-    if options.new_tokens < 2:
+    if options.new_tokens is not None and options.new_tokens < 2:
         raise ValueError("--new-tokens must be at least 2: the first one is not timed")
     with _screen() as (say, _):
         rows = bench_run(

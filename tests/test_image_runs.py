@@ -245,6 +245,9 @@ def _picture(uri: str) -> Image.Image:
 
 
 def test_bench_measures_inference_and_a_step(finished: Path) -> None:
+    for option in ({"tokens": [8]}, {"new_tokens": 8}):
+        with pytest.raises(ValueError, match="has no effect on"):
+            bench_run(str(finished), **option, say=silent)
     rows = bench_run(str(finished), batch=[1, 3], repeats=1, say=silent)
     assert [row["phase"] for row in rows] == ["classify", "classify", "train"]
     for row in rows[:2]:
