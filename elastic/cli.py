@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, help="small square images of one size, as for distill (an image model); or easy-vqa"
     )
     pretrain.add_argument("--output", metavar="FOLDER", required=True, help="where the model goes")
-    pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12; easy-vqa: 1)")
+    pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12)")
     pretrain.add_argument("--start", metavar="FOLDER", help="go on from an image model that this command wrote")
 
     info = command("info", _info, "say what a run is")
@@ -430,9 +430,10 @@ def _pretrain(options: argparse.Namespace) -> None:
         raise ValueError("--epochs must be at least 1")
     with _screen() as (say, _):
         if options.data == EASY_VQA:
-            if options.start is not None:
-                raise ValueError(f"--start is for image models: leave it away with --data {EASY_VQA}")
-            accuracy, name = pretrain_vlm(options.output, epochs=options.epochs or 1, say=say), "accuracy"
+            for option in ("epochs", "start"):
+                if getattr(options, option) is not None:
+                    raise ValueError(f"--{option} is for image models: leave it away with --data {EASY_VQA}")
+            accuracy, name = pretrain_vlm(options.output, say=say), "accuracy"
         else:
             made = pretrain(options.data, options.output, epochs=options.epochs or 12, start=options.start, say=say)
             accuracy, name = made, "top-1"

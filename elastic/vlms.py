@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ CALIBRATED = 4
 """Questions that are looked at together in calibration."""
 DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
+SPREAD, HALVINGS = 32.0, 24
+"""How far the dial is turned in search of a door's share, either way, and how often that is halved."""
 LONGEST_ANSWER = 16
 """Tokens of an answer that is generated."""
 EXAMPLES = 6
@@ -209,7 +211,26 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
         for prompts in _batches(student, chosen, CALIBRATED)
     ]
-    return calibrate_door(student, batches, trained(config.budget), tokens(student, data, config), config.train.seed)
+    targets = trained(config.budget)
+    start = calibrate_door(student, batches, targets, tokens(student, data, config), config.train.seed)
+    return _exact(student, start, targets, compute_meter(student, data, order, config)) if student.by_count else start
+
+
+def _exact(student: VisionLanguageStudent, start: Start, targets: Sequence[float], meter: Callable[[], float]) -> Start:
+    """The start with the offsets at which the door's share, which it keeps in training, meets each target."""
+
+    def offset_of(target: float) -> float:
+        low, high = -SPREAD, SPREAD
+        for _ in range(HALVINGS):
+            student.runtime.offset = (low + high) / 2
+            low, high = (low, student.runtime.offset) if meter() > target else (student.runtime.offset, high)
+        return low
+
+    middle = offset_of((targets[0] + targets[-1]) / 2)
+    student.door.open_by(middle)
+    offsets = [offset_of(target) for target in targets]
+    student.runtime.offset = 0.0
+    return replace(start, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
 
 
 @torch.no_grad()

@@ -328,20 +328,23 @@ class VisionLanguageStudent(LanguageStudent):
         if door.spec.selection == "threshold":
             return gates.threshold(score + shift)
         have, count = image.sum(1, keepdim=True), image.sum().clamp(min=1)
+        best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
+        limit = None
         if door.spec.selection == "topk":
             share = run.capacity if run.training else run.kept
-        elif run.training:  # of all image tokens of the batch, as in gates.even
+        elif run.training and not self.by_count:  # of all image tokens of the batch, as in gates.even
+            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
             ranked = score.detach().masked_fill(~image, -torch.inf).flatten().sort().values
-            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device).detach()
-            share = ((ranked.numel() - torch.searchsorted(ranked, limit)) / count).clamp(max=1)
+            share = ((ranked.numel() - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
         elif run.rows is None:
             share = door.quota(run.offset)
         else:
             share = torch.tensor([[door.quota(offset)] for offset in run.rows.tolist()], device=score.device)
         most = (share * have).round().clamp(min=1)
-        rank = score.masked_fill(~image, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        soft = (score + shift).sigmoid()
-        return (rank < most).to(score.dtype) + (soft - soft.detach())
+        if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
+            limit = best.detach().gather(1, (most - 1).long().clamp(max=score.shape[1] - 1))
+        soft = (score - limit).sigmoid()
+        return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
 
 
 def _append(memory: dict[str, Any], held: Tensor) -> None:

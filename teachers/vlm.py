@@ -22,11 +22,12 @@ LANGUAGE = "language_model"
 IMAGE_TOKEN = "<file_sep>"
 """What stands for an image token in those models: a token that SmolLM2 has and prose has not."""
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "{% else %}"
-    "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "<|im_start|>{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    + IMAGE_TOKEN
+    + "{% else %}\n{{ 'Q: ' if message['role'] == 'user' else 'A: ' }}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}\nA:{% endif %}"
 )
+"""Shorter than SmolLM2's own: an answer is learned sooner where it is nearer to the question."""
 
 
 def load(

@@ -1,8 +1,9 @@
 """Train a small vision tower and projector for a frozen language model: how vlm-easyvqa was made.
 
-Three stages, on easy-VQA's training questions alone: the tower learns to name what its images show, which the questions
-give away; every image token then learns to stand where the word for it stands among the language model's words; and
-tower and projector learn from the answers, through the frozen language model.
+Four stages, on easy-VQA's training questions alone. The tower learns to name what its images show, which the questions
+give away. What the language model has to read of an image of each kind, to answer questions about it, is learned
+through the frozen model without any image, as in prompt tuning (arXiv 2104.08691). Tower and projector learn to write
+that; and then they learn from the answers, through the language model.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,49 +52,64 @@ SETTINGS: dict[str, Any] = {
 }
 """A SigLIP tower (arXiv 2303.15343) of 2.7 million parameters, all of whose 64 tokens LLaVA's projector takes."""
 TOWER_EPOCHS = 30
-WORD_EPOCHS = 4
+WRITING_EPOCHS = 20
 TOWER_BATCH = 64
-IMAGES = 8
-"""Images in a batch of the last stage."""
-ASKED = 5
-"""Questions that are asked about each of them."""
-REPORT = 50
+FIRST_STEPS = 100
+"""Steps in which the language model learns to read images of one kind, before all others."""
+READING_STEPS = 300
+ANSWERING_STEPS = 250
+ROWS = 5
+"""Images, or kinds of them, in a batch that the language model reads."""
+ASKED = (6, 6, 2)
+"""Questions asked about each: of what it shows and what it does not ("is there ...?"), and what it shows ("what ...?").
+"""
+INNER = (slice(1, 7), slice(2, 6))
+"""Rows and columns of the image tokens, 8 x 8, that are never left out in training."""
+REPORT = 25
 """Steps between lines about progress."""
 
 Say = Callable[[str], None]
+Pair = tuple[str, str]
+"""A question and its answer."""
+Kind = tuple[int, int]
+"""The numbers of the words for an image's shape and colour."""
 
 
-def pretrain_vlm(
-    output: str | Path, *, epochs: int = 1, language: str = "smollm2-135m", seed: int = 0, say: Say = print
-) -> float:
+def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: int = 0, say: Say = print) -> float:
     """Train a tower and projector on easy-VQA and write them to the folder `output`, in int8.
 
-    epochs: passes over the images in the last stage, through the language model. Returns the share of test questions
-    whose answer is right, of what was written. ValueError where the folder exists.
+    What a stage has learned is kept beside `output` until all is done: after an interruption the same call goes on with
+    the stage that was interrupted. Returns the share of test questions whose answer is right, of what was written.
+    ValueError where the folder exists.
     """
     from safetensors.torch import load_file, save_file
 
     final = Path(output)
     if final.exists():
         raise ValueError(f"{final} exists: name another folder with --output")
+    stages = final.parent / f"{final.name}.stages"
     base = load(language, device="cpu")
-    asked = load_questions(EASY_VQA, held_out=1, seed=seed).train
     torch.manual_seed(seed)
     model = assemble(SETTINGS, base.model, base.processor)
     model.requires_grad_(False)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    images, about = _by_image(asked)
-    truth = _labels(about)
-    say(f"stage 1: the tower learns to name what {len(images):,} images show")
-    _name(tower, images, truth, say)
-    say("stage 2: image tokens learn the places of words")
-    words = [_places(model, base.processor, names) for names in WORDS]
-    with torch.no_grad():
-        scale = float(_states(tower, images[:TOWER_BATCH]).std(-1).mean())
-        projector.linear_1.weight.div_(scale)  # the states are not normalised, and this layer is their first
-    _align(tower, projector, images, truth, words, scale, say)
-    say(f"stage 3: tower and projector learn from answers, through {language}")
-    _answer(model, base.processor, images, about, epochs, scale, say)
+    shown = _by_kind(load_questions(EASY_VQA, held_out=1, seed=seed).train)
+    reader = Reader(model, base.processor)
+    tokens = KindTokens(
+        tower.config.image_size // tower.config.patch_size, [_places(model, base.processor, names) for names in WORDS]
+    )
+    say(f"stage 1: the tower learns to name what {sum(map(len, shown.images.values())):,} images show")
+    _once(stages / "1.safetensors", seed, lambda: _name(tower, shown, say), tower=tower)
+    with torch.no_grad():  # what the projector reads is not normalised, and this layer is its first
+        scale = float(_states(tower, torch.cat(list(shown.images.values()))[:TOWER_BATCH]).std(-1).mean())
+        projector.linear_1.weight.div_(scale)
+    say(f"stage 2: what {language} has to read of an image, to answer questions about it")
+    _once(stages / "2.safetensors", seed, lambda: _read(reader, tokens, shown, say), tokens=tokens)
+    say("stage 3: tower and projector learn to write that")
+    both = {"tower": tower, "projector": projector}
+    _once(stages / "3.safetensors", seed, lambda: _write(tower, projector, tokens, shown, scale, say), **both)
+    say(f"stage 4: tower and projector learn from answers, through {language}")
+    _once(stages / "4.safetensors", seed, lambda: _answer(reader, tower, projector, shown, scale, say), **both)
     state = {**_prefixed(tower, "model.vision_tower."), **_prefixed(projector, "model.multi_modal_projector.")}
     with published(final) as workshop:
         folder = workshop / final.name
@@ -100,20 +118,40 @@ def pretrain_vlm(
         model.load_state_dict(unpack(load_file(folder / "model.safetensors")), strict=False)
         settings = {"model_type": "llava", LANGUAGE: language, **SETTINGS}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(stages)
     say("measuring on the test questions ...")
-    return accuracy(model, base.processor, load_all(EASY_VQA))
+    return accuracy(reader, load_all(EASY_VQA))
+
+
+def _once(path: Path, seed: int, learn: Callable[[], None], **modules: nn.Module) -> None:
+    """Let the modules learn and keep the result in the file `path`; where that exists, only take it from there."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(seed)
+    if path.exists():
+        state = load_file(path)
+        for name, module in modules.items():
+            start = f"{name}."
+            module.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+        return
+    learn()
+    with published(path) as workshop:
+        state = {}
+        for name, module in modules.items():
+            state |= _prefixed(module, f"{name}.")
+        save_file(state, workshop / path.name)
 
 
 def _prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in module.state_dict().items()}
 
 
-def _by_image(asked: QuestionSet) -> tuple[Tensor, list[list[tuple[str, str]]]]:
+def _by_image(asked: QuestionSet) -> tuple[Tensor, list[list[Pair]]]:
     """Images [N, 3, H, W] in -1 ... 1, and the questions and answers of each."""
     from torchvision.transforms.functional import pil_to_tensor
 
     numbers: dict[str, int] = {}
-    about: list[list[tuple[str, str]]] = []
+    about: list[list[Pair]] = []
     for sample in asked.samples:
         if sample.image not in numbers:
             numbers[sample.image] = len(numbers)
@@ -123,23 +161,64 @@ def _by_image(asked: QuestionSet) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     return pixels.float() / 127.5 - 1, about
 
 
-def _labels(about: Sequence[Sequence[tuple[str, str]]]) -> Tensor:
-    """[N, 2]: the numbers of the words for shape and colour, -100 where no question gives it away."""
-    found = torch.full((len(about), len(WORDS)), -100)
+@dataclass(frozen=True)
+class Shown:
+    """Images by what they show, and the questions that were asked about such images."""
+
+    images: dict[Kind, Tensor]
+    """[N, 3, H, W] in -1 ... 1."""
+    pairs: dict[Kind, tuple[list[Pair], list[Pair], list[Pair]]]
+    """Questions of what is there, of what is not, and all others, each with its answer."""
+
+    def draw(self, kind: Kind, counts: Sequence[int]) -> list[Pair]:
+        """So many questions of each group."""
+        groups = zip(self.pairs[kind], counts, strict=True)
+        return [group[place] for group, count in groups for place in torch.randint(len(group), (count,)).tolist()]
+
+
+def _by_kind(asked: QuestionSet) -> Shown:
+    """Images whose questions give away what they show."""
+    pixels, about = _by_image(asked)
+    rows: dict[Kind, list[int]] = {}
     for row, pairs in enumerate(about):
-        for question, answer in pairs:
-            said = set(re.findall("[a-z]+", question))
-            affirmed = answer in ("yes", "no") and (answer == "yes") != bool(said & {"not", "no"})
-            for kind, words in enumerate(WORDS):
-                for number, word in enumerate(words):
-                    if word == answer or (affirmed and word in said):
-                        found[row, kind] = number
+        shape, color = _shown(pairs)
+        if shape is not None and color is not None:
+            rows.setdefault((shape, color), []).append(row)
+    pairs = {}
+    for kind, members in sorted(rows.items()):
+        groups: tuple[list[Pair], ...] = ([], [], [])
+        for pair in (pair for row in members for pair in about[row]):
+            groups[2 if _affirmed(*pair) is None else 0 if _affirmed(*pair) else 1].append(pair)
+        pairs[kind] = groups
+    return Shown({kind: pixels[members] for kind, members in sorted(rows.items())}, pairs)
+
+
+def _affirmed(question: str, answer: str) -> bool | None:
+    """Whether what the question names is in the image; None where that is not what it asks."""
+    if answer not in ("yes", "no"):
+        return None
+    return (answer == "yes") != bool({"not", "no"} & set(re.findall("[a-z]+", question)))
+
+
+def _shown(pairs: Sequence[Pair]) -> list[int | None]:
+    """The numbers of the words for an image's shape and colour, None where no question gives it away."""
+    found: list[int | None] = [None] * len(WORDS)
+    for question, answer in pairs:
+        said = set(re.findall("[a-z]+", question)) if _affirmed(question, answer) else {answer}
+        for place, words in enumerate(WORDS):
+            for number, word in enumerate(words):
+                if word in said:
+                    found[place] = number
     return found
 
 
-def _steps(parameters: list[dict[str, Any]], steps: int, warmup: int, say: Say) -> Iterator[Callable[[Tensor], None]]:
-    """For each of `steps` steps what takes its loss: AdamW with warm-up and cosine decay, gradients clipped."""
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, betas=(0.9, 0.98))
+def _steps(
+    parameters: list[dict[str, Any]], steps: int, warmup: int, say: Say, decay: float = 0.05
+) -> Iterator[Callable[[Tensor], None]]:
+    """For each of `steps` steps what takes its loss: AdamW with warm-up and cosine decay, gradients clipped.
+
+    decay: of weights, per step of learning rate 1."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=decay, betas=(0.9, 0.98))
     flat = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
     mark, total = time.monotonic(), 0.0
@@ -153,9 +232,9 @@ def _steps(parameters: list[dict[str, Any]], steps: int, warmup: int, say: Say) 
         total += float(loss.detach())
 
     for step in range(steps):
-        decay = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * decay
+            group["lr"] = peak * share
         yield take
         if (step + 1) % REPORT == 0:
             left = (time.monotonic() - mark) / REPORT * (steps - step - 1) / 60
@@ -172,8 +251,9 @@ def _states(tower: nn.Module, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
-def _name(tower: nn.Module, images: Tensor, truth: Tensor, say: Say) -> None:
+def _name(tower: nn.Module, shown: Shown, say: Say) -> None:
     """The tower learns shape and colour from the mean of its tokens."""
+    images, kinds = _listed(shown)
     sizes = [len(words) for words in WORDS]
     head = nn.Linear(tower.config.hidden_size, sum(sizes))
     steps = TOWER_EPOCHS * len(images) // TOWER_BATCH
@@ -181,14 +261,81 @@ def _name(tower: nn.Module, images: Tensor, truth: Tensor, say: Say) -> None:
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(_states(tower, turned(images[rows])).mean(1))
-        parts = zip(logits.float().split(sizes, 1), truth[rows].unbind(1), strict=True)
+        parts = zip(logits.float().split(sizes, 1), kinds[rows].unbind(1), strict=True)
         take(sum(F.cross_entropy(part, target) for part, target in parts))
+
+
+def _listed(shown: Shown) -> tuple[Tensor, Tensor]:
+    """All images [N, 3, H, W], and the kind of each [N, 2]."""
+    kinds = [torch.tensor(kind).expand(len(images), -1) for kind, images in shown.images.items()]
+    return torch.cat(list(shown.images.values())), torch.cat(kinds)
 
 
 def _places(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> Tensor:
     """[words, D]: where the language model has them."""
     embed = model.get_input_embeddings()
-    return torch.stack([embed(torch.tensor(tokenizer(word).input_ids)).float().mean(0) for word in words])
+    return torch.stack([embed(torch.tensor(tokenizer(f" {word}").input_ids)).float().mean(0) for word in words])
+
+
+def inner(side: int) -> Tensor:
+    """[side * side] bool: which image tokens are in the middle."""
+    chosen = torch.zeros(side, side, dtype=torch.bool)
+    chosen[INNER] = True
+    return chosen.flatten()
+
+
+class KindTokens(nn.Module):
+    """What stands for an image of each kind: in the middle learned tokens, changed by its shape and by its colour,
+    and around them one that is always the same."""
+
+    def __init__(self, side: int, words: Sequence[Tensor]) -> None:
+        """side: tokens along an image. words: [W, D] for shape and for colour; every other token starts as the one, the
+        others as the other."""
+        super().__init__()
+        count, width = side * side, words[0].shape[1]
+        self.register_buffer("inner", inner(side))
+        self.around = nn.Parameter(torch.zeros(width))
+        self.common = nn.Parameter(0.02 * torch.randn(count, width))
+        self.of = nn.ParameterList(torch.zeros(len(places), count, width) for places in words)
+        with torch.no_grad():
+            for number, (part, places) in enumerate(zip(self.of, words, strict=True)):
+                part[:, number :: len(words)] += places.unsqueeze(1)
+
+    def forward(self, kinds: Sequence[Kind]) -> Tensor:
+        """[B, tokens, D]"""
+        parts = ([self.of[place][number] for place, number in enumerate(kind)] for kind in kinds)
+        told = torch.stack([self.common + sum(part) for part in parts])
+        return torch.where(self.inner.unsqueeze(-1), told, self.around)
+
+
+def _read(reader: Reader, tokens: KindTokens, shown: Shown, say: Say) -> None:
+    """The tokens learn what lets the language model answer: for images of one kind, then for all.
+
+    What was learned of one kind is a start for all: the words of the one are put in the place of the other's.
+    """
+    kinds = list(shown.pairs)
+    words = [part.detach().clone() for part in tokens.of]
+    for take in _steps([{"params": _learn(tokens), "lr": 5e-3}], FIRST_STEPS, 20, say, decay=0.0):
+        take(_loss(reader, tokens(kinds[:1]), [shown.draw(kinds[0], [16, 16, 4])]))
+    with torch.no_grad():
+        whole = tokens(kinds[:1])[0]
+        for part, start in zip(tokens.of, words, strict=True):
+            part.copy_(start)
+        tokens.common.add_(whole - tokens(kinds[:1])[0])
+    for take in _steps([{"params": _learn(tokens), "lr": 4e-3}], READING_STEPS, 20, say, decay=0.0):
+        chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
+        take(_loss(reader, tokens(chosen), [shown.draw(kind, ASKED) for kind in chosen]))
+
+
+def _loss(reader: Reader, image: Tensor, asked: Sequence[Sequence[Pair]]) -> Tensor:
+    """How far the answers are from what the language model says, with tokens around the middle left out at random.
+
+    So that those, as the background of an image, can be done without (as in PatchDropout, arXiv 2208.07220); of tokens
+    that were learned together none could.
+    """
+    count, length = image.shape[:2]
+    kept = inner(math.isqrt(length)) | (torch.rand(count, length) < torch.rand(count, 1))
+    return F.cross_entropy(*reader(image, asked, kept))
 
 
 def _groups(
@@ -204,59 +351,35 @@ def _groups(
     ]
 
 
-def _align(
-    tower: nn.Module,
-    projector: nn.Module,
-    images: Tensor,
-    truth: Tensor,
-    words: Sequence[Tensor],
-    scale: float,
-    say: Say,
-) -> None:
-    """Image tokens learn the place of a word: every other one the shape's, the others the colour's."""
-    spread = torch.cat(list(words)).var()
-    steps = WORD_EPOCHS * len(images) // TOWER_BATCH
-    for take in _steps(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 30, say):
+def _write(tower: nn.Module, projector: nn.Module, tokens: KindTokens, shown: Shown, scale: float, say: Say) -> None:
+    """Tower and projector learn to make of an image the tokens of its kind."""
+    images, kinds = _listed(shown)
+    with torch.no_grad():
+        spread = tokens(list(shown.pairs)).var(0).mean()
+    steps = WRITING_EPOCHS * len(images) // TOWER_BATCH
+    for take in _steps(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 100, say):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = projector(_states(tower, turned(images[rows])))
-        loss = torch.zeros(())
-        for kind, places in enumerate(words):
-            target = truth[rows, kind]
-            mine, target = tokens[target >= 0, kind :: len(words)].float(), target[target >= 0]
-            likeness = 20 * F.normalize(mine, dim=-1) @ F.normalize(places, dim=-1).T
-            every = target.repeat_interleave(mine.shape[1])
-            loss = loss + (mine - places[target].unsqueeze(1)).square().mean() / spread
-            loss = loss + F.cross_entropy(likeness.flatten(0, 1), every)
-        take(loss)
+            made = projector(_states(tower, turned(images[rows])))
+        with torch.no_grad():
+            wanted = tokens([tuple(kind) for kind in kinds[rows].tolist()])
+        take((made.float() - wanted).square().mean() / spread)
 
 
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    images: Tensor,
-    about: Sequence[Sequence[tuple[str, str]]],
-    epochs: int,
-    scale: float,
-    say: Say,
-) -> None:
-    """Tower and projector learn from the answers to a few questions about each image, read in one sequence."""
-    groups = _groups(model.model.vision_tower, model.model.multi_modal_projector, 2e-4, 4e-4, scale)
-    packer = _Packer(model, tokenizer)
-    steps = max(1, epochs * len(images) // IMAGES)
-    order = torch.cat([torch.randperm(len(images)) for _ in range(epochs + 1)])
-    for step, take in enumerate(_steps(groups, steps, 50, say)):
-        rows = order[step * IMAGES : (step + 1) * IMAGES]
-        asked = []
-        for row in rows.tolist():
-            chosen = torch.randperm(len(about[row]))[:ASKED].tolist()
-            asked.append([about[row][number] for number in chosen])
-        logits, targets = packer(turned(images[rows]), asked)
-        take(F.cross_entropy(logits, targets))
+def _answer(reader: Reader, tower: nn.Module, projector: nn.Module, shown: Shown, scale: float, say: Say) -> None:
+    """Tower and projector learn from the answers to questions about each image, read in one sequence."""
+    kinds = list(shown.images)
+    for take in _steps(_groups(tower, projector, 1e-4, 2e-4, scale), ANSWERING_STEPS, 50, say):
+        chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
+        some = [shown.images[kind][torch.randint(len(shown.images[kind]), ())] for kind in chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            made = projector(_states(tower, turned(torch.stack(some))))
+        take(_loss(reader, made, [shown.draw(kind, ASKED) for kind in chosen]))
 
 
-class _Packer:
-    """Runs several questions about an image in one sequence: all see the image, none another."""
+class Reader:
+    """The frozen language model, asked several questions about an image in one sequence: all see the image, none
+    another."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.model = model
@@ -269,12 +392,12 @@ class _Packer:
         front, _, behind = prompt_text(self.processor, question).partition(IMAGE_TOKEN)
         return self.tokenizer(front).input_ids, self.tokenizer(behind).input_ids
 
-    def __call__(self, pixels: Tensor, asked: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
-        """pixels [B, 3, H, W], questions and answers of each -> logits [N, V] of answers' tokens, and those tokens."""
+    def __call__(
+        self, image: Tensor, asked: Sequence[Sequence[Pair]], kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, tokens, D], questions and answers of each -> logits [N, V] of answers' tokens, and those
+        tokens. kept: [B, tokens] bool, image tokens that are not hidden from all others; None: all."""
         model, dtype = self.model, self.model.lm_head.weight.dtype
-        with torch.autocast("cpu", torch.bfloat16):
-            states = _states(model.model.vision_tower, pixels)
-            image = model.model.multi_modal_projector(states).to(dtype)
         start = len(self.before) + image.shape[1]
         ids, places, numbers, targets = (
             nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=filling)
@@ -282,10 +405,12 @@ class _Packer:
                 zip(*(self._row(pairs, start) for pairs in asked), strict=True), (0, 0, -1, -100), strict=True
             )
         )
-        embed, count = model.get_input_embeddings(), len(pixels)
-        x = torch.cat([embed(torch.tensor(self.before)).expand(count, -1, -1), image, embed(ids)], 1)
+        embed, count = model.get_input_embeddings(), len(image)
+        x = torch.cat([embed(torch.tensor(self.before)).expand(count, -1, -1), image.to(dtype), embed(ids)], 1)
         numbers = torch.cat([torch.zeros(count, start, dtype=torch.long), numbers], 1)
         seen = (numbers[:, :, None] == numbers[:, None, :]) | (numbers[:, None, :] == 0)
+        if kept is not None:
+            seen[:, :, len(self.before) : start] &= kept.unsqueeze(1)
         mask = (seen & torch.ones_like(seen[0]).tril()).unsqueeze(1)
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         positions = torch.cat([torch.arange(start).expand(count, -1), places], 1)
@@ -295,7 +420,7 @@ class _Packer:
         told = targets >= 0
         return model.lm_head(out[:, start:][told]).float(), targets[told]
 
-    def _row(self, pairs: Sequence[tuple[str, str]], start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _row(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, positions, numbers of the questions and tokens to be said, of one image's questions."""
         ids, places, numbers, targets = [], [], [], []
         for number, (question, answer) in enumerate(pairs):
@@ -310,17 +435,16 @@ class _Packer:
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, tokenizer: Any, asked: QuestionSet) -> float:
+def accuracy(reader: Reader, asked: QuestionSet) -> float:
     """The share of questions whose answer's tokens are all the likeliest."""
     images, about = _by_image(asked)
-    packer = _Packer(model, tokenizer)
+    model, end = reader.model.model, reader.tokenizer.eos_token_id
     right = seen = 0
-    for first in range(0, len(images), IMAGES):
-        pairs = about[first : first + IMAGES]
-        logits, targets = packer(images[first : first + IMAGES], pairs)
+    for first in range(0, len(images), ROWS):
+        states = _states(model.vision_tower, images[first : first + ROWS])
+        logits, targets = reader(model.multi_modal_projector(states), about[first : first + ROWS])
         hits = (logits.argmax(-1) == targets).long()
-        ends = (targets == tokenizer.eos_token_id).nonzero().squeeze(1) + 1
-        lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.long))
+        lengths = ((targets == end).nonzero().squeeze(1) + 1).diff(prepend=torch.zeros(1, dtype=torch.long))
         whole = [bool(part.all()) for part in hits.split(lengths.tolist())]
         right, seen = right + sum(whole), seen + len(whole)
     return right / seen
