@@ -21,12 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from students import gates
-from students.image import LEAK, ImageStudent
+from students.image import ImageStudent
 from students.language import LanguageStudent
 from students.routers import Router
 from students.runtime import Decisions
 from students.spec import RouterSpec
 
+LEAK = 1e-8
+"""Weight of a closed image token while routers are trained: even one that all others attend to must not be heard."""
 VISION = "vision."
 """What keys of decisions in the vision tower begin with."""
 

@@ -161,6 +161,11 @@ def test_resume_takes_no_other_settings(extra: list[str], finished: Path, refuse
     assert f"leave {extra[0]} away" in message
 
 
+@pytest.mark.parametrize("extra", [["--epochs", "3"], ["--start", "folder"]])
+def test_a_recipe_of_stages_takes_no_epochs(extra: list[str], refused: Callable[..., str]):
+    assert f"{extra[0]} is for image models" in refused("pretrain", "--data", "easy-vqa", "--output", "new", *extra)
+
+
 def test_resume_continues(finished: Path, here: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(finished, here / "run")
     (here / "run" / "routers.safetensors").unlink()

