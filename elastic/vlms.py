@@ -169,7 +169,9 @@ class Distillation(nn.Module):
         logits, _ = student.logits(hidden[_through(prompts.answers, decisions)], *student.head_tensors())
         kl = self.divergence(logits, teacher_logits)
         macs, vision, dense = _spent(student, prompts, decisions)
-        total = loss.logits_weight * kl.mean() + (price * macs / dense).mean()
+        total = loss.logits_weight * kl.mean()
+        if not student.by_count:  # a share that is fixed has nothing to learn from a price
+            total = total + (price * macs / dense).mean()
         total = total + routing_loss(student, decisions, loss, self.budget)
         if loss.hidden_weight:
             text = prompts.inputs["attention_mask"].bool() & ~prompts.image

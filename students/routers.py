@@ -85,15 +85,6 @@ class Router(nn.Module):
         """What the dial adds to the scores."""
         return turn if self.log_gain is None else self.log_gain.exp() * turn
 
-    @torch.no_grad()
-    def open_by(self, offset: float) -> None:
-        """Raise all scores as far as the dial would at this offset."""
-        rise = self.shift(offset)
-        bias = self.score if self.spec.network == "static" else self.linear.bias
-        bias += rise
-        if self.levels is not None:
-            self.levels += rise
-
     def set_quota(self, scores: Tensor) -> None:
         """Take the distribution of scores [N] as the one that `quota` answers for."""
         steps = torch.linspace(0, 1, LEVELS, device=scores.device)
