@@ -26,11 +26,14 @@ APART = 0.06
 def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
     """The share of open gates, the same for every router, at which the model meets its budget on inputs of
     `tokens` tokens (see `tokens` of the family); by bisection."""
-    low, high = 0.0, 1.0
+    return largest(0.0, 1.0, lambda share: student.uniform(share, tokens, config.budget.phase) <= config.budget.span[0])
+
+
+def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
+    """The largest number between low and high that fits, where all below one that fits do too; by bisection."""
     for _ in range(30):
         middle = (low + high) / 2
-        cost = student.uniform(middle, tokens, config.budget.phase)
-        low, high = (low, middle) if cost > config.budget.span[0] else (middle, high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

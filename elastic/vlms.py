@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from elastic import baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.dial import largest
 from elastic.images import data_uri
 from elastic.prefetch import Prefetched
 from elastic.routing import where
@@ -37,8 +38,8 @@ CALIBRATED = 4
 """Questions that are looked at together in calibration."""
 DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
-SPREAD, HALVINGS = 32.0, 24
-"""How far the dial is turned in search of a door's share, either way, and how often that is halved."""
+SPREAD = 32.0
+"""How far the dial is turned in search of a door's share, either way."""
 LONGEST_ANSWER = 16
 """Tokens of an answer that is generated."""
 EXAMPLES = 6
@@ -221,12 +222,12 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
 def _exact(student: VisionLanguageStudent, start: Start, targets: Sequence[float], meter: Callable[[], float]) -> Start:
     """The start with the offsets at which the door's share, which it keeps in training, meets each target."""
 
+    def compute_at(offset: float) -> float:
+        student.runtime.offset = offset
+        return meter()
+
     def offset_of(target: float) -> float:
-        low, high = -SPREAD, SPREAD
-        for _ in range(HALVINGS):
-            student.runtime.offset = (low + high) / 2
-            low, high = (low, student.runtime.offset) if meter() > target else (student.runtime.offset, high)
-        return low
+        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target)
 
     middle = offset_of((targets[0] + targets[-1]) / 2)
     student.door.open_by(middle)

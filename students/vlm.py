@@ -351,7 +351,7 @@ class VisionLanguageStudent(LanguageStudent):
             share = torch.tensor([[door.quota(offset)] for offset in run.rows.tolist()], device=score.device)
         most = (share * have).round().clamp(min=1)
         if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
-            limit = best.detach().gather(1, (most - 1).long().clamp(max=score.shape[1] - 1))
+            limit = best.detach().gather(1, (most - 1).long())
         soft = (score - limit).sigmoid()
         return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
 

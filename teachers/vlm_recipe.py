@@ -188,7 +188,7 @@ def _by_kind(asked: QuestionSet) -> Shown:
     for kind, members in sorted(rows.items()):
         groups: tuple[list[Pair], ...] = ([], [], [])
         for pair in (pair for row in members for pair in about[row]):
-            groups[2 if _affirmed(*pair) is None else 0 if _affirmed(*pair) else 1].append(pair)
+            groups[(True, False, None).index(_affirmed(*pair))].append(pair)
         pairs[kind] = groups
     return Shown({kind: pixels[members] for kind, members in sorted(rows.items())}, pairs)
 
