@@ -121,10 +121,15 @@ class Run:
 
     def load_student(self, teacher: Teacher) -> Student:
         """The finished student."""
-        kernels.build(cache_folder())
-        student = elasticize(teacher.model, self.config.student)
+        student = make_student(teacher, self.config)
         student.restore(self.routers)
         return student
+
+
+def make_student(teacher: Teacher, config: RunConfig) -> Student:
+    """A student of this teacher, as the configuration has it and not trained, on kernels where they can be compiled."""
+    kernels.build(cache_folder())
+    return elasticize(teacher.model, config.student)
 
 
 def surroundings() -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from elastic.config import BudgetConfig, LossConfig
-from losses import DIVERGENCES, capacity_hinge, load_balance, topk_bce
-from students import RouterSpec, Student
+from losses import DIVERGENCES, capacity_hinge, forward_kl, load_balance, topk_bce
+from students import RouterSpec, Student, fused, kernels
 from students.runtime import Decisions
 
 T = TypeVar("T", bound="Sums")
@@ -33,8 +33,15 @@ class Sums:
 
 def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """(student's logits, teacher's logits) -> the configured divergence of each row."""
+    if loss.logits == "forward_kl" and loss.temperature == 1:
+        return _forward_kl
     options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
     return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **options)
+
+
+def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """In one pass where there is a kernel for it."""
+    return forward_kl(student, teacher) if kernels.native(student) is None else fused.forward_kl(student, teacher)
 
 
 def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:

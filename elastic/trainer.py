@@ -26,10 +26,10 @@ from elastic.config import RunConfig, TrainConfig, to_dict
 from elastic.dial import capacity_for, set_dial, set_range
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
-from elastic.run import DTYPES, Run
+from elastic.run import DTYPES, Run, make_student
 from elastic.sums import Sums
 from losses import budget_price, budget_prices
-from students import Student, elasticize
+from students import Student
 from students.checkpoint import read_tensors, write_tensors
 from teachers import Teacher
 
@@ -104,7 +104,7 @@ def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
 def _student(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     """Elasticize the teacher, after checking that the budget can be met."""
     torch.manual_seed(config.train.seed)
-    student = elasticize(teacher.model, config.student)
+    student = make_student(teacher, config)
     tokens = families.of(config.family).tokens(student, data, config)
     lowest = student.uniform(0.0, tokens, config.budget.phase)
     if config.budget.span[0] < lowest:

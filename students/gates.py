@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from students import fused
+
 
 def threshold(score: Tensor) -> Tensor:
     """1 where the score is >= 0, else 0; the gradient is that of sigmoid(score) (straight-through, arXiv 1308.3432)."""
@@ -67,22 +69,6 @@ def score_weight(score: Tensor, over_gates: bool) -> Tensor:
     return score.shape[-1] * score.softmax(-1) if over_gates else 2 * score.sigmoid()
 
 
-def _reaches(x: Tensor, limit: Tensor) -> Tensor:
-    """1 where x >= limit, else 0, in x's dtype: on CPUs faster than a boolean, and so are products with it."""
-    return torch.ge(x, limit, out=torch.empty_like(x))
-
-
-def _sum_tokens(weight: Tensor | None, x: Tensor, shape: torch.Size) -> Tensor:
-    """sum_n weight[n] x[n, C] as a matrix product, over all tokens (shape [C]) or those of each row ([B, 1, C]).
-
-    x [..., C], weight [...]; None: all ones.
-    """
-    weight = x.new_ones(x.shape[:-1]) if weight is None else weight.to(x.dtype)
-    if len(shape) == 1:
-        x, weight = x.flatten(0, -2), weight.flatten()
-    return (weight.unsqueeze(-2) @ x).float().view(shape)
-
-
 class _ChannelGate(torch.autograd.Function):
     """x where |x| >= limit, else 0, and the share of channels kept; written out because it runs at every linear layer.
 
@@ -92,22 +78,15 @@ class _ChannelGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
-        keep = _reaches(x.abs(), log_limit.exp().to(x.dtype))
-        ctx.save_for_backward(x, keep, log_limit)
-        return x * keep, keep.mean(-1, dtype=torch.float32)
+        ctx.save_for_backward(x, log_limit)
+        return fused.channel_gate(x, log_limit.exp())
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_share: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        x, keep, log_limit = ctx.saved_tensors
-        grad_limit = None
-        if ctx.needs_input_grad[1]:
-            size = x.abs()
-            near = _reaches(size, (log_limit - 0.5).exp().to(x.dtype))
-            near -= _reaches(size, (log_limit + 0.5).exp().to(x.dtype))
-            grad_limit = -_sum_tokens(None, (grad_out * x).mul_(near), log_limit.shape)
-            if grad_share is not None:
-                grad_limit -= _sum_tokens(grad_share, near, log_limit.shape) / x.shape[-1]
-        return grad_out * keep, grad_limit
+    def backward(ctx, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, log_limit = ctx.saved_tensors
+        limits = [(log_limit + shift).exp() for shift in (0.0, -0.5, 0.5)]
+        grad_x, grad_limit = fused.channel_gate_grad(grad_out, grad_share, x, *limits)
+        return grad_x, grad_limit if ctx.needs_input_grad[1] else None
 
 
 def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,27 +104,13 @@ class _RowGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        keep = _reaches(preview, limit.to(preview.dtype))
-        guess = preview + tail.to(preview.dtype)
-        ctx.save_for_backward(exact, preview, limit, guess, keep)
-        # both products are exact, and one of them is zero
-        return torch.addcmul(guess * (1 - keep), exact, keep), keep.mean(-1, dtype=torch.float32)
+        ctx.save_for_backward(exact, preview, limit, tail)
+        return fused.row_gate(exact, preview, limit, tail)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_share: Tensor | None) -> tuple[Tensor | None, ...]:
-        exact, preview, limit, guess, keep = ctx.saved_tensors
-        grad_exact = grad_out * keep
-        grad_preview = grad_out - grad_exact if ctx.needs_input_grad[1] else None
-        grad_limit = grad_tail = None
-        if ctx.needs_input_grad[2]:
-            near = _reaches(preview, (limit - 0.5).to(preview.dtype))
-            near -= _reaches(preview, (limit + 0.5).to(preview.dtype))
-            grad_limit = -((exact - guess).mul_(grad_out).mul_(near)).sum(-1, keepdim=True, dtype=torch.float32)
-            if grad_share is not None:
-                grad_limit -= grad_share.unsqueeze(-1) * near.mean(-1, keepdim=True, dtype=torch.float32)
-        if ctx.needs_input_grad[3]:
-            grad_tail = grad_out.sum(dtype=torch.float32) - grad_exact.sum(dtype=torch.float32)
-        return grad_exact, grad_preview, grad_limit, grad_tail
+    def backward(ctx, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor | None, ...]:
+        grads = fused.row_gate_grad(grad_out, grad_share, *ctx.saved_tensors)
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:

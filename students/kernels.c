@@ -1,7 +1,7 @@
 // Decoding one token reads only what is selected: matrix-vector products over some rows of a weight, no copies made.
 //
-// Compiled once for this machine by kernels.py, for float32 and bfloat16 (held in uint16_t: the upper half of a
-// float32). Accumulation is in float32. Every thread takes a contiguous part of the selected rows.
+// Compiled once for this machine by kernels.py, for float32 and bfloat16 (see numbers.h). Accumulation is in float32.
+// Every thread takes a contiguous part of the selected rows.
 
 #include <math.h>
 #include <stdint.h>
@@ -14,19 +14,7 @@
 #define omp_get_num_threads() 1
 #endif
 
-static inline float up_f32(float v) { return v; }
-static inline float down_f32(float v) { return v; }
-static inline float up_bf16(uint16_t v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-static inline uint16_t down_bf16(float f) {  // to nearest even
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+#include "numbers.h"
 
 // acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; eight rows at a time, a cache
 // line of each, while the same line of the next eight is on its way

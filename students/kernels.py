@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c")]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _library: ctypes.CDLL | None = None
@@ -42,16 +42,19 @@ def build(folder: Path) -> bool:
     if compiler is None:
         return False
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    identity = hashlib.sha256(SOURCE.read_bytes() + version + " ".join((*_FLAGS, _machine())).encode())
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    identity = hashlib.sha256(sources + version + " ".join((*_FLAGS, _machine())).encode())
     final = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     try:
         if not final.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as workshop:
-                objects, library = Path(workshop, "kernels.o"), Path(workshop, final.name)
-                _run(compiler, *_FLAGS, "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", str(objects))
+                objects, library = [], Path(workshop, final.name)
+                for source in SOURCES[1:]:
+                    objects.append(str(Path(workshop, f"{source.stem}.o")))
+                    _run(compiler, *_FLAGS, "-fopenmp", "-fPIC", "-c", str(source), "-o", objects[-1])
                 # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
-                _run(compiler, "-shared", str(objects), "-o", str(library), "-lm")
+                _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
                 library.replace(final)
         library = ctypes.CDLL(str(final))
     except (OSError, subprocess.CalledProcessError):
@@ -88,9 +91,20 @@ def _machine() -> str:
         return platform.platform() + platform.processor()
 
 
-def _native(x: Tensor) -> str | None:
+def native(x: Tensor) -> str | None:
     """The suffix of the C functions that take this tensor, or None."""
     return _KINDS.get(x.dtype) if _library is not None and x.device.type == "cpu" else None
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a C function of fused.c for the first of its arguments' type; tensors are contiguous."""
+    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+    given = [_pointer(x) if x is None or isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments]
+    getattr(_library, f"{name}_{native(arguments[0])}")(*given, torch.get_num_threads())
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_address(x))
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -111,7 +125,7 @@ def _layers(
 _operators = torch.library.Library("elastic", "DEF")
 
 
-def _operator(schema: str, fake: Any) -> Any:
+def operator(schema: str, fake: Any) -> Any:
     def register(function: Any) -> Any:
         name = _operators.define(schema)
         _operators.impl(name, function, "CompositeExplicitAutograd")
@@ -130,7 +144,7 @@ def _read_channels(
     up: Tensor | None,
     ends: list[int],
 ) -> tuple[Tensor, Tensor]:
-    kind = _native(x)
+    kind = native(x)
     if kind is not None:
         x, out = x.contiguous(), x.new_empty(weight.shape[1])
         layers = _layers(limit, weight, bias, down, up, ends)
@@ -153,7 +167,7 @@ def _read_channels(
     return out, torch.tensor(len(rows))
 
 
-read_channels = _operator(
+read_channels = operator(
     "read_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
     lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), torch.empty((), dtype=torch.long)),
@@ -166,7 +180,7 @@ weight [I, O], contiguous rows; bias [O]; low-rank corrections, which read every
 
 
 def _dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-    kind = _native(x)
+    kind = native(x)
     if kind is not None:
         x = x.contiguous()
         out = x.new_empty(len(weight) if rows is None else len(rows))
@@ -180,7 +194,7 @@ def _dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | Non
     return F.linear(x, weight[rows], None if bias is None else bias[rows])
 
 
-dot_rows = _operator(
+dot_rows = operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
     lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),
 )(_dot_rows)
@@ -190,7 +204,7 @@ dot_rows = _operator(
 def _exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    kind = _native(x)
+    kind = native(x)
     if kind is not None:
         x, limit = x.contiguous(), limit.float().contiguous()
         out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
@@ -206,7 +220,7 @@ def _exact_rows(
     return guess.index_copy(1, rows, torch.where(needed[:, rows], exact, guess[:, rows])), needed.sum(1)
 
 
-exact_rows = _operator(
+exact_rows = operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda x, head, bias, preview, *_: (torch.empty_like(preview), x.new_empty(len(x), dtype=torch.long)),
 )(_exact_rows)
@@ -215,7 +229,7 @@ exact_rows = _operator(
 
 
 def _mask_channels(x: Tensor, limit: Tensor) -> Tensor:
-    kind = _native(x)
+    kind = native(x)
     if kind is None:
         return x * (x.abs() >= limit)
     x = x.contiguous()
@@ -226,7 +240,7 @@ def _mask_channels(x: Tensor, limit: Tensor) -> Tensor:
     return out
 
 
-mask_channels = _operator("mask_channels(Tensor x, Tensor limit) -> Tensor", lambda x, limit: torch.empty_like(x))(
+mask_channels = operator("mask_channels(Tensor x, Tensor limit) -> Tensor", lambda x, limit: torch.empty_like(x))(
     _mask_channels
 )
 """x [N, I] with 0 where |x| < limit [I]."""
@@ -234,7 +248,7 @@ mask_channels = _operator("mask_channels(Tensor x, Tensor limit) -> Tensor", lam
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:
     """Whether `few_channels` runs here: bfloat16 on a CPU with products of it, and outputs in multiples of 32."""
-    return _native(weight) == "bf16" and hasattr(_library, "few_channels_bf16") and not any(end % 32 for end in ends)
+    return native(weight) == "bf16" and hasattr(_library, "few_channels_bf16") and not any(end % 32 for end in ends)
 
 
 def _few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -244,7 +258,7 @@ def _few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple
     return out, torch.tensor(count)
 
 
-few_channels = _operator(
+few_channels = operator(
     "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
     lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), torch.empty((), dtype=torch.long)),
@@ -258,7 +272,7 @@ def reader(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tupl
     The operator itself is called where somebody counts or compiles, and where there is no C library.
     """
     outputs, dtype = weight.shape[1], weight.dtype
-    function = getattr(_library, f"read_channels_{_native(weight)}", None)
+    function = getattr(_library, f"read_channels_{native(weight)}", None)
     layers = _layers(limit, weight, *rest)
 
     def read(x: Tensor) -> tuple[Tensor, int | Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from students.architecture import Architecture
+from students.attention_grad import short_attention
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
 from students.runtime import Decisions, Runtime
@@ -67,7 +68,8 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            yield run.decisions
+            with nullcontext() if self.recompute else short_attention(self._frozen.device):
+                yield run.decisions
         finally:
             run.decisions = None
 
