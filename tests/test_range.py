@@ -29,7 +29,7 @@ from elastic.cli import main
 from elastic.config import BudgetConfig, RunConfig, from_dict, to_dict
 from elastic.evaluate import measure_run
 from elastic.run import Run
-from students import Student, StudentSpec, elasticize, gates
+from students import Student, StudentSpec, elasticize
 
 Configure = Callable[..., RunConfig]
 SETTINGS = ("data.held_out=24", "train.batch=4", "train.steps=24")
@@ -280,20 +280,6 @@ def test_budgets_that_do_not_fit_the_batch_are_refused(finished: Path, tokens: t
     student.restore(finished / "copy.safetensors")
     with pytest.raises(ValueError, match="budgets were set for 3"):
         student(tokens)
-
-
-def test_the_channel_gate_learns_row_by_row():
-    x = torch.randn(3, 5, 4, requires_grad=True)
-    limit = (0.3 * torch.randn(3, 1, 4)).requires_grad_()
-    out, share = gates.channel(x, limit)
-    (out.square().sum() + share.square().sum()).backward()
-    for row in range(3):
-        x_row = x[row : row + 1].detach().requires_grad_()
-        limit_row = limit[row, 0].detach().requires_grad_()
-        out_row, share_row = gates.channel(x_row, limit_row)
-        (out_row.square().sum() + share_row.square().sum()).backward()
-        assert torch.equal(out[row : row + 1], out_row) and torch.equal(x.grad[row : row + 1], x_row.grad)
-        assert torch.allclose(limit.grad[row, 0], limit_row.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("execution", ["mask", "skip"])
