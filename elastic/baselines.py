@@ -41,7 +41,7 @@ class _Order(nn.Module):
         """Nothing is multiplied."""
         return 0
 
-    def of_stream(self, x: Tensor) -> Tensor:
+    def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
         """Scores [B, n] of tokens x [B, n, D]."""
         if x.shape[1] < self.whole:
             return x.new_full(x.shape[:2], torch.inf, dtype=torch.float32)
@@ -60,6 +60,7 @@ def drop_blindly(student: ImageStudent, kind: str, seed: int = 0) -> None:
     for block in student.blocks:
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
             block.routers["layer"] = _Order(block.routers["layer"], scores, whole)
+            block.merges = False
 
 
 def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:

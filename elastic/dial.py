@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from elastic.config import RunConfig
 from students import Student
+from students.calibrate import Start
+from students.routers import Router
 
 TOLERANCE = 0.001
 """How near to the target measured compute has to come before the search ends."""
@@ -19,6 +23,8 @@ BETWEEN = 24
 """How many points are measured between others, at most."""
 STEPS = 256
 """At how many offsets compute is measured where it goes in steps."""
+SPREAD = 32.0
+"""How far the dial is turned in search of a door's share, either way."""
 APART = 0.06
 """How far apart in compute the measured points of a range may be."""
 
@@ -27,6 +33,27 @@ def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
     """The share of open gates, the same for every router, at which the model meets its budget on inputs of
     `tokens` tokens (see `tokens` of the family); by bisection."""
     return largest(0.0, 1.0, lambda share: student.uniform(share, tokens, config.budget.phase) <= config.budget.span[0])
+
+
+def exact_start(
+    start: Start, student: Student, routers: Sequence[Router], targets: Sequence[float], meter: Callable[[], float]
+) -> Start:
+    """A calibrated start whose compute meets its targets as it is measured, where its own estimate is not good enough:
+    these routers open so far that the middle of the targets is at offset 0."""
+
+    def compute_at(offset: float) -> float:
+        student.runtime.offset = offset
+        return meter()
+
+    def offset_of(target: float) -> float:
+        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target)
+
+    middle = offset_of((targets[0] + targets[-1]) / 2)
+    for router in routers:
+        router.open_by(middle)
+    offsets = [offset_of(target) for target in targets]
+    compute = compute_at(0.0)
+    return replace(start, compute=compute, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
 
 
 def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:

@@ -18,6 +18,7 @@ import teachers
 from elastic import baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.dial import exact_start
 from elastic.prefetch import Prefetched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
@@ -159,7 +160,16 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     images = data.train.subset(order[: config.calibration.windows].tolist())
     batches = [pixels.split(CALIBRATED) for pixels, _ in _batches(student, images)]
     flat = [part for parts in batches for part in parts]
-    return calibrate_images(student, flat, trained(config.budget), config.train.seed)
+    targets = trained(config.budget)
+    start = calibrate_images(student, flat, targets, config.train.seed)
+    merging = [router for _, router in student.routers() if router.spec.dropped == "merge"]
+    if not merging:
+        return start
+    student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
+    try:
+        return exact_start(start, student, merging, targets, lambda: measured_compute(student, flat[:1]))
+    finally:
+        student.runtime.training, student.runtime.execution = False, "skip"
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from elastic import baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
-from elastic.dial import largest
+from elastic.dial import exact_start
 from elastic.images import data_uri
 from elastic.prefetch import Prefetched
 from elastic.routing import where
@@ -38,8 +38,6 @@ CALIBRATED = 4
 """Questions that are looked at together in calibration."""
 DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
-SPREAD = 32.0
-"""How far the dial is turned in search of a door's share, either way."""
 LONGEST_ANSWER = 16
 """Tokens of an answer that is generated."""
 EXAMPLES = 6
@@ -216,24 +214,9 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     ]
     targets = trained(config.budget)
     start = calibrate_door(student, batches, targets, tokens(student, data, config), config.train.seed)
-    return _exact(student, start, targets, compute_meter(student, data, order, config)) if student.by_count else start
-
-
-def _exact(student: VisionLanguageStudent, start: Start, targets: Sequence[float], meter: Callable[[], float]) -> Start:
-    """The start with the offsets at which the door's share, which it keeps in training, meets each target."""
-
-    def compute_at(offset: float) -> float:
-        student.runtime.offset = offset
-        return meter()
-
-    def offset_of(target: float) -> float:
-        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target)
-
-    middle = offset_of((targets[0] + targets[-1]) / 2)
-    student.door.open_by(middle)
-    offsets = [offset_of(target) for target in targets]
-    student.runtime.offset = 0.0
-    return replace(start, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
+    if not student.by_count:
+        return start
+    return exact_start(start, student, [student.door], targets, compute_meter(student, data, order, config))
 
 
 @torch.no_grad()

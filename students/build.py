@@ -86,10 +86,10 @@ def _language_parts(
 ) -> tuple[Runtime, ComputeModel]:
     """Routers in the blocks of a language model and in front of its head."""
     for router in spec.routers:
-        if router.selection == "quota" or router.dropped == "stay":
+        if router.selection == "quota" or router.dropped != "return":
             raise ValueError(
                 f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
-                "quota` and `dropped: stay` are for images"
+                f"quota` and `dropped: {router.dropped}` are for images"
             )
     runtime = Runtime()
     shapes = _shapes(trunk, record, blocks, spec, runtime)
@@ -124,16 +124,18 @@ def _elasticize_image(
     layer = spec.find("layer")
     if layer is not None:
         parent = trunk_of(model).get_submodule(record.blocks)
-        stays, last = layer.dropped == "stay", len(blocks) - 1
+        stays, last = layer.dropped != "return", len(blocks) - 1
         for number, block in enumerate(blocks):
             if not (stays or layer.on(number)):
                 continue
-            routed = RoutedBlock(block, runtime, number, record.prefix, record.mask, stays, last=number == last)
+            routed = RoutedBlock(block, runtime, number, record.prefix, record.mask, layer.dropped, last=number == last)
             _like(block, routed)
             if layer.on(number):
                 width = sizes_of(model, record, number, block).width
                 routed.routers["layer"] = _like(block, Router(layer, width, 1, gains=spec.gains))
                 shapes[number].routers["layer"] = routed.routers["layer"].macs(width)
+                if layer.dropped == "merge":
+                    shapes[number].routers["match"] = width
             parent[number] = blocks[number] = routed
     compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
     ones = torch.ones(1, tokens, dtype=torch.bool)

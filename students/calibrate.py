@@ -351,7 +351,10 @@ def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, savin
 
 
 def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choice:
-    """A router that predicts log(cost): by ridge regression, or as the mean where it has no input."""
+    """A router that predicts log(cost): by ridge regression, or as the mean where it has no input.
+
+    The last column of x is the distance to the token that would take each in, where tokens merge.
+    """
     logs = cost.clamp(min=1e-12).log()
     static = router.spec.network == "static"
     if static:
@@ -367,7 +370,11 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
         if static:
             router.score.copy_(logs[0] - threshold)
         else:
-            router.linear.weight.copy_(weight[:-1].T)
+            maps = weight[:-1]
+            if router.unlike is not None:
+                router.unlike.copy_(maps[-1, 0])
+                maps = maps[:-1]
+            router.linear.weight.copy_(maps.T)
             router.linear.bias.copy_(weight[-1] - threshold)
         if router.log_gain is not None:
             router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, limits of their square roots

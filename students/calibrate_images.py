@@ -62,11 +62,6 @@ def _observe(
                     for _ in range(DRAWS)
                 ]
             grads = {key: torch.stack(parts).float() for key, parts in zip(keys, zip(*draws, strict=True), strict=True)}
-            if student.stays:  # a gate is also that of all later blocks
-                total = None
-                for key in reversed([key for key in keys if key.endswith(".layer")]):
-                    total = grads[key] if total is None else total + grads[key]
-                    grads[key] = total
             picked = None
             for key in keys:
                 x, cost = run.probed[key][1], grads[key].pow(2).mean(0) / 2

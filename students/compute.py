@@ -146,7 +146,7 @@ class ComputeModel:
 
     def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         layers = self.spec.find("layer")
-        stays = layers is not None and layers.dropped == "stay"
+        stays = layers is not None and layers.dropped != "return"
 
         def share(kind: str, key: str) -> Tensor | float:
             spec = self._spec(kind, number, key)
@@ -190,6 +190,9 @@ class ComputeModel:
         total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + corrections("mlp_in", expert))
         total = total + mlp * (block.mlp_out * mlp_out + corrections("mlp_out", expert))
         for key, cost in block.routers.items():
+            if key == "match":
+                total = total + self._matched(number, decisions, valid) * cost
+                continue
             inside = layer if layers is not None and self.image else 1.0  # only tokens in the block get there
             total = total + cost * (self._scored(number, decisions) if key == "layer" else inside)
         if "layer" in block.substitutes:
@@ -204,6 +207,16 @@ class ComputeModel:
         if not number or not self.image or self.spec.find("layer").dropped == "return":
             return 1.0
         return decisions.share[f"{number - 1}.layer"]
+
+    def _matched(self, number: int, decisions: Decisions, valid: Tensor) -> Tensor:
+        """How many pairs of patches a block compares before it merges some, [B, 1], for each of its image's tokens."""
+        before, after = (
+            torch.as_tensor(share).expand(valid.shape).detach()
+            for share in (self._scored(number, decisions), decisions.share[f"{number}.layer"])
+        )
+        patches = before.sum(1, keepdim=True) - self.prefix
+        pairs = (patches / 2).ceil() * (patches / 2).floor()
+        return pairs * (after.sum(1, keepdim=True) < before.sum(1, keepdim=True)) / valid.sum(1, keepdim=True)
 
     def _spec(self, kind: str, number: int, key: str) -> RouterSpec | None:
         site = key.split(".")[1] if kind in ("token", "channel") else ""

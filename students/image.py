@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from students import gates
 from students.architecture import trunk_of
+from students.merging import Matches, match, merge
 from students.routers import Router
 from students.runtime import Decisions, Runtime
 from students.spec import BRANCHES
@@ -23,6 +24,8 @@ from students.wrappers import Wrapper, flat_index, for_tokens, gather_open
 
 TOP = 1e30
 """Scores of the tokens that are never closed start here."""
+NOT_NOW = 1e29
+"""The score of a patch that others may merge into, for as long as it has no other."""
 LEAK = 1e-3
 """Weight of a closed key while routers are trained."""
 
@@ -35,39 +38,51 @@ class Flow:
     """How many each image started with."""
     score: Tensor | None = None
     """[B, n]: the lowest score that each token still here has had so far."""
-    left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(tokens before a drop [B, n, D], flat indices of those that went on), drop by drop."""
+    left: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    """(tokens before a drop [B, n, D], flat indices of those that went on, `stand_in` of then), drop by drop."""
     places: Tensor | None = None
     """[B, n]: where the tokens still here were at the start; None: all are here."""
     valid: Tensor | None = None
     """[B, n] bool: which of them are not there to fill up the shape; None: all."""
     kept: Tensor | None = None
     """[B, T] gates, for masks: 1 for tokens still here."""
+    size: Tensor | None = None
+    """[B, n]: how many patches each token stands for, where they merge; None: one."""
+    stand_in: Tensor | None = None
+    """[B, T], for masks: the place of the token that each has been merged into; None: its own."""
     so_far: list[tuple[float, int]] = field(default_factory=list)
     """What rounding to multiples has taken away, and how many it left (see Runtime.patches_kept)."""
 
     def back(self, x: Tensor) -> Tensor:
-        """All tokens [B, T, D], those that were dropped as they were then."""
-        for before, rows in reversed(self.left):
+        """All tokens [B, T, D], those that were dropped as they were then, or as what took them in."""
+        for before, rows, stand_in in reversed(self.left):
             x = before.flatten(0, 1).index_copy(0, rows, x.flatten(0, 1)).view_as(before)
+            if stand_in is not None:
+                x = _at(x, stand_in)
         return x
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """The tokens x [B, n, D] at these places [B, k]."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class RoutedBlock(Wrapper):
     """A block that runs on the tokens that its router lets through, which are all it sees.
 
     number: of the block. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
-    stays: whether tokens that a block drops stay away from all later ones. last: whether this is the last block.
+    dropped: as in RouterSpec. last: whether this is the last block.
     """
 
     def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, number: int, prefix: int, mask: str, stays: bool, last: bool
+        self, base_layer: nn.Module, runtime: Runtime, number: int, prefix: int, mask: str, dropped: str, last: bool
     ) -> None:
         super().__init__(base_layer, runtime)
         self.number = number
         self.prefix = prefix
         self.mask = mask
-        self.stays = stays
+        self.stays = dropped != "return"
+        self.merges = dropped == "merge"
         self.last = last
         self.routers = nn.ModuleDict()
         # scores of the prefix: above all others, and in its order
@@ -93,12 +108,18 @@ class RoutedBlock(Wrapper):
             del run.passed["flow"]
         return x
 
-    def _scores(self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None) -> Tensor:
+    def _scores(
+        self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None, matches: Matches | None = None
+    ) -> Tensor:
         """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far.
 
-        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were.
+        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were, and so do
+        those of tokens that may not go.
         """
-        score = router.of_stream(x)
+        if matches is None:
+            score = router.of_stream(x)
+        else:
+            score = router.of_stream(x, matches.distance).masked_fill(~matches.may_go, NOT_NOW)
         if self.prefix:
             score[:, : self.prefix] = self.top
         if not self.stays:
@@ -116,18 +137,36 @@ class RoutedBlock(Wrapper):
         if isinstance(count, tuple):
             left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
             choosing = torch.tensor(count, device=x.device) + prefix < left
+        matches = open_ = gone = None
         if router is not None and not self._idle(router, count, x.shape[1] - prefix, choosing):
-            score = self._scores(x, flow, router, choosing)
+            if self.merges:
+                matches = match(x, prefix, valid)
+            score = rank = self._scores(x, flow, router, choosing, matches)
+            if matches is not None:
+                rank = score.masked_fill(~matches.may_go, NOT_NOW)
             if count is None:
-                open_ = score + router.shift(run.turn(score)) >= 0
-                index, valid = gather_open(open_ if valid is None else open_ & valid)
-                score = score.gather(1, index)
+                open_ = rank + router.shift(run.turn(score)) >= 0
+                open_ = open_ if valid is None else open_ & valid
+                index, after = gather_open(open_)
             elif isinstance(count, tuple):  # each row keeps as many as its budget says
-                here = score if valid is None else score.masked_fill(~valid, -torch.inf)
-                index, valid = gather_open(gates.best(here, [prefix + k for k in count], 1) != 0)
-                score = score.gather(1, index)
+                here = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
+                open_ = gates.best(here, [prefix + k for k in count], 1) != 0
+                index, after = gather_open(open_)
             elif count + prefix < score.shape[1]:
-                score, index = score.topk(count + prefix, dim=1)
+                order, after = rank.topk(score.shape[1] if self.merges else count + prefix, dim=1).indices, valid
+                index, gone = order[:, : count + prefix], order[:, count + prefix :]
+                if matches is not None:  # pairs are made by place, so that the order has to stay
+                    index, gone = index.sort(dim=1).values, gone.sort(dim=1).values
+            if index is not None:
+                score = score.gather(1, index)
+                if matches is not None:
+                    if open_ is None:
+                        leaving, target = torch.ones_like(gone, dtype=torch.float32), matches.target.gather(1, gone)
+                    else:
+                        leaving, target = (~open_ if valid is None else ~open_ & valid).float(), matches.target
+                    x, size = merge(x, flow.size, leaving, target, gone)
+                    flow.size = size.gather(1, index)
+                valid = after
             flow.score = score
             if router.spec.weight == "score":
                 weight = self._weight(score[:, prefix:], x.dtype)
@@ -138,13 +177,25 @@ class RoutedBlock(Wrapper):
             rows = index.flatten() if len(x) == 1 else flat_index(index, x.shape[1])
             some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
             if self.stays:
-                flow.left.append((x, rows))
+                stand_in = None
+                if matches is not None and run.restores:
+                    stand_in = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+                    stand_in = (
+                        torch.where(leaving > 0, target, stand_in)
+                        if gone is None
+                        else stand_in.scatter(1, gone, target)
+                    )
+                flow.left.append((x, rows, stand_in))
                 flow.valid = valid
         places = self._places(flow, index, kwargs)
         if places is not None:
             kwargs = for_tokens(kwargs, places, prefix)
+        bias = None if flow.size is None else flow.size.log().to(x.dtype)[:, None, None, :]
         if valid is not None:
-            kwargs[self.mask] = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
+            mask = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
+            kwargs[self.mask] = mask if bias is None else mask + bias
+        elif bias is not None:
+            kwargs[self.mask] = bias.expand(-1, 1, some.shape[1], -1)
         out = self.base_layer(some, *args, **kwargs)
         if weight is not None:
             out = some + weight * (out - some)
@@ -160,7 +211,8 @@ class RoutedBlock(Wrapper):
         """How many patches pass (see Runtime.patches_kept)."""
         if router is None:
             return None
-        so_far = flow.so_far if self.stays and router.spec.multiple > 1 else None
+        carries = router.spec.dropped == "merge" or (self.stays and router.spec.multiple > 1)
+        so_far = flow.so_far if carries else None
         return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
 
     def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
@@ -188,7 +240,7 @@ class RoutedBlock(Wrapper):
     def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
         if run.probed is not None and router is not None:
-            return self._probe(x, args, kwargs)
+            return self._probe(x, args, kwargs, flow)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
         patches = flow.tokens - self.prefix
         count, choosing = None if run.training else self._count(flow, router), None
@@ -200,10 +252,17 @@ class RoutedBlock(Wrapper):
         if router is None:
             gate = flow.kept
         else:
-            score = self._scores(x, flow, router, choosing)
+            there = None if here is None else F.pad(here, (self.prefix, 0), value=True)
+            matches = match(x, self.prefix, there) if self.merges else None
+            score = rank = self._scores(x, flow, router, choosing, matches)
+            if matches is not None:
+                stuck = ~matches.may_go if there is None else ~matches.may_go & there
+                rank = score.masked_fill(stuck, NOT_NOW)
             flow.score = score if self.stays else None
-            gate = F.pad(run.choose(router, score[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
+            gate = F.pad(run.choose(router, rank[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
+            if matches is not None:
+                x = self._merge(x, flow, 1 - gate if there is None else (1 - gate) * there, matches)
         if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
             run.note(f"{self.number}.layer", share, None if router is None else score[:, self.prefix :].unsqueeze(-1))
@@ -213,14 +272,26 @@ class RoutedBlock(Wrapper):
             return x + self._weight(score[:, self.prefix :], x.dtype) * (out - x) if weighs else out
         if torch.is_grad_enabled():
             # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
-            mask = torch.log(gate * (1 - LEAK) + LEAK).to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+            weight = torch.log(gate * (1 - LEAK) + LEAK)
+            weight = weight if flow.size is None else weight + flow.size.log()
+            mask = weight.to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         else:
             mask = gates.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
+            mask = mask if flow.size is None else mask + flow.size.log().to(x.dtype)[:, None, None, :]
         out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
-        return out * gate + x * (1 - gate)
+        out = out * gate + x * (1 - gate)
+        return _at(out, flow.stand_in) if self.last and run.restores and flow.stand_in is not None else out
+
+    def _merge(self, x: Tensor, flow: Flow, leaving: Tensor, matches: Matches) -> Tensor:
+        """Tokens x [B, T, D] after those that leave were taken in, all in their places."""
+        x, flow.size = merge(x, flow.size, leaving, matches.target)
+        places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+        moved = torch.where(leaving.detach() > 0.5, matches.target, places)
+        flow.stand_in = moved if flow.stand_in is None else moved.gather(1, flow.stand_in)
+        return x
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The block, whose activations are kept for backward or not."""
@@ -228,13 +299,22 @@ class RoutedBlock(Wrapper):
             return checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
-    def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """All gates open, each with its gradient: on the token's change, and as a key of others."""
+    def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow) -> Tensor:
+        """All gates open, each with its gradient: on the token's change, and as a key of others, here and wherever it
+        would be missed later."""
         gate = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=True)
-        self.runtime.probed[f"{self.number}.layer"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
-        mask = gate.log()[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        features = F.rms_norm(x.detach(), x.shape[-1:])
+        kept = gate if flow.kept is None else flow.kept * gate
+        if self.merges:
+            matches = match(x, self.prefix, every=True)
+            features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
+            x, flow.size = merge(x, flow.size, 1 - gate, matches.target)
+        self.runtime.probed[f"{self.number}.layer"] = gate, features
+        flow.kept = kept if self.stays else None
+        weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
+        mask = weight[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
-        return out * gate.unsqueeze(-1) + x * (1 - gate.unsqueeze(-1))
+        return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
         """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
@@ -287,7 +367,7 @@ class ImageStudent(Student):
     def stays(self) -> bool:
         """Whether tokens that a block drops stay away from all later ones."""
         layer = self.spec.find("layer")
-        return layer is not None and layer.dropped == "stay"
+        return layer is not None and layer.dropped != "return"
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """Routers that score tokens, heads or groups, by the keys of their decisions, block by block."""

@@ -35,6 +35,7 @@ class Router(nn.Module):
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._levels: tuple[int, list[float]] = (-1, [])
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
+        self.unlike = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
         if spec.network == "static":
             self.score = nn.Parameter(torch.zeros(gates))
             return
@@ -56,8 +57,15 @@ class Router(nn.Module):
             score = score + self._map(self.bend[2], self.bend[1](self._map(self.bend[0], x)))
         return score.float()
 
-    def of_stream(self, x: Tensor) -> Tensor:
-        """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square."""
+    def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.
+
+        distance [B, T]: of each token to the one that would take it in, where tokens merge.
+        """
+        score = self._of_stream(x)
+        return score if distance is None else score + self.unlike * distance
+
+    def _of_stream(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
         scale = x.shape[-1] ** 0.5 / length
         if self.spec.network == "mlp":
@@ -84,6 +92,14 @@ class Router(nn.Module):
     def shift(self, turn: float | Tensor) -> float | Tensor:
         """What the dial adds to the scores."""
         return turn if self.log_gain is None else self.log_gain.exp() * turn
+
+    @torch.no_grad()
+    def open_by(self, offset: float) -> None:
+        """Raise all scores as far as the dial would at this offset; for routers with a linear map."""
+        rise = self.shift(offset)
+        self.linear.bias += rise
+        if self.levels is not None:
+            self.levels += rise
 
     def set_quota(self, scores: Tensor) -> None:
         """Take the distribution of scores [N] as the one that `quota` answers for."""

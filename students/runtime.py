@@ -197,9 +197,9 @@ class Runtime:
     ) -> int | tuple[int, ...] | None:
         """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
 
-        so_far: where patches stay away and come in multiples, what rounding has taken from earlier blocks and how many
-        they left, for all rows or each; brought up to date. What one block rounds away the next ones get, so that
-        compute follows the quotas more closely than by a `multiple` in every block.
+        so_far: where patches merge, or stay away and come in multiples, what rounding has taken from earlier blocks and
+        how many they left, for all rows or each; brought up to date. What one block rounds away the next ones get, so
+        that compute follows the quotas more closely than by a `multiple` in every block.
         """
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
@@ -210,7 +210,7 @@ class Runtime:
         shares = [router.quota(offset) for offset in offsets]
         before = so_far or [(0.0, patches)] * len(shares)
         counts = [
-            min(left, self._whole(spec, share + owed / patches, patches))
+            min(left, max(self._least(spec, left), self._whole(spec, share + owed / patches, patches)))
             for share, (owed, left) in zip(shares, before, strict=True)
         ]
         if so_far is not None:
@@ -219,6 +219,16 @@ class Runtime:
                 for share, count, (owed, left) in zip(shares, counts, before, strict=True)
             ]
         return counts[0] if self.rows is None else tuple(counts)
+
+    def _least(self, spec: RouterSpec, left: int) -> int:
+        """How many of `left` patches stay at least: where they merge in pairs, half of them; with the prefix a multiple
+        where that is not too far up."""
+        if spec.dropped != "merge":
+            return 0
+        tokens = self.prefix + math.ceil(left / 2)
+        if tokens >= 2 * spec.multiple:
+            tokens = spec.multiple * math.ceil(tokens / spec.multiple)
+        return tokens - self.prefix
 
     def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
         """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""

@@ -38,9 +38,10 @@ class RouterSpec:
     expert), which is 1 at the zero start; the gradient flows through that weight instead of straight through."""
     kv: Literal["keep", "drop"] = "keep"
     """token and layer: whether a token that attention skips still writes its keys and values."""
-    dropped: Literal["return", "stay"] = "return"
+    dropped: Literal["return", "stay", "merge"] = "return"
     """layer, image models: whether a token that a block leaves out is back for the next one, or stays out until the
-    last block is done (the sequence gets shorter)."""
+    last block is done (the sequence gets shorter). merge: it stays out, and the token most like it becomes the mean of
+    what it stands for and counts as so many in attention (students/merging.py); half of them can go at a time."""
     multiple: int = 1
     """quota: an image keeps a multiple of so many tokens, the prefix included, or fewer than that; attention on CPUs
     takes a third of the time for 32 tokens that it takes for 50, and as long for 37."""
@@ -81,8 +82,10 @@ class RouterSpec:
         over_tokens = self.kind in ("token", "layer", "image") and self.granularity == "token"
         if self.selection == "quota" and not over_tokens:
             raise ValueError("`selection: quota` is for image, token and layer routers that decide token by token")
-        if self.dropped == "stay" and self.weight == "score":
+        if self.dropped != "return" and self.weight == "score":
             raise ValueError("tokens that stay away cannot be weighted: use `weight: none` or `dropped: return`")
+        if self.dropped == "merge" and self.selection == "topk":
+            raise ValueError("tokens merge where `selection` is quota or threshold")
         if self.network == "static" and self.weight == "score":
             raise ValueError("a static router has no score to weigh by: use `weight: none`")
 

@@ -68,7 +68,7 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            with nullcontext() if self.recompute else short_attention(self._frozen.device):
+            with nullcontext() if self.recompute or self.runtime.recompute else short_attention(self._frozen.device):
                 yield run.decisions
         finally:
             run.decisions = None

@@ -52,13 +52,6 @@ class ImageRouter(Router):
             score = score + (self._map(self.look, unit) * asked).sum(-1).float() / self.spec.query**0.5
         return score
 
-    @torch.no_grad()
-    def open_by(self, offset: float) -> None:
-        """Raise all scores as far as the dial would at this offset; with quota."""
-        rise = self.shift(offset)
-        self.linear.bias += rise
-        self.levels += rise
-
     def macs(self, width: int) -> int:
         """Multiply-accumulates for one token."""
         return super().macs(width) + self.spec.query * (width + 1)
