@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.image import call
+from students.merging import match, merge
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 _IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
@@ -164,6 +165,54 @@ def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor) -> N
     for one, other, teacher in zip(skipped, outputs(student, pixels), dense, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(one, teacher, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["skip", "mask"])
+@pytest.mark.parametrize("name", ["vit", "timm_fused", "timm_plain", "timm_registers"])
+def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str) -> None:
+    """What takes another in counts twice as a key, so that everybody attends to what it did."""
+    student = elasticize(make(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),)))
+    block, prefix = student.blocks[0], student.record.prefix
+    width = block.routers["layer"].linear.in_features
+    x = torch.randn(2, prefix + 8, width, generator=torch.Generator().manual_seed(0))
+    x[:, prefix + 1 :: 2] = x[:, prefix::2]
+    kept = [*range(prefix), *range(prefix + 1, prefix + 8, 2)]
+    with torch.no_grad():
+        block.routers["layer"].linear.bias.fill_(-100)
+        student.runtime.execution = execution
+        out, dense = block(x), block.base_layer(x)
+    out = out if execution == "skip" else out[:, kept]
+    torch.testing.assert_close(out, dense[:, kept], rtol=1e-4, atol=1e-4)
+
+
+def test_merged_tokens_are_means_of_what_they_stand_for() -> None:
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    once, size = merge(x, None, torch.ones(2, 2), torch.tensor([[1, 1], [3, 5]]), torch.tensor([[0, 2], [2, 4]]))
+    assert size.tolist() == [[1, 3, 1, 1, 1, 1], [1, 1, 1, 2, 1, 2]]
+    torch.testing.assert_close(once[0, 1], x[0, :3].mean(0))
+    torch.testing.assert_close(once[1, 5], x[1, 4:].mean(0))
+    untouched = torch.tensor([[0, 2, 3, 4, 5], [0, 1, 2, 4, 0]])
+    for row, places in enumerate(untouched):
+        assert torch.equal(once[row, places], x[row, places])
+    twice, size = merge(once, size, torch.ones(2, 1), torch.tensor([[5], [1]]), torch.tensor([[1], [3]]))
+    torch.testing.assert_close(twice[0, 5], x[0, [0, 1, 2, 5]].mean(0))
+    torch.testing.assert_close(twice[1, 1], x[1, [1, 2, 3]].mean(0))
+    assert size[:, [5, 1]].diagonal().tolist() == [4, 3]
+
+
+def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
+    noise = torch.randn(1, 7, 7, generator=torch.Generator().manual_seed(0))
+    x = torch.eye(7)[None, [0, 1, 2, 3, 1, 2, 1]] + 0.01 * noise  # one of prefix, six patches
+    found = match(x, 1)
+    assert found.may_go[0].tolist() == [False, True, False, True, False, True, False]
+    assert found.target[0, 1] in (4, 6) and found.target[0, 5] == 2
+    assert found.distance[0, 5] < found.distance[0, 3]  # nobody is like token 3
+    here = torch.tensor([[True, True, False, True, True, True, True]])
+    found = match(x, 1, here)
+    assert found.may_go[0].tolist() == [False, True, False, False, True, False, True]
+    assert set(found.target[0, [1, 4, 6]].tolist()) <= {3, 5}
+    found = match(x, 1, every=True)
+    assert found.target[0, [2, 5]].tolist() == [5, 2] and found.target[0, 1] in (4, 6)
 
 
 @pytest.mark.parametrize("spec", SPECS)
