@@ -111,24 +111,25 @@ static inline float expf_(float x) {
         }                                                                                                        \
     }
 
-// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and each row's log of the sum of
-// e^logits, [2, N]: student, teacher.
+// Logarithm of the sum of e^x over x [V].
+#define LOG_SUM(S, T)                                                                                            \
+    static float log_sum_##S(const T *x, int64_t V) {                                                            \
+        float most = -INFINITY, sum = 0;                                                                         \
+        for (int64_t v = 0; v < V; v++) most = up_##S(x[v]) > most ? up_##S(x[v]) : most;                        \
+        for (int64_t v = 0; v < V; v++) sum += expf_(up_##S(x[v]) - most);                                       \
+        return most + logf(sum);                                                                                 \
+    }
+
+// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and each row's log_sum, [2, N]:
+// student, teacher.
 #define FORWARD_KL(S, T)                                                                                         \
     void forward_kl_##S(const T *s, const T *t, int64_t N, int64_t V, float *value, float *logs, int threads) {  \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
             const T *a = s + n * V, *b = t + n * V;                                                              \
-            float most_a = -INFINITY, most_b = -INFINITY, sum_a = 0, sum_b = 0, kl = 0;                          \
-            for (int64_t v = 0; v < V; v++) {                                                                    \
-                float x = up_##S(a[v]), y = up_##S(b[v]);                                                        \
-                most_a = x > most_a ? x : most_a;                                                                \
-                most_b = y > most_b ? y : most_b;                                                                \
-            }                                                                                                    \
-            for (int64_t v = 0; v < V; v++) {                                                                    \
-                sum_a += expf_(up_##S(a[v]) - most_a);                                                           \
-                sum_b += expf_(up_##S(b[v]) - most_b);                                                           \
-            }                                                                                                    \
-            float log_a = most_a + logf(sum_a), log_b = most_b + logf(sum_b);                                    \
-            for (int64_t v = 0; v < V; v++) {                                                                    \
+            int same = !memcmp(a, b, V * sizeof(T)); /* sums differ with the rows' alignment */                  \
+            float log_a = log_sum_##S(a, V), log_b = same ? log_a : log_sum_##S(b, V);                           \
+            float kl = log_a - log_a; /* zero, but where logits are not finite */                                \
+            for (int64_t v = 0; !same && v < V; v++) {                                                                    \
                 float log_p = up_##S(b[v]) - log_b;                                                              \
                 kl += expf_(log_p) * (log_p - (up_##S(a[v]) - log_a));                                           \
             }                                                                                                    \
@@ -147,7 +148,8 @@ static inline float expf_(float x) {
     }
 
 #define KERNELS(S, T)                                                                                            \
-    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T)
+    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)                               \
+    LOG_SUM(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)
