@@ -59,7 +59,7 @@ static inline float expf_(float x) {
                 int64_t g = n / each * I;                                                                        \
                 float price = by_share ? by_share[n] / I : 0;                                                    \
                 for (int64_t i = a; i < b; i++) {                                                                \
-                    float value = up_##S(x[n * I + i]), size = fabsf(value), out = up_##S(grad[n * I + i]);       \
+                    float value = up_##S(x[n * I + i]), size = fabsf(value), out = up_##S(grad[n * I + i]);      \
                     in[n * I + i] = size >= up_##S(down_##S(limit[g + i])) ? grad[n * I + i] : 0;                \
                     int near = (size >= up_##S(down_##S(low[g + i]))) & (size < up_##S(down_##S(high[g + i])));  \
                     slope[g + i] -= near ? out * value + price : 0;                                              \
@@ -129,7 +129,7 @@ static inline float expf_(float x) {
             int same = !memcmp(a, b, V * sizeof(T)); /* sums differ with the rows' alignment */                  \
             float log_a = log_sum_##S(a, V), log_b = same ? log_a : log_sum_##S(b, V);                           \
             float kl = log_a - log_a; /* zero, but where logits are not finite */                                \
-            for (int64_t v = 0; !same && v < V; v++) {                                                                    \
+            for (int64_t v = 0; v < (same ? 0 : V); v++) {                                                       \
                 float log_p = up_##S(b[v]) - log_b;                                                              \
                 kl += expf_(log_p) * (log_p - (up_##S(a[v]) - log_a));                                           \
             }                                                                                                    \
@@ -148,7 +148,7 @@ static inline float expf_(float x) {
     }
 
 #define KERNELS(S, T)                                                                                            \
-    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)                               \
+    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)                                \
     LOG_SUM(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T)
 
 KERNELS(f32, float)
