@@ -51,7 +51,7 @@ class Flow:
     stand_in: Tensor | None = None
     """[B, T], for masks: the place of the token that each has been merged into; None: its own."""
     so_far: list[tuple[float, int]] = field(default_factory=list)
-    """What rounding to multiples has taken away, and how many it left (see Runtime.patches_kept)."""
+    """What whole numbers have taken away, and how many they left (see Runtime.patches_kept)."""
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then, or as what took them in."""
@@ -137,36 +137,28 @@ class RoutedBlock(Wrapper):
         if isinstance(count, tuple):
             left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
             choosing = torch.tensor(count, device=x.device) + prefix < left
-        matches = open_ = gone = None
+        stand_in = None
         if router is not None and not self._idle(router, count, x.shape[1] - prefix, choosing):
-            if self.merges:
-                matches = match(x, prefix, valid)
-            score = rank = self._scores(x, flow, router, choosing, matches)
-            if matches is not None:
-                rank = score.masked_fill(~matches.may_go, NOT_NOW)
+            score, rank, matches = self._rank(x, flow, router, choosing, valid)
+            open_ = gone = None
             if count is None:
                 open_ = rank + router.shift(run.turn(score)) >= 0
-                open_ = open_ if valid is None else open_ & valid
-                index, after = gather_open(open_)
             elif isinstance(count, tuple):  # each row keeps as many as its budget says
-                here = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
-                open_ = gates.best(here, [prefix + k for k in count], 1) != 0
-                index, after = gather_open(open_)
+                rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
+                open_ = gates.best(rank, [prefix + k for k in count], 1) != 0
             elif count + prefix < score.shape[1]:
-                order, after = rank.topk(score.shape[1] if self.merges else count + prefix, dim=1).indices, valid
+                order = rank.topk(score.shape[1] if self.merges else count + prefix, dim=1).indices
                 index, gone = order[:, : count + prefix], order[:, count + prefix :]
                 if matches is not None:  # pairs are made by place, so that the order has to stay
                     index, gone = index.sort(dim=1).values, gone.sort(dim=1).values
+            if open_ is not None:
+                gone = ~open_ if valid is None else ~open_ & valid
+                index, valid = gather_open(open_ if valid is None else open_ & valid)
             if index is not None:
                 score = score.gather(1, index)
                 if matches is not None:
-                    if open_ is None:
-                        leaving, target = torch.ones_like(gone, dtype=torch.float32), matches.target.gather(1, gone)
-                    else:
-                        leaving, target = (~open_ if valid is None else ~open_ & valid).float(), matches.target
-                    x, size = merge(x, flow.size, leaving, target, gone)
-                    flow.size = size.gather(1, index)
-                valid = after
+                    x, stand_in = self._take_in(x, flow, matches, gone)
+                    flow.size = flow.size.gather(1, index)
             flow.score = score
             if router.spec.weight == "score":
                 weight = self._weight(score[:, prefix:], x.dtype)
@@ -177,14 +169,6 @@ class RoutedBlock(Wrapper):
             rows = index.flatten() if len(x) == 1 else flat_index(index, x.shape[1])
             some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
             if self.stays:
-                stand_in = None
-                if matches is not None and run.restores:
-                    stand_in = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-                    stand_in = (
-                        torch.where(leaving > 0, target, stand_in)
-                        if gone is None
-                        else stand_in.scatter(1, gone, target)
-                    )
                 flow.left.append((x, rows, stand_in))
                 flow.valid = valid
         places = self._places(flow, index, kwargs)
@@ -206,6 +190,32 @@ class RoutedBlock(Wrapper):
         if rows is None or self.stays:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
+
+    def _rank(
+        self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None, here: Tensor | None
+    ) -> tuple[Tensor, Tensor, Matches | None]:
+        """(scores [B, n], what to choose by [B, n], who could merge); here [B, n] bool: who is still there; None: all.
+
+        Where patches merge, those that may not go are above all that may.
+        """
+        if not self.merges:
+            score = self._scores(x, flow, router, choosing)
+            return score, score, None
+        matches = match(x, self.prefix, here)
+        score = self._scores(x, flow, router, choosing, matches)
+        stuck = ~matches.may_go if here is None else ~matches.may_go & here
+        return score, score.masked_fill(stuck, NOT_NOW), matches
+
+    def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens x [B, n, D] after those that leave were taken in, and the place that each then stands in, if anybody
+        asks. leaving: which do, [B, n], a bool or a share, or their places [B, m]."""
+        places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+        if leaving.dtype == torch.long:
+            target = matches.target.gather(1, leaving)
+            x, flow.size = merge(x, flow.size, torch.ones_like(target, dtype=torch.float32), target, leaving)
+            return x, places.scatter(1, leaving, target) if self.runtime.restores else None
+        x, flow.size = merge(x, flow.size, leaving.float(), matches.target)
+        return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 
     def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
         """How many patches pass (see Runtime.patches_kept)."""
@@ -253,16 +263,14 @@ class RoutedBlock(Wrapper):
             gate = flow.kept
         else:
             there = None if here is None else F.pad(here, (self.prefix, 0), value=True)
-            matches = match(x, self.prefix, there) if self.merges else None
-            score = rank = self._scores(x, flow, router, choosing, matches)
-            if matches is not None:
-                stuck = ~matches.may_go if there is None else ~matches.may_go & there
-                rank = score.masked_fill(stuck, NOT_NOW)
+            score, rank, matches = self._rank(x, flow, router, choosing, there)
             flow.score = score if self.stays else None
             gate = F.pad(run.choose(router, rank[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
             if matches is not None:
-                x = self._merge(x, flow, 1 - gate if there is None else (1 - gate) * there, matches)
+                leaving = 1 - gate if there is None else (1 - gate) * there
+                x, moved = self._take_in(x, flow, matches, leaving)
+                flow.stand_in = moved if flow.stand_in is None or moved is None else moved.gather(1, flow.stand_in)
         if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
             run.note(f"{self.number}.layer", share, None if router is None else score[:, self.prefix :].unsqueeze(-1))
@@ -283,15 +291,7 @@ class RoutedBlock(Wrapper):
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
         out = out * gate + x * (1 - gate)
-        return _at(out, flow.stand_in) if self.last and run.restores and flow.stand_in is not None else out
-
-    def _merge(self, x: Tensor, flow: Flow, leaving: Tensor, matches: Matches) -> Tensor:
-        """Tokens x [B, T, D] after those that leave were taken in, all in their places."""
-        x, flow.size = merge(x, flow.size, leaving, matches.target)
-        places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-        moved = torch.where(leaving.detach() > 0.5, matches.target, places)
-        flow.stand_in = moved if flow.stand_in is None else moved.gather(1, flow.stand_in)
-        return x
+        return _at(out, flow.stand_in) if self.last and flow.stand_in is not None else out
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The block, whose activations are kept for backward or not."""
