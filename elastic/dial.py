@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from elastic.config import RunConfig
 from students import Student
 from students.calibrate import Start
+from students.compute import Phase
 from students.routers import Router
 
 TOLERANCE = 0.001
@@ -29,10 +29,10 @@ APART = 0.06
 """How far apart in compute the measured points of a range may be."""
 
 
-def capacity_for(student: Student, tokens: Any, config: RunConfig) -> float:
-    """The share of open gates, the same for every router, at which the model meets its budget on inputs of
-    `tokens` tokens (see `tokens` of the family); by bisection."""
-    return largest(0.0, 1.0, lambda share: student.uniform(share, tokens, config.budget.phase) <= config.budget.span[0])
+def capacity_for(student: Student, tokens: Any, compute: float, phase: Phase) -> float:
+    """The share of open gates, the same for every router, at which the model spends this share of the teacher's compute
+    on inputs of `tokens` tokens (see `tokens` of the family); by bisection."""
+    return largest(0.0, 1.0, lambda share: student.uniform(share, tokens, phase) <= compute)
 
 
 def exact_start(

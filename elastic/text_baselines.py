@@ -15,7 +15,6 @@ They run as students do, with limits that are set here instead of trained, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +101,7 @@ def keep_alike(
             head.routers["vocab"].spread.fill_(_between(levels["vocab"], place))
 
     tokens, phase = batches[0].shape[1], config.budget.phase
-    share = capacity_for(student, tokens, replace(config, budget=replace(config.budget, target=compute)))
+    share = capacity_for(student, tokens, compute, phase)
     slope = student.compute.uniform(1.0, tokens, phase) - student.compute.uniform(0.0, tokens, phase)
     for _ in range(6):
         keep(share)

@@ -250,7 +250,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
     if budget.control == "capacity":
         tokens = families.of(config.family).tokens(student, data, config)
-        student.runtime.capacity = capacity_for(student, tokens, config)
+        student.runtime.capacity = capacity_for(student, tokens, budget.span[0], budget.phase)
     path = run.folder / "checkpoint.safetensors"
     if path.exists():
         tensors, about = read_tensors(path)

@@ -269,6 +269,11 @@ def test_beams_share_the_budget_of_their_row(finished: Path):
         assert torch.equal(together[place], student.generate(ids[place : place + 1], **options)[0])
 
 
+def test_baselines_are_made_at_one_of_its_budgets(finished: Path):
+    rows = measure_run(str(finished), compute=0.8, baselines=text.BASELINES, say=silent)
+    assert [row["compute"] for row in rows] == pytest.approx([0.8] * 5, abs=0.03)
+
+
 def test_budgets_that_do_not_fit_the_batch_are_refused(finished: Path, tokens: torch.Tensor):
     student = elastic.load(finished)
     student.set_compute((0.6, 0.8, 1.0))
