@@ -130,6 +130,8 @@ def merge(x: Tensor, metric: Tensor, size: Tensor | None, pairs: int, prefix: in
     x [B, n, D], metric [B, n, C], size [B, n, 1] or None; tokens of the prefix are never merged.
     """
     size = x.new_ones(*x.shape[:2], 1) if size is None else size
+    if x.shape[1] - prefix < 2:
+        return x, size
     first, patches = x[:, :prefix], x[:, prefix:]
     weights = size[:, prefix:]
     unit = nn.functional.normalize(metric[:, prefix:], dim=-1)

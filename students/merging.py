@@ -38,6 +38,8 @@ def match(x: Tensor, prefix: int, here: Tensor | None = None, every: bool = Fals
     may_go = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     target = torch.arange(n, device=x.device).repeat(len(x), 1)
     distance = torch.zeros(x.shape[:2], device=x.device)
+    if n - prefix < 2:
+        return Matches(may_go, target, distance)
     if here is None and not every:
         best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
         may_go[:, prefix::2] = True

@@ -190,6 +190,7 @@ def test_merging_keeps_the_weighted_sum_and_counts_patches() -> None:
     draw = torch.Generator().manual_seed(0)
     x, metric = torch.randn(2, 12, 8, generator=draw), torch.randn(2, 12, 4, generator=draw)
     size = torch.randint(1, 4, (2, 12, 1), generator=draw).float()
+    assert torch.equal(merge(x[:, :2], metric[:, :2], None, pairs=3, prefix=1)[0], x[:, :2])  # nobody to merge with
     merged, total = merge(x, metric, size, pairs=3, prefix=1)
     assert merged.shape == (2, 9, 8)
     torch.testing.assert_close((merged * total).sum(1), (x * size).sum(1))

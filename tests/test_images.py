@@ -211,6 +211,7 @@ def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
     found = match(x, 1, here)
     assert found.may_go[0].tolist() == [False, True, False, False, True, False, True]
     assert set(found.target[0, [1, 4, 6]].tolist()) <= {3, 5}
+    assert not match(x[:, :2], 1).may_go.any()
     found = match(x, 1, every=True)
     assert found.target[0, [2, 5]].tolist() == [5, 2] and found.target[0, 1] in (4, 6)
 
