@@ -22,7 +22,7 @@ import yaml
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import resolve
 
-SECTIONS = ("prefill", "vit", "vlm")
+SECTIONS = ("prefill", "range", "vit", "vlm")
 """Sections of a file that hold only where they apply."""
 _NEEDS = {
     "vit": "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist",
@@ -301,8 +301,12 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     if not isinstance(model, str):
         raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
     entry = resolve(model)
-    phase = next((p for p in (_section(layer, "budget").get("phase") for layer in reversed(layers)) if p), "decode")
-    applies = entry.family if entry.family != "llm" else "prefill" if phase == "prefill" else ""
+    budget: dict[str, Any] = {}
+    for layer in layers:
+        budget |= _section(layer, "budget")
+    ranges = ":" in str(budget.get("target"))
+    prefill = "prefill" if budget.get("phase") == "prefill" else ""
+    applies = entry.family if entry.family != "llm" else prefill or ("range" if ranges else "")
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
     if entry.family != "llm":
         merged |= {"budget": {"phase": "prefill"}}
@@ -317,7 +321,7 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
             layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = _merge(merged, layer)
     merged["preset"] = preset
-    if ":" in str(_section(merged, "budget").get("target")):
+    if ranges:
         merged["student"] = {"gains": True, **_section(merged, "student")}
     if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {_NEEDS[entry.family]}")

@@ -121,7 +121,7 @@ def test_every_budget_is_met_on_held_out_text_and_more_is_better(finished: Path)
         assert row["compute_target"] == budget and row["compute"] == pytest.approx(budget, abs=0.015)
     assert all(low["compute"] < high["compute"] for low, high in pairwise(rows))
     assert all(low["kl"] > high["kl"] - 1e-3 for low, high in pairwise(rows))
-    assert rows[0]["kl"] > 2 * rows[-2]["kl"] and rows[-1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["kl"] > 1.5 * rows[-2]["kl"] and rows[-1]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_at_full_compute_it_is_the_teacher_bit_for_bit(finished: Path, tokens: torch.Tensor):
