@@ -209,3 +209,13 @@ def test_settings_with_effect_are_accepted():
 def test_bad_files(tmp_path: Path, content: str, words: str):
     assert words in problem(file=write(tmp_path, content))
     assert "no such configuration file" in problem(file=str(tmp_path / "missing.yaml"))
+
+
+def test_a_range_of_budgets_has_settings_of_its_own() -> None:
+    alone, several = (make_config(model="smollm2-135m", budget__target=target) for target in (0.7, "0.5:1.0"))
+    assert (alone.student.lora.rank, alone.student.gains) == (8, False)
+    assert (several.student.lora.rank, several.student.gains) == (0, True)
+    assert (
+        make_config(model="smollm2-135m", settings=["budget.target=0.5:1.0", "student.lora.rank=4"]).student.lora.rank
+        == 4
+    )
