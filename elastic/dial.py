@@ -24,7 +24,7 @@ BETWEEN = 24
 STEPS = 256
 """At how many offsets compute is measured where it goes in steps."""
 SPREAD = 32.0
-"""How far the dial is turned in search of a door's share, either way."""
+"""How far the dial is turned in search of an exact start, either way."""
 APART = 0.06
 """How far apart in compute the measured points of a range may be."""
 

@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from elastic.config import RunConfig, make_config
+from students import kernels
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 
@@ -141,3 +142,15 @@ def llama() -> PreTrainedModel:
 def tokens() -> torch.Tensor:
     """[2, 12] token ids."""
     return torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["native", "torch"], scope="module")
+def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Both ways to run the operators of students.kernels and students.fused."""
+    if request.param == "native" and not kernels.build(tmp_path_factory.mktemp("kernels")):
+        pytest.skip("no C compiler")
+    before = kernels._library
+    if request.param == "torch":
+        kernels._library = None
+    yield
+    kernels._library = before

@@ -43,18 +43,6 @@ def no_gradients():
         yield
 
 
-@pytest.fixture(params=["native", "torch"], scope="module")
-def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Both ways to run the operators of students.kernels."""
-    if request.param == "native" and not kernels.build(tmp_path_factory.mktemp("kernels")):
-        pytest.skip("no C compiler")
-    before = kernels._library
-    if request.param == "torch":
-        kernels._library = None
-    yield
-    kernels._library = before
-
-
 def make(name: str, spec: StudentSpec, **overrides: object) -> Student:
     student = scramble(elasticize(make_tiny(name, **overrides), spec)).train(False)
     student.runtime.capacity = 0.5

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,18 +16,6 @@ from students.attention_grad import LARGEST, short_attention
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
 
 
-@pytest.fixture(params=["native", "torch"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Both ways to run students.fused."""
-    if request.param == "native" and not kernels.build(tmp_path_factory.getbasetemp() / "kernels"):
-        pytest.skip("no C compiler")
-    before = kernels._library
-    if request.param == "torch":
-        kernels._library = None
-    yield
-    kernels._library = before
-
-
 def ramp(distance: Tensor, near: Tensor) -> Tensor:
     """1 or 0, as the distance is at least 0 or not, with a gradient of 1 where it is near 0."""
     soft = torch.where(near, distance, distance.detach())
@@ -42,7 +28,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(77,), (3, 1, 77)])
-def test_channel_gate(shape: tuple[int, ...], dtype: torch.dtype, library: None):
+def test_channel_gate(shape: tuple[int, ...], dtype: torch.dtype, operators: None):
     torch.manual_seed(0)
     x = torch.randn(3, 20, 77).to(dtype).requires_grad_()
     log_limit = (torch.randn(shape) * 0.3 - 0.7).requires_grad_()
@@ -62,7 +48,7 @@ def test_channel_gate(shape: tuple[int, ...], dtype: torch.dtype, library: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_gate(dtype: torch.dtype, library: None):
+def test_row_gate(dtype: torch.dtype, operators: None):
     torch.manual_seed(0)
     exact, preview = (torch.randn(5, 301).to(dtype).requires_grad_() for _ in range(2))
     limit, tail = torch.randn(5, 1).requires_grad_(), torch.tensor(0.3125, requires_grad=True)
@@ -83,7 +69,7 @@ def test_row_gate(dtype: torch.dtype, library: None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_kl_of_training_is_that_of_losses(dtype: torch.dtype, library: None):
+def test_forward_kl_of_training_is_that_of_losses(dtype: torch.dtype, operators: None):
     torch.manual_seed(0)
     student, teacher = ((torch.randn(7, 1234) * scale).to(dtype) for scale in (3, 4))
     student[0, 3] = teacher[0, 3] = 300.0  # certain, and the rest underflows
@@ -97,7 +83,7 @@ def test_forward_kl_of_training_is_that_of_losses(dtype: torch.dtype, library: N
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 0.01)
 
 
-def test_forward_kl_of_training_tells_of_what_is_not_finite(library: None):
+def test_forward_kl_of_training_tells_of_what_is_not_finite(operators: None):
     logits = torch.zeros(2, 64)
     logits[0, 5] = torch.nan
     for teacher in (torch.zeros(2, 64), logits):
