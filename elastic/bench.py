@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 import teachers
 from elastic import families
+from elastic.config import RunConfig
 from elastic.counters import count
-from elastic.run import DTYPES, Run
+from elastic.run import DTYPES, Run, has_room_for_two
 from elastic.vlms import Questions
-from students import Student, kernels
+from students import Student
 from students.cache import cache_bytes
 from students.image import ImageStudent, call
+from students.packing import pack_linears
 from students.vlm import VisionLanguageStudent
 from teachers.images import ImageSet
 from teachers.vlm import call as call_processor
@@ -30,6 +32,8 @@ from teachers.vlm import prompt_text
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
+Models = dict[str, nn.Module]
+"""The "student"; the "dense" model as its library ships it; where weights can be packed, a "tuned" dense one."""
 
 PROMPT = 128
 """Tokens in front of those that decoding is timed on."""
@@ -56,8 +60,9 @@ def bench_run(
     The opponent is the model as its library ships it, a second copy. `compute` is what torch counts: the student's
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
-    Seconds are medians; for decoding, of one new token. tuned_speedup, for one sequence, is against a dense model whose
-    linear layers run on the same kernels as the student's. Memory is the process's peak, in bytes.
+    Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
+    its weights are packed (see students/packing.py) as the student's are, where a second copy of them fits into half of
+    the free memory. Memory is the process's peak, in bytes.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -69,8 +74,14 @@ def bench_run(
     new_tokens = new_tokens or 128
     teacher = run.teacher()
     dense = teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
-    student = run.load_student(teacher)
+    student = run.load_student(teacher, pack=False)
     data = families.of(config.family).load(config, teacher)
+    say("training steps ...")
+    trained = _train(student, data, config, repeats)
+    student.train(False).restore(run.routers)
+    models = {"student": student.model, "dense": dense}
+    if has_room_for_two(student) and pack_linears(student.model):
+        models["tuned"] = _tuned(dense)
     rows = []
     for target in compute or (None,):
         if target is not None:
@@ -78,40 +89,25 @@ def bench_run(
         if isinstance(student, ImageStudent):
             for size in batch or (1, 8, 64):
                 say(f"{size} images at once ...")
-                rows.append(_classify(student, dense, _images(data.held_out, size), repeats))
+                rows.append(_classify(models, student.tokens, _images(data.held_out, size), repeats))
             continue
         if isinstance(student, VisionLanguageStudent):
             for size in batch or (1, 8):
                 inputs = _asked(data.held_out, size)
                 say(f"prefill of {size} questions ...")
-                rows.append(_prefill(student, dense, inputs, repeats))
+                rows.append(_prefill(models, inputs, repeats))
                 say(f"decoding {size} x {new_tokens} tokens after the question ...")
-                rows.append(_decode(student, dense, inputs, new_tokens, repeats))
+                rows.append(_decode(models, inputs, new_tokens, repeats))
             continue
         text = data.held_out.flatten()
         for size, length in itertools.product(batch or (1,), tokens or (512,)):
             say(f"prefill of {size} x {length} tokens ...")
-            rows.append(_prefill(student, dense, _unpadded(_cut(text, size, length)), repeats))
+            rows.append(_prefill(models, _unpadded(_cut(text, size, length)), repeats))
         for size in batch or (1,):
             say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
-            rows.append(_decode(student, dense, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats))
-    say("training steps ...")
-    student.runtime.bypass = False  # whatever the dial said last
-    module = families.of(config.family).Distillation(student, config.loss, config.budget, config.data).train()
-    if isinstance(student, VisionLanguageStudent):
-        prompts = data.train.load([n % len(data.train) for n in range(config.train.batch)]).to(student.model.device)
-        sample, inputs, length = prompts, prompts.inputs, prompts.image.shape[1]
-    else:
-        if isinstance(student, ImageStudent):
-            sample, name, length = _images(data.train, config.train.batch), "pixel_values", student.tokens
-        else:
-            length = config.train.window
-            sample, name = _cut(text, config.train.batch, length), "input_ids"
-        sample = sample.to(next(student.parameters()).device)
-        inputs = {name: sample}
-    rows.append(_train(module, sample, inputs, config.train.batch, length, repeats))
+            rows.append(_decode(models, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats))
     machine = {"threads": torch.get_num_threads(), "dtype": str(next(dense.parameters()).dtype).removeprefix("torch.")}
-    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in [*rows, trained]]
 
 
 def _images(images: ImageSet, count: int) -> Tensor:
@@ -131,16 +127,16 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _classify(student: ImageStudent, dense: nn.Module, pixels: Tensor, repeats: int) -> dict[str, Any]:
+def _classify(models: Models, tokens: int, pixels: Tensor, repeats: int) -> dict[str, Any]:
     """A forward pass of images [B, C, H, W]; small ones are run several times in a row, to be timed at all."""
-    pixels = pixels.to(next(dense.parameters()).device)
+    pixels = pixels.to(next(models["dense"].parameters()).device)
     often = max(1, 64 // len(pixels))
-    models = {"student": student.model, "dense": dense}
     works = {name: lambda model=model: call(model, pixels) for name, model in models.items()}
     many = {name: lambda work=work: [work() for _ in range(often)] for name, work in works.items()}
-    seconds = [value / often for value in _medians(many, repeats, pixels.device).values()]
-    row = _row("classify", len(pixels), student.tokens, [count(work) for work in works.values()], seconds)
-    return {**row, "images_per_second": len(pixels) / seconds[0], "dense_images_per_second": len(pixels) / seconds[1]}
+    seconds = {name: value / often for name, value in _medians(many, repeats, pixels.device).items()}
+    row = _row("classify", len(pixels), tokens, [count(works["student"]), count(works["dense"])], seconds)
+    rates = {name: len(pixels) / value for name, value in seconds.items()}
+    return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}
 
 
 def _cut(text: Tensor, batch: int, length: int) -> Tensor:
@@ -163,10 +159,10 @@ def _medians(works: dict[str, Work], repeats: int, device: torch.device) -> dict
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]], seconds: Sequence[float]) -> dict:
-    """A row from the (FLOPs, bytes) and the seconds of the student and the dense model."""
+def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]], seconds: dict[str, float]) -> dict:
+    """A row from the (FLOPs, bytes) of the student and the dense model, and the seconds of all models."""
     (flops, read), (dense_flops, dense_read) = counted
-    predicted, measured = dense_flops / flops, seconds[1] / seconds[0]
+    predicted, measured = dense_flops / flops, seconds["dense"] / seconds["student"]
     return {
         "phase": phase,
         "batch": batch,
@@ -176,36 +172,33 @@ def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]]
         "predicted_speedup_bytes": dense_read / read,
         "measured_speedup": measured,
         "efficiency": measured / predicted,
-        "seconds": seconds[0],
-        "dense_seconds": seconds[1],
+        **({"tuned_speedup": seconds["tuned"] / seconds["student"]} if "tuned" in seconds else {}),
+        "seconds": seconds["student"],
+        "dense_seconds": seconds["dense"],
         "peak_bytes": _peak(),
     }
 
 
 @torch.no_grad()
-def _prefill(student: Student, dense: PreTrainedModel, inputs: dict[str, Tensor], repeats: int) -> dict[str, Any]:
+def _prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> dict[str, Any]:
     """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
-    inputs = {name: tensor.to(dense.device) for name, tensor in inputs.items()}
-    models = {"student": student.model, "dense": dense}
+    device = models["dense"].device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     works = {
         name: lambda model=model: model(**inputs, use_cache=True, logits_to_keep=1) for name, model in models.items()
     }
-    seconds = _medians(works, repeats, dense.device)
-    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works.values()], list(seconds.values()))
-    sizes = [cache_bytes(work().past_key_values) for work in works.values()]
+    seconds = _medians(works, repeats, device)
+    works = works["student"], works["dense"]
+    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works], seconds)
+    sizes = [cache_bytes(work().past_key_values) for work in works]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
 
 @torch.no_grad()
-def _decode(
-    student: Student, dense: PreTrainedModel, inputs: dict[str, Tensor], new: int, repeats: int
-) -> dict[str, Any]:
+def _decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -> dict[str, Any]:
     """Greedy `generate`, less the time for its first token."""
-    inputs = {name: tensor.to(dense.device) for name, tensor in inputs.items()}
-    batch = len(inputs["input_ids"])
-    models = {"student": student.model, "dense": dense}
-    if batch == 1:
-        models["tuned"] = _tuned(dense)
+    device = models["dense"].device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def generate(model: PreTrainedModel, tokens: int) -> Any:
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
@@ -215,14 +208,12 @@ def _decode(
     for name, model in models.items():
         works[name, 1] = lambda model=model: generate(model, 1)
         works[name, new] = lambda model=model: generate(model, new)
-    seconds = _medians(works, repeats, dense.device)
+    seconds = _medians(works, repeats, device)
     each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
-    outs = {name: generate(model, new) for name, model in models.items() if name != "tuned"}
+    outs = {name: generate(models[name], new) for name in ("student", "dense")}
     counted = [_count_decoding(models[name], out) for name, out in outs.items()]
-    row = _row("decode", batch, new, counted, [each["student"], each["dense"]])
-    if "tuned" in each:
-        row["tuned_speedup"] = each["tuned"] / each["student"]
     sizes = {name: cache_bytes(out.past_key_values) for name, out in outs.items()}
+    row = _row("decode", len(inputs["input_ids"]), new, counted, each)
     return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
 
 
@@ -241,37 +232,32 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
     return totals[0], totals[1]
 
 
-class _RowByRow(nn.Module):
-    """A dense linear layer that runs one token on the kernel that the student's partial ones run on."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() > 1:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return kernels.dot_rows(x.flatten(), self.weight, self.bias, None).view(*x.shape[:-1], -1)
-
-
-def _tuned(dense: PreTrainedModel) -> PreTrainedModel:
-    """The dense model, sharing its weights, with our kernels in place of its linear layers."""
+def _tuned(dense: nn.Module) -> nn.Module:
+    """The dense model, sharing its weights, with its linear layers packed as the student's are."""
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, _RowByRow(module))
+    pack_linears(model)
     return model
 
 
-def _train(
-    module: nn.Module, sample: Any, inputs: dict[str, Tensor], batch: int, tokens: int, repeats: int
-) -> dict[str, Any]:
+def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> dict[str, Any]:
     """A training step in forward passes of the teacher.
 
     Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
     step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward.
     """
-    student = module.student
+    module = families.of(config.family).Distillation(student, config.loss, config.budget, config.data).train()
+    batch = config.train.batch
+    if isinstance(student, VisionLanguageStudent):
+        sample = data.train.load([n % len(data.train) for n in range(batch)]).to(student.model.device)
+        inputs, tokens = sample.inputs, sample.image.shape[1]
+    else:
+        if isinstance(student, ImageStudent):
+            sample, name, tokens = _images(data.train, batch), "pixel_values", student.tokens
+        else:
+            tokens = config.train.window
+            sample, name = _cut(data.held_out.flatten(), batch, tokens), "input_ids"
+        sample = sample.to(next(student.parameters()).device)
+        inputs = {name: sample}
     spent: list[Tensor] = []
 
     @torch.no_grad()

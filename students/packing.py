@@ -1,0 +1,60 @@
+"""Frozen linear layers whose weight is laid out once for this CPU's matrix products, instead of in every call.
+
+In bfloat16 on a CPU, torch hands a linear layer to oneDNN, which copies the weight into blocks before it multiplies,
+however few rows there are. A weight that never changes can be copied once. The products are the same, bit for bit; the
+price is a second copy of the weights in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+MOST_ROWS = 256
+"""For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer [..., I] -> [..., O] that keeps its packed weight beside the plain one.
+
+    The plain one runs on many rows, where gradients are wanted, elsewhere than in bfloat16 on a CPU, and where somebody
+    counts operations or compiles them.
+    """
+
+    _packed: tuple[int, int, Tensor] | None = None
+    """(where the plain weight is, its version, the packed one)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            torch.is_grad_enabled()
+            or x.shape[:-1].numel() > MOST_ROWS
+            or x.dtype != weight.dtype
+            or not _can_be_packed(weight)
+            or is_in_torch_dispatch_mode()
+            or torch.compiler.is_compiling()
+        ):
+            return super().forward(x)
+        packed, place, version = self._packed, weight.data_ptr(), weight._version
+        if packed is None or packed[0] != place or packed[1] != version:
+            packed = place, version, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
+            self._packed = packed
+        return torch.ops.mkldnn._linear_pointwise(x, packed[2], self.bias, "none", [], "")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # it cannot be copied
+
+
+def pack_linears(model: nn.Module) -> bool:
+    """Let a model's frozen bfloat16 linear layers pack their weights, each when it first runs; False where none can."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    found = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
+    for module in found:
+        module.__class__ = PackedLinear
+    return bool(found)
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_cpu
