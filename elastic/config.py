@@ -22,7 +22,7 @@ import yaml
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import resolve
 
-SECTIONS = ("prefill", "range", "vit", "vlm")
+SECTIONS = ("prefill", "vit", "vlm")
 """Sections of a file that hold only where they apply."""
 _NEEDS = {
     "vit": "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist",
@@ -304,9 +304,8 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     budget: dict[str, Any] = {}
     for layer in layers:
         budget |= _section(layer, "budget")
-    ranges = ":" in str(budget.get("target"))
     prefill = "prefill" if budget.get("phase") == "prefill" else ""
-    applies = entry.family if entry.family != "llm" else prefill or ("range" if ranges else "")
+    applies = entry.family if entry.family != "llm" else prefill
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
     if entry.family != "llm":
         merged |= {"budget": {"phase": "prefill"}}
@@ -321,7 +320,7 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
             layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = _merge(merged, layer)
     merged["preset"] = preset
-    if ranges:
+    if ":" in str(budget.get("target")):
         merged["student"] = {"gains": True, **_section(merged, "student")}
     if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {_NEEDS[entry.family]}")

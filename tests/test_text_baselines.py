@@ -92,7 +92,7 @@ def test_static_reads_the_same_channels_for_every_token(ids: Tensor):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma2"])
 def test_random_opens_as_much_as_the_student(name: str, ids: Tensor):
-    config = make_config(model="smollm2-135m")
+    config = make_config(model="smollm2-135m", settings=["student.lora.rank=8"])
     student = elasticize(make_tiny(name), config.student)
     text_baselines.calibrate(student, ids.split(2), 0.75, "decode")
     compute = decode_meter(ids)(student)

@@ -58,6 +58,10 @@ def metrics(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
 
+LORA = "student.lora.rank=8"
+"""Low-rank corrections are trained, saved and resumed as well."""
+
+
 def assert_same_run(first: Path, second: Path) -> None:
     for name in ("checkpoint.safetensors", "routers.safetensors"):
         (a, about_a), (b, about_b) = (read_tensors(folder / name) for folder in (first, second))
@@ -85,9 +89,9 @@ def interrupt(value: object = None, *_: object) -> object:
 
 @pytest.fixture(scope="module")
 def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of the default preset."""
+    """An uninterrupted run of the default preset, with corrections."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    distill(configure(), folder)
+    distill(configure(LORA), folder)
     return folder
 
 
@@ -145,7 +149,7 @@ def test_checkpoints_hold_routers_only(finished: Path):
 
 def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
     student = elastic.load(finished)
-    config = configure()
+    config = configure(LORA)
     windows = text.load(config, Run.open(finished).teacher()).train[:16]
     lowest, highest = student.dial[0][0], student.dial[-1][0]
     spent = []
@@ -175,7 +179,7 @@ def test_full_compute_is_the_teacher_bit_for_bit(preset: str, configure: Configu
 def test_same_seed_same_run_and_the_base_is_untouched(
     finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = configure()
+    config = configure(LORA)
     teacher = teachers.load(config.model, dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in teacher.model.named_parameters()}
     monkeypatch.setattr(teachers, "load", lambda *_, **__: teacher)
@@ -214,7 +218,7 @@ def test_ctrl_c_and_resume(
 
 def test_ctrl_c_while_progress_is_shown(finished: Path, configure: Configure, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        distill(configure(), tmp_path / "run", progress=lambda step, *_: interrupt() if step == 3 else None)
+        distill(configure(LORA), tmp_path / "run", progress=lambda step, *_: interrupt() if step == 3 else None)
     resume(tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
 
@@ -254,7 +258,7 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
         [sys.executable, "-c", KILLED, *(tmp_path / moment for moment in saved_before)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=yaml.safe_dump(to_dict(configure())),
+        input=yaml.safe_dump(to_dict(configure(LORA))),
         capture_output=True,
         text=True,
     )
@@ -328,7 +332,7 @@ def test_nan_stops_and_is_never_saved(
 def test_nan_before_any_checkpoint_says_so(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     on_step(monkeypatch, 1, nan)
     with pytest.raises(ValueError, match="at step 1: stopped; no checkpoint is in"):
-        distill(configure(), tmp_path / "run")
+        distill(configure(LORA), tmp_path / "run")
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
@@ -383,7 +387,7 @@ def test_full_disk_leaves_no_half_written_file(
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(OSError, match="No space left") as error:
-        distill(configure(), tmp_path / "run")
+        distill(configure(LORA), tmp_path / "run")
     assert "checkpoint.safetensors" in str(error.value) and "\n" not in str(error.value)
     assert files(tmp_path / "run") == FINISHED[:4]
     assert read_tensors(tmp_path / "run" / "checkpoint.safetensors")[1] == {"step": 2}
@@ -402,7 +406,7 @@ def test_full_disk_at_the_start_leaves_nothing(
 
     monkeypatch.setattr(Path, "write_text", write_text)
     with pytest.raises(OSError, match=rf"{full}: No space left"):
-        distill(configure(), tmp_path / "run")
+        distill(configure(LORA), tmp_path / "run")
     assert files(tmp_path) == []
 
 
@@ -454,7 +458,7 @@ def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: 
 
 
 def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
-    distill(configure(), tmp_path / "run")
+    distill(configure(LORA), tmp_path / "run")
     rows = bench_run(str(tmp_path / "run"), batch=[1, 2], tokens=[24], new_tokens=4, repeats=2, say=silent)
     assert [(r["phase"], r["batch"]) for r in rows] == [
         *(("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 2), ("train", 2)),
@@ -473,7 +477,7 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
 
 
 def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
-    distill(configure(), tmp_path / "run")
+    distill(configure(LORA), tmp_path / "run")
     rows = bench_run(str(tmp_path / "run"), compute=[0.8, 1.0], tokens=[16], new_tokens=3, repeats=1, say=silent)
     routed, dense = (row["compute"] for row in rows if row["phase"] == "decode")
     assert routed < 0.9 and dense == 1
