@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from students import gates
 from students.architecture import trunk_of
-from students.merging import Matches, match, merge
+from students.merging import NOT_NOW, Matches, match, merge, merge_lowest
 from students.routers import Router
 from students.runtime import Decisions, Runtime
 from students.spec import BRANCHES
@@ -24,8 +24,6 @@ from students.wrappers import Wrapper, flat_index, for_tokens, gather_open
 
 TOP = 1e30
 """Scores of the tokens that are never closed start here."""
-NOT_NOW = 1e29
-"""The score of a patch that others may merge into, for as long as it has no other."""
 LEAK = 1e-3
 """Weight of a closed key while routers are trained."""
 
@@ -52,6 +50,18 @@ class Flow:
     """[B, T], for masks: the place of the token that each has been merged into; None: its own."""
     so_far: list[tuple[float, int]] = field(default_factory=list)
     """What whole numbers have taken away, and how many they left (see Runtime.patches_kept)."""
+
+    _bias: Tensor | None = None
+
+    def resize(self, size: Tensor) -> None:
+        """Set sizes."""
+        self.size, self._bias = size, None
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, 1, n]: log sizes, which attention adds to the scores of keys; None: all are 1."""
+        if self.size is not None and self._bias is None:
+            self._bias = self.size.log().to(dtype)[:, None, None, :]
+        return self._bias
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then, or as what took them in."""
@@ -129,52 +139,30 @@ class RoutedBlock(Wrapper):
         return score if choosing is None else torch.where(choosing[:, None], score, before)
 
     def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
-        run, prefix = self.runtime, self.prefix
-        index = rows = weight = None
+        run = self.runtime
+        some = index = rows = stand_in = weight = None
         valid = flow.valid
         count = self._count(flow, router)
-        choosing = None
-        if isinstance(count, tuple):
-            left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
-            choosing = torch.tensor(count, device=x.device) + prefix < left
-        stand_in = None
-        if router is not None and not self._idle(router, count, x.shape[1] - prefix, choosing):
-            score, rank, matches = self._rank(x, flow, router, choosing, valid)
-            open_ = gone = None
-            if count is None:
-                open_ = rank + router.shift(run.turn(score)) >= 0
-            elif isinstance(count, tuple):  # each row keeps as many as its budget says
-                rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
-                open_ = gates.best(rank, [prefix + k for k in count], 1) != 0
-            elif count + prefix < score.shape[1]:
-                order = rank.topk(score.shape[1] if self.merges else count + prefix, dim=1).indices
-                index, gone = order[:, : count + prefix], order[:, count + prefix :]
-                if matches is not None:  # pairs are made by place, so that the order has to stay
-                    index, gone = index.sort(dim=1).values, gone.sort(dim=1).values
-            if open_ is not None:
-                gone = ~open_ if valid is None else ~open_ & valid
-                index, valid = gather_open(open_ if valid is None else open_ & valid)
-            if index is not None:
-                score = score.gather(1, index)
-                if matches is not None:
-                    x, stand_in = self._take_in(x, flow, matches, gone)
-                    flow.size = flow.size.gather(1, index)
-            flow.score = score
-            if router.spec.weight == "score":
-                weight = self._weight(score[:, prefix:], x.dtype)
-        some = x
-        if index is not None and index.shape[1] == x.shape[1] and valid is None:
-            index = None
-        if index is not None:
-            rows = index.flatten() if len(x) == 1 else flat_index(index, x.shape[1])
-            some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
+        if router is not None and self.merges and isinstance(count, int) and router.spec.network == "linear":
+            if count + self.prefix < x.shape[1]:
+                some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
+        elif router is not None:
+            x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
+        if index is None:
+            some = x
+        else:
+            if some is None or run.restores:
+                rows = flat_index(index, x.shape[1])
+            if some is None:
+                some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
             if self.stays:
-                flow.left.append((x, rows, stand_in))
                 flow.valid = valid
+                if run.restores:
+                    flow.left.append((x, rows, stand_in))
         places = self._places(flow, index, kwargs)
         if places is not None:
-            kwargs = for_tokens(kwargs, places, prefix)
-        bias = None if flow.size is None else flow.size.log().to(x.dtype)[:, None, None, :]
+            kwargs = for_tokens(kwargs, places, self.prefix)
+        bias = flow.bias(x.dtype)
         if valid is not None:
             mask = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
             kwargs[self.mask] = mask if bias is None else mask + bias
@@ -187,9 +175,53 @@ class RoutedBlock(Wrapper):
             out = torch.where(valid.unsqueeze(-1), out, some)
         if run.decisions is not None and (router is not None or self.stays):
             self._note(x, flow, places, valid)
-        if rows is None or self.stays:
+        if index is None or self.stays:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
+
+    def _merge_some(self, x: Tensor, flow: Flow, router: Router, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
+        where each of x [B, n, D] stands then [B, n]."""
+        linear = router.linear
+        some, size, flow.score, index, into = merge_lowest(
+            x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, keep
+        )
+        flow.resize(size)
+        return some, index, into
+
+    def _choose_some(
+        self, x: Tensor, flow: Flow, router: Router, count: int | tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """x [B, n, D], where patches may have been taken in; where those that go on are [B, k], and which of them are
+        there [B, k]; where each stands then [B, n] (None: all; all; in its own place); weights [B, k, 1], if any."""
+        run, prefix, valid = self.runtime, self.prefix, flow.valid
+        index = choosing = stand_in = None
+        if self.merges and isinstance(count, int):
+            count = (count,) * len(x)
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+            choosing = torch.tensor(count, device=x.device) + prefix < left
+        if self._idle(router, count, x.shape[1] - prefix, choosing):
+            return x, None, valid, None, None
+        score, rank, matches = self._rank(x, flow, router, choosing, valid)
+        if not isinstance(count, int):
+            if count is None:
+                open_ = rank + router.shift(run.turn(score)) >= 0
+            else:  # each row keeps as many as its budget says
+                rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
+                open_ = gates.best(rank, [prefix + k for k in count], 1) != 0
+            gone = ~open_ if valid is None else ~open_ & valid
+            index, valid = gather_open(open_ if valid is None else open_ & valid)
+            if matches is not None:
+                x, stand_in = self._take_in(x, flow, matches, gone)
+                flow.resize(flow.size.gather(1, index))
+        elif count + prefix < x.shape[1]:
+            index = rank.topk(count + prefix, dim=1).indices
+        flow.score = score if index is None else score.gather(1, index)
+        weight = self._weight(flow.score[:, prefix:], x.dtype) if router.spec.weight == "score" else None
+        if index is not None and index.shape[1] == x.shape[1] and valid is None:
+            index = None
+        return x, index, valid, stand_in, weight
 
     def _rank(
         self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None, here: Tensor | None
@@ -207,13 +239,9 @@ class RoutedBlock(Wrapper):
         return score, score.masked_fill(stuck, NOT_NOW), matches
 
     def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens x [B, n, D] after those that leave were taken in, and the place that each then stands in, if anybody
-        asks. leaving: which do, [B, n], a bool or a share, or their places [B, m]."""
+        """Tokens x [B, n, D] after a share `leaving` [B, n] of them was taken in, and the place that each then stands
+        in, if anybody asks."""
         places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-        if leaving.dtype == torch.long:
-            target = matches.target.gather(1, leaving)
-            x, flow.size = merge(x, flow.size, torch.ones_like(target, dtype=torch.float32), target, leaving)
-            return x, places.scatter(1, leaving, target) if self.runtime.restores else None
         x, flow.size = merge(x, flow.size, leaving.float(), matches.target)
         return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c")]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _library: ctypes.CDLL | None = None
@@ -97,7 +97,7 @@ def native(x: Tensor) -> str | None:
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C function of fused.c for the first of its arguments' type; tensors are contiguous."""
+    """Call a C function of fused.c or merging.c for the first of its arguments' type; tensors are contiguous."""
     kinds = {int: ctypes.c_int64, float: ctypes.c_float}
     given = [_pointer(x) if x is None or isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments]
     getattr(_library, f"{name}_{native(arguments[0])}")(*given, torch.get_num_threads())

@@ -7,12 +7,19 @@ is taken in by a patch that goes itself. Shapes: B images, n tokens, a prefix in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from students import kernels
+from students.routers import stream_score
 from students.wrappers import flat_index
+
+NOT_NOW = 1e29
+"""The score of a patch that others may merge into, for as long as it has no other."""
 
 
 @dataclass
@@ -66,18 +73,73 @@ def _distance(cosine: Tensor) -> Tensor:
     return (1 - cosine).clamp(min=1e-3).log()
 
 
-def merge(
-    x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor, source: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Tokens x [B, n, D] and sizes [B, n] once a share `leaving` [B, m] of tokens has been taken in by `target` [B, m].
+def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [B, n, D] and sizes [B, n] once a share `leaving` [B, n] of each has been taken in by `target` [B, n].
 
-    source [B, m]: where those that leave are; None: everywhere. A token becomes the mean of what it stands for; those
-    that take nobody in, and those that leave, are as they were.
+    A token becomes the mean of what it stands for; those that take nobody in, and those that leave, are as they were.
     """
     size = leaving.new_ones(x.shape[:2]) if size is None else size
     flat, places = x.flatten(0, 1), flat_index(target, x.shape[1])
-    moved = leaving * (size if source is None else size.gather(1, source))
+    moved = leaving * size
     total = size.scatter_add(1, target, moved)
     share = (moved / total.gather(1, target)).to(x.dtype).view(-1, 1)
-    leavers = flat if source is None else flat.index_select(0, flat_index(source, x.shape[1]))
-    return flat.index_add(0, places, share * (leavers - flat.index_select(0, places))).view_as(x), total
+    return flat.index_add(0, places, share * (flat - flat.index_select(0, places))).view_as(x), total
+
+
+def _merge_lowest(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    unlike: Tensor,
+    top: Tensor,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, n, width), prefix = x.shape, len(top)
+    if keep < n - (n - prefix + 1) // 2:
+        raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
+    if kernels.native(x) is not None:
+        out = x.new_empty(batch, keep, width)
+        sizes, scores = (torch.empty(batch, keep) for _ in range(2))
+        index, into = (torch.empty(batch, count, dtype=torch.long) for count in (keep, n))
+        given = [None if t is None else t.contiguous() for t in (size, before, weight, bias, unlike, top)]
+        found = out, sizes, scores, index, into
+        kernels.call("merge_lowest", x.contiguous(), *x.shape, *given, NOT_NOW, prefix, keep, *found)
+        return found
+    matches = match(x, prefix)
+    score = stream_score(x, weight, bias) + unlike * matches.distance
+    score = score.masked_fill(~matches.may_go, NOT_NOW)
+    score[:, :prefix] = top
+    score = score if before is None else torch.minimum(score, before)
+    order = score.masked_fill(~matches.may_go, NOT_NOW).topk(n, dim=1).indices
+    index, gone = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
+    into = torch.arange(n, device=x.device).repeat(batch, 1).scatter(1, gone, matches.target.gather(1, gone))
+    x, total = merge(x, size, torch.zeros_like(score).scatter(1, gone, 1.0), matches.target)
+    out = x.flatten(0, 1).index_select(0, flat_index(index, n)).view(batch, keep, width)
+    return out, total.gather(1, index), score.gather(1, index), index, into
+
+
+merge_lowest = kernels.operator(
+    "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor unlike, Tensor top,"
+    " int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, size, before, weight, bias, unlike, top, keep: (
+        x.new_empty(len(x), keep, x.shape[-1]),
+        *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),
+        *(x.new_empty(len(x), count, dtype=torch.long) for count in (keep, x.shape[1])),
+    ),
+)(_merge_lowest)
+"""Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image alike.
+
+size [B, n]: what each stands for (None: 1). before [B, n]: the lowest score it had so far (None: infinity). Scores are
+those of `stream_score` with weight [D] and bias [1], plus `unlike` [] times the distance; top: those of the prefix.
+Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of the n
+tokens stands then [B, n].
+"""
+
+
+@register_flop_formula(torch.ops.elastic.merge_lowest, get_raw=True)
+def _merge_lowest_flops(x: Tensor, size: Any, before: Any, weight: Any, bias: Any, unlike: Any, top: Tensor, *_, **__):
+    batch, n, width = x.shape
+    pairs = (n - len(top)) // 2 * ((n - len(top) + 1) // 2)
+    return 2 * batch * (n + pairs) * width

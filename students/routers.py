@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Router(nn.Module):
         self.gates = gates
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
-        self._levels: tuple[int, list[float]] = (-1, [])
+        self._quota: tuple[Any, float] = (None, 0.0)
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
         self.unlike = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
         if spec.network == "static":
@@ -62,17 +63,11 @@ class Router(nn.Module):
 
         distance [B, T]: of each token to the one that would take it in, where tokens merge.
         """
-        score = self._of_stream(x)
-        return score if distance is None else score + self.unlike * distance
-
-    def _of_stream(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
-        scale = x.shape[-1] ** 0.5 / length
         if self.spec.network == "mlp":
-            return self(x * scale.unsqueeze(-1).to(x.dtype)).squeeze(-1)
-        # for few tokens a product of bfloat16 takes longer than one of float32, and a norm longer than either
-        kind = torch.float32 if length.numel() <= FEW_TOKENS else x.dtype
-        return (x.to(kind) @ self.linear.weight[0].to(kind)).float() * scale + self.linear.bias
+            score = self(x * _per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
+        else:
+            score = stream_score(x, self.linear.weight[0], self.linear.bias)
+        return score if distance is None else score + self.unlike * distance
 
     @staticmethod
     def _map(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -109,10 +104,13 @@ class Router(nn.Module):
     @torch.no_grad()
     def quota(self, offset: float) -> float:
         """The share of scores that are at least as large as the dial asks, between 0 and 1."""
-        offset = float(self.shift(offset))
-        if self._levels[0] != self.levels._version:
-            self._levels = self.levels._version, self.levels.tolist()
-        levels = self._levels[1]
+        state = offset, self.levels._version, 0 if self.log_gain is None else self.log_gain._version
+        if self._quota[0] != state:
+            self._quota = state, self._quota_at(float(self.shift(offset)), self.levels.tolist())
+        return self._quota[1]
+
+    @staticmethod
+    def _quota_at(offset: float, levels: list[float]) -> float:
         place = bisect.bisect_left(levels, -offset)
         if place == 0 or place == len(levels):
             return 0.0 if place else 1.0
@@ -125,6 +123,18 @@ class Router(nn.Module):
             return 0
         bend = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
         return width * self.gates + bend
+
+
+def stream_score(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a linear map, weight [D] and bias [1], makes of tokens x [B, T, D] over their root mean square: [B, T]."""
+    # for few tokens a product of bfloat16 takes longer than one of float32, and a norm longer than either
+    kind = torch.float32 if x.shape[:-1].numel() <= FEW_TOKENS else x.dtype
+    return (x.to(kind) @ weight.to(kind)).float() * _per_size(x) + bias
+
+
+def _per_size(x: Tensor) -> Tensor:
+    """One over the root mean square of tokens x [B, T, D]: [B, T], float32."""
+    return x.shape[-1] ** 0.5 / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
 
 
 class ChannelRouter(nn.Module):

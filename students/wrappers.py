@@ -369,6 +369,8 @@ def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def flat_index(index: Tensor, tokens: int) -> Tensor:
     """[B * k]: where the tokens at index [B, k] are once batch and tokens [B, tokens] are one dimension."""
+    if len(index) == 1:
+        return index.flatten()
     return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.image import call
-from students.merging import match, merge
+from students.merging import match, merge, merge_lowest
+from students.routers import stream_score
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 _IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
@@ -156,7 +157,7 @@ def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: st
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor) -> None:
+def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor, operators: None) -> None:
     student = routed(name, spec, pixels)
     skipped = outputs(student, pixels)
     with student.teacher():
@@ -169,7 +170,7 @@ def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor) -> N
 
 @pytest.mark.parametrize("execution", ["skip", "mask"])
 @pytest.mark.parametrize("name", ["vit", "timm_fused", "timm_plain", "timm_registers"])
-def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str) -> None:
+def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str, operators: None) -> None:
     """What takes another in counts twice as a key, so that everybody attends to what it did."""
     student = elasticize(make(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),)))
     block, prefix = student.blocks[0], student.record.prefix
@@ -187,17 +188,61 @@ def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: s
 
 def test_merged_tokens_are_means_of_what_they_stand_for() -> None:
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    once, size = merge(x, None, torch.ones(2, 2), torch.tensor([[1, 1], [3, 5]]), torch.tensor([[0, 2], [2, 4]]))
+
+    def take_in(x: Tensor, size: Tensor | None, pairs: list[dict[int, int]]) -> tuple[Tensor, Tensor]:
+        target, leaving = torch.arange(6).repeat(2, 1), torch.zeros(2, 6)
+        for row, moves in enumerate(pairs):
+            for goes, where in moves.items():
+                target[row, goes], leaving[row, goes] = where, 1
+        return merge(x, size, leaving, target)
+
+    once, size = take_in(x, None, [{0: 1, 2: 1}, {2: 3, 4: 5}])
     assert size.tolist() == [[1, 3, 1, 1, 1, 1], [1, 1, 1, 2, 1, 2]]
     torch.testing.assert_close(once[0, 1], x[0, :3].mean(0))
     torch.testing.assert_close(once[1, 5], x[1, 4:].mean(0))
     untouched = torch.tensor([[0, 2, 3, 4, 5], [0, 1, 2, 4, 0]])
     for row, places in enumerate(untouched):
         assert torch.equal(once[row, places], x[row, places])
-    twice, size = merge(once, size, torch.ones(2, 1), torch.tensor([[5], [1]]), torch.tensor([[1], [3]]))
+    twice, size = take_in(once, size, [{1: 5}, {3: 1}])
     torch.testing.assert_close(twice[0, 5], x[0, [0, 1, 2, 5]].mean(0))
     torch.testing.assert_close(twice[1, 1], x[1, [1, 2, 3]].mean(0))
     assert size[:, [5, 1]].diagonal().tolist() == [4, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "patches", "leaving"), [(0, 2, 1), (1, 9, 5), (1, 16, 3), (5, 31, 15), (1, 8, 0)])
+def test_the_lowest_scores_merge_as_match_and_merge_say(
+    prefix: int, patches: int, leaving: int, dtype: torch.dtype, operators: None
+) -> None:
+    draw = torch.Generator().manual_seed(patches)
+    n, width = prefix + patches, 24
+    x = torch.randn(3, n, width, generator=draw).to(dtype)
+    weight, bias, unlike = torch.randn(width, generator=draw), torch.randn(1, generator=draw), torch.tensor(0.7)
+    top = 1e30 * torch.arange(prefix, 0, -1)
+    close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after every step of a sum
+    for sized in (False, True):
+        size = torch.randint(1, 4, (3, n), generator=draw).float() if sized else None
+        before = torch.randn(3, n, generator=draw) if sized else None
+        some, sizes, scores, index, into = merge_lowest(x, size, before, weight, bias, unlike, top, n - leaving)
+        found = match(x, prefix)
+        score = stream_score(x, weight, bias) + unlike * found.distance
+        score = score if before is None else torch.minimum(score, before)
+        order = score.masked_fill(~found.may_go, torch.inf).argsort(1)
+        gone = torch.zeros(3, n).scatter(1, order[:, :leaving], 1.0)
+        merged, total = merge(x, size, gone, found.target)
+        for row in range(3):
+            stays = gone[row] == 0
+            assert index[row].tolist() == stays.nonzero().flatten().tolist()
+            torch.testing.assert_close(some[row], merged[row, stays], rtol=1e-4, atol=close)
+            torch.testing.assert_close(sizes[row], total[row, stays])
+            goes = found.may_go[row, stays]
+            torch.testing.assert_close(scores[row, goes], score[row, stays][goes], rtol=1e-2, atol=1e-2)
+            assert (scores[row, :prefix] == (top if before is None else before[row, :prefix])).all()
+            expected = torch.where(stays, torch.arange(n), found.target[row])
+            assert torch.equal(into[row], expected)
+    with pytest.raises(ValueError, match="every other may go"):
+        merge_lowest(x, None, None, weight, bias, unlike, top, prefix + patches // 2 - 1)
 
 
 def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
@@ -228,7 +273,7 @@ def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> Non
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", ["vit", "clip", "timm_fused", "timm_registers", "timm_dinov3"])
-def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Tensor) -> None:
+def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Tensor, operators: None) -> None:
     student = routed(name, spec, pixels)
     with student.teacher():
         dense = flops(lambda: student(pixels[:1]))

@@ -1,0 +1,117 @@
+// Patches that leave an image model are taken in by those most like them (see merging.py), each image on its own.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "numbers.h"
+
+// The largest of a . b[j] over `count` rows of b, which are `stride` apart, and its j; four rows at a time
+static float most_alike(const float *a, const float *b, int64_t count, int64_t stride, int64_t D, int64_t *which) {
+    float best = -INFINITY;
+    for (int64_t j = 0; j < count; j += 4) {
+        const float *row[4];
+        for (int i = 0; i < 4; i++) row[i] = b + (j + i < count ? j + i : j) * stride;
+        float sum[4] = {0, 0, 0, 0};
+        for (int64_t k = 0; k < D; k++) {
+            sum[0] += a[k] * row[0][k];
+            sum[1] += a[k] * row[1][k];
+            sum[2] += a[k] * row[2][k];
+            sum[3] += a[k] * row[3][k];
+        }
+        for (int i = 0; i < 4 && j + i < count; i++)
+            if (sum[i] > best) best = sum[i], *which = j + i;
+    }
+    return best;
+}
+
+// x [n, D], behind a prefix every other patch of which may go: those n - keep with the lowest scores do. weight [D],
+// bias and unlike are the router's; top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes,
+// scores and old places of the `keep` that stay, in order, and where each of the n stands then.
+#define MERGE_ONE(S, T)                                                                                                \
+    static void merge_one_##S(const T *x, int64_t n, int64_t D, const float *size, const float *before,                \
+                              const float *weight, float bias, float unlike, const float *top, float never,            \
+                              int64_t prefix, int64_t keep, T *out, float *out_size, float *out_score, int64_t *index, \
+                              int64_t *into) {                                                                         \
+        int64_t patches = n - prefix, going = (patches + 1) / 2, taking = patches / 2;                                 \
+        float *unit = malloc(sizeof(float) * (patches * D + 2 * n + D)), *rank = unit + patches * D;                   \
+        float *total = rank + n, *sum = total + n;                                                                     \
+        for (int64_t p = 0; p < patches; p++) {                                                                        \
+            const T *row = x + (prefix + p) * D;                                                                       \
+            float square = 0, score = 0;                                                                               \
+            for (int64_t k = 0; k < D; k++) {                                                                          \
+                square += up_##S(row[k]) * up_##S(row[k]);                                                             \
+                score += up_##S(row[k]) * weight[k];                                                                   \
+            }                                                                                                          \
+            float length = sqrtf(square), scale = 1 / fmaxf(length, 1e-12f);                                           \
+            for (int64_t k = 0; k < D; k++) unit[p * D + k] = up_##S(row[k]) * scale;                                  \
+            rank[prefix + p] = p % 2 ? never : score * sqrtf(D) / fmaxf(length, 1e-6f) + bias;                         \
+        }                                                                                                              \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            if (i < prefix) rank[i] = top[i];                                                                          \
+            total[i] = size ? size[i] : 1;                                                                             \
+            into[i] = i;                                                                                               \
+        }                                                                                                              \
+        for (int64_t g = 0; g < going; g++) {                                                                          \
+            int64_t partner = 0, i = prefix + 2 * g;                                                                   \
+            float best = most_alike(unit + 2 * g * D, unit + D, taking, 2 * D, D, &partner);                           \
+            rank[i] += unlike * logf(fmaxf(1 - best, 1e-3f));                                                          \
+            into[i] = prefix + 2 * partner + 1;                                                                        \
+        }                                                                                                              \
+        if (before)                                                                                                    \
+            for (int64_t i = 0; i < n; i++) rank[i] = fminf(rank[i], before[i]);                                       \
+        char *leaves = calloc(n, 1);                                                                                   \
+        for (int64_t left = n; left > keep; left--) {                                                                  \
+            int64_t lowest = -1;                                                                                       \
+            for (int64_t i = prefix; i < n; i += 2)                                                                    \
+                if (!leaves[i] && (lowest < 0 || rank[i] < rank[lowest])) lowest = i;                                  \
+            leaves[lowest] = 1;                                                                                        \
+            total[into[lowest]] += size ? size[lowest] : 1;                                                            \
+        }                                                                                                              \
+        int64_t place = 0;                                                                                             \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            if (leaves[i]) continue;                                                                                   \
+            into[i] = i;                                                                                               \
+            const T *own = x + i * D;                                                                                  \
+            int alone = 1;                                                                                             \
+            for (int64_t g = prefix; g < n; g += 2) {                                                                  \
+                if (!leaves[g] || into[g] != i) continue;                                                              \
+                const T *other = x + g * D;                                                                            \
+                float share = (size ? size[g] : 1) / total[i];                                                         \
+                if (alone)                                                                                             \
+                    for (int64_t k = 0; k < D; k++) sum[k] = up_##S(own[k]);                                           \
+                for (int64_t k = 0; k < D; k++) sum[k] += share * (up_##S(other[k]) - up_##S(own[k]));                 \
+                alone = 0;                                                                                             \
+            }                                                                                                          \
+            if (alone)                                                                                                 \
+                memcpy(out + place * D, own, sizeof(T) * D);                                                           \
+            else                                                                                                       \
+                for (int64_t k = 0; k < D; k++) out[place * D + k] = down_##S(sum[k]);                                 \
+            out_size[place] = total[i];                                                                                \
+            out_score[place] = rank[i];                                                                                \
+            index[place++] = i;                                                                                        \
+        }                                                                                                              \
+        free(leaves);                                                                                                  \
+        free(unit);                                                                                                    \
+    }
+
+// All of the above for B images; bias and unlike are where the router keeps them
+#define MERGE_LOWEST(S, T)                                                                                             \
+    void merge_lowest_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,         \
+                          const float *weight, const float *bias, const float *unlike, const float *top, float never,  \
+                          int64_t prefix, int64_t keep, T *out, float *out_size, float *out_score, int64_t *index,     \
+                          int64_t *into, int threads) {                                                                \
+        _Pragma("omp parallel for num_threads(threads) if (B > 1)")                                                    \
+        for (int64_t b = 0; b < B; b++)                                                                                \
+            merge_one_##S(x + b * n * D, n, D, size ? size + b * n : NULL, before ? before + b * n : NULL, weight,     \
+                          *bias, *unlike, top, never, prefix, keep, out + b * keep * D, out_size + b * keep,           \
+                          out_score + b * keep, index + b * keep, into + b * n);                                       \
+    }
+
+MERGE_ONE(f32, float)
+MERGE_ONE(bf16, uint16_t)
+MERGE_LOWEST(f32, float)
+MERGE_LOWEST(bf16, uint16_t)
