@@ -101,12 +101,12 @@ class Router(nn.Module):
         steps = torch.linspace(0, 1, LEVELS, device=scores.device)
         self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
 
-    @torch.no_grad()
     def quota(self, offset: float) -> float:
         """The share of scores that are at least as large as the dial asks, between 0 and 1."""
         state = offset, self.levels._version, 0 if self.log_gain is None else self.log_gain._version
         if self._quota[0] != state:
-            self._quota = state, self._quota_at(float(self.shift(offset)), self.levels.tolist())
+            with torch.no_grad():
+                self._quota = state, self._quota_at(float(self.shift(offset)), self.levels.tolist())
         return self._quota[1]
 
     @staticmethod
