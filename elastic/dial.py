@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +13,8 @@ from students import Student
 from students.calibrate import Start
 from students.compute import Phase
 from students.routers import Router
+
+Say = Callable[[str], None]
 
 TOLERANCE = 0.001
 """How near to the target measured compute has to come before the search ends."""
@@ -27,6 +30,8 @@ SPREAD = 32.0
 """How far the dial is turned in search of an exact start, either way."""
 APART = 0.06
 """How far apart in compute the measured points of a range may be."""
+PAUSE = 20.0
+"""Seconds between two words about how far a search has come."""
 
 
 def capacity_for(student: Student, tokens: Any, compute: float, phase: Phase) -> float:
@@ -65,23 +70,29 @@ def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
 
 
 def _measured_points(
-    student: Student, meter: Callable[[], float]
+    student: Student, meter: Callable[[], float], say: Say
 ) -> tuple[dict[float, float], Callable[[float], float]]:
-    """(compute by offset, what measures it at one, once)."""
+    """(compute by offset, what measures it at one, once, and says now and then how far it has come)."""
     points: dict[float, float] = {}
+    said = time.monotonic()
 
     def measure(offset: float) -> float:
+        nonlocal said
         if offset not in points:
             student.runtime.offset = offset
             points[offset] = meter()
+            if time.monotonic() - said > PAUSE:
+                said = time.monotonic()
+                low, high = min(points.values()), max(points.values())
+                say(f"setting the dial: {len(points)} points measured, compute {low:.3f} to {high:.3f} ...")
         return points[offset]
 
     return points, measure
 
 
-def set_dial(student: Student, target: float, meter: Callable[[], float]) -> None:
+def set_dial(student: Student, target: float, meter: Callable[[], float], say: Say) -> None:
     """Measure compute at several offsets of all gates, and leave the student where it is the target."""
-    points, measure = _measured_points(student, meter)
+    points, measure = _measured_points(student, meter, say)
     low = high = 0.0
     for _ in range(6):  # bracket the target
         if measure(high) < target:
@@ -116,10 +127,10 @@ def _nearest(points: dict[float, float], measure: Callable[[float], float], targ
 
 
 def set_range(
-    student: Student, span: tuple[float, float], offsets: Sequence[float], meter: Callable[[], float]
+    student: Student, span: tuple[float, float], offsets: Sequence[float], meter: Callable[[], float], say: Say
 ) -> None:
     """Measure compute over a range of budgets, and leave the student at the lowest. offsets: where to look first."""
-    points, measure = _measured_points(student, meter)
+    points, measure = _measured_points(student, meter, say)
     low, high = span
     for offset in offsets:
         measure(offset)

@@ -130,9 +130,9 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
     student.runtime.offset = 0.0
     meter = family.compute_meter(student, data, order, config)
     if config.budget.ranges:
-        set_range(student, config.budget.span, state.offsets.tolist(), meter)
+        set_range(student, config.budget.span, state.offsets.tolist(), meter, say)
     else:
-        set_dial(student, config.budget.target, meter)
+        set_dial(student, config.budget.target, meter, say)
     student.save(run.routers)
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 
 import elastic
 import teachers
-from elastic import text, trainer
+from elastic import dial, text, trainer
 from elastic.bench import bench_run
 from elastic.config import RunConfig, presets, to_dict
 from elastic.evaluate import measure_run
@@ -455,6 +456,15 @@ def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: 
     row = distill(configure("train.steps=0"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.8, abs=0.05)
     assert measure_run(str(tmp_path / "run"), say=silent) == [row]
+
+
+def test_a_long_search_for_the_dial_says_how_far_it_is(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dial, "PAUSE", 0.0)
+    said: list[str] = []
+    trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
+    assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
 
 
 def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
