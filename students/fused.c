@@ -32,13 +32,13 @@ static inline float expf_(float x) {
 #define CHANNEL_GATE(S, T)                                                                                       \
     void channel_gate_##S(const T *x, int64_t N, int64_t I, const float *limit, int64_t each, T *out,            \
                           float *share, int threads) {                                                           \
-        _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
+        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++) {    \
             const T *from = x + n * I;                                                                           \
             const float *least = limit + n / each * I;                                                           \
             T *to = out + n * I;                                                                                 \
             int32_t count = 0;                                                                                   \
             for (int64_t i = 0; i < I; i++) {                                                                    \
-                int keep = fabsf(up_##S(from[i])) >= up_##S(down_##S(least[i]));                                 \
+                int keep = reaches_##S(from[i], least[i]);                                                       \
                 to[i] = keep ? from[i] : 0;                                                                      \
                 count += keep;                                                                                   \
             }                                                                                                    \

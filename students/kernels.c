@@ -88,24 +88,6 @@
         return n;                                                                                                 \
     }
 
-// out[k] = x[k] where |x[k]| >= limit[k], else 0; bfloat16 compares as an integer does, and its limits are rounded to it
-static void mask_f32(const float *x, const float *limit, int64_t I, float *out) {
-    for (int64_t i = 0; i < I; i++) out[i] = fabsf(x[i]) >= limit[i] ? x[i] : 0;
-}
-static void mask_bf16(const uint16_t *x, const float *limit, int64_t I, uint16_t *out) {
-    for (int64_t i = 0; i < I; i++) {
-        uint16_t least = down_bf16(limit[i]);
-        out[i] = (x[i] & 0x7fff) >= least ? x[i] : 0;
-    }
-}
-
-// x [N, I] with the channels that are below their limit set to 0
-#define MASK_CHANNELS(S, T)                                                                                    \
-    void mask_channels_##S(const T *x, int64_t N, int64_t I, const float *limit, T *out, int threads) {         \
-        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++)    \
-            mask_##S(x + n * I, limit, I, out + n * I);                                                        \
-    }
-
 // out[k] = w[rows[k], :] . x + bias[rows[k]] for n rows of w [*, I]; bias may be NULL, rows NULL means the first n
 #define DOT_ROWS(S, T)                                                                                         \
     void dot_rows_##S(const T *x, const T *w, const T *bias, const int64_t *rows, int64_t n, int64_t I, T *out, \
@@ -163,7 +145,7 @@ static void mask_bf16(const uint16_t *x, const float *limit, int64_t I, uint16_t
         free(chosen);                                                                                           \
     }
 
-#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) MASK_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
+#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)
@@ -235,7 +217,7 @@ int64_t few_channels_bf16(const uint16_t *x, int64_t B, const float *limit, cons
     uint16_t *masked = (uint16_t *)(values + floats), *kept = masked + B * wide, *open = kept + B * wide;
     memset(open, 0, sizeof(uint16_t) * I);
     for (int64_t b = 0; b < B; b++) {
-        mask_bf16(x + b * I, limit, I, masked + b * wide);
+        for (int64_t i = 0; i < I; i++) masked[b * wide + i] = reaches_bf16(x[b * I + i], limit[i]) ? x[b * I + i] : 0;
         for (int64_t i = 0; i < I; i++) open[i] |= masked[b * wide + i];
         for (int64_t i = 0; i < I; i++) values[b * I + i] = up_bf16(x[b * I + i]);
     }

@@ -66,8 +66,6 @@ def build(folder: Path) -> bool:
         read.argtypes, read.restype = [pointer, *layers, pointer, count], number
         dot = getattr(library, f"dot_rows_{kind}")
         dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
-        mask = getattr(library, f"mask_channels_{kind}")
-        mask.argtypes = [pointer, number, number, pointer, pointer, count]
         exact = getattr(library, f"exact_rows_{kind}")
         exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
         exact.argtypes += [pointer, pointer, count]
@@ -98,13 +96,11 @@ def native(x: Tensor) -> str | None:
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a C function of fused.c or merging.c for the first of its arguments' type; tensors are contiguous."""
-    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
-    given = [_pointer(x) if x is None or isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments]
-    getattr(_library, f"{name}_{native(arguments[0])}")(*given, torch.get_num_threads())
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_address(x))
+    function = getattr(_library, f"{name}_{native(arguments[0])}")
+    if function.argtypes is None:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        function.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int]
+    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -226,24 +222,6 @@ exact_rows = operator(
 )(_exact_rows)
 """The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
-
-
-def _mask_channels(x: Tensor, limit: Tensor) -> Tensor:
-    kind = native(x)
-    if kind is None:
-        return x * (x.abs() >= limit)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    getattr(_library, f"mask_channels_{kind}")(
-        x.data_ptr(), *x.shape, limit.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
-    return out
-
-
-mask_channels = operator("mask_channels(Tensor x, Tensor limit) -> Tensor", lambda x, limit: torch.empty_like(x))(
-    _mask_channels
-)
-"""x [N, I] with 0 where |x| < limit [I]."""
 
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:

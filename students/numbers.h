@@ -16,3 +16,7 @@ static inline uint16_t down_bf16(float f) {  // to nearest even
     memcpy(&bits, &f, 4);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+// |v| >= limit, which is not negative and first rounded to v's type; bfloat16 compares as an integer does
+static inline int reaches_f32(float v, float limit) { return (v < 0 ? -v : v) >= limit; }
+static inline int reaches_bf16(uint16_t v, float limit) { return (v & 0x7fff) >= down_bf16(limit); }

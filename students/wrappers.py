@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from students import gates, kernels
+from students import fused, gates, kernels
 from students.architecture import weight_of
 from students.attention import Packing, Plan
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
@@ -429,23 +429,25 @@ class Site:
         if run.alone:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
-        else:
-            limit = self._limit
-            if run.rows is not None:
-                limit = self.layers[0].routers["channel"].limit(self.layers[0].turn(x), x.dtype)
-            self._note(lambda: (x.abs() >= limit).float().mean(-1))
+        elif run.rows is None and run.tokens <= FEW_ROWS and kernels.reads_few(self._whole, self._ends):
+            self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
             flat = x.flatten(0, -2)
-            if run.rows is not None or run.tokens > FEW_ROWS or not kernels.reads_few(self._whole, self._ends):
-                return self._many(x, flat, limit)
-            out, _ = kernels.few_channels(flat, limit, self._whole, self._bias, self._down, self._up, self._ends)
+            out, _ = kernels.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+        else:
+            return self._many(x)
         out = out.view(*x.shape[:-1], -1)
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
-    def _many(self, x: Tensor, flat: Tensor, limit: Tensor) -> list[Tensor]:
+    def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
-        masked = kernels.mask_channels(flat, limit) if limit.ndim == 1 else (x * (x.abs() >= limit)).flatten(0, -2)
-        low = None if self._down is None else F.linear(flat, self._down)
-        corrected = None if low is None else self.layers[0].corrected(x)
+        first, limit = self.layers[0], self._limit
+        if first.runtime.rows is not None:
+            limit = first.routers["channel"].limit(first.turn(x), x.dtype)
+        masked, share = fused.channel_gate(x, limit)
+        self._note(lambda: share)
+        masked = masked.flatten(0, -2)
+        low = None if self._down is None else F.linear(x.flatten(0, -2), self._down)
+        corrected = None if low is None else first.corrected(x)
         if corrected is not None:
             low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
         outs = []

@@ -10,7 +10,7 @@ from conftest import TINY, make_tiny
 from test_students import EVERY_KIND, MIXED, scramble
 from torch.utils.flop_counter import FlopCounterMode
 
-from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, kernels
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, fused, kernels
 
 KINDS = {
     **EVERY_KIND,
@@ -149,7 +149,7 @@ def test_operators_are_masked_products(rows: int, dtype: torch.dtype, operators:
     x, weight = torch.randn(rows, 77).to(dtype), torch.randn(77, 160).to(dtype)
     limit, bias = torch.rand(77).to(dtype).float(), torch.randn(160).to(dtype)
     down, up, ends = torch.randn(6, 77).to(dtype), torch.randn(3, 160).to(dtype), [64, 160]
-    masked = kernels.mask_channels(x, limit)
+    masked, _ = fused.channel_gate(x, limit)
     assert torch.equal(masked, torch.where(x.abs() >= limit, x, 0))
     low = x.float() @ down.float().T
     corrections = torch.cat([low[:, :3] @ up.float()[:, :64], low[:, 3:] @ up.float()[:, 64:]], 1)
