@@ -123,7 +123,7 @@ def _selected(
         if len(rows) == 0:
             return out
         some = mask if mask is None or len(mask) == 1 else mask[rows]
-        return out.index_copy(0, rows, run(query[rows], key[rows], value[rows], some))
+        return out.index_copy_(0, rows, run(query[rows], key[rows], value[rows], some))
     flat, start = out.flatten(0, 1), 0
     for b, count in enumerate(plan.counts):
         rows, start = plan.queries[start : start + count], start + count
@@ -136,7 +136,7 @@ def _selected(
             else:
                 k, v = key[b : b + 1], value[b : b + 1]
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
-            flat = flat.index_copy(0, part, run(query[b : b + 1, :, places], k, v, visible)[0])
+            flat.index_copy_(0, part, run(query[b : b + 1, :, places], k, v, visible)[0])
     return flat.view_as(out)
 
 
@@ -156,7 +156,7 @@ def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
         q = query[0, :, queries].transpose(0, 1).unsqueeze(2)
         every = len(rows) == len(layer.keys)
         k, v = (layer.keys, layer.values) if every else (layer.keys[rows], layer.values[rows])
-        return out.index_copy(0, queries, run(q, k, v, visible[:, None, None])[:, 0]).unsqueeze(0)
+        return out.index_copy_(0, queries, run(q, k, v, visible[:, None, None])[:, 0]).unsqueeze(0)
     first = begin = 0
     for b, count in enumerate(counts):
         rows, first = queries[first : first + count], first + count
@@ -176,7 +176,7 @@ def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
             if not alone and not (len(part) == count == k.shape[2] and window is None):
                 visible = _causal(packing.index[part], kept, window)
             q = query[:, :, start:begin] if len(part) == size else query[:, :, part]
-            out = out.index_copy(0, part, run(q, k, v, visible)[0])
+            out.index_copy_(0, part, run(q, k, v, visible)[0])
     return out.unsqueeze(0)
 
 

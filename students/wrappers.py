@@ -106,11 +106,11 @@ class Exits:
                 gate = gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
                 weight = gate if weight is None else weight * gate
         out = out.reshape(-1, x.shape[-1])
-        total = total.index_copy(0, self.rows, out if weight is None else out * weight[self.rows])
+        total.index_copy_(0, self.rows, out if weight is None else out * weight[self.rows])
         for chosen, substitute, later in substitutes:
             if len(chosen):
                 stand_in = substitute(x[chosen])
-                total = total.index_copy(0, chosen, stand_in if later is None else stand_in * later[chosen])
+                total.index_copy_(0, chosen, stand_in if later is None else stand_in * later[chosen])
         return total.view_as(self.x)
 
 
@@ -479,7 +479,7 @@ class Site:
         """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
         self._prepare(x.dtype)
         layer = self.layers[0]
-        full = x.new_zeros(layer.inputs).index_copy(0, channels, x.flatten())
+        full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
         limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
         out, _ = kernels.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
@@ -572,7 +572,7 @@ class RoutedLinear(Wrapper):
         if self.site.name.endswith("out"):
             return out  # the branch ends here and goes on with these tokens
         full = out.new_zeros(x.shape[:-1].numel(), out.shape[-1])
-        return full.index_copy(0, queries, out.squeeze(0)).view(*x.shape[:-1], -1)
+        return full.index_copy_(0, queries, out.squeeze(0)).view(*x.shape[:-1], -1)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
         narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
@@ -620,7 +620,7 @@ class RoutedLinear(Wrapper):
         rows = None if place is None else place[1] if self.site.name.endswith("out") else place[0]
         if rows is not None:
             full = share.new_zeros(place[2].numel())
-            share = full.index_copy(0, rows, share.flatten()).view(place[2])
+            share = full.index_copy_(0, rows, share.flatten()).view(place[2])
         run.note(f"{self.site.name}.channel", share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:
