@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from teachers.quiet import first_line
+from teachers.quiet import first_line, quiet
 
 _PROBE_SECONDS = 3.0
 """How long the hub may take to answer a HEAD request before it counts as unreachable."""
@@ -134,13 +134,25 @@ def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_co
     return model
 
 
-def stream(name: str, config: str | None, parts: Sequence[str]) -> Any:
-    """A hub data set's part that is the first of `parts` it has, streamed; None where it has none of them."""
+@contextmanager
+def streamed(source: str, name: str, config: str | None, parts: Sequence[str], accepted: str) -> Iterator[Any]:
+    """A hub data set's part that is the first of `parts` it has, as a stream; None where it has none of them.
+
+    What goes wrong in the block is a ValueError of one line about `source`; accepted: what to name where no hub is.
+    """
     import datasets
 
-    splits = datasets.get_dataset_split_names(name, config)
-    part = next((part for part in parts if part in splits), None)
-    return None if part is None else datasets.load_dataset(name, config, split=part, streaming=True)
+    if reason := unreachable():
+        raise ValueError(f"no such folder: {source}; and the hub cannot be reached ({reason}); {accepted}")
+    try:
+        with quiet():
+            splits = datasets.get_dataset_split_names(name, config)
+            part = next((part for part in parts if part in splits), None)
+            yield None if part is None else datasets.load_dataset(name, config, split=part, streaming=True)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
 
 
 def weight_files(folder: Path) -> list[str]:

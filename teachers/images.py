@@ -222,22 +222,14 @@ def _hub(source: str, match: re.Match, train: bool, preprocess: Preprocess, most
     """A hub data set, streamed: at most `most` of its images are fetched, in encoded form."""
     import datasets
 
-    if reason := hub.unreachable():
-        raise ValueError(f"no such folder: {source}; and the hub cannot be reached ({reason}); {_ACCEPTED}")
-    try:
-        with quiet():
-            stream = hub.stream(*match.groups(), ("train",) if train else HELD_OUT_NAMES)
-            if stream is None:
-                return None
-            if train:
-                stream = stream.shuffle(seed=0, buffer_size=1000)
-            image, label = _columns(stream.column_names or list(next(iter(stream))), source)
-            stream = stream.cast_column(image, datasets.Image(decode=False))
-            rows = [(row[image], row[label] if label else -1) for row in islice(stream, most)]
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+    with hub.streamed(source, *match.groups(), ("train",) if train else HELD_OUT_NAMES, _ACCEPTED) as stream:
+        if stream is None:
+            return None
+        if train:
+            stream = stream.shuffle(seed=0, buffer_size=1000)
+        image, label = _columns(stream.column_names or list(next(iter(stream))), source)
+        stream = stream.cast_column(image, datasets.Image(decode=False))
+        rows = [(row[image], row[label] if label else -1) for row in islice(stream, most)]
     return ImageSet([r for r, _ in rows], [int(r) for _, r in rows], decode_row, preprocess)
 
 

@@ -182,21 +182,13 @@ def _hub(source: str, match: re.Match, train: bool, most: int | None) -> Questio
     """A hub data set, streamed: at most `most` of its questions are fetched."""
     import datasets
 
-    if reason := hub.unreachable():
-        raise ValueError(f"no such folder: {source}; and the hub cannot be reached ({reason}); {_ACCEPTED}")
-    try:
-        with quiet():
-            stream = hub.stream(*match.groups(), ("train",) if train else HELD_OUT_NAMES)
-            if stream is None:
-                return None
-            for name, feature in (stream.features or {}).items():
-                if isinstance(feature, datasets.Image):
-                    stream = stream.cast_column(name, datasets.Image(decode=False))
-            return QuestionSet(list(islice(_samples(stream, source), most)), partial(_decode, Path()))
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+    with hub.streamed(source, *match.groups(), ("train",) if train else HELD_OUT_NAMES, _ACCEPTED) as stream:
+        if stream is None:
+            return None
+        for name, feature in (stream.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                stream = stream.cast_column(name, datasets.Image(decode=False))
+        return QuestionSet(list(islice(_samples(stream, source), most)), partial(_decode, Path()))
 
 
 def _samples(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Sample]:
