@@ -28,12 +28,12 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if (
-            torch.is_grad_enabled()
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
             or x.shape[:-1].numel() > MOST_ROWS
             or x.dtype != weight.dtype
             or not _can_be_packed(weight)
             or is_in_torch_dispatch_mode()
-            or torch.compiler.is_compiling()
         ):
             return super().forward(x)
         packed, place, version = self._packed, weight.data_ptr(), weight._version

@@ -57,7 +57,7 @@ def test_a_weight_that_changes_is_packed_again():
     torch.testing.assert_close(other(x), plain(x))
 
 
-def test_gradients_copies_and_counters_meet_a_plain_layer():
+def test_gradients_copies_counters_and_compilers_meet_a_plain_layer():
     plain = make_linear(64, 32)
     other, x = packed(plain), torch.randn(3, 64).bfloat16().requires_grad_()
     with torch.no_grad():
@@ -66,6 +66,7 @@ def test_gradients_copies_and_counters_meet_a_plain_layer():
         assert torch.equal(again(x), expected)
         with FlopCounterMode(display=False) as flops:
             assert torch.equal(other(x), expected)
+        assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(x), expected)
     assert flops.get_total_flops() == 2 * 3 * 64 * 32
     other(x).sum().backward()
     torch.testing.assert_close(x.grad, plain.weight.sum(0).expand(3, -1))
