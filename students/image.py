@@ -242,7 +242,8 @@ class RoutedBlock(Wrapper):
         """Tokens x [B, n, D] after a share `leaving` [B, n] of them was taken in, and the place that each then stands
         in, if anybody asks."""
         places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-        x, flow.size = merge(x, flow.size, leaving.float(), matches.target)
+        x, size = merge(x, flow.size, leaving.float(), matches.target)
+        flow.resize(size)
         return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 
     def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
@@ -313,7 +314,8 @@ class RoutedBlock(Wrapper):
             mask = weight.to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         else:
             mask = gates.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
-            mask = mask if flow.size is None else mask + flow.size.log().to(x.dtype)[:, None, None, :]
+            bias = flow.bias(x.dtype)
+            mask = mask if bias is None else mask + bias
         out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
@@ -336,7 +338,8 @@ class RoutedBlock(Wrapper):
         if self.merges:
             matches = match(x, self.prefix, every=True)
             features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
-            x, flow.size = merge(x, flow.size, 1 - gate, matches.target)
+            x, size = merge(x, flow.size, 1 - gate, matches.target)
+            flow.resize(size)
         self.runtime.probed[f"{self.number}.layer"] = gate, features
         flow.kept = kept if self.stays else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
