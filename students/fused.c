@@ -28,11 +28,12 @@ static inline float expf_(float x) {
     return p * scale;
 }
 
-// x [N, I] with 0 where |x| < limit; limit [*, I], a row of it for every `each` rows of x; count[n]: how many were not.
+// x [N, I] with 0 where |x| < limit; limit [*, I], a row of it for every `each` rows of x; share[n]: of channels that
+// stay; may be NULL.
 #define CHANNEL_GATE(S, T)                                                                                       \
     void channel_gate_##S(const T *x, int64_t N, int64_t I, const float *limit, int64_t each, T *out,            \
                           float *share, int threads) {                                                           \
-        _Pragma("omp parallel for num_threads(N * I > 8192 ? threads : 1)") for (int64_t n = 0; n < N; n++) {    \
+        _Pragma("omp parallel for num_threads(N * I > 65536 ? threads : 1)") for (int64_t n = 0; n < N; n++) {    \
             const T *from = x + n * I;                                                                           \
             const float *least = limit + n / each * I;                                                           \
             T *to = out + n * I;                                                                                 \
@@ -42,7 +43,7 @@ static inline float expf_(float x) {
                 to[i] = keep ? from[i] : 0;                                                                      \
                 count += keep;                                                                                   \
             }                                                                                                    \
-            share[n] = (float)count / I;                                                                         \
+            if (share) share[n] = (float)count / I;                                                              \
         }                                                                                                        \
     }
 

@@ -6,8 +6,11 @@ None has a gradient of its own; the ones with `grad` in their names are the grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from students import kernels
 
@@ -37,6 +40,24 @@ channel_gate = kernels.operator(
     lambda x, limit: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )(_channel_gate)
 """x [..., C] with 0 where |x| < limit, which is float32 [C], or [B, 1, C] for x [B, T, C]; the share kept [...]."""
+
+
+def masker(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The first output of `channel_gate` for one limit [C] and many inputs: what the C function is told is put together
+    once. The operator itself is called where somebody counts or compiles, and where there is no C library."""
+    probe, size, place = torch.empty(0, dtype=dtype, device=limit.device), len(limit), limit.data_ptr()
+    native = kernels.native(probe) is not None
+    function = kernels.function("channel_gate", probe, 0, 0, limit, 0, probe, None) if native else None
+
+    def mask(x: Tensor) -> Tensor:
+        if function is None or x.dtype != dtype or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+            return channel_gate(x, limit)[0]
+        x = x.contiguous()
+        out, rows = torch.empty_like(x), x.numel() // size
+        function(x.data_ptr(), rows, size, place, rows, out.data_ptr(), None, torch.get_num_threads())
+        return out
+
+    return mask
 
 
 def _channel_gate_grad(

@@ -94,13 +94,19 @@ def native(x: Tensor) -> str | None:
     return _KINDS.get(x.dtype) if _library is not None and x.device.type == "cpu" else None
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C function of fused.c or merging.c for the first of its arguments' type; tensors are contiguous."""
-    function = getattr(_library, f"{name}_{native(arguments[0])}")
-    if function.argtypes is None:
+def function(name: str, *arguments: Tensor | int | float | None) -> Any:
+    """The C function of fused.c or merging.c for the type of the first argument; its last one is how many threads."""
+    found = getattr(_library, f"{name}_{native(arguments[0])}")
+    if found.argtypes is None:
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
-        function.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int]
-    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
+        found.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int]
+    return found
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a C function of fused.c or merging.c; tensors are contiguous."""
+    found = function(name, *arguments)
+    found(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -7,7 +7,10 @@ price is a second copy of the weights in memory.
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -15,35 +18,45 @@ MOST_ROWS = 256
 """For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer [..., I] -> [..., O] that keeps its packed weight beside the plain one.
+class PackedProduct:
+    """F.linear for one frozen weight [O, I], which is packed in the first call, and again if it has changed.
 
-    The plain one runs on many rows, where gradients are wanted, elsewhere than in bfloat16 on a CPU, and where somebody
-    counts operations or compiles them.
+    F.linear itself runs on many rows, where gradients are wanted, elsewhere than in bfloat16 on a CPU, where somebody
+    counts operations or compiles them, and as long as the layer `like`, if there is one, is not packed itself.
     """
 
-    _packed: tuple[int, int, Tensor] | None = None
-    """(where the plain weight is, its version, the packed one)."""
+    def __init__(self, like: nn.Module | None = None) -> None:
+        self._like = like
+        self._packed: tuple[int, int, Tensor] | None = None  # (where the plain weight is, its version, the packed one)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
+            or not (self._like is None or isinstance(self._like, PackedLinear))
             or x.shape[:-1].numel() > MOST_ROWS
             or x.dtype != weight.dtype
             or not _can_be_packed(weight)
             or is_in_torch_dispatch_mode()
         ):
-            return super().forward(x)
+            return F.linear(x, weight, bias)
         packed, place, version = self._packed, weight.data_ptr(), weight._version
         if packed is None or packed[0] != place or packed[1] != version:
             packed = place, version, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
             self._packed = packed
-        return torch.ops.mkldnn._linear_pointwise(x, packed[2], self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, packed[2], bias, "none", [], "")
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # it cannot be copied
+    def __deepcopy__(self, memo: dict) -> PackedProduct:
+        return PackedProduct(copy.deepcopy(self._like, memo))  # what is packed cannot be copied
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer [..., I] -> [..., O] that keeps its packed weight beside the plain one."""
+
+    product: PackedProduct
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
 
 
 def pack_linears(model: nn.Module) -> bool:
@@ -53,6 +66,7 @@ def pack_linears(model: nn.Module) -> bool:
     found = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
     for module in found:
         module.__class__ = PackedLinear
+        module.product = PackedProduct()
     return bool(found)
 
 

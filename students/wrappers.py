@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from students import fused, gates, kernels
 from students.architecture import weight_of
 from students.attention import Packing, Plan
+from students.packing import PackedProduct
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
 from students.spec import RouterSpec
@@ -435,31 +436,32 @@ class Site:
             out, _ = kernels.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
         else:
             return self._many(x)
-        out = out.view(*x.shape[:-1], -1)
-        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
+        return self._split(out, x)
 
     def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
-        first, limit = self.layers[0], self._limit
-        if first.runtime.rows is not None:
-            limit = first.routers["channel"].limit(first.turn(x), x.dtype)
-        masked, share = fused.channel_gate(x, limit)
-        self._note(lambda: share)
-        masked = masked.flatten(0, -2)
-        low = None if self._down is None else F.linear(x.flatten(0, -2), self._down)
-        corrected = None if low is None else first.corrected(x)
-        if corrected is not None:
-            low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
-        outs = []
-        for layer, size, end in zip(self.layers, self._sizes, self._ends, strict=True):
-            out = layer.base_layer(masked)
-            if low is not None:
-                part = slice(end - size, end)
-                rank = len(layer.lora.down)
-                rows = slice(layer.place * rank, (layer.place + 1) * rank)
-                torch.addmm(out, low[:, rows], self._up[:, part], out=out)
-            outs.append(out.view(*x.shape[:-1], -1))
-        return outs
+        first, run = self.layers[0], self.layers[0].runtime
+        if run.rows is None and run.decisions is None:
+            masked = self._mask(x)
+        else:
+            limit = self._limit if run.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
+            masked, share = fused.channel_gate(x, limit)
+            self._note(lambda: share)
+        out = self._product(masked.flatten(0, -2), self._whole.T, self._bias)
+        if self._down is not None:
+            low = F.linear(x.flatten(0, -2), self._down)
+            corrected = first.corrected(x)
+            if corrected is not None:
+                low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
+            for part, size, end in zip(low.chunk(len(self.layers), 1), self._sizes, self._ends, strict=True):
+                columns = slice(end - size, end)
+                torch.addmm(out[:, columns], part, self._up[:, columns], out=out[:, columns])
+        return self._split(out, x)
+
+    def _split(self, out: Tensor, x: Tensor) -> list[Tensor]:
+        """Outputs of all layers side by side [N, O], for x [..., I], as those of each [..., o]."""
+        out = out.view(*x.shape[:-1], -1)
+        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
     def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The output of one layer only, for a token x [1, 1, I] on its own."""
@@ -504,6 +506,7 @@ class Site:
             self._whole = torch.cat([part.detach() for part in columns], 1)
             for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
+            self._product = PackedProduct(like=bases[0])
         self._bias = self._down = self._up = self._limit = None
         if any(base.bias is not None for base in bases):
             biases = [base.bias for base in bases]
@@ -514,6 +517,7 @@ class Site:
             self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
         if "channel" in first.routers and run.rows is None:
             self._limit = first.routers["channel"].limit(run.offset, dtype)
+            self._mask = fused.masker(self._limit, dtype)
             self._reader = kernels.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
 
 
@@ -720,6 +724,7 @@ class RoutedHead(Wrapper):
         super().__init__(base_layer, runtime)
         self.routers = nn.ModuleDict({"vocab": router})
         self._preview: tuple[Any, Tensor | None] = (None, None)
+        self._product = PackedProduct(like=base_layer)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
@@ -760,7 +765,7 @@ class RoutedHead(Wrapper):
         if len(hidden) == 1:
             preview = kernels.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
-            preview = F.linear(features, up)
+            preview = self._product(features, up)
         tail = router.tail.to(hidden.dtype)
         logits, count = kernels.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
         return logits, count / len(base.weight)
@@ -779,4 +784,4 @@ class RoutedHead(Wrapper):
         router = self.routers["vocab"]
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.turn(features, owner))
-        return gates.rows(self.base_layer(hidden), F.linear(features, preview_weight), limit, tail)
+        return gates.rows(self.base_layer(hidden), self._product(features, preview_weight), limit, tail)
