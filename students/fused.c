@@ -1,4 +1,5 @@
-// One pass over activations or logits where torch's operators would make ten: gates and divergences of a training step.
+// One pass over activations, scores or logits where torch's operators would make ten: gates, divergences and gradients of
+// a training step.
 //
 // Compiled with kernels.c (see kernels.py). Arithmetic is in float32; limits are rounded to the tensors' own type first,
 // as torch would compare them.
@@ -112,28 +113,28 @@ static inline float expf_(float x) {
         }                                                                                                        \
     }
 
-// Logarithm of the sum of e^x over x [V].
-#define LOG_SUM(S, T)                                                                                            \
-    static float log_sum_##S(const T *x, int64_t V) {                                                            \
-        float most = -INFINITY, sum = 0;                                                                         \
+#define LARGEST(S, T)                                                                                            \
+    static float largest_##S(const T *x, int64_t V) {                                                            \
+        float most = -INFINITY;                                                                                  \
+        _Pragma("omp simd reduction(max : most)") /* compilers do not see it by themselves */                    \
         for (int64_t v = 0; v < V; v++) most = up_##S(x[v]) > most ? up_##S(x[v]) : most;                        \
-        for (int64_t v = 0; v < V; v++) sum += expf_(up_##S(x[v]) - most);                                       \
-        return most + logf(sum);                                                                                 \
+        return most;                                                                                             \
     }
 
-// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and each row's log_sum, [2, N]:
-// student, teacher.
+// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and the logarithm of each row's
+// sum of e^x, [2, N]: student, teacher.
 #define FORWARD_KL(S, T)                                                                                         \
     void forward_kl_##S(const T *s, const T *t, int64_t N, int64_t V, float *value, float *logs, int threads) {  \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
             const T *a = s + n * V, *b = t + n * V;                                                              \
             int same = !memcmp(a, b, V * sizeof(T)); /* sums differ with the rows' alignment */                  \
-            float log_a = log_sum_##S(a, V), log_b = same ? log_a : log_sum_##S(b, V);                           \
-            float kl = log_a - log_a; /* zero, but where logits are not finite */                                \
-            for (int64_t v = 0; v < (same ? 0 : V); v++) {                                                       \
-                float log_p = up_##S(b[v]) - log_b;                                                              \
-                kl += expf_(log_p) * (log_p - (up_##S(a[v]) - log_a));                                           \
+            float most_a = largest_##S(a, V), most_b = largest_##S(b, V), sum_a = 0, sum_b = 0, apart = 0;       \
+            for (int64_t v = 0; v < V; v++) {                                                                    \
+                float x = up_##S(a[v]), y = up_##S(b[v]), p = expf_(y - most_b);                                 \
+                sum_a += expf_(x - most_a), sum_b += p, apart += p * (y - x);                                    \
             }                                                                                                    \
+            float log_a = most_a + logf(sum_a), log_b = same ? log_a : most_b + logf(sum_b);                     \
+            float kl = same ? log_a - log_a : apart / sum_b - (log_b - log_a); /* NaN where a logit is infinite */ \
             value[n] = kl, logs[n] = log_a, logs[N + n] = log_b;                                                 \
         }                                                                                                        \
     }
@@ -148,9 +149,47 @@ static inline float expf_(float x) {
                                           - expf_(up_##S(t[n * V + v]) - logs[N + n])) * by[n]);                 \
     }
 
+// The gradient by x [N, D] of gain * x / sqrt(mean(x^2) + epsilon), for the gradient by that.
+#define RMS_NORM_GRAD(S, T)                                                                                      \
+    void rms_norm_grad_##S(const T *grad, const T *x, int64_t N, int64_t D, const float *gain, float epsilon,    \
+                           T *to, int threads) {                                                                 \
+        _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
+            const T *g = grad + n * D, *v = x + n * D;                                                           \
+            float squares = 0, along = 0;                                                                        \
+            for (int64_t d = 0; d < D; d++) {                                                                    \
+                float value = up_##S(v[d]);                                                                      \
+                squares += value * value, along += value * up_##S(g[d]) * gain[d];                               \
+            }                                                                                                    \
+            float scale = 1 / sqrtf(squares / D + epsilon), back = along * scale * scale * scale / D;            \
+            for (int64_t d = 0; d < D; d++)                                                                      \
+                to[n * D + d] = down_##S(scale * up_##S(g[d]) * gain[d] - back * up_##S(v[d]));                  \
+        }                                                                                                        \
+    }
+
+// Scores [N, K] become their softmax, and gradients by that softmax those by the scores. tokens: 0, or of every so many
+// rows the first sees one key, the next two ...
+#define SOFTMAX_GRAD(S, T)                                                                                       \
+    void softmax_grad_##S(T *score, T *grad, int64_t N, int64_t K, int64_t tokens, int threads) {                \
+        _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
+            T *s = score + n * K, *g = grad + n * K;                                                             \
+            int64_t seen = tokens && n % tokens < K ? n % tokens + 1 : K;                                        \
+            float most = largest_##S(s, seen), sum = 0, mean = 0;                                                \
+            for (int64_t k = 0; k < seen; k++) {                                                                 \
+                float e = expf_(up_##S(s[k]) - most);                                                            \
+                sum += e, mean += e * up_##S(g[k]);                                                              \
+            }                                                                                                    \
+            mean /= sum;                                                                                         \
+            for (int64_t k = 0; k < seen; k++) {                                                                 \
+                float weight = expf_(up_##S(s[k]) - most) / sum;                                                 \
+                s[k] = down_##S(weight), g[k] = down_##S(weight * (up_##S(g[k]) - mean));                        \
+            }                                                                                                    \
+            for (int64_t k = seen; k < K; k++) s[k] = g[k] = 0;                                                  \
+        }                                                                                                        \
+    }
+
 #define KERNELS(S, T)                                                                                            \
     CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)                                \
-    LOG_SUM(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T)
+    LARGEST(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T) RMS_NORM_GRAD(S, T) SOFTMAX_GRAD(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)

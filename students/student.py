@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from students.architecture import Architecture
-from students.attention_grad import short_attention
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
+from students.gradients import FastGradients
 from students.runtime import Decisions, Runtime
 from students.spec import RouterSpec, StudentSpec
 
@@ -51,6 +51,7 @@ class Student(nn.Module):
         """The lowest and the highest budget, where the student was trained for a range of them."""
         self._state: Any = None
         self._added = list(self.added_parameters().values())
+        self._gradients = FastGradients(model)
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
 
     @contextmanager
@@ -68,7 +69,7 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            with nullcontext() if self.recompute or self.runtime.recompute else short_attention(self._frozen.device):
+            with nullcontext() if self.recompute or self.runtime.recompute else self._gradients(self._frozen.device):
                 yield run.decisions
         finally:
             run.decisions = None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from elastic.config import LossConfig
 from elastic.sums import divergence_of
 from losses import forward_kl
 from students import gates, kernels
-from students.attention_grad import LARGEST, short_attention
+from students.gradients import LARGEST, FastGradients
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
 
@@ -93,7 +96,7 @@ def test_forward_kl_of_training_tells_of_what_is_not_finite(operators: None):
 @pytest.mark.parametrize("mask", ["causal", "none", "bool", "additive"])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int, mask: str):
+def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int, mask: str, operators: None):
     torch.manual_seed(0)
     query = torch.randn(2, heads, 11, 8).to(dtype).requires_grad_()
     key, value = (torch.randn(2, 2, 13 if mask != "causal" else 11, 8).to(dtype).requires_grad_() for _ in range(2))
@@ -106,10 +109,10 @@ def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int
         inputs.append(options["attn_mask"])
     by = torch.randn(2, heads, 11, 8).to(dtype)
     expected = gradients((F.scaled_dot_product_attention(query, key, value, **options) * by).sum(), *inputs)
-    with short_attention(query.device):
+    with FastGradients(nn.Module())(query.device):
         out = F.scaled_dot_product_attention(query, key, value, **options)
     assert type(out.grad_fn).__name__ == "_AttentionBackward"
-    with torch.no_grad():
+    with torch.no_grad(), FastGradients(nn.Module())(query.device):
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **options))
     for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[dtype])
@@ -118,6 +121,35 @@ def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int
 def test_long_attention_keeps_torch_s_gradient():
     tokens = int((LARGEST / 4) ** 0.5) + 1
     query = torch.randn(1, 1, tokens, 8, requires_grad=True)
-    with short_attention(query.device):
+    with FastGradients(nn.Module())(query.device):
         out = F.scaled_dot_product_attention(query, query, query)
     assert type(out.grad_fn).__name__ != "_AttentionBackward"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, Olmo2RMSNorm])
+def test_rms_norms_have_their_gradient_and_their_bits(norm: type[nn.Module], dtype: torch.dtype, operators: None):
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(48, eps=1e-3)).to(dtype).requires_grad_(False)
+    model[0].weight.normal_()
+    x, by = torch.randn(3, 7, 48).to(dtype).requires_grad_(), torch.randn(3, 7, 48).to(dtype)
+    plain = model(x)
+    expected = gradients((plain * by).sum(), x)
+    with FastGradients(model)(x.device):
+        out = model(x)
+    assert torch.equal(out, plain)
+    assert (type(out.grad_fn).__name__ == "_NormBackward") == (kernels.native(x) is not None)
+    assert "forward" not in model[0].__dict__
+    torch.testing.assert_close(gradients((out * by).sum(), x), expected, **CLOSE[dtype])
+
+
+def test_norms_that_compute_something_else_are_left_alone():
+    class HalfRMSNorm(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * super().forward(x) + x
+
+    x = torch.randn(4, 32, requires_grad=True)
+    for norm in (HalfRMSNorm(32, eps=1e-6).requires_grad_(False), LlamaRMSNorm(32), nn.LayerNorm(32)):
+        model = nn.Sequential(norm)
+        with FastGradients(model)(x.device):
+            assert type(model(x).grad_fn).__name__ != "_NormBackward"
