@@ -26,6 +26,8 @@ class Architecture:
     mlp_exit: str | None = None
     prenorm: bool = True
     """Whether the branch reads a normalised input; where it does not, routers normalise for themselves."""
+    norm: str = "input_layernorm"
+    """The norm in front of attention, for language models that have one."""
     whole_heads: bool = False
     """Whether no head can be left out: queries are normalised over all heads, or attention passes no plan on."""
     causal: bool = True
@@ -71,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _GEMMA,
     "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True),
     "phi3": replace(_LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
-    "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",)),
+    "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1"),
     "gpt_neox": Architecture(
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)
     ),
@@ -109,6 +111,7 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
             record = replace(record, mlp_in=("fc1_g", "fc1_x"))
     for block in blocks[:1]:
         names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
+        names += [record.norm] if record.causal and record.prenorm else []
         names += [name for site in ("attn_in", "attn_out", "mlp_in", "mlp_out") for name in record.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)

@@ -116,6 +116,56 @@ class Exits:
 
 
 @dataclass
+class Packed:
+    """The tokens that a block runs on, where a layer router lets only some through."""
+
+    x: Tensor
+    """The block's input [B, T, D]."""
+    rows: Tensor
+    """[N]: flat indices of the tokens that are let through."""
+    counts: list[int]
+    """How many of them each row of the batch has."""
+    exits: Exits
+    """What is left to do to the output [1, N, D] of a branch: weights."""
+
+
+class PackedBlock:
+    """Hooks that let a language model's block run on the tokens that its layer router lets through, and on no others.
+
+    For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
+    shrink with the rest. attn: the branch that has the router; norm: the one in front of it.
+    """
+
+    def __init__(self, block: nn.Module, attn: RoutedBranch, norm: nn.Module | None) -> None:
+        self._attn = attn
+        self._norm = norm
+        block.register_forward_pre_hook(self._pack, with_kwargs=True)
+        block.register_forward_hook(self._unpack)
+
+    def _pack(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attn, run = self._attn, self._attn.runtime
+        router = attn.routers["layer"]
+        if run.bypass or not run.skips([router.spec]):
+            return None
+        x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
+        gate, closed = run.decide(f"{attn.block}.layer", router, features)
+        open_ = Exits(x, [(gate, closed, None)], valid=run.valid).open()
+        rows = open_.flatten().nonzero().squeeze(1)  # waits for the device
+        exits = Exits(x, [(_take(gate, x, rows), closed, None)], [router.spec])
+        run.passed[f"{attn.block}.packed"] = Packed(x, rows, open_.sum(1).tolist(), exits)
+        return (_take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+    def _unpack(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        packed = self._attn.runtime.passed.pop(f"{self._attn.block}.packed", None)
+        if packed is None:
+            return None
+        some = out[0] if isinstance(out, tuple) else out
+        full = packed.x.flatten(0, 1).index_copy(0, packed.rows, some.squeeze(0)).view_as(packed.x)
+        return (full, *out[1:]) if isinstance(out, tuple) else full
+
+
+@dataclass
 class Narrow:
     """The channels in front of a branch's last linear layer that are open, for all tokens of this call alike."""
 
@@ -171,6 +221,9 @@ class RoutedBranch(Wrapper):
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if args and not run.causal:  # vision towers of transformers hand the mask on by its place
             kwargs[self.mask], args = args[0], args[1:]
+        packed = run.passed.get(f"{self.block}.packed")
+        if packed is not None:
+            return self._run_packed(packed, x, args, kwargs)
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
         exits = self._decide(x, features)
         skip = run.skips(exits.specs)
@@ -297,6 +350,19 @@ class RoutedBranch(Wrapper):
             plan.counts = tuple(open_.sum(1).tolist()) if tokens > 1 or drops else ()
             run.passed[f"{self.block}.attn.queries"] = plan.queries
         return self._leave(self.base_layer(x, *args, **kwargs), exits)
+
+    def _run_packed(self, packed: Packed, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The branch of a block that runs on the tokens x [1, N, D] (see PackedBlock)."""
+        attends, place = self.branch == "attn", f"{self.block}.{self.branch}.rows"
+        if attends:
+            kwargs["routed"] = Plan(packing=self._pack(packed.x, packed.rows, packed.counts, kwargs))
+        if len(packed.rows) == 0:
+            return self._leave((x, None) if attends else x, packed.exits, all_open=True)
+        self.runtime.passed[place] = packed.rows, packed.rows, packed.x.shape[:2]
+        try:
+            return self._leave(self.base_layer(x, *args, **kwargs), packed.exits, all_open=True)
+        finally:
+            del self.runtime.passed[place]
 
     def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention among the tokens of an image that need it."""
