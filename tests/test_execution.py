@@ -107,6 +107,19 @@ def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens
     torch.testing.assert_close(alone[0, 5:], batched[0, 8:], **CLOSE)
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_norms_run_on_what_a_layer_router_lets_through_alone(name: str, tokens: torch.Tensor):
+    student, seen = make(name, SPECS["layer-drop"]), []
+    block = student.blocks[1]
+    exit_ = student.record.mlp_exit or f"{student.record.mlp}.base_layer"
+    block.get_submodule(exit_).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    _, decisions = student(tokens)
+    assert seen == [int(decisions.share["1.layer"].sum())] and 0 < seen[0] < tokens.numel()
+    with student.teacher():
+        student(tokens)
+    assert seen[1:] == [tokens.numel()]
+
+
 def spent(student: Student, **inputs: object) -> tuple[int, object]:
     """(FLOPs that torch counts in a forward pass, what it decided)."""
     with FlopCounterMode(display=False) as counter:
@@ -151,6 +164,7 @@ def test_operators_are_masked_products(rows: int, dtype: torch.dtype, operators:
     down, up, ends = torch.randn(6, 77).to(dtype), torch.randn(3, 160).to(dtype), [64, 160]
     masked, _ = fused.channel_gate(x, limit)
     assert torch.equal(masked, torch.where(x.abs() >= limit, x, 0))
+    assert torch.equal(fused.masker(limit, dtype)(x.T.contiguous().T), masked)
     low = x.float() @ down.float().T
     corrections = torch.cat([low[:, :3] @ up.float()[:, :64], low[:, 3:] @ up.float()[:, 64:]], 1)
     expected = masked.float() @ weight.float() + bias.float() + corrections
