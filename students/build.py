@@ -29,7 +29,7 @@ from students.runtime import Runtime
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 from students.student import Student
 from students.vlm import Door, ImageRouter, VisionLanguageStudent
-from students.wrappers import PackedBlock, RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
+from students.wrappers import BlockGather, RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
 
 
 def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
@@ -290,7 +290,7 @@ def _elasticize_block(
     others = [kind for kind in ("token", "head", "expert") if spec.find(kind, number)]  # they decide for all tokens
     if layer is not None and layer.kv == "drop" and not layer.substitute and not others:
         norm = block.get_submodule(record.norm) if record.prenorm else None
-        PackedBlock(block, block.get_submodule(record.attn), norm)
+        BlockGather(block, block.get_submodule(record.attn), norm)
 
     kv_share = 2 * groups / (heads + 2 * groups)
     return BlockShape(

@@ -116,7 +116,7 @@ class Exits:
 
 
 @dataclass
-class Packed:
+class Gathered:
     """The tokens that a block runs on, where a layer router lets only some through."""
 
     x: Tensor
@@ -129,7 +129,7 @@ class Packed:
     """What is left to do to the output [1, N, D] of a branch: weights."""
 
 
-class PackedBlock:
+class BlockGather:
     """Hooks that let a language model's block run on the tokens that its layer router lets through, and on no others.
 
     For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
@@ -139,10 +139,10 @@ class PackedBlock:
     def __init__(self, block: nn.Module, attn: RoutedBranch, norm: nn.Module | None) -> None:
         self._attn = attn
         self._norm = norm
-        block.register_forward_pre_hook(self._pack, with_kwargs=True)
-        block.register_forward_hook(self._unpack)
+        block.register_forward_pre_hook(self._gather, with_kwargs=True)
+        block.register_forward_hook(self._scatter)
 
-    def _pack(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, run = self._attn, self._attn.runtime
         router = attn.routers["layer"]
         if run.bypass or not run.skips([router.spec]):
@@ -153,15 +153,15 @@ class PackedBlock:
         open_ = Exits(x, [(gate, closed, None)], valid=run.valid).open()
         rows = open_.flatten().nonzero().squeeze(1)  # waits for the device
         exits = Exits(x, [(_take(gate, x, rows), closed, None)], [router.spec])
-        run.passed[f"{attn.block}.packed"] = Packed(x, rows, open_.sum(1).tolist(), exits)
+        run.passed[f"{attn.block}.gathered"] = Gathered(x, rows, open_.sum(1).tolist(), exits)
         return (_take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
-    def _unpack(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        packed = self._attn.runtime.passed.pop(f"{self._attn.block}.packed", None)
-        if packed is None:
+    def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        gathered = self._attn.runtime.passed.pop(f"{self._attn.block}.gathered", None)
+        if gathered is None:
             return None
         some = out[0] if isinstance(out, tuple) else out
-        full = packed.x.flatten(0, 1).index_copy(0, packed.rows, some.squeeze(0)).view_as(packed.x)
+        full = gathered.x.flatten(0, 1).index_copy(0, gathered.rows, some.squeeze(0)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full
 
 
@@ -221,9 +221,9 @@ class RoutedBranch(Wrapper):
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if args and not run.causal:  # vision towers of transformers hand the mask on by its place
             kwargs[self.mask], args = args[0], args[1:]
-        packed = run.passed.get(f"{self.block}.packed")
-        if packed is not None:
-            return self._run_packed(packed, x, args, kwargs)
+        gathered = run.passed.get(f"{self.block}.gathered")
+        if gathered is not None:
+            return self._run_gathered(gathered, x, args, kwargs)
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
         exits = self._decide(x, features)
         skip = run.skips(exits.specs)
@@ -351,16 +351,16 @@ class RoutedBranch(Wrapper):
             run.passed[f"{self.block}.attn.queries"] = plan.queries
         return self._leave(self.base_layer(x, *args, **kwargs), exits)
 
-    def _run_packed(self, packed: Packed, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The branch of a block that runs on the tokens x [1, N, D] (see PackedBlock)."""
+    def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
         attends, place = self.branch == "attn", f"{self.block}.{self.branch}.rows"
         if attends:
-            kwargs["routed"] = Plan(packing=self._pack(packed.x, packed.rows, packed.counts, kwargs))
-        if len(packed.rows) == 0:
-            return self._leave((x, None) if attends else x, packed.exits, all_open=True)
-        self.runtime.passed[place] = packed.rows, packed.rows, packed.x.shape[:2]
+            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.rows, gathered.counts, kwargs))
+        if len(gathered.rows) == 0:
+            return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
+        self.runtime.passed[place] = gathered.rows, gathered.rows, gathered.x.shape[:2]
         try:
-            return self._leave(self.base_layer(x, *args, **kwargs), packed.exits, all_open=True)
+            return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
         finally:
             del self.runtime.passed[place]
 
