@@ -1,10 +1,15 @@
-"""Gradients written out by hand: gates, divergences and attention against what torch makes of their definitions."""
+"""Gradients written out by hand: gates, divergences, attention, norms against what torch makes of their definitions."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_tiny
+from test_execution import SPECS
+from test_students import scramble
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -13,7 +18,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from elastic.config import LossConfig
 from elastic.sums import divergence_of
 from losses import forward_kl
-from students import gates, kernels
+from students import elasticize, gates, kernels
 from students.gradients import LARGEST, FastGradients
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
@@ -153,3 +158,19 @@ def test_norms_that_compute_something_else_are_left_alone():
         model = nn.Sequential(norm)
         with FastGradients(model)(x.device):
             assert type(model(x).grad_fn).__name__ != "_NormBackward"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])
+def test_students_learn_from_the_same_gradients(name: str, tokens: Tensor, operators: None):
+    student = scramble(elasticize(make_tiny(name), SPECS["mixed-channels"])).train(True)
+
+    def learn() -> tuple[Tensor, list[Tensor]]:
+        out = student(tokens)[0].logits
+        return out, gradients(out.square().mean(), *student.added_parameters().values())
+
+    fast, found = learn()
+    student._gradients = lambda device: nullcontext()
+    plain, expected = learn()
+    assert torch.equal(fast, plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
