@@ -17,7 +17,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     part = path.with_name(f".{path.name}.part")
     try:
         clones = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        part.touch()
+        mode = part.stat().st_mode
         save_file(clones, part, metadata={"elastic": json.dumps(about)})
+        part.chmod(mode)  # safetensors keeps files to their owner
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)

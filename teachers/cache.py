@@ -21,11 +21,16 @@ def published(final: Path) -> Iterator[Path]:
 
     The file or folder appears in one rename after the body has succeeded. On any failure (full disk, Ctrl-C) the fresh
     folder is removed with all that is in it. Where another process was quicker, its result stays and ours is dropped.
+    Files are as readable as any new one is: safetensors keeps its own to the owner.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     workshop = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         yield workshop
+        plain = workshop / ".plain"
+        plain.touch()
+        for path in workshop.rglob("*.safetensors"):
+            path.chmod(plain.stat().st_mode)
         try:
             (workshop / final.name).rename(final)
         except OSError:

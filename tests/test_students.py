@@ -198,6 +198,12 @@ def test_copy_has_its_own_routers(llama, tokens):
     assert not torch.equal(student(tokens)[0].logits, other(tokens)[0].logits)
 
 
+def test_a_saved_student_is_as_readable_as_any_new_file(llama, tmp_path):
+    (tmp_path / "plain").touch()
+    elasticize(llama, MIXED).save(tmp_path / "saved.safetensors")
+    assert (tmp_path / "saved.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_added_state_round_trip(llama, tokens):
     student = scramble(elasticize(llama, MIXED))
     other = elasticize(make_tiny("llama"), MIXED)

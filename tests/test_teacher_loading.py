@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -211,7 +212,9 @@ def test_published_is_all_or_nothing(tmp_path: Path):
         with published(final) as workshop:
             (workshop / "a").mkdir()
             (workshop / "a" / "file").write_text(content)
+            save_file({}, workshop / "a" / "model.safetensors")
     assert (final / "file").read_text() == "first"
+    assert (final / "model.safetensors").stat().st_mode == (final / "file").stat().st_mode
     assert [path.name for path in final.parent.iterdir()] == ["a"]
 
 
