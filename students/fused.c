@@ -1,5 +1,5 @@
-// One pass over activations, scores or logits where torch's operators would make ten: gates, divergences and gradients of
-// a training step.
+// One pass over activations, scores or logits where torch's operators would make ten: gates, divergences and gradients
+// of a training step.
 //
 // Compiled with kernels.c (see kernels.py). Arithmetic is in float32; limits are rounded to the tensors' own type first,
 // as torch would compare them.
@@ -134,7 +134,7 @@ static inline float expf_(float x) {
                 sum_a += expf_(x - most_a), sum_b += p, apart += p * (y - x);                                    \
             }                                                                                                    \
             float log_a = most_a + logf(sum_a), log_b = same ? log_a : most_b + logf(sum_b);                     \
-            float kl = same ? log_a - log_a : apart / sum_b - (log_b - log_a); /* NaN where a logit is infinite */ \
+            float kl = same ? log_a - log_a : apart / sum_b - (log_b - log_a); /* NaN: infinite logits */          \
             value[n] = kl, logs[n] = log_a, logs[N + n] = log_b;                                                 \
         }                                                                                                        \
     }
