@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from students import fused, gates, kernels
 from students.architecture import weight_of
-from students.attention import Packing, Plan
+from students.attention import Packing, Plan, spread
 from students.packing import PackedProduct
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
@@ -93,7 +93,6 @@ class Exits:
 
     def _scatter(self, out: Tensor) -> Tensor:
         x = self.x.flatten(0, 1)
-        total = x.new_zeros(x.shape)
         passing = self.valid
         weight = None
         substitutes = []
@@ -107,11 +106,13 @@ class Exits:
                 gate = gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
                 weight = gate if weight is None else weight * gate
         out = out.reshape(-1, x.shape[-1])
-        total.index_copy_(0, self.rows, out if weight is None else out * weight[self.rows])
+        out = out if weight is None else out * weight.index_select(0, self.rows)
+        total = spread(out, self.rows, len(x))
         for chosen, substitute, later in substitutes:
             if len(chosen):
-                stand_in = substitute(x[chosen])
-                total.index_copy_(0, chosen, stand_in if later is None else stand_in * later[chosen])
+                stand_in = substitute(x.index_select(0, chosen))
+                stand_in = stand_in if later is None else stand_in * later.index_select(0, chosen)
+                total.index_copy_(0, chosen, stand_in)
         return total.view_as(self.x)
 
 
@@ -377,14 +378,15 @@ class RoutedBranch(Wrapper):
         heads = f"{self.block}.attn.head"
         if heads in run.passed:
             gate = run.passed[heads].expand(*x.shape[:2], -1)
-            run.passed[heads] = gate.flatten(0, 1)[flat].view(*index.shape, -1)
+            run.passed[heads] = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
         run.passed[f"{self.block}.attn.rows"] = flat, flat, x.shape[:2]
         if plan is not None:
             kwargs["routed"] = plan
         kwargs = for_tokens(kwargs, index, run.prefix)
         if valid is not None:
             kwargs[self.mask] = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
-        out = self.base_layer(x.flatten(0, 1)[flat].view(*index.shape, x.shape[-1]), *args, **kwargs)
+        some = x.flatten(0, 1).index_select(0, flat).view(*index.shape, x.shape[-1])
+        out = self.base_layer(some, *args, **kwargs)
         packed, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         packed = (packed.flatten(0, 1) if valid is None else packed[valid]).unsqueeze(0)
         return self._leave(packed if rest is None else (packed, *rest), exits)
@@ -421,7 +423,7 @@ class RoutedBranch(Wrapper):
 
 def _take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Values [B or 1, T or 1, N] of the tokens x [B, T, D], for the flat rows only: [1, n, N]."""
-    return values.expand(*x.shape[:2], -1).flatten(0, 1)[rows].unsqueeze(0)
+    return values.expand(*x.shape[:2], -1).flatten(0, 1).index_select(0, rows).unsqueeze(0)
 
 
 def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -638,11 +640,10 @@ class RoutedLinear(Wrapper):
         queries = run.passed.get(f"{self.branch}.queries")
         if queries is None or not self.per_query:
             return self._compute(x, together=queries is None)
-        out = self._compute(x.flatten(0, 1)[queries].unsqueeze(0), together=False)
+        out = self._compute(x.flatten(0, 1).index_select(0, queries).unsqueeze(0), together=False)
         if self.site.name.endswith("out"):
             return out  # the branch ends here and goes on with these tokens
-        full = out.new_zeros(x.shape[:-1].numel(), out.shape[-1])
-        return full.index_copy_(0, queries, out.squeeze(0)).view(*x.shape[:-1], -1)
+        return spread(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
         narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
