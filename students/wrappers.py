@@ -27,6 +27,9 @@ FEW_ROWS = 4
 """Up to so many tokens at once, reading weights costs more than arithmetic: only what one of them needs is read. More
 of them need nearly everything, which is then faster read as a whole."""
 
+JOINT_ROWS = 2048
+"""Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
+
 
 class Wrapper(nn.Module):
     """A module in place of another; unknown attributes are the other's."""
@@ -504,7 +507,8 @@ class Site:
             out, _ = kernels.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
         else:
             return self._many(x)
-        return self._split(out, x)
+        out = out.view(*x.shape[:-1], -1)
+        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
     def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
@@ -515,21 +519,20 @@ class Site:
             limit = self._limit if run.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
             masked, share = fused.channel_gate(x, limit)
             self._note(lambda: share)
-        out = self._product(masked.flatten(0, -2), self._whole.T, self._bias)
+        masked = masked.flatten(0, -2)
+        if len(masked) <= JOINT_ROWS:
+            outs = self._product(masked, self._whole.T, self._bias).split(self._sizes, 1)
+        else:
+            outs = [layer.base_layer(masked) for layer in self.layers]
         if self._down is not None:
             low = F.linear(x.flatten(0, -2), self._down)
             corrected = first.corrected(x)
             if corrected is not None:
                 low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
-            for part, size, end in zip(low.chunk(len(self.layers), 1), self._sizes, self._ends, strict=True):
-                columns = slice(end - size, end)
-                torch.addmm(out[:, columns], part, self._up[:, columns], out=out[:, columns])
-        return self._split(out, x)
-
-    def _split(self, out: Tensor, x: Tensor) -> list[Tensor]:
-        """Outputs of all layers side by side [N, O], for x [..., I], as those of each [..., o]."""
-        out = out.view(*x.shape[:-1], -1)
-        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
+            parts = zip(outs, low.chunk(len(outs), 1), self._up.split(self._sizes, 1), strict=True)
+            for out, part, up in parts:
+                torch.addmm(out, part, up, out=out)
+        return [out.view(*x.shape[:-1], -1) for out in outs]
 
     def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The output of one layer only, for a token x [1, 1, I] on its own."""

@@ -10,7 +10,7 @@ from conftest import TINY, make_tiny
 from test_students import EVERY_KIND, MIXED, scramble
 from torch.utils.flop_counter import FlopCounterMode
 
-from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, fused, kernels
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, fused, kernels, wrappers
 
 KINDS = {
     **EVERY_KIND,
@@ -105,6 +105,14 @@ def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens
     batched = decode(student, padded, mask, 8)
     # the padded prompt's own positions start at its first token
     torch.testing.assert_close(alone[0, 5:], batched[0, 8:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_one_product_is_as_good_as_several(name: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    student = make(name, SPECS["channel"])
+    together = student(tokens)[0].logits
+    monkeypatch.setattr(wrappers, "JOINT_ROWS", 0)
+    torch.testing.assert_close(student(tokens)[0].logits, together, **CLOSE)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
