@@ -117,13 +117,12 @@ def _selected(
 ) -> Tensor:
     """Every token has its key; only some are queries."""
     batch, heads, tokens, _ = query.shape
-    out = query.new_zeros(batch, tokens, heads, value.shape[-1])
+    shape, rows = (batch, tokens, heads, value.shape[-1]), plan.queries
+    if len(rows) == 0:
+        return query.new_zeros(shape)
     if tokens == 1:
-        rows = plan.queries
-        if len(rows) == 0:
-            return out
         some = mask if mask is None or len(mask) == 1 else mask[rows]
-        return out.index_copy_(0, rows, run(*(x.index_select(0, rows) for x in (query, key, value)), some))
+        return scatter_rows(run(*(x.index_select(0, rows) for x in (query, key, value)), some), rows, batch)
     parts, start = [], 0
     for b, count in enumerate(plan.counts):
         rows, start = plan.queries[start : start + count], start + count
@@ -137,10 +136,10 @@ def _selected(
                 k, v = key[b : b + 1], value[b : b + 1]
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
             parts.append(run(query[b : b + 1].index_select(2, places), k, v, visible)[0])
-    return spread(torch.cat(parts), plan.queries, batch * tokens).view_as(out) if parts else out
+    return scatter_rows(torch.cat(parts), plan.queries, batch * tokens).view(shape)
 
 
-def spread(some: Tensor, rows: Tensor, count: int) -> Tensor:
+def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
     """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere; on CPUs faster than copying into zeros."""
     place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
     return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)

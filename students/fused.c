@@ -34,7 +34,7 @@ static inline float expf_(float x) {
 #define CHANNEL_GATE(S, T)                                                                                       \
     void channel_gate_##S(const T *x, int64_t N, int64_t I, const float *limit, int64_t each, T *out,            \
                           float *share, int threads) {                                                           \
-        _Pragma("omp parallel for num_threads(N * I > 65536 ? threads : 1)") for (int64_t n = 0; n < N; n++) {    \
+        _Pragma("omp parallel for num_threads(N * I > 65536 ? threads : 1)") for (int64_t n = 0; n < N; n++) {   \
             const T *from = x + n * I;                                                                           \
             const float *least = limit + n / each * I;                                                           \
             T *to = out + n * I;                                                                                 \

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from students import kernels
 
@@ -50,7 +49,7 @@ def masker(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     function = kernels.function("channel_gate", probe, 0, 0, limit, 0, probe, None) if native else None
 
     def mask(x: Tensor) -> Tensor:
-        if function is None or x.dtype != dtype or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+        if function is None or x.dtype != dtype or kernels.observed():
             return channel_gate(x, limit)[0]
         x = x.contiguous()
         out, rows = torch.empty_like(x), x.numel() // size

@@ -94,6 +94,11 @@ def native(x: Tensor) -> str | None:
     return _KINDS.get(x.dtype) if _library is not None and x.device.type == "cpu" else None
 
 
+def observed() -> bool:
+    """Whether somebody counts operations or compiles them, and has to see torch's own."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 def function(name: str, *arguments: Tensor | int | float | None) -> Any:
     """The C function of fused.c or merging.c for the type of the first argument; its last one is how many threads."""
     found = getattr(_library, f"{name}_{native(arguments[0])}")
@@ -260,7 +265,7 @@ def reader(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tupl
     layers = _layers(limit, weight, *rest)
 
     def read(x: Tensor) -> tuple[Tensor, int | Tensor]:
-        if function is None or x.dtype != dtype or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+        if function is None or x.dtype != dtype or observed():
             return read_channels(x.flatten(), limit, weight, *rest)
         x, out = x.contiguous(), torch.empty(outputs, dtype=dtype)
         return out, function(x.data_ptr(), *layers, out.data_ptr(), torch.get_num_threads())

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from students import fused, gates, kernels
 from students.architecture import weight_of
-from students.attention import Packing, Plan, spread
+from students.attention import Packing, Plan, scatter_rows
 from students.packing import PackedProduct
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
@@ -110,7 +110,7 @@ class Exits:
                 weight = gate if weight is None else weight * gate
         out = out.reshape(-1, x.shape[-1])
         out = out if weight is None else out * weight.index_select(0, self.rows)
-        total = spread(out, self.rows, len(x))
+        total = scatter_rows(out, self.rows, len(x))
         for chosen, substitute, later in substitutes:
             if len(chosen):
                 stand_in = substitute(x.index_select(0, chosen))
@@ -646,7 +646,7 @@ class RoutedLinear(Wrapper):
         out = self._compute(x.flatten(0, 1).index_select(0, queries).unsqueeze(0), together=False)
         if self.site.name.endswith("out"):
             return out  # the branch ends here and goes on with these tokens
-        return spread(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
+        return scatter_rows(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
         narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
