@@ -24,6 +24,7 @@ from elastic.vlms import Questions
 from students import Student
 from students.cache import cache_bytes
 from students.image import ImageStudent, call
+from students.norms import fuse_norms
 from students.packing import pack_linears
 from students.vlm import VisionLanguageStudent
 from teachers.images import ImageSet
@@ -61,8 +62,8 @@ def bench_run(
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
-    its weights are packed (see students/packing.py) as the student's are, where a second copy of them fits into half of
-    the free memory. Memory is the process's peak, in bytes.
+    weights are packed and norms fused (students/packing.py, norms.py) as the student's are, where a second copy of the
+    weights fits into half of the free memory. Memory is the process's peak, in bytes.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -233,9 +234,10 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
 
 
 def _tuned(dense: nn.Module) -> nn.Module:
-    """The dense model, sharing its weights, with its linear layers packed as the student's are."""
+    """The dense model, sharing its weights, with linear layers packed and norms fused as the student's are."""
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     pack_linears(model)
+    fuse_norms(model)
     return model
 
 

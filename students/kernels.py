@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c", "norms.c")]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+_EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _library: ctypes.CDLL | None = None
 
@@ -43,7 +44,7 @@ def build(folder: Path) -> bool:
         return False
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     sources = b"".join(source.read_bytes() for source in SOURCES)
-    identity = hashlib.sha256(sources + version + " ".join((*_FLAGS, _machine())).encode())
+    identity = hashlib.sha256(sources + version + " ".join((*_FLAGS, str(_EXACT), _machine())).encode())
     final = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     try:
         if not final.exists():
@@ -52,7 +53,8 @@ def build(folder: Path) -> bool:
                 objects, library = [], Path(workshop, final.name)
                 for source in SOURCES[1:]:
                     objects.append(str(Path(workshop, f"{source.stem}.o")))
-                    _run(compiler, *_FLAGS, "-fopenmp", "-fPIC", "-c", str(source), "-o", objects[-1])
+                    flags = (*_FLAGS, *_EXACT.get(source.name, ()), "-fopenmp", "-fPIC")
+                    _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
                 # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
                 _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
                 library.replace(final)

@@ -2,7 +2,8 @@
 
 In bfloat16 on a CPU, torch hands a linear layer to oneDNN, which copies the weight into blocks before it multiplies,
 however few rows there are. A weight that never changes can be copied once. The products are the same, bit for bit; the
-price is a second copy of the weights in memory.
+price is a second copy of the weights in memory. (For fewer outputs than a vector holds they need not be the same: some
+CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from students import kernels
 
 MOST_ROWS = 256
 """For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
+
+LEAST_OUTPUTS = 32
+"""For fewer of them, which never takes long, the order of sums can be another one."""
 
 
 class PackedProduct:
@@ -71,4 +75,4 @@ def pack_linears(model: nn.Module) -> bool:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.is_cpu
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from students.architecture import Architecture
+from students.attention_gradient import fast_attention_gradients
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
-from students.gradients import FastGradients
+from students.norms import fuse_norms
 from students.runtime import Decisions, Runtime
 from students.spec import RouterSpec, StudentSpec
 
@@ -50,8 +51,8 @@ class Student(nn.Module):
         self.span: tuple[float, float] | None = None
         """The lowest and the highest budget, where the student was trained for a range of them."""
         self._state: Any = None
+        fuse_norms(model)
         self._added = list(self.added_parameters().values())
-        self._gradients = FastGradients(model)
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
 
     @contextmanager
@@ -69,7 +70,8 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            with nullcontext() if self.recompute or self.runtime.recompute else self._gradients(self._frozen.device):
+            recomputes = self.recompute or self.runtime.recompute
+            with nullcontext() if recomputes else fast_attention_gradients(self._frozen.device):
                 yield run.decisions
         finally:
             run.decisions = None

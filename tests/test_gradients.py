@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -19,7 +20,8 @@ from elastic.config import LossConfig
 from elastic.sums import divergence_of
 from losses import forward_kl
 from students import elasticize, gates, kernels
-from students.gradients import LARGEST, FastGradients
+from students.attention_gradient import LARGEST, fast_attention_gradients
+from students.norms import fuse_norms
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
 
@@ -114,10 +116,10 @@ def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int
         inputs.append(options["attn_mask"])
     by = torch.randn(2, heads, 11, 8).to(dtype)
     expected = gradients((F.scaled_dot_product_attention(query, key, value, **options) * by).sum(), *inputs)
-    with FastGradients(nn.Module())(query.device):
+    with fast_attention_gradients(query.device):
         out = F.scaled_dot_product_attention(query, key, value, **options)
     assert type(out.grad_fn).__name__ == "_AttentionBackward"
-    with torch.no_grad(), FastGradients(nn.Module())(query.device):
+    with torch.no_grad(), fast_attention_gradients(query.device):
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **options))
     for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[dtype])
@@ -126,42 +128,59 @@ def test_short_attention_has_attention_s_gradient(dtype: torch.dtype, heads: int
 def test_long_attention_keeps_torch_s_gradient():
     tokens = int((LARGEST / 4) ** 0.5) + 1
     query = torch.randn(1, 1, tokens, 8, requires_grad=True)
-    with FastGradients(nn.Module())(query.device):
+    with fast_attention_gradients(query.device):
         out = F.scaled_dot_product_attention(query, query, query)
     assert type(out.grad_fn).__name__ != "_AttentionBackward"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, Olmo2RMSNorm])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm, Olmo2RMSNorm, nn.RMSNorm])
 def test_rms_norms_have_their_gradient_and_their_bits(norm: type[nn.Module], dtype: torch.dtype, operators: None):
     torch.manual_seed(0)
-    model = nn.Sequential(norm(48, eps=1e-3)).to(dtype).requires_grad_(False)
-    model[0].weight.normal_()
-    x, by = torch.randn(3, 7, 48).to(dtype).requires_grad_(), torch.randn(3, 7, 48).to(dtype)
-    plain = model(x)
-    expected = gradients((plain * by).sum(), x)
-    with FastGradients(model)(x.device):
-        out = model(x)
-    assert torch.equal(out, plain)
-    assert (type(out.grad_fn).__name__ == "_NormBackward") == (kernels.native(x) is not None)
-    assert "forward" not in model[0].__dict__
-    torch.testing.assert_close(gradients((out * by).sum(), x), expected, **CLOSE[dtype])
+    for width in (16, 48, 100, 576, 2048):
+        model = nn.Sequential(norm(width, eps=1e-3)).to(dtype).requires_grad_(False)
+        model[0].weight.normal_()
+        x, by = (torch.randn(7, 30, width).to(dtype).transpose(0, 1) for _ in range(2))
+        x.requires_grad_()
+        plain = model(x)
+        expected = gradients((plain * by).sum(), x)
+        fuse_norms(model)
+        assert torch.equal(model(x), plain)
+        assert (type(model(x).grad_fn).__name__ == "_NormBackward") == (kernels.native(x) is not None)
+        with torch.no_grad():
+            assert torch.equal(model(x), plain)
+            assert torch.equal(copy.deepcopy(model)(x[:0]), plain[:0])
+            model[0].weight.mul_(3)
+            assert not torch.equal(model(x), plain)
+            model[0].weight.div_(3)
+        torch.testing.assert_close(gradients((model(x) * by).sum(), x), expected, **CLOSE[dtype])
 
 
-def test_norms_that_compute_something_else_are_left_alone():
+def test_norms_that_learn_or_compute_something_else_are_left_alone(operators: None):
     class HalfRMSNorm(nn.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return 0.5 * super().forward(x) + x
 
     x = torch.randn(4, 32, requires_grad=True)
     for norm in (HalfRMSNorm(32, eps=1e-6).requires_grad_(False), LlamaRMSNorm(32), nn.LayerNorm(32)):
-        model = nn.Sequential(norm)
-        with FastGradients(model)(x.device):
-            assert type(model(x).grad_fn).__name__ != "_NormBackward"
+        plain = norm(x)
+        fuse_norms(nn.Sequential(norm))
+        out = norm(x)
+        assert torch.equal(out, plain)
+        assert type(out.grad_fn).__name__ != "_NormBackward"
+
+
+def test_compilers_meet_the_norm_as_it_was(operators: None):
+    model = nn.Sequential(LlamaRMSNorm(32)).requires_grad_(False)
+    fuse_norms(model)
+    x = torch.randn(3, 32)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])
-def test_students_learn_from_the_same_gradients(name: str, tokens: Tensor, operators: None):
+def test_students_learn_from_the_same_gradients(
+    name: str, tokens: Tensor, operators: None, monkeypatch: pytest.MonkeyPatch
+):
     student = scramble(elasticize(make_tiny(name), SPECS["mixed-channels"])).train(True)
 
     def learn() -> tuple[Tensor, list[Tensor]]:
@@ -169,7 +188,8 @@ def test_students_learn_from_the_same_gradients(name: str, tokens: Tensor, opera
         return out, gradients(out.square().mean(), *student.added_parameters().values())
 
     fast, found = learn()
-    student._gradients = lambda device: nullcontext()
+    monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())
+    monkeypatch.setattr("students.norms._recipe", lambda *_: None)
     plain, expected = learn()
     assert torch.equal(fast, plain)
     for a, b in zip(found, expected, strict=True):

@@ -1,20 +1,18 @@
-"""Faster gradients on CPUs of what a frozen model computes, whose forward passes stay as they are, bit for bit.
+"""A faster gradient of attention on CPUs, whose forward pass stays as it is, bit for bit.
 
-Attention: torch's CPU kernel takes six to fifteen times as long backward as forward where there are a few hundred
-tokens or fewer; here backward makes the attention weights again, as one matrix of scores. RMS norms: written in Python,
-they leave a dozen operators behind for backward, in float32; here it is one pass (see fused.c).
+torch's CPU kernel takes six to fifteen times as long backward as forward where there are a few hundred tokens or fewer;
+here backward makes the attention weights again, as one matrix of scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from students import kernels
@@ -23,68 +21,12 @@ LARGEST = 8 * 2**20
 """Bytes of scores up to which this is faster: above, they do not stay in a core's cache."""
 
 
-class FastGradients:
-    """Of a frozen model; for passes that nobody recomputes in backward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
-
-    @contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
-        """Within it, attention over few tokens and RMS norms have the faster gradients, whoever calls them."""
-        if device.type != "cpu" or not torch.is_grad_enabled():
-            yield
-            return
-        if self._norms is None:
-            self._norms = [(norm, partial(_normalize, norm, *known)) for norm, known in _rms_norms(self._model)]
-        for norm, forward in self._norms:
-            norm.__dict__["forward"] = forward
-        try:
-            with _ShortAttention():
-                yield
-        finally:
-            for norm, _ in self._norms:
-                norm.__dict__.pop("forward", None)
-
-
-@torch.no_grad()
-def _rms_norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[Tensor, float]]]:
-    """A model's frozen RMS norms (arXiv 1910.07467), by name and by what they compute: gain [D] (float32), epsilon."""
-    for module in model.modules():
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        weight = getattr(module, "weight", None)
-        named = type(module).__name__.endswith("RMSNorm") and "forward" not in module.__dict__
-        if not named or epsilon is None or weight is None or weight.requires_grad or weight.ndim != 1:
-            continue
-        gain = module(torch.ones_like(weight)).float() * (1 + epsilon) ** 0.5
-        x = torch.arange(1.0, len(weight) + 1).sin().to(weight.dtype)
-        expected = x.float() * (x.float().square().mean() + epsilon).rsqrt() * gain
-        if torch.allclose(module(x).float(), expected, rtol=0.03, atol=1e-3):
-            yield module, (gain.contiguous(), epsilon)
-
-
-def _normalize(norm: nn.Module, gain: Tensor, epsilon: float, x: Tensor) -> Tensor:
-    if not x.requires_grad or kernels.native(x) is None:
-        return type(norm).forward(norm, x)
-    return _Norm.apply(x, norm, gain, epsilon)
-
-
-class _Norm(torch.autograd.Function):
-    """x [..., D] -> gain * x / sqrt(mean(x^2) + epsilon)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: nn.Module, gain: Tensor, epsilon: float) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.epsilon = epsilon
-        return type(norm).forward(norm, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain = (saved.contiguous() for saved in ctx.saved_tensors)
-        out, rows = torch.empty_like(x), x.numel() // len(gain)
-        kernels.call("rms_norm_grad", grad.to(x.dtype).contiguous(), x, rows, len(gain), gain, ctx.epsilon, out)
-        return out, None, None, None
+@contextmanager
+def fast_attention_gradients(device: torch.device) -> Iterator[None]:
+    """Within it, attention over few tokens has the faster gradient, whoever calls it; for passes that nobody recomputes
+    in backward."""
+    with _ShortAttention() if device.type == "cpu" and torch.is_grad_enabled() else nullcontext():
+        yield
 
 
 class _ShortAttention(TorchFunctionMode):
