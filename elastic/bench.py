@@ -22,6 +22,7 @@ from elastic.counters import count
 from elastic.run import DTYPES, Run, has_room_for_two
 from elastic.vlms import Questions
 from students import Student
+from students.attention import route_attention
 from students.cache import cache_bytes
 from students.image import ImageStudent, call
 from students.norms import fuse_norms
@@ -62,8 +63,9 @@ def bench_run(
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
-    weights are packed and norms fused (students/packing.py, norms.py) as the student's are, where a second copy of the
-    weights fits into half of the free memory. Memory is the process's peak, in bytes.
+    packed weights, fused norms and the student's attention from one token (packing.py, norms.py and attention.py of
+    students/), where a second copy of the weights fits into half of the free memory. Memory is the process's peak, in
+    bytes.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -234,10 +236,13 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
 
 
 def _tuned(dense: nn.Module) -> nn.Module:
-    """The dense model, sharing its weights, with linear layers packed and norms fused as the student's are."""
+    """The dense model, sharing its weights, with the student's linear layers, norms and attention."""
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     pack_linears(model)
     fuse_norms(model)
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            route_attention(module)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.cache import DroppedLayer
+from students.runtime import Runtime
 
 BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
@@ -53,9 +54,13 @@ class Plan:
     """How tokens are packed; None: [B, T, ...] as usual."""
 
 
-def route_attention(module: nn.Module) -> None:
-    """Let an attention module listen to plans; without one it computes exactly what it did."""
+def route_attention(module: nn.Module, runtime: Runtime | None = None) -> None:
+    """Let an attention module listen to plans, and attend from one new token with all heads of a key head at once.
+
+    runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan.
+    """
     base = module.config._attn_implementation or "eager"
+    module.runtime = runtime
     name = f"elastic_{base}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
     module.config = copy.copy(module.config)
@@ -79,6 +84,9 @@ def routed_attention(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     if routed is None:
+        run = module.runtime
+        if base == "sdpa" and attention_mask is None and (run is None or (run.skipping and not run.bypass)):
+            return _one_token(attend, module, query, key, value, **kwargs), None
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
 
@@ -98,6 +106,20 @@ def routed_attention(
     if routed.queries is None:
         return run(query, key, value, attention_mask), None
     return _selected(run, query, key, value, attention_mask, routed), None
+
+
+def _one_token(
+    attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention from query [B, H, T, d]; of one token, the heads that share keys are rows of one product, which reads
+    the keys once instead of once a head."""
+    batch, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    if tokens > 1 or heads == groups or torch.compiler.is_compiling():
+        return attend(module, query, key, value, None, **kwargs)[0]
+    query = query.reshape(batch, groups, heads // groups, size)
+    out = attend(_OneKeyPerHead(module), query, key, value, None, **{**kwargs, "is_causal": False})[0]
+    return out.transpose(1, 2).reshape(batch, 1, heads, -1)
 
 
 class _OneKeyPerHead:

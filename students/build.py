@@ -279,9 +279,9 @@ def _elasticize_block(
                     lora[cost] = lora.get(cost, 0) + spec.lora.rank * always
                     lora[f"{cost}_open"] = lora.get(f"{cost}_open", 0) + spec.lora.rank * gated_side
                 block.set_submodule(name, routed)
+        if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
+            route_attention(wrapper.base_layer, runtime)  # timm's attention is no function by name
         if wrapper.routers or wrapper.block_router:
-            if branch == "attn" and hasattr(wrapper.base_layer, "config"):  # timm's attention is no function by name
-                route_attention(wrapper.base_layer)
             block.set_submodule(path, wrapper)
             if late is not None:
                 block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, number, branch))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_tiny, make_tokenizer
-from test_execution import SPECS, make
+from test_execution import CLOSE, SPECS, make
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, TextStreamer, pipeline
+from transformers import DynamicCache, PreTrainedModel, StaticCache, TextStreamer, pipeline
 
 from students import RouterSpec, Student, StudentSpec, elasticize
 from students.cache import RoutedCache, cache_bytes
@@ -72,6 +73,39 @@ def test_continued_from_a_cache(student: Student, tokens: Tensor):
     first = generate(student, tokens, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
     more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=first.past_key_values)
     assert torch.equal(more, generate(student, tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_heads_that_share_keys_attend_together_from_one_token(
+    name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """As the frozen model the student attends as the model does, bit for bit."""
+    plain, student = make_tiny(name), make(name, SPECS["channel"])
+    attend, shapes = F.scaled_dot_product_attention, []
+
+    def watch(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+        shapes.append(tuple(query.shape[1:3]))
+        return attend(query, *args, **kwargs)
+
+    def decode(model: PreTrainedModel) -> Tensor:
+        """Logits of the last token; shapes: (heads, queries) of its attention."""
+        cache = model(tokens[:, :-1]).past_key_values
+        shapes.clear()
+        return model(tokens[:, -1:], past_key_values=cache).logits
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    frozen = decode(plain)
+    of_model = set(shapes)
+    with student.teacher():
+        assert torch.equal(decode(student.model), frozen)
+    assert set(shapes) == of_model
+    student.runtime.execution = "mask"
+    masked = decode(student.model)
+    assert set(shapes) == of_model
+    student.runtime.execution = "skip"
+    torch.testing.assert_close(decode(student.model), masked, **CLOSE)
+    assert set(shapes) == ({(2, 2)} if name == "llama" else of_model)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PICKED if kind not in ("token-drop", "mixed", "mixed-keep")])
