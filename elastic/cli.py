@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +25,8 @@ EXAMPLES = """examples:
   elastic models
 """
 
+QUIET_SECONDS = 20
+"""Where no bar can be drawn, a long loop says so often how far it is."""
 BASELINES = ("random", "uniform", "static", "teal", "tome")
 """What can be measured beside a student."""
 
@@ -470,9 +473,11 @@ def _models(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
-    """(say, progress): lines and one progress bar on stderr, so that stdout holds results only."""
+    """(say, progress): lines and a progress bar on stderr, so that stdout holds results only."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from elastic.progress import watched_by
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (
@@ -485,6 +490,8 @@ def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, visible=False)
+        loop = bar.add_task("this part", total=None, visible=False)
+        times = [0.0, 0.0]  # when the loop began, when it was last reported
 
         def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
             phases = [key.removeprefix("compute_") for key in line if key.startswith("compute_")]
@@ -494,7 +501,19 @@ def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
                 left = "" if steps is None else f", {(steps - step) / line['steps_per_second'] / 60:.1f} min left"
                 console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, compute {spent}{left}")
 
-        yield console.print, progress
+        def watch(done: int, total: int) -> None:
+            now = time.monotonic()
+            bar.update(loop, completed=done, visible=done < total)
+            if done == 0:
+                bar.reset(loop, total=total)
+                times[:] = now, now
+            elif not console.is_terminal and done < total and now - times[1] > QUIET_SECONDS:
+                times[1] = now
+                left = (now - times[0]) / done * (total - done) / 60
+                console.print(f"{done} of {total} done, {left:.1f} min left")
+
+        with watched_by(watch):
+            yield console.print, progress
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

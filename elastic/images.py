@@ -20,6 +20,7 @@ from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.dial import exact_start
 from elastic.prefetch import Prefetched
+from elastic.progress import Watched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
@@ -161,7 +162,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     batches = [pixels.split(CALIBRATED) for pixels, _ in _batches(student, images)]
     flat = [part for parts in batches for part in parts]
     targets = trained(config.budget)
-    start = calibrate_images(student, flat, targets, config.train.seed)
+    start = calibrate_images(student, Watched(flat), targets, config.train.seed)
     merging = [router for _, router in student.routers() if router.spec.dropped == "merge"]
     if not merging:
         return start
@@ -196,7 +197,7 @@ def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, 
     with ThreadPoolExecutor(1) as pool:
         parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
         ahead = pool.submit(images.load, parts[0])
-        for following in [*parts[1:], None]:
+        for following in Watched([*parts[1:], None]):
             pixels, labels = ahead.result()
             if following is not None:
                 ahead = pool.submit(images.load, following)

@@ -26,6 +26,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
+from elastic.progress import Watched
 from elastic.run import Run
 from losses import default_chunk_rows
 from students.compute import PHASES
@@ -93,14 +94,15 @@ class Scorer(TemplateLM):
             # choices that differ in their last token only have the same text to be read
             numbers.setdefault((read, given), []).append(number)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        batches = []
         for length, same in groupby(sorted(numbers, key=lambda text: -len(text[0])), lambda text: len(text[0])):
-            texts = list(same)
-            size = max(1, BATCH_TOKENS // length)
-            for batch in (texts[first : first + size] for first in range(0, len(texts), size)):
-                wanted = [[requests[number][2] for number in numbers[text]] for text in batch]
-                for text, scores in zip(batch, self._score(batch, wanted), strict=True):
-                    for number, score in zip(numbers[text], scores, strict=True):
-                        answers[number] = score
+            texts, size = list(same), max(1, BATCH_TOKENS // length)
+            batches += [texts[first : first + size] for first in range(0, len(texts), size)]
+        for batch in Watched(batches):
+            wanted = [[requests[number][2] for number in numbers[text]] for text in batch]
+            for text, scores in zip(batch, self._score(batch, wanted), strict=True):
+                for number, score in zip(numbers[text], scores, strict=True):
+                    answers[number] = score
         return answers
 
     @torch.no_grad()
@@ -182,10 +184,11 @@ def score_run(
         student.set_compute(compute)
     rows = []
     for name, task in loaded.items():
-        say(f"{name}: asking teacher and student ...")
+        say(f"{name}: asking the teacher ...")
         scorer = Scorer(student, teacher.processor)
         with student.teacher():
             before, preferred = _ask(scorer, name, task, limit)
+        say(f"{name}: asking the student ...")
         scorer = Scorer(student, teacher.processor)
         after, chosen = _ask(scorer, name, task, limit)
         spent = {phase: scorer.spent[phase] / scorer.dense[phase] for phase in PHASES}

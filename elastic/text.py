@@ -15,6 +15,7 @@ import teachers
 from elastic import text_baselines
 from elastic.budgets import trained
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
+from elastic.progress import Watched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import (
@@ -97,7 +98,7 @@ class Batches:
 def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training windows, shuffled."""
     picked = data.train[order[: config.calibration.windows]].to(next(student.parameters()).device)
-    return calibrate(student, picked.split(2), trained(config.budget), config.budget.phase, config.train.seed)
+    return calibrate(student, Watched(picked.split(2)), trained(config.budget), config.budget.phase, config.train.seed)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Callable[[], float]:
@@ -265,7 +266,7 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig) -> Me
     module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
     total = None
     device = next(student.parameters()).device
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    for batch in Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1]))):
         _, measured = module(batch.to(device))
         total = measured if total is None else total + measured
     return total

@@ -18,6 +18,7 @@ from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.dial import exact_start
 from elastic.images import data_uri
 from elastic.prefetch import Prefetched
+from elastic.progress import Watched
 from elastic.routing import where
 from elastic.sums import Sums, divergence_of, routing_loss
 from losses import DIVERGENCES, HIDDEN_DISTANCES
@@ -213,7 +214,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
         for prompts in _batches(student, chosen, CALIBRATED)
     ]
     targets = trained(config.budget)
-    start = calibrate_door(student, batches, targets, tokens(student, data, config), config.train.seed)
+    start = calibrate_door(student, Watched(batches), targets, tokens(student, data, config), config.train.seed)
     if not student.by_count:
         return start
     return exact_start(start, student, [student.door], targets, compute_meter(student, data, order, config))
@@ -267,7 +268,7 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
     asked = questions.asked
     first = _first_tokens(questions.processor, asked)
     total, right, agreed = None, {"": 0, "teacher_": 0}, 0
-    for begin in range(0, len(questions), MEASURED):
+    for begin in Watched(range(0, len(questions), MEASURED)):
         samples = asked.read(range(begin, min(begin + MEASURED, len(asked))))
         prompts = encode(questions.processor, samples, questions.image_token).to(student.model.device)
         said, hidden = {}, {}

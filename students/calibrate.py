@@ -14,7 +14,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,7 @@ class Choice:
 
 
 def calibrate(
-    student: LanguageStudent, batches: Iterable[Tensor], target: float | Sequence[float], phase: Phase, seed: int = 0
+    student: LanguageStudent, batches: Sequence[Tensor], target: float | Sequence[float], phase: Phase, seed: int = 0
 ) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
@@ -86,7 +86,6 @@ def calibrate(
     """
     targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
-    batches = list(batches)
     seen = _observe(student, batches, generator)
     valid = torch.ones_like(batches[0], dtype=torch.bool)
     dense = float(student.compute.dense(valid, phase).sum() / valid.sum())
@@ -171,7 +170,7 @@ class Curve:
         return math.exp(LOWEST + FINENESS * min(place, self.points))
 
 
-def _observe(student: LanguageStudent, batches: list[Tensor], generator: torch.Generator) -> dict[str, Observed]:
+def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: torch.Generator) -> dict[str, Observed]:
     """Run the frozen model forward and backward over the batches and keep what calibration needs."""
     seen: dict[str, Observed] = {}
     rows = torch.empty(0, dtype=torch.long)

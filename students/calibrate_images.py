@@ -9,7 +9,7 @@ Where dropped tokens stay away, the gate of a block is the gate of all later one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ ROWS_PER_BATCH = 1024
 
 
 def calibrate_images(
-    student: ImageStudent, batches: Iterable[Tensor], target: float | Sequence[float], seed: int = 0
+    student: ImageStudent, batches: Sequence[Tensor], target: float | Sequence[float], seed: int = 0
 ) -> Start:
     """Start all routers at the price that reaches `target`, or between several. batches: pixels [B, C, H, W]."""
     targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
-    seen = _observe(student, list(batches), generator)
+    seen = _observe(student, batches, generator)
     ones = torch.ones(1, student.tokens, dtype=torch.bool)
     dense = float(student.compute.dense(ones, "prefill").sum()) / student.tokens
     layers, rest = {}, {}
@@ -44,7 +44,7 @@ def calibrate_images(
 
 
 def _observe(
-    student: ImageStudent, batches: list[Tensor], generator: torch.Generator
+    student: ImageStudent, batches: Sequence[Tensor], generator: torch.Generator
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens."""
     run, seen = student.runtime, {}

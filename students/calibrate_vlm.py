@@ -6,7 +6,7 @@ tokens, is what the router predicts from the token at the door. Routers in the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ DRAWS = 2
 
 def calibrate_door(
     student: VisionLanguageStudent,
-    batches: Iterable[tuple[dict[str, Any], Tensor, Tensor]],
+    batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
     targets: Sequence[float],
     tokens: tuple[int, int],
     seed: int = 0,

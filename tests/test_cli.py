@@ -228,6 +228,21 @@ def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: py
     assert other["compute_target"] == 0.75 and other["compute"] == pytest.approx(0.75, abs=0.05)
 
 
+def test_long_loops_say_how_far_they_are(
+    finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """On stderr; with no terminal there now and then, and never where it takes no time."""
+    arguments = ["eval", str(finished), "--data", str(text_file), "--json"]
+    assert main(arguments) == 0
+    assert "min left" not in capsys.readouterr().err
+    monkeypatch.setattr("elastic.cli.QUIET_SECONDS", -1)
+    monkeypatch.setattr("elastic.text.BATCH_TOKENS", 1)
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
+    count = int(lines[0].split()[2])
+    assert [line.split(" done")[0] for line in lines] == [f"{n} of {count}" for n in range(1, count)]
+
+
 def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.CaptureFixture[str]):
     command = ["generate", str(finished), "--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
     assert main(command) == 0
