@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     measure = command("eval", _eval, "measure a finished run against its teacher")
     measure.add_argument("run", metavar="RUN")
     measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
-    measure.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
+    measure.add_argument(
+        "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
+    )
     measure.add_argument(
         "--baselines",
         nargs="+",
@@ -277,14 +279,16 @@ def _eval_tasks(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     def accuracy(row: dict[str, Any], key: str) -> str:
-        return f"{row[key]:.2%} ± {row[f'{key}_stderr']:.2%}" if key in row else ""
+        error = f" ± {row[f'{key}_stderr']:.2%}" if f"{key}_stderr" in row else ""
+        return f"{row[key]:.2%}{error}" if key in row else ""
 
-    table = Table("task", "examples", "decode", "prefill", "agreement")
+    table = Table("task", "examples", "asked", "decode", "prefill", "agreement")
     columns = "accuracy", "teacher_accuracy", "accuracy_norm", "teacher_accuracy_norm"
     for key in columns:
         table.add_column(key.replace("_", " "))
     for r in rows:
-        numbers = f"{r['examples']:,}", f"{r['compute']:.3f}", f"{r['compute_prefill']:.3f}", f"{r['agreement']:.2%}"
+        spent = (f"{r[key]:.3f}" for key in ("compute_target", "compute", "compute_prefill"))
+        numbers = f"{r['examples']:,}", *spent, f"{r['agreement']:.2%}"
         table.add_row(r["task"], *numbers, *(accuracy(r, key) for key in columns))
     Console(width=160).print(table)
 

@@ -49,30 +49,32 @@ def measure_run(
     folder: str,
     *,
     data: str | None = None,
-    compute: float | None = None,
+    compute: Sequence[float] = (),
     baselines: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 
-    Returns its row (of a run for a range: one at either end and one in the middle, unless `compute` says where), and
-    one of each of `baselines` (see BASELINES of the family) at the same compute.
+    Returns a row for each compute that the dial is turned to (none: as training left it, and of a run for a range one
+    at either end and one in the middle), and one of each of `baselines` (see BASELINES of the family) at the same.
     """
     run = Run.open(folder, finished=True)
     config = run.config
-    if compute is not None and not 0 < compute <= 1:
-        raise ValueError(f"--compute is {compute}; it must be above 0 and at most 1")
+    for budget in compute:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
     family = families.of(config.family)
     for other in baselines:
         if other not in family.BASELINES:
             raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(family.BASELINES)}")
-    budgets = config.budget.measured if compute is None else (compute,)
+    budgets = tuple(compute) or config.budget.measured
     if baselines and len(budgets) > 1:
-        raise ValueError(f"--baselines need one compute, and {folder} serves {config.budget.target}: add --compute 0.7")
+        given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
+        raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
     teacher = run.teacher()
     student = run.load_student(teacher)
-    if compute is not None:
-        student.set_compute(compute)  # a mistake here should not have to wait for the data
+    for budget in compute:
+        student.set_compute(budget)  # a mistake here should not have to wait for the data
     if data is None:
         held_out, name = family.load(config, teacher).held_out, HELD_OUT
     else:

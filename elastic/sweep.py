@@ -225,13 +225,14 @@ def _measure(
     budget, turn = point
     path = str(folder.run(task.name))
     baselines = [kind for kind in kinds if kind is not None]
+    turns = () if turn is None else (turn,)
     try:
-        measured = evaluate.measure_run(path, data=asked.data, compute=turn, baselines=baselines, say=say)
+        measured = evaluate.measure_run(path, data=asked.data, compute=turns, baselines=baselines, say=say)
     except ValueError as error:
         if not baselines:
             raise
         failed(f"{task.name} at {budget:g}, baselines {', '.join(baselines)}", error)
-        measured, baselines = evaluate.measure_run(path, data=asked.data, compute=turn, say=say), []
+        measured, baselines = evaluate.measure_run(path, data=asked.data, compute=turns, say=say), []
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS
     for row, baseline in zip(measured, (None, *baselines), strict=True):
@@ -256,7 +257,7 @@ def _measure(
             if turn != 1:  # there it is the teacher, which routes nothing
                 _write(folder.details(row), look(path, turn))
             if asked.timed:
-                row["bench"] = bench.bench_run(path, compute=() if turn is None else (turn,), say=say)
+                row["bench"] = bench.bench_run(path, compute=turns, say=say)
         yield row
 
 

@@ -160,18 +160,19 @@ def score_run(
     folder: str,
     tasks: Sequence[str],
     *,
-    compute: float | None = None,
+    compute: Sequence[float] = (),
     limit: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Zero-shot accuracy of a finished run of a language model and of its teacher: a row for each task.
+    """Zero-shot accuracy of a finished run of a language model and of its teacher: a row for each task and each compute
+    that the dial is turned to (none: as training left it, and of a run for a range at either end and in the middle).
 
     tasks: names of the harness's multiple-choice tasks, whose data comes from the hub, and paths of files of questions
     (see `questions`). limit: only so many questions of each.
 
     Keys: task; examples; accuracy, by the log-probability of the choices, and accuracy_norm, by that over their length
-    in characters, where the task has it, each with _stderr and as teacher_...; agreement, the share of questions on
-    which both prefer the same choice; compute and compute_prefill (see the module's docstring).
+    in characters, where the task has it, each with _stderr (but of one question) and as teacher_...; agreement, the
+    share of questions on which both prefer the same choice; compute and compute_prefill (see the module's docstring).
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -180,34 +181,37 @@ def score_run(
     loaded = load_tasks(tasks, say)
     teacher = run.teacher()
     student = run.load_student(teacher)
-    if compute is not None:
-        student.set_compute(compute)
+    for budget in compute:
+        student.set_compute(budget)  # a mistake here should not have to wait for the teacher
     rows = []
     for name, task in loaded.items():
         say(f"{name}: asking the teacher ...")
         scorer = Scorer(student, teacher.processor)
         with student.teacher():
             before, preferred = _ask(scorer, name, task, limit)
-        say(f"{name}: asking the student ...")
-        scorer = Scorer(student, teacher.processor)
-        after, chosen = _ask(scorer, name, task, limit)
-        spent = {phase: scorer.spent[phase] / scorer.dense[phase] for phase in PHASES}
-        rows.append(
-            {
-                "model": config.model,
-                "family": config.family,
-                "preset": config.preset,
-                "phase": config.budget.phase,
-                "compute_target": config.budget.target if compute is None else compute,
-                "task": name,
-                "examples": len(chosen),
-                "compute": spent["decode"],
-                "compute_prefill": spent["prefill"],
-                **after,
-                **{f"teacher_{key}": value for key, value in before.items()},
-                "agreement": sum(a == b for a, b in zip(chosen, preferred, strict=True)) / len(chosen),
-            }
-        )
+        for budget in tuple(compute) or config.budget.measured:
+            say(f"{name}: asking the student{'' if budget is None else f' at {budget:g}'} ...")
+            if budget is not None:
+                student.set_compute(budget)
+            scorer = Scorer(student, teacher.processor)
+            after, chosen = _ask(scorer, name, task, limit)
+            spent = {phase: scorer.spent[phase] / scorer.dense[phase] for phase in PHASES}
+            rows.append(
+                {
+                    "model": config.model,
+                    "family": config.family,
+                    "preset": config.preset,
+                    "phase": config.budget.phase,
+                    "compute_target": config.budget.target if budget is None else budget,
+                    "task": name,
+                    "examples": len(chosen),
+                    "compute": spent["decode"],
+                    "compute_prefill": spent["prefill"],
+                    **after,
+                    **{f"teacher_{key}": value for key, value in before.items()},
+                    "agreement": sum(a == b for a, b in zip(chosen, preferred, strict=True)) / len(chosen),
+                }
+            )
     return rows
 
 
@@ -218,7 +222,8 @@ def _ask(scorer: Scorer, name: str, task: ConfigurableTask, limit: int | None) -
     measured = results["results"][name]
     keys = {"acc": "accuracy", "acc_stderr": "accuracy_stderr"}
     keys |= {"acc_norm": "accuracy_norm", "acc_norm_stderr": "accuracy_norm_stderr"}
-    row = {key: float(measured[f"{metric},none"]) for metric, key in keys.items() if f"{metric},none" in measured}
+    found = {key: measured.get(f"{metric},none") for metric, key in keys.items()}
+    row = {key: float(value) for key, value in found.items() if value not in (None, "N/A")}
     preferred = []
     for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"]):
         scores = [score for score, _ in sample["filtered_resps"][: len(task.doc_to_choice(sample["doc"]))]]

@@ -105,7 +105,7 @@ def test_evaluating_again_gives_the_same(finished: Path, image_folder: Path) -> 
     same = ("compute", "top1", "top5", "agreement", "kl", "cosine")
     assert {key: row[key] for key in same} == {key: told[key] for key in same}
     assert measure_run(str(finished), data=str(image_folder), say=silent)[0]["images"] == 16
-    (dense,) = measure_run(str(finished), compute=1.0, say=silent)
+    (dense,) = measure_run(str(finished), compute=[1.0], say=silent)
     assert dense["compute"] == dense["agreement"] == 1 and dense["kl"] == pytest.approx(0, abs=1e-6)
 
 

@@ -116,7 +116,7 @@ def test_budgets_of_a_batch_cover_the_range():
 
 
 def test_every_budget_is_met_on_held_out_text_and_more_is_better(finished: Path):
-    rows = [measure_run(str(finished), compute=b, say=silent)[0] for b in (*BUDGETS, 1.0)]
+    rows = measure_run(str(finished), compute=[*BUDGETS, 1.0], say=silent)
     for budget, row in zip((*BUDGETS, 1.0), rows, strict=True):
         assert row["compute_target"] == budget and row["compute"] == pytest.approx(budget, abs=0.015)
     assert all(low["compute"] < high["compute"] for low, high in pairwise(rows))
@@ -165,6 +165,22 @@ def test_bench_and_generate_turn_the_dial(finished: Path, capsys: pytest.Capture
     assert len(spent) == 2 and spent[0] < spent[1]
     assert main(["generate", str(finished), "--prompt", "w3 w4 w5", "--compute", "0.9", "--max-new-tokens", "4"]) == 0
     assert "4 tokens" in capsys.readouterr().err
+
+
+def test_tasks_are_asked_at_both_ends_and_in_the_middle(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("lm_eval", reason="comes with the extra `tasks`")
+    question = {"question": "w3 w4", "choices": ["w5", "w6 w7"], "answer": 1}
+    (tmp_path / "own.jsonl").write_text(json.dumps(question))
+    command = ["eval", str(finished), "--tasks", str(tmp_path / "own.jsonl")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(budget in out for budget in ("0.600", "0.800", "1.000"))
+    assert main([*command, "--json", "--compute", "0.7", "0.9"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["compute_target"] for row in rows] == [0.7, 0.9]
+    assert rows[0]["compute"] < rows[1]["compute"]
 
 
 def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
@@ -270,7 +286,7 @@ def test_beams_share_the_budget_of_their_row(finished: Path):
 
 
 def test_baselines_are_made_at_one_of_its_budgets(finished: Path):
-    rows = measure_run(str(finished), compute=0.8, baselines=text.BASELINES, say=silent)
+    rows = measure_run(str(finished), compute=[0.8], baselines=text.BASELINES, say=silent)
     assert [row["compute"] for row in rows] == pytest.approx([0.8] * 5, abs=0.03)
 
 
@@ -327,9 +343,9 @@ def test_image_models_serve_a_range(configure_images: Configure, tmp_path: Path)
     distill(config, tmp_path / "run")
     student = elastic.load(tmp_path / "run")
     assert student.stepwise
-    rows = [measure_run(str(tmp_path / "run"), compute=b, say=silent)[0] for b in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    rows = measure_run(str(tmp_path / "run"), compute=[0.6, 0.7, 0.8, 0.9, 1.0], say=silent)
     spent = [row["compute"] for row in rows]
     assert spent == sorted(spent) and spent[-1] == pytest.approx(1)
     with pytest.raises(ValueError, match="--baselines need one compute"):
         measure_run(str(tmp_path / "run"), baselines=["random"], say=silent)
-    assert len(measure_run(str(tmp_path / "run"), compute=0.8, baselines=["random"], say=silent)) == 2
+    assert len(measure_run(str(tmp_path / "run"), compute=[0.8], baselines=["random"], say=silent)) == 2

@@ -131,7 +131,8 @@ def test_long_contexts_lose_their_beginning_and_long_choices_are_refused():
 
 def test_compute_is_that_of_the_text(finished: Path, tmp_path: Path):
     file = str(make_file(tmp_path / "own.jsonl"))
-    rows = {c: tasks.score_run(str(finished), [file], compute=c, say=silent)[0] for c in (0.75, 0.85, 1.0)}
+    budgets = (0.75, 0.85, 1.0)
+    rows = dict(zip(budgets, tasks.score_run(str(finished), [file], compute=budgets, say=silent), strict=True))
     low, high, whole = rows.values()
     assert 0.6 < low["compute"] < high["compute"] < 1.0 < low["compute_prefill"]
     assert whole["compute"] == whole["compute_prefill"] == whole["agreement"] == 1.0

@@ -171,7 +171,7 @@ def test_full_compute_is_the_teacher_bit_for_bit(preset: str, configure: Configu
     ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
     student.set_compute(1.0)
     assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
-    (row,) = measure_run(str(tmp_path / "run"), compute=1.0, say=silent)
+    (row,) = measure_run(str(tmp_path / "run"), compute=[1.0], say=silent)
     assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
     student.set_compute(student.dial[0][0])
     assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)

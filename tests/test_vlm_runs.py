@@ -137,7 +137,7 @@ def test_evaluating_again_gives_the_same_and_the_dial_reaches_the_teacher(finish
     told = Run.open(finished).about["result"]
     same = ("compute", "accuracy", "agreement", "kl", "image_tokens_kept")
     assert {key: row[key] for key in same} == pytest.approx({key: told[key] for key in same})
-    (dense,) = measure_run(str(finished), compute=1.0, say=silent)
+    (dense,) = measure_run(str(finished), compute=[1.0], say=silent)
     assert dense["compute"] == dense["agreement"] == dense["image_tokens_kept"] == 1
     assert dense["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -166,7 +166,7 @@ def test_one_run_serves_a_range_of_budgets(
     configure: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.distill(configure(budget__target="0.6:1.0"), tmp_path / "run", say=silent)
-    found = [measure_run(str(tmp_path / "run"), compute=b, say=silent)[0] for b in (0.6, 0.8, 1.0)]
+    found = measure_run(str(tmp_path / "run"), compute=[0.6, 0.8, 1.0], say=silent)
     assert [row["compute"] for row in found] == pytest.approx([0.6, 0.8, 1.0], abs=0.04)
     assert found[-1]["kl"] == pytest.approx(0, abs=1e-6)
     assert main(["eval", str(tmp_path / "run"), "--compute", "0.3"]) == 2
