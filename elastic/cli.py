@@ -483,7 +483,8 @@ def _screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
 
     from elastic.progress import watched_by
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    # the harness is kept from writing to stderr while it asks; this is not
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

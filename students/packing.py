@@ -37,18 +37,19 @@ class PackedProduct:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (
             torch.is_grad_enabled()
+            or x.dtype != torch.bfloat16
+            or x.numel() > MOST_ROWS * x.shape[-1]
             or not (self._like is None or isinstance(self._like, PackedLinear))
-            or x.shape[:-1].numel() > MOST_ROWS
-            or x.dtype != weight.dtype
-            or not _can_be_packed(weight)
             or kernels.observed()
         ):
             return F.linear(x, weight, bias)
         packed, place, version = self._packed, weight.data_ptr(), weight._version
         if packed is None or packed[0] != place or packed[1] != version:
+            if not _can_be_packed(weight):
+                return F.linear(x, weight, bias)
             packed = place, version, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
             self._packed = packed
-        return torch.ops.mkldnn._linear_pointwise(x, packed[2], bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed[2], bias, "none", [], "")
 
     def __deepcopy__(self, memo: dict) -> PackedProduct:
         return PackedProduct(copy.deepcopy(self._like, memo))  # what is packed cannot be copied

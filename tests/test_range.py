@@ -168,7 +168,7 @@ def test_bench_and_generate_turn_the_dial(finished: Path, capsys: pytest.Capture
 
 
 def test_tasks_are_asked_at_both_ends_and_in_the_middle(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("lm_eval", reason="comes with the extra `tasks`")
     question = {"question": "w3 w4", "choices": ["w5", "w6 w7"], "answer": 1}
@@ -177,8 +177,12 @@ def test_tasks_are_asked_at_both_ends_and_in_the_middle(
     assert main(command) == 0
     out = capsys.readouterr().out
     assert all(budget in out for budget in ("0.600", "0.800", "1.000"))
+    monkeypatch.setattr("elastic.cli.QUIET_SECONDS", -1)
+    monkeypatch.setattr("elastic.tasks.BATCH_TOKENS", 1)
     assert main([*command, "--json", "--compute", "0.7", "0.9"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    out, err = capsys.readouterr()
+    assert err.count("1 of 2 done") == 3
+    rows = json.loads(out)["rows"]
     assert [row["compute_target"] for row in rows] == [0.7, 0.9]
     assert rows[0]["compute"] < rows[1]["compute"]
 
