@@ -98,6 +98,8 @@ def _find_recipe(norm: FusedNorm) -> _Recipe | None:
 
 
 class _Norm(torch.autograd.Function):
+    """A norm with the gradient by its input; the weight is frozen."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: _Recipe) -> Tensor:
         ctx.save_for_backward(x, weight)
