@@ -9,6 +9,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +66,8 @@ def bench_run(
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
     packed weights, fused norms and the student's attention from one token (packing.py, norms.py and attention.py of
-    students/), where a second copy of the weights fits into half of the free memory. Memory is the process's peak, in
-    bytes.
+    students/), where a second copy of the weights fits into half of the free memory. peak_bytes and dense_peak_bytes:
+    the most memory that was in use while the one or the other ran, with all of these models loaded.
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -136,8 +138,9 @@ def _classify(models: Models, tokens: int, pixels: Tensor, repeats: int) -> dict
     often = max(1, 64 // len(pixels))
     works = {name: lambda model=model: call(model, pixels) for name, model in models.items()}
     many = {name: lambda work=work: [work() for _ in range(often)] for name, work in works.items()}
-    seconds = {name: value / often for name, value in _medians(many, repeats, pixels.device).items()}
-    row = _row("classify", len(pixels), tokens, [count(works["student"]), count(works["dense"])], seconds)
+    seconds, peaks = _medians(many, repeats, pixels.device)
+    seconds = {name: value / often for name, value in seconds.items()}
+    row = _row("classify", len(pixels), tokens, [count(works["student"]), count(works["dense"])], seconds, peaks)
     rates = {name: len(pixels) / value for name, value in seconds.items()}
     return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}
 
@@ -148,22 +151,33 @@ def _cut(text: Tensor, batch: int, length: int) -> Tensor:
     return text.repeat(-(-need // len(text)))[:need].view(batch, length)
 
 
-def _medians(works: dict[str, Work], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each piece of work, all in turn, after one turn to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def _medians(works: dict[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
+    """Median seconds of each piece of work, all in turn, after one turn to warm up; the most memory, in bytes, that was
+    in use in the last turn of each."""
+    seconds: dict[Any, list[float]] = {name: [] for name in works}
+    peaks = {}
     for turn in range(repeats + 1):
         for name, work in works.items():
+            _forget_peak()
             started = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            peaks[name] = _peak()
+    return {name: statistics.median(times) for name, times in seconds.items()}, peaks
 
 
-def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]], seconds: dict[str, float]) -> dict:
-    """A row from the (FLOPs, bytes) of the student and the dense model, and the seconds of all models."""
+def _row(
+    phase: str,
+    batch: int,
+    tokens: int,
+    counted: Sequence[tuple[int, int]],
+    seconds: dict[str, float],
+    peaks: dict[str, int],
+) -> dict[str, Any]:
+    """A row from the (FLOPs, bytes) of the student and the dense model, and the seconds and peaks of all models."""
     (flops, read), (dense_flops, dense_read) = counted
     predicted, measured = dense_flops / flops, seconds["dense"] / seconds["student"]
     return {
@@ -178,7 +192,8 @@ def _row(phase: str, batch: int, tokens: int, counted: Sequence[tuple[int, int]]
         **({"tuned_speedup": seconds["tuned"] / seconds["student"]} if "tuned" in seconds else {}),
         "seconds": seconds["student"],
         "dense_seconds": seconds["dense"],
-        "peak_bytes": _peak(),
+        "peak_bytes": peaks["student"],
+        "dense_peak_bytes": peaks["dense"],
     }
 
 
@@ -190,9 +205,9 @@ def _prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> dict[st
     works = {
         name: lambda model=model: model(**inputs, use_cache=True, logits_to_keep=1) for name, model in models.items()
     }
-    seconds = _medians(works, repeats, device)
+    timed = _medians(works, repeats, device)
     works = works["student"], works["dense"]
-    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works], seconds)
+    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works], *timed)
     sizes = [cache_bytes(work().past_key_values) for work in works]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
@@ -211,12 +226,12 @@ def _decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -
     for name, model in models.items():
         works[name, 1] = lambda model=model: generate(model, 1)
         works[name, new] = lambda model=model: generate(model, new)
-    seconds = _medians(works, repeats, device)
+    seconds, peaks = _medians(works, repeats, device)
     each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
     outs = {name: generate(models[name], new) for name in ("student", "dense")}
     counted = [_count_decoding(models[name], out) for name, out in outs.items()]
     sizes = {name: cache_bytes(out.past_key_values) for name, out in outs.items()}
-    row = _row("decode", len(inputs["input_ids"]), new, counted, each)
+    row = _row("decode", len(inputs["input_ids"]), new, counted, each, {name: peaks[name, new] for name in models})
     return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
 
 
@@ -278,7 +293,7 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> dict
         student.zero_grad()
         spent.append(measured.macs["prefill"] / measured.dense["prefill"])
 
-    seconds = _medians({"forward": forward, "step": step}, repeats, next(student.parameters()).device)
+    seconds, peaks = _medians({"forward": forward, "step": step}, repeats, next(student.parameters()).device)
     compute = float(spent[-1])
     ideal, cost = 1 + 2 * compute, seconds["step"] / seconds["forward"]
     return {
@@ -294,12 +309,22 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> dict
         "teacher_forwards": cost,
         "ideal_teacher_forwards": ideal,
         "weight_bytes": sum(p.numel() * p.element_size() for p in student.parameters()),
-        "peak_bytes": _peak(),
+        "peak_bytes": peaks["step"],
+        "dense_peak_bytes": peaks["forward"],
     }
 
 
+def _forget_peak() -> None:
+    """Let `_peak` begin again; where it cannot, as on macOS, it is that of the process so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # Linux has it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak() -> int:
-    """The most memory that was in use, in bytes."""
+    """The most memory that was in use since `_forget_peak`, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -327,18 +327,21 @@ def _bench(options: argparse.Namespace) -> None:
     table.add_column("dense ms")
     table.add_column("cache MB")
     table.add_column("dense MB")
+    table.add_column("peak GB")
+    table.add_column("dense GB")
     for r in rows:
         caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
         speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))
         numbers = f"{r['batch']}", f"{r['tokens']}", f"{r['compute']:.3f}", *speeds, f"{r['efficiency']:.2f}"
         times = (f"{1000 * r[k]:,.1f}" for k in ("seconds", "dense_seconds"))
-        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches)
+        peaks = (f"{r[k] / 1e9:.2f}" for k in ("peak_bytes", "dense_peak_bytes"))
+        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches, *peaks)
     Console(width=160).print(table)
     train = rows[-1]
     print(
         f"{train['threads']} threads, {train['dtype']}; dense: the model as its library ships it (training: a teacher "
         f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
-        f"peak memory {train['peak_bytes'] / 1e9:.2f} GB, weights {train['weight_bytes'] / 1e9:.2f} GB"
+        f"peak: memory in use while the one or the other ran, both loaded; weights {train['weight_bytes'] / 1e9:.2f} GB"
     )
 
 

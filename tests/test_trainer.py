@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import elastic
 import teachers
 from elastic import dial, text, trainer
-from elastic.bench import bench_run
+from elastic.bench import _medians, bench_run
 from elastic.config import RunConfig, presets, to_dict
 from elastic.evaluate import measure_run
 from elastic.run import Run
@@ -476,7 +476,8 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
     for row in rows:
         assert row["measured_speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
         assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
-        assert row["peak_bytes"] > 0 and row["threads"] >= 1 and row["dtype"] == "float32"
+        assert row["peak_bytes"] > 0 and row["dense_peak_bytes"] > 0
+        assert row["threads"] >= 1 and row["dtype"] == "float32"
     decode, pair, train = rows[2:]
     assert decode["predicted_speedup"] == pytest.approx(1 / decode["compute"])
     assert 1 < decode["predicted_speedup_bytes"] < 2
@@ -484,6 +485,13 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
     assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
     assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
     assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be forgotten here")
+def test_peaks_are_those_of_their_own_work():
+    works = {"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}
+    _, peaks = _medians(works, 1, torch.device("cpu"))
+    assert peaks["large"] > peaks["small"] + 100_000_000
 
 
 def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
