@@ -51,22 +51,19 @@ class FusedNorm(nn.Module):
 
 
 class _Recipe:
-    """How norms.c has to be called to give a norm's bits; its arguments are explained there."""
+    """How norms.c has to be called to give a norm's bits; `kind` is explained there."""
 
-    def __init__(self, dtype: torch.dtype, epsilon: float, lanes: int, kind: int) -> None:
+    def __init__(self, dtype: torch.dtype, epsilon: float, kind: int) -> None:
         self.epsilon = epsilon
         self.kind = kind
         probe = torch.empty(0, dtype=dtype)
-        self._function = kernels.function("rms_norm", probe, 0, 0, probe, epsilon, lanes, kind, probe)
-        self._rest = epsilon, lanes, kind
+        self._function = kernels.function("rms_norm", probe, 0, 0, probe, epsilon, kind, probe)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         x, width = x.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
-        pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        self._function(
-            pointers[0], x.numel() // width, width, pointers[1], *self._rest, pointers[2], torch.get_num_threads()
-        )
+        settings = weight.data_ptr(), self.epsilon, self.kind
+        self._function(x.data_ptr(), x.numel() // width, width, *settings, out.data_ptr(), torch.get_num_threads())
         return out
 
 
@@ -86,14 +83,13 @@ def _find_recipe(norm: FusedNorm) -> _Recipe | None:
     """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
     draw, width, epsilon = torch.Generator().manual_seed(0), len(norm.weight), norm.epsilon
     x = torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)
-    ones, expected = torch.ones(width), x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-    lanes = [n for n in (8, 16) if torch.equal(_Recipe(torch.float32, epsilon, n, 1)(x, ones), expected)]
-    if not lanes:
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    if not torch.equal(_Recipe(torch.float32, epsilon, 1)(x, torch.ones(width)), expected):
         return None
     norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
     norm.weight.copy_(torch.randn(width, generator=draw))
     expected = super(FusedNorm, norm).forward(x)
-    recipes = (_Recipe(x.dtype, epsilon, lanes[0], kind) for kind in range(3))
+    recipes = (_Recipe(x.dtype, epsilon, kind) for kind in range(3))
     return next((recipe for recipe in recipes if torch.equal(recipe(x, norm.weight), expected)), None)
 
 
