@@ -72,6 +72,8 @@ class Panel:
     """A horizontal line and what it says."""
     diagonal: str = ""
     """What the line y = x says, where there is one."""
+    linear: bool = False
+    """For values such as accuracies, which stay within 0 and 1, however far they span."""
 
 
 def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
@@ -102,7 +104,7 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) 
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
             around = np.abs(np.array([line.low, line.high]) - line.y)
             axes.errorbar(line.x, line.y, around, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
-    _scale(axes, [y for line in panel.lines for y in line.y])
+    _scale(axes, [y for line in panel.lines for y in line.y], panel.linear)
     if panel.level is not None:
         level, text = panel.level
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
@@ -113,10 +115,10 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) 
         axes.annotate(panel.diagonal, (max(ends), max(ends)), (-4, 2), textcoords="offset points", size=9, ha="right")
 
 
-def _scale(axes: matplotlib.axes.Axes, values: Sequence[float]) -> None:
-    """Logarithmic where values span more than a factor of 20, with a place for zero where one is there."""
+def _scale(axes: matplotlib.axes.Axes, values: Sequence[float], linear: bool) -> None:
+    """Logarithmic where values span more than a factor of 20, with a place for zero where one is there; or linear."""
     positive = [value for value in values if value > 0]
-    if not positive or min(values) < 0 or max(positive) <= 20 * min(positive):
+    if linear or not positive or min(values) < 0 or max(positive) <= 20 * min(positive):
         axes.yaxis.set_major_locator(MaxNLocator(6))
         return
     if min(values) > 0:

@@ -115,7 +115,9 @@ class Model:
             pairs = [
                 [[(spent(row), row[key]) for row in s.at(b) if key in row] for b in s.budgets] for s in self.series
             ]
-            panels.append(plots.Panel(label, self.axis, f"{better} is better", _lines(self.series, pairs), level))
+            lines = _lines(self.series, pairs)
+            linear = better == "higher"  # these are all shares
+            panels.append(plots.Panel(label, self.axis, f"{better} is better", lines, level, linear=linear))
         return panels
 
     def quality_plot(self) -> str:

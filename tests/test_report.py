@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from elastic import plots
 from elastic.cli import main
 from elastic.report import alike, ranked, report
 from elastic.results import SweepFolder
@@ -161,6 +162,14 @@ def test_the_numbers_are_there(page: Path, folder: Path):
     assert len(rows) == 20 + 10
     assert rows[0]["perplexity_ratio"] == "1.0" and rows[-1]["top1"] == str(0.9 - 0.2 * (1.5 + 0.01))
     assert rows[2]["decode, batch 1, 128 tokens: predicted_speedup"] or rows[1]["machine threads"] == "2"
+
+
+@pytest.mark.parametrize(("linear", "shown", "hidden"), [(True, "0.4", "0.01"), (False, "0.01", "0.4")])
+def test_shares_are_drawn_on_a_linear_axis(linear: bool, shown: str, hidden: str):
+    values = [0.01, 0.9]
+    line = plots.Line("routers", [0.5, 0.9], values, values, values, style=0)
+    drawn = plots.curves([plots.Panel("agreement", "compute", "", [line], linear=linear)], "agreement")
+    assert f">{shown}<" in drawn and f">{hidden}<" not in drawn
 
 
 @pytest.mark.parametrize("name", ["report-tiny.svg", "report-vit.svg"])
