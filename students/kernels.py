@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c", "norms.c")]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+# sums keep their order in what has to have torch's bits
 _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _library: ctypes.CDLL | None = None
