@@ -136,7 +136,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sweep = command("sweep", _sweep, "distil, measure and time models at many budgets into one folder, for a report")
     sweep.add_argument("--model", nargs="+", required=True, metavar="M", help="as for distill")
-    sweep.add_argument("--target-compute", nargs="+", type=float, required=True, metavar="C", help="budgets, up to 1.0")
+    sweep.add_argument(
+        "--target-compute",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="C",
+        help="budgets, up to 1.0; a single one below 1 is trained for alone, several share a run",
+    )
     sweep.add_argument("--preset", nargs="+", default=["default"], metavar="P", help="as for distill")
     sweep.add_argument("--seed", nargs="+", type=int, default=[0], metavar="S", help="one run each (default 0)")
     sweep.add_argument(
