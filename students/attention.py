@@ -84,9 +84,11 @@ def routed_attention(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     if routed is None:
-        run = module.runtime
-        if base == "sdpa" and attention_mask is None and (run is None or (run.skipping and not run.bypass)):
-            return _one_token(attend, module, query, key, value, **kwargs), None
+        runtime = module.runtime
+        free = base == "sdpa" and (runtime is None or (runtime.skipping and not runtime.bypass))
+        shares = query.shape[2] == 1 and key.shape[1] < query.shape[1] and attention_mask is None
+        if free and shares and not torch.compiler.is_compiling():
+            return _from_one_token(attend, module, query, key, value, **kwargs), None
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
 
@@ -108,16 +110,13 @@ def routed_attention(
     return _selected(run, query, key, value, attention_mask, routed), None
 
 
-def _one_token(
+def _from_one_token(
     attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> Tensor:
-    """Attention from query [B, H, T, d]; of one token, the heads that share keys are rows of one product, which reads
-    the keys once instead of once a head."""
-    batch, heads, tokens, size = query.shape
-    groups = key.shape[1]
-    if tokens > 1 or heads == groups or torch.compiler.is_compiling():
-        return attend(module, query, key, value, None, **kwargs)[0]
-    query = query.reshape(batch, groups, heads // groups, size)
+    """Attention of query [B, H, 1, d] to all keys: heads that share keys are rows of one product, which reads the keys
+    once instead of once a head."""
+    batch, heads, _, size = query.shape
+    query = query.reshape(batch, key.shape[1], -1, size)
     out = attend(_OneKeyPerHead(module), query, key, value, None, **{**kwargs, "is_causal": False})[0]
     return out.transpose(1, 2).reshape(batch, 1, heads, -1)
 

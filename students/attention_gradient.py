@@ -6,8 +6,8 @@ here backward makes the attention weights again, as one matrix of scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +21,10 @@ LARGEST = 8 * 2**20
 """Bytes of scores up to which this is faster: above, they do not stay in a core's cache."""
 
 
-@contextmanager
-def fast_attention_gradients(device: torch.device) -> Iterator[None]:
+def fast_attention_gradients(device: torch.device) -> AbstractContextManager[Any]:
     """Within it, attention over few tokens has the faster gradient, whoever calls it; for passes that nobody recomputes
     in backward."""
-    with _ShortAttention() if device.type == "cpu" and torch.is_grad_enabled() else nullcontext():
-        yield
+    return _ShortAttention() if device.type == "cpu" and torch.is_grad_enabled() else nullcontext()
 
 
 class _ShortAttention(TorchFunctionMode):

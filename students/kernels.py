@@ -103,7 +103,7 @@ def observed() -> bool:
 
 
 def function(name: str, *arguments: Tensor | int | float | None) -> Any:
-    """The C function of fused.c or merging.c for the type of the first argument; its last one is how many threads."""
+    """The C function of fused.c, merging.c or norms.c for the type of the first argument; threads are its last one."""
     found = getattr(_library, f"{name}_{native(arguments[0])}")
     if found.argtypes is None:
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
@@ -112,7 +112,7 @@ def function(name: str, *arguments: Tensor | int | float | None) -> Any:
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C function of fused.c or merging.c; tensors are contiguous."""
+    """Call a C function of fused.c, merging.c or norms.c; tensors are contiguous."""
     found = function(name, *arguments)
     found(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
 

@@ -1,4 +1,4 @@
-"""RMS norms (arXiv 1910.07467) in one pass on CPUs, forward and backward, where a C compiler is present (see norms.c).
+"""RMS norms (arXiv 1910.07467) in one pass on CPUs with a C compiler: forward by norms.c, backward by fused.c.
 
 Written in Python, as transformers has them, they are eight operators in float32 and leave a dozen behind for backward.
 The forward pass has the same bits: it is used only for norms for which a trial shows that.

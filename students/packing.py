@@ -26,8 +26,8 @@ LEAST_OUTPUTS = 32
 class PackedProduct:
     """F.linear for one frozen weight [O, I], which is packed in the first call, and again if it has changed.
 
-    F.linear itself runs on many rows, where gradients are wanted, elsewhere than in bfloat16 on a CPU, where somebody
-    counts operations or compiles them, and as long as the layer `like`, if there is one, is not packed itself.
+    F.linear itself runs on many rows, for few outputs, where gradients are wanted, elsewhere than in bfloat16 on a CPU,
+    where somebody counts operations or compiles them, and as long as the layer `like`, if there is one, is not packed.
     """
 
     def __init__(self, like: nn.Module | None = None) -> None:
