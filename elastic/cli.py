@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--data", required=True, help="small square images of one size, as for distill (an image model); or easy-vqa"
     )
-    pretrain.add_argument("--output", metavar="FOLDER", required=True, help="where the model goes")
+    pretrain.add_argument(
+        "--output", metavar="FOLDER", required=True, help="where the model goes; after Ctrl-C the same command goes on"
+    )
     pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12)")
     pretrain.add_argument("--start", metavar="FOLDER", help="go on from an image model that this command wrote")
 

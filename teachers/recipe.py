@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from teachers.cache import published
 from teachers.images import ImageSet, load_all, load_images
+from teachers.snapshot import Snapshot
 from teachers.vision import pack, unpack
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ PEAK_LR = 2e-3
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.1
 REPORT = 100
-"""Steps between lines about progress."""
+"""Steps between lines about progress, and between snapshots."""
 DROPPED_PATCHES = ((0.0, 0.5), (0.5, 0.3), (0.75, 0.0))
 """(share of the run, share of the patches left out from there on): PatchDropout (arXiv 2208.07220)."""
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -45,9 +46,9 @@ def pretrain(
     """Train a ViT-Tiny with patches of 4 x 4 pixels on images of one size and write it to the folder `output`.
 
     The folder is as timm writes them, but for weights in int8, so that 5.4 million parameters take 5.4 MB. start: a
-    folder that this function wrote, to go on from at half the learning rate and with fewer patches left out. Returns
-    the top-1 accuracy of what was written, on the source's validation part. Raises ValueError for data that does not
-    fit.
+    folder that this function wrote, to go on from at half the learning rate and with fewer patches left out. Where a
+    call was stopped, the same one goes on from `output`.part.safetensors. Returns the top-1 accuracy of what was
+    written, on the source's validation part. Raises ValueError for data that does not fit.
     """
     import timm
     from safetensors.torch import load_file, save_file
@@ -68,7 +69,9 @@ def pretrain(
     if start is not None:
         model.load_state_dict(unpack(load_file(Path(start) / "model.safetensors")))
     say(f"training {ARCHITECTURE} on {len(images):,} images of {source} for {epochs} epochs")
-    train_vit(model, images, labels, epochs, start is not None, say)
+    told = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
+    part = final.with_name(f"{final.name}.part.safetensors")
+    train_vit(model, images, labels, epochs, start is not None, part, told, say)
     mean, std = channel_statistics(images)
     state = pack(model.state_dict())
     model.load_state_dict(unpack(state))
@@ -96,6 +99,7 @@ def pretrain(
         folder.mkdir()
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.unlink(missing_ok=True)
     return accuracy
 
 
@@ -129,9 +133,13 @@ def train_vit(
     labels: Tensor,
     epochs: int,
     again: bool,
+    part: Path,
+    told: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Train in place on images [N, C, H, W] uint8 and labels [N]; again: the model was trained like this before.
+
+    part: where snapshots go, described by `told`.
 
     Hidden matrices by Muon (Jordan et al., 2024), everything else by AdamW; weights are kept in float32 and multiplied
     in bfloat16.
@@ -159,8 +167,13 @@ def train_vit(
     batch = min(BATCH, len(images))
     steps = len(images) // batch * epochs
     order = torch.cat([torch.randperm(len(images))[: len(images) // batch * batch] for _ in range(epochs)])
+    snapshot = Snapshot(part, optimizers, told)
+    first = snapshot.restore()
+    if first:
+        say(f"going on after step {first}")
+        _take_over(parameters, masters)
     mark, loss_sum = time.monotonic(), 0.0
-    for step in range(steps):
+    for step in range(first, steps):
         done = (step / steps + 1) / 2 if again else step / steps
         rows = order[step * batch : (step + 1) * batch]
         dropped = next(share for begin, share in reversed(DROPPED_PATCHES) if done >= begin)
@@ -177,20 +190,25 @@ def train_vit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-            for parameter, master in zip(parameters, masters, strict=True):
-                parameter.copy_(master)
+        _take_over(parameters, masters)
         loss_sum += float(loss.detach())
         if (step + 1) % REPORT == 0:
             speed = REPORT / (time.monotonic() - mark)
             left = (steps - step - 1) / speed / 60
             rate = f"{speed * batch:.0f} images/s, {left:.0f} min left"
+            snapshot.save(step + 1)
             say(f"step {step + 1}/{steps}: loss {loss_sum / REPORT:.3f}, {rate}")
             mark, loss_sum = time.monotonic(), 0.0
     work.float().eval()
     work.patch_drop = nn.Identity()
-    with torch.no_grad():
-        for parameter, master in zip(work.parameters(), masters, strict=True):
-            parameter.copy_(master)
+    _take_over(work.parameters(), masters)
+
+
+@torch.no_grad()
+def _take_over(parameters: Iterable[nn.Parameter], masters: Iterable[nn.Parameter]) -> None:
+    """Set parameters to their masters, which are more precise."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.copy_(master)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

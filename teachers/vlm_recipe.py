@@ -8,6 +8,7 @@ that; and then they learn from the answers, through the language model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from teachers.cache import published
 from teachers.load import load
 from teachers.questions import EASY_VQA, QuestionSet, load_all, load_questions
+from teachers.snapshot import Snapshot
 from teachers.vision import pack, unpack
 from teachers.vlm import IMAGE_TOKEN, LANGUAGE, answer_text, assemble, processor_for, prompt_text
 
@@ -66,7 +68,7 @@ ASKED = (6, 6, 2)
 INNER = (slice(1, 7), slice(2, 6))
 """Rows and columns of the image tokens, 8 x 8, that are never left out in training."""
 REPORT = 25
-"""Steps between lines about progress."""
+"""Steps between lines about progress, and between snapshots."""
 
 Say = Callable[[str], None]
 Pair = tuple[str, str]
@@ -78,8 +80,8 @@ Kind = tuple[int, int]
 def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: int = 0, say: Say = print) -> float:
     """Train a tower and projector on easy-VQA and write them to the folder `output`, in int8.
 
-    What a stage has learned is kept beside `output` until all is done: after an interruption the same call goes on with
-    the stage that was interrupted. Returns the share of test questions whose answer is right, of what was written.
+    What was learned so far is kept in `output`.stages until all is done: after an interruption the same call goes on
+    with the loop that was interrupted. Returns the share of test questions whose answer is right, of what was written.
     ValueError where the folder exists.
     """
     from safetensors.torch import load_file, save_file
@@ -99,17 +101,19 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
         tower.config.image_size // tower.config.patch_size, [_places(model, base.processor, names) for names in WORDS]
     )
     say(f"stage 1: the tower learns to name what {sum(map(len, shown.images.values())):,} images show")
-    _once(stages / "1.safetensors", seed, lambda: _name(tower, shown, say), tower=tower)
+    _once(stages / "1.safetensors", seed, say, functools.partial(_name, tower, shown), tower=tower)
     with torch.no_grad():  # what the projector reads is not normalised, and this layer is its first
         scale = float(_states(tower, torch.cat(list(shown.images.values()))[:TOWER_BATCH]).std(-1).mean())
         projector.linear_1.weight.div_(scale)
     say(f"stage 2: what {language} has to read of an image, to answer questions about it")
-    _once(stages / "2.safetensors", seed, lambda: _read(reader, tokens, shown, say), tokens=tokens)
+    _once(stages / "2.safetensors", seed, say, functools.partial(_read, reader, tokens, shown), tokens=tokens)
     say("stage 3: tower and projector learn to write that")
     both = {"tower": tower, "projector": projector}
-    _once(stages / "3.safetensors", seed, lambda: _write(tower, projector, tokens, shown, scale, say), **both)
+    write = functools.partial(_write, tower, projector, tokens, shown, scale)
+    _once(stages / "3.safetensors", seed, say, write, **both)
     say(f"stage 4: tower and projector learn from answers, through {language}")
-    _once(stages / "4.safetensors", seed, lambda: _answer(reader, tower, projector, shown, scale, say), **both)
+    answer = functools.partial(_answer, reader, tower, projector, shown, scale)
+    _once(stages / "4.safetensors", seed, say, answer, **both)
     state = {**_prefixed(tower, "model.vision_tower."), **_prefixed(projector, "model.multi_modal_projector.")}
     with published(final) as workshop:
         folder = workshop / final.name
@@ -123,7 +127,7 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
     return accuracy(reader, load_all(EASY_VQA))
 
 
-def _once(path: Path, seed: int, learn: Callable[[], None], **modules: nn.Module) -> None:
+def _once(path: Path, seed: int, say: Say, learn: Callable[[Loops], None], **modules: nn.Module) -> None:
     """Let the modules learn and keep the result in the file `path`; where that exists, only take it from there."""
     from safetensors.torch import load_file, save_file
 
@@ -134,7 +138,7 @@ def _once(path: Path, seed: int, learn: Callable[[], None], **modules: nn.Module
             start = f"{name}."
             module.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
         return
-    learn()
+    learn(Loops(path.with_suffix(""), say))
     with published(path) as workshop:
         state = {}
         for name, module in modules.items():
@@ -212,34 +216,46 @@ def _shown(pairs: Sequence[Pair]) -> list[int | None]:
     return found
 
 
-def _steps(
-    parameters: list[dict[str, Any]], steps: int, warmup: int, say: Say, decay: float = 0.05
-) -> Iterator[Callable[[Tensor], None]]:
-    """For each of `steps` steps what takes its loss: AdamW with warm-up and cosine decay, gradients clipped.
+class Loops:
+    """A stage's training loops: AdamW with warm-up and cosine decay, gradients clipped. What was stopped goes on."""
 
-    decay: of weights, per step of learning rate 1."""
-    optimizer = torch.optim.AdamW(parameters, weight_decay=decay, betas=(0.9, 0.98))
-    flat = [p for group in optimizer.param_groups for p in group["params"]]
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    mark, total = time.monotonic(), 0.0
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.folder = folder
+        self.say = say
+        self.count = 0
 
-    def take(loss: Tensor) -> None:
-        nonlocal total
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(flat, 1.0)
-        optimizer.step()
-        total += float(loss.detach())
+    def __call__(
+        self, parameters: list[dict[str, Any]], steps: int, warmup: int, decay: float = 0.05
+    ) -> Iterator[Callable[[Tensor], None]]:
+        """For each step that is not done yet what takes its loss. decay: of weights, per step of learning rate 1."""
+        self.count += 1
+        optimizer = torch.optim.AdamW(parameters, weight_decay=decay, betas=(0.9, 0.98))
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        snapshot = Snapshot(self.folder / f"{self.count}.safetensors", [optimizer], {"steps": steps})
+        first = snapshot.restore()
+        if first:
+            self.say(f"going on after step {first}/{steps}")
+        mark, losses = time.monotonic(), []
 
-    for step in range(steps):
-        share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
-        yield take
-        if (step + 1) % REPORT == 0:
-            left = (time.monotonic() - mark) / REPORT * (steps - step - 1) / 60
-            say(f"step {step + 1}/{steps}: loss {total / REPORT:.3f}, {left:.0f} min left")
-            mark, total = time.monotonic(), 0.0
+        def take(loss: Tensor) -> None:
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(flat, 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+
+        for step in range(first, steps):
+            share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+            yield take
+            if (step + 1) % REPORT == 0 or step + 1 == steps:
+                snapshot.save(step + 1)
+                left = (time.monotonic() - mark) / len(losses) * (steps - step - 1) / 60
+                self.say(f"step {step + 1}/{steps}: loss {sum(losses) / len(losses):.3f}, {left:.0f} min left")
+                mark = time.monotonic()
+                losses.clear()
 
 
 def _learn(*modules: nn.Module) -> list[nn.Parameter]:
@@ -251,13 +267,13 @@ def _states(tower: nn.Module, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
-def _name(tower: nn.Module, shown: Shown, say: Say) -> None:
+def _name(tower: nn.Module, shown: Shown, loops: Loops) -> None:
     """The tower learns shape and colour from the mean of its tokens."""
     images, kinds = _listed(shown)
     sizes = [len(words) for words in WORDS]
     head = nn.Linear(tower.config.hidden_size, sum(sizes))
     steps = TOWER_EPOCHS * len(images) // TOWER_BATCH
-    for take in _steps([{"params": _learn(tower, head), "lr": 1e-3}], steps, 100, say):
+    for take in loops([{"params": _learn(tower, head), "lr": 1e-3}], steps, 100):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(_states(tower, turned(images[rows])).mean(1))
@@ -308,21 +324,21 @@ class KindTokens(nn.Module):
         return torch.where(self.inner.unsqueeze(-1), told, self.around)
 
 
-def _read(reader: Reader, tokens: KindTokens, shown: Shown, say: Say) -> None:
+def _read(reader: Reader, tokens: KindTokens, shown: Shown, loops: Loops) -> None:
     """The tokens learn what lets the language model answer: for images of one kind, then for all.
 
     What was learned of one kind is a start for all: the words of the one are put in the place of the other's.
     """
     kinds = list(shown.pairs)
     words = [part.detach().clone() for part in tokens.of]
-    for take in _steps([{"params": _learn(tokens), "lr": 5e-3}], FIRST_STEPS, 20, say, decay=0.0):
+    for take in loops([{"params": _learn(tokens), "lr": 5e-3}], FIRST_STEPS, 20, decay=0.0):
         take(_loss(reader, tokens(kinds[:1]), [shown.draw(kinds[0], [16, 16, 4])]))
     with torch.no_grad():
         whole = tokens(kinds[:1])[0]
         for part, start in zip(tokens.of, words, strict=True):
             part.copy_(start)
         tokens.common.add_(whole - tokens(kinds[:1])[0])
-    for take in _steps([{"params": _learn(tokens), "lr": 4e-3}], READING_STEPS, 20, say, decay=0.0):
+    for take in loops([{"params": _learn(tokens), "lr": 4e-3}], READING_STEPS, 20, decay=0.0):
         chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
         take(_loss(reader, tokens(chosen), [shown.draw(kind, ASKED) for kind in chosen]))
 
@@ -351,13 +367,15 @@ def _groups(
     ]
 
 
-def _write(tower: nn.Module, projector: nn.Module, tokens: KindTokens, shown: Shown, scale: float, say: Say) -> None:
+def _write(
+    tower: nn.Module, projector: nn.Module, tokens: KindTokens, shown: Shown, scale: float, loops: Loops
+) -> None:
     """Tower and projector learn to make of an image the tokens of its kind."""
     images, kinds = _listed(shown)
     with torch.no_grad():
         spread = tokens(list(shown.pairs)).var(0).mean()
     steps = WRITING_EPOCHS * len(images) // TOWER_BATCH
-    for take in _steps(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 100, say):
+    for take in loops(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 100):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
             made = projector(_states(tower, turned(images[rows])))
@@ -366,10 +384,10 @@ def _write(tower: nn.Module, projector: nn.Module, tokens: KindTokens, shown: Sh
         take((made.float() - wanted).square().mean() / spread)
 
 
-def _answer(reader: Reader, tower: nn.Module, projector: nn.Module, shown: Shown, scale: float, say: Say) -> None:
+def _answer(reader: Reader, tower: nn.Module, projector: nn.Module, shown: Shown, scale: float, loops: Loops) -> None:
     """Tower and projector learn from the answers to questions about each image, read in one sequence."""
     kinds = list(shown.images)
-    for take in _steps(_groups(tower, projector, 1e-4, 2e-4, scale), ANSWERING_STEPS, 50, say):
+    for take in loops(_groups(tower, projector, 1e-4, 2e-4, scale), ANSWERING_STEPS, 50):
         chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
         some = [shown.images[kind][torch.randint(len(shown.images[kind]), ())] for kind in chosen]
         with torch.autocast("cpu", torch.bfloat16):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import teachers
 from elastic import images, trainer
@@ -27,6 +29,7 @@ from elastic.sweep import look
 from students import StudentSpec, elasticize
 from students.image import ImageStudent
 from students.spec import RouterSpec
+from teachers import recipe
 from teachers.recipe import pretrain
 from teachers.registry import models
 from teachers.vision import pack, unpack
@@ -289,6 +292,29 @@ def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: P
     assert teachers.load(str(again)).identity != teacher.identity
     with pytest.raises(ValueError, match="exists: name another folder"):
         pretrain(str(image_folder), first, epochs=1, say=silent)
+
+
+def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "REPORT", 2)
+    monkeypatch.setattr(recipe, "BATCH", 4)
+    train = functools.partial(pretrain, str(image_folder), seed=3)
+    train(tmp_path / "whole", epochs=1, say=silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", epochs=1, say=Mock(side_effect=[None, KeyboardInterrupt]))
+    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped.part.safetensors"]
+    with pytest.raises(ValueError, match=r"is of a run with .*epochs 1, .* this is .*epochs 2, .*: delete it"):
+        train(tmp_path / "stopped", epochs=2, say=silent)
+    said: list[str] = []
+    train(tmp_path / "stopped", epochs=1, say=said.append)
+    assert "going on after step 2" in said
+    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    (tmp_path / "torn.part.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"torn\.part\.safetensors is damaged .*: delete it"):
+        train(tmp_path / "torn", epochs=1, say=silent)
 
 
 def test_the_shipped_teacher_is_small_and_complete() -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -313,14 +312,20 @@ def test_a_recipe_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(vlm_recipe, "load_questions", lambda *_, **__: QuestionData(load_all(str(asked)), None, ""))
     make = functools.partial(vlm_recipe.pretrain_vlm, language=str(language), say=silent)
     assert 0 <= make(tmp_path / "whole") <= 1
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(vlm_recipe, "_answer", Mock(side_effect=KeyboardInterrupt))
-        make(tmp_path / "stopped")
-    assert not (tmp_path / "stopped").exists()
-    with monkeypatch.context() as done:
-        for name in ("_name", "_read", "_write"):
-            done.setattr(vlm_recipe, name, None)
-        make(tmp_path / "stopped")
+    monkeypatch.setattr(vlm_recipe, "REPORT", 1)
+    said: list[str] = []
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if line.startswith("step 1/2"):
+            raise KeyboardInterrupt
+
+    for _ in range(3):  # in the loops that learn to read, and to answer
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "stopped", say=stop)
+        assert not (tmp_path / "stopped").exists()
+    make(tmp_path / "stopped", say=stop)
+    assert said.count("going on after step 1/2") == 3
     assert sorted(tmp_path.glob("*.stages")) == []
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
