@@ -41,6 +41,8 @@ Models = dict[str, nn.Module]
 
 PROMPT = 128
 """Tokens in front of those that decoding is timed on."""
+IMAGES = 64
+"""So many are timed, in batches, or one larger batch."""
 
 
 def bench_run(
@@ -94,7 +96,8 @@ def bench_run(
         if isinstance(student, ImageStudent):
             for size in batch or (1, 8, 64):
                 say(f"{size} images at once ...")
-                rows.append(_classify(models, student.tokens, _images(data.held_out, size), repeats))
+                pixels = _images(data.held_out, size * max(1, IMAGES // size))
+                rows.append(_classify(models, student.tokens, pixels, size, repeats))
             continue
         if isinstance(student, VisionLanguageStudent):
             for size in batch or (1, 8):
@@ -132,16 +135,15 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _classify(models: Models, tokens: int, pixels: Tensor, repeats: int) -> dict[str, Any]:
-    """A forward pass of images [B, C, H, W]; small ones are run several times in a row, to be timed at all."""
-    pixels = pixels.to(next(models["dense"].parameters()).device)
-    often = max(1, 64 // len(pixels))
-    works = {name: lambda model=model: call(model, pixels) for name, model in models.items()}
-    many = {name: lambda work=work: [work() for _ in range(often)] for name, work in works.items()}
-    seconds, peaks = _medians(many, repeats, pixels.device)
-    seconds = {name: value / often for name, value in seconds.items()}
-    row = _row("classify", len(pixels), tokens, [count(works["student"]), count(works["dense"])], seconds, peaks)
-    rates = {name: len(pixels) / value for name, value in seconds.items()}
+def _classify(models: Models, tokens: int, pixels: Tensor, batch: int, repeats: int) -> dict[str, Any]:
+    """A forward pass of images [N, C, H, W], so many at a time: they may differ in what they cost, and the time of one
+    is too short to be taken."""
+    parts = pixels.to(next(models["dense"].parameters()).device).split(batch)
+    works = {name: lambda model=model: [call(model, part) for part in parts] for name, model in models.items()}
+    seconds, peaks = _medians(works, repeats, parts[0].device)
+    seconds = {name: value / len(parts) for name, value in seconds.items()}
+    row = _row("classify", batch, tokens, [count(works["student"]), count(works["dense"])], seconds, peaks)
+    rates = {name: batch / value for name, value in seconds.items()}
     return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}
 
 
