@@ -1,13 +1,15 @@
 """What a student of images has to beat, on the same frozen weights: dropping patches blindly, and merging them.
 
-random, uniform: as many patches leave each block as the student's routers send away, but any, or at even distances.
+random, uniform: as many patches leave each block as the student's routers send away in the mean, but any, or at even
+distances, and as many of every image.
 tome: a few patches of every block are merged with similar ones (arXiv 2210.09461).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +22,17 @@ from students.vlm import VisionLanguageStudent
 
 
 class _Order(nn.Module):
-    """In place of a router: scores that know nothing of the image, and the router's own quota.
+    """In place of a router: scores that know nothing of what they score, and a share that passes, of every image alike.
 
     whole: where dropped patches stay away, the tokens of an image before any has gone; the scores given then stand.
     """
 
-    def __init__(self, router: Router, scores: Callable[[Tensor], Tensor], whole: int = 0) -> None:
+    def __init__(
+        self, router: Router, share: Callable[[float], float], scores: Callable[[Tensor], Tensor], whole: int = 0
+    ) -> None:
         super().__init__()
-        self.spec = router.spec
-        self.quota = router.quota
+        self.spec = dataclasses.replace(router.spec, selection="quota", multiple=1)
+        self.quota = share
         self.shift = router.shift
         self.whole = whole
         self.scores = scores
@@ -48,18 +52,26 @@ class _Order(nn.Module):
         return self.scores(x)
 
 
-def drop_blindly(student: ImageStudent, kind: str, seed: int = 0) -> None:
-    """Let the student drop as many patches as before, but at random or at even distances ("random", "uniform").
+@torch.no_grad()
+def drop_blindly(student: ImageStudent, kind: str, batches: Sequence[Tensor], seed: int = 0) -> None:
+    """Let the student drop as many patches as it does in the mean over batches of pixels [B, C, H, W], but at random or
+    at even distances ("random", "uniform").
 
-    ValueError where it has no layer routers with quota, whose numbers could be taken over.
+    ValueError where it has no layer routers whose numbers could be taken over.
     """
     layer = student.spec.find("layer")
-    if layer is None or layer.selection != "quota":
-        raise ValueError(f"the baseline {kind} drops as many patches as layer routers with quota: this run has none")
+    if layer is None or layer.selection == "topk":
+        raise ValueError(
+            f"the baseline {kind} drops as many patches as layer routers with `selection: quota` or threshold: this "
+            "run has none"
+        )
+    shares = [student(pixels)[1].share for pixels in batches]
     scores, whole = _blind(kind, seed), student.tokens if student.stays else 0
-    for block in student.blocks:
+    for number, block in enumerate(student.blocks):
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
-            block.routers["layer"] = _Order(block.routers["layer"], scores, whole)
+            here = torch.cat([share[f"{number}.layer"] for share in shares])
+            kept = float(here[:, student.runtime.prefix :].mean())
+            block.routers["layer"] = _Order(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
             block.merges = False
 
 
@@ -70,7 +82,7 @@ def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> No
     """
     if student.door is None or student.door.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    student.trunk.door.routers["image"] = _Order(student.door, _blind(kind, seed))
+    student.trunk.door.routers["image"] = _Order(student.door, student.door.quota, _blind(kind, seed))
 
 
 def _blind(kind: str, seed: int) -> Callable[[Tensor], Tensor]:

@@ -270,7 +270,8 @@ def baseline(name: str, student: ImageStudent, images: ImageSet, config: RunConf
         teacher = teachers.load(config.model, dtype=next(student.model.parameters()).dtype).model
         model, share = baselines.merging(teacher, images.load([0])[0], compute)
         return compare(student, images, lambda pixels: (features_of(model, pixels), share))
-    baselines.drop_blindly(student, name, config.train.seed)
+    some = images.subset(range(min(DIAL_IMAGES, len(images))))
+    baselines.drop_blindly(student, name, [pixels for pixels, _ in _batches(student, some)], config.train.seed)
     return evaluate(student, images, config)
 
 

@@ -86,10 +86,10 @@ def _language_parts(
 ) -> tuple[Runtime, ComputeModel]:
     """Routers in the blocks of a language model and in front of its head."""
     for router in spec.routers:
-        if router.selection == "quota" or router.dropped != "return":
+        if router.selection == "quota" or router.dropped != "return" or router.multiple != 1:
             raise ValueError(
                 f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
-                f"quota` and `dropped: {router.dropped}` are for images"
+                "quota`, `dropped: stay`, `dropped: merge` and `multiple` are for images"
             )
     runtime = Runtime()
     shapes = _shapes(trunk, record, blocks, spec, runtime)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from students import gates
+from students import gates, kernels
 from students.architecture import trunk_of
-from students.merging import NOT_NOW, Matches, match, merge, merge_lowest
+from students.merging import NOT_NOW, Matches, match, merge, merge_below, merge_lowest
 from students.routers import Router
 from students.runtime import Decisions, Runtime
 from students.spec import BRANCHES
@@ -26,6 +26,8 @@ TOP = 1e30
 """Scores of the tokens that are never closed start here."""
 LEAK = 1e-3
 """Weight of a closed key while routers are trained."""
+CALL = 2**26
+"""About as many multiply-accumulates take as long as what a block does besides them, at two cores of a CPU."""
 
 
 @dataclass
@@ -143,9 +145,12 @@ class RoutedBlock(Wrapper):
         some = index = rows = stand_in = weight = None
         valid = flow.valid
         count = self._count(flow, router)
-        if router is not None and self.merges and isinstance(count, int) and router.spec.network == "linear":
+        merges = router is not None and self.merges and router.spec.network == "linear"
+        if merges and isinstance(count, int):
             if count + self.prefix < x.shape[1]:
                 some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
+        elif merges and count is None and kernels.native(x) is not None and not kernels.observed():
+            some, index, valid, stand_in = self._merge_below(x, flow, router)
         elif router is not None:
             x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
         if index is None:
@@ -164,20 +169,60 @@ class RoutedBlock(Wrapper):
             kwargs = for_tokens(kwargs, places, self.prefix)
         bias = flow.bias(x.dtype)
         if valid is not None:
-            mask = gates.hide_closed_keys(None, valid, x.dtype, causal=False)
-            kwargs[self.mask] = mask if bias is None else mask + bias
-        elif bias is not None:
-            kwargs[self.mask] = bias.expand(-1, 1, some.shape[1], -1)
-        out = self.base_layer(some, *args, **kwargs)
+            out = self._by_length(some, valid, bias, args, kwargs)
+        else:
+            if bias is not None:
+                kwargs[self.mask] = bias.expand(-1, 1, some.shape[1], -1)
+            out = self.base_layer(some, *args, **kwargs)
         if weight is not None:
             out = some + weight * (out - some)
-        if valid is not None:
-            out = torch.where(valid.unsqueeze(-1), out, some)
         if run.decisions is not None and (router is not None or self.stays):
             self._note(x, flow, places, valid)
         if index is None or self.stays:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
+
+    def _by_length(self, x: Tensor, valid: Tensor, bias: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The block, on images of about the same length at a time; what fills x [B, n, D] up stays as it was.
+
+        valid [B, n]: which tokens are there, in front of the others. bias [B, 1, 1, n]: added to scores of keys.
+        """
+        out, rope = x.clone(), kwargs.get("rope")
+        lengths = valid.sum(1).tolist()  # waits for the device
+        for members in alike(lengths, CALL / (12 * x.shape[-1] ** 2)):
+            most = lengths[members[-1]]
+            if most == 0:  # nothing is left of these
+                continue
+            rows = torch.tensor(members, device=x.device)
+            some, here = x[:, :most].index_select(0, rows), valid[rows, :most]
+            mask = None if bias is None else bias[rows, ..., :most].expand(-1, 1, most, -1)
+            if lengths[members[0]] < most:
+                hidden = gates.hide_closed_keys(None, here, x.dtype, causal=False)
+                mask = hidden if mask is None else mask + hidden
+            own = {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
+            done = self.base_layer(some, *args, **{**kwargs, **own, self.mask: mask})
+            out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
+        return out
+
+    def _merge_below(
+        self, x: Tensor, flow: Flow, router: Router
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """As `_merge_some`, where each image keeps as many as have a score of at least 0; filled up, and which of the
+        tokens are there (None: all). No old places where none has left."""
+        linear, tokens = router.linear, x.shape[1]
+        lengths = torch.full((len(x),), tokens) if flow.valid is None else flow.valid.sum(1)
+        shift = torch.as_tensor(router.shift(self.runtime.turn(x[:, 0, 0]))).float().expand(len(x))
+        some, size, score, index, into, counts = merge_below(
+            *(x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, lengths, shift),
+            router.spec.multiple,
+        )
+        most = int(counts.max())
+        flow.resize(size[:, :most])
+        flow.score = score[:, :most]
+        if bool((counts == lengths).all()):
+            return x, None, flow.valid, None
+        valid = torch.arange(most) < counts[:, None]
+        return some[:, :most], index[:, :most], None if bool(valid.all()) else valid, into
 
     def _merge_some(self, x: Tensor, flow: Flow, router: Router, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
@@ -205,6 +250,8 @@ class RoutedBlock(Wrapper):
             return x, None, valid, None, None
         score, rank, matches = self._rank(x, flow, router, choosing, valid)
         if not isinstance(count, int):
+            if count is None:
+                count = self._in_multiples(router, rank, valid)
             if count is None:
                 open_ = rank + router.shift(run.turn(score)) >= 0
             else:  # each row keeps as many as its budget says
@@ -237,6 +284,17 @@ class RoutedBlock(Wrapper):
         score = self._scores(x, flow, router, choosing, matches)
         stuck = ~matches.may_go if here is None else ~matches.may_go & here
         return score, score.masked_fill(stuck, NOT_NOW), matches
+
+    def _in_multiples(self, router: Router, rank: Tensor, here: Tensor | None) -> tuple[int, ...] | None:
+        """How many patches of each image pass by their ranks [B, n] where only multiples do, but not while routers are
+        trained; here as in `_rank`. None: as many as have a rank of at least 0."""
+        run = self.runtime
+        if router.spec.multiple == 1 or run.training:
+            return None
+        here = torch.ones_like(rank, dtype=torch.bool) if here is None else here
+        open_ = (rank + router.shift(run.turn(rank)) >= 0) & here
+        wanted, left = (part[:, self.prefix :].sum(1).tolist() for part in (open_, here))
+        return run.in_multiples(router.spec, wanted, left)
 
     def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens x [B, n, D] after a share `leaving` [B, n] of them was taken in, and the place that each then stands
@@ -294,6 +352,8 @@ class RoutedBlock(Wrapper):
             there = None if here is None else F.pad(here, (self.prefix, 0), value=True)
             score, rank, matches = self._rank(x, flow, router, choosing, there)
             flow.score = score if self.stays else None
+            if count is None:
+                count = self._in_multiples(router, rank, there)
             gate = F.pad(run.choose(router, rank[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
             flow.kept = gate if self.stays else None
             if matches is not None:
@@ -354,6 +414,23 @@ class RoutedBlock(Wrapper):
         if corrected is not None:
             weight = 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+
+def alike(lengths: list[int], price: float) -> list[list[int]]:
+    """The rows of a batch with these lengths in groups, each from short to long: those that cost the least where every
+    row is filled up to the longest of its group, and a group costs as much as `price` tokens."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = {0: (0.0, 0)}  # what the first so many rows cost at least, and where their last group begins then
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or lengths[rows[end]] > lengths[rows[end - 1]]:
+            longest = lengths[rows[end - 1]]
+            best[end] = min((cost + price + (end - begin) * longest, begin) for begin, (cost, _) in best.items())
+    groups, end = [], len(rows)
+    while end:
+        begin = best[end][1]
+        groups.append(rows[begin:end])
+        end = begin
+    return groups
 
 
 @dataclass

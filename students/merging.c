@@ -28,14 +28,26 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
     return best;
 }
 
-// x [n, D], behind a prefix every other patch of which may go: those n - keep with the lowest scores do. weight [D],
-// bias and unlike are the router's; top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes,
-// scores and old places of the `keep` that stay, in order, and where each of the n stands then.
+// How many of n tokens stay, behind a prefix, where so many patches are wanted: as `Runtime.in_multiples` has it
+static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t multiple) {
+    int64_t patches = n - prefix, least = prefix + (patches + 1) / 2, whole = prefix + wanted;
+    if (least >= 2 * multiple) least = (least + multiple - 1) / multiple * multiple;
+    if (wanted >= patches) return n;
+    if (whole >= multiple) whole = multiple * (int64_t)rint((double)whole / multiple);
+    if (!prefix && whole < 1) whole = 1;
+    whole = whole > n ? n : whole;
+    return whole > least ? whole : least;
+}
+
+// x [n, D], behind a prefix every other patch of which may go: those n - keep with the lowest scores do, or, where keep
+// is negative, those with a score below -shift, as far as multiples allow. weight [D], bias and unlike are the router's;
+// top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes, scores and old places of those that
+// stay, in order, and where each of the n stands then; returns how many stay.
 #define MERGE_ONE(S, T)                                                                                                \
-    static void merge_one_##S(const T *x, int64_t n, int64_t D, const float *size, const float *before,                \
-                              const float *weight, float bias, float unlike, const float *top, float never,            \
-                              int64_t prefix, int64_t keep, T *out, float *out_size, float *out_score, int64_t *index, \
-                              int64_t *into) {                                                                         \
+    static int64_t merge_one_##S(const T *x, int64_t n, int64_t D, const float *size, const float *before,             \
+                                 const float *weight, float bias, float unlike, const float *top, float never,         \
+                                 int64_t prefix, int64_t keep, float shift, int64_t multiple, T *out, float *out_size, \
+                                 float *out_score, int64_t *index, int64_t *into) {                                    \
         int64_t patches = n - prefix, going = (patches + 1) / 2, taking = patches / 2;                                 \
         float *unit = malloc(sizeof(float) * (patches * D + 2 * n + D)), *rank = unit + patches * D;                   \
         float *total = rank + n, *sum = total + n;                                                                     \
@@ -63,6 +75,11 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
         }                                                                                                              \
         if (before)                                                                                                    \
             for (int64_t i = 0; i < n; i++) rank[i] = fminf(rank[i], before[i]);                                       \
+        if (keep < 0) {                                                                                                \
+            int64_t wanted = taking;                                                                                   \
+            for (int64_t i = prefix; i < n; i += 2) wanted += rank[i] + shift >= 0;                                    \
+            keep = in_multiples(wanted, n, prefix, multiple);                                                          \
+        }                                                                                                              \
         char *leaves = calloc(n, 1);                                                                                   \
         for (int64_t left = n; left > keep; left--) {                                                                  \
             int64_t lowest = -1;                                                                                       \
@@ -96,6 +113,7 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
         }                                                                                                              \
         free(leaves);                                                                                                  \
         free(unit);                                                                                                    \
+        return place;                                                                                                  \
     }
 
 // All of the above for B images; bias and unlike are where the router keeps them
@@ -107,11 +125,39 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
         _Pragma("omp parallel for num_threads(threads) if (B > 1)")                                                    \
         for (int64_t b = 0; b < B; b++)                                                                                \
             merge_one_##S(x + b * n * D, n, D, size ? size + b * n : NULL, before ? before + b * n : NULL, weight,     \
-                          *bias, *unlike, top, never, prefix, keep, out + b * keep * D, out_size + b * keep,           \
+                          *bias, *unlike, top, never, prefix, keep, 0, 1, out + b * keep * D, out_size + b * keep,     \
                           out_score + b * keep, index + b * keep, into + b * n);                                       \
+    }
+
+// The same where each image has its own length, in front of what fills it up to n, and its own shift; written at that
+// distance, and filled up with those that left. count: how many stay
+#define MERGE_BELOW(S, T)                                                                                              \
+    void merge_below_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,          \
+                         const float *weight, const float *bias, const float *unlike, const float *top, float never,   \
+                         int64_t prefix, const int64_t *length, const float *shift, int64_t multiple, T *out,          \
+                         float *out_size, float *out_score, int64_t *index, int64_t *into, int64_t *count,             \
+                         int threads) {                                                                                \
+        _Pragma("omp parallel for num_threads(threads) if (B > 1)")                                                    \
+        for (int64_t b = 0; b < B; b++) {                                                                              \
+            int64_t s = b * n, kept = merge_one_##S(                                                                   \
+                x + s * D, length[b], D, size ? size + s : NULL, before ? before + s : NULL, weight, *bias, *unlike,   \
+                top, never, prefix, -1, shift[b], multiple, out + s * D, out_size + s, out_score + s, index + s,       \
+                into + s);                                                                                             \
+            count[b] = kept;                                                                                           \
+            for (int64_t i = 0; i < n; i++) {                                                                          \
+                if (i >= length[b]) into[s + i] = i;                                                                   \
+                if (i < length[b] && into[s + i] == i) continue;                                                       \
+                memcpy(out + (s + kept) * D, x + (s + i) * D, sizeof(T) * D);                                          \
+                out_size[s + kept] = 1;                                                                                \
+                out_score[s + kept] = -INFINITY;                                                                       \
+                index[s + kept++] = i;                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
     }
 
 MERGE_ONE(f32, float)
 MERGE_ONE(bf16, uint16_t)
 MERGE_LOWEST(f32, float)
 MERGE_LOWEST(bf16, uint16_t)
+MERGE_BELOW(f32, float)
+MERGE_BELOW(bf16, uint16_t)

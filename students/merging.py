@@ -138,6 +138,34 @@ tokens stands then [B, n].
 """
 
 
+def merge_below(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    unlike: Tensor,
+    top: Tensor,
+    lengths: Tensor,
+    shift: Tensor,
+    multiple: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `merge_lowest`, where the tokens with a score below -shift are taken in, as far as `multiple` allows (see
+    `Runtime.in_multiples`), and each image has its own length [B] and shift [B]. Only where `kernels.native`.
+
+    What is left comes first, then what has left; also returned is how many are left [B].
+    """
+    out, (batch, n, _) = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape
+    sizes, scores = (torch.empty(batch, n) for _ in range(2))
+    index, into = (torch.empty(batch, n, dtype=torch.long) for _ in range(2))
+    counts = torch.empty(batch, dtype=torch.long)
+    given = [None if t is None else t.contiguous() for t in (size, before, weight, bias, unlike, top)]
+    kept = [lengths.contiguous(), shift.contiguous()]
+    found = out, sizes, scores, index, into, counts
+    kernels.call("merge_below", x.contiguous(), *x.shape, *given, NOT_NOW, len(top), *kept, multiple, *found)
+    return found
+
+
 @register_flop_formula(torch.ops.elastic.merge_lowest, get_raw=True)
 def _merge_lowest_flops(x: Tensor, size: Any, before: Any, weight: Any, bias: Any, unlike: Any, top: Tensor, *_, **__):
     batch, n, width = x.shape

@@ -220,6 +220,13 @@ class Runtime:
             ]
         return counts[0] if self.rows is None else tuple(counts)
 
+    def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
+        """How many patches pass of images of which so many are `left`, where so many have a score of at least 0."""
+        return tuple(
+            max(self._least(spec, here), self._whole(spec, count / max(here, 1), here))
+            for count, here in zip(wanted, left, strict=True)
+        )
+
     def _least(self, spec: RouterSpec, left: int) -> int:
         """How many of `left` patches stay at least: where they merge in pairs, half of them; with the prefix a multiple
         where that is not too far up."""

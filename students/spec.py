@@ -43,8 +43,9 @@ class RouterSpec:
     last block is done (the sequence gets shorter). merge: it stays out, and the token most like it becomes the mean of
     what it stands for and counts as so many in attention (students/merging.py); half of them can go at a time."""
     multiple: int = 1
-    """quota: an image keeps a multiple of so many tokens, the prefix included, or fewer than that; attention on CPUs
-    takes a third of the time for 32 tokens that it takes for 50, and as long for 37."""
+    """quota, and threshold in layer routers of image models: an image keeps a multiple of so many tokens, the prefix
+    included, or fewer than that; attention on some CPUs takes a third of the time for 32 tokens that it takes for 50,
+    and as long for 37."""
     groups: int = 16
     """expert: into how many groups the MLP's neurons are split."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"
@@ -77,8 +78,9 @@ class RouterSpec:
             raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
         if self.selection == "topk" and self.granularity == "sequence" and self.kind in ("token", "layer"):
             raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
-        if self.multiple != 1 and (self.selection != "quota" or self.multiple < 1):
-            raise ValueError("`multiple` is for routers with `selection: quota`, and at least 1")
+        varies = self.kind == "layer" and self.selection == "threshold"
+        if self.multiple != 1 and (self.multiple < 1 or not (varies or self.selection == "quota")):
+            raise ValueError("`multiple` is for `selection: quota` and, in layer routers, threshold, and at least 1")
         over_tokens = self.kind in ("token", "layer", "image") and self.granularity == "token"
         if self.selection == "quota" and not over_tokens:
             raise ValueError("`selection: quota` is for image, token and layer routers that decide token by token")

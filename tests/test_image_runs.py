@@ -180,7 +180,7 @@ def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder:
         student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
         for number, block in enumerate(student.blocks):  # the first keeps all, the others half
             block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
-        drop_blindly(student, kind)
+        drop_blindly(student, kind, [pixels])
         with torch.no_grad():
             _, decisions = student.features(pixels)
         assert bool((decisions.share["0.layer"] == 1).all())

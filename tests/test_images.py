@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
-from students.image import call
+from students.image import alike, call
 from students.merging import match, merge, merge_lowest
 from students.routers import stream_score
 
@@ -61,6 +61,8 @@ SPECS = {
     "odd blocks stay": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay", blocks="odd"),),
     "block merges": (RouterSpec("layer", selection="quota", kv="drop", dropped="merge"),),
     "multiples of 4 merge": (RouterSpec("layer", selection="quota", multiple=4, kv="drop", dropped="merge"),),
+    "multiples of 4 stay adaptively": (RouterSpec("layer", multiple=4, kv="drop", dropped="stay"),),
+    "multiples of 4 merge adaptively": (RouterSpec("layer", multiple=4, kv="drop", dropped="merge"),),
     "odd blocks merge adaptively": (RouterSpec("layer", kv="drop", dropped="merge", blocks="odd"),),
     "block adaptive": (RouterSpec("layer", kv="drop"),),
     "block adaptive stays": (RouterSpec("layer", kv="drop", dropped="stay", network="mlp"),),
@@ -243,6 +245,13 @@ def test_the_lowest_scores_merge_as_match_and_merge_say(
             assert torch.equal(into[row], expected)
     with pytest.raises(ValueError, match="every other may go"):
         merge_lowest(x, None, None, weight, bias, unlike, top, prefix + patches // 2 - 1)
+
+
+def test_images_of_about_the_same_length_run_together() -> None:
+    assert alike([8, 24, 8, 24], price=100) == [[0, 2, 1, 3]]
+    assert alike([8, 24, 8, 24], price=30) == [[1, 3], [0, 2]]
+    assert alike([8, 24, 9, 16], price=3) == [[1], [3], [0, 2]]
+    assert alike([5, 5, 5], price=0) == [[0, 1, 2]]
 
 
 def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
