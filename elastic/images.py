@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +205,27 @@ def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, 
             yield pixels.to(device), labels.to(device)
 
 
+class Taught:
+    """What a teacher makes of images, batch by batch: once for all that is measured of its student on them."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.batches: list[Features] = []
+        self.seconds = 0.0
+
+    def features(self, number: int, student: ImageStudent, pixels: Tensor) -> Features:
+        """Of this batch, which is the next one or was there before."""
+        if number == len(self.batches):
+            started = time.perf_counter()
+            with student.teacher():
+                self.batches.append(student.features(pixels)[0])
+            self.seconds += time.perf_counter() - started
+        return self.batches[number]
+
+
+_TAUGHT: WeakKeyDictionary[ImageStudent, Taught] = WeakKeyDictionary()
+
+
 @torch.no_grad()
 def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict[str, Any]:
     """Measure a student on images.
@@ -211,7 +233,7 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
     Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
     classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
     similarity of the features that the classifier reads; images, how many were broken, and images_per_second and
-    teacher_images_per_second in this run.
+    teacher_images_per_second, which is of the first time that a student was measured on these images.
     """
 
     def run(pixels: Tensor) -> tuple[Features, float]:
@@ -228,16 +250,15 @@ def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tup
     from torchmetrics.classification import MulticlassAccuracy
 
     sums = dict.fromkeys(("compute", "kl", "agreement", "cosine"), 0.0)
-    seconds = {"": 0.0, "teacher_": 0.0}
-    seen, metrics = 0, {}
-    for pixels, labels in _batches(student, images):
+    taught = _TAUGHT.get(student)
+    if taught is None or taught.images is not images:
+        taught = _TAUGHT[student] = Taught(images)
+    seen, spent, metrics = 0, 0.0, {}
+    for number, (pixels, labels) in enumerate(_batches(student, images)):
+        teacher = taught.features(number, student, pixels)
         started = time.perf_counter()
-        with student.teacher():
-            teacher, _ = student.features(pixels)
-        between = time.perf_counter()
         out, compute = run(pixels)
-        seconds["teacher_"] += between - started
-        seconds[""] += time.perf_counter() - between
+        spent += time.perf_counter() - started
         seen += len(pixels)
         sums["compute"] += len(pixels) * compute
         sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, teacher.pooled)))
@@ -260,7 +281,7 @@ def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tup
     row |= {name: float(metric.compute()) for name, metric in metrics.items()}
     if sums["agreement"]:
         row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen}
-    row |= {f"{name}images_per_second": seen / spent for name, spent in seconds.items()}
+    row |= {"images_per_second": seen / spent, "teacher_images_per_second": seen / taught.seconds}
     return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": len(images.broken)}
 
 

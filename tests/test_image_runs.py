@@ -172,6 +172,17 @@ def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
     assert rows[0]["kl"] != rows[1]["kl"] != rows[2]["kl"]
 
 
+def test_the_teacher_runs_once_for_all_that_is_measured(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(ImageStudent, "teacher", lambda self, real=ImageStudent.teacher: asked.append(1) or real(self))
+    rows = measure_run(str(finished), baselines=["random", "tome"], say=silent)
+    assert len(asked) == 1  # all held-out images are one batch
+    (again,) = measure_run(str(finished), say=silent)
+    assert len(asked) == 2  # another student, other images
+    assert {row["teacher_top1"] for row in rows} == {again["teacher_top1"]}
+    assert again["kl"] == rows[0]["kl"]
+
+
 def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder: Path) -> None:
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     kept = []
