@@ -31,7 +31,7 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
 // How many of n tokens stay, behind a prefix, where so many patches are wanted: as `Runtime.in_multiples` has it
 static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t multiple) {
     int64_t patches = n - prefix, least = prefix + (patches + 1) / 2, whole = prefix + wanted;
-    if (least >= 2 * multiple) least = (least + multiple - 1) / multiple * multiple;
+    if (least >= 3 * multiple) least = (least + multiple - 1) / multiple * multiple;
     if (wanted >= patches) return n;
     if (whole >= multiple) whole = multiple * (int64_t)rint((double)whole / multiple);
     if (!prefix && whole < 1) whole = 1;

@@ -233,7 +233,7 @@ class Runtime:
         if spec.dropped != "merge":
             return 0
         tokens = self.prefix + math.ceil(left / 2)
-        if tokens >= 2 * spec.multiple:
+        if tokens >= 3 * spec.multiple:
             tokens = spec.multiple * math.ceil(tokens / spec.multiple)
         return tokens - self.prefix
 
