@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"elastic: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"elastic: {interruption or 'interrupted'}", file=sys.stderr)
+        print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -452,10 +453,14 @@ def _pretrain(options: argparse.Namespace) -> None:
             for option in ("epochs", "start"):
                 if getattr(options, option) is not None:
                     raise ValueError(f"--{option} is for image models: leave it away with --data {EASY_VQA}")
-            accuracy, name = pretrain_vlm(options.output, say=say), "accuracy"
+            train, name = functools.partial(pretrain_vlm, options.output), "accuracy"
         else:
-            made = pretrain(options.data, options.output, epochs=options.epochs or 12, start=options.start, say=say)
-            accuracy, name = made, "top-1"
+            epochs, start = options.epochs or 12, options.start
+            train, name = functools.partial(pretrain, options.data, options.output, epochs=epochs, start=start), "top-1"
+        try:
+            accuracy = train(say=say)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on from here") from None
     print(f"{name} {accuracy:.2%}; use it: elastic distill --model {options.output} --data {options.data}")
 
 

@@ -306,7 +306,7 @@ def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: P
 
 
 def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recipe, "REPORT", 2)
     monkeypatch.setattr(recipe, "BATCH", 4)
@@ -323,6 +323,10 @@ def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
     assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped"]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+    monkeypatch.setattr(recipe, "train_vit", Mock(side_effect=KeyboardInterrupt))
+    assert main(["pretrain", "--data", str(image_folder), "--output", str(tmp_path / "again")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "elastic: stopped; the same command goes on from here"
+    monkeypatch.undo()
     (tmp_path / "torn.part.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"torn\.part\.safetensors is damaged .*: delete it"):
         train(tmp_path / "torn", epochs=1, say=silent)
