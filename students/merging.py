@@ -6,6 +6,7 @@ is taken in by a patch that goes itself. Shapes: B images, n tokens, a prefix in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,21 @@ def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tu
     return flat.index_add(0, places, share * (flat - flat.index_select(0, places))).view_as(x), total
 
 
+def _native(
+    name: str, x: Tensor, given: Sequence[Tensor | None], told: Sequence[Tensor | int], length: int, *more: Tensor
+) -> tuple[Tensor, ...]:
+    """What a C function finds for tokens x [B, n, D]: tokens, sizes, scores and old places of `length` of each image,
+    and where each of the n stands then; and `more`, which it fills as well."""
+    batch, n, width = x.shape
+    out = x.new_empty(batch, length, width)
+    sizes, scores = (torch.empty(batch, length) for _ in range(2))
+    index, into = (torch.empty(batch, count, dtype=torch.long) for count in (length, n))
+    given = [None if t is None else t.contiguous() for t in given]
+    found = out, sizes, scores, index, into, *more
+    kernels.call(name, x.contiguous(), *x.shape, *given, NOT_NOW, *told, *found)
+    return found
+
+
 def _merge_lowest(
     x: Tensor,
     size: Tensor | None,
@@ -100,13 +116,7 @@ def _merge_lowest(
     if keep < n - (n - prefix + 1) // 2:
         raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
     if kernels.native(x) is not None:
-        out = x.new_empty(batch, keep, width)
-        sizes, scores = (torch.empty(batch, keep) for _ in range(2))
-        index, into = (torch.empty(batch, count, dtype=torch.long) for count in (keep, n))
-        given = [None if t is None else t.contiguous() for t in (size, before, weight, bias, unlike, top)]
-        found = out, sizes, scores, index, into
-        kernels.call("merge_lowest", x.contiguous(), *x.shape, *given, NOT_NOW, prefix, keep, *found)
-        return found
+        return _native("merge_lowest", x, (size, before, weight, bias, unlike, top), (prefix, keep), keep)
     matches = match(x, prefix)
     score = stream_score(x, weight, bias) + unlike * matches.distance
     score = score.masked_fill(~matches.may_go, NOT_NOW)
@@ -155,15 +165,9 @@ def merge_below(
 
     What is left comes first, then what has left; also returned is how many are left [B].
     """
-    out, (batch, n, _) = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape
-    sizes, scores = (torch.empty(batch, n) for _ in range(2))
-    index, into = (torch.empty(batch, n, dtype=torch.long) for _ in range(2))
-    counts = torch.empty(batch, dtype=torch.long)
-    given = [None if t is None else t.contiguous() for t in (size, before, weight, bias, unlike, top)]
-    kept = [lengths.contiguous(), shift.contiguous()]
-    found = out, sizes, scores, index, into, counts
-    kernels.call("merge_below", x.contiguous(), *x.shape, *given, NOT_NOW, len(top), *kept, multiple, *found)
-    return found
+    told = len(top), lengths.contiguous(), shift.contiguous(), multiple
+    counts = torch.empty(len(x), dtype=torch.long)
+    return _native("merge_below", x, (size, before, weight, bias, unlike, top), told, x.shape[1], counts)
 
 
 @register_flop_formula(torch.ops.elastic.merge_lowest, get_raw=True)
