@@ -27,6 +27,7 @@ from students import Student
 from students.attention import route_attention
 from students.cache import cache_bytes
 from students.image import ImageStudent, call
+from students.libraries import cache_of, with_cache
 from students.norms import fuse_norms
 from students.packing import pack_linears
 from students.vlm import VisionLanguageStudent
@@ -210,7 +211,7 @@ def _prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> dict[st
     timed = _medians(works, repeats, device)
     works = works["student"], works["dense"]
     row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works], *timed)
-    sizes = [cache_bytes(work().past_key_values) for work in works]
+    sizes = [cache_bytes(cache_of(work())) for work in works]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
 
@@ -232,18 +233,18 @@ def _decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -
     each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
     outs = {name: generate(models[name], new) for name in ("student", "dense")}
     counted = [_count_decoding(models[name], out) for name, out in outs.items()]
-    sizes = {name: cache_bytes(out.past_key_values) for name, out in outs.items()}
+    sizes = {name: cache_bytes(cache_of(out)) for name, out in outs.items()}
     row = _row("decode", len(inputs["input_ids"]), new, counted, each, {name: peaks[name, new] for name in models})
     return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
 
 
 def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
     """(FLOPs, bytes) of a few more decoding steps on the cache that `generate` left."""
-    last, cache = out.sequences[:, -1:], out.past_key_values
+    last, cache = out.sequences[:, -1:], cache_of(out)
     totals = [0, 0]
 
     def step(last: Tensor, cache: Any) -> Tensor:
-        return model(last, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return model(last, **with_cache(model, {"use_cache": True}, cache)).logits[:, -1:].argmax(-1)
 
     for _ in range(4):
         for n, number in enumerate(count(lambda x=last: step(x, copy.deepcopy(cache)))):

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.cache import RoutedCache
+from students.libraries import cache_in, with_cache
 from students.runtime import Decisions
 from students.student import Student
 from students.wrappers import RoutedHead
@@ -40,12 +41,13 @@ class LanguageStudent(Student):
         decisions may look at (default: all that are not padding); kwargs go to the model, use_cache False by default.
         """
         kwargs.setdefault("use_cache", False)
+        kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
         with self._deciding_from(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate` of the routed model. `student.model` is what a pipeline takes."""
-        return self.model.generate(*args, **kwargs)
+        return self.model.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -106,25 +108,25 @@ class LanguageStudent(Student):
         run.prompt = self._prompt
         if run.prompt is None:
             run.prompt = torch.ones_like(tokens, dtype=torch.bool) if run.valid is None else run.valid
-        kwargs = {**kwargs, **self._cache_for(kwargs)}
-        cache = kwargs.get("past_key_values")
+        cache = self._cache_for(kwargs)
+        kwargs = with_cache(trunk, kwargs, cache)
         run.memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
         return args, kwargs
 
-    def _cache_for(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
         """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""
-        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use = cache_in(kwargs), kwargs.get("use_cache")
         use = self.trunk.config.use_cache if use is None else use
         if cache is None and not use:
-            return {}
+            return None
         windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
         if not windows or self.runtime.execution == "mask":
-            return {"past_key_values": DynamicCache(config=self.trunk.config)} if cache is None else {}
+            return DynamicCache(config=self.trunk.config) if cache is None else cache
         if isinstance(cache, RoutedCache):
-            return {}
+            return cache
         if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
             raise ValueError(
                 f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
                 "dynamic cache that is empty at the start"
             )
-        return {"past_key_values": RoutedCache(self.trunk.config, windows)}
+        return RoutedCache(self.trunk.config, windows)

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from students import gates
 from students.image import ImageStudent
 from students.language import LanguageStudent
+from students.libraries import cache_in, with_cache
 from students.routers import Router
 from students.runtime import Decisions
 from students.spec import RouterSpec
@@ -225,7 +226,7 @@ class VisionLanguageStudent(LanguageStudent):
         if ids is None:
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
         self.runtime.begin(len(ids), ids.device)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         valid = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
@@ -240,7 +241,7 @@ class VisionLanguageStudent(LanguageStudent):
         """Shorten the sequence at the door; then as of any language student."""
         if self.runtime.bypass or self.door is None or self._prompted is None:
             return super()._before(trunk, args, kwargs)
-        kwargs = {**kwargs, **self._cache_for(kwargs)}
+        kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
         prompted, self._prompted = self._prompted, None
         kept = None
         if prompted.image is None:
@@ -262,7 +263,7 @@ class VisionLanguageStudent(LanguageStudent):
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
         """Tokens behind a prompt that was shortened: their places in the cache, and their positions."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         memory = {} if cache is None else cache.__dict__.get("elastic", {})
         if "held" not in memory:
             return
@@ -278,7 +279,7 @@ class VisionLanguageStudent(LanguageStudent):
         """
         run, door = self.runtime, self.door
         x, image, valid = kwargs["inputs_embeds"], prompted.image & prompted.valid, prompted.valid
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
         score = door.at_door(x, question)
         if run.probed is not None:
@@ -356,7 +357,7 @@ def _append(memory: dict[str, Any], held: Tensor) -> None:
 
 def _positions(kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """Positions [..., B, T] that the language model would use."""
-    positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+    positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
     if positions is None:
         start = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from students import fused, gates, kernels
 from students.architecture import weight_of
 from students.attention import Packing, Plan, scatter_rows
+from students.libraries import cache_in
 from students.packing import PackedProduct
 from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
 from students.runtime import Runtime
@@ -398,7 +399,7 @@ class RoutedBranch(Wrapper):
         """Prepare the cache and the arguments of attention for tokens x [B, T, D], of which the flat rows are kept."""
         tokens = x.shape[1]
         batch, index, layer = rows // tokens, rows % tokens, None
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = cache_in(kwargs)
         if cache is not None:
             layer = cache.layers[self.base_layer.layer_idx]
             index = index + layer.get_seq_length()
@@ -417,7 +418,7 @@ class RoutedBranch(Wrapper):
         return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
 
     def _without_closed_keys(self, exits: Exits, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
+        if cache_in(kwargs) is not None:
             raise ValueError("masks with the K/V policy `drop` see whole sequences: pass use_cache=False, or skip")
         kept = exits.open(exits.drops)
         mask = gates.hide_closed_keys(kwargs.get(self.mask), kept, exits.x.dtype, self.runtime.causal)

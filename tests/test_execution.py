@@ -11,6 +11,7 @@ from test_students import EVERY_KIND, MIXED, scramble
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize, fused, kernels, wrappers
+from students.libraries import cache_of
 
 KINDS = {
     **EVERY_KIND,
@@ -78,7 +79,7 @@ def decode(student: Student, tokens: torch.Tensor, mask: torch.Tensor | None, pr
         upto = None if mask is None else mask[:, :b]
         positions = None if mask is None else (upto.cumsum(1) - 1).clamp(min=0)[:, a:]
         out, _ = student(tokens[:, a:b], upto, use_cache=True, past_key_values=cache, position_ids=positions)
-        cache = out.past_key_values
+        cache = cache_of(out)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -159,7 +160,7 @@ def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: tor
     prompt[:, -1] = False
     _, decisions = student(row, prompt=prompt)
     out, _ = student(row[:, :-1], use_cache=True)
-    flops, _ = spent(student, input_ids=row[:, -1:], use_cache=True, past_key_values=out.past_key_values)
+    flops, _ = spent(student, input_ids=row[:, -1:], use_cache=True, past_key_values=cache_of(out))
     assert flops == pytest.approx(float(reported(decisions, "decode")[0, -1]), rel=0.01), "decode"
 
 

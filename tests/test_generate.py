@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, TextStreame
 
 from students import RouterSpec, Student, StudentSpec, elasticize
 from students.cache import RoutedCache, cache_bytes
+from students.libraries import cache_of, with_cache
 
 PICKED = ["channel", "token-drop", "token-sequence", "head-sequence", "expert-sequence", "mixed", "mixed-keep", "vocab"]
 
@@ -53,12 +54,12 @@ def test_left_padded_batch_is_one_by_one(student: Student, tokens: Tensor):
 
 
 def test_beam_search(student: Student, tokens: Tensor):
-    with_cache = generate(student, tokens, num_beams=3)
+    cached = generate(student, tokens, num_beams=3)
     if any(router.granularity == "sequence" for router in student.spec.routers):
         # without a cache each step would take what was generated for prompt
-        assert with_cache.shape == (2, 18)
+        assert cached.shape == (2, 18)
     else:
-        assert torch.equal(with_cache, generate(student, tokens, num_beams=3, use_cache=False))
+        assert torch.equal(cached, generate(student, tokens, num_beams=3, use_cache=False))
 
 
 def test_sampling_is_repeatable(student: Student, tokens: Tensor):
@@ -71,7 +72,7 @@ def test_sampling_is_repeatable(student: Student, tokens: Tensor):
 
 def test_continued_from_a_cache(student: Student, tokens: Tensor):
     first = generate(student, tokens, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
-    more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=first.past_key_values)
+    more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=cache_of(first))
     assert torch.equal(more, generate(student, tokens))
 
 
@@ -90,9 +91,9 @@ def test_heads_that_share_keys_attend_together_from_one_token(
 
     def decode(model: PreTrainedModel) -> Tensor:
         """Logits of the last token; shapes: (heads, queries) of its attention."""
-        cache = model(tokens[:, :-1]).past_key_values
+        cache = cache_of(model(tokens[:, :-1]))
         shapes.clear()
-        return model(tokens[:, -1:], past_key_values=cache).logits
+        return model(tokens[:, -1:], **with_cache(model, {}, cache)).logits
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     frozen = decode(plain)
@@ -121,7 +122,7 @@ def test_caches_that_hold_every_key_are_refused_where_keys_are_dropped(tokens: T
     with pytest.raises(ValueError, match="StaticCache holds a key of every token"):
         generate(student, tokens, past_key_values=StaticCache(config=student.model.config, max_cache_len=24))
     with torch.no_grad(), student.teacher():
-        filled = student(tokens, use_cache=True)[0].past_key_values
+        filled = cache_of(student(tokens, use_cache=True)[0])
     assert type(filled) is DynamicCache
     with torch.no_grad(), pytest.raises(ValueError, match="empty at the start"):
         student(tokens, use_cache=True, past_key_values=filled)
@@ -132,10 +133,10 @@ def test_the_cache_holds_the_tokens_that_attend(tokens: Tensor):
     with torch.no_grad():
         out, decisions = student(tokens[:1], use_cache=True)
         dense = DynamicCache(config=student.model.config)
-        student.model(tokens[:1], past_key_values=dense, use_cache=True)
+        student.model(tokens[:1], **with_cache(student.model, {"use_cache": True}, dense))
         with student.teacher():
-            whole = cache_bytes(student(tokens[:1], use_cache=True)[0].past_key_values)
-    cache = out.past_key_values
+            whole = cache_bytes(cache_of(student(tokens[:1], use_cache=True)[0]))
+    cache = cache_of(out)
     assert isinstance(cache, RoutedCache) and cache.get_seq_length() == tokens.shape[1]
     kept = [int(decisions.share[f"{n}.attn.token"].sum()) for n in range(3)]
     assert [layer.lengths for layer in cache.layers] == [[n] for n in kept]
@@ -146,7 +147,7 @@ def test_the_cache_holds_the_tokens_that_attend(tokens: Tensor):
 def test_cache_follows_crops_and_rows(tokens: Tensor):
     student = make("llama", SPECS["token-drop-all"])
     with torch.no_grad():
-        cache = student(tokens, use_cache=True)[0].past_key_values
+        cache = cache_of(student(tokens, use_cache=True)[0])
         cache.crop(-4)
         again = student(tokens[:, 8:], use_cache=True, past_key_values=cache)[0].logits
         torch.testing.assert_close(student(tokens)[0].logits[:, 8:], again, atol=1e-4, rtol=1e-3)

@@ -10,6 +10,7 @@ from vlms import CONFIGS, make_prompts, make_vlm
 
 from elastic.counters import count
 from students import RouterSpec, StudentSpec, elasticize
+from students.libraries import cache_of
 from students.vlm import VisionLanguageStudent
 
 DOOR = RouterSpec("image", selection="quota", network="mlp", query=4)
@@ -103,7 +104,7 @@ def test_decoding_with_a_cache_is_the_full_pass(name: str) -> None:
     length = inputs["input_ids"].shape[1]
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     out = student.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    held = out.past_key_values.layers[0].keys.shape[2]
+    held = cache_of(out).layers[0].keys.shape[2]
     assert held < length + 4  # of five new tokens the last is not in the cache
     grown = {**inputs, "input_ids": out.sequences[:, :-1]}
     for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 1)):
