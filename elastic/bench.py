@@ -19,21 +19,21 @@ from transformers import PreTrainedModel
 
 import teachers
 from elastic import families
+from elastic.accounting.counters import count
 from elastic.config import RunConfig
-from elastic.counters import count
+from elastic.families.vision_language import Questions
 from elastic.run import DTYPES, Run, has_room_for_two
-from elastic.vlms import Questions
 from students import Student
-from students.attention import route_attention
-from students.cache import cache_bytes
-from students.image import ImageStudent, call
+from students.execution.attention import route_attention
+from students.execution.kv_cache import cache_bytes
+from students.families.image import ImageStudent, call
+from students.families.vision_language import VisionLanguageStudent
+from students.kernels.norms import fuse_norms
+from students.kernels.packing import pack_linears
 from students.libraries import cache_of, with_cache
-from students.norms import fuse_norms
-from students.packing import pack_linears
-from students.vlm import VisionLanguageStudent
-from teachers.images import ImageSet
-from teachers.vlm import call as call_processor
-from teachers.vlm import prompt_text
+from teachers.data.images import ImageSet
+from teachers.families.vision_language import call as call_processor
+from teachers.families.vision_language import prompt_text
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
@@ -68,9 +68,10 @@ def bench_run(
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
-    packed weights, fused norms and the student's attention from one token (packing.py, norms.py and attention.py of
-    students/), where a second copy of the weights fits into half of the free memory. peak_bytes and dense_peak_bytes:
-    the most memory that was in use while the one or the other ran, with all of these models loaded.
+    packed weights, fused norms and the student's attention from one token (packing.py and norms.py of students/kernels,
+    attention.py of students/execution), where a second copy of the weights fits into half of the free memory.
+    peak_bytes and dense_peak_bytes: the most memory that was in use while the one or the other ran, with all of these
+    models loaded.
     """
     run = Run.open(folder, finished=True)
     config = run.config

@@ -7,18 +7,14 @@ image models, and `vlm:` for vision-language models.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import types
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
+from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import resolve
 
@@ -117,7 +113,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The closed-form start (see students/calibrate.py)."""
+    """The closed-form start (see students/calibration/language.py)."""
 
     windows: int = 16
     """Windows, images or questions that calibration looks at; 0 starts from open gates."""
@@ -282,19 +278,19 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     chosen: dict[str, Any] = {}
     for key, value in flags.items():
         if value is not None:
-            _put(chosen, key.split("__"), value)
+            put(chosen, key.split("__"), value)
     for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
         try:
-            _put(chosen, key.split("."), yaml.safe_load(value))
+            put(chosen, key.split("."), yaml.safe_load(value))
         except yaml.YAMLError:
             raise ValueError(f"--set {setting}: {value!r} is not YAML") from None
     user = read_yaml(Path(file)) if file else {}
     preset = chosen.get("preset") or user.get("preset") or "default"
     if preset not in presets():
-        raise ValueError(f"unknown preset {preset!r}{_near(str(preset), presets())}; there are {', '.join(presets())}")
+        raise ValueError(f"unknown preset {preset!r}{near(str(preset), presets())}; there are {', '.join(presets())}")
     base = yaml.safe_load(files("configs").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
     layers = [base, user, chosen]
     model = chosen.get("model") or user.get("model")
@@ -303,134 +299,25 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     entry = resolve(model)
     budget: dict[str, Any] = {}
     for layer in layers:
-        budget |= _section(layer, "budget")
+        budget |= section_of(layer, "budget")
     prefill = "prefill" if budget.get("phase") == "prefill" else ""
     applies = entry.family if entry.family != "llm" else prefill
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
     if entry.family != "llm":
         merged |= {"budget": {"phase": "prefill"}}
     for layer in layers:
-        sections = {name: _section(layer, name) for name in SECTIONS}
-        layer = _merge({k: v for k, v in layer.items() if k not in sections}, sections.get(applies, {}))
+        sections = {name: section_of(layer, name) for name in SECTIONS}
+        layer = merge({k: v for k, v in layer.items() if k not in sections}, sections.get(applies, {}))
         # the time and the number of steps exclude each other: the later word counts
-        given = [key for key in ("steps", "minutes") if _section(layer, "train").get(key) is not None]
+        given = [key for key in ("steps", "minutes") if section_of(layer, "train").get(key) is not None]
         if len(given) == 2:
             raise ValueError("train.steps and train.minutes are both given: leave one away")
         if given:
-            layer = _merge({"train": {"steps": None, "minutes": None}}, layer)
-        merged = _merge(merged, layer)
+            layer = merge({"train": {"steps": None, "minutes": None}}, layer)
+        merged = merge(merged, layer)
     merged["preset"] = preset
     if ":" in str(budget.get("target")):
-        merged["student"] = {"gains": True, **_section(merged, "student")}
+        merged["student"] = {"gains": True, **section_of(merged, "student")}
     if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {_NEEDS[entry.family]}")
     return from_dict(RunConfig, merged)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain data, ready for YAML or JSON."""
-    return _plain(dataclasses.asdict(config))
-
-
-def from_dict(kind: type, data: Any, path: str = "") -> Any:
-    """A dataclass from plain data; ValueError names what is unknown or of the wrong type, and what exists."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.rstrip('.') or 'the configuration'} is {data!r}; it must be a section of settings")
-    hints = get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in data:
-        if key not in known:
-            raise ValueError(
-                f"unknown setting {path + str(key)!r}{_near(str(key), known)}; there are {', '.join(known)}"
-            )
-    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in data.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{path.rstrip('.') or 'the configuration'} lacks {', '.join(missing)}")
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{path}.")
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        first, *others = (a for a in args if a is not type(None))
-        try:
-            return _value(first, value, path)
-        except ValueError:
-            if type(value) not in others:
-                raise
-            return value
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{path} is {value!r}; it must be one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} is {value!r}; it must be a list")
-        return tuple(_value(args[0], item, f"{path}[{number}]") for number, item in enumerate(value))
-    if hint is float and type(value) in (int, float, str):  # YAML takes 1e-3 for text
-        with suppress(ValueError, OverflowError):
-            if math.isfinite(number := float(value)):
-                return number
-    elif type(value) is hint:
-        return value
-    raise ValueError(f"{path} is {value!r}; it must be {_TYPES[hint]}")
-
-
-_TYPES = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    section = tree.get(key, {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{key} is {section!r}; it must be a section of settings")
-    return section
-
-
-def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{'.'.join(keys)} cannot be set: {key} has a value already")
-    tree[keys[-1]] = value
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
-    return merged
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A file of settings; ValueError with one line where it is missing or no such file."""
-    if not path.is_file():
-        raise ValueError(f"no such configuration file: {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no settings: it needs keys such as model, budget, train")
-    return data
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from elastic.families.language import measured_compute
 from elastic.run import Run
-from elastic.text import measured_compute
 from students import Student
-from students.vlm import VisionLanguageStudent
-from teachers.vlm import call, prompt_text
+from students.families.vision_language import VisionLanguageStudent
+from teachers.families.vision_language import call, prompt_text
 
 
 class _Stream(TextStreamer):

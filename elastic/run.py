@@ -22,10 +22,12 @@ import yaml
 from torch import nn
 
 import teachers
-from elastic.config import RunConfig, from_dict, read_yaml, to_dict
+from elastic.config import RunConfig
 from elastic.files import write_text
-from students import Student, elasticize, kernels
-from students.packing import pack_linears
+from elastic.settings import from_dict, read_yaml, to_dict
+from students import Student, elasticize
+from students.kernels.cpu import toolchain
+from students.kernels.packing import pack_linears
 from teachers import Teacher
 from teachers.cache import cache_folder
 
@@ -133,7 +135,7 @@ class Run:
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:
     """A student of this teacher, as the configuration has it and not trained, on kernels where they can be compiled."""
-    kernels.build(cache_folder())
+    toolchain.build(cache_folder())
     return elasticize(teacher.model, config.student)
 
 
@@ -162,8 +164,9 @@ def _processor() -> str:
 def load(folder: str | Path, *, pack: bool | None = None) -> Student:
     """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for.
 
-    pack: keep a second copy of the weights in the layout of a CPU's bfloat16 products (see students/packing.py): calls
-    of up to some hundred tokens get faster, and every bit stays. None: where it fits into half of the free memory.
+    pack: keep a second copy of the weights in the layout of a CPU's bfloat16 products (students/kernels/packing.py):
+    calls of up to some hundred tokens get faster, and every bit stays. None: where it fits into half of the free
+    memory.
     """
     run = Run.open(folder, finished=True)
     return run.load_student(run.teacher(), pack=pack)

@@ -14,10 +14,11 @@ from statistics import mean
 from typing import Any
 
 from elastic import bench, evaluate, families, trainer
-from elastic.config import RunConfig, make_config, to_dict
+from elastic.config import RunConfig, make_config
 from elastic.files import write_text
-from elastic.results import Key, Row, SweepFolder, key_of
+from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
+from elastic.settings import to_dict
 
 Say = Callable[[str], None]
 
@@ -262,7 +263,7 @@ def _measure(
 
 
 def look(path: str, turn: float | None) -> dict[str, Any]:
-    """Where the compute of a finished run goes, the dial turned to `turn` (see elastic/routing.py).
+    """Where the compute of a finished run goes, the dial turned to `turn` (see elastic/accounting/routing.py).
 
     What is looked at is the same for every seed, so that runs can be compared: what seed 0 holds out.
     """

@@ -26,11 +26,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
-from elastic.progress import Watched
+from elastic.reporting.progress import Watched
 from elastic.run import Run
 from losses import default_chunk_rows
 from students.compute import PHASES
-from students.language import LanguageStudent
+from students.families.language import LanguageStudent
 from teachers import hub
 from teachers.quiet import first_line, quiet
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 import teachers
 from elastic import families
-from elastic.budgets import draw, trained
-from elastic.config import RunConfig, TrainConfig, to_dict
-from elastic.dial import capacity_for, set_dial, set_range
+from elastic.accounting.sums import Sums
+from elastic.config import RunConfig, TrainConfig
+from elastic.distillation.budgets import draw, trained
+from elastic.distillation.dial import capacity_for, set_dial, set_range
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
 from elastic.run import DTYPES, Run, make_student
-from elastic.sums import Sums
+from elastic.settings import to_dict
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
@@ -52,7 +53,7 @@ class State:
     step: int
     steps: int | None
     multiplier: Tensor
-    """[K], as are the two below: of each of the budgets that are trained for (see elastic/budgets.py)."""
+    """[K], as are the two below: of each of the budgets that are trained for (see elastic/distillation/budgets.py)."""
     price: Tensor
     offsets: Tensor
     """Where the dial is for them; on the host."""

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from students.architecture import (
+from students.architectures import (
     VISION_TOWERS,
     Architecture,
     Sizes,
@@ -20,16 +20,21 @@ from students.architecture import (
     trunk_of,
     weight_of,
 )
-from students.attention import route_attention
 from students.compute import BlockShape, ComputeModel
-from students.image import ImageStudent, RoutedBlock, call
-from students.language import LanguageStudent
-from students.routers import ChannelRouter, Lora, Router, Substitute, VocabRouter
-from students.runtime import Runtime
+from students.execution.attention import route_attention
+from students.execution.block import BlockGather
+from students.execution.branch import RoutedBranch, RoutedExit
+from students.execution.head import RoutedHead
+from students.execution.image_block import RoutedBlock
+from students.execution.linear import RoutedLinear, Site
+from students.execution.runtime import Runtime
+from students.execution.wrapper import Wrapper
+from students.families.image import ImageStudent, call
+from students.families.language import LanguageStudent
+from students.families.vision_language import Door, VisionLanguageStudent
+from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute, VocabRouter
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 from students.student import Student
-from students.vlm import Door, ImageRouter, VisionLanguageStudent
-from students.wrappers import BlockGather, RoutedBranch, RoutedExit, RoutedHead, RoutedLinear, Site, Wrapper
 
 
 def elasticize(model: nn.Module, spec: StudentSpec) -> Student:

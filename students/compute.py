@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.runtime import Decisions
+from students.decisions import Decisions
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 
 Phase = Literal["decode", "prefill"]

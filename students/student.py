@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from students.architecture import Architecture
-from students.attention_gradient import fast_attention_gradients
+from students.architectures import Architecture
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
-from students.norms import fuse_norms
-from students.runtime import Decisions, Runtime
+from students.decisions import Decisions
+from students.execution.runtime import Runtime
+from students.kernels.attention_gradient import fast_attention_gradients
+from students.kernels.norms import fuse_norms
 from students.spec import RouterSpec, StudentSpec
 
 ADDED = {"routers", "substitutes", "lora"}

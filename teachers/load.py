@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teachers import hub, vision, vlm, wheel
+from teachers import hub, wheel
+from teachers.families import image, vision_language
 from teachers.quiet import first_line, quiet
 from teachers.registry import ModelEntry, models, resolve
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-    from teachers.images import Preprocess
+    from teachers.data.images import Preprocess
 
 _SAMPLES_PER_TENSOR = 64
 
@@ -61,7 +62,7 @@ def load(
     dtype = dtype or preferred_dtype(device)
     with quiet():
         if entry.family == "vit":
-            model, processor = vision.load(name, folder, dtype, trust_remote_code)
+            model, processor = image.load(name, folder, dtype, trust_remote_code)
         elif entry.family == "vlm":
             model, processor, source = _vision_language(name, folder, source, dtype, trust_remote_code)
         else:
@@ -143,11 +144,11 @@ def _vision_language(
     name: str, folder: Path, source: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, ProcessorMixin, str]:
     """Model, processor and source; some models have only tower and projector in their folder."""
-    language = vlm.language_of(folder)
+    language = vision_language.language_of(folder)
     if language is None:
-        return *vlm.load(name, folder, dtype, trust_remote_code), source
+        return *vision_language.load(name, folder, dtype, trust_remote_code), source
     base = load(language, dtype=dtype, device="cpu")
-    return *vlm.compose(folder, base.model, base.processor), f"{source}; language model: {base.source}"
+    return *vision_language.compose(folder, base.model, base.processor), f"{source}; language model: {base.source}"
 
 
 def _causal_lm(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

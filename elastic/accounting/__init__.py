@@ -1,0 +1,1 @@
+"""What forward passes cost and where compute went."""

@@ -1,0 +1,72 @@
+"""What the families' objectives share: sums over a batch, and what routing has to pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from elastic.config import BudgetConfig, LossConfig
+from losses import DIVERGENCES, capacity_hinge, forward_kl, load_balance, topk_bce
+from students import RouterSpec, Student
+from students.decisions import Decisions
+from students.kernels import fused
+from students.kernels.cpu import toolchain
+
+T = TypeVar("T", bound="Sums")
+
+
+class Sums:
+    """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field; of `rows`, one follows the
+    other."""
+
+    def __add__(self: T, other: T) -> T:
+        def add(name: str, a: Any, b: Any) -> Any:
+            if name == "rows":
+                return {key: torch.cat([a[key], b[key]]) for key in a}
+            return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
+
+        return type(self)(*(add(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """(student's logits, teacher's logits) -> the configured divergence of each row."""
+    if loss.logits == "forward_kl" and loss.temperature == 1:
+        return _forward_kl
+    options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
+    return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **options)
+
+
+def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """In one pass where there is a kernel for it."""
+    return forward_kl(student, teacher) if toolchain.native(student) is None else fused.forward_kl(student, teacher)
+
+
+def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:
+    """What presets with fixed capacities add: the hinge, top-k prediction, even use."""
+    total = 0.0
+    capacity = student.runtime.capacity
+    if budget.control == "capacity":
+        free = [k for k in decisions.share if student.router_spec(k).selection == "threshold"]
+        if free:
+            shares = torch.stack([decisions.share[k].mean() for k in free])
+            total = total + budget.hinge * capacity_hinge(shares, capacity)
+    if loss.topk_weight:
+        keys = [k for k in decisions.score if _over_tokens(student.router_spec(k))]
+        if keys:
+            parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
+            total = total + loss.topk_weight * torch.stack(parts).mean()
+    if loss.load_balance_weight:
+        keys = [k for k in decisions.score if student.router_spec(k).kind in ("head", "expert")]
+        if keys:
+            parts = [load_balance(decisions.score[k].softmax(-1)) for k in keys]
+            total = total + loss.load_balance_weight * torch.stack(parts).mean()
+    return total
+
+
+def _over_tokens(spec: RouterSpec) -> bool:
+    return spec.selection == "topk" and spec.kind in ("token", "layer")

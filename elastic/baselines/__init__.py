@@ -1,0 +1,1 @@
+"""What a student has to beat, on the same frozen weights."""

@@ -1,0 +1,192 @@
+"""What a student of images has to beat, on the same frozen weights: dropping patches blindly, and merging them.
+
+random, uniform: as many patches leave each block as the student's routers send away in the mean, but any, or at even
+distances, and as many of every image.
+tome: a few patches of every block are merged with similar ones (arXiv 2210.09461).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.accounting.counters import count
+from students.execution.image_block import RoutedBlock
+from students.families.image import ImageStudent
+from students.families.vision_language import VisionLanguageStudent
+from students.routers import Router
+
+
+class _Order(nn.Module):
+    """In place of a router: scores that know nothing of what they score, and a share that passes, of every image alike.
+
+    whole: where dropped patches stay away, the tokens of an image before any has gone; the scores given then stand.
+    """
+
+    def __init__(
+        self, router: Router, share: Callable[[float], float], scores: Callable[[Tensor], Tensor], whole: int = 0
+    ) -> None:
+        super().__init__()
+        self.spec = dataclasses.replace(router.spec, selection="quota", multiple=1)
+        self.quota = share
+        self.shift = router.shift
+        self.whole = whole
+        self.scores = scores
+
+    def at_door(self, x: Tensor, question: Tensor) -> Tensor:
+        """Scores [B, T] of embedded tokens x [B, T, D]."""
+        return self.scores(x)
+
+    def macs(self, width: int) -> int:
+        """Nothing is multiplied."""
+        return 0
+
+    def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Scores [B, n] of tokens x [B, n, D]."""
+        if x.shape[1] < self.whole:
+            return x.new_full(x.shape[:2], torch.inf, dtype=torch.float32)
+        return self.scores(x)
+
+
+@torch.no_grad()
+def drop_blindly(student: ImageStudent, kind: str, batches: Sequence[Tensor], seed: int = 0) -> None:
+    """Let the student drop as many patches as it does in the mean over batches of pixels [B, C, H, W], but at random or
+    at even distances ("random", "uniform").
+
+    ValueError where it has no layer routers whose numbers could be taken over.
+    """
+    layer = student.spec.find("layer")
+    if layer is None or layer.selection == "topk":
+        raise ValueError(
+            f"the baseline {kind} drops as many patches as layer routers with `selection: quota` or threshold: this "
+            "run has none"
+        )
+    shares = [student(pixels)[1].share for pixels in batches]
+    scores, whole = _blind(kind, seed), student.tokens if student.stays else 0
+    for number, block in enumerate(student.blocks):
+        if isinstance(block, RoutedBlock) and "layer" in block.routers:
+            here = torch.cat([share[f"{number}.layer"] for share in shares])
+            kept = float(here[:, student.runtime.prefix :].mean())
+            block.routers["layer"] = _Order(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
+            block.merges = False
+
+
+def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
+    """Let as many image tokens through the door as before, but at random or at even distances ("random", "uniform").
+
+    ValueError where there is no image router with quota, whose number could be taken over.
+    """
+    if student.door is None or student.door.spec.selection != "quota":
+        raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
+    student.trunk.door.routers["image"] = _Order(student.door, student.door.quota, _blind(kind, seed))
+
+
+def _blind(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
+    """Scores [B, n] for tokens [B, n, D] that know nothing of them: "random", or "uniform", in even distances."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def at_random(x: Tensor) -> Tensor:
+        return torch.rand(x.shape[:2], generator=generator).to(x.device)
+
+    def evenly(x: Tensor) -> Tensor:
+        return spread(x.shape[1]).to(x.device).repeat(len(x), 1)
+
+    return at_random if kind == "random" else evenly
+
+
+def spread(count: int) -> Tensor:
+    """Scores [count] of places in a row: the k best are about evenly spaced for every k (van der Corput's sequence)."""
+    bits = max(1, (count - 1).bit_length())
+    reverse = [int(f"{n:0{bits}b}"[::-1], 2) for n in range(count)]
+    return -torch.tensor(reverse, dtype=torch.float32)
+
+
+class MergingBlock(nn.Module):
+    """A block of timm that merges pairs of similar patches between attention and MLP, as ToMe does.
+
+    state: shared by the blocks of a model: how many patches each token stands for, [B, n, 1]; None: one each.
+    """
+
+    def __init__(self, block: nn.Module, pairs: int, prefix: int, state: dict[str, Tensor | None]) -> None:
+        super().__init__()
+        self.block = block
+        self.pairs = pairs
+        self.prefix = prefix
+        self.state = state
+        self._keys: Tensor | None = None
+        block.attn.qkv.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        """Mean over heads of the keys [B, n, head size]."""
+        heads = self.block.attn.num_heads
+        self._keys = out.chunk(3, -1)[1].unflatten(-1, (heads, -1)).mean(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, n, D] -> [B, n - pairs, D]."""
+        block, size = self.block, self.state["size"]
+        mask = None if size is None else size.log().transpose(1, 2).unsqueeze(1).expand(-1, 1, x.shape[1], -1)
+        x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
+        if self.pairs:
+            x, self.state["size"] = merge(x, self._keys, size, self.pairs, self.prefix)
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def merge(x: Tensor, metric: Tensor, size: Tensor | None, pairs: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching (arXiv 2210.09461): the tokens in every other place are matched with the most similar of
+    the others, and the best `pairs` matches become one token each, a mean weighted by size.
+
+    x [B, n, D], metric [B, n, C], size [B, n, 1] or None; tokens of the prefix are never merged.
+    """
+    size = x.new_ones(*x.shape[:2], 1) if size is None else size
+    if x.shape[1] - prefix < 2:
+        return x, size
+    first, patches = x[:, :prefix], x[:, prefix:]
+    weights = size[:, prefix:]
+    unit = nn.functional.normalize(metric[:, prefix:], dim=-1)
+    a, b = unit[:, ::2], unit[:, 1::2]
+    pairs = min(pairs, b.shape[1])
+    best, partner = (a @ b.transpose(1, 2)).max(-1)
+    order = best.argsort(dim=1, descending=True)
+    going, staying = order[:, :pairs, None], order[:, pairs:, None]
+    target = partner.gather(1, order[:, :pairs]).unsqueeze(-1)
+
+    def split(values: Tensor) -> Tensor:
+        source, kept = values[:, ::2], values[:, 1::2]
+        width = values.shape[-1]
+        moved = source.gather(1, going.expand(-1, -1, width))
+        kept = kept.scatter_add(1, target.expand(-1, -1, width), moved)
+        return torch.cat([source.gather(1, staying.expand(-1, -1, width)), kept], 1)
+
+    total = split(weights)
+    return torch.cat([first, split(patches * weights) / total], 1), torch.cat([size[:, :prefix], total], 1)
+
+
+def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module, float]:
+    """(a copy of a timm model that merges patches, on the same weights; its share of the model's FLOPs).
+
+    The number of merges per block is the same for all blocks, as near as whole numbers allow, and the smallest at which
+    the share is at most `target`. pixels: an image to count on. ValueError for a model that is not timm's.
+    """
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or not all(hasattr(b, "ls1") and hasattr(b.attn, "qkv") for b in blocks):
+        raise ValueError("the baseline tome is for timm's VisionTransformer")
+    dense, _ = count(lambda: model(pixels))
+    merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    state: dict[str, Tensor | None] = {}
+    merged.register_forward_pre_hook(lambda module, args: state.update(size=None))
+    for number, block in enumerate(merged.blocks):
+        merged.blocks[number] = MergingBlock(block, 0, model.num_prefix_tokens, state)
+    share, total = 1.0, 0
+    while share > target:
+        total += 1
+        for number, block in enumerate(merged.blocks):
+            block.pairs = total * (number + 1) // len(blocks) - total * number // len(blocks)
+        share = count(lambda: merged(pixels))[0] / dense
+        if total > len(blocks) * pixels.shape[-1]:
+            raise ValueError(f"merging cannot bring this model to {target} of its compute, only to {share:.3f}")
+    return merged, share

@@ -1,0 +1,260 @@
+"""What a trained language student has to beat, on the same frozen weights and at the same compute: choices of input
+channels, and of rows of the LM head, that nobody trained.
+
+random   any channels and rows, anew for each token, as many at each site as the student opens there
+uniform  every linear layer keeps the same share of its channels, and the head (where the student routes it) the same
+         share of its rows; which ones goes by the estimated cost of closing them (see students/calibration/language.py)
+static   the same channels for every token, those of each linear layer that cost most to close, the same share of every
+         layer; the LM head whole; saves in prefill too
+teal     the largest magnitudes: one threshold for each linear layer, at which all keep the same share; the LM head
+         whole (arXiv 2408.14690, without its search for a share of its own for each layer)
+
+They run as students do, with limits that are set here instead of trained, and without low-rank corrections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.config import RunConfig
+from elastic.distillation.dial import capacity_for
+from students import elasticize
+from students.calibration.language import calibrate
+from students.decisions import Decisions
+from students.execution.head import RoutedHead
+from students.execution.linear import RoutedLinear
+from students.families.language import LanguageStudent
+from students.routers import OPEN
+from students.spec import LINEAR_SITES, RouterSpec, StudentSpec
+
+LEVELS = 513
+"""Quantiles that are kept of what a limit is compared with."""
+ROWS = 64
+"""Tokens of a calibration batch that they are taken of."""
+HEAD_NUMBERS = 2**23
+"""Previewed logits of a batch that they are taken of."""
+TOLERANCE = 0.001
+"""How near to the student's measured compute has to come before the search ends."""
+
+
+def calibrated(
+    name: str,
+    student: LanguageStudent,
+    model: nn.Module,
+    config: RunConfig,
+    compute: float,
+    batches: Sequence[Tensor],
+    meter: Callable[[LanguageStudent], float],
+) -> LanguageStudent:
+    """`uniform`, `static` or `teal` at this share of the teacher's compute, made of a frozen model.
+
+    batches: calibration text, token ids [B, T]. meter: measures a student's compute. ValueError where the choice saves
+    nothing in the run's phase, or cannot save so much.
+    """
+    phase = config.budget.phase
+    if phase == "prefill" and name != "static":
+        raise ValueError(
+            f"the baseline {name} chooses channels token by token, which saves nothing in prefill, this run's phase; "
+            "static does"
+        )
+    vocab = student.spec.find("vocab") if name == "uniform" else None
+    channels = RouterSpec("channel", network="static" if name == "static" else "linear")
+    other = elasticize(model, StudentSpec((channels, vocab) if vocab else (channels,)))
+    lowest = other.compute.uniform(0.0, batches[0].shape[1], phase)
+    if compute < lowest:
+        raise ValueError(
+            f"the baseline {name} cannot run at {compute:.3f}: with every channel closed {lowest:.3f} is left"
+        )
+    if name != "teal":
+        calibrate(other, batches, compute, phase, config.train.seed)
+    keep_alike(other, config, compute, batches, meter)
+    return other
+
+
+def keep_alike(
+    student: LanguageStudent,
+    config: RunConfig,
+    compute: float,
+    batches: Sequence[Tensor],
+    meter: Callable[[LanguageStudent], float],
+) -> None:
+    """Move the limits of each site, all of a site alike, until every site keeps the same share of its channels on
+    calibration text, the one at which measured compute is `compute`.
+
+    The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
+    same for every token and add up.
+    """
+    levels = _levels(student, batches)
+    limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
+    shapes = {key: limit.detach().clone() for key, limit in limits.items()}
+    head = student.model.get_output_embeddings()
+
+    @torch.no_grad()
+    def keep(share: float) -> None:
+        place = (1 - share) * (LEVELS - 1)
+        for key, limit in limits.items():
+            limit.copy_(shapes[key] + _between(levels[key], place))
+        if isinstance(head, RoutedHead):
+            head.routers["vocab"].spread.fill_(_between(levels["vocab"], place))
+
+    tokens, phase = batches[0].shape[1], config.budget.phase
+    share = capacity_for(student, tokens, compute, phase)
+    slope = student.compute.uniform(1.0, tokens, phase) - student.compute.uniform(0.0, tokens, phase)
+    for _ in range(6):
+        keep(share)
+        missing = compute - meter(student)
+        if abs(missing) <= TOLERANCE:
+            break
+        share = min(1.0, max(0.0, share + missing / slope))
+
+
+def at_random(
+    student: LanguageStudent, model: nn.Module, config: RunConfig, compute: float, batches: Sequence[Tensor]
+) -> LanguageStudent:
+    """The student's channels and rows drawn at random, made of a frozen model, at this share of its compute.
+
+    batches: token ids [B, T] on which the student says how much it opens at each site. The odds of all sites are
+    multiplied by one number, so that what the student pays for low-rank corrections may be spent on channels.
+    ValueError where the student has routers of other kinds, or runs as the teacher.
+    """
+    odd = sorted({r.kind for r in student.spec.routers if r.kind not in ("channel", "vocab")})
+    if odd or config.budget.phase == "prefill" or student.runtime.bypass:
+        why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
+        raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
+    shares = _shares(student, batches)
+    routers = tuple(
+        RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
+    )
+    other = elasticize(model, StudentSpec(routers, gains=student.spec.gains))
+    whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
+
+    def turned(offset: float) -> dict[str, Tensor]:
+        return {key: (share.logit() + offset).sigmoid().view(1, 1) for key, share in shares.items()}
+
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        spent = float(other.compute.ratio(Decisions(share=turned(middle)), whole, "decode"))
+        low, high = (low, middle) if spent > compute else (middle, high)
+    shares = {key: float(share) for key, share in turned(low).items()}
+    generator = torch.Generator().manual_seed(config.train.seed)
+    for key, layer in _sites(other).items():
+        layer.register_forward_pre_hook(_drop(shares[f"{key}.channel"], generator))
+    head = other.model.get_output_embeddings()
+    if isinstance(head, RoutedHead):
+        router = head.routers["vocab"]
+        router.load_state_dict(student.model.get_output_embeddings().routers["vocab"].state_dict())
+        drawn = _RandomRows(head.base_layer, head.runtime, router, share=shares["vocab"], generator=generator)
+        other.model.set_output_embeddings(drawn)
+    return other
+
+
+def _drop(share: float, generator: torch.Generator) -> Callable[[RoutedLinear, tuple[Tensor]], tuple[Tensor] | None]:
+    """A hook that leaves each channel with this probability and sets the others to zero, which every limit closes."""
+
+    def hook(layer: RoutedLinear, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if layer.runtime.bypass:
+            return None
+        (x,) = args
+        return (x * (torch.rand(x.shape, generator=generator) < share).to(x.device),)
+
+    return hook
+
+
+class _RandomRows(RoutedHead):
+    """The LM head, exact for rows drawn at random and previewed for the rest."""
+
+    def __init__(self, *parts: object, share: float, generator: torch.Generator) -> None:
+        super().__init__(*parts)
+        self.share = share
+        self.generator = generator
+
+    def routed_logits(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        router, (_, _, preview_weight, _) = self.routers["vocab"], tensors
+        exact = self.base_layer(hidden)
+        guess = F.linear(router.features(hidden), preview_weight) + router.tail.to(hidden.dtype)
+        open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
+        return torch.where(open_, exact, guess), open_.float().mean(-1)
+
+    def _some_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.routed_logits(hidden, *self.tensors())
+
+
+def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
+    """The first linear layer of each site with a channel router, which chooses for the others, by the site's name."""
+    layers = {
+        f"{number}.{site}": block.get_submodule(student.record.linears(site)[0])
+        for number, block in enumerate(student.blocks)
+        for site in LINEAR_SITES
+        if student.spec.find("channel", number, site)
+    }
+    return layers
+
+
+@torch.no_grad()
+def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
+    exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean."""
+    levels: dict[str, Tensor] = {}
+
+    def add(key: str, values: Tensor) -> None:
+        places = torch.linspace(0, values.numel() - 1, LEVELS, device=values.device)
+        quantiles = values.flatten().sort().values[places.long()] / len(batches)
+        levels[key] = levels[key] + quantiles if key in levels else quantiles
+
+    def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            router = layer.routers["channel"]
+            size = _some(args[0], ROWS).abs().float().log().clamp(min=OPEN)
+            add(key, (0.0 if router.spec.network == "static" else size) - router.log_limit)
+
+        return layer.register_forward_pre_hook(hook)
+
+    head = student.model.get_output_embeddings()
+    handles = [watch(key, layer) for key, layer in _sites(student).items()]
+    try:
+        with student.teacher():
+            for ids in batches:
+                hidden = student.features(ids)[0].last_hidden_state
+                if isinstance(head, RoutedHead):
+                    router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
+                    features = router.features(_some(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
+                    mean = router.limit(features, torch.zeros_like(router.spread), 1.0, 0.0)
+                    length = features.float().norm(dim=-1, keepdim=True)
+                    add("vocab", (F.linear(features, preview_weight).float() - mean) / length)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return levels
+
+
+def _some(x: Tensor, rows: int) -> Tensor:
+    """At most so many tokens of x [B, T, D], evenly spaced: [n, D]."""
+    flat = x.flatten(0, 1)
+    return flat[torch.linspace(0, len(flat) - 1, min(rows, len(flat)), device=x.device).long()]
+
+
+def _between(levels: Tensor, place: float) -> float:
+    """The level at a place between two of them."""
+    below = min(int(place), LEVELS - 2)
+    return float(torch.lerp(levels[below], levels[below + 1], place - below))
+
+
+@torch.no_grad()
+def _shares(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The mean share of open gates of every router, by its key."""
+    sums: dict[str, Tensor] = {}
+    for ids in batches:
+        out, decisions = student.features(ids)
+        shares = dict(decisions.share)
+        if tensors := student.head_tensors():
+            rows = out.last_hidden_state.flatten(0, 1).split(128)
+            shares["vocab"] = torch.cat([student.logits(part, *tensors)[1] for part in rows])
+        for key, share in shares.items():
+            sums[key] = sums.get(key, 0.0) + share.double().mean() * len(ids)
+    total = sum(len(ids) for ids in batches)
+    return {key: (value / total).float().cpu() for key, value in sums.items()}

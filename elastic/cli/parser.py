@@ -1,0 +1,190 @@
+"""The command line of `elastic`: every command and its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from elastic.cli import measuring, showing, training
+
+EXAMPLES = """examples:
+  elastic distill --model smollm2-135m --target-compute 0.7
+  elastic distill --resume runs/smollm2-135m-0.7
+  elastic eval runs/smollm2-135m-0.7 --data my-text.txt
+  elastic generate runs/smollm2-135m-0.7 --prompt "What is a transformer?" --stream
+  elastic sweep --model smollm2-135m --target-compute 0.5 0.7 1.0 --output sweeps/smollm2
+  elastic report sweeps/smollm2 -o report.html
+  elastic models
+"""
+
+BASELINES = ("random", "uniform", "static", "teal", "tome")
+"""What can be measured beside a student."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = _Parser(
+        prog="elastic",
+        description="Make a pretrained transformer elastic: frozen weights, tiny routers, one dial for compute.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(required=True, metavar="command", title="commands")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(command=run)
+        return sub
+
+    distill = command(
+        "distill", training.distill_command, "train routers for a model until it runs at the target compute"
+    )
+    distill.add_argument("--model", help="short name (see elastic models), hub id or local folder")
+    distill.add_argument(
+        "--target-compute",
+        type=_target,
+        metavar="C",
+        help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any",
+    )
+    distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
+    distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
+    distill.add_argument("--output", metavar="RUN", help="run folder (default runs/MODEL-C)")
+    distill.add_argument("--steps", type=int, help="optimizer steps")
+    distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 10)")
+    distill.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    distill.add_argument("--set", action="append", metavar="A.B=C", help="one setting, such as train.lr=0.001")
+    distill.add_argument("--resume", metavar="RUN", help="continue an interrupted run with its own configuration")
+    distill.add_argument("--overwrite", action="store_true", help="replace a run folder that exists")
+
+    measure = command("eval", measuring.eval_command, "measure a finished run against its teacher")
+    measure.add_argument("run", metavar="RUN")
+    measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
+    measure.add_argument(
+        "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
+    )
+    measure.add_argument(
+        "--baselines",
+        nargs="+",
+        default=[],
+        metavar="B",
+        choices=BASELINES,
+        help="also measure these at the same compute: random, uniform; text: static, teal; images: tome (merging)",
+    )
+    measure.add_argument(
+        "--tasks",
+        metavar="T,T",
+        help="zero-shot accuracy on these instead: names of lm-evaluation-harness, files of questions (JSON lines)",
+    )
+    measure.add_argument("--limit", type=int, metavar="N", help="--tasks: so many questions of each only")
+    measure.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    bench = command(
+        "bench",
+        measuring.bench_command,
+        "time a finished run against the dense model: prefill, decoding, training step",
+    )
+    bench.add_argument("run", metavar="RUN")
+    bench.add_argument(
+        "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
+    )
+    bench.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="B",
+        help="inputs at once (default 1; images: 1 8 64; questions: 1 8)",
+    )
+    bench.add_argument("--tokens", type=int, nargs="+", metavar="T", help="prompt lengths of text (default 512)")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="tokens of text to decode (default 128)")
+    bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    sweep = command(
+        "sweep", training.sweep_command, "distil, measure and time models at many budgets into one folder, for a report"
+    )
+    sweep.add_argument("--model", nargs="+", required=True, metavar="M", help="as for distill")
+    sweep.add_argument(
+        "--target-compute",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="C",
+        help="budgets, up to 1.0; a single one below 1 is trained for alone, several share a run",
+    )
+    sweep.add_argument("--preset", nargs="+", default=["default"], metavar="P", help="as for distill")
+    sweep.add_argument("--seed", nargs="+", type=int, default=[0], metavar="S", help="one run each (default 0)")
+    sweep.add_argument(
+        "--per-budget", action="store_true", help="a run for each budget, instead of one that serves them all"
+    )
+    sweep.add_argument("--baselines", nargs="+", default=[], metavar="B", choices=BASELINES, help="as for eval")
+    sweep.add_argument("--data", help="what to train on, as for distill")
+    sweep.add_argument("--eval-data", metavar="DATA", help="what to measure on (default: each run's held-out data)")
+    sweep.add_argument("--steps", type=int, help="optimizer steps of each run")
+    sweep.add_argument("--minutes", type=float, help="training time of each run, instead of steps (default 10)")
+    sweep.add_argument("--no-bench", action="store_true", help="do not time anything")
+    sweep.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for distill")
+    sweep.add_argument("--output", required=True, metavar="DIR", help="sweep folder; what is finished there stays")
+
+    report = command(
+        "report", showing.report_command, "write a page about sweeps: quality, speed, and where the compute went"
+    )
+    report.add_argument("folders", nargs="+", metavar="DIR", help="sweep folders")
+    report.add_argument(
+        "-o",
+        "--output",
+        default="report.html",
+        metavar="FILE",
+        help="the page; tables as .md and .csv and plots as .svg go beside it (default report.html)",
+    )
+
+    compare = command(
+        "compare", measuring.compare_command, "say how alike the routers of two finished runs of an image model decide"
+    )
+    compare.add_argument("run", metavar="RUN")
+    compare.add_argument("other", metavar="RUN")
+    compare.add_argument("--data", help="as for distill; all of it is used (default: the first run's held-out images)")
+    compare.add_argument("--json", action="store_true", help="print one JSON object with rows")
+
+    generate = command("generate", showing.generate_command, "continue a prompt with a finished run")
+    generate.add_argument("run", metavar="RUN")
+    generate.add_argument("--prompt", required=True, help="text to continue; a question where the model chats")
+    generate.add_argument("--image", metavar="FILE", help="image that a vision-language model is asked about")
+    generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
+    )
+    generate.add_argument("--stream", action="store_true", help="print words as they come")
+
+    pretrain = command(
+        "pretrain", training.pretrain_command, "train a small teacher from scratch, as the shipped ones were made"
+    )
+    pretrain.add_argument(
+        "--data", required=True, help="small square images of one size, as for distill (an image model); or easy-vqa"
+    )
+    pretrain.add_argument(
+        "--output", metavar="FOLDER", required=True, help="where the model goes; after Ctrl-C the same command goes on"
+    )
+    pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12)")
+    pretrain.add_argument("--start", metavar="FOLDER", help="go on from an image model that this command wrote")
+
+    info = command("info", showing.info_command, "say what a run is")
+    info.add_argument("run", metavar="RUN")
+    models = command("models", showing.models_command, "list the models that have a short name")
+    models.add_argument("--json", action="store_true", help="print one JSON object with rows")
+    return root
+
+
+def _target(text: str) -> float | str:
+    """A budget, or a range as it is written: LOW:HIGH."""
+    try:
+        budgets = [float(part) for part in text.split(":")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; write a number such as 0.7, or a range such as 0.5:1.0") from None
+    return text if len(budgets) > 1 else budgets[0]

@@ -1,0 +1,80 @@
+"""What commands show while they run and at their end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+QUIET_SECONDS = 20
+"""Where no bar can be drawn, a long loop says so often how far it is."""
+
+
+@contextmanager
+def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """(say, progress): lines and a progress bar on stderr, so that stdout holds results only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from elastic.reporting.progress import watched_by
+
+    # the harness is kept from writing to stderr while it asks; this is not
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=None, visible=False)
+        loop = bar.add_task("this part", total=None, visible=False)
+        times = [0.0, 0.0]  # when the loop began, when it was last reported
+
+        def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
+            phases = [key.removeprefix("compute_") for key in line if key.startswith("compute_")]
+            spent = ", ".join(f"{line[f'compute_{p}']:.3f}" + f" {p}" * (len(phases) > 1) for p in phases)
+            bar.update(task, completed=step, total=steps, visible=steps is None or step < steps)
+            if not console.is_terminal or step % 50 == 0 or step == steps:
+                left = "" if steps is None else f", {(steps - step) / line['steps_per_second'] / 60:.1f} min left"
+                console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, compute {spent}{left}")
+
+        def watch(done: int, total: int) -> None:
+            now = time.monotonic()
+            bar.update(loop, completed=done, visible=done < total)
+            if done == 0:
+                bar.reset(loop, total=total)
+                times[:] = now, now
+            elif not console.is_terminal and done < total and now - times[1] > QUIET_SECONDS:
+                times[1] = now
+                left = (now - times[0]) / done * (total - done) / 60
+                console.print(f"{done} of {total} done, {left:.1f} min left")
+
+        with watched_by(watch):
+            yield console.print, progress
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table at the end of a run: one line a quantity, one column a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from elastic import families
+
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("model, preset", lambda r: f"{r['model']}, {r['preset']}"),
+        *families.of(rows[0]["family"]).lines(),
+        ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
+        ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
+    ]
+    table = Table(show_header=False)
+    for name, show in lines:
+        table.add_row(name, *(show(row) for row in rows))
+    Console(soft_wrap=True).print(table)

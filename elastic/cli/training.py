@@ -1,0 +1,113 @@
+"""Commands that train: distill, sweep, pretrain."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+
+from elastic.cli.screen import print_rows, screen
+
+
+def distill_command(options: argparse.Namespace) -> None:
+    if options.resume:
+        given = [
+            name
+            for name in ("model", "target_compute", "preset", "data", "output", "steps", "minutes", "config", "set")
+            if getattr(options, name) is not None
+        ]
+        if given or options.overwrite:
+            extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--overwrite"
+            raise ValueError(f"--resume continues with the run's own configuration: leave {extra} away")
+    from elastic.config import make_config
+
+    if not options.resume:
+        if options.steps is not None and options.minutes is not None:
+            raise ValueError("give --steps or --minutes, not both")
+        config = make_config(
+            file=options.config,
+            settings=options.set,
+            model=options.model,
+            preset=options.preset,
+            budget__target=options.target_compute,
+            data__source=options.data,
+            train__steps=options.steps,
+            train__minutes=options.minutes,
+        )
+        name = os.path.basename(os.path.normpath(config.model))
+        output = options.output or f"runs/{name}-{'-'.join(f'{end:g}' for end in sorted(set(config.budget.span)))}"
+    from elastic import trainer
+    from elastic.run import Run
+
+    with screen() as (say, progress):
+        if options.resume:
+            trainer.resume(options.resume, say=say, progress=progress)
+        else:
+            trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
+    folder = options.resume or output
+    print_rows(Run.open(folder).about["results"])
+    print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
+
+
+def sweep_command(options: argparse.Namespace) -> None:
+    import shlex
+
+    from elastic.sweep import sweep
+
+    if options.steps is not None and options.minutes is not None:
+        raise ValueError("give --steps or --minutes, not both")
+    with screen() as (say, progress):
+        rows = sweep(
+            options.output,
+            models=options.model,
+            budgets=options.target_compute,
+            presets=options.preset,
+            seeds=options.seed,
+            baselines=options.baselines,
+            per_budget=options.per_budget,
+            eval_data=options.eval_data,
+            timed=not options.no_bench,
+            command=shlex.join(options.line),
+            say=say,
+            progress=progress,
+            settings=options.set,
+            data__source=options.data,
+            train__steps=options.steps,
+            train__minutes=options.minutes,
+        )
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for row in rows for key, _, _ in row["metrics"]))
+    table = Table("model", "preset", "seed", "asked", "compute", *(key.replace("_", " ") for key in keys))
+    for row in rows:
+        name = row["preset"] if row["baseline"] is None else f"{row['baseline']} (baseline of {row['preset']})"
+        numbers = (f"{row['compute_target']:.3f}", f"{row['compute']:.3f}")
+        table.add_row(
+            row["model"], name, str(row["seed"]), *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys)
+        )
+    Console().print(table)
+    print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
+
+
+def pretrain_command(options: argparse.Namespace) -> None:
+    from teachers.data.questions import EASY_VQA
+    from teachers.recipes.image import pretrain
+    from teachers.recipes.vision_language import pretrain_vlm
+
+    if options.epochs is not None and options.epochs < 1:
+        raise ValueError("--epochs must be at least 1")
+    with screen() as (say, _):
+        if options.data == EASY_VQA:
+            for option in ("epochs", "start"):
+                if getattr(options, option) is not None:
+                    raise ValueError(f"--{option} is for image models: leave it away with --data {EASY_VQA}")
+            train, name = functools.partial(pretrain_vlm, options.output), "accuracy"
+        else:
+            epochs, start = options.epochs or 12, options.start
+            train, name = functools.partial(pretrain, options.data, options.output, epochs=epochs, start=start), "top-1"
+        try:
+            accuracy = train(say=say)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+    print(f"{name} {accuracy:.2%}; use it: elastic distill --model {options.output} --data {options.data}")

@@ -1,0 +1,1 @@
+"""Results, plots and the pages that show them."""

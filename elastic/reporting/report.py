@@ -1,0 +1,108 @@
+"""A page about sweeps that opens anywhere, and its tables and plots for papers: made of rows alone, without torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from elastic.files import write_text
+from elastic.reporting import plots
+from elastic.reporting.contents import LEVELS, Model, Origins, Table, benched
+from elastic.reporting.results import Row, SweepFolder
+
+EXAMPLE_BYTES = 1_200_000
+"""How much of a page examples may fill."""
+
+
+def report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
+    """Write a page about sweep folders, and beside it .md, .csv and for every model a plot; returns their paths.
+
+    ValueError where a folder is no sweep's, or has no finished point yet.
+    """
+    page = Path(output)
+    if page.suffix != ".html":
+        raise ValueError(f"--output is {output}; it is a page, and ends in .html")
+    sweeps = [SweepFolder.open(folder) for folder in folders]
+    rows = [{**row, "folder": sweep} for sweep in sweeps for row in sweep.rows()]
+    if not rows:
+        raise ValueError(f"no point is finished yet in {', '.join(map(str, folders))}")
+    models = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        models[name] = Model(name, [row for row in rows if row["model"] == name])
+    origins = Origins(rows)
+    written = {page: _page(list(models.values()), origins)}
+    images = {name: page.with_name(f"{page.stem}-{model.title}.svg") for name, model in models.items()}
+    written |= {images[name]: model.quality_plot() for name, model in models.items()}
+    written[page.with_suffix(".md")] = _markdown(list(models.values()), origins, images)
+    written[page.with_suffix(".csv")] = _csv(rows)
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
+
+
+def _page(models: list[Model], origins: Origins) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("elastic.reporting").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        models=models,
+        origins=origins,
+        palette=Markup(plots.palette(":root")),
+        levels=LEVELS,
+        room=EXAMPLE_BYTES // len(models),
+        number=_is_number,
+    )
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell of a table is to be aligned as a number."""
+    return bool(re.match(r"^[\d.,]+x?( ± [\d.,]+x?)?$", cell))
+
+
+def _markdown(models: list[Model], origins: Origins, images: dict[str, Path]) -> str:
+    parts = []
+    for model in models:
+        parts += [f"# {model.title}", f"![Quality of {model.title} against compute]({images[model.name].name})"]
+        parts += [_markdown_table(model.quality_table())]
+        if model.ways():
+            parts.append(_markdown_table(model.speed_table()))
+    parts.append("# Where the numbers come from")
+    parts += [f"C{number}: `{command}`" for number, command in enumerate(origins.commands, 1)]
+    parts += [f"E{number}: {text}" for number, text in enumerate(origins.surroundings, 1)]
+    parts.append(_markdown_table(origins.table()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(table.header), "|" + "---|" * len(table.header), *map(line, table.rows)])
+
+
+def _csv(rows: list[Row]) -> str:
+    """Every row with one column for each of its numbers; those of speed are called after the way the model ran."""
+    flat = []
+    for row in rows:
+        cells = {key: value for key, value in row.items() if not isinstance(value, dict | list | SweepFolder)}
+        cells["folder"] = str(row["folder"].folder)
+        cells |= {f"{name} version": value for name, value in row["versions"].items()}
+        cells |= {f"machine {name}": value for name, value in row["machine"].items()}
+        for way, part in benched(row).items():
+            cells |= {f"{way}: {key}": part[key] for key in ("predicted_speedup", "measured_speedup", "seconds")}
+        flat.append(cells)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for cells in flat for key in cells)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return file.getvalue()

@@ -1,0 +1,29 @@
+"""Language models that are supported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from students.architectures.record import Architecture
+
+LLAMA = Architecture()
+_GEMMA = replace(LLAMA, attn_exit="post_attention_layernorm", mlp_exit="post_feedforward_layernorm")
+
+LANGUAGE_MODELS: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "gemma": LLAMA,
+    "qwen2_vl_text": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True),
+    "phi3": replace(LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
+    "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1"),
+    "gpt_neox": Architecture(
+        "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)
+    ),
+}
+"""Keyed by the config's `model_type`."""

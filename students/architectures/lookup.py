@@ -1,0 +1,109 @@
+"""The record of a model, and what it says of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from students.architectures.language import LANGUAGE_MODELS, LLAMA
+from students.architectures.record import Architecture
+from students.architectures.vision import IMAGE_MODELS
+
+ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
+"""Keyed by the config's `model_type`, or for models of timm by the name of their class."""
+
+
+def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
+    """The record that fits a model, and its blocks.
+
+    Raises ValueError where no record fits, or a module that the record names is missing.
+    """
+    kind = kind_of(model)
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{type(model).__name__} (model_type {kind!r}) is not supported: looked for a record of module names in "
+            f"students/architectures, which has {', '.join(ARCHITECTURES)}"
+        )
+    record = ARCHITECTURES[kind]
+    if record.prefix is None:
+        record = replace(record, prefix=model.num_prefix_tokens)
+    blocks = list(_get(trunk_of(model), record.blocks, type(model).__name__))
+    if kind == "Eva":  # whose layers differ from model to model
+        if getattr(blocks[0].attn, "qkv", None) is None:
+            record = replace(record, attn_in=LLAMA.attn_in)
+        if hasattr(blocks[0].mlp, "fc1_g"):
+            record = replace(record, mlp_in=("fc1_g", "fc1_x"))
+    for block in blocks[:1]:
+        names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
+        names += [record.norm] if record.causal and record.prenorm else []
+        names += [name for site in ("attn_in", "attn_out", "mlp_in", "mlp_out") for name in record.linears(site)]
+        for name in filter(None, names):
+            _get(block, name, type(model).__name__)
+    return record, blocks
+
+
+def kind_of(model: nn.Module) -> str:
+    """What `ARCHITECTURES` calls this model."""
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The module that holds the blocks: the model without its head, or itself."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a block's attention."""
+
+    width: int
+    """Of the residual stream."""
+    heads: int
+    size: int
+    """Channels of a head."""
+    groups: int
+    """Heads of keys and values."""
+    window: int | None
+    """Keys that a sliding-window layer sees at most."""
+
+
+def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Module) -> Sizes:
+    """Sizes of block `number`."""
+    if not isinstance(model, PreTrainedModel):
+        attn = block.get_submodule(record.attn)
+        width = weight_of(block.get_submodule(record.linears("attn_out")[0])).shape[0]
+        return Sizes(width, attn.num_heads, attn.head_dim, attn.num_heads, None)
+    config = model.config
+    heads = config.num_attention_heads
+    window = None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[number] == "sliding_attention":
+        window = config.sliding_window
+    elif kinds is None:
+        window = getattr(config, "sliding_window", None)
+    return Sizes(
+        config.hidden_size,
+        heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        window,
+    )
+
+
+def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"{owner} is not supported: looked for {path!r} in {type(root).__name__}, "
+            f"which has {', '.join(name for name, _ in root.named_children())}"
+        ) from None
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in], whichever way the layer stores it, wrapped or not."""
+    linear = getattr(linear, "base_layer", linear)
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight

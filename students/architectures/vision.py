@@ -1,0 +1,23 @@
+"""Image models that are supported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from students.architectures.record import Architecture
+
+_VIT = Architecture(attn="attention", mlp_in=("fc1",), mlp_out=("fc2",), causal=False, prefix=1)
+_CLIP = replace(_VIT, blocks="encoder.layers", attn="self_attn", attn_out=("out_proj",))
+_TIMM = replace(_VIT, blocks="blocks", attn="attn", attn_in=("qkv",), attn_out=("proj",), mask="attn_mask", prefix=None)
+
+IMAGE_MODELS: dict[str, Architecture] = {
+    "vit": _VIT,
+    "deit": replace(_VIT, prefix=2),
+    "dinov2": replace(_VIT, blocks="encoder.layer"),
+    "vit_mae": _VIT,
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": replace(_CLIP, prefix=0, whole_heads=True),
+    "VisionTransformer": _TIMM,
+    "Eva": _TIMM,
+}
+"""Keyed by the config's `model_type`, or for models of timm by the name of their class."""

@@ -1,0 +1,130 @@
+"""Least squares: what routers, substitutes and the preview of the LM head start as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.execution.head import RoutedHead
+from students.routers import Substitute, VocabRouter
+
+
+def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
+    """Ridge regression of y [rows, k] on x [rows, D] with an unpenalised bias: [D + 1, k], the bias last.
+
+    strength: the penalty, as a share of the inputs' mean variance times the number of rows.
+    """
+    centre, target = x.mean(0), y.mean(0)
+    moved = x - centre
+    gram = moved.T @ moved
+    gram.diagonal().add_(strength * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, moved.T @ (y - target))
+    return torch.cat([weight, (target - centre @ weight).unsqueeze(0)])
+
+
+@torch.no_grad()
+def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
+    """Reduced-rank regression: the rank-r affine map with the least squared error on the calibration tokens.
+
+    moments: sum of (x, 1)^T (x, 1, y), [D + 1, D + 1 + D_out]. Least squares, then truncation in the metric of the
+    inputs' covariance (not of the weights), which is the optimum under a rank constraint.
+    """
+    rank, width = substitute.down.shape
+    moments = moments.double()
+    count = moments[width, width]
+    mean_x, mean_y = moments[width, :width] / count, moments[width, width + 1 :] / count
+    cov = moments[:width, :width] / count - mean_x.outer(mean_x)
+    cross = moments[:width, width + 1 :] / count - mean_x.outer(mean_y)
+    cov.diagonal().add_(1e-4 * cov.diagonal().mean())
+    inverse_root = _roots(cov)[1]
+    u, s, v = torch.linalg.svd(inverse_root @ cross, full_matrices=False)
+    substitute.down.copy_((inverse_root @ u[:, :rank]).T)
+    substitute.up.copy_((s[:rank, None] * v[:rank]).T)
+    substitute.bias.copy_(mean_y - mean_x @ inverse_root @ u[:, :rank] @ (s[:rank, None] * v[:rank]))
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    roots = values.clamp(min=values.max() * 1e-10).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+@dataclass(frozen=True)
+class VocabFit:
+    """What a preview costs at one setting: share of exact rows, KL to the exact head in nats, the limit's spread."""
+
+    share: float
+    kl: float
+    spread: float
+
+
+@torch.no_grad()
+def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512) -> list[VocabFit]:
+    """Fit the preview of the LM head to final hidden states [n, D]; returns how good it is at several shares of rows.
+
+    The preview is the rank-r map of h with the least squared error of all logits: a truncation in the metric of the
+    head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
+    first metric, so that |f| measures how far a token's previewed logits spread.
+    """
+    router: VocabRouter = head.routers["vocab"]
+    weight = head.base_layer.weight
+    hidden = hidden.float()
+    gram = sum(part.float().T @ part.float() for part in weight.split(8192)).double()
+    left, left_inverse = _roots(gram)
+    right, right_inverse = _roots((hidden.T @ hidden / len(hidden)).double())
+    u, s, v = torch.linalg.svd(left @ right)
+    rank = router.down.shape[0]
+    scale = len(weight) ** 0.5  # so that the mean square of a token's preview is |f|^2
+    router.up.copy_(left_inverse @ u[:, :rank] * scale)
+    router.down.copy_(s[:rank, None] * v[:rank] @ right_inverse / scale)
+    preview_weight = router.preview_weight(weight).float()
+    router.slope.copy_(preview_weight.mean(0))
+    fits = []
+    picked = hidden[torch.linspace(0, len(hidden) - 1, min(rows, len(hidden)), device=hidden.device).long()]
+    shares = (0.03, 0.06, 0.09, 0.12, 0.18, 0.25)
+    sums = torch.zeros(len(shares), 3)  # KL, spread, tail
+    for part in picked.split(64):
+        features = part @ router.down.T
+        preview, exact = features @ preview_weight.T, part @ weight.float().T
+        log_p = exact.log_softmax(-1)
+        above = (preview - features @ router.slope.unsqueeze(-1)) / features.norm(dim=-1, keepdim=True)
+        ranked = above.topk(round(max(shares) * len(weight)), dim=-1).values
+        for place, share in enumerate(shares):
+            spread = ranked[:, round(share * len(weight)) - 1]
+            closed = above < spread.unsqueeze(-1)
+            tail = (exact - preview)[closed].float().var() / 2  # E[exp(preview + normal error)]
+            log_q = torch.where(closed, preview + tail, exact).log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            sums[place] += torch.stack([kl.sum(), spread.sum(), tail * len(part)]).cpu()
+    for share, (kl, spread, _) in zip(shares, (sums / len(picked)).tolist(), strict=True):
+        fits.append(VocabFit(share, kl, spread))
+    router.tail.copy_(sums[1, 2] / len(picked))
+    return fits
+
+
+def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor:
+    """Groups of equal size (within one) of neurons that are active together: activations [rows, F] -> group [F].
+
+    Balanced k-means on the direction of each neuron's |activation| over the rows; in every round neurons choose in
+    the order of how sure they are.
+    """
+    profiles = F.normalize(activations.abs().T, dim=1)
+    neurons = len(profiles)
+    centres = profiles[torch.linspace(0, neurons - 1, groups).long()]
+    member = torch.zeros(neurons, dtype=torch.long)
+    for _ in range(rounds):
+        likeness = profiles @ F.normalize(centres, dim=1).T
+        best = likeness.topk(min(2, groups), dim=1).values
+        order = (best[:, 0] - best[:, -1]).argsort(descending=True).tolist()
+        ranked = likeness.argsort(dim=1, descending=True).tolist()
+        room = [neurons // groups + (group < neurons % groups) for group in range(groups)]
+        for neuron in order:
+            group = next(g for g in ranked[neuron] if room[g])
+            room[group] -= 1
+            member[neuron] = group
+        centres = torch.zeros_like(centres).index_add_(0, member.to(centres.device), profiles)
+    return member.to(activations.device)

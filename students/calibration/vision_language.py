@@ -1,0 +1,54 @@
+"""The closed-form start of image-token routers, from the gradients of the gates at the language model's door.
+
+As in students/calibration/image.py: the Fisher estimate of what closing a gate costs in nats, here of the answer's
+tokens, is what the router predicts from the token at the door. Routers in the two towers start open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students.calibration.price import Curve, Start, gated_choice, log_likelihood, start_at
+from students.families.vision_language import VisionLanguageStudent
+
+DRAWS = 2
+"""Answers that are drawn for each prompt."""
+
+
+def calibrate_door(
+    student: VisionLanguageStudent,
+    batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
+    targets: Sequence[float],
+    tokens: tuple[int, int],
+    seed: int = 0,
+) -> Start:
+    """Start the door's router at the price that reaches the middle of the targets, one or several, ascending.
+
+    batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
+    bool). tokens: (text, image) of a prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    run, seen = student.runtime, []
+    try:
+        for inputs, answers, image in batches:
+            run.probed = {}
+            with torch.enable_grad():
+                logits, _ = student.logits(student.features(**inputs)[0].last_hidden_state[answers])
+                gate, x = run.probed["image"]
+                draws = [
+                    torch.autograd.grad(log_likelihood(logits, generator), gate, retain_graph=True)[0]
+                    for _ in range(DRAWS)
+                ]
+            cost = torch.stack(draws).float().square().mean(0) / 2
+            seen.append((x[image].float(), cost[image].unsqueeze(-1)))
+    finally:
+        run.probed = None
+        run.passed.clear()
+    x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
+    compute = student.uniform(1.0, tokens, "prefill")
+    choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
+    return start_at([choice], Curve([choice]), [compute] * len(targets), targets)

@@ -1,0 +1,226 @@
+"""Attention for some tokens and some heads, by calling the model's own attention function on less.
+
+transformers dispatches attention by name (`ALL_ATTENTION_FUNCTIONS`). A routed attention module gets a name of ours,
+which does what the original does until its branch passes a `Plan` along.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from students.execution.kv_cache import DroppedLayer
+from students.execution.runtime import Runtime
+
+BLOCK = 256
+"""Queries that share one causal mask: keys after the last of them are not read."""
+
+
+@dataclass
+class Packing:
+    """Tokens of several sequences, one after the other: [1, N, ...]."""
+
+    index: Tensor
+    """[N]: a token's place in its sequence, counted from the start of the cache."""
+    batch: Tensor
+    """[N]: the sequence it belongs to."""
+    counts: list[int]
+    """Tokens of each sequence."""
+    layer: DroppedLayer | None
+    """Where the keys so far are, these tokens' included; None without a cache."""
+    window: int | None
+    """A key further back than this is not seen."""
+
+
+@dataclass
+class Plan:
+    """What is left of an attention layer to compute."""
+
+    queries: Tensor | None = None
+    """Flat indices, ascending, of the tokens whose output is wanted; None: all."""
+    counts: tuple[int, ...] = ()
+    """How many of the queries each sequence has."""
+    heads: Tensor | None = None
+    """The query heads that are open, for all tokens alike; None: all."""
+    packing: Packing | None = None
+    """How tokens are packed; None: [B, T, ...] as usual."""
+
+
+def route_attention(module: nn.Module, runtime: Runtime | None = None) -> None:
+    """Let an attention module listen to plans, and attend from one new token with all heads of a key head at once.
+
+    runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan.
+    """
+    base = module.config._attn_implementation or "eager"
+    module.runtime = runtime
+    name = f"elastic_{base}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation = name
+
+
+def routed_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    routed: Plan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As transformers' attention functions: query [B, H, T, d], key and value [B, K, C, d] -> ([B, T, H, d], weights).
+
+    Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    if routed is None:
+        runtime = module.runtime
+        free = base == "sdpa" and (runtime is None or (runtime.skipping and not runtime.bypass))
+        shares = query.shape[2] == 1 and key.shape[1] < query.shape[1] and attention_mask is None
+        if free and shares and not torch.compiler.is_compiling():
+            return _from_one_token(attend, module, query, key, value, **kwargs), None
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("position_ids", None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if base == "eager":  # adds its mask, and takes none for: everything is seen
+            if mask is None and q.shape[2] > 1:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        if routed.heads is None:
+            return attend(module, q, k, v, mask, **kwargs)[0]
+        of = routed.heads // getattr(module, "num_key_value_groups", 1)
+        return attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
+
+    if routed.packing is not None:
+        return _packed(run, query, key, value, routed), None
+    if routed.queries is None:
+        return run(query, key, value, attention_mask), None
+    return _selected(run, query, key, value, attention_mask, routed), None
+
+
+def _from_one_token(
+    attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention of query [B, H, 1, d] to all keys: heads that share keys are rows of one product, which reads the keys
+    once instead of once a head."""
+    batch, heads, _, size = query.shape
+    query = query.reshape(batch, key.shape[1], -1, size)
+    out = attend(_OneKeyPerHead(module), query, key, value, None, **{**kwargs, "is_causal": False})[0]
+    return out.transpose(1, 2).reshape(batch, 1, heads, -1)
+
+
+class _OneKeyPerHead:
+    """An attention module as attention functions see it, with as many key heads as query heads."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _selected(
+    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan
+) -> Tensor:
+    """Every token has its key; only some are queries."""
+    batch, heads, tokens, _ = query.shape
+    shape, rows = (batch, tokens, heads, value.shape[-1]), plan.queries
+    if len(rows) == 0:
+        return query.new_zeros(shape)
+    if tokens == 1:
+        some = mask if mask is None or len(mask) == 1 else mask[rows]
+        return scatter_rows(run(*(x.index_select(0, rows) for x in (query, key, value)), some), rows, batch)
+    parts, start = [], 0
+    for b, count in enumerate(plan.counts):
+        rows, start = plan.queries[start : start + count], start + count
+        for part in rows.split(BLOCK) if count else ():
+            places = part - b * tokens
+            if mask is None:  # as transformers has it: causal, from the first key on
+                visible = _causal_bias(places, query.dtype)
+                last = visible.shape[-1]
+                k, v = key[b : b + 1, :, :last], value[b : b + 1, :, :last]
+            else:
+                k, v = key[b : b + 1], value[b : b + 1]
+                visible = mask[b if len(mask) > 1 else 0][None, :, places]
+            parts.append(run(query[b : b + 1].index_select(2, places), k, v, visible)[0])
+    return scatter_rows(torch.cat(parts), plan.queries, batch * tokens).view(shape)
+
+
+def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere; on CPUs faster than copying into zeros."""
+    place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
+    return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)
+
+
+def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+    """Tokens that are not here have no key either."""
+    packing = plan.packing
+    layer, window = packing.layer, packing.window
+    counts = list(plan.counts) if plan.queries is not None else packing.counts
+    queries = torch.arange(query.shape[2], device=query.device) if plan.queries is None else plan.queries
+    out = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+    if layer is not None and len(packing.counts) > 1 and max(packing.counts) == 1:
+        if len(queries) == 0:
+            return out.unsqueeze(0)
+        rows, places = packing.batch[queries], packing.index[queries]
+        kept = layer.index[rows]
+        visible = (kept >= 0) if window is None else (kept >= 0) & (kept > (places - window)[:, None])
+        q = query[0].index_select(1, queries).transpose(0, 1).unsqueeze(2)
+        every = len(rows) == len(layer.keys)
+        k, v = (x if every else x.index_select(0, rows) for x in (layer.keys, layer.values))
+        return out.index_copy_(0, queries, run(q, k, v, visible[:, None, None])[:, 0]).unsqueeze(0)
+    first = begin = 0
+    for b, count in enumerate(counts):
+        rows, first = queries[first : first + count], first + count
+        size, start = packing.counts[b], begin
+        begin += size
+        if count == 0:
+            continue
+        if layer is None:
+            k, v, kept = key[:, :, start:begin], value[:, :, start:begin], packing.index[start:begin]
+        else:
+            length = layer.lengths[b]
+            k, v, kept = layer.keys[b : b + 1, :, :length], layer.values[b : b + 1, :, :length], layer.index[b, :length]
+        whole = count == size
+        for part in rows.split(len(rows) if whole and k.shape[2] == size and window is None else BLOCK):
+            visible = None
+            alone = len(part) == 1 and whole and size == 1 and window is None  # one new token sees all that is kept
+            if not alone and not (len(part) == count == k.shape[2] and window is None):
+                visible = _causal(packing.index[part], kept, window)
+            q = query[:, :, start:begin] if len(part) == size else query.index_select(2, part)
+            out.index_copy_(0, part, run(q, k, v, visible)[0])
+    return out.unsqueeze(0)
+
+
+def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[1, 1, Q, K] bool: key places at or before the query's, and within its window."""
+    visible = keys <= queries[:, None]
+    if window is not None:
+        visible &= keys > (queries - window)[:, None]
+    return visible[None, None]
+
+
+def _causal_bias(queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, 1, Q, K]: what to add to the scores of keys 0 ... K - 1 = the last query's place; queries [Q] ascending.
+
+    All queries see the keys up to the first of them, so that only the others are compared.
+    """
+    first, last = int(queries[0]), int(queries[-1])
+    bias = queries.new_zeros(len(queries), last + 1, dtype=dtype)
+    later = torch.arange(first + 1, last + 1, device=queries.device)
+    bias[:, first + 1 :].masked_fill_(later > queries[:, None], torch.finfo(dtype).min)
+    return bias[None, None]

@@ -1,0 +1,273 @@
+"""Attention and MLP branches whose routers read their input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.execution.attention import Packing, Plan
+from students.execution.handover import Exits, Gathered, Narrow
+from students.execution.runtime import Runtime
+from students.execution.tokens import flat_index, for_tokens, gather_open, take
+from students.execution.wrapper import Wrapper
+from students.libraries import cache_in
+from students.routers import Router, selection
+
+
+class RoutedBranch(Wrapper):
+    """An attention or MLP branch whose routers read its input.
+
+    block: the block's number. branch: "attn" or "mlp". prenorm: whether the input is normalised already.
+    late_exit: gates are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether
+    closed heads or groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword
+    under which attention takes one.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        runtime: Runtime,
+        block: int,
+        branch: str,
+        *,
+        prenorm: bool,
+        late_exit: bool,
+        narrows: bool,
+        window: int | None,
+        mask: str = "attention_mask",
+    ) -> None:
+        super().__init__(base_layer, runtime)
+        self.mask = mask
+        self.block = block
+        self.branch = branch
+        self.prenorm = prenorm
+        self.late_exit = late_exit
+        self.narrows = narrows
+        self.window = window
+        self.routers = nn.ModuleDict()
+        self.substitutes = nn.ModuleDict()
+        self.block_router: tuple[Router, ...] = ()
+        self._standing: tuple[Any, Any] = (None, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.runtime
+        if run.bypass:
+            return self.base_layer(*args, **kwargs)
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if args and not run.causal:  # vision towers of transformers hand the mask on by its place
+            kwargs[self.mask], args = args[0], args[1:]
+        gathered = run.passed.get(f"{self.block}.gathered")
+        if gathered is not None:
+            return self._run_gathered(gathered, x, args, kwargs)
+        features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
+        exits = self._decide(x, features)
+        skip = run.skips(exits.specs)
+        try:
+            plan = self._pass_parts(features, skip)
+            if skip and exits.gates:
+                exits.valid = run.valid
+                if self.branch == "mlp":
+                    return self._compute_some(exits, args, kwargs)
+                if run.causal:
+                    return self._attend_some(exits, plan, args, kwargs)
+                return self._attend_patches(exits, plan, args, kwargs)
+            if plan is not None and self.branch == "attn":
+                kwargs["routed"] = plan
+            if self.branch == "attn" and exits.drops:
+                kwargs = self._without_closed_keys(exits, kwargs)
+            return self._leave(self.base_layer(x, *args, **kwargs), exits)
+        finally:
+            for what in ("narrow", "rows", "queries"):
+                run.passed.pop(f"{self.block}.{self.branch}.{what}", None)
+
+    def _decide(self, x: Tensor, features: Tensor) -> Exits:
+        """Token and layer gates. A layer gate is decided in front of attention and handed on to the MLP."""
+        exits = Exits(x)
+        for kind in ("token", "layer"):
+            key = f"{self.block}.layer" if kind == "layer" else f"{self.block}.{self.branch}.{kind}"
+            if kind in self.routers:
+                router = self.routers[kind]
+                decided = self.runtime.decide(key, router, features)
+                if kind == "layer":
+                    self.runtime.passed[key] = decided
+            elif kind == "layer" and self.block_router:
+                router = self.block_router[0]
+                decided = self.runtime.passed.pop(key)
+            else:
+                continue
+            exits.gates.append((*decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
+            exits.specs.append(router.spec)
+        return exits
+
+    def _pass_parts(self, features: Tensor, skip: bool) -> Plan | None:
+        """Decide heads or expert groups and hand them to the linear layers; the plan for attention, if it shrinks."""
+        kind = "head" if self.branch == "attn" else "expert"
+        if kind not in self.routers:
+            return None
+        run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
+        gate, _ = run.decide(key, router, features)
+        alike = gate.numel() == gate.shape[-1]
+        if not (skip and alike and self.narrows and run.skips([router.spec])):
+            run.passed[key] = gate.index_select(-1, router.members)
+            return None
+        narrow, heads = self._narrow(key, router, gate.flatten())
+        run.passed[f"{self.block}.{self.branch}.narrow"] = narrow
+        return Plan(heads=heads)
+
+    def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
+        """(open channels, open gates) of gates [N]; remembered where they stand for more than this call."""
+        run, static = self.runtime, router.spec.network == "static"
+        if static:
+            state = router.score._version, router.members._version, run.offset, run.capacity
+            if self._standing[0] == state:
+                return self._standing[1]
+        elif run.memory is not None and f"{key}.narrow" in run.memory:
+            return run.memory[f"{key}.narrow"]
+        open_ = gate != 0
+        channels = open_[router.members].nonzero().squeeze(1)
+        weight = gate[router.members[channels]] if router.spec.weight == "score" else None
+        keep = static or router.spec.granularity == "sequence"
+        result = Narrow(channels, len(router.members), weight, keep), open_.nonzero().squeeze(1)
+        if static:
+            self._standing = state, result
+        elif keep and run.memory is not None:
+            run.memory[f"{key}.narrow"] = result
+        return result
+
+    def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """An MLP on the tokens that need it."""
+        rows = exits.open().flatten().nonzero().squeeze(1)
+        if len(rows) == self.runtime.counted(exits.x):
+            return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
+        exits.rows = rows
+        gate = self.runtime.passed.pop(f"{self.block}.mlp.expert", None)
+        packed = take(exits.x, exits.x, rows)
+        if len(rows) == 0:
+            return self._leave(packed, exits)
+        self.runtime.passed[f"{self.block}.mlp.rows"] = rows, rows, exits.x.shape[:2]
+        if gate is not None:
+            self.runtime.passed[f"{self.block}.mlp.expert"] = take(gate, exits.x, rows)
+        return self._leave(self.base_layer(packed, *args, **kwargs), exits)
+
+    def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention of the tokens that need it, to the tokens that have a key."""
+        run, x = self.runtime, exits.x
+        tokens = x.shape[1]
+        open_ = exits.open()
+        rows = open_.flatten().nonzero().squeeze(1)
+        drops = exits.drops
+        if not drops and len(rows) == run.counted(x):
+            if plan is not None:
+                kwargs["routed"] = plan
+            return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
+
+        exits.rows = rows
+        plan = plan or Plan()
+        kwargs["routed"] = plan
+        heads = f"{self.block}.attn.head"
+        gate = run.passed.pop(heads, None)
+        if drops:
+            kept = exits.open(drops)
+            seen = rows if len(drops) == len(exits.gates) else kept.flatten().nonzero().squeeze(1)
+            plan.packing = self._pack(x, seen, kept.sum(1).tolist(), kwargs)
+            if len(seen) == 0:
+                return self._leave((take(x, x, seen), None), exits)  # late exit: the block still unpacks a tuple
+            if len(seen) > len(rows):
+                plan.queries = torch.searchsorted(seen, rows)
+        else:
+            plan.queries = rows
+        if gate is not None:
+            run.passed[heads] = take(gate, x, rows)
+        if drops:
+            x = take(x, x, seen)
+        run.passed[f"{self.block}.attn.rows"] = seen if drops else None, rows, exits.x.shape[:2]
+        if plan.queries is not None:
+            plan.counts = tuple(open_.sum(1).tolist()) if tokens > 1 or drops else ()
+            run.passed[f"{self.block}.attn.queries"] = plan.queries
+        return self._leave(self.base_layer(x, *args, **kwargs), exits)
+
+    def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
+        attends, place = self.branch == "attn", f"{self.block}.{self.branch}.rows"
+        if attends:
+            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.rows, gathered.counts, kwargs))
+        if len(gathered.rows) == 0:
+            return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
+        self.runtime.passed[place] = gathered.rows, gathered.rows, gathered.x.shape[:2]
+        try:
+            return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
+        finally:
+            del self.runtime.passed[place]
+
+    def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention among the tokens of an image that need it."""
+        run, x = self.runtime, exits.x
+        index, valid = gather_open(exits.open())
+        if index.shape[1] == x.shape[1] and valid is None:
+            if plan is not None:
+                kwargs["routed"] = plan
+            return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
+        flat = flat_index(index, x.shape[1])
+        exits.rows = flat if valid is None else flat[valid.flatten()]
+        heads = f"{self.block}.attn.head"
+        if heads in run.passed:
+            gate = run.passed[heads].expand(*x.shape[:2], -1)
+            run.passed[heads] = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
+        run.passed[f"{self.block}.attn.rows"] = flat, flat, x.shape[:2]
+        if plan is not None:
+            kwargs["routed"] = plan
+        kwargs = for_tokens(kwargs, index, run.prefix)
+        if valid is not None:
+            kwargs[self.mask] = selection.hide_closed_keys(None, valid, x.dtype, causal=False)
+        some = x.flatten(0, 1).index_select(0, flat).view(*index.shape, x.shape[-1])
+        out = self.base_layer(some, *args, **kwargs)
+        packed, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        packed = (packed.flatten(0, 1) if valid is None else packed[valid]).unsqueeze(0)
+        return self._leave(packed if rest is None else (packed, *rest), exits)
+
+    def _pack(self, x: Tensor, rows: Tensor, counts: list[int], kwargs: dict[str, Any]) -> Packing:
+        """Prepare the cache and the arguments of attention for tokens x [B, T, D], of which the flat rows are kept."""
+        tokens = x.shape[1]
+        batch, index, layer = rows // tokens, rows % tokens, None
+        cache = cache_in(kwargs)
+        if cache is not None:
+            layer = cache.layers[self.base_layer.layer_idx]
+            index = index + layer.get_seq_length()
+            layer.expect(batch, index, counts, tokens)
+        kwargs["attention_mask"] = None
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = tuple(take(e, x, rows) for e in kwargs["position_embeddings"])
+        return Packing(index, batch, counts, layer, self.window)
+
+    def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
+        """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
+        if self.late_exit:
+            self.runtime.passed[f"{self.block}.{self.branch}.exit"] = exits, all_open
+            return out
+        apply = exits.pass_all if all_open else exits.apply
+        return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
+
+    def _without_closed_keys(self, exits: Exits, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if cache_in(kwargs) is not None:
+            raise ValueError("masks with the K/V policy `drop` see whole sequences: pass use_cache=False, or skip")
+        kept = exits.open(exits.drops)
+        mask = selection.hide_closed_keys(kwargs.get(self.mask), kept, exits.x.dtype, self.runtime.causal)
+        return {**kwargs, self.mask: mask}
+
+
+class RoutedExit(Wrapper):
+    """The last module of a branch (a post-norm): what the branch decided is applied to its output."""
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, block: int, branch: str) -> None:
+        super().__init__(base_layer, runtime)
+        self.key = f"{block}.{branch}.exit"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        if self.runtime.bypass:
+            return out
+        exits, all_open = self.runtime.passed.pop(self.key)
+        return exits.pass_all(out) if all_open else exits.apply(out)

@@ -1,0 +1,113 @@
+"""What the wrappers of one block hand on to each other during a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from students.execution.attention import scatter_rows
+from students.routers import Substitute
+from students.spec import RouterSpec
+
+
+@dataclass
+class Exits:
+    """What token and layer gates do to the output of their branch."""
+
+    x: Tensor
+    """The branch's input [B, T, D], which substitutes read."""
+    gates: list[tuple[Tensor, Tensor, Substitute | None]] = field(default_factory=list)
+    """(gate, closed, substitute) in turn, the first two [B, T, 1] or [B, 1, 1]: out * gate + substitute * closed."""
+    specs: list[RouterSpec] = field(default_factory=list)
+    """Of the routers that decided them."""
+    rows: Tensor | None = None
+    """Flat indices of the tokens that the output [1, N, D] holds; None: all [B, T, D]."""
+    valid: Tensor | None = None
+    """[B, T] bool; padding is left out when rows are."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some gate multiplies what it lets through by something other than 1."""
+        return any(spec.weight == "score" for spec in self.specs)
+
+    @property
+    def drops(self) -> list[int]:
+        """The numbers of the gates whose closed tokens write no key."""
+        return [number for number, spec in enumerate(self.specs) if spec.kv == "drop"]
+
+    def open(self, only: list[int] | None = None) -> Tensor:
+        """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
+        kept = self.valid
+        for number, (_, closed, _) in enumerate(self.gates):
+            if only is None or number in only:
+                this = closed.squeeze(-1).expand(self.x.shape[:2]) == 0
+                kept = this if kept is None else kept & this
+        return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
+
+    def apply(self, out: Tensor) -> Tensor:
+        """The branch's output as the block gets it, [B, T, D]."""
+        if self.rows is not None:
+            return self._scatter(out)
+        for gate, closed, substitute in self.gates:
+            out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * closed, out, gate)
+        return out
+
+    def pass_all(self, out: Tensor) -> Tensor:
+        """As `apply`, where all gates turned out to be open."""
+        for gate, _, _ in self.gates if self.weighted else ():
+            out = out * gate
+        return out
+
+    def _scatter(self, out: Tensor) -> Tensor:
+        x = self.x.flatten(0, 1)
+        passing = self.valid
+        weight = None
+        substitutes = []
+        for gate, closed, substitute in reversed(self.gates):
+            closed = closed.squeeze(-1).expand(self.x.shape[:2]) != 0
+            if substitute is not None:
+                chosen = (closed if passing is None else closed & passing).flatten().nonzero().squeeze(1)
+                substitutes.append((chosen, substitute, weight))
+            passing = ~closed if passing is None else passing & ~closed
+            if self.weighted:
+                gate = gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
+                weight = gate if weight is None else weight * gate
+        out = out.reshape(-1, x.shape[-1])
+        out = out if weight is None else out * weight.index_select(0, self.rows)
+        total = scatter_rows(out, self.rows, len(x))
+        for chosen, substitute, later in substitutes:
+            if len(chosen):
+                stand_in = substitute(x.index_select(0, chosen))
+                stand_in = stand_in if later is None else stand_in * later.index_select(0, chosen)
+                total.index_copy_(0, chosen, stand_in)
+        return total.view_as(self.x)
+
+
+@dataclass
+class Gathered:
+    """The tokens that a block runs on, where a layer router lets only some through."""
+
+    x: Tensor
+    """The block's input [B, T, D]."""
+    rows: Tensor
+    """[N]: flat indices of the tokens that are let through."""
+    counts: list[int]
+    """How many of them each row of the batch has."""
+    exits: Exits
+    """What is left to do to the output [1, N, D] of a branch: weights."""
+
+
+@dataclass
+class Narrow:
+    """The channels in front of a branch's last linear layer that are open, for all tokens of this call alike."""
+
+    channels: Tensor
+    """[n], ascending."""
+    size: int
+    """How many there are, open or not."""
+    weight: Tensor | None
+    """[n]: what they are multiplied by; None: 1."""
+    keep: bool
+    """The choice stands for more calls (sequence-level, static): weights may be sliced and kept."""

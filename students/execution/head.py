@@ -1,0 +1,85 @@
+"""The LM head, of which only some rows are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from students.execution.linear import FEW_ROWS
+from students.execution.runtime import Runtime
+from students.execution.wrapper import Wrapper
+from students.kernels import ops
+from students.kernels.packing import PackedProduct
+from students.routers import VocabRouter, selection
+
+
+class RoutedHead(Wrapper):
+    """The LM head, exact for the rows a token needs and previewed for the rest."""
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, router: VocabRouter) -> None:
+        super().__init__(base_layer, runtime)
+        self.routers = nn.ModuleDict({"vocab": router})
+        self._preview: tuple[Any, Tensor | None] = (None, None)
+        self._product = PackedProduct(like=base_layer)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
+        router = self.routers["vocab"]
+        gain = torch.zeros_like(router.spread) if router.log_gain is None else router.log_gain
+        return router.spread, router.tail, self._preview_weight(), gain
+
+    def _preview_weight(self) -> Tensor:
+        """The router's preview of the head [V, r], computed when its maps or the head's weight change."""
+        router, weight = self.routers["vocab"], self.base_layer.weight
+        state = id(router.up), router.up._version, weight.data_ptr(), weight._version
+        if self._preview[0] != state:
+            self._preview = state, router.preview_weight(weight.detach())
+        return self._preview[1]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        run = self.runtime
+        if run.bypass:
+            return self.base_layer(hidden)
+        if run.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
+            turn = run.turn(hidden)
+            if isinstance(turn, Tensor):
+                turn = turn.expand(*hidden.shape[:-1], 1).flatten(0, -2)
+            logits, share = self._some_rows(hidden.flatten(0, -2), turn)
+            logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
+        else:
+            logits, share = self.routed_logits(hidden, *self.tensors())
+        run.note("vocab", share)
+        return logits
+
+    def _some_rows(self, hidden: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. turn: the
+        dial, for all or each [n, 1]."""
+        router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
+        features = router.features(hidden)
+        gain = 1.0 if router.log_gain is None else router.log_gain.exp()
+        limit = router.limit(features, router.spread, gain, turn).squeeze(-1)
+        if len(hidden) == 1:
+            preview = ops.dot_rows(features[0], up, None, None).unsqueeze(0)
+        else:
+            preview = self._product(features, up)
+        tail = router.tail.to(hidden.dtype)
+        logits, count = ops.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
+        return logits, count / len(base.weight)
+
+    def routed_logits(
+        self,
+        hidden: Tensor,
+        spread: Tensor,
+        tail: Tensor,
+        preview_weight: Tensor,
+        log_gain: Tensor,
+        owner: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
+        and the share of exact rows [...]. owner: as in Runtime.turn, where hidden [N, D] is flat."""
+        router = self.routers["vocab"]
+        features = router.features(hidden)
+        limit = router.limit(features, spread, log_gain.exp(), self.runtime.turn(features, owner))
+        return selection.rows(self.base_layer(hidden), self._product(features, preview_weight), limit, tail)

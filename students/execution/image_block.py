@@ -1,0 +1,380 @@
+"""Blocks of image models that run on the tokens they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from students.execution.flow import Flow, at_places
+from students.execution.merging import NOT_NOW, Matches, match, merge, merge_below, merge_lowest
+from students.execution.runtime import Runtime
+from students.execution.tokens import flat_index, for_tokens, gather_open
+from students.execution.wrapper import Wrapper
+from students.kernels import ops
+from students.kernels.cpu import toolchain
+from students.routers import Router, selection
+
+TOP = 1e30
+"""Scores of the tokens that are never closed start here."""
+LEAK = 1e-3
+"""Weight of a closed key while routers are trained."""
+CALL = 2**26
+"""About as many multiply-accumulates take as long as what a block does besides them, at two cores of a CPU."""
+
+
+class RoutedBlock(Wrapper):
+    """A block that runs on the tokens that its router lets through, which are all it sees.
+
+    number: of the block. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
+    dropped: as in RouterSpec. last: whether this is the last block.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, runtime: Runtime, number: int, prefix: int, mask: str, dropped: str, last: bool
+    ) -> None:
+        super().__init__(base_layer, runtime)
+        self.number = number
+        self.prefix = prefix
+        self.mask = mask
+        self.stays = dropped != "return"
+        self.merges = dropped == "merge"
+        self.last = last
+        self.routers = nn.ModuleDict()
+        # scores of the prefix: above all others, and in its order
+        self.register_buffer("top", torch.arange(prefix, 0, -1) * TOP, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = self.runtime
+        if run.bypass:
+            return self.base_layer(x, *args, **kwargs)
+        if args:  # vision towers of transformers hand their mask, which is None, on by its place
+            kwargs[self.mask], args = args[0], args[1:]
+        if not self.stays or "flow" not in run.passed:
+            run.passed["flow"] = Flow(x.shape[1])
+        flow = run.passed["flow"]
+        router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
+        if run.execution == "skip" and not torch.is_grad_enabled():
+            x = self._skip(x, args, kwargs, flow, router)
+            if self.last and self.stays and run.restores:
+                x = flow.back(x)
+        else:
+            x = self._mask(x, args, kwargs, flow, router)
+        if self.last or not self.stays:
+            del run.passed["flow"]
+        return x
+
+    def _scores(
+        self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None, matches: Matches | None = None
+    ) -> Tensor:
+        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far.
+
+        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were, and so do
+        those of tokens that may not go.
+        """
+        if matches is None:
+            score = router.of_stream(x)
+        else:
+            score = router.of_stream(x, matches.distance).masked_fill(~matches.may_go, NOT_NOW)
+        if self.prefix:
+            score[:, : self.prefix] = self.top
+        if not self.stays:
+            return score
+        before = torch.full_like(score, torch.inf) if flow.score is None else flow.score
+        score = torch.minimum(score, before)
+        return score if choosing is None else torch.where(choosing[:, None], score, before)
+
+    def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
+        run = self.runtime
+        some = index = rows = stand_in = weight = None
+        valid = flow.valid
+        count = self._count(flow, router)
+        merges = router is not None and self.merges and router.spec.network == "linear"
+        if merges and isinstance(count, int):
+            if count + self.prefix < x.shape[1]:
+                some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
+        elif merges and count is None and toolchain.native(x) is not None and not ops.observed():
+            some, index, valid, stand_in = self._merge_below(x, flow, router)
+        elif router is not None:
+            x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
+        if index is None:
+            some = x
+        else:
+            if some is None or run.restores:
+                rows = flat_index(index, x.shape[1])
+            if some is None:
+                some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
+            if self.stays:
+                flow.valid = valid
+                if run.restores:
+                    flow.left.append((x, rows, stand_in))
+        places = self._places(flow, index, kwargs)
+        if places is not None:
+            kwargs = for_tokens(kwargs, places, self.prefix)
+        bias = flow.bias(x.dtype)
+        if valid is not None:
+            out = self._by_length(some, valid, bias, args, kwargs)
+        else:
+            if bias is not None:
+                kwargs[self.mask] = bias.expand(-1, 1, some.shape[1], -1)
+            out = self.base_layer(some, *args, **kwargs)
+        if weight is not None:
+            out = some + weight * (out - some)
+        if run.decisions is not None and (router is not None or self.stays):
+            self._note(x, flow, places, valid)
+        if index is None or self.stays:
+            return out
+        return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
+
+    def _by_length(self, x: Tensor, valid: Tensor, bias: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The block, on images of about the same length at a time; what fills x [B, n, D] up stays as it was.
+
+        valid [B, n]: which tokens are there, in front of the others. bias [B, 1, 1, n]: added to scores of keys.
+        """
+        out, rope = x.clone(), kwargs.get("rope")
+        lengths = valid.sum(1).tolist()  # waits for the device
+        for members in alike(lengths, CALL / (12 * x.shape[-1] ** 2)):
+            most = lengths[members[-1]]
+            if most == 0:  # nothing is left of these
+                continue
+            rows = torch.tensor(members, device=x.device)
+            some, here = x[:, :most].index_select(0, rows), valid[rows, :most]
+            mask = None if bias is None else bias[rows, ..., :most].expand(-1, 1, most, -1)
+            if lengths[members[0]] < most:
+                hidden = selection.hide_closed_keys(None, here, x.dtype, causal=False)
+                mask = hidden if mask is None else mask + hidden
+            own = {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
+            done = self.base_layer(some, *args, **{**kwargs, **own, self.mask: mask})
+            out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
+        return out
+
+    def _merge_below(
+        self, x: Tensor, flow: Flow, router: Router
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """As `_merge_some`, where each image keeps as many as have a score of at least 0; filled up, and which of the
+        tokens are there (None: all). No old places where none has left."""
+        linear, tokens = router.linear, x.shape[1]
+        lengths = torch.full((len(x),), tokens) if flow.valid is None else flow.valid.sum(1)
+        shift = torch.as_tensor(router.shift(self.runtime.turn(x[:, 0, 0]))).float().expand(len(x))
+        some, size, score, index, into, counts = merge_below(
+            *(x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, lengths, shift),
+            router.spec.multiple,
+        )
+        most = int(counts.max())
+        flow.resize(size[:, :most])
+        flow.score = score[:, :most]
+        if bool((counts == lengths).all()):
+            return x, None, flow.valid, None
+        valid = torch.arange(most) < counts[:, None]
+        return some[:, :most], index[:, :most], None if bool(valid.all()) else valid, into
+
+    def _merge_some(self, x: Tensor, flow: Flow, router: Router, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
+        where each of x [B, n, D] stands then [B, n]."""
+        linear = router.linear
+        some, size, flow.score, index, into = merge_lowest(
+            x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, keep
+        )
+        flow.resize(size)
+        return some, index, into
+
+    def _choose_some(
+        self, x: Tensor, flow: Flow, router: Router, count: int | tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """x [B, n, D], where patches may have been taken in; where those that go on are [B, k], and which of them are
+        there [B, k]; where each stands then [B, n] (None: all; all; in its own place); weights [B, k, 1], if any."""
+        run, prefix, valid = self.runtime, self.prefix, flow.valid
+        index = choosing = stand_in = None
+        if self.merges and isinstance(count, int):
+            count = (count,) * len(x)
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+            choosing = torch.tensor(count, device=x.device) + prefix < left
+        if self._idle(router, count, x.shape[1] - prefix, choosing):
+            return x, None, valid, None, None
+        score, rank, matches = self._rank(x, flow, router, choosing, valid)
+        if not isinstance(count, int):
+            if count is None:
+                count = self._in_multiples(router, rank, valid)
+            if count is None:
+                open_ = rank + router.shift(run.turn(score)) >= 0
+            else:  # each row keeps as many as its budget says
+                rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
+                open_ = selection.best(rank, [prefix + k for k in count], 1) != 0
+            gone = ~open_ if valid is None else ~open_ & valid
+            index, valid = gather_open(open_ if valid is None else open_ & valid)
+            if matches is not None:
+                x, stand_in = self._take_in(x, flow, matches, gone)
+                flow.resize(flow.size.gather(1, index))
+        elif count + prefix < x.shape[1]:
+            index = rank.topk(count + prefix, dim=1).indices
+        flow.score = score if index is None else score.gather(1, index)
+        weight = self._weight(flow.score[:, prefix:], x.dtype) if router.spec.weight == "score" else None
+        if index is not None and index.shape[1] == x.shape[1] and valid is None:
+            index = None
+        return x, index, valid, stand_in, weight
+
+    def _rank(
+        self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None, here: Tensor | None
+    ) -> tuple[Tensor, Tensor, Matches | None]:
+        """(scores [B, n], what to choose by [B, n], who could merge); here [B, n] bool: who is still there; None: all.
+
+        Where patches merge, those that may not go are above all that may.
+        """
+        if not self.merges:
+            score = self._scores(x, flow, router, choosing)
+            return score, score, None
+        matches = match(x, self.prefix, here)
+        score = self._scores(x, flow, router, choosing, matches)
+        stuck = ~matches.may_go if here is None else ~matches.may_go & here
+        return score, score.masked_fill(stuck, NOT_NOW), matches
+
+    def _in_multiples(self, router: Router, rank: Tensor, here: Tensor | None) -> tuple[int, ...] | None:
+        """How many patches of each image pass by their ranks [B, n] where only multiples do, but not while routers are
+        trained; here as in `_rank`. None: as many as have a rank of at least 0."""
+        run = self.runtime
+        if router.spec.multiple == 1 or run.training:
+            return None
+        here = torch.ones_like(rank, dtype=torch.bool) if here is None else here
+        open_ = (rank + router.shift(run.turn(rank)) >= 0) & here
+        wanted, left = (part[:, self.prefix :].sum(1).tolist() for part in (open_, here))
+        return run.in_multiples(router.spec, wanted, left)
+
+    def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens x [B, n, D] after a share `leaving` [B, n] of them was taken in, and the place that each then stands
+        in, if anybody asks."""
+        places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+        x, size = merge(x, flow.size, leaving.float(), matches.target)
+        flow.resize(size)
+        return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
+
+    def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
+        """How many patches pass (see Runtime.patches_kept)."""
+        if router is None:
+            return None
+        carries = router.spec.dropped == "merge" or (self.stays and router.spec.multiple > 1)
+        so_far = flow.so_far if carries else None
+        return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
+
+    def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
+        """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
+        if count is None or router.spec.weight == "score":
+            return False
+        return count >= patches if choosing is None else not bool(choosing.any())
+
+    def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
+        if self.runtime.decisions is None and kwargs.get("rope") is None:
+            return None
+        if not self.stays:
+            return index
+        if index is not None:
+            flow.places = index if flow.places is None else flow.places.gather(1, index)
+        return flow.places
+
+    def _note(self, x: Tensor, flow: Flow, places: Tensor | None, valid: Tensor | None) -> None:
+        share = torch.ones(len(x), flow.tokens, device=x.device)
+        if places is not None:
+            share = torch.zeros_like(share).scatter(1, places, 1.0 if valid is None else valid.float())
+        self.runtime.note(f"{self.number}.layer", share)
+
+    def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
+        run = self.runtime
+        if run.probed is not None and router is not None:
+            return self._probe(x, args, kwargs, flow)
+        here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
+        patches = flow.tokens - self.prefix
+        count, choosing = None if run.training else self._count(flow, router), None
+        if isinstance(count, tuple):
+            left = torch.full((len(x),), patches, device=x.device) if here is None else here.sum(1)
+            choosing = torch.tensor(count, device=x.device) < left
+        if router is not None and self._idle(router, count, patches if here is None else int(here[0].sum()), choosing):
+            router = None
+        if router is None:
+            gate = flow.kept
+        else:
+            there = None if here is None else F.pad(here, (self.prefix, 0), value=True)
+            score, rank, matches = self._rank(x, flow, router, choosing, there)
+            flow.score = score if self.stays else None
+            if count is None:
+                count = self._in_multiples(router, rank, there)
+            gate = F.pad(run.choose(router, rank[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
+            flow.kept = gate if self.stays else None
+            if matches is not None:
+                leaving = 1 - gate if there is None else (1 - gate) * there
+                x, moved = self._take_in(x, flow, matches, leaving)
+                flow.stand_in = moved if flow.stand_in is None or moved is None else moved.gather(1, flow.stand_in)
+        if "layer" in self.routers or self.stays:
+            share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
+            run.note(f"{self.number}.layer", share, None if router is None else score[:, self.prefix :].unsqueeze(-1))
+        if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
+            weighs = router is not None and router.spec.weight == "score"
+            out = self._run(x, args, kwargs)
+            return x + self._weight(score[:, self.prefix :], x.dtype) * (out - x) if weighs else out
+        if torch.is_grad_enabled():
+            # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
+            weight = torch.log(gate * (1 - LEAK) + LEAK)
+            weight = weight if flow.size is None else weight + flow.size.log()
+            mask = weight.to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        else:
+            mask = selection.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
+            bias = flow.bias(x.dtype)
+            mask = mask if bias is None else mask + bias
+        out = self._run(x, args, {**kwargs, self.mask: mask})
+        gate = gate.to(x.dtype).unsqueeze(-1)
+        if router is not None and router.spec.weight == "score":
+            return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
+        out = out * gate + x * (1 - gate)
+        return at_places(out, flow.stand_in) if self.last and flow.stand_in is not None else out
+
+    def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The block, whose activations are kept for backward or not."""
+        if self.runtime.recompute and torch.is_grad_enabled():
+            return checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow) -> Tensor:
+        """All gates open, each with its gradient: on the token's change, and as a key of others, here and wherever it
+        would be missed later."""
+        gate = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=True)
+        features = F.rms_norm(x.detach(), x.shape[-1:])
+        kept = gate if flow.kept is None else flow.kept * gate
+        if self.merges:
+            matches = match(x, self.prefix, every=True)
+            features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
+            x, size = merge(x, flow.size, 1 - gate, matches.target)
+            flow.resize(size)
+        self.runtime.probed[f"{self.number}.layer"] = gate, features
+        flow.kept = kept if self.stays else None
+        weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
+        mask = weight[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
+
+    def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
+        weight = selection.score_weight(score, over_gates=False).to(dtype)
+        corrected = self.runtime.corrected(weight)
+        if corrected is not None:
+            weight = 1 + (weight - 1) * corrected
+        return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+
+def alike(lengths: list[int], price: float) -> list[list[int]]:
+    """The rows of a batch with these lengths in groups, each from short to long: those that cost the least where every
+    row is filled up to the longest of its group, and a group costs as much as `price` tokens."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = {0: (0.0, 0)}  # what the first so many rows cost at least, and where their last group begins then
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or lengths[rows[end]] > lengths[rows[end - 1]]:
+            longest = lengths[rows[end - 1]]
+            best[end] = min((cost + price + (end - begin) * longest, begin) for begin, (cost, _) in best.items())
+    groups, end = [], len(rows)
+    while end:
+        begin = best[end][1]
+        groups.append(rows[begin:end])
+        end = begin
+    return groups

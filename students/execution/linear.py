@@ -1,0 +1,339 @@
+"""Linear layers of which only a part is computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from students.architectures import weight_of
+from students.execution.attention import scatter_rows
+from students.execution.handover import Narrow
+from students.execution.runtime import Runtime
+from students.execution.wrapper import Wrapper
+from students.kernels import fused, ops
+from students.kernels.packing import PackedProduct
+from students.routers import ChannelRouter, Lora, selection
+
+FEW_ROWS = 4
+"""Up to so many tokens at once, reading weights costs more than arithmetic: only what one of them needs is read. More
+of them need nearly everything, which is then faster read as a whole."""
+JOINT_ROWS = 2048
+"""Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
+
+
+class Site:
+    """The linear layers of a block that read one input through one selection of channels, without gradients.
+
+    Their weights are put together when the first token comes by: [inputs, outputs side by side], of which the layers'
+    own become views, so that there is one copy.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layers: list[RoutedLinear] = []
+        self.waiting: list[Tensor | None] = []
+        self._whole: Tensor | None = None
+        self._made_for = -1
+
+    def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
+        if not self.waiting or self.waiting[layer.place] is None:
+            self.waiting = self.outputs(x)
+        out, self.waiting[layer.place] = self.waiting[layer.place], None
+        return out
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Outputs of all layers for x [..., I]."""
+        self._prepare(x.dtype)
+        run = self.layers[0].runtime
+        if run.alone:  # read only what the token selects
+            out, count = self._reader(x)
+            self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
+        elif run.rows is None and run.tokens <= FEW_ROWS and ops.reads_few(self._whole, self._ends):
+            self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
+            flat = x.flatten(0, -2)
+            out, _ = ops.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+        else:
+            return self._many(x)
+        out = out.view(*x.shape[:-1], -1)
+        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
+
+    def _many(self, x: Tensor) -> list[Tensor]:
+        """Many tokens: nothing is saved by leaving channels out, so they are masked."""
+        first, run = self.layers[0], self.layers[0].runtime
+        if run.rows is None and run.decisions is None:
+            masked = self._mask(x)
+        else:
+            limit = self._limit if run.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
+            masked, share = fused.channel_gate(x, limit)
+            self._note(lambda: share)
+        masked = masked.flatten(0, -2)
+        if len(masked) <= JOINT_ROWS:
+            outs = self._product(masked, self._whole.T, self._bias).split(self._sizes, 1)
+        else:
+            outs = [layer.base_layer(masked) for layer in self.layers]
+        if self._down is not None:
+            low = F.linear(x.flatten(0, -2), self._down)
+            corrected = first.corrected(x)
+            if corrected is not None:
+                low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
+            parts = zip(outs, low.chunk(len(outs), 1), self._up.split(self._sizes, 1), strict=True)
+            for out, part, up in parts:
+                torch.addmm(out, part, up, out=out)
+        return [out.view(*x.shape[:-1], -1) for out in outs]
+
+    def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """The output of one layer only, for a token x [1, 1, I] on its own."""
+        self._prepare(x.dtype)
+        part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
+        down, up = self._down, self._up
+        if down is not None:
+            down, up = down.chunk(len(self.layers))[layer.place], up[:, part].contiguous()
+        bias = None if self._bias is None else self._bias[part]
+        out, count = ops.read_channels(x.flatten(), self._limit, self._whole[:, part], bias, down, up, [layer.outputs])
+        layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
+        return out.view(*x.shape[:-1], -1)
+
+    def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
+        """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
+        self._prepare(x.dtype)
+        layer = self.layers[0]
+        full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
+        limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
+        out, _ = ops.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
+        return out.view(*x.shape[:-1], -1)
+
+    def _note(self, share: Callable[[], Tensor]) -> None:
+        if self.layers[0].runtime.decisions is not None:
+            self.layers[0].note(share())
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Bring what is kept up to date with weights, corrections, limits and the dial."""
+        first = self.layers[0]
+        run = first.runtime
+        if self._made_for == run.epoch:
+            return
+        self._made_for = run.epoch
+        self._sizes = [layer.outputs for layer in self.layers]
+        self._ends = list(itertools.accumulate(self._sizes))
+        lora = [layer.lora for layer in self.layers if layer.lora is not None]
+        bases = [layer.base_layer for layer in self.layers]
+        if self._whole is None or self._whole.data_ptr() != bases[0].weight.data_ptr():
+            columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
+            self._whole = torch.cat([part.detach() for part in columns], 1)
+            for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
+                base.weight.data = part if isinstance(base, Conv1D) else part.T
+            self._product = PackedProduct(like=bases[0])
+        self._bias = self._down = self._up = self._limit = None
+        if any(base.bias is not None for base in bases):
+            biases = [base.bias for base in bases]
+            zeros = [self._whole.new_zeros(size) for size in self._sizes]
+            self._bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+        if lora:
+            self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
+            self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
+        if "channel" in first.routers and run.rows is None:
+            self._limit = first.routers["channel"].limit(run.offset, dtype)
+            self._mask = fused.masker(self._limit, dtype)
+            self._reader = ops.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+
+
+class RoutedLinear(Wrapper):
+    """A linear layer of which only a part is computed, with an optional low-rank correction.
+
+    site: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
+    the name ("3.attn") under which the branch hands over what is open. part: which of a branch's heads or groups this
+    layer touches: the "inputs" it reads (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its
+    output is wanted only for tokens that attend (q, o).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        runtime: Runtime,
+        site: Site,
+        branch: str,
+        *,
+        gated_by: str | None,
+        part: Literal["inputs", "outputs", ""],
+        per_query: bool,
+    ) -> None:
+        super().__init__(base_layer, runtime)
+        self.site = site
+        self.branch = branch
+        self.gated_by = gated_by
+        self.part = part
+        self.per_query = per_query
+        self.outputs, self.inputs = weight_of(base_layer).shape
+        self.routers = nn.ModuleDict()
+        self.lora: Lora | None = None
+        self.place = len(site.layers)
+        self.selects = False  # set by add_channels
+        self._slice: tuple[Any, Any] = (None, None)
+        self._low: tuple[Tensor, ...] = ()
+        self._lora_for = -1
+        site.layers.append(self)
+
+    def add_channels(self, router: ChannelRouter) -> None:
+        """Choose the channels that are read with this router, which all layers of the site share."""
+        self.routers["channel"] = router
+        for layer in self.site.layers:  # one runs for all where all run on the same tokens, and whole
+            layer.selects = router.spec.network != "static" and not any(x.part or x.per_query for x in self.site.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = self.runtime
+        if run.bypass:
+            return self.base_layer(x)
+        if run.skipping and self.selects:
+            return self.site.take(self, x)
+        queries = run.passed.get(f"{self.branch}.queries")
+        if queries is None or not self.per_query:
+            return self._compute(x, together=queries is None)
+        out = self._compute(x.flatten(0, 1).index_select(0, queries).unsqueeze(0), together=False)
+        if self.site.name.endswith("out"):
+            return out  # the branch ends here and goes on with these tokens
+        return scatter_rows(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
+
+    def _compute(self, x: Tensor, together: bool) -> Tensor:
+        narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
+        if narrow is not None:
+            return self._read_open(x, narrow) if self.part == "inputs" else self._write_open(x, narrow)
+        if self.part == "inputs":
+            x = x * self.runtime.passed.pop(self.gated_by)
+        if "channel" not in self.routers:
+            return self._correct(self.base_layer(x), x)
+        router = self.routers["channel"]
+        if self._alone(x):
+            return self.site.take(self, x) if together else self.site.one(self, x)
+        if self.runtime.skipping and router.spec.network == "static" and self.runtime.rows is None:
+            return self._read_static(router, x)
+        return self._correct(self.base_layer(self._mask(router, x, together)), x)
+
+    def _owner(self) -> Tensor | None:
+        """The row of the batch that each of this call's tokens belongs to, where they are packed."""
+        passed = self.runtime.passed
+        if f"{self.branch}.rows" not in passed:
+            return None
+        everyone, some, (_, tokens) = passed[f"{self.branch}.rows"]
+        few = self.site.name.endswith("out") or (self.per_query and f"{self.branch}.queries" in passed)
+        index = some if few else everyone
+        return None if index is None else index // tokens
+
+    def turn(self, x: Tensor) -> float | Tensor:
+        """The dial for x [..., I] (see Runtime.turn)."""
+        return self.runtime.turn(x, None if self.runtime.rows is None else self._owner())
+
+    def corrected(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x [..., I] are corrected (see Runtime.corrected)."""
+        return None if self.runtime.rows is None else self.runtime.corrected(x, self._owner())
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether this is one token, decoded on its own: then reading less is faster."""
+        return self.runtime.alone and x.shape[:-1].numel() == 1
+
+    def note(self, share: Tensor) -> None:
+        """Record the share of channels that was read; 0 for tokens that are not here."""
+        run, place = self.runtime, self.runtime.passed.get(f"{self.branch}.rows")
+        asked = self.per_query and f"{self.branch}.queries" in run.passed
+        if run.decisions is None or (asked and self.site.name.endswith("in")):  # keys and values read for more tokens
+            return
+        rows = None if place is None else place[1] if self.site.name.endswith("out") else place[0]
+        if rows is not None:
+            full = share.new_zeros(place[2].numel())
+            share = full.index_copy_(0, rows, share.flatten()).view(place[2])
+        run.note(f"{self.site.name}.channel", share)
+
+    def _correct(self, out: Tensor, x: Tensor) -> Tensor:
+        """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
+        if self.lora is None:
+            return out
+        if not self.runtime.skipping or self.runtime.rows is not None:
+            return out + self._only_corrected(self.lora(x), x)
+        if self._lora_for != self.runtime.epoch:
+            self._lora_for = self.runtime.epoch
+            self._low = self.lora.down.detach().to(x.dtype), self.lora.up.detach().T.to(x.dtype).contiguous()
+        flat = out.view(-1, self.outputs)
+        torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), self._low[0]), self._low[1], out=flat)
+        return out
+
+    def _only_corrected(self, low: Tensor, x: Tensor) -> Tensor:
+        """The low-rank correction [..., O] from x [..., I], but for rows that are the teacher's."""
+        corrected = self.corrected(x)
+        return low if corrected is None else low * corrected
+
+    def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
+        """x without the channels that stay closed; the first layer of a site chooses for all."""
+        run, name = self.runtime, self.site.name
+        masked, left = run.passed.pop(name, (None, len(self.site.layers))) if together else (None, 1)
+        if masked is None:
+            masked, share = read_channels(router, x, self.turn(x))
+            self.note(share)
+        if left > 1:
+            run.passed[name] = masked, left - 1
+        return masked
+
+    def _read_static(self, router: ChannelRouter, x: Tensor) -> Tensor:
+        """The same channels for every token: a smaller matrix product."""
+        run = self.runtime
+        state = run.offset, router.log_limit._version
+        if self._slice[0] != state:
+            channels = (router.limit(run.offset, x.dtype) == 0).nonzero().squeeze(1)
+            self._slice = state, (channels, weight_of(self.base_layer)[:, channels].contiguous())
+        channels, weight = self._slice[1]
+        self.note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
+        return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
+
+    def _write_open(self, x: Tensor, narrow: Narrow) -> Tensor:
+        """Outputs of open heads or groups only: [..., n], or [..., 2 n] where a layer holds gate and up."""
+        copies = self.outputs // narrow.size
+        rows = torch.cat([narrow.channels + copy * narrow.size for copy in range(copies)])
+        base = self.base_layer
+        if self._alone(x) and not narrow.keep:
+            if not weight_of(base).is_contiguous():
+                base.weight.data = base.weight.data.T.contiguous().T
+            out = ops.dot_rows(x.flatten(), weight_of(base), base.bias, rows).view(*x.shape[:-1], -1)
+        else:
+            weight, bias = self._sliced(
+                narrow.channels, lambda: (weight_of(base)[rows], None if base.bias is None else base.bias[rows])
+            )
+            out = F.linear(x, weight, bias)
+        if self.lora is None:
+            return out
+        low = F.linear(F.linear(x, self.lora.down.to(x.dtype)), self.lora.up[rows].to(x.dtype))
+        return out + self._only_corrected(low, x)
+
+    def _read_open(self, x: Tensor, narrow: Narrow) -> Tensor:
+        """From x [..., n], the channels of open heads or groups only."""
+        channels = narrow.channels
+        if narrow.weight is not None:
+            x = x * narrow.weight
+        if self._alone(x) and not narrow.keep:
+            out = self.site.open_channels(x, channels)
+        else:
+            weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
+            out = F.linear(x, weight, self.base_layer.bias)
+        if self.lora is None:
+            return out
+        low = F.linear(F.linear(x, self.lora.down[:, channels].to(x.dtype)), self.lora.up.to(x.dtype))
+        return out + self._only_corrected(low, x)
+
+    def _sliced(self, choice: Tensor, make: Callable[[], Any]) -> Any:
+        """Parts of the weight for a choice that stands, made once while the same tensor says so."""
+        if self._slice[0] is not choice:
+            self._slice = choice, make()
+        return self._slice[1]
+
+
+def read_channels(router: ChannelRouter, x: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C] without the channels that stay closed, and the share that is read [...]; turn: the dial for x."""
+    turned = router.turned(turn)
+    if router.spec.network == "static":
+        gate = selection.threshold(-turned)
+        return x * gate.to(x.dtype), gate.mean(-1).expand(x.shape[:-1])
+    return selection.channel(x, turned)

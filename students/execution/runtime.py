@@ -1,0 +1,244 @@
+"""What all wrappers of one student share while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.decisions import Decisions
+from students.routers import Router, selection
+from students.spec import RouterSpec
+
+
+@dataclass
+class Runtime:
+    """Settings of a student, and the hand-over between the wrappers of one block during a forward pass.
+
+    The settings stay as they are until somebody changes them, so that a recomputation during backward (gradient
+    checkpointing) sees the same ones. `passed` is empty outside of a block.
+    """
+
+    bypass: bool = False
+    """The student is the teacher."""
+    execution: Literal["skip", "mask"] = "skip"
+    """skip: what is closed is not computed. mask: it is computed and multiplied by zero, the reference for skip. With
+    gradients on, closed gates are masked anyway, because they learn from what they leave out (see `skips`)."""
+    offset: float | tuple[float, ...] = 0.0
+    """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates.
+    Several: one for each row of the batch (or each group of as many rows), infinity where the row is the teacher's."""
+    rows: Tensor | None = None
+    """[B]: this call's offsets, where each row has its own."""
+    capacity: float = 1.0
+    """The share of gates that top-k routers keep."""
+    training: bool = False
+    """Whether routers are being trained. Over the tokens of a sequence, language models choose a top-k only then."""
+    causal: bool = True
+    """Whether a token sees only what is before it."""
+    prefix: int = 0
+    """Tokens in front of an image's patches; they are never closed."""
+    prompt: Tensor | None = None
+    """[B, T] bool: the tokens from which sequence-level decisions are taken; None: all."""
+    valid: Tensor | None = None
+    """[B, T] bool: the tokens that are not padding; None: all."""
+    tokens: int = 0
+    """How many tokens the call is for."""
+    padded: int = 0
+    """How many tokens are padding."""
+    skipping: bool = False
+    """Whether this call skips and needs no gradients."""
+    alone: bool = False
+    """Whether it is also for one token only: then reading less is faster."""
+    epoch: int = 0
+    """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
+    memory: dict[str, Any] | None = None
+    """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
+    restores: bool = True
+    """Image models: whether tokens that stayed away are put back in their places behind the last block."""
+    recompute: bool = False
+    """Image models: compute a block's activations again in backward instead of keeping them."""
+    probed: dict[str, tuple[Tensor, Tensor]] | None = None
+    """Calibration of image models: (gates, what the router reads) by key. All gates are open then, and have a gradient
+    of their own."""
+    decisions: Decisions | None = None
+    """Where this forward pass records what it decides, if anybody asked."""
+    passed: dict[str, Any] = field(default_factory=dict)
+    """Gates on their way from the wrapper that decides to the wrapper that applies; taken out when applied."""
+
+    def skips(self, specs: Iterable[RouterSpec]) -> bool:
+        """Whether what these routers close is left out: always without gradients; with them, where the gradient takes
+        the way of what is open (top-k weighted by the score), so that training gets cheaper and stays the same."""
+        if self.execution == "mask":
+            return False
+        return not torch.is_grad_enabled() or all(s.selection == "topk" and s.weight == "score" for s in specs)
+
+    @property
+    def kept(self) -> float:
+        """The share of gates that top-k head and expert routers keep: the capacity, turned by the dial."""
+        if self.offset == 0.0 or not 0 < self.capacity < 1:
+            return self.capacity
+        return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.offset))
+
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Give each of this call's rows its offset. ValueError where there are not as many."""
+        self.rows = None
+        if not isinstance(self.offset, tuple):
+            return
+        if batch % len(self.offset):
+            raise ValueError(
+                f"this batch has {batch} rows, and budgets were set for {len(self.offset)}: call set_compute with one "
+                "budget for all rows, or one for each"
+            )
+        self.rows = torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
+
+    def turn(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
+        """The dial for x [B, ..., C]: one number, or one for each row [B, ..., 1].
+
+        owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
+        """
+        if self.rows is None:
+            return self.offset
+        if owner is None:
+            return self.rows.view(-1, *[1] * (x.ndim - 1))
+        return self.rows[owner].view(*x.shape[:-1], 1)
+
+    def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
+        """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
+        teacher's: shapes as in `turn`, in x's dtype; None: all are."""
+        return None if self.rows is None else (self.turn(x, owner) < math.inf).to(x.dtype)
+
+    def counted(self, x: Tensor) -> int:
+        """How many tokens of x [B, T, D] are not padding."""
+        return x.shape[:2].numel() - self.padded
+
+    def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N], or [B, 1, N].
+
+        The first multiplies what the gate lets through (1, or a weight, where open; 0 where closed), the second is
+        1 where closed and 0 where open and multiplies the substitute. Both in x's dtype.
+        """
+        dtype = x.dtype
+        spec = router.spec
+        if self.probed is not None:
+            tokens = x.shape[1] if spec.granularity == "token" and spec.network != "static" else 1
+            gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
+            self.probed[key] = gate, x.detach()
+            return gate, 1 - gate
+        if spec.granularity == "sequence" and spec.network != "static":
+            score = self._score_prompt(key, router, x)
+        else:
+            score = router(x)
+        per_token = spec.kind in ("token", "layer")
+        if spec.selection == "topk" and not per_token:
+            gate = selection.topk(score, self.kept, dim=-1)
+        elif spec.selection == "topk" and self.causal and self.training:
+            gate = selection.topk(score, self.capacity, dim=1)
+        elif per_token and not self.causal:
+            gate = self._patches(router, score)
+        else:
+            gate = selection.threshold(score + router.shift(self.turn(score)))
+        self.note(key, router.share(gate), score)
+        closed = 1 - gate
+        if spec.weight == "score":
+            weight = selection.score_weight(score, over_gates=not per_token)
+            corrected = self.corrected(score)
+            if corrected is not None:
+                weight = 1 + (weight - 1) * corrected
+            gate, closed = gate.detach() * weight, closed.detach()
+        return gate.to(dtype), closed.to(dtype)
+
+    def _patches(self, router: Router, score: Tensor) -> Tensor:
+        """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
+        if score.shape[1] == 1:  # one decision for all tokens
+            return selection.threshold(score + router.shift(self.turn(score)))
+        score = score[:, self.prefix :].squeeze(-1)
+        gate = self.choose(router, score, self.patches_kept(router, score.shape[1]))
+        return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+    def choose(
+        self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None
+    ) -> Tensor:
+        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
+        `patches_kept` says, which is not asked for while quotas are trained."""
+        if self.training and router.spec.selection == "quota":
+            return selection.even(score, router.shift(self.turn(score)), here)
+        if count is None:
+            return selection.threshold(score + router.shift(self.turn(score)))
+        if here is not None:
+            score = score.masked_fill(~here, -torch.inf)
+        return selection.best(score, count, 1)
+
+    def patches_kept(
+        self, router: Router, patches: int, so_far: list[tuple[float, int]] | None = None
+    ) -> int | tuple[int, ...] | None:
+        """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
+
+        so_far: where patches merge, or stay away and come in multiples, what rounding has taken from earlier blocks and
+        how many they left, for all rows or each; brought up to date. What one block rounds away the next ones get, so
+        that compute follows the quotas more closely than by a `multiple` in every block.
+        """
+        spec = router.spec
+        if spec.granularity == "sequence" or spec.selection == "threshold":
+            return None
+        if spec.selection == "topk":
+            return self._whole(spec, self.kept, patches)
+        offsets = [self.offset] if self.rows is None else self.rows.tolist()
+        shares = [router.quota(offset) for offset in offsets]
+        before = so_far or [(0.0, patches)] * len(shares)
+        counts = [
+            min(left, max(self._least(spec, left), self._whole(spec, share + owed / patches, patches)))
+            for share, (owed, left) in zip(shares, before, strict=True)
+        ]
+        if so_far is not None:
+            so_far[:] = [
+                (owed + min(share * patches, left) - count, count)
+                for share, count, (owed, left) in zip(shares, counts, before, strict=True)
+            ]
+        return counts[0] if self.rows is None else tuple(counts)
+
+    def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
+        """How many patches pass of images of which so many are `left`, where so many have a score of at least 0."""
+        return tuple(
+            max(self._least(spec, here), self._whole(spec, count / max(here, 1), here))
+            for count, here in zip(wanted, left, strict=True)
+        )
+
+    def _least(self, spec: RouterSpec, left: int) -> int:
+        """How many of `left` patches stay at least: where they merge in pairs, half of them; with the prefix a multiple
+        where that is not too far up."""
+        if spec.dropped != "merge":
+            return 0
+        tokens = self.prefix + math.ceil(left / 2)
+        if tokens >= 3 * spec.multiple:
+            tokens = spec.multiple * math.ceil(tokens / spec.multiple)
+        return tokens - self.prefix
+
+    def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
+        """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""
+        if share >= 1:
+            return patches
+        tokens = self.prefix + max(0, round(share * patches))
+        if tokens >= spec.multiple:
+            tokens = spec.multiple * round(tokens / spec.multiple)
+        return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))
+
+    def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
+        """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""
+        if self.memory is not None and key in self.memory:
+            return self.memory[key]
+        score = router(x.mean(1, keepdim=True) if self.prompt is None else selection.prompt_mean(x, self.prompt))
+        if self.memory is not None:
+            self.memory[key] = score
+        return score
+
+    def note(self, key: str, share: Tensor, score: Tensor | None = None) -> None:
+        """Record a router's open share [B, T] and, where it has them, its scores [B, T, N]."""
+        if self.decisions is not None:
+            self.decisions.share[key] = share
+            if score is not None:
+                self.decisions.score[key] = score

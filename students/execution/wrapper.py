@@ -1,0 +1,27 @@
+"""Modules that stand in front of a frozen model's own: they hold `base_layer` and never copy its forward.
+
+Each executes in two ways (see Runtime.execution) that agree: as masks, and by leaving out what is closed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from students.execution.runtime import Runtime
+
+
+class Wrapper(nn.Module):
+    """A module in place of another; unknown attributes are the other's."""
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.runtime = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)

@@ -1,0 +1,1 @@
+"""Students by what their model is: language, image, vision-language."""

@@ -1,0 +1,144 @@
+"""Students of image models, whose tokens see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from students.architectures import trunk_of
+from students.decisions import Decisions
+from students.execution.wrapper import Wrapper
+from students.routers import Router
+from students.spec import BRANCHES
+from students.student import Student
+
+
+@dataclass
+class Features:
+    """What an image model made of a batch."""
+
+    logits: Tensor | None
+    """[B, classes]; None where the model has no classifier."""
+    pooled: Tensor
+    """[B, D]: what the classifier reads, or the model's own summary of the image."""
+    layers: list[Tensor]
+    """Tokens [B, T, D] after each block, if they were asked for."""
+
+
+class ImageStudent(Student):
+    """A frozen image model and its routers."""
+
+    def __init__(self, *parts: Any, tokens: int) -> None:
+        super().__init__(*parts)
+        self.tokens = tokens
+        """Tokens of an image of the model's own size, those of the prefix included."""
+        self.runtime.restores = not reads_prefix_only(self.model)
+        trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
+        """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
+        with self._deciding() as decisions:
+            return call(self.model, pixel_values, **kwargs), decisions
+
+    def features(self, pixel_values: Tensor, layers: bool = False) -> tuple[Features, Decisions]:
+        """Logits and features of images pixel_values [B, C, H, W]; layers: also the tokens after every block."""
+        with self._deciding() as decisions:
+            return features_of(self.model, pixel_values, self.blocks if layers else ()), decisions
+
+    def checkpoint_blocks(self) -> None:
+        """Compute activations of blocks with layer routers again in backward instead of keeping them."""
+        if self.spec.find("layer") is None:
+            raise ValueError("train.checkpointing: image models recompute blocks with layer routers; there are none")
+        self.runtime.recompute = True
+
+    @property
+    def stays(self) -> bool:
+        """Whether tokens that a block drops stay away from all later ones."""
+        layer = self.spec.find("layer")
+        return layer is not None and layer.dropped != "return"
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Routers that score tokens, heads or groups, by the keys of their decisions, block by block."""
+        for number, block in enumerate(self.blocks):
+            places = [(f"{number}.", block)]
+            places += [(f"{number}.{b}.", block.get_submodule(getattr(self.record, b))) for b in BRANCHES]
+            for prefix, module in places:
+                for kind, router in module.routers.items() if isinstance(module, Wrapper) else ():
+                    if isinstance(router, Router):
+                        yield prefix + kind, router
+
+    @torch.no_grad()
+    def set_quotas(self, batches: Iterable[Tensor]) -> None:
+        """Let every router with quota take, from now on, the shares that its threshold keeps of these images."""
+        run, seen = self.runtime, {}
+        before = run.training, run.execution, run.offset
+        run.training, run.execution, run.offset = True, "mask", 0.0
+        try:
+            for pixels in batches:
+                _, decisions = self(pixels)
+                for key, router in self.routers():
+                    if router.levels is None:
+                        continue
+                    score = decisions.score[key].squeeze(-1)
+                    tail = score if key.endswith("layer") else score[:, run.prefix :]
+                    seen.setdefault(key, []).append(tail.flatten())
+        finally:
+            run.training, run.execution, run.offset = before
+        for key, router in self.routers():
+            if router.levels is not None:
+                router.set_quota(torch.cat(seen[key]))
+
+    def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """What routers need to know of a forward pass, whoever called the model."""
+        self.runtime.passed.clear()
+        if not self.runtime.bypass:
+            pixels = args[0] if args else kwargs["pixel_values"]
+            self._enter(0, len(pixels), pixels.device)
+
+
+def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
+    """An image model's forward. ViT-MAE, which would hide patches at random, sees all of them in their order."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return model(pixel_values, **kwargs)
+    if config.model_type == "vit_mae":
+        patches = (config.image_size // config.patch_size) ** 2
+        kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
+    return model(pixel_values=pixel_values, **kwargs)
+
+
+def features_of(model: nn.Module, pixel_values: Tensor, blocks: Sequence[nn.Module] = ()) -> Features:
+    """Logits and features of images pixel_values [B, C, H, W], and the tokens after these blocks."""
+    seen: dict[str, Any] = {"layers": []}
+    head = classifier_of(model)
+    with ExitStack() as hooks:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
+            hooks.callback(hook.remove)
+        for block in blocks:
+            hook = block.register_forward_hook(lambda _, args, out: seen["layers"].append(out))
+            hooks.callback(hook.remove)
+        out = call(model, pixel_values)
+    if isinstance(out, Tensor):
+        return Features(None if isinstance(head, nn.Identity) else out, seen["pooled"], seen["layers"])
+    pooled = seen.get("pooled", out.get("pooler_output"))
+    return Features(out.get("logits"), out.last_hidden_state.mean(1) if pooled is None else pooled, seen["layers"])
+
+
+def reads_prefix_only(model: nn.Module) -> bool:
+    """Whether nobody sees what a model makes of its patches: it classifies by its class token, and returns no more."""
+    if isinstance(model, PreTrainedModel):
+        return False  # asked for its hidden states, it returns them
+    return model.global_pool == "token" and model.num_prefix_tokens > 0
+
+
+def classifier_of(model: nn.Module) -> nn.Module | None:
+    """The module that turns pooled features into logits, or None."""
+    names = ("classifier", "cls_classifier") if isinstance(model, PreTrainedModel) else ("head",)
+    return next((getattr(model, name) for name in names if hasattr(model, name)), None)

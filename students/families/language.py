@@ -1,0 +1,132 @@
+"""Students of causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from students.decisions import Decisions
+from students.execution.head import RoutedHead
+from students.execution.kv_cache import RoutedCache
+from students.libraries import cache_in, with_cache
+from students.student import Student
+
+
+class LanguageStudent(Student):
+    """A frozen causal language model and its routers."""
+
+    def __init__(self, *parts: Any, trunk: PreTrainedModel) -> None:
+        super().__init__(*parts)
+        self.__dict__["trunk"] = trunk  # the module that holds the blocks; it is in the model already
+        self._prompt: Tensor | None = None
+        self._dropping = {
+            n
+            for n in range(len(self.blocks))
+            for r in self.spec.routers
+            if r.kv == "drop" and r.on(n) and "attn" in r.touches
+        }
+        trunk.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Decisions]:
+        """The model's own output object, and what was decided.
+
+        input_ids [B, T]; attention_mask [B, T], 0 at padding; prompt [B, T] bool, the tokens that sequence-level
+        decisions may look at (default: all that are not padding); kwargs go to the model, use_cache False by default.
+        """
+        kwargs.setdefault("use_cache", False)
+        kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
+        with self._deciding_from(prompt) as decisions:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate` of the routed model. `student.model` is what a pipeline takes."""
+        return self.model.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Decisions]:
+        """As `forward`, up to the LM head: the base model's output, whose last_hidden_state `logits` takes."""
+        with self._deciding_from(prompt) as decisions:
+            out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            return out, decisions
+
+    def head_tensors(self) -> tuple[Tensor, ...]:
+        """What `logits` needs besides the rows, as plain tensors: gradients reach the vocab router through them."""
+        head = self.model.get_output_embeddings()
+        return head.tensors() if isinstance(head, RoutedHead) and not self.runtime.bypass else ()
+
+    def logits(
+        self, hidden: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of final hidden rows [N, D] -> [N, V], and the share of exact rows [N] (None: no vocab router).
+
+        head_tensors: those of `head_tensors()`; without them the head is the frozen one. owner [N]: the row of the last
+        batch that each belongs to, which is needed where rows have budgets of their own.
+        """
+        head = self.model.get_output_embeddings()
+        share = None
+        if head_tensors:
+            logits, share = head.routed_logits(hidden, *head_tensors, owner=owner)
+        else:
+            logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
+        cap = getattr(self.trunk.config, "final_logit_softcapping", None)  # Gemma 2, arXiv 2408.00118
+        return logits if cap is None else cap * torch.tanh(logits / cap), share
+
+    @contextmanager
+    def _deciding_from(self, prompt: Tensor | None) -> Iterator[Decisions]:
+        """Record what the model decides; prompt as in `forward`."""
+        self._prompt = prompt
+        try:
+            with self._deciding() as decisions:
+                yield decisions
+        finally:
+            self._prompt = None
+
+    def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
+        run = self.runtime
+        run.passed.clear()
+        if run.bypass:
+            return None
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"][..., 0]
+        mask = kwargs.get("attention_mask")
+        self._enter(tokens.numel(), len(tokens), tokens.device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask[:, -tokens.shape[1] :].bool()
+            padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
+            if padded:
+                run.valid, run.padded = valid, padded
+        run.prompt = self._prompt
+        if run.prompt is None:
+            run.prompt = torch.ones_like(tokens, dtype=torch.bool) if run.valid is None else run.valid
+        cache = self._cache_for(kwargs)
+        kwargs = with_cache(trunk, kwargs, cache)
+        run.memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
+        return args, kwargs
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
+        """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""
+        cache, use = cache_in(kwargs), kwargs.get("use_cache")
+        use = self.trunk.config.use_cache if use is None else use
+        if cache is None and not use:
+            return None
+        windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
+        if not windows or self.runtime.execution == "mask":
+            return DynamicCache(config=self.trunk.config) if cache is None else cache
+        if isinstance(cache, RoutedCache):
+            return cache
+        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
+            raise ValueError(
+                f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
+                "dynamic cache that is empty at the start"
+            )
+        return RoutedCache(self.trunk.config, windows)

@@ -1,0 +1,370 @@
+"""Students of vision-language models: a door in front of the language model, at which image tokens may be left out.
+
+The choice is taken once, from the prompt: from image tokens as the projector leaves them and, with `query`, from the
+question. What is left out has no place in the sequence behind the door: it is neither computed nor cached there, and
+the tokens that go through keep their positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from students.decisions import Decisions
+from students.families.image import ImageStudent
+from students.families.language import LanguageStudent
+from students.libraries import cache_in, with_cache
+from students.routers import ImageRouter, selection
+from students.spec import RouterSpec
+
+LEAK = 1e-8
+"""Weight of a closed image token while routers are trained: even one that all others attend to must not be heard."""
+VISION = "vision."
+"""What keys of decisions in the vision tower begin with."""
+
+
+class Door(nn.Module):
+    """Holds the router of image tokens, inside the language model."""
+
+    def __init__(self, router: ImageRouter) -> None:
+        super().__init__()
+        self.routers = nn.ModuleDict({"image": router})
+
+
+@dataclass
+class Prompted:
+    """What the model was called with, as far as the door has to know."""
+
+    image: Tensor | None
+    """[B, T] bool: places of image tokens; None: no image came with this call."""
+    valid: Tensor
+    """[B, T] bool: tokens of this call that are not padding."""
+
+
+class VisionLanguageStudent(LanguageStudent):
+    """A frozen vision-language model and its routers: at the door, in the language model, in the vision tower.
+
+    `forward` and `features` take the images as the model's processor prepares them. Where the door left tokens out, the
+    output has no rows for them: `decisions.index` says which token of the input each row is, and `decisions.valid`
+    which rows are more than filling.
+    """
+
+    def __init__(self, *parts: Any, trunk: PreTrainedModel, vision: ImageStudent | None) -> None:
+        super().__init__(*parts, trunk=trunk)
+        self.vision = vision
+        """The vision tower, where routers stand in it."""
+        self.vision_macs: float | None = None
+        """What the frozen vision tower and projector cost, for one image token at the door; counted when first run."""
+        self._prompted: Prompted | None = None
+        self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
+
+    @property
+    def door(self) -> ImageRouter | None:
+        """The router of image tokens."""
+        return self.trunk.door.routers["image"] if hasattr(self.trunk, "door") else None
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Decisions]:
+        """As `forward`, up to the LM head."""
+        self._count_vision(kwargs)
+        with self._deciding_from(prompt) as decisions:
+            base = self.model.base_model
+            out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            return out, decisions
+
+    def spent(
+        self, decisions: Decisions, image: Tensor, valid: Tensor, rows: Tensor | int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Multiply-accumulates [B] of a call of `features` and of the LM head on so many rows of each prompt: the
+        student's, those of them in the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of
+        the call."""
+        count, head = image.sum(1), rows * self.compute.head
+        outside = (self.vision_macs or 0.0) * count
+        frozen = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum(1)
+        if decisions.bypassed:
+            return frozen + outside + head, outside, frozen + outside + head
+        weight = valid if decisions.valid is None else decisions.valid
+        macs = self.compute.routed_blocks(decisions, weight, "prefill").sum(1) + head
+        if self.door is not None:
+            macs = macs + self.door.macs(self.trunk.config.hidden_size) * valid.sum(1)
+        vision = outside
+        inside = decisions.vision
+        if self.vision is not None and inside is not None and inside.share:
+            images = max(len(share) for share in inside.share.values())
+            ones = torch.ones(images, self.vision.tokens, dtype=torch.bool, device=image.device)
+            compute = self.vision.compute
+            saved = (compute.dense(ones, "prefill") - compute.routed_blocks(inside, ones, "prefill")).sum()
+            vision = outside - saved * count / count.sum()
+        return macs + vision, vision, frozen + outside + head
+
+    @property
+    def by_count(self) -> bool:
+        """Whether nothing is routed but image tokens, by quota: what a prompt costs follows from its lengths."""
+        quota = self.door is not None and self.door.spec.selection == "quota"
+        return quota and not self.spec.routers and self.vision is None
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether compute goes in steps as the dial turns."""
+        return self.by_count
+
+    def passing(self, image: Tensor, valid: Tensor) -> Decisions:
+        """What the door would decide of prompts with image tokens at image [B, T], as far as numbers go."""
+        if self.runtime.bypass:
+            return Decisions(bypassed=True)
+        self.runtime.begin(len(image), image.device)
+        order = -torch.arange(image.shape[1], device=image.device).float()
+        gate = self._choose(order.expand(image.shape), image)
+        return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
+
+    def uniform(self, share: float, tokens: Any, phase: str) -> float:
+        """As of a language student; tokens: (text tokens, image tokens) of a prompt."""
+        text, image = tokens
+        valid = torch.ones(1, text + image)
+        dense = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum() + self.compute.head
+        outside = (self.vision_macs or 0.0) * image
+        kept = valid.clone()
+        macs = outside + self.compute.head
+        if self.door is not None:
+            kept[:, text:] = share
+            macs = macs + self.door.macs(self.trunk.config.hidden_size) * (text + image)
+        macs = macs + self.compute.uniform_blocks(share, kept, "prefill").sum()
+        if self.vision is not None:
+            ones = torch.ones(1, self.vision.tokens, dtype=torch.bool)
+            whole = float(self.vision.compute.dense(ones, "prefill").sum())
+            part = self.vision.compute.uniform(share, self.vision.tokens, "prefill")
+            macs = macs - outside * min(1.0, whole / max(outside, 1.0)) * (1 - part)
+        return float(macs / (dense + outside))
+
+    def router_spec(self, key: str) -> RouterSpec:
+        """The specification of the router that records its decisions under this key."""
+        if key.startswith(VISION):
+            return self.vision.router_spec(key.removeprefix(VISION))
+        return self.door.spec if key == "image" else super().router_spec(key)
+
+    @torch.no_grad()
+    def set_quotas(self, scores: Iterable[Tensor]) -> None:
+        """Let the door take, from now on, the share of image tokens that its threshold keeps of these scores."""
+        if self.door is not None and self.door.levels is not None:
+            self.door.set_quota(torch.cat([score.flatten() for score in scores]))
+
+    @contextmanager
+    def _deciding(self) -> Iterator[Decisions]:
+        with super()._deciding() as decisions, self._deciding_images() as inside:
+            decisions.vision = inside
+            yield decisions
+            if inside is not None:
+                decisions.share |= {VISION + key: share for key, share in inside.share.items()}
+                decisions.score |= {VISION + key: score for key, score in inside.score.items()}
+
+    def _deciding_images(self) -> Any:
+        return nullcontext() if self.vision is None else self.vision._deciding()
+
+    @torch.no_grad()
+    def _count_vision(self, kwargs: dict[str, Any]) -> None:
+        """Count, once, what the frozen vision tower and projector cost for one image token."""
+        if self.vision_macs is not None or kwargs.get("pixel_values") is None:
+            return
+        base = self.model.base_model
+        takes = inspect.signature(base.get_image_features).parameters
+        images = {name: value for name, value in kwargs.items() if name in takes}
+        with self.teacher(), FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            self._follow()
+            made = base.get_image_features(**images).pooler_output
+        parts = made if isinstance(made, (list, tuple)) else [made]
+        self.vision_macs = flops.get_total_flops() / 2 / sum(part.shape[:-1].numel() for part in parts)
+
+    def _follow(self) -> None:
+        """Give the vision tower the student's settings."""
+        if self.vision is not None:
+            for name in ("bypass", "execution", "offset", "capacity", "training"):
+                setattr(self.vision.runtime, name, getattr(self.runtime, name))
+
+    def _called(self, base_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at what the whole model is called with: image places, padding, and a cache that was shortened."""
+        self._follow()
+        self._prompted = None
+        ids = args[0] if args else kwargs.get("input_ids")
+        if self.runtime.bypass or self.door is None:
+            return None
+        if ids is None:
+            ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
+        self.runtime.begin(len(ids), ids.device)
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        flat = isinstance(mask, Tensor) and mask.ndim == 2
+        valid = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
+        shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        image = ids == self.model.config.image_token_id
+        self._prompted = Prompted(image if shown else None, valid)
+        held = None if cache is None else cache.__dict__.get("elastic", {}).get("held")
+        if held is not None:  # the cache has fewer places than the caller knows of
+            kwargs["attention_mask"] = torch.cat([held, valid], 1).to(torch.long)
+        return args, kwargs
+
+    def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Shorten the sequence at the door; then as of any language student."""
+        if self.runtime.bypass or self.door is None or self._prompted is None:
+            return super()._before(trunk, args, kwargs)
+        kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
+        prompted, self._prompted = self._prompted, None
+        kept = None
+        if prompted.image is None:
+            self._continue(prompted, kwargs)
+        else:
+            kept = self._shorten(prompted, kwargs)
+        before = self._prompt
+        if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
+            self._prompt = None if before is None else before.gather(1, self.runtime.decisions.index)
+        try:
+            out = super()._before(trunk, args, kwargs)
+        finally:
+            self._prompt = before
+        mask = kwargs.get("attention_mask")
+        if kept is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            self.runtime.valid = kept
+            self.runtime.padded = int(kept.numel() - kept.sum())
+        return out
+
+    def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
+        """Tokens behind a prompt that was shortened: their places in the cache, and their positions."""
+        cache = cache_in(kwargs)
+        memory = {} if cache is None else cache.__dict__.get("elastic", {})
+        if "held" not in memory:
+            return
+        count = prompted.valid.shape[1]
+        kwargs["position_ids"] = memory["next"] + torch.arange(count, device=memory["next"].device)
+        _append(memory, prompted.valid)
+        memory["next"] = memory["next"] + count
+
+    def _shorten(self, prompted: Prompted, kwargs: dict[str, Any]) -> Tensor | None:
+        """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
+
+        Returns which tokens [B, L] of what is now in kwargs are more than filling; None where nothing was changed.
+        """
+        run, door = self.runtime, self.door
+        x, image, valid = kwargs["inputs_embeds"], prompted.image & prompted.valid, prompted.valid
+        cache = cache_in(kwargs)
+        question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
+        score = door.at_door(x, question)
+        if run.probed is not None:
+            gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+            run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
+            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
+            return valid
+        gate = torch.where(image, self._choose(score, image), valid.to(score.dtype))
+        run.note("image", gate, score.unsqueeze(-1))
+        if torch.is_grad_enabled():
+            if run.decisions is not None:
+                run.decisions.valid = gate
+            bias = torch.log(gate * (1 - LEAK) + LEAK)
+            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
+            return valid
+        kept = (gate != 0) & valid
+        if not (valid & ~kept).any():  # waits for the device: how long the sequence is now depends on the data
+            return None
+        positions = _positions(kwargs, x)
+        memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
+        if memory is not None:
+            if not isinstance(cache, DynamicCache):
+                raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
+            memory["next"] = positions.masked_fill(~valid, 0).amax(-1, keepdim=True) + 1
+        if run.execution == "mask":
+            if run.decisions is not None:
+                run.decisions.valid = kept
+            if memory is not None:
+                _append(memory, kept)
+            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
+            return kept
+        longest = int(kept.sum(1).max())
+        # what is kept moves to the right end, so that every row's last token is in the last column
+        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]
+        here = kept.gather(1, index)
+        if run.decisions is not None:
+            run.decisions.index, run.decisions.valid = index, here
+        if memory is not None:
+            _append(memory, here)
+        kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
+        kwargs["attention_mask"] = _shorter_mask(kwargs.get("attention_mask"), index, here)
+        return here
+
+    def _choose(self, score: Tensor, image: Tensor) -> Tensor:
+        """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
+        run, door = self.runtime, self.door
+        shift = door.shift(run.turn(score))
+        if door.spec.selection == "threshold":
+            return selection.threshold(score + shift)
+        have, count = image.sum(1, keepdim=True), image.sum().clamp(min=1)
+        best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
+        limit = None
+        if door.spec.selection == "topk":
+            share = run.capacity if run.training else run.kept
+        elif run.training and not self.by_count:  # of all image tokens of the batch, as in selection.even
+            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
+            ranked = score.detach().masked_fill(~image, -torch.inf).flatten().sort().values
+            share = ((ranked.numel() - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
+        elif run.rows is None:
+            share = door.quota(run.offset)
+        else:
+            share = torch.tensor([[door.quota(offset)] for offset in run.rows.tolist()], device=score.device)
+        most = (share * have).round().clamp(min=1)
+        if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
+            limit = best.detach().gather(1, (most - 1).long())
+        soft = (score - limit).sigmoid()
+        return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
+
+
+def _append(memory: dict[str, Any], held: Tensor) -> None:
+    """Remember which places of the cache hold something to attend to."""
+    memory["held"] = held if "held" not in memory else torch.cat([memory["held"], held], 1)
+
+
+def _positions(kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    """Positions [..., B, T] that the language model would use."""
+    positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
+    if positions is None:
+        start = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
+    return positions.expand(*positions.shape[:-2], len(x), -1)
+
+
+def _shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
+    """The model's mask for the tokens at index [B, L], of which here [B, L] are no filling; masks may come by kind."""
+    if isinstance(mask, dict):
+        return {kind: _shorter_mask(one, index, here) for kind, one in mask.items()}
+    if mask is None or mask.ndim == 2:
+        return here.to(torch.long)
+    mask = mask.expand(len(index), -1, -1, -1)
+    rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+    columns = index[:, None, None, :].expand(-1, mask.shape[1], index.shape[1], -1)
+    return selection.hide_closed_keys(mask.gather(2, rows).gather(3, columns), here, mask.dtype)
+
+
+def _hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """Masks [B, 1, T, T] under which only kept [B, T] tokens are attended to; bias [B, T]: added to their scores, which
+    then includes what is not kept, unless the model's own mask hides it."""
+    if isinstance(mask, dict):
+        return {kind: _hidden_keys(one, kept, bias, dtype) for kind, one in mask.items()}
+    own = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    seen = kept if bias is None else torch.ones_like(kept)
+    if bias is not None and own is None and isinstance(mask, Tensor):
+        seen = mask.bool()
+    allowed = selection.hide_closed_keys(own, seen, dtype)
+    if bias is None:
+        return allowed
+    if allowed.dtype == torch.bool:
+        allowed = torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+    return allowed + bias.to(dtype)[:, None, None, :]

@@ -1,0 +1,1 @@
+"""Operators that read only what is selected, and fused ones for training."""

@@ -1,0 +1,1 @@
+"""C sources of the operators on CPUs, and what compiles them."""

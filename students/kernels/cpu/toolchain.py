@@ -1,0 +1,103 @@
+"""The C library of the operators' functions on CPUs, compiled for this machine where a compiler is present."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c", "norms.c")]
+_FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+# sums keep their order in what has to have torch's bits
+_EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
+_KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+loaded: ctypes.CDLL | None = None
+
+
+def build(folder: Path) -> bool:
+    """Compile the C library into this folder, unless it is there already, and use it from now on.
+
+    False, and torch's operators stay in use, where there is no C compiler or it fails.
+    """
+    global loaded
+    if loaded is not None:
+        return True
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    identity = hashlib.sha256(sources + version + " ".join((*_FLAGS, str(_EXACT), _machine())).encode())
+    final = folder / f"kernels-{identity.hexdigest()[:16]}.so"
+    try:
+        if not final.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as workshop:
+                objects, library = [], Path(workshop, final.name)
+                for source in SOURCES[1:]:
+                    objects.append(str(Path(workshop, f"{source.stem}.o")))
+                    flags = (*_FLAGS, *_EXACT.get(source.name, ()), "-fopenmp", "-fPIC")
+                    _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
+                # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
+                _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
+                library.replace(final)
+        library = ctypes.CDLL(str(final))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    layers = [pointer] * 2 + [number] * 3 + [pointer] * 3 + [number, pointer, number]
+    for kind in _KINDS.values():
+        read = getattr(library, f"read_channels_{kind}")
+        read.argtypes, read.restype = [pointer, *layers, pointer, count], number
+        dot = getattr(library, f"dot_rows_{kind}")
+        dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
+        exact = getattr(library, f"exact_rows_{kind}")
+        exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
+        exact.argtypes += [pointer, pointer, count]
+    if hasattr(library, "few_channels_bf16"):
+        few = library.few_channels_bf16
+        few.argtypes, few.restype = [pointer, number, *layers, pointer, count], number
+    loaded = library
+    return True
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _machine() -> str:
+    """What `-march=native` depends on, so that a cache folder can be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.platform() + platform.processor()
+
+
+def native(x: Tensor) -> str | None:
+    """The suffix of the C functions that take this tensor, or None."""
+    return _KINDS.get(x.dtype) if loaded is not None and x.device.type == "cpu" else None
+
+
+def function(name: str, *arguments: Tensor | int | float | None) -> Any:
+    """The C function of fused.c, merging.c or norms.c for the type of the first argument; threads are its last one."""
+    found = getattr(loaded, f"{name}_{native(arguments[0])}")
+    if found.argtypes is None:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        found.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int]
+    return found
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a C function of fused.c, merging.c or norms.c; tensors are contiguous."""
+    found = function(name, *arguments)
+    found(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())

@@ -1,0 +1,112 @@
+"""RMS norms (arXiv 1910.07467) in one pass on CPUs with a C compiler: forward by norms.c, backward by fused.c.
+
+Written in Python, as transformers has them, they are eight operators in float32 and leave a dozen behind for backward.
+The forward pass has the same bits: it is used only for norms for which a trial shows that.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from students.kernels import ops
+from students.kernels.cpu import toolchain
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let the frozen RMS norms of a model run in one pass, in place; they are found by the name of their class."""
+    for module in model.modules():
+        named = type(module).__name__.endswith("RMSNorm") and not isinstance(module, FusedNorm)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if named and epsilon is not None and getattr(module, "weight", None) is not None:
+            module.__class__ = _fused(type(module))
+            module.epsilon = epsilon
+
+
+@cache
+def _fused(base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (FusedNorm, base), {"__module__": base.__module__})
+
+
+class FusedNorm(nn.Module):
+    """In front of a norm's own class: x [..., D] -> [..., D].
+
+    The norm's own forward runs on other devices, where its weight learns, where somebody counts operations or compiles
+    them, and where it computes something else than norms.c knows.
+    """
+
+    epsilon: float
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        weight, grad = self.weight, torch.is_grad_enabled()
+        if args or x.dtype != weight.dtype or (grad and weight.requires_grad) or toolchain.native(x) is None:
+            return super().forward(x, *args)
+        recipe = None if ops.observed() else _recipe(self, weight)
+        if recipe is None:
+            return super().forward(x)
+        return _Norm.apply(x, weight, recipe) if grad and x.requires_grad else recipe(x, weight)
+
+
+class _Recipe:
+    """How norms.c has to be called to give a norm's bits; `kind` is explained there."""
+
+    def __init__(self, dtype: torch.dtype, epsilon: float, kind: int) -> None:
+        self.epsilon = epsilon
+        self.kind = kind
+        probe = torch.empty(0, dtype=dtype)
+        self._function = toolchain.function("rms_norm", probe, 0, 0, probe, epsilon, kind, probe)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        x, width = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        settings = weight.data_ptr(), self.epsilon, self.kind
+        self._function(x.data_ptr(), x.numel() // width, width, *settings, out.data_ptr(), torch.get_num_threads())
+        return out
+
+
+_recipes: dict[tuple[Any, ...], _Recipe | None] = {}
+
+
+def _recipe(norm: FusedNorm, weight: Tensor) -> _Recipe | None:
+    """What gives the bits of a norm of this class, width and epsilon; None: nothing does."""
+    key = type(norm), weight.dtype, weight.shape, norm.epsilon
+    if key not in _recipes:
+        _recipes[key] = _find_recipe(norm) if weight.ndim == 1 else None
+    return _recipes[key]
+
+
+@torch.no_grad()
+def _find_recipe(norm: FusedNorm) -> _Recipe | None:
+    """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
+    draw, width, epsilon = torch.Generator().manual_seed(0), len(norm.weight), norm.epsilon
+    x = torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    if not torch.equal(_Recipe(torch.float32, epsilon, 1)(x, torch.ones(width)), expected):
+        return None
+    norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
+    norm.weight.copy_(torch.randn(width, generator=draw))
+    expected = super(FusedNorm, norm).forward(x)
+    recipes = (_Recipe(x.dtype, epsilon, kind) for kind in range(3))
+    return next((recipe for recipe in recipes if torch.equal(recipe(x, norm.weight), expected)), None)
+
+
+class _Norm(torch.autograd.Function):
+    """A norm with the gradient by its input; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: _Recipe) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.recipe = recipe
+        return recipe(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x, gain = x.contiguous(), weight.float() + (ctx.recipe.kind == 2)
+        out, rows = torch.empty_like(x), x.numel() // len(gain)
+        toolchain.call("rms_norm_grad", grad.contiguous(), x, rows, len(gain), gain, ctx.recipe.epsilon, out)
+        return out, None, None

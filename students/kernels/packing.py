@@ -1,0 +1,79 @@
+"""Frozen linear layers whose weight is laid out once for this CPU's matrix products, instead of in every call.
+
+In bfloat16 on a CPU, torch hands a linear layer to oneDNN, which copies the weight into blocks before it multiplies,
+however few rows there are. A weight that never changes can be copied once. The products are the same, bit for bit; the
+price is a second copy of the weights in memory. (For fewer outputs than a vector holds they need not be the same: some
+CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.kernels import ops
+
+MOST_ROWS = 256
+"""For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
+
+LEAST_OUTPUTS = 32
+"""For fewer of them, which never takes long, the order of sums can be another one."""
+
+
+class PackedProduct:
+    """F.linear for one frozen weight [O, I], which is packed in the first call, and again if it has changed.
+
+    F.linear itself runs on many rows, for few outputs, where gradients are wanted, elsewhere than in bfloat16 on a CPU,
+    where somebody counts operations or compiles them, and as long as the layer `like`, if there is one, is not packed.
+    """
+
+    def __init__(self, like: nn.Module | None = None) -> None:
+        self._like = like
+        self._packed: tuple[int, int, Tensor] | None = None  # (where the plain weight is, its version, the packed one)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            or x.dtype != torch.bfloat16
+            or x.numel() > MOST_ROWS * x.shape[-1]
+            or not (self._like is None or isinstance(self._like, PackedLinear))
+            or ops.observed()
+        ):
+            return F.linear(x, weight, bias)
+        packed, place, version = self._packed, weight.data_ptr(), weight._version
+        if packed is None or packed[0] != place or packed[1] != version:
+            if not _can_be_packed(weight):
+                return F.linear(x, weight, bias)
+            packed = place, version, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
+            self._packed = packed
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed[2], bias, "none", [], "")
+
+    def __deepcopy__(self, memo: dict) -> PackedProduct:
+        return PackedProduct(copy.deepcopy(self._like, memo))  # what is packed cannot be copied
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer [..., I] -> [..., O] that keeps its packed weight beside the plain one."""
+
+    product: PackedProduct
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+def pack_linears(model: nn.Module) -> bool:
+    """Let a model's frozen bfloat16 linear layers pack their weights, each when it first runs; False where none can."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    found = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
+    for module in found:
+        module.__class__ = PackedLinear
+        module.product = PackedProduct()
+    return bool(found)
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS

@@ -1,0 +1,121 @@
+"""Routers that score gates from what their branch reads."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.routers.scoring import per_size, stream_score
+from students.spec import RouterSpec
+
+LEVELS = 65
+"""Quantiles that are kept of the scores of a router with quota."""
+
+
+class Router(nn.Module):
+    """Scores for n gates from a branch's input: zero at the start, and a gate is open where its score is >= 0.
+
+    members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).
+    """
+
+    def __init__(
+        self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None, gains: bool = False
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gates = gates
+        self.register_buffer("members", members)
+        self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
+        self._quota: tuple[Any, float] = (None, 0.0)
+        self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
+        self.unlike = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
+        if spec.network == "static":
+            self.score = nn.Parameter(torch.zeros(gates))
+            return
+        self.linear = nn.Linear(width, gates)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        if spec.network == "mlp":
+            self.bend = nn.Sequential(
+                nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, gates, bias=False)
+            )
+            nn.init.zeros_(self.bend[-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
+        if self.spec.network == "static":
+            return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
+        score = self._map(self.linear, x)
+        if self.spec.network == "mlp":
+            score = score + self._map(self.bend[2], self.bend[1](self._map(self.bend[0], x)))
+        return score.float()
+
+    def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.
+
+        distance [B, T]: of each token to the one that would take it in, where tokens merge.
+        """
+        if self.spec.network == "mlp":
+            score = self(x * per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
+        else:
+            score = stream_score(x, self.linear.weight[0], self.linear.bias)
+        return score if distance is None else score + self.unlike * distance
+
+    @staticmethod
+    def _map(layer: nn.Linear, x: Tensor) -> Tensor:
+        """A linear layer in x's dtype: on many tokens a copy of x in float32 costs more than the router itself."""
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        if layer.out_features == 1:  # a matrix-vector product is faster than a product with a thin matrix
+            score = (x @ layer.weight[0].to(x.dtype)).unsqueeze(-1)
+            return score if bias is None else score + bias
+        return F.linear(x, layer.weight.to(x.dtype), bias)
+
+    def share(self, gate: Tensor) -> Tensor:
+        """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""
+        if self.members is None or len(self.members) % self.gates == 0:
+            return gate.mean(-1)
+        return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
+
+    def shift(self, turn: float | Tensor) -> float | Tensor:
+        """What the dial adds to the scores."""
+        return turn if self.log_gain is None else self.log_gain.exp() * turn
+
+    @torch.no_grad()
+    def open_by(self, offset: float) -> None:
+        """Raise all scores as far as the dial would at this offset; for routers with a linear map."""
+        rise = self.shift(offset)
+        self.linear.bias += rise
+        if self.levels is not None:
+            self.levels += rise
+
+    def set_quota(self, scores: Tensor) -> None:
+        """Take the distribution of scores [N] as the one that `quota` answers for."""
+        steps = torch.linspace(0, 1, LEVELS, device=scores.device)
+        self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
+
+    def quota(self, offset: float) -> float:
+        """The share of scores that are at least as large as the dial asks, between 0 and 1."""
+        state = offset, self.levels._version, 0 if self.log_gain is None else self.log_gain._version
+        if self._quota[0] != state:
+            with torch.no_grad():
+                self._quota = state, self._quota_at(float(self.shift(offset)), self.levels.tolist())
+        return self._quota[1]
+
+    @staticmethod
+    def _quota_at(offset: float, levels: list[float]) -> float:
+        place = bisect.bisect_left(levels, -offset)
+        if place == 0 or place == len(levels):
+            return 0.0 if place else 1.0
+        low, high = levels[place - 1], levels[place]
+        return 1 - (place - 1 + (-offset - low) / (high - low)) / (len(levels) - 1)
+
+    def macs(self, width: int) -> int:
+        """Multiply-accumulates for one token."""
+        if self.spec.network == "static":
+            return 0
+        bend = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
+        return width * self.gates + bend

@@ -1,0 +1,34 @@
+"""Image tokens in front of a language model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.routers import selection
+from students.routers.base import Router
+from students.spec import RouterSpec
+
+
+class ImageRouter(Router):
+    """Scores image tokens at the language model's door, alone and against the question."""
+
+    def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
+        super().__init__(spec, width, 1, gains=gains)
+        if spec.query:
+            self.look = nn.Linear(width, spec.query, bias=False)
+            self.ask = nn.Linear(width, spec.query, bias=False)
+            nn.init.zeros_(self.ask.weight)
+
+    def at_door(self, x: Tensor, question: Tensor) -> Tensor:
+        """Scores [B, T] of embedded tokens x [B, T, D], of which question [B, T] bool are the prompt's text."""
+        score = self.of_stream(x)
+        if self.spec.query:
+            unit = F.rms_norm(x, x.shape[-1:])
+            asked = self._map(self.ask, selection.prompt_mean(unit, question))
+            score = score + (self._map(self.look, unit) * asked).sum(-1).float() / self.spec.query**0.5
+        return score
+
+    def macs(self, width: int) -> int:
+        """Multiply-accumulates for one token."""
+        return super().macs(width) + self.spec.query * (width + 1)

@@ -1,0 +1,20 @@
+"""Low-rank corrections of linear layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Lora(nn.Module):
+    """Low-rank correction of one linear layer (arXiv 2106.09685): zero at the start."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))

@@ -1,0 +1,42 @@
+"""Rows of the LM head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VocabRouter(nn.Module):
+    """Which rows of the LM head a token needs: a rank-r preview of all logits, exact rows above a learned limit.
+
+    The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview
+    reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits.
+    The others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's idea (NIPS 2017); here
+    the map is fitted to hidden states, in closed form, and stays as fitted; spread and tail are trained.
+    """
+
+    def __init__(self, width: int, rank: int, gains: bool = False) -> None:
+        super().__init__()
+        self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
+        self.register_buffer("down", torch.zeros(rank, width))
+        self.register_buffer("up", torch.zeros(width, rank))
+        self.register_buffer("slope", torch.zeros(rank))
+        self.spread = nn.Parameter(torch.zeros(()))
+        self.tail = nn.Parameter(torch.zeros(()))
+
+    def preview_weight(self, weight: Tensor) -> Tensor:
+        """The head's weight [V, D] seen through `up`: [V, r]."""
+        return weight @ self.up.to(weight.dtype)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., D] -> f [..., r]."""
+        return F.linear(hidden, self.down.to(hidden.dtype))
+
+    def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, turn: Tensor | float) -> Tensor:
+        """f [..., r] -> the limit [..., 1] of each token's preview, float32, where the dial is at `turn`.
+
+        Zero parameters open every row.
+        """
+        features = features.float()
+        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * turn

@@ -1,0 +1,298 @@
+"""Text for causal language models: read files and data sets, tokenize them, pack them into windows of equal length."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from teachers import hub
+from teachers.data.corpus import corpus_file
+from teachers.quiet import first_line, quiet
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""File endings that are read, and the reader of `datasets` for each."""
+
+PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+"""Pairs of columns that make one document, the second below the first."""
+
+_ACCEPTED_SOURCES = (
+    "--data takes a .txt, .md, .jsonl, .json or .parquet file, a folder of such files, "
+    "a hub data set (org/name or org/name:config), or builtin"
+)
+_ACCEPTED_COLUMNS = "text, messages, " + ", ".join("+".join(pair) for pair in PAIRS)
+_HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+_BATCH = 64
+"""Documents read and tokenized together."""
+
+_PIECE_CHARS = 1 << 22
+"""Longer texts are tokenized in pieces, cut between lines; tokenizers need much memory for one very long string."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Token windows to train on, and others to measure on that share no text with them."""
+
+    train: torch.Tensor
+    """Token ids [N, window], int64, in the order of the source."""
+    held_out: torch.Tensor
+    """Token ids [M, window], int64."""
+    description: str
+    """What the text is, for the user to read."""
+    tokens: int
+    """Tokens read, training and held-out together."""
+
+
+def load_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    held_out: float | int,
+    seed: int,
+    max_tokens: int | None = None,
+) -> TextData:
+    """Read `source`, set a part aside, and pack both parts into windows.
+
+    `held_out` is a number of windows, or as a float below 1 a share of all tokens. Whole documents chosen by `seed` are
+    set aside, and of the last one chosen only the end, so that a single long text gives up its tail. A document that
+    occurs twice counts once. `max_tokens` stops the reading early. Raises ValueError with one line for a source that
+    does not exist, cannot be read, or is too short.
+    """
+    documents, tokens = _unique_documents(source, tokenizer, max_tokens)
+    bos = _bos(tokenizer)
+    body = window - len(bos)
+    wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * tokens / body))
+    train, aside = _set_aside(documents, wanted * body, seed)
+    separator = _separator(tokenizer)
+    data = TextData(
+        train=_windows(_joined(train, separator), window, bos),
+        held_out=_windows(_joined(aside, separator), window, bos)[:wanted],
+        description=_describe(source, tokens),
+        tokens=tokens,
+    )
+    if len(data.train) == 0 or len(data.held_out) < wanted:
+        need = (wanted + 1) * body
+        raise ValueError(
+            f"{source} is too short: {tokens:,} tokens found, {need:,} needed "
+            f"({wanted} held-out windows and one training window of {window})"
+        )
+    return data
+
+
+def load_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, window: int, max_windows: int | None = None
+) -> torch.Tensor:
+    """All of `source` in order as token windows [N, window], int64, or the first `max_windows` of them.
+
+    One text file gives the tokens that the tokenizer gives for its whole text, cut every `window` tokens; a rest
+    shorter than a window is left out. Where the tokenizer starts texts with a BOS token, each window starts with one.
+    """
+    bos = _bos(tokenizer)
+    limit = None if max_windows is None else max_windows * (window - len(bos))
+    documents: list[np.ndarray] = []
+    found = 0
+    for ids in _tokenized(_texts(source, tokenizer, streaming=limit is not None), tokenizer):
+        documents.append(ids)
+        found += len(ids)
+        if limit is not None and found >= limit:
+            break
+    windows = _windows(_joined(documents, _separator(tokenizer)), window, bos)[:max_windows]
+    if len(windows) == 0:
+        raise ValueError(f"{source} is too short: {found:,} tokens found, {window - len(bos):,} needed for one window")
+    return windows
+
+
+def _unique_documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> tuple[list[np.ndarray], int]:
+    """The token ids of each different document, at most `max_tokens` in total, and their total."""
+    texts = _texts(source, tokenizer, streaming=max_tokens is not None)
+    documents: list[np.ndarray] = []
+    tokens = 0
+    for ids in _tokenized(_without_repetitions(texts), tokenizer):
+        documents.append(ids if max_tokens is None else ids[: max_tokens - tokens])
+        tokens += len(documents[-1])
+        if tokens == max_tokens:
+            break
+    return documents, tokens
+
+
+def _without_repetitions(texts: Iterator[str]) -> Iterator[str]:
+    seen: set[int] = set()
+    for text in texts:
+        if (key := hash(text)) not in seen:
+            seen.add(key)
+            yield text
+
+
+def _set_aside(documents: list[np.ndarray], tokens: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split documents into those that stay and those set aside, the latter holding at least `tokens` where possible."""
+    cuts = [len(document) for document in documents]
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        if tokens <= 0:
+            break
+        cuts[index] = max(0, len(documents[index]) - tokens)
+        tokens -= len(documents[index]) - cuts[index]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [d[:cut] for d, cut in pairs if cut], [d[cut:] for d, cut in pairs if cut < len(d)]
+
+
+def _joined(documents: list[np.ndarray], separator: list[int]) -> np.ndarray:
+    """One stream of token ids with the separator between documents."""
+    between = np.array(separator, np.int64)
+    parts = [part for document in documents for part in (between, document)]
+    return np.concatenate(parts[1:]) if parts else between[:0]
+
+
+def _windows(stream: np.ndarray, window: int, bos: list[int]) -> torch.Tensor:
+    """Cut a stream into windows [N, window], each starting with `bos`; an incomplete last one is left out."""
+    body = window - len(bos)
+    count = len(stream) // body
+    rows = torch.from_numpy(stream[: count * body]).reshape(count, body)
+    return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), rows], dim=1)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token in a list where the tokenizer puts one in front of a text (Llama 3, Gemma), else nothing.
+
+    Such models were never trained on text without it, and some (Gemma) are useless there.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _tokenized(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Token ids of each text, int64, without special tokens; empty texts are left out."""
+    while batch := list(islice(texts, _BATCH)):
+        pieces = [list(_pieces(text)) for text in batch]
+        with quiet():
+            flat = iter(tokenizer([p for group in pieces for p in group], add_special_tokens=False)["input_ids"])
+        for group in pieces:
+            ids = np.array([token for piece in islice(flat, len(group)) for token in piece], np.int64)
+            if len(ids):
+                yield ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of about `_PIECE_CHARS` that together are the text, at line starts where there are any."""
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = text.rfind("\n", start + 1, start + _PIECE_CHARS)
+        end = end if end > start else start + _PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _texts(source: str, tokenizer: PreTrainedTokenizerBase, *, streaming: bool) -> Iterator[str]:
+    """The documents of a source as plain text, in order."""
+    for dataset in _open(source, streaming):
+        batches = dataset.iter(batch_size=_BATCH)
+        while True:
+            try:
+                with quiet():
+                    batch = next(batches, None)
+            except Exception as error:  # pyarrow, datasets and the HTTP library each have their own classes
+                raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+            if batch is None:
+                break
+            yield from _rendered(batch, tokenizer, source)
+
+
+def _open(source: str, streaming: bool) -> list[Dataset | IterableDataset]:
+    """Open a source with `datasets`; local files are always streamed, which leaves no copy in any cache."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = [corpus_file()] if source == "builtin" else _local_files(source)
+    if files:
+        by_reader: dict[str, list[str]] = {}
+        for path in files:
+            by_reader.setdefault(READERS[path.suffix.lower()], []).append(glob.escape(str(path.absolute())))
+        return [
+            datasets.load_dataset(
+                reader,
+                data_files=paths,
+                split="train",
+                streaming=True,
+                **({"sample_by": "document"} if reader == "text" else {}),
+            )
+            for reader, paths in by_reader.items()
+        ]
+    match = _HUB_DATASET.fullmatch(source)
+    if not match or source.startswith(".") or Path(source).suffix.lower() in READERS:
+        raise ValueError(f"no such file or folder: {source}; {_ACCEPTED_SOURCES}")
+    reason = hub.unreachable()
+    try:
+        with hub.offline() if reason else contextlib.nullcontext():
+            return [datasets.load_dataset(*match.groups(), split="train", streaming=streaming and not reason)]
+    except Exception as error:
+        if reason:
+            raise ValueError(
+                f"no such file or folder: {source}; as a hub data set it is not in the cache, and the hub cannot be "
+                f"reached ({reason}); {_ACCEPTED_SOURCES}"
+            ) from error
+        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+
+
+def _local_files(source: str) -> list[Path]:
+    """The data files that a path stands for, sorted; empty where there is no such path."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+        if not files:
+            raise ValueError(f"no {', '.join(READERS)} file in folder {source}; {_ACCEPTED_SOURCES}")
+        return files
+    if path.is_file() and path.suffix.lower() not in READERS:
+        raise ValueError(f"unknown kind of file: {source}; {_ACCEPTED_SOURCES}")
+    return [path] if path.is_file() else []
+
+
+def _rendered(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """The documents in a batch of records, by the columns they have; records with an empty field are left out."""
+    if "messages" in batch:
+        return [_conversation(messages, tokenizer, source) for messages in batch["messages"] if messages]
+    pair = next((pair for pair in PAIRS if set(pair) <= set(batch)), None)
+    if "text" in batch:
+        columns = [batch["text"]]
+    elif pair:
+        columns = [batch[name] for name in pair]
+    else:
+        raise ValueError(f"{source} has the columns {', '.join(batch)}; one of these is needed: {_ACCEPTED_COLUMNS}")
+    records = [record for record in zip(*columns, strict=True) if all(record)]
+    if wrong := next((value for record in records for value in record if not isinstance(value, str)), None):
+        raise ValueError(f"{source}: a text is expected, found {str(wrong)[:60]!r} ({type(wrong).__name__})")
+    return ["\n".join(record) for record in records]
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    """Messages in the tokenizer's chat template, or as "role: content" lines where it has none."""
+    try:
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"{source} has messages that are no conversation: {first_line(error)}") from error
+
+
+def _describe(source: str, tokens: int) -> str:
+    count = f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens:,}"
+    origin = "documentation prose from installed Python packages" if source == "builtin" else source
+    return f"{count} tokens of {origin}"

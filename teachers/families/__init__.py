@@ -1,0 +1,1 @@
+"""Models by what they are, and how each is loaded."""

@@ -1,0 +1,108 @@
+"""Load image models: of timm or transformers, from a folder with config.json and safetensors weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teachers import hub
+from teachers.quiet import first_line
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import nn
+
+    from teachers.data.images import Preprocess
+
+SCALES = ".scale"
+"""Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
+
+
+def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.Module, Preprocess]:
+    """The image model in `folder` and its own preprocessing; ValueError of one line where something is wrong."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if not hub.weight_files(folder):
+        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    if "architecture" not in config:
+        return _transformers(name, folder, config, dtype, trust_remote_code)
+    try:
+        return _timm(folder, dtype)
+    except Exception as error:  # timm, safetensors and torch each have their own classes
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+
+
+def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
+    import timm
+    from safetensors.torch import load_file
+    from timm.data import create_transform, resolve_model_data_config
+
+    state = load_file(folder / "model.safetensors")
+    packed = any(name.endswith(SCALES) for name in state)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=not packed)
+    if packed:
+        model.load_state_dict(unpack(state))
+    settings = resolve_model_data_config(model)
+    transform, mode = create_transform(**settings, is_training=False), "L" if settings["input_size"][0] == 1 else "RGB"
+
+    def preprocess(image: Image) -> torch.Tensor:
+        return transform(image.convert(mode)).to(dtype)
+
+    return model.to(dtype), preprocess
+
+
+def _transformers(
+    name: str, folder: Path, config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[nn.Module, Preprocess]:
+    import transformers
+
+    kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
+    options: dict[str, Any] = {}
+    if saved_as.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):
+        loader = getattr(transformers, saved_as)
+    elif kind in ("clip", "clip_vision_model"):
+        loader = transformers.CLIPVisionModel
+    elif kind in ("siglip", "siglip_vision_model"):
+        loader = transformers.SiglipVisionModel
+    elif kind == "vit_mae":
+        loader, options = transformers.ViTMAEModel, {"mask_ratio": 0.0}
+    else:
+        loader = transformers.AutoModel
+        options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
+    model = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{name}: image processor cannot be loaded: {first_line(error)}") from error
+    mode = "L" if model.config.num_channels == 1 else "RGB"
+
+    def preprocess(image: Image) -> torch.Tensor:
+        return processor(image.convert(mode), return_tensors="pt")["pixel_values"][0].to(dtype)
+
+    return model, preprocess
+
+
+def pack(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with every matrix rounded to int8, row by row: a quarter of the size."""
+    packed = {}
+    for name, tensor in state.items():
+        if tensor.ndim < 2 or tensor.numel() < 4096:
+            packed[name] = tensor.float().contiguous()
+            continue
+        rows = tensor.float().flatten(1) if tensor.shape[0] > 1 else tensor.float().flatten(0, -2)
+        scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+        packed[name] = (rows / scale).round().char().view(tensor.shape).contiguous()
+        packed[name + SCALES] = scale
+    return packed
+
+
+def unpack(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `pack`, in float32."""
+    state = {}
+    for name, tensor in packed.items():
+        if name.endswith(SCALES):
+            continue
+        scale = packed.get(name + SCALES)
+        state[name] = tensor if scale is None else (tensor.float().view(len(scale), -1) * scale).view(tensor.shape)
+    return state

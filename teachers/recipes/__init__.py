@@ -1,0 +1,1 @@
+"""How the shipped teachers were made."""

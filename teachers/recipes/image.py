@@ -1,0 +1,250 @@
+"""Train a small vision transformer from scratch: how the image teachers were made that no registry offers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teachers.cache import published
+from teachers.data.images import ImageSet, load_all, load_images
+from teachers.families.image import pack, unpack
+from teachers.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BATCH = 128
+PEAK_LR = 2e-3
+WEIGHT_DECAY = 0.05
+SMOOTHING = 0.1
+REPORT = 100
+"""Steps between lines about progress, and between snapshots."""
+DROPPED_PATCHES = ((0.0, 0.5), (0.5, 0.3), (0.75, 0.0))
+"""(share of the run, share of the patches left out from there on): PatchDropout (arXiv 2208.07220)."""
+ARCHITECTURE = "vit_tiny_patch16_224"
+"""timm's name of the model: depth 12, width 192, 3 heads."""
+PATCH = 4
+
+
+def pretrain(
+    source: str,
+    output: str | Path,
+    *,
+    epochs: int,
+    start: str | Path | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> float:
+    """Train a ViT-Tiny with patches of 4 x 4 pixels on images of one size and write it to the folder `output`.
+
+    The folder is as timm writes them, but for weights in int8, so that 5.4 million parameters take 5.4 MB. start: a
+    folder that this function wrote, to go on from at half the learning rate and with fewer patches left out. Where a
+    call was stopped, the same one goes on from `output`.part.safetensors. Returns the top-1 accuracy of what was
+    written, on the source's validation part. Raises ValueError for data that does not fit.
+    """
+    import timm
+    from safetensors.torch import load_file, save_file
+
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"this recipe needs torch 2.9 or newer (torch.optim.Muon); this is {torch.__version__}")
+    final = Path(output)
+    if final.exists():
+        raise ValueError(f"{final} exists: name another folder with --output")
+    images, labels = _all(load_images(source, _as_bytes, held_out=1, seed=seed).train)
+    _, channels, height, width = images.shape
+    if height != width or height % PATCH:
+        raise ValueError(f"{source} has images of {width} x {height}; squares are needed whose side {PATCH} divides")
+    arguments = {"img_size": height, "patch_size": PATCH, "in_chans": channels}
+    classes = int(labels.max()) + 1
+    torch.manual_seed(seed)
+    model = timm.create_model(ARCHITECTURE, num_classes=classes, **arguments)
+    if start is not None:
+        model.load_state_dict(unpack(load_file(Path(start) / "model.safetensors")))
+    say(f"training {ARCHITECTURE} on {len(images):,} images of {source} for {epochs} epochs")
+    told = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
+    part = final.with_name(f"{final.name}.part.safetensors")
+    train_vit(model, images, labels, epochs, start is not None, part, told, say)
+    mean, std = channel_statistics(images)
+    state = pack(model.state_dict())
+    model.load_state_dict(unpack(state))
+    test, answers = _all(load_all(source, _as_bytes))
+    accuracy = top1(model, normalise(test, mean, std), answers)
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [channels, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": mean,
+            "std": std,
+            "num_classes": classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    with published(final) as workshop:
+        folder = workshop / final.name
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.unlink(missing_ok=True)
+    return accuracy
+
+
+def _as_bytes(image: Image) -> Tensor:
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(image)
+
+
+def _all(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """All images [N, C, H, W] uint8 and labels [N]; ValueError where sizes differ or labels are missing."""
+    try:
+        pixels, labels = images.load(range(len(images)))
+    except RuntimeError:
+        raise ValueError("the images differ in size; this recipe needs small images of one size") from None
+    if int(labels.min()) < 0:
+        raise ValueError("the images have no labels, and this recipe needs them")
+    return pixels, labels
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Accuracy of a model on normalised images [N, C, H, W]."""
+    right = [model(x).argmax(-1) == y for x, y in zip(images.split(250), labels.split(250), strict=True)]
+    return float(torch.cat(right).float().mean())
+
+
+def train_vit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    again: bool,
+    part: Path,
+    told: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Train in place on images [N, C, H, W] uint8 and labels [N]; again: the model was trained like this before.
+
+    part: where snapshots go, described by `told`.
+
+    Hidden matrices by Muon (Jordan et al., 2024), everything else by AdamW; weights are kept in float32 and multiplied
+    in bfloat16.
+    """
+    from timm.layers import PatchDropout
+
+    for block in model.blocks:
+        block.attn.fused_attn = False  # on CPUs the fused kernel's backward takes half of the step
+    mean, std = channel_statistics(images)
+    masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    work = model.train().to(torch.bfloat16)
+    parameters = list(work.parameters())
+    names = [name for name, _ in work.named_parameters()]
+    hidden = [m for m, n in zip(masters, names, strict=True) if n.startswith("blocks.") and m.ndim == 2]
+    others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
+    decayed = [m for m in others if m.ndim > 1]
+    plain = [m for m in others if m.ndim <= 1]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, weight_decay=WEIGHT_DECAY
+        ),
+    ]
+    peak = PEAK_LR / 2 if again else PEAK_LR
+    batch = min(BATCH, len(images))
+    steps = len(images) // batch * epochs
+    order = torch.cat([torch.randperm(len(images))[: len(images) // batch * batch] for _ in range(epochs)])
+    snapshot = Snapshot(part, optimizers, told)
+    first = snapshot.restore()
+    if first:
+        say(f"going on after step {first}")
+        _take_over(parameters, masters)
+    mark, loss_sum = time.monotonic(), 0.0
+    for step in range(first, steps):
+        done = (step / steps + 1) / 2 if again else step / steps
+        rows = order[step * batch : (step + 1) * batch]
+        dropped = next(share for begin, share in reversed(DROPPED_PATCHES) if done >= begin)
+        work.patch_drop = PatchDropout(dropped, num_prefix_tokens=1) if dropped else nn.Identity()
+        x = augment(normalise(images[rows], mean, std)).to(torch.bfloat16)
+        loss = F.cross_entropy(work(x).float(), labels[rows], label_smoothing=SMOOTHING)
+        loss.backward()
+        lr = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+            nn.utils.clip_grad_norm_(masters, 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+        _take_over(parameters, masters)
+        loss_sum += float(loss.detach())
+        if (step + 1) % REPORT == 0:
+            speed = REPORT / (time.monotonic() - mark)
+            left = (steps - step - 1) / speed / 60
+            rate = f"{speed * batch:.0f} images/s, {left:.0f} min left"
+            snapshot.save(step + 1)
+            say(f"step {step + 1}/{steps}: loss {loss_sum / REPORT:.3f}, {rate}")
+            mark, loss_sum = time.monotonic(), 0.0
+    work.float().eval()
+    work.patch_drop = nn.Identity()
+    _take_over(work.parameters(), masters)
+
+
+@torch.no_grad()
+def _take_over(parameters: Iterable[nn.Parameter], masters: Iterable[nn.Parameter]) -> None:
+    """Set parameters to their masters, which are more precise."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.copy_(master)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of images [N, C, H, W] uint8, in units of 0 ... 1."""
+    sample = images[:10_000].float() / 255
+    return (
+        tuple(round(float(v), 4) for v in sample.mean((0, 2, 3))),
+        tuple(round(float(v), 4) for v in sample.std((0, 2, 3))),
+    )
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """images uint8 -> float32, each channel with mean 0 and standard deviation 1."""
+    shape = (1, -1, 1, 1)
+    return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Each of the images [B, C, H, W] shifted by up to an eighth, mirrored or not, and one in four with a hole."""
+    count, _, height, width = images.shape
+    reach = height // 8
+    dy, dx = (torch.randint(-reach, reach + 1, (count, 1)) for _ in range(2))
+    mirrored = torch.rand(count, 1) < 0.5
+    rows = torch.arange(height)[None] + dy
+    columns = torch.arange(width)[None]
+    columns = torch.where(mirrored, width - 1 - columns, columns) + dx
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    hole_y, hole_x = (torch.randint(0, size, (count, 1)) for size in (height, width))
+    hole_size = torch.randint(height // 8, height // 2 + 1, (count, 1)) * (torch.rand(count, 1) < 0.25)
+    in_hole = ((torch.arange(height)[None] - hole_y).abs() * 2 < hole_size)[:, :, None]
+    in_hole = in_hole & ((torch.arange(width)[None] - hole_x).abs() * 2 < hole_size)[:, None, :]
+    picked = images[
+        torch.arange(count)[:, None, None, None],
+        torch.arange(images.shape[1])[None, :, None, None],
+        rows.clamp(0, height - 1)[:, None, :, None],
+        columns.clamp(0, width - 1)[:, None, None, :],
+    ]
+    lowest = images.amin((2, 3), keepdim=True)
+    return torch.where((inside & ~in_hole)[:, None], picked, lowest)

@@ -1,0 +1,348 @@
+"""The command line: one line for every mistake, nothing written then, and results that programs can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elastic.cli import main
+from elastic.config import RunConfig
+from elastic.run import Run
+from tests.pico.language import RUN_SETTINGS, make_tiny
+
+ROOT = Path(__file__).parents[2]
+ROW = (
+    *("model", "preset", "compute_target", "compute", "compute_prefill", "perplexity", "teacher_perplexity"),
+    *("perplexity_ratio", "kl", "agreement", "tokens"),
+)
+SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELASTIC_TRACEBACK", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(model_folder: Path, text_file: Path) -> list[str]:
+    """A distillation that takes a second."""
+    return ["distill", "--model", str(model_folder), "--data", str(text_file), *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from elastic import trainer
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.distill(configure(), folder, say=lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str], here: Path) -> Callable[..., str]:
+    """Run a command that must fail with one line, and leave everything as it was; returns that line."""
+
+    def run(*arguments: object) -> str:
+        before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and "Traceback" not in err
+        errors = [line for line in err.splitlines() if line.startswith("elastic: error:")]
+        assert errors == err.splitlines()[-1:]
+        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+        return errors[0]
+
+    return run
+
+
+def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "elastic.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_distill_prints_a_table_and_names_the_run(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([*arguments, "--target-compute", "0.8", "--preset", "default"]) == 0
+    out, err = capsys.readouterr()
+    for words in ("compute asked", "perplexity ratio", "KL to the teacher", "trainable parameters", "checkpoint"):
+        assert words in out
+    assert "0.800 (decode)" in out and "elastic eval runs/tiny-0.8" in out
+    assert "step 6/6" in err and "min left" in err
+    assert Run.open("runs/tiny-0.8").about["result"]["compute_target"] == 0.8
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "smolm2-135m", "SmolLM2-135M-Instruct"])
+def test_unknown_model(name: str, refused: Callable[..., str]):
+    message = refused("distill", "--model", name)
+    near = message.split("did you mean ")[1].split("?")[0].split(" or ")
+    assert f"unknown model {name!r}" in message and "smollm2-135m" in near and "elastic models" in message
+
+
+def test_missing_model_says_what_to_type(refused: Callable[..., str]):
+    assert "--model smollm2-135m" in refused("distill")
+
+
+def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str]):
+    assert "did you mean static?" in refused(*arguments, "--preset", "statik")
+    assert "did you mean lr?" in refused(*arguments, "--set", "train.lrr=1")
+    assert "no such configuration file: missing.yaml" in refused(*arguments, "--config", "missing.yaml")
+    assert "--steps or --minutes" in refused("distill", "--model", "gpt2", "--steps", "5", "--minutes", "1")
+
+
+@pytest.mark.parametrize("target", ["0", "-0.5", "1.5", "70"])
+def test_target_is_a_share(target: str, arguments: list[str], refused: Callable[..., str]):
+    assert "0.7 means 70 %" in refused(*arguments, f"--target-compute={target}")
+
+
+def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
+    settings = ("--set", "student.routers=[{kind: head}]", "--set", "student.lora.rank=0", "--target-compute")
+    message = refused(*arguments, *settings, "0.2")
+    assert "--target-compute 0.2 is below" in message
+    lowest = float(message.split("every gate closed ")[1].split()[0])
+    assert 0.2 < lowest < 1
+    assert f"{lowest:.3f} of the decode compute" in refused(*arguments, *settings, str(lowest - 0.001))
+    assert main([*arguments, *settings, str(lowest + 0.001), "--set", "train.steps=0"]) == 0
+
+
+def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., str], here: Path):
+    (here / "empty.txt").write_text("")
+    (here / "short.txt").write_text("w1 w2 w3")
+    (here / "data.csv").write_text("w1")
+    assert "no such file or folder: missing.txt" in refused(*arguments, "--data", "missing.txt")
+    assert "empty.txt is too short: 0 tokens found" in refused(*arguments, "--data", "empty.txt")
+    assert "short.txt is too short: 3 tokens found, 96 needed" in refused(*arguments, "--data", "short.txt")
+    assert "unknown kind of file" in refused(*arguments, "--data", "data.csv")
+    windows = ("--set", "data.window=128", "--set", "train.window=128")
+    assert "data.window is 128, but" in refused(*arguments, *windows)  # tiny models have 64 positions
+
+
+def test_existing_folders_are_kept(arguments: list[str], finished: Path, refused: Callable[..., str], here: Path):
+    shutil.copytree(finished, here / "run")
+    message = refused(*arguments, "--output", "run")
+    assert all(option in message for option in ("--resume run", "--overwrite", "--output"))
+    (here / "other").mkdir()
+    (here / "other" / "thesis.txt").write_text("years of work")
+    for overwrite in ((), ("--overwrite",)):
+        assert "not a run folder" in refused(*arguments, "--output", "other", *overwrite)
+    before = (here / "run" / "routers.safetensors").read_bytes()
+    assert main([*arguments, "--output", "run", "--overwrite", "--set", "train.seed=3"]) == 0
+    assert Run.open("run").config.train.seed == 3
+    assert (here / "run" / "routers.safetensors").read_bytes() != before
+    (here / "empty").mkdir()
+    assert main([*arguments, "--output", "empty", "--set", "train.steps=0"]) == 0
+
+
+@pytest.mark.parametrize("command", [["eval"], ["info"], ["distill", "--resume"]])
+def test_folders_that_are_no_run(command: list[str], refused: Callable[..., str], here: Path):
+    (here / "folder").mkdir()
+    for folder in ("folder", "missing"):
+        assert f"{folder} is not a run folder" in refused(*command, folder)
+
+
+@pytest.mark.parametrize("extra", [["--model", "gpt2"], ["--set", "train.lr=1"], ["--overwrite"], ["--steps", "3"]])
+def test_resume_takes_no_other_settings(extra: list[str], finished: Path, refused: Callable[..., str]):
+    message = refused("distill", "--resume", finished, *extra)
+    assert f"leave {extra[0]} away" in message
+
+
+@pytest.mark.parametrize("extra", [["--epochs", "3"], ["--start", "folder"]])
+def test_a_recipe_of_stages_takes_no_epochs(extra: list[str], refused: Callable[..., str]):
+    assert f"{extra[0]} is for image models" in refused("pretrain", "--data", "easy-vqa", "--output", "new", *extra)
+
+
+def test_resume_continues(finished: Path, here: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(finished, here / "run")
+    (here / "run" / "routers.safetensors").unlink()
+    assert main(["distill", "--resume", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert "resuming at step 6" in err and "student: run" in out
+    assert (here / "run" / "routers.safetensors").read_bytes() == (finished / "routers.safetensors").read_bytes()
+
+
+def test_unfinished_and_damaged_runs(finished: Path, refused: Callable[..., str], here: Path):
+    run = shutil.copytree(finished, here / "run")
+    assert "0.01 is outside what this student can be set to" in refused("eval", "run", "--compute", "0.01")
+    assert "--compute is 70.0" in refused("eval", "run", "--compute", "70")
+    os.truncate(run / "routers.safetensors", 1000)
+    assert "routers.safetensors is damaged" in refused("eval", "run")
+    os.truncate(run / "checkpoint.safetensors", 1000)
+    assert "checkpoint.safetensors is damaged" in refused("distill", "--resume", "run")
+    (run / "routers.safetensors").unlink()
+    assert "not finished: continue it with elastic distill --resume run" in refused("eval", "run")
+    (run / "config.yaml").write_text("model: [")
+    assert "config.yaml is not YAML" in refused("info", "run")
+
+
+def test_run_of_other_weights(finished: Path, refused: Callable[..., str], here: Path, model_folder: Path):
+    model = shutil.copytree(model_folder, here / "model")
+    shutil.copytree(finished, here / "run")
+    config = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    (here / "run" / "config.yaml").write_text(yaml.safe_dump({**config, "model": "model"}))
+    assert main(["eval", "run"]) == 0
+    make_tiny("llama", intermediate_size=40).save_pretrained(model)
+    for command in (["eval", "run"], ["distill", "--resume", "run"]):
+        assert "run was made for other weights" in refused(*command)
+
+
+def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(finished), "--json"]) == 0
+    out = capsys.readouterr().out
+    (row,) = json.loads(out)["rows"]
+    assert out.count("\n") == 1 and not [key for key in ROW if key not in row]
+    assert row == Run.open(finished).about["result"]
+    assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / row["teacher_perplexity"])
+    assert row["tokens"] == 2 * 32
+
+    assert main(["eval", str(finished)]) == 0
+    table = capsys.readouterr().out
+    for shown in (
+        f"{row['compute']:.3f}",
+        f"{row['compute_prefill']:.3f}",
+        f"{row['perplexity']:.3f}",
+        f"{row['teacher_perplexity']:.3f}",
+        f"{row['perplexity_ratio']:.4f}",
+        f"{row['kl']:.4f} nats",
+        f"{row['agreement']:.2%}",
+    ):
+        assert f" {shown} " in table
+
+    assert main(["eval", str(finished), "--json", "--data", str(text_file), "--compute", "0.75"]) == 0
+    (other,) = json.loads(capsys.readouterr().out)["rows"]
+    assert other["data"] == str(text_file) and other["tokens"] == 4000 // 32 * 32
+    assert other["compute_target"] == 0.75 and other["compute"] == pytest.approx(0.75, abs=0.05)
+
+
+def test_long_loops_say_how_far_they_are(
+    finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """On stderr; with no terminal there now and then, and never where it takes no time."""
+    arguments = ["eval", str(finished), "--data", str(text_file), "--json"]
+    assert main(arguments) == 0
+    assert "min left" not in capsys.readouterr().err
+    monkeypatch.setattr("elastic.cli.screen.QUIET_SECONDS", -1)
+    monkeypatch.setattr("elastic.families.language.BATCH_TOKENS", 1)
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
+    count = int(lines[0].split()[2])
+    assert [line.split(" done")[0] for line in lines] == [f"{n} of {count}" for n in range(1, count)]
+
+
+def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["generate", str(finished), "--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
+    assert main(command) == 0
+    whole = capsys.readouterr()
+    assert whole.out.strip().startswith("w") and "tokens/s, compute 0." in whole.err
+    assert main([*command, "--stream"]) == 0
+    assert capsys.readouterr().out == whole.out
+    assert main([*command, "--compute", "1.0"]) == 0
+    assert "compute 1.000" in capsys.readouterr().err
+
+
+def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., str]):
+    assert "--prompt is empty" in refused("generate", finished, "--prompt", "")
+    assert "outside what this student" in refused("generate", finished, "--prompt", "w3", "--compute", 0.01)
+    assert "--max-new-tokens" in refused("generate", finished, "--prompt", "w3", "--max-new-tokens", 0)
+    assert "--batch must be at least 1" in refused("bench", finished, "--batch", 0)
+    assert "--new-tokens" in refused("bench", finished, "--new-tokens", 1)
+
+
+def test_bench_prints_one_json_object(finished: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["bench", str(finished), "--tokens", "8", "--new-tokens", "2", "--repeats", "1"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    keys = {"phase", "batch", "tokens", "compute", "predicted_speedup", "measured_speedup", "efficiency"}
+    assert [row["phase"] for row in rows] == ["prefill", "decode", "train"] and all(keys <= set(row) for row in rows)
+    assert main(command) == 0
+    assert "teacher forward" in " ".join(capsys.readouterr().out.split())
+
+
+def test_models(capsys: pytest.CaptureFixture[str]):
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["llama3-8b"]["hub"] == "meta-llama/Meta-Llama-3-8B" and rows["smollm2-135m"]["parameters"] > 1e8
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:-1]] == [
+        [row["name"], row["hub"] or "(shipped)"] for row in rows.values()
+    ]
+
+
+def test_info(finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["info", str(finished)]) == 0
+    about = yaml.safe_load(capsys.readouterr().out)
+    assert about["run"] == str(finished) and about["identity"].startswith("llama-")
+    assert about["config"]["train"]["steps"] == 6 and about["result"]["compute_target"] == 0.8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["distil"], ["eval"], ["eval", "run", "--nonsense"]),
+        *(["distill", "--target-compute", target] for target in ("most", "0.5:")),
+    ],
+)
+def test_command_lines_that_do_not_parse_get_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and out == ""
+    assert err.startswith("elastic: error: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_help_is_quick_and_loads_no_heavy_library():
+    start = time.monotonic()
+    result = run_process("--help")
+    seconds = time.monotonic() - start
+    assert result.returncode == 0 and result.stdout.startswith("usage: elastic") and "examples:" in result.stdout
+    assert seconds < 1
+    code = "import sys; from elastic.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "argparse" in modules and not {"torch", "transformers", "numpy", "yaml", "rich"} & set(modules)
+
+
+def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ELASTIC_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown model"):
+        main(["distill", "--model", "nonsense"])
+
+
+def test_no_network_in_a_process_of_its_own(here: Path):
+    """The whole of stderr is one line, in seconds, and nothing is written."""
+    start = time.monotonic()
+    result = run_process(
+        *("distill", "--model", "some/model"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here / "hf")
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("elastic: error: ") and result.stderr.count("\n") == 1
+    assert "some/model" in result.stderr and "127.0.0.1:9" in result.stderr
+    assert time.monotonic() - start < 60
+    assert not [path for path in here.rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_says_how_to_continue(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from elastic import trainer
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise trainer.Interrupted("stopped at step 3; continue with: elastic distill --resume run")
+
+    monkeypatch.setattr(trainer, "distill", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == "elastic: stopped at step 3; continue with: elastic distill --resume run\n"

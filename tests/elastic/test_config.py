@@ -1,0 +1,218 @@
+"""Configurations are strict: what is unknown, of the wrong type, contradictory or without effect is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elastic.config import RunConfig, TrainConfig, make_config, presets
+from elastic.settings import from_dict, to_dict
+from students.spec import RouterSpec
+
+NAMED = {"model": "smollm2-135m"}
+
+
+def write(folder: Path, content: dict | str) -> str:
+    file = folder / "settings.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(file)
+
+
+def problem(**arguments: object) -> str:
+    """What make_config says about these arguments, in one line."""
+    with pytest.raises(ValueError) as error:
+        make_config(**{**NAMED, **arguments})
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_every_preset_is_valid_and_survives_yaml(preset: str, phase: str):
+    config = make_config(preset=preset, budget__phase=phase, **NAMED)
+    assert config.preset == preset and config.budget.phase == phase and config.student.routers
+    assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_what_comes_later_counts(tmp_path: Path):
+    file = write(tmp_path, {"train": {"lr": 0.5, "batch": 7}, "budget": {"target": 0.6, "hinge": 3.0}})
+    options = dict(preset="router-tuning", file=file, settings=["train.lr=0.25"], budget__target=0.9)
+    config = make_config(**NAMED, **options)
+    assert config.train.limit_lr == TrainConfig().limit_lr  # default
+    assert config.loss.cross_entropy_weight == 1 and config.budget.control == "capacity"  # preset
+    assert config.train.batch == 7 and config.budget.hinge == 3  # file
+    assert config.budget.target == 0.9 and config.train.lr == 0.25  # command line
+
+
+def test_preset_and_model_may_be_named_in_the_file(tmp_path: Path):
+    file = write(tmp_path, {"model": "gpt2", "preset": "static"})
+    assert make_config(file=file).preset == "static" and make_config(file=file).model == "gpt2"
+    assert make_config(file=file, preset="default").preset == "default"
+
+
+def test_lists_are_replaced_not_merged():
+    config = make_config(settings=["student.routers=[{kind: head}]"], budget__phase="prefill", **NAMED)
+    assert config.student.routers == (RouterSpec("head"),) and config.student.lora.rank == 8
+
+
+def test_prefill_section_counts_for_that_phase_only(tmp_path: Path):
+    file = write(tmp_path, {"train": {"lr": 0.5}, "prefill": {"train": {"lr": 0.25, "batch": 3}}})
+    decode, prefill = (make_config(file=file, budget__phase=phase, **NAMED) for phase in ("decode", "prefill"))
+    assert (decode.train.lr, decode.train.batch) == (0.5, TrainConfig().batch)
+    assert (prefill.train.lr, prefill.train.batch) == (0.25, 3)
+    assert make_config(file=file, budget__phase="prefill", train__lr=0.1, **NAMED).train.lr == 0.1
+    assert {r.kind for r in decode.student.routers} == {"channel", "vocab"}
+    assert {r.kind for r in prefill.student.routers} == {"token"}
+    assert make_config(settings=["budget.phase=prefill"], **NAMED).student == prefill.student
+
+
+def test_steps_and_minutes_exclude_each_other(tmp_path: Path):
+    def given(**options: object) -> tuple:
+        train = make_config(**NAMED, **options).train
+        return train.steps, train.minutes
+
+    assert given() == (None, TrainConfig().minutes)
+    assert given(train__steps=5) == given(settings=["train.steps=5"]) == (5, None)
+    assert given(file=write(tmp_path, {"train": {"minutes": 5}})) == (None, 5)
+    steps = write(tmp_path, {"train": {"steps": 5}})
+    assert given(file=steps) == (5, None)
+    assert given(file=steps, train__minutes=2) == (None, 2)
+    assert given(file=steps, settings=["train.steps=6"]) == (6, None)
+    assert "leave one away" in problem(train__steps=5, train__minutes=2)
+    assert "steps or train.minutes" in problem(settings=["train.minutes=null"])
+
+
+def test_missing_model_says_what_to_type():
+    with pytest.raises(ValueError, match="--model smollm2-135m"):
+        make_config()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("train.lrr=1", ["'train.lrr'", "did you mean lr?", "limit_lr"]),
+        ("trian.lr=1", ["'trian'", "did you mean train?"]),
+        ("student.routers=[{kind: token, side: [attn]}]", ["'student.routers[0].side'", "did you mean sites?"]),
+        ("student.routers=[{kind: tokn}]", ["student.routers[0].kind is 'tokn'", "token, head, expert"]),
+        ("student.routers=[{network: mlp}]", ["student.routers[0] lacks kind"]),
+        ("student.routers={kind: token}", ["student.routers is", "must be a list"]),
+        ("student.routers=[token]", ["student.routers[0] is 'token'"]),
+        ("student.routers=[]", ["at least one router"]),
+        ("preset=statik", ["unknown preset 'statik'", "did you mean static?", "mixture-of-depths"]),
+        ("preset=[1]", ["unknown preset [1]"]),
+        ("prefill=3", ["prefill is 3", "section"]),
+        ("budget=3", ["budget is 3", "section"]),
+        ("budget=null", ["budget is None", "section"]),
+        ("train=[1]", ["train is [1]", "section"]),
+        ("train.lr", ["--set train.lr:", "section.key=value"]),
+        ("train.lr=[", ["--set train.lr=[", "not YAML"]),
+        ("model.name=x", ["model has a value already"]),
+    ],
+)
+def test_unknown_settings_and_malformed_ones(settings: str, words: list[str]):
+    message = problem(settings=[settings])
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.steps=1.5", "train.steps is 1.5; it must be a whole number"),
+        ("train.steps=true", "train.steps is True; it must be a whole number"),
+        ("train.lr=fast", "train.lr is 'fast'; it must be a finite number"),
+        ("train.lr=.nan", "train.lr is nan; it must be a finite number"),
+        ("train.lr=1e999", "it must be a finite number"),
+        ("train.lr=true", "train.lr is True; it must be a finite number"),
+        ("train.lr=null", "train.lr is None; it must be a finite number"),
+        ("train.checkpointing=1", "train.checkpointing is 1; it must be true or false"),
+        ("data.source=7", "data.source is 7; it must be text"),
+        ("budget.phase=both", "budget.phase is 'both'; it must be one of decode, prefill"),
+        ("train.precision=float16", "must be one of auto, bfloat16, float32"),
+    ],
+)
+def test_types_are_checked(setting: str, words: str):
+    assert words in problem(settings=[setting])
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    train = make_config(settings=["train.lr=1e-3", "train.clip=2", "train.limit_lr=1E-2"], **NAMED).train
+    assert (train.lr, train.clip, train.limit_lr) == (0.001, 2.0, 0.01)
+    assert type(train.clip) is float
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        *((f"budget.target={value}", "0.7 means 70 %") for value in (0, -1, 1.5, 70)),
+        ("data.window=4", "data.window"),
+        ("data.held_out=0", "data.held_out"),
+        ("data.max_tokens=0", "data.max_tokens"),
+        ("calibration.windows=-1", "calibration.windows"),
+        ("train.batch=0", "train.batch"),
+        ("train.accumulation=0", "train.accumulation"),
+        ("train.steps=-1", "train.steps"),
+        ("train.minutes=0", "train.minutes"),
+        ("train.lr=-1", "train.lr"),
+        ("train.clip=0", "train.clip"),
+        ("train.window=100", "must divide data.window"),
+        ("student.lora.rank=-1", "lora.rank"),
+    ],
+)
+def test_values_are_checked(setting: str, words: str):
+    assert words in problem(settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["budget.hinge=2"], "budget.hinge is 2.0, which has no effect without budget.control=capacity"),
+        (["budget.control=capacity", "budget.stiffness=2"], "without budget.control=price"),
+        (["loss.beta=0.3"], "without loss.logits=jensen_shannon"),
+        (["loss.k=3"], "without loss.logits=topk_kl"),
+        (["loss.hidden=mse"], "without loss.hidden_weight above 0"),
+        (["loss.hidden_layers=all"], "without loss.hidden_weight above 0"),
+        (["loss.topk_weight=1"], "without token or layer routers with selection: topk"),
+        (["loss.load_balance_weight=1"], "without head or expert routers"),
+        (["data.prompt=16"], "without a router with granularity: sequence"),
+        (["student.routers=[{kind: head, substitute: 4}]"], "`substitute` has no effect on a head router"),
+        (["student.routers=[{kind: channel, selection: topk}]"], "`selection` has no effect on a channel router"),
+        (["student.routers=[{kind: head}, {kind: head}]"], "two head routers"),
+        (["student.routers=[{kind: head, selection: topk}]"], "use budget.control=capacity"),
+        (["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=256"], "shorter than train.window"),
+    ],
+)
+def test_settings_without_effect_or_against_each_other(settings: list[str], words: str):
+    assert words in problem(settings=settings)
+
+
+def test_settings_with_effect_are_accepted():
+    for settings in (
+        ["loss.logits=jensen_shannon", "loss.beta=0.3"],
+        ["loss.hidden_weight=1", "loss.hidden=mse", "loss.hidden_layers=all"],
+        ["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=16"],
+        ["student.routers=[{kind: head}]", "loss.load_balance_weight=1"],
+    ):
+        make_config(settings=settings, **NAMED)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("", "holds no settings"),
+        ("just text", "holds no settings"),
+        ("train: {lr: 1, lrr: 2}", "unknown setting 'train.lrr'"),
+        ("budget:", "budget is None"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, words: str):
+    assert words in problem(file=write(tmp_path, content))
+    assert "no such configuration file" in problem(file=str(tmp_path / "missing.yaml"))
+
+
+def test_a_range_of_budgets_has_gains() -> None:
+    alone, several = (make_config(model="smollm2-135m", budget__target=target) for target in (0.7, "0.5:1.0"))
+    assert (alone.student.gains, several.student.gains) == (False, True)
+    assert not make_config(settings=["budget.target=0.5:1.0", "student.gains=false"], **NAMED).student.gains

@@ -1,0 +1,380 @@
+"""Runs of image models from start to end, on tiny models and images made here."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import teachers
+from elastic import trainer
+from elastic.baselines.image import drop_blindly, merge, merging, spread
+from elastic.bench import bench_run
+from elastic.cli import main
+from elastic.config import RunConfig, make_config
+from elastic.evaluate import compare_runs, measure_run
+from elastic.families import image
+from elastic.run import Run, load
+from elastic.sweep import look
+from students import StudentSpec, elasticize
+from students.families.image import ImageStudent
+from students.spec import RouterSpec
+from teachers.families.image import pack, unpack
+from teachers.recipes import image as recipe
+from teachers.recipes.image import pretrain
+from teachers.registry import models
+
+SETTINGS = [
+    *("data.held_out=8", "calibration.windows=16", "train.batch=4", "train.steps=4", "train.precision=float32"),
+    *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
+]
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, 20 images to train on and 8 others in each."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("val", 8)):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT as the recipe leaves it, its weights in int8."""
+    folder = tmp_path_factory.mktemp("timm")
+    arguments = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    save_file(pack(model.state_dict()), folder / "model.safetensors")
+    pretrained = dict(input_size=[3, 16, 16], mean=[0.5] * 3, std=[0.25] * 3, crop_pct=1.0, interpolation="bicubic")
+    pretrained |= dict(num_classes=7, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configure(image_folder: Path, timm_folder: Path) -> Callable[..., RunConfig]:
+    def make(*settings: str, **flags: object) -> RunConfig:
+        flags = {"model": str(timm_folder), "data__source": str(image_folder), "budget__target": 0.7, **flags}
+        return make_config(settings=[*SETTINGS, *settings], **flags)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.distill(configure(), folder, say=silent)
+    return folder
+
+
+def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
+    row = Run.open(finished).about["result"]
+    assert row["compute"] == pytest.approx(0.7, abs=0.06)  # 16 patches: few steps to choose from
+    assert row["images"] == 8 and row["broken"] == 0
+    for key in ("top1", "teacher_top1", "top5", "teacher_top5", "agreement"):
+        assert 0 <= row[key] <= 1
+    assert -1 <= row["cosine"] < 1
+
+
+def test_evaluating_again_gives_the_same(finished: Path, image_folder: Path) -> None:
+    (row,) = measure_run(str(finished), say=silent)
+    told = Run.open(finished).about["result"]
+    same = ("compute", "top1", "top5", "agreement", "kl", "cosine")
+    assert {key: row[key] for key in same} == {key: told[key] for key in same}
+    assert measure_run(str(finished), data=str(image_folder), say=silent)[0]["images"] == 16
+    (dense,) = measure_run(str(finished), compute=[1.0], say=silent)
+    assert dense["compute"] == dense["agreement"] == 1 and dense["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    finished: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = image.Distillation.forward, []
+
+    def stop(self: image.Distillation, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image.Distillation, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.distill(configure(), tmp_path / "run", say=silent)
+    trainer.resume(tmp_path / "run", say=silent)
+    one, other = (load(folder).added_state() for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("preset", ["mixture-of-depths", "elastiformer", "router-tuning", "static"])
+def test_every_preset_runs(preset: str, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    target = 0.9 if preset == "static" else 0.8
+    settings = ["calibration.windows=0"] if preset != "static" else []
+    row = trainer.distill(configure(*settings, preset=preset, budget__target=target), tmp_path / "run", say=silent)
+    assert 0 < row["compute"] < 1.1
+
+
+def test_only_routers_are_trained_and_saved(
+    finished: Path, timm_folder: Path, configure: Callable[..., RunConfig]
+) -> None:
+    student = load(finished)
+    base = {n.replace(".base_layer", ""): p for n, p in student.model.named_parameters() if not p.requires_grad}
+    before = dict(teachers.load(str(timm_folder), dtype=torch.float32).model.named_parameters())
+    assert base.keys() == before.keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.items())
+    assert all("routers" in name for name in student.added_state())
+
+
+def test_transformers_models_run_too(image_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=2)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    made = make_config(
+        settings=SETTINGS, model=str(tmp_path / "model"), data__source=str(image_folder), budget__target=0.8
+    )
+    row = trainer.distill(made, tmp_path / "run", say=silent)
+    assert row["images"] == 8 and row["compute"] == pytest.approx(0.8, abs=0.06)
+
+
+def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
+    rows = measure_run(str(finished), baselines=["random", "uniform", "tome"], say=silent)
+    assert [row["preset"] for row in rows] == ["default", "random", "uniform", "tome"]
+    assert [row["compute"] for row in rows[1:3]] == pytest.approx([rows[0]["compute"]] * 2)
+    assert 0 < rows[3]["compute"] <= rows[0]["compute"]
+    assert rows[0]["kl"] != rows[1]["kl"] != rows[2]["kl"]
+
+
+def test_the_teacher_runs_once_for_all_that_is_measured(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(ImageStudent, "teacher", lambda self, real=ImageStudent.teacher: asked.append(1) or real(self))
+    rows = measure_run(str(finished), baselines=["random", "tome"], say=silent)
+    assert len(asked) == 1  # all held-out images are one batch
+    (again,) = measure_run(str(finished), say=silent)
+    assert len(asked) == 2  # another student, other images
+    assert {row["teacher_top1"] for row in rows} == {again["teacher_top1"]}
+    assert again["kl"] == rows[0]["kl"]
+
+
+def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder: Path) -> None:
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for kind in ("random", "uniform"):
+        spec = StudentSpec((RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),))
+        student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
+        for number, block in enumerate(student.blocks):  # the first keeps all, the others half
+            block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
+        drop_blindly(student, kind, [pixels])
+        with torch.no_grad():
+            _, decisions = student.features(pixels)
+        assert bool((decisions.share["0.layer"] == 1).all())
+        kept.append(decisions.share["2.layer"])
+        assert 0 < float(kept[-1].mean()) < 0.7
+    assert not torch.equal(*kept) and len(kept[0].unique(dim=0)) > 1
+
+
+def test_merging_keeps_the_weighted_sum_and_counts_patches() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, metric = torch.randn(2, 12, 8, generator=draw), torch.randn(2, 12, 4, generator=draw)
+    size = torch.randint(1, 4, (2, 12, 1), generator=draw).float()
+    assert torch.equal(merge(x[:, :2], metric[:, :2], None, pairs=3, prefix=1)[0], x[:, :2])  # nobody to merge with
+    merged, total = merge(x, metric, size, pairs=3, prefix=1)
+    assert merged.shape == (2, 9, 8)
+    torch.testing.assert_close((merged * total).sum(1), (x * size).sum(1))
+    torch.testing.assert_close(total.sum(1), size.sum(1))
+    assert torch.equal(merged[:, 0], x[:, 0])
+
+
+def test_merging_nothing_changes_nothing(timm_folder: Path) -> None:
+    model = teachers.load(str(timm_folder), dtype=torch.float32).model
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    same, share = merging(model, pixels, target=1.0)
+    assert share == 1.0
+    torch.testing.assert_close(same(pixels), model(pixels))
+    fewer, share = merging(model, pixels, target=0.8)
+    assert share <= 0.8 and fewer(pixels).shape == (2, 7)
+
+
+@pytest.mark.parametrize("count", [5, 16, 49])
+def test_even_distances(count: int) -> None:
+    for kept in range(2, count):
+        places = spread(count).topk(kept).indices.sort().values
+        assert int(places.diff().max()) <= 4 * count / kept
+
+
+def test_runs_can_be_compared(finished: Path) -> None:
+    rows = {row["router"]: row["correlation"] for row in compare_runs(str(finished), str(finished))}
+    assert set(rows) == {"1.layer", "mean"}
+    assert all(value == pytest.approx(1) for value in rows.values())
+
+
+def test_where_compute_goes(finished: Path) -> None:
+    """Patches stay away from block 1 on: nobody misses any before, and pictures fade by what their patches miss."""
+    details = look(str(finished), None)
+    result = Run.open(finished).about["result"]
+    assert (len(details["blocks"]), details["phase"]) == (3, "prefill")
+    first, *later = details["blocks"]
+    assert first == [1, 1] and all(0 < share < 1 for block in later for share in block)
+    tokens = torch.tensor(details["tokens"]).view(3, 8, 16) / 1000
+    assert (tokens[0] == 1).all() and set(tokens[2].flatten().tolist()) == {0, 1}
+    assert sum(example["compute"] for example in details["examples"]) / 8 == pytest.approx(result["compute"], abs=1e-3)
+    for example, patches in zip(details["examples"], tokens.mean(0), strict=True):
+        original, faded = (_picture(example[key]) for key in ("original", "image"))
+        assert original.mode == "RGB" and faded.mode == "RGBA" and original.size == faded.size == (112, 112)
+        alpha = torch.tensor(bytearray(faded.getchannel("A").tobytes())).view(4, 28, 4, 28)
+        assert torch.equal(alpha.amin((1, 3)), alpha.amax((1, 3)))
+        torch.testing.assert_close(alpha[:, 0, :, 0].flatten() / 255, patches, atol=0.005, rtol=0)
+
+
+def _picture(uri: str) -> Image.Image:
+    head, data = uri.split(",")
+    assert head == "data:image/webp;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def test_bench_measures_inference_and_a_step(finished: Path) -> None:
+    for option in ({"tokens": [8]}, {"new_tokens": 8}):
+        with pytest.raises(ValueError, match="has no effect on"):
+            bench_run(str(finished), **option, say=silent)
+    rows = bench_run(str(finished), batch=[1, 3], repeats=1, say=silent)
+    assert [row["phase"] for row in rows] == ["classify", "classify", "train"]
+    for row in rows[:2]:
+        assert row["compute"] == pytest.approx(0.7, abs=0.06)
+        assert row["images_per_second"] > 0
+
+
+def test_recomputing_activations_changes_no_gradient(timm_folder: Path) -> None:
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        spec = StudentSpec((RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),))
+        student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
+        assert isinstance(student, ImageStudent)
+        with torch.no_grad():
+            for parameter in student.added_parameters().values():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        student.train()
+        if recompute:
+            student.checkpoint_blocks()
+        out, decisions = student.features(pixels)
+        (out.pooled.square().sum() + sum(share.sum() for share in decisions.share.values())).backward()
+        found.append([parameter.grad for parameter in student.added_parameters().values()])
+    assert any(bool(grad.any()) for grad in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    accuracy = pretrain(str(image_folder), first, epochs=1, say=silent)
+    assert 0 <= accuracy <= 1
+    assert {path.name for path in first.iterdir()} == {"config.json", "model.safetensors"}
+    teacher = teachers.load(str(first), dtype=torch.float32)
+    assert teacher.family == "vit" and teacher.model(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+    pretrain(str(image_folder), again, epochs=1, start=first, say=silent)
+    assert teachers.load(str(again)).identity != teacher.identity
+    with pytest.raises(ValueError, match="exists: name another folder"):
+        pretrain(str(image_folder), first, epochs=1, say=silent)
+
+
+def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "REPORT", 2)
+    monkeypatch.setattr(recipe, "BATCH", 4)
+    train = functools.partial(pretrain, str(image_folder), seed=3)
+    train(tmp_path / "whole", epochs=1, say=silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", epochs=1, say=Mock(side_effect=[None, KeyboardInterrupt]))
+    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped.part.safetensors"]
+    with pytest.raises(ValueError, match=r"is of a run with .*epochs 1, .* this is .*epochs 2, .*: delete it"):
+        train(tmp_path / "stopped", epochs=2, say=silent)
+    said: list[str] = []
+    train(tmp_path / "stopped", epochs=1, say=said.append)
+    assert "going on after step 2" in said
+    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    monkeypatch.setattr(recipe, "train_vit", Mock(side_effect=KeyboardInterrupt))
+    assert main(["pretrain", "--data", str(image_folder), "--output", str(tmp_path / "again")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "elastic: stopped; the same command goes on from here"
+    monkeypatch.undo()
+    (tmp_path / "torn.part.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"torn\.part\.safetensors is damaged .*: delete it"):
+        train(tmp_path / "torn", epochs=1, say=silent)
+
+
+def test_the_shipped_teacher_is_small_and_complete() -> None:
+    teacher = teachers.load("vit-fashion")
+    assert teacher.source == "shipped with Elastic"
+    assert sum(p.numel() for p in teacher.model.parameters()) == models()["vit-fashion"].parameters
+    assert sum(file.stat().st_size for file in models()["vit-fashion"].folder.iterdir()) < 6e6
+
+
+@pytest.mark.parametrize("name", ["vit-base-imagenet", "vit-mae-large-imagenet"])
+def test_imagenet_recipes_are_complete(name: str) -> None:
+    file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    config = make_config(file=str(file), data__source="/data/imagenet")
+    assert config.family == "vit" and config.model in models()
+    assert config.student.routers[0].selection == "quota"
+
+
+def test_packed_weights_come_back_nearly() -> None:
+    state = {"w": torch.randn(8, 600, generator=torch.Generator().manual_seed(0)), "b": torch.randn(8)}
+    packed = pack(state)
+    assert packed["w"].dtype == torch.int8 and packed["b"].dtype == torch.float32
+    back = unpack(packed)
+    assert torch.equal(back["b"], state["b"])
+    torch.testing.assert_close(back["w"], state["w"], rtol=0, atol=float(state["w"].abs().max()) / 250)
+
+
+def test_the_command_line_speaks_of_images(
+    finished: Path, image_folder: Path, timm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(finished), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    keys = {"top1", "teacher_top1", "top5", "teacher_top5", "agreement", "cosine", "compute", "compute_target"}
+    assert keys <= set(row)
+    assert main(["eval", str(finished), "--baselines", "random"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    for arguments, message in (
+        (["distill", "--model", str(timm_folder)], "needs images: --data FOLDER"),
+        (["distill", "--model", str(timm_folder), "--data", "nowhere/at/all"], "no such file or folder"),
+        (
+            ["distill", "--model", str(timm_folder), "--set", "train.window=64", "--data", str(image_folder)],
+            "no effect",
+        ),
+        (["generate", str(finished), "--prompt", "x"], "is an image model"),
+    ):
+        assert main(arguments) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in line

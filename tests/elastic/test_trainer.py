@@ -1,0 +1,504 @@
+"""Whole runs on a tiny model: complete folders, resuming bit for bit, and nothing bad ever saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+import elastic
+import teachers
+from elastic import trainer
+from elastic.bench import _medians, bench_run
+from elastic.config import RunConfig, presets
+from elastic.distillation import dial
+from elastic.evaluate import measure_run
+from elastic.families import language
+from elastic.families.language import measured_compute
+from elastic.run import Run
+from elastic.settings import to_dict
+from students import checkpoint
+from students.checkpoint import read_tensors
+from teachers.load import fingerprint
+from tests.pico.language import make_tiny, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FINISHED = ["checkpoint.safetensors", "config.yaml", "elastic.json", "metrics.jsonl", "routers.safetensors"]
+Configure = Callable[..., RunConfig]
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def distill(config: RunConfig, folder: Path, **options: object) -> dict:
+    return trainer.distill(config, folder, say=silent, **options)
+
+
+def resume(folder: Path) -> dict:
+    return trainer.resume(folder, say=silent)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics, but for what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
+
+
+LORA = "student.lora.rank=8"
+"""Low-rank corrections are trained, saved and resumed as well."""
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    for name in ("checkpoint.safetensors", "routers.safetensors"):
+        (a, about_a), (b, about_b) = (read_tensors(folder / name) for folder in (first, second))
+        assert about_a == about_b and a.keys() == b.keys()
+        assert not [key for key in a if not torch.equal(a[key], b[key])]
+    assert metrics(first) == metrics(second)
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Pass the loss of one training step (without accumulation) through `change`."""
+    forward, calls = language.Distillation.forward, count(1)
+
+    def patched(self: language.Distillation, *args: object) -> tuple:
+        loss, measured = forward(self, *args)
+        return (change(loss) if self.training and next(calls) == step else loss), measured
+
+    monkeypatch.setattr(language.Distillation, "forward", patched)
+
+
+def interrupt(value: object = None, *_: object) -> object:
+    """What Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return value
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the default preset, with corrections."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    distill(configure(LORA), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.mark.parametrize("preset", [*presets(), "prefill"])
+def test_every_preset_runs_end_to_end(preset: str, configure: Configure, tmp_path: Path):
+    if preset == "prefill":  # routers and substitutes weigh much in a model this small
+        config = configure(preset="default", budget__phase="prefill", budget__target=0.95)
+    else:
+        config = configure(preset=preset)
+    row = distill(config, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert files(run.folder) == FINISHED
+    assert run.config == config
+    assert run.about["result"] == row and run.about["model"] == config.model
+    assert [line["step"] for line in metrics(run.folder)] == [1, 2, 3, 4, 5, 6]
+    assert measure_run(str(run.folder), say=silent) == [row]
+    assert 0 <= row["kl"] < 3 and row["tokens"] > 0 and 0 < row["compute"] < 1.2
+    assert metrics(run.folder)[0]["lr"] > 0
+
+
+@pytest.mark.parametrize("routers", ["[{kind: channel}]", "[{kind: channel}, {kind: vocab}]"])
+def test_compute_on_held_out_text_is_what_was_asked(routers: str, configure: Configure, tmp_path: Path):
+    config = configure(f"student.routers={routers}", "data.held_out=24", "train.steps=20", "train.batch=4")
+    assert distill(config, tmp_path / "run")["compute"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_loaded_student_is_the_one_that_was_measured(finished: Path, tmp_path: Path):
+    ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
+    student = elastic.load(finished)
+    out = student(ids)[0].logits
+    assert not student.training and not torch.equal(out, make_tiny("llama")(ids).logits)
+    assert torch.equal(out, elastic.load(str(finished))(ids)[0].logits)
+    student.save(tmp_path / "saved.safetensors")
+    other = elastic.load(finished)
+    other.set_compute(1.0)
+    with torch.no_grad():
+        for parameter in other.added_parameters().values():
+            parameter.add_(1)
+    other.restore(tmp_path / "saved.safetensors")
+    assert other.dial == student.dial and torch.equal(other(ids)[0].logits, out)
+
+
+def test_checkpoints_hold_routers_only(finished: Path):
+    base = {tuple(p.shape) for n, p in make_tiny("llama").named_parameters() if "embed" in n or "proj" in n}
+    tensors, _ = read_tensors(finished / "routers.safetensors")
+    assert tensors.keys() == elastic.load(finished).added_state().keys()
+    assert not [name for name, tensor in tensors.items() if tuple(tensor.shape) in base]
+
+
+def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
+    student = elastic.load(finished)
+    config = configure(LORA)
+    windows = language.load(config, Run.open(finished).teacher()).train[:16]
+    lowest, highest = student.dial[0][0], student.dial[-1][0]
+    spent = []
+    for compute in (lowest, 0.7 * lowest + 0.3 * highest, 0.3 * lowest + 0.7 * highest, highest):
+        student.set_compute(compute)
+        spent.append(measured_compute(student, windows, "decode", config.data.prompt))
+        assert spent[-1] == pytest.approx(compute, abs=0.1)
+    assert spent == sorted(spent)
+    for compute in (lowest - 0.01, highest + 0.01):
+        with pytest.raises(ValueError, match=f"{lowest:.3f} to {highest:.3f}"):
+            student.set_compute(compute)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_full_compute_is_the_teacher_bit_for_bit(preset: str, configure: Configure, tmp_path: Path):
+    distill(configure(preset=preset), tmp_path / "run")
+    student = elastic.load(tmp_path / "run")
+    ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
+    student.set_compute(1.0)
+    assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
+    (row,) = measure_run(str(tmp_path / "run"), compute=[1.0], say=silent)
+    assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
+    student.set_compute(student.dial[0][0])
+    assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)
+
+
+def test_same_seed_same_run_and_the_base_is_untouched(
+    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = configure(LORA)
+    teacher = teachers.load(config.model, dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in teacher.model.named_parameters()}
+    monkeypatch.setattr(teachers, "load", lambda *_, **__: teacher)
+    distill(config, tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+    after = {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in teacher.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert Run.open(finished).about["identity"] == teacher.identity == fingerprint(make_tiny("llama"))
+
+
+def test_other_seed_other_run(finished: Path, configure: Configure, tmp_path: Path):
+    distill(configure("train.seed=1"), tmp_path / "run")
+    assert metrics(tmp_path / "run") != metrics(finished)
+
+
+@pytest.mark.parametrize("preset", ["default", "elastiformer"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_ctrl_c_and_resume(
+    preset: str, step: int, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = configure("train.log_every=3", preset=preset)  # neither step is a logging step
+    distill(config, tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted, match=f"step {step}.*--resume"):
+        on_step(patch, step, interrupt)
+        distill(config, tmp_path / "cut")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert files(tmp_path / "cut")[:3] == FINISHED[:3] and not Run(tmp_path / "cut").routers.exists()
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_while_progress_is_shown(finished: Path, configure: Configure, tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        distill(configure(LORA), tmp_path / "run", progress=lambda step, *_: interrupt() if step == 3 else None)
+    resume(tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+
+
+KILLED = """
+import os, signal, sys, yaml
+from elastic import trainer
+from elastic.config import RunConfig, from_dict
+from students import checkpoint
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def distil_and_die(config, folder, moment):
+    save, seen = checkpoint.save_file, []
+    def save_file(tensors, path, **options):
+        save(tensors, path, **options)
+        seen.append(path)
+        if moment == "while saving" and len(seen) == 2:
+            os.truncate(path, 1000)
+            die()
+    checkpoint.save_file = save_file
+    trainer.distill(config, folder, progress=lambda step, *_: die() if str(step) == moment else None)
+
+config = from_dict(RunConfig, yaml.safe_load(sys.stdin))
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        distil_and_die(config, folder, os.path.basename(folder))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+
+def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp_path: Path):
+    saved_before = {"1": False, "5": True, "while saving": True}
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, *(tmp_path / moment for moment in saved_before)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=yaml.safe_dump(to_dict(configure(LORA))),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    for moment, saved in saved_before.items():
+        folder = tmp_path / moment
+        assert (folder / "checkpoint.safetensors").exists() == saved and not Run(folder).routers.exists()
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "lo')  # a line that the disk got half of
+        resume(folder)
+        assert files(folder) == FINISHED
+        assert_same_run(finished, folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(copied: Path, finished: Path):
+    assert resume(copied) == Run.open(finished).about["result"]
+    assert_same_run(finished, copied)
+
+
+def test_accumulated_micro_batches_are_one_batch(configure: Configure, tmp_path: Path):
+    for name, setting in {"whole": "train.batch=4", "parts": "train.accumulation=2"}.items():
+        distill(configure(setting), tmp_path / name)
+    (whole, _), (parts, _) = (read_tensors(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-2, msg=name)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_paper_presets_pay_no_price(configure: Configure, tmp_path: Path):
+    distill(configure(preset="router-tuning"), tmp_path / "run")
+    assert {line["price"] for line in metrics(tmp_path / "run")} == {0}
+
+
+def nan(loss: torch.Tensor) -> torch.Tensor:
+    return loss * torch.nan
+
+
+def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
+    loss.register_hook(nan)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ([], nan),
+        ([], nan_gradient),
+        (["train.log_every=2"], nan),
+        (["train.log_every=2"], lambda loss: interrupt(nan(loss))),
+        (["train.log_every=3"], lambda loss: interrupt(nan_gradient(loss))),
+    ],
+    ids=["loss", "gradient", "between lines", "interrupted", "gradient, interrupted"],
+)
+def test_nan_stops_and_is_never_saved(
+    settings: list[str], change: Callable, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    on_step(monkeypatch, 5, change)
+    with pytest.raises(ValueError, match=rf"at step [56].*the last good checkpoint is in {folder}.*train\.lr") as error:
+        distill(configure(*settings), folder)
+    assert "\n" not in str(error.value)
+    tensors, about = read_tensors(folder / "checkpoint.safetensors")
+    assert about["step"] in (3, 4) and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    resume(folder)
+    assert files(folder) == FINISHED
+
+
+def test_nan_before_any_checkpoint_says_so(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    on_step(monkeypatch, 1, nan)
+    with pytest.raises(ValueError, match="at step 1: stopped; no checkpoint is in"):
+        distill(configure(LORA), tmp_path / "run")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_truncated_files_are_refused(copied: Path, size: int):
+    for name, use in {"checkpoint.safetensors": resume, "routers.safetensors": elastic.load}.items():
+        os.truncate(copied / name, size)
+        with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
+            use(copied)
+        assert "\n" not in str(error.value)
+
+
+def test_other_weights_are_refused(copied: Path, tmp_path: Path):
+    model = make_tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    make_tokenizer(words=117).save_pretrained(tmp_path / "other")
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    (copied / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(tmp_path / "other")}))
+    for use in (resume, elastic.load):
+        with pytest.raises(ValueError, match="made for other weights") as error:
+            use(copied)
+        assert "\n" not in str(error.value)
+
+
+def test_student_with_other_routers_is_refused(copied: Path):
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["student"]["lora"]["rank"] = 3
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="does not fit this student"):
+        elastic.load(copied)
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for_tensors() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_full_disk_leaves_no_half_written_file(
+    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write, seen = checkpoint.save_file, count(1)
+
+    def save_file(tensors: dict, path: Path, **options: object) -> None:
+        write(tensors, path, **options)
+        if next(seen) == 2:
+            os.truncate(path, 1000)
+            no_space_for_tensors()
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left") as error:
+        distill(configure(LORA), tmp_path / "run")
+    assert "checkpoint.safetensors" in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path / "run") == FINISHED[:4]
+    assert read_tensors(tmp_path / "run" / "checkpoint.safetensors")[1] == {"step": 2}
+    resume(tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("full", ["config.yaml", "elastic.json"])
+def test_full_disk_at_the_start_leaves_nothing(
+    full: str, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = Path.write_text
+
+    def write_text(self: Path, text: str, **options: object) -> int:
+        return no_space() if full in self.name and write(self, text[:9]) else write(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match=rf"{full}: No space left"):
+        distill(configure(LORA), tmp_path / "run")
+    assert files(tmp_path) == []
+
+
+def test_tensorboard_gets_the_metrics(configure: Configure, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    distill(configure("train.tracker=tensorboard"), tmp_path / "run")
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*") if path.parent.name == "elastic"}
+    events = EventAccumulator(str(folder)).Reload().Scalars("kl")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert events[-1].value == pytest.approx(metrics(tmp_path / "run")[-1]["kl"])
+
+
+def test_missing_tensorboard_is_an_error(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trainer, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        distill(configure("train.tracker=tensorboard"), tmp_path / "run")
+    assert files(tmp_path) == []
+
+
+def test_minutes_become_steps_that_resuming_keeps(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = count()
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: 0.01 * next(clock))
+    config = configure("train.steps=null", "train.minutes=0.001", "train.log_every=50")
+    with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted):
+        on_step(patch, 7, interrupt)
+        distill(config, tmp_path / "run")
+    planned = Run.open(tmp_path / "run").about["steps"]
+    assert planned > 7
+    resume(tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["step"] == planned == Run.open(tmp_path / "run").about["steps"]
+
+
+def test_data_that_training_sees_is_a_function_of_the_step():
+    pieces = [trainer._picked(first, 3, 7, seed=0) for first in range(0, 21, 3)]
+    seen = [piece for micro in pieces for piece in micro]
+    assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
+    assert seen[:7] != seen[7:14]
+    assert trainer._picked(5, 4, 7, seed=0) == seen[5:9]
+
+
+def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: Path):
+    row = distill(configure("train.steps=0"), tmp_path / "run")
+    assert row["compute"] == pytest.approx(0.8, abs=0.05)
+    assert measure_run(str(tmp_path / "run"), say=silent) == [row]
+
+
+def test_a_long_search_for_the_dial_says_how_far_it_is(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dial, "PAUSE", 0.0)
+    said: list[str] = []
+    trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
+    assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
+
+
+def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
+    distill(configure(LORA), tmp_path / "run")
+    rows = bench_run(str(tmp_path / "run"), batch=[1, 2], tokens=[24], new_tokens=4, repeats=2, say=silent)
+    assert [(r["phase"], r["batch"]) for r in rows] == [
+        *(("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 2), ("train", 2)),
+    ]
+    for row in rows:
+        assert row["measured_speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
+        assert row["peak_bytes"] > 0 and row["dense_peak_bytes"] > 0
+        assert row["threads"] >= 1 and row["dtype"] == "float32"
+    decode, pair, train = rows[2:]
+    assert decode["predicted_speedup"] == pytest.approx(1 / decode["compute"])
+    assert 1 < decode["predicted_speedup_bytes"] < 2
+    assert decode["compute"] < pair["compute"]  # several sequences share what is read: nothing is left out
+    assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
+    assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
+    assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be forgotten here")
+def test_peaks_are_those_of_their_own_work():
+    works = {"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}
+    _, peaks = _medians(works, 1, torch.device("cpu"))
+    assert peaks["large"] > peaks["small"] + 100_000_000
+
+
+def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
+    distill(configure(LORA), tmp_path / "run")
+    rows = bench_run(str(tmp_path / "run"), compute=[0.8, 1.0], tokens=[16], new_tokens=3, repeats=1, say=silent)
+    routed, dense = (row["compute"] for row in rows if row["phase"] == "decode")
+    assert routed < 0.9 and dense == 1

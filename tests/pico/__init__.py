@@ -1,0 +1,1 @@
+"""Tiny models of every supported architecture, made in the test."""

@@ -1,0 +1,77 @@
+"""Tiny language models, made in the test: every architecture that Elastic supports, a few thousand parameters each.
+
+A tokenizer of made-up words completes a model folder that a whole run takes a second on.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+_LLAMA = dict(
+    vocab_size=120,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GEMMA = dict(_LLAMA, head_dim=16, sliding_window=6, query_pre_attn_scalar=16)
+_GPT2 = dict(vocab_size=120, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+_NEOX = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
+TINY = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "mistral": ("MistralConfig", dict(_LLAMA, sliding_window=6)),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", dict(_LLAMA, head_dim=16)),
+    "gemma2": ("Gemma2Config", dict(_GEMMA, final_logit_softcapping=3.0, attn_logit_softcapping=5.0)),
+    "gemma3": ("Gemma3TextConfig", dict(_GEMMA, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "phi3": ("Phi3Config", _LLAMA),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "gpt2": ("GPT2Config", _GPT2),
+    "gpt_neox": ("GPTNeoXConfig", _NEOX),
+}
+
+
+def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
+    """A randomly initialised model with weights large enough that every branch matters."""
+    kind, settings = TINY[name]
+    if name == "gemma3":
+        settings = dict(settings, num_hidden_layers=4)
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{**settings, **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def make_tokenizer(bos: bool = False, template: str | None = None, words: int = 5000) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ..., where the id of w0 is 3."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "<s>": 2, **{f"w{i}": i + 3 for i in range(words)}}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    if bos:
+        model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", eos_token="</s>", bos_token="<s>", chat_template=template
+    )
+
+
+RUN_SETTINGS = [
+    *("data.window=32", "data.held_out=2", "calibration.windows=4"),
+    *("train.window=16", "train.steps=6", "train.batch=2", "train.precision=float32"),
+    *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
+]
+"""Settings under which a run on a tiny model takes about a second."""

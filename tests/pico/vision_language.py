@@ -1,0 +1,141 @@
+"""Tiny vision-language models of every supported class, and prompts for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.pico.language import TINY
+
+IMAGE_TOKEN = 110
+_TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
+_GEMMA = dict(_TEXT, head_dim=8, model_type="gemma")
+_VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16)
+_SIGLIP = dict(_VISION, patch_size=4, model_type="siglip_vision_model", vision_use_head=False)
+_CLIP = dict(_VISION, patch_size=4, model_type="clip_vision_model")
+_QWEN = dict(_TEXT, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0})
+_SMOL = dict(
+    vision_config={**_VISION, "patch_size": 4},
+    text_config={**_TEXT, "model_type": "llama"},
+    scale_factor=2,
+    image_token_id=IMAGE_TOKEN,
+)
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "LlavaConfig",
+        dict(
+            vision_config=_CLIP,
+            text_config={**_TEXT, "model_type": "llama"},
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-2,
+        ),
+    ),
+    "llava_next": (
+        "LlavaNextConfig",
+        dict(
+            vision_config=_SIGLIP,
+            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_grid_pinpoints=[[16, 16], [16, 32]],
+        ),
+    ),
+    "paligemma": (
+        "PaliGemmaConfig",
+        dict(vision_config=_SIGLIP, text_config=_GEMMA, image_token_index=IMAGE_TOKEN, projection_dim=32),
+    ),
+    "idefics3": ("Idefics3Config", _SMOL),
+    "smolvlm": ("SmolVLMConfig", _SMOL),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        dict(
+            text_config=_QWEN,
+            vision_config=dict(depth=2, embed_dim=24, num_heads=2, hidden_size=32, patch_size=4, mlp_ratio=2),
+            image_token_id=IMAGE_TOKEN,
+            vision_start_token_id=111,
+            vision_end_token_id=112,
+            video_token_id=113,
+        ),
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        dict(
+            text_config=_QWEN,
+            vision_config=dict(
+                depth=2,
+                hidden_size=24,
+                num_heads=2,
+                out_hidden_size=32,
+                intermediate_size=32,
+                patch_size=4,
+                window_size=16,
+                fullatt_block_indexes=[1],
+            ),
+            image_token_id=IMAGE_TOKEN,
+            vision_start_token_id=111,
+            vision_end_token_id=112,
+            video_token_id=113,
+        ),
+    ),
+}
+
+
+def make_vlm(name: str) -> PreTrainedModel:
+    """A randomly initialised model with weights large enough that every branch matters."""
+    kind, settings = CONFIGS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**settings)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+    return model
+
+
+def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left: bool = False) -> dict[str, Tensor]:
+    """Inputs with so many images in each row, padded to one length at the right, or the left."""
+    kind = model.config.model_type
+    draw = torch.Generator().manual_seed(3)
+    count = sum(images)
+    inputs: dict[str, Tensor] = {}
+    if kind.startswith("qwen"):
+        each = 8  # a grid of 4 x 8 patches, merged 2 x 2
+        patches = count * 32
+        inputs["pixel_values"] = torch.randn(patches, 3 * 2 * 4 * 4, generator=draw)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 8]] * count)
+    elif kind == "llava_next":
+        inputs["pixel_values"] = torch.randn(count, 2, 3, 16, 16, generator=draw)
+        inputs["image_sizes"] = torch.tensor([[16, 16]] * count)
+        each = 16 + 16 + 4  # the whole, and one tile whose rows end with a newline
+    elif kind in ("idefics3", "smolvlm"):
+        inputs["pixel_values"] = torch.randn(1, count, 3, 16, 16, generator=draw)
+        each = 4
+    else:
+        inputs["pixel_values"] = torch.randn(count, 3, 16, 16, generator=draw)
+        each = 16
+    rows = []
+    for number, of_row in enumerate(images):
+        words = [torch.randint(3, 100, (3 + number,), generator=draw).tolist() for _ in range(of_row + 1)]
+        row = [1, *words[0]]
+        for more in words[1:]:
+            start, end = ([111], [112]) if kind.startswith("qwen") else ([], [])
+            row += start + [IMAGE_TOKEN] * each + end + more
+        rows.append(row)
+    longest = max(map(len, rows))
+    fill = [longest - len(row) for row in rows]
+    pad = (lambda row, n: [0] * n + row) if left else (lambda row, n: row + [0] * n)
+    inputs["input_ids"] = torch.tensor([pad(row, n) for row, n in zip(rows, fill, strict=True)])
+    ones = [[1] * len(row) for row in rows]
+    inputs["attention_mask"] = torch.tensor([pad(row, n) for row, n in zip(ones, fill, strict=True)])
+    if kind.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    if kind == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs

@@ -1,0 +1,227 @@
+"""The closed-form start: estimates that mean what they say, and fits that find what is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic.families.language import measured_compute
+from losses import forward_kl
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge
+from students.calibration.language import calibrate
+from students.routers import Substitute
+from tests.pico.language import make_tiny
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """[16, 16] token ids."""
+    return torch.randint(3, 120, (16, 16), generator=torch.Generator().manual_seed(1))
+
+
+def student_of(*routers: RouterSpec, name: str = "llama") -> Student:
+    return elasticize(make_tiny(name), StudentSpec(routers, LoraSpec(0)))
+
+
+def kl(student: Student, windows: torch.Tensor) -> float:
+    """Mean KL of the student to its teacher, in nats per token."""
+    with torch.no_grad():
+        routed = student(windows, use_cache=False)[0].logits.flatten(0, 1)
+        with student.teacher():
+            exact = student(windows)[0].logits.flatten(0, 1)
+    return float(forward_kl(routed, exact).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("target", [0.6, 0.8])
+def test_channels_start_at_the_target(name: str, target: float, windows: torch.Tensor):
+    student = student_of(RouterSpec("channel"), name=name)
+    start = calibrate(student, windows.split(4), target, "decode")
+    assert start.compute == pytest.approx(target, abs=0.01)
+    assert measured_compute(student, windows, "decode", prompt=8) == pytest.approx(target, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterSpec("token", substitute=4),
+        RouterSpec("layer", substitute=4),
+        RouterSpec("head"),
+        RouterSpec("expert", groups=8),
+        RouterSpec("expert", groups=8, grouping="coactivation"),
+        RouterSpec("channel", network="static"),
+        RouterSpec("expert", groups=24, network="static"),
+    ],
+    ids=str,
+)
+def test_every_kind_starts_near_the_target(router: RouterSpec, windows: torch.Tensor):
+    student = student_of(router)
+    start = calibrate(student, windows.split(4), 0.85, "decode")
+    assert all(parameter.isfinite().all() for parameter in student.added_parameters().values())
+    assert start.compute == pytest.approx(0.85, abs=0.05)
+    assert measured_compute(student, windows, "decode", prompt=8) == pytest.approx(start.compute, abs=0.06)
+
+
+def test_calibration_leaves_the_model_as_it_was(windows: torch.Tensor):
+    student = student_of(RouterSpec("channel"), RouterSpec("vocab"))
+    before = {name: p.clone() for name, p in student.model.named_parameters() if not p.requires_grad}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules()]
+    calibrate(student, windows.split(4), 0.7, "decode")
+    after = dict(student.model.named_parameters())
+    assert all(torch.equal(after[name], parameter) for name, parameter in before.items())
+    assert all(parameter.grad is None for parameter in after.values())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules()]
+
+
+def test_a_lower_price_closes_nothing_more(windows: torch.Tensor):
+    prices, limits = [], []
+    for target in (0.5, 0.7, 0.9):
+        student = student_of(RouterSpec("channel"))
+        prices.append(calibrate(student, windows.split(4), target, "decode").price)
+        limits.append(torch.cat([p.detach() for p in student.added_parameters().values()]))
+    assert prices == sorted(prices, reverse=True)
+    assert (limits[0] >= limits[1]).all() and (limits[1] >= limits[2]).all()
+
+
+def test_same_seed_same_start(windows: torch.Tensor):
+    states = []
+    for seed in (0, 0, 1):
+        student = student_of(RouterSpec("channel"))
+        calibrate(student, windows.split(4), 0.7, "decode", seed)
+        states.append(torch.cat([p.detach() for p in student.added_parameters().values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    "router", [RouterSpec("head", network="static"), RouterSpec("expert", network="static")], ids=str
+)
+def test_estimated_cost_is_the_kl_of_closing_a_gate(router: RouterSpec, windows: torch.Tensor):
+    """Static scores are log(cost / (price * saving)), so the estimated cost of each gate can be read off them."""
+    model = make_tiny("llama")
+    with torch.no_grad():
+        for block in model.model.layers:  # small branches, so that second order is enough
+            block.self_attn.o_proj.weight.mul_(0.1)
+            block.mlp.down_proj.weight.mul_(0.1)
+    student = elasticize(model, StudentSpec((router,)))
+    price = calibrate(student, windows.split(4), 0.85, "decode").price
+    scores = list(student.added_parameters().values())
+    open_all, close_all = (student.compute.uniform(share, windows.shape[1], "decode") for share in (1.0, 0.0))
+    saving = (open_all - close_all) / sum(map(len, scores))
+    estimated = torch.cat(scores).detach().exp() * price * saving
+    measured = []
+    with torch.no_grad():
+        for score in scores:
+            for gate in range(len(score)):
+                for each in scores:
+                    each.fill_(1)
+                score[gate] = -1
+                measured.append(kl(student, windows))
+    ratios = estimated / torch.tensor(measured)
+    assert ((ratios > 1 / 2) & (ratios < 2)).all(), ratios
+    assert 0.8 < ratios.mean() < 1.25, ratios
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2"])
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_substitutes_are_better_than_nothing(name: str, site: str, windows: torch.Tensor):
+    student = student_of(RouterSpec("token", sites=(site,), substitute=32), name=name)
+    calibrate(student, windows.split(4), 0.9, "decode")
+    with torch.no_grad():
+        for parameter_name, parameter in student.added_parameters().items():
+            if "linear.bias" in parameter_name:
+                parameter.fill_(-1e4)  # every gate closed
+    fitted = kl(student, windows)
+    with torch.no_grad():
+        for parameter_name, parameter in student.added_parameters().items():
+            if "substitutes" in parameter_name:
+                parameter.zero_()
+    assert fitted < 0.8 * kl(student, windows)
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    one = torch.ones_like(x[:, :1])
+    return torch.cat([x, one], 1).T @ torch.cat([x, one, y], 1)
+
+
+def test_substitute_recovers_an_affine_map_of_its_rank():
+    x = draw(2000, 16) @ draw(16, 16, seed=1) + 3
+    y = x @ draw(16, 3, seed=2) @ draw(3, 16, seed=3) + draw(16, seed=4)
+    for rank, error in ((3, 1e-2), (5, 1e-2)):
+        substitute = Substitute(16, rank)
+        fit_substitute(substitute, moments_of(x.double(), y.double()))
+        assert (substitute(x) - y).norm() < error * (y - y.mean(0)).norm()
+
+
+def test_substitute_of_lower_rank_is_the_best_there_is():
+    """Any other map of the rank has a larger error: the truncation of the least-squares map, for one."""
+    x = draw(2000, 8) * torch.logspace(0, 2, 8)
+    y = x @ draw(8, 8, seed=1) + draw(2000, 8, seed=2)
+    substitute = Substitute(8, 2)
+    fit_substitute(substitute, moments_of(x.double(), y.double()))
+    centred, target = x - x.mean(0), y - y.mean(0)
+    full = torch.linalg.lstsq(centred, target).solution
+    u, s, v = torch.linalg.svd(full)
+    truncated = u[:, :2] * s[:2] @ v[:2]
+    fitted = float((substitute(x) - y).norm().detach())
+    assert fitted < (centred @ truncated - target).norm()
+    outputs = torch.linalg.svd(centred @ full).Vh[:2]  # the optimum in closed form
+    assert fitted == pytest.approx(float((centred @ full @ outputs.T @ outputs - target).norm()), rel=1e-3)
+
+
+def test_ridge_recovers_a_linear_map():
+    x, weight = draw(500, 6) + 2, draw(6, 3, seed=1)
+    fitted = ridge(x, x @ weight + 5, strength=1e-6)
+    torch.testing.assert_close(fitted[:-1], weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fitted[-1], torch.full((3,), 5.0), atol=1e-3, rtol=1e-3)
+
+
+def test_ridge_penalises_the_weight_and_not_the_mean():
+    x, y = draw(50, 6), draw(50, 2, seed=1) + 7
+    loose, tight = ridge(x, y, 1e-3), ridge(x, y, 1e6)
+    assert tight[:-1].norm() < 1e-3 * loose[:-1].norm()
+    torch.testing.assert_close(tight[-1], y.mean(0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("neurons", "groups"), [(48, 6), (48, 48), (50, 6), (10, 4), (7, 1)])
+def test_clusters_are_balanced(neurons: int, groups: int):
+    sizes = cluster_neurons(draw(64, neurons), groups).bincount(minlength=groups)
+    assert sizes.sum() == neurons and sizes.max() - sizes.min() <= 1, sizes
+
+
+def test_clusters_are_neurons_that_are_active_together():
+    planted = torch.arange(5).repeat_interleave(8)[torch.randperm(40, generator=torch.Generator().manual_seed(2))]
+    active = (draw(200, 5) > 1).float()
+    found = cluster_neurons(active[:, planted] * draw(200, 40, seed=1) + 0.01 * draw(200, 40, seed=3), 5)
+    together = planted[:, None] == planted[None]
+    assert torch.equal(found[:, None] == found[None], together)
+
+
+def test_full_rank_preview_is_exact_and_quality_grows_with_its_rows():
+    student = student_of(RouterSpec("vocab", rank=32))
+    head = student.model.get_output_embeddings()
+    fit_vocab(head, draw(500, 32))
+    router, hidden = head.routers["vocab"], draw(20, 32, seed=1)
+    preview = hidden @ router.down.T @ router.preview_weight(head.base_layer.weight).T
+    torch.testing.assert_close(preview, head.base_layer(hidden), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_more_exact_rows_mean_less_kl(rank: int):
+    student = student_of(RouterSpec("vocab", rank=rank))
+    head = student.model.get_output_embeddings()
+    hidden = draw(2000, 32)
+    fits = fit_vocab(head, hidden)
+    shares, divergences = [fit.share for fit in fits], [fit.kl for fit in fits]
+    assert shares == sorted(shares) and divergences == sorted(divergences, reverse=True)
+    assert [fit.spread for fit in fits] == sorted((fit.spread for fit in fits), reverse=True)
+    for fit in fits:
+        with torch.no_grad():
+            head.routers["vocab"].spread.fill_(fit.spread)
+            logits, share = head.routed_logits(hidden, *head.tensors())
+        assert float(share.mean()) == pytest.approx(fit.share, abs=0.03)
+        assert float(forward_kl(logits, head.base_layer(hidden)).mean()) == pytest.approx(fit.kl, rel=0.3)

@@ -1,0 +1,214 @@
+"""`generate` is transformers' own, and students are models to it: searches, batches, caches, streams, pipelines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache, TextStreamer, pipeline
+
+from students import RouterSpec, Student, StudentSpec, elasticize
+from students.execution.kv_cache import RoutedCache, cache_bytes
+from students.libraries import cache_of, with_cache
+from tests.pico.language import make_tiny, make_tokenizer
+from tests.students.test_execution import CLOSE, SPECS, make
+
+PICKED = ["channel", "token-drop", "token-sequence", "head-sequence", "expert-sequence", "mixed", "mixed-keep", "vocab"]
+
+
+@pytest.fixture(params=PICKED)
+def student(request: pytest.FixtureRequest) -> Student:
+    return make("llama", SPECS[request.param])
+
+
+def generate(student: Student, ids: Tensor, **options: object) -> Tensor:
+    """Six more tokens, whatever they are."""
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0) | options
+    return student.generate(ids, **options)
+
+
+def without_cache(student: Student, ids: Tensor) -> Tensor:
+    """Greedy, one whole forward pass for each token."""
+    prompt = ids.shape[1]
+    for _ in range(6):
+        marked = (torch.arange(ids.shape[1]) < prompt).expand(ids.shape)
+        with torch.no_grad():
+            logits = student(ids, prompt=marked)[0].logits[:, -1]
+        logits[:, 2] = -torch.inf  # as generate does below min_new_tokens, with the end's id
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def test_greedy(student: Student, tokens: Tensor):
+    for row in (tokens[:1], tokens):
+        assert torch.equal(generate(student, row), without_cache(student, row))
+
+
+def test_left_padded_batch_is_one_by_one(student: Student, tokens: Tensor):
+    padded, mask = tokens.clone(), torch.ones_like(tokens)
+    padded[0, 4:], padded[0, :4], mask[0, :4] = tokens[0, :8], 0, 0
+    batch = generate(student, padded, attention_mask=mask)
+    assert torch.equal(batch[0, 4:], generate(student, tokens[:1, :8])[0])
+    assert torch.equal(batch[1:], generate(student, tokens[1:]))
+
+
+def test_beam_search(student: Student, tokens: Tensor):
+    cached = generate(student, tokens, num_beams=3)
+    if any(router.granularity == "sequence" for router in student.spec.routers):
+        # without a cache each step would take what was generated for prompt
+        assert cached.shape == (2, 18)
+    else:
+        assert torch.equal(cached, generate(student, tokens, num_beams=3, use_cache=False))
+
+
+def test_sampling_is_repeatable(student: Student, tokens: Tensor):
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts.append(generate(student, tokens, do_sample=True, num_return_sequences=2))
+    assert texts[0].shape == (4, 18) and torch.equal(*texts)
+
+
+def test_continued_from_a_cache(student: Student, tokens: Tensor):
+    first = generate(student, tokens, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=cache_of(first))
+    assert torch.equal(more, generate(student, tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_heads_that_share_keys_attend_together_from_one_token(
+    name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """As the frozen model the student attends as the model does, bit for bit."""
+    plain, student = make_tiny(name), make(name, SPECS["channel"])
+    attend, shapes = F.scaled_dot_product_attention, []
+
+    def watch(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+        shapes.append(tuple(query.shape[1:3]))
+        return attend(query, *args, **kwargs)
+
+    def decode(model: PreTrainedModel) -> Tensor:
+        """Logits of the last token; shapes: (heads, queries) of its attention."""
+        cache = cache_of(model(tokens[:, :-1]))
+        shapes.clear()
+        return model(tokens[:, -1:], **with_cache(model, {}, cache)).logits
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    frozen = decode(plain)
+    of_model = set(shapes)
+    with student.teacher():
+        assert torch.equal(decode(student.model), frozen)
+    assert set(shapes) == of_model
+    student.runtime.execution = "mask"
+    masked = decode(student.model)
+    assert set(shapes) == of_model
+    student.runtime.execution = "skip"
+    torch.testing.assert_close(decode(student.model), masked, **CLOSE)
+    assert set(shapes) == ({(2, 2)} if name == "llama" else of_model)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PICKED if kind not in ("token-drop", "mixed", "mixed-keep")])
+def test_static_cache(kind: str, tokens: Tensor):
+    student = make("llama", SPECS[kind])
+    cache = StaticCache(config=student.model.config, max_cache_len=24)
+    static = generate(student, tokens, past_key_values=cache, disable_compile=True)
+    assert torch.equal(static, generate(student, tokens))
+
+
+def test_caches_that_hold_every_key_are_refused_where_keys_are_dropped(tokens: Tensor):
+    student = make("llama", SPECS["token-drop"])
+    with pytest.raises(ValueError, match="StaticCache holds a key of every token"):
+        generate(student, tokens, past_key_values=StaticCache(config=student.model.config, max_cache_len=24))
+    with torch.no_grad(), student.teacher():
+        filled = cache_of(student(tokens, use_cache=True)[0])
+    assert type(filled) is DynamicCache
+    with torch.no_grad(), pytest.raises(ValueError, match="empty at the start"):
+        student(tokens, use_cache=True, past_key_values=filled)
+
+
+def test_the_cache_holds_the_tokens_that_attend(tokens: Tensor):
+    student = make("llama", StudentSpec((RouterSpec("token", sites=("attn",), kv="drop"),)))
+    with torch.no_grad():
+        out, decisions = student(tokens[:1], use_cache=True)
+        dense = DynamicCache(config=student.model.config)
+        student.model(tokens[:1], **with_cache(student.model, {"use_cache": True}, dense))
+        with student.teacher():
+            whole = cache_bytes(cache_of(student(tokens[:1], use_cache=True)[0]))
+    cache = cache_of(out)
+    assert isinstance(cache, RoutedCache) and cache.get_seq_length() == tokens.shape[1]
+    kept = [int(decisions.share[f"{n}.attn.token"].sum()) for n in range(3)]
+    assert [layer.lengths for layer in cache.layers] == [[n] for n in kept]
+    indices = 8 * sum(kept)
+    assert cache_bytes(cache) - indices == whole * sum(kept) / (3 * tokens.shape[1])
+
+
+def test_cache_follows_crops_and_rows(tokens: Tensor):
+    student = make("llama", SPECS["token-drop-all"])
+    with torch.no_grad():
+        cache = cache_of(student(tokens, use_cache=True)[0])
+        cache.crop(-4)
+        again = student(tokens[:, 8:], use_cache=True, past_key_values=cache)[0].logits
+        torch.testing.assert_close(student(tokens)[0].logits[:, 8:], again, atol=1e-4, rtol=1e-3)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_repeat_interleave(2)
+        assert [len(layer.lengths) for layer in cache.layers] == [2, 2, 2] and cache.get_seq_length() == 12
+
+
+def test_streaming_and_pipeline(tokens: Tensor, capsys: pytest.CaptureFixture):
+    student, tokenizer = make("llama", SPECS["mixed"]), make_tokenizer(words=117)
+    text = tokenizer.decode(generate(student, tokens[:1])[0], skip_special_tokens=True)
+    generate(student, tokens[:1], streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+    assert capsys.readouterr().out.split() == text.split()
+    pipe = pipeline("text-generation", model=student.model, tokenizer=tokenizer)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert pipe("w3 w4 w5", **options)[0]["generated_text"].startswith("w3 w4 w5")
+
+
+def test_teacher_generates_what_it_did(student: Student, tokens: Tensor):
+    expected = make_tiny("llama").generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    generate(student, tokens)
+    with student.teacher():
+        assert torch.equal(generate(student, tokens), expected)
+
+
+def test_compiled_steps_agree(tokens: Tensor):
+    """torch.compile with the inductor backend, on the static-shape path: no router here has a data-dependent shape."""
+    pytest.importorskip("torch._inductor")
+    from shutil import which
+
+    if which("g++") is None and which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    spec = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)))
+    student = make("llama", spec)
+    with torch.no_grad():
+        for ids in (tokens, tokens[:1, :1]):
+            expected = student.model(ids, use_cache=False).logits
+            compiled = torch.compile(student.model)(ids, use_cache=False).logits
+            torch.testing.assert_close(expected, compiled, atol=1e-4, rtol=1e-3)
+
+
+def test_fixed_capacities_skip_in_training_too(tokens: Tensor):
+    """Same loss, same gradients, fewer FLOPs: what a weighted top-k router closes gives no gradient."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = StudentSpec((RouterSpec("token", selection="topk", weight="score", substitute=2),))
+    results = []
+    for way in ("mask", "skip"):
+        student = make("llama", spec, attn_implementation="eager").train()
+        student.runtime.execution = way
+        with FlopCounterMode(display=False) as counter:
+            out, decisions = student(tokens)
+            loss = out.logits.float().logsumexp(-1).mean() + decisions.share["1.mlp.token"].mean()
+            loss.backward()
+        results.append((loss.item(), counter.get_total_flops(), [p.grad for p in student.added_parameters().values()]))
+    (masked, dense_flops, expected), (skipped, flops, gradients) = results
+    assert masked == pytest.approx(skipped, rel=1e-4) and flops < 0.8 * dense_flops
+    for a, b in zip(expected, gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_elasticize_leaves_generate_to_the_model(llama):
+    student = elasticize(llama, SPECS["channel"])
+    assert student.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=0).shape[1] <= 4

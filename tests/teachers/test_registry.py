@@ -1,0 +1,57 @@
+"""The table of models and what a typed name stands for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from teachers.registry import models, resolve
+
+
+def test_table_is_complete():
+    for name, entry in models().items():
+        assert entry.name == name
+        assert entry.family in ("llm", "vit", "vlm") and entry.parameters and entry.license
+        if entry.folder is None:
+            assert entry.hub and entry.hub.count("/") == 1
+        else:
+            assert (entry.folder / "config.json").is_file() and entry.data != "builtin"
+    assert [name for name, entry in models().items() if entry.wheel] == ["smollm2-135m"]
+
+
+def test_short_name_hub_id_and_folder(tmp_path: Path):
+    assert resolve("qwen2.5-0.5b").hub == "Qwen/Qwen2.5-0.5B"
+    assert resolve("someone/some-model").hub == "someone/some-model"
+    assert resolve("HuggingFaceTB/SmolLM2-135M-Instruct") is models()["smollm2-135m"]
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(str(tmp_path)).folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"), [("smolm2-135m", "smollm2-135m"), ("llama3-8B", "llama3-8b"), ("qwen2.5", "qwen2.5-7b")]
+)
+def test_unknown_name_suggests_near_ones(typed: str, near: str):
+    with pytest.raises(ValueError) as error:
+        resolve(typed)
+    assert near in str(error.value)
+    assert "elastic models" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("typed", ["", "completely-different", "/no/such/folder", "./no/such", "../model"])
+def test_what_is_neither_name_nor_folder_nor_hub_id(typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="elastic models"):
+        resolve(typed or "?")
+
+
+def test_folder_without_a_model(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_table_needs_neither_torch_nor_transformers():
+    code = "import sys, teachers; teachers.models(); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,218 @@
+"""Text data: nothing is lost in packing, held-out text stays out of training, and bad sources get one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from teachers.data import corpus, text
+from teachers.data.text import load_text, load_windows
+from tests.pico.language import make_tokenizer
+
+EOS, BOS = 1, 2  # of conftest.make_tokenizer
+
+
+def words(start: int, stop: int) -> str:
+    return " ".join(f"w{i}" for i in range(start, stop))
+
+
+def write_jsonl(path: Path, records: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+def test_windows_are_the_whole_text_in_order(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(words(i, i + 10) for i in range(0, 1000, 10)))
+    windows = load_windows(str(file), make_tokenizer(), window=16)
+    assert windows.dtype == torch.int64
+    assert windows.flatten().tolist() == list(range(3, 3 + 1000 // 16 * 16))
+    assert torch.equal(load_windows(str(file), make_tokenizer(), window=16, max_windows=5), windows[:5])
+
+
+def test_long_texts_are_tokenized_in_pieces_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text, "_PIECE_CHARS", 100)
+    file = tmp_path / "a.md"
+    file.write_text("\n".join(words(i, i + 5) for i in range(0, 1000, 5)))
+    assert load_windows(str(file), make_tokenizer(), window=10).flatten().tolist() == list(range(3, 1003))
+    for content in ("x" * 1000, "\n" * 1000, "a\n" * 333, ""):
+        assert "".join(text._pieces(content)) == content
+
+
+def test_documents_are_joined_with_eos(tmp_path: Path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": words(i, i + 7)} for i in range(0, 70, 7)])
+    stream = load_windows(source, make_tokenizer(), window=79).flatten().tolist()  # 70 words and 9 separators
+    assert [i for i, token in enumerate(stream) if token == EOS] == list(range(7, 79, 8))
+    assert [token for token in stream if token != EOS] == list(range(3, 73))
+
+
+def test_windows_start_with_bos_where_the_tokenizer_adds_it(tmp_path: Path):
+    (tmp_path / "a.txt").write_text(words(0, 100))
+    windows = load_windows(str(tmp_path / "a.txt"), make_tokenizer(bos=True), window=11)
+    assert windows.shape == (10, 11) and (windows[:, 0] == BOS).all()
+    assert windows[:, 1:].flatten().tolist() == list(range(3, 103))
+
+
+@pytest.mark.parametrize("documents", [1, 7, 200])
+@pytest.mark.parametrize("held_out", [3, 0.1])
+def test_held_out_is_disjoint_complete_and_repeatable(tmp_path: Path, documents: int, held_out: float):
+    size = 2000 // documents
+    records = [{"text": words(i * size, (i + 1) * size)} for i in range(documents)]
+    source = write_jsonl(tmp_path / "a.jsonl", records + records[:1])  # a repetition must not leak
+    options = dict(window=8, held_out=held_out, seed=1)
+    data = load_text(source, make_tokenizer(), **options)
+    train, aside = (set(part.flatten().tolist()) - {EOS} for part in (data.train, data.held_out))
+    assert not train & aside
+    assert len(data.held_out) == (3 if held_out == 3 else round(0.1 * data.tokens / 8))
+    assert data.tokens == size * documents and str(data.tokens) in data.description.replace(",", "")
+    assert len(train | aside) > 0.97 * data.tokens  # but for the rests of the two streams and of the last set aside
+    again = load_text(source, make_tokenizer(), **options)
+    assert torch.equal(data.train, again.train) and torch.equal(data.held_out, again.held_out)
+    if documents == 1:
+        assert min(aside) > max(train)
+    else:
+        assert not torch.equal(data.held_out, load_text(source, make_tokenizer(), **{**options, "seed": 5}).held_out)
+
+
+def test_max_tokens_limits_the_reading(tmp_path: Path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": words(i, i + 10)} for i in range(0, 1000, 10)])
+    data = load_text(source, make_tokenizer(), window=8, held_out=2, seed=0, max_tokens=105)
+    assert data.tokens == 105
+    assert int(max(data.train.max(), data.held_out.max())) <= 105 + 2
+
+
+def test_messages_use_the_chat_template(tmp_path: Path):
+    messages = [{"role": "user", "content": "w0 w1"}, {"role": "assistant", "content": "w2"}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "id": "x"}])
+    template = "{% for m in messages %}{{ 'w10 ' + m.content + ' w11 ' }}{% endfor %}"
+    assert load_windows(source, make_tokenizer(template=template), window=7).tolist() == [[13, 3, 4, 14, 13, 5, 14]]
+    plain = load_windows(source, make_tokenizer(), window=5)[0].tolist()
+    assert plain == [0, 3, 4, 0, 5]  # "user:" and "assistant:" are unknown words here
+
+
+@pytest.mark.parametrize("pair", text.PAIRS)
+def test_pairs_make_one_document(tmp_path: Path, pair: tuple[str, str]):
+    source = write_jsonl(tmp_path / "a.jsonl", [{pair[0]: "w0 w1", pair[1]: "w2", "other": 1}])
+    assert load_windows(source, make_tokenizer(), window=3).tolist() == [[3, 4, 5]]
+
+
+def test_folder_of_several_kinds(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "data [1]*"  # characters that mean something in patterns
+    (folder / "sub").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [words(0, 10)]}), folder / "a.parquet")
+    (folder / "sub" / "b.txt").write_text(words(10, 20))
+    (folder / "c.json").write_text(json.dumps([{"text": words(20, 30)}]))
+    (folder / "ignored.csv").write_text("x")
+    ids = load_windows(str(folder), make_tokenizer(), window=32).flatten().tolist()
+    assert sorted(set(ids) - {EOS}) == list(range(3, 33)) and ids.count(EOS) == 2
+
+
+def test_bad_sources_get_one_line(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text(words(0, 20))
+    (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"text": ')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "data.csv").write_text("text\nx")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "columns.jsonl", [{"label": 1, "body": "w1"}])
+    write_jsonl(tmp_path / "numbers.jsonl", [{"question": "w1", "answer": 3}])
+    write_jsonl(tmp_path / "roles.jsonl", [{"messages": [{"from": "user", "value": "w1"}]}])
+    cases = {
+        "empty.txt": "0 tokens found, 24 needed",
+        "short.txt": "20 tokens found, 24 needed",
+        "broken.jsonl": "cannot be read",
+        "latin.txt": "cannot be read",
+        "data.csv": "unknown kind of file",
+        "folder": "no .txt, .md",
+        "columns.jsonl": "label, body; one of these is needed: text, messages, prompt",
+        "numbers.jsonl": "found '3' (int)",
+        "roles.jsonl": "no conversation",
+        "missing.txt": "no such file or folder",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError) as error:
+            load_text(str(tmp_path / name), make_tokenizer(), window=8, held_out=2, seed=0)
+        assert message in str(error.value) and name in str(error.value)
+        assert "\n" not in str(error.value)
+    for source in ("missing", "missing/data/set", "./a/b", "a/b.txt"):
+        with pytest.raises(ValueError, match=r"no such file or folder: .*--data takes"):
+            load_windows(source, make_tokenizer(), window=8)
+
+
+def test_unreachable_hub_costs_seconds(tmp_path: Path):
+    code = (
+        "from tests.teachers.test_text import *\n"
+        "try: load_windows('org/data:config', make_tokenizer(), window=8)\n"
+        "except ValueError as error: print(error)"
+    )
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.startswith("no such file or folder: org/data:config") and "127.0.0.1:9" in result.stdout
+    assert result.stdout.count("\n") == 1
+    assert time.monotonic() - start < 60
+
+
+DOCSTRING = """
+    Compute something that nobody needs.
+
+    The *result* of this function depends on the ``order`` in which the values were given, because the first of them
+    decides how all of the others are read. It is therefore best to sort them before they are handed to it.
+
+    Parameters
+    ----------
+    values : list
+        What is to be computed.
+
+    Notes
+    -----
+    When there are no values at all, then the answer is not an error but the empty list, since every one of the
+    conditions that are checked holds for nothing :cite:`nobody2020`, as it does in :func:`sorted <python.sorted>`.
+
+    >>> compute([1, 2, 3])
+    [1, 2, 3]
+
+    This is free software: you can use it under the terms of the license that came with it, and it is given to you in
+    the hope that it will be of use, but without any warranty of any kind, as far as that is at all possible.
+    """
+
+
+def test_corpus_keeps_prose_only():
+    first, second = corpus.prose_paragraphs(DOCSTRING)
+    assert first.startswith("The result of this function depends on the order in which")
+    assert second.startswith("When there are no values") and second.endswith("as it does in sorted.")
+
+
+def test_corpus_drops_repetitions(monkeypatch: pytest.MonkeyPatch):
+    other = DOCSTRING.replace("Compute", "Calculate")
+    monkeypatch.setattr(corpus, "_files", lambda: iter([[DOCSTRING], [other], ["no prose"]]))
+    assert len(corpus.collect()) == 1
+
+
+def test_builtin_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpus, "_files", lambda: iter([[DOCSTRING]]))
+    data = load_text("builtin", make_tokenizer(), window=8, held_out=1, seed=0)
+    assert "installed Python packages" in data.description
+    monkeypatch.setattr(corpus, "collect", lambda: pytest.fail("built again"))
+    assert load_text("builtin", make_tokenizer(), window=8, held_out=1, seed=0).tokens == data.tokens
+    assert [path.suffix for path in (tmp_path / "text").iterdir()] == [".parquet"]
