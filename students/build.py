@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from students.families.image import ImageStudent, call
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute, VocabRouter
+from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
 from students.student import Student
 
@@ -41,18 +43,36 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     """Put routers in front of a frozen model's parts, in place. All gates start open: the student is the teacher.
 
     model: a causal language model, vision transformer or vision-language model of transformers, or a vision transformer
-    of timm. Raises ValueError for an architecture or a combination that is not supported, before anything is changed.
+    of timm. Raises ValueError for an architecture or a combination that is not supported, before anything is changed;
+    and where the student does not do what the model does, with the libraries that are installed (students.selfcheck).
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
+    check = _self_check(model) if must_check(model, spec) else None
+    student = _elasticize(model, spec).train(False)
+    if check is not None:
+        check.compare(student)
+    return student
+
+
+def _self_check(model: nn.Module) -> SelfCheck:
+    model.eval()
+    if kind_of(model) in VISION_TOWERS or architecture_of(model)[0].causal:
+        return SelfCheck(model, model, some_tokens(model), language=True)
+    parameter = next(model.parameters())
+    images = torch.randn(2, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter)
+    return SelfCheck(model, partial(call, model), images, language=False)
+
+
+def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     if kind_of(model) in VISION_TOWERS:
-        return _elasticize_vision_language(model, spec).train(False)
+        return _elasticize_vision_language(model, spec)
     record, blocks = architecture_of(model)
     for router in spec.routers:
         if router.kind == "image" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     model.requires_grad_(False).eval()
-    return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec).train(False)
+    return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec)
 
 
 def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:

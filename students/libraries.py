@@ -1,39 +1,40 @@
 """Every place where Elastic leans on the inside of torch, transformers or timm: one adapter each, and a check.
 
-`ASSUMPTIONS` is the list. What a library promises in its documentation is not on it. `tests/test_libraries.py` runs every
-check; `students.selfcheck` runs them where a model does not do what it should, to say which one no longer holds.
+`ASSUMPTIONS` is the list. tests/test_libraries.py runs every check, and `students.selfcheck` does where a model goes
+wrong, to say which of them no longer holds. What differs from architecture to architecture is in the records of
+students/architectures, whose names are looked up when a student is made.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
+import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import CacheLayerMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """What transformers calls a key/value cache in a forward pass: the first since 5.24, the second before, the third in
-GPT-NeoX's blocks."""
+the blocks of GPT-NeoX."""
 
 
 def cache_name(module: nn.Module) -> str:
-    """The keyword under which a module's forward takes a key/value cache; ValueError where there is none we know."""
+    """The keyword under which a module's forward takes a key/value cache; ValueError where it has none of ours."""
     names = inspect.signature(type(module).forward).parameters
     for name in CACHE_NAMES:
         if name in names:
             return name
-    raise ValueError(
-        f"{type(module).__name__}.forward has no argument for a cache (looked for {', '.join(CACHE_NAMES)})"
-    )
+    raise ValueError(f"{type(module).__name__}.forward takes no cache (looked for {', '.join(CACHE_NAMES)})")
 
 
 def cache_in(kwargs: MutableMapping[str, Any]) -> Any:
@@ -50,3 +51,257 @@ def with_cache(module: nn.Module, kwargs: MutableMapping[str, Any], cache: Any) 
 def cache_of(output: Any) -> Any:
     """The cache in the output of a model or of `generate`, or None."""
     return next((output[name] for name in CACHE_NAMES if name in output), None)
+
+
+@contextmanager
+def fresh_positions(model: nn.Module) -> Iterator[None]:
+    """Within it a model knows nothing of earlier prompts: those of Qwen2-VL keep the last one's shift of positions."""
+    base = getattr(model, "base_model", model)
+    if not hasattr(base, "rope_deltas"):
+        yield
+        return
+    before, base.rope_deltas = base.rope_deltas, None
+    try:
+        yield
+    finally:
+        base.rope_deltas = before
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """Something that a library does today without promising it."""
+
+    library: str
+    what: str
+    """What is assumed, as the end of the sentence "LIBRARY no longer ..."."""
+    where: str
+    """The code of ours that relies on it: where to mend it."""
+    holds: Callable[[], bool]
+
+    def broken(self) -> str | None:
+        """A sentence that says what no longer holds, or None."""
+        try:
+            holds = self.holds()
+        except Exception as error:  # whatever a changed library raises is a broken assumption
+            return f"{self.library} no longer {self.what} ({type(error).__name__}: {error}); see {self.where}"
+        return None if holds else f"{self.library} no longer {self.what}; see {self.where}"
+
+
+def broken_assumptions() -> list[str]:
+    """A sentence for each assumption that does not hold with the libraries that are installed."""
+    return [sentence for assumption in ASSUMPTIONS if (sentence := assumption.broken()) is not None]
+
+
+def _llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+    )
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(config).eval()
+
+
+def _names_caches() -> bool:
+    model = _llama()
+    block = model.model.layers[0]
+    return len({cache_name(module) for module in (model, model.model, block, block.self_attn)}) == 1
+
+
+@torch.no_grad()
+def _returns_caches() -> bool:
+    model = _llama()
+    out = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    generated = inspect.signature(GenerateDecoderOnlyOutput).parameters
+    return type(cache_of(out)) is DynamicCache and cache_name(model) in generated
+
+
+def _has_cache_layers() -> bool:
+    layer = DynamicCache(config=_llama().config).layers[0]
+    calls = {
+        "lazy_initialization": ("key_states", "value_states"),
+        "update": ("key_states", "value_states"),
+        "get_mask_sizes": ("query_length",),
+        "get_seq_length": (),
+        "crop": ("tokens_to_remove",),
+        "reset": (),
+        "reorder_cache": ("beam_idx",),
+        "batch_repeat_interleave": ("repeats",),
+        "batch_select_indices": ("indices",),
+    }
+    known = {*calls, "get_max_length", "offload", "prefetch", "early_initialization"}
+    asked = CacheLayerMixin.__abstractmethods__ <= known
+    named = all(set(names) <= set(inspect.signature(getattr(layer, call)).parameters) for call, names in calls.items())
+    return type(layer) is DynamicLayer and asked and named
+
+
+@torch.no_grad()
+def _masks_by_first_layer() -> bool:
+    model, cache = _llama(), DynamicCache(config=_llama().config)
+    asked = []
+    layer = cache.layers[0]
+    sizes = layer.get_mask_sizes
+    layer.get_mask_sizes = lambda query_length: asked.append(query_length) or sizes(query_length)  # type: ignore[method-assign]
+    tokens, mask = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0, 1, 1]])
+    model(tokens, attention_mask=mask, **with_cache(model, {}, cache))
+    return asked == [3]
+
+
+@torch.no_grad()
+def _dispatches_attention() -> bool:
+    model, seen = _llama(), []
+
+    def attend(
+        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, routed: Any = None, **rest: Any
+    ) -> Any:
+        seen.append((routed, query.shape, key.shape))
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(module, query, key, value, mask, **rest)
+
+    attention = model.model.layers[0].self_attn
+    ALL_ATTENTION_FUNCTIONS.register("elastic_assumption", attend)
+    attention.config._attn_implementation = "elastic_assumption"
+    x = torch.ones(1, 3, 8)
+    places = (torch.ones(1, 3, 4), torch.zeros(1, 3, 4))
+    out = attention(x, position_embeddings=places, attention_mask=None, routed="plan")
+    return isinstance(out, tuple) and len(out) == 2 and seen == [("plan", (1, 2, 3, 4), (1, 2, 3, 4))]
+
+
+def _has_eager_attention() -> bool:
+    return callable(getattr(inspect.getmodule(_llama().model.layers[0].self_attn), "eager_attention_forward", None))
+
+
+@torch.no_grad()
+def _calls_branches() -> bool:
+    """Blocks take hidden states first and return them; attention takes them by name, an MLP by place."""
+    model, calls = _llama(), {}
+    block = model.model.layers[0]
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[type(module)] = len(args), set(kwargs)
+
+    for branch in (block.self_attn, block.mlp):
+        branch.register_forward_pre_hook(note, with_kwargs=True)
+    hidden = []
+    block.register_forward_hook(lambda module, args, out: hidden.append((len(args), out)))
+    model(torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    attention = {"position_embeddings", "attention_mask", cache_name(block)} <= calls[type(block.self_attn)][1]
+    return (
+        attention
+        and calls[type(block.mlp)] == (1, set())
+        and hidden[0][0] == 1
+        and isinstance(hidden[0][1], torch.Tensor)
+    )
+
+
+def _recomputes_blocks() -> bool:
+    block = _llama().model.layers[0].train()
+    ran = []
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = lambda function, *args, **kwargs: ran.append(1) or args[0]
+    block(torch.ones(1, 2, 8))
+    return ran == [1]
+
+
+def _names_norms() -> bool:
+    norm = _llama().model.norm
+    return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") and norm.weight.ndim == 1
+
+
+def _has_two_towers() -> bool:
+    from transformers import LlavaForConditionalGeneration, LlavaModel
+
+    takes = inspect.signature(LlavaModel.get_image_features).parameters
+    return callable(LlavaForConditionalGeneration.get_decoder) and "pixel_values" in takes
+
+
+def _has_timm_blocks() -> bool:
+    from timm.models.eva import EvaBlock
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=2)
+    attention = model.blocks[0].attn
+    sizes = attention.num_heads, attention.head_dim, model.num_prefix_tokens, tuple(model.patch_embed.img_size)
+    masks = all("attn_mask" in inspect.signature(block.forward).parameters for block in (Block, EvaBlock))
+    return sizes == (2, 4, 1, (8, 8)) and masks and "rope" in inspect.signature(EvaBlock.forward).parameters
+
+
+def _counts_flops() -> bool:
+    with FlopCounterMode(display=False) as counter:
+        observed = is_in_torch_dispatch_mode()
+        torch.ones(2, 3) @ torch.ones(3, 4)
+    attention = sdpa_flop_count((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
+    return observed and counter.get_total_flops() == 48 and attention == 2 * 2 * 2 * 3 * 5 * 4
+
+
+def _packs_linears() -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=draw).bfloat16() for rows in (3, 48))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    out = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+    return torch.equal(out, F.linear(x, weight))
+
+
+ASSUMPTIONS = (
+    Assumption("transformers", "calls the cache of a forward pass by a name we know", "cache_name", _names_caches),
+    Assumption("transformers", "returns the cache under the name it takes it by", "cache_of", _returns_caches),
+    Assumption(
+        "transformers",
+        "keeps caches as a list of layers with the methods that ours has",
+        "students/execution/kv_cache.py (DroppedLayer)",
+        _has_cache_layers,
+    ),
+    Assumption(
+        "transformers",
+        "takes a mask's length from the first layer of the cache",
+        "students/execution/kv_cache.py (DroppedLayer.get_mask_sizes)",
+        _masks_by_first_layer,
+    ),
+    Assumption(
+        "transformers",
+        "finds attention functions by the name in a module's config, and hands further keywords on to them",
+        "students/execution/attention.py (route_attention)",
+        _dispatches_attention,
+    ),
+    Assumption(
+        "transformers",
+        "has eager attention beside each attention module",
+        "students/execution/attention.py (routed_attention)",
+        _has_eager_attention,
+    ),
+    Assumption(
+        "transformers",
+        "calls attention by keywords and MLPs by place, and passes hidden states from block to block",
+        "students/execution (RoutedBranch, BlockGather)",
+        _calls_branches,
+    ),
+    Assumption(
+        "transformers",
+        "recomputes a block whose `gradient_checkpointing` is set",
+        "students/student.py (Student.checkpoint_blocks)",
+        _recomputes_blocks,
+    ),
+    Assumption(
+        "transformers", "names RMS norms and their epsilon", "students/kernels/norms.py (fuse_norms)", _names_norms
+    ),
+    Assumption(
+        "transformers",
+        "has a decoder and image features in vision-language models",
+        "students/families/vision_language.py (VisionLanguageStudent)",
+        _has_two_towers,
+    ),
+    Assumption(
+        "timm",
+        "has the attributes and arguments of blocks",
+        "students/architectures, students/execution/image_block.py",
+        _has_timm_blocks,
+    ),
+    Assumption(
+        "torch", "counts FLOPs of products and attention", "elastic/accounting, students/kernels", _counts_flops
+    ),
+    Assumption(
+        "torch",
+        "packs bfloat16 weights for oneDNN with the bits of F.linear",
+        "students/kernels/packing.py (PackedProduct)",
+        _packs_linears,
+    ),
+)

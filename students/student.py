@@ -18,6 +18,7 @@ from students.architectures import Architecture
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
+from students.execution.linear import RoutedLinear
 from students.execution.runtime import Runtime
 from students.kernels.attention_gradient import fast_attention_gradients
 from students.kernels.norms import fuse_norms
@@ -106,6 +107,11 @@ class Student(nn.Module):
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.train(self.training)
+
+    def forget_layouts(self) -> None:
+        """Lay out the frozen weights as the model had them, where skip execution has laid them out for itself."""
+        for site in {module.site for module in self.model.modules() if isinstance(module, RoutedLinear)}:
+            site.forget_layout()
 
     def router_spec(self, key: str) -> RouterSpec:
         """The specification of the router that records its decisions under this key (see Decisions)."""

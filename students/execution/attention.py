@@ -100,6 +100,8 @@ def routed_attention(
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         if routed.heads is None:
             return attend(module, q, k, v, mask, **kwargs)[0]
+        if len(routed.heads) == 0:  # torch before 2.14 divides by their number
+            return q.new_zeros(len(q), q.shape[2], 0, v.shape[-1])
         of = routed.heads // getattr(module, "num_key_value_groups", 1)
         return attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
 

@@ -109,6 +109,12 @@ class Site:
         out, _ = ops.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
 
+    def forget_layout(self) -> None:
+        """Give every layer a weight of its own again, as the model had it."""
+        for layer in self.layers:
+            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
+        self._whole, self._made_for = None, -1
+
     def _note(self, share: Callable[[], Tensor]) -> None:
         if self.layers[0].runtime.decisions is not None:
             self.layers[0].note(share())

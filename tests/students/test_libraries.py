@@ -1,0 +1,165 @@
+"""What Elastic assumes of its libraries, and what happens where an assumption fails."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.requirements import Requirement
+from packaging.version import Version
+from torch import Tensor
+
+from students import RouterSpec, StudentSpec, elasticize, libraries, selfcheck
+from students.families import language
+from students.libraries import ASSUMPTIONS, CACHE_NAMES, Assumption
+from tests.pico.language import TINY, make_tiny
+
+ROOT = Path(__file__).parents[2]
+DROPS = StudentSpec((RouterSpec("layer", kv="drop"),))
+
+
+@pytest.fixture(autouse=True)
+def first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is the first of the process to use an architecture."""
+    monkeypatch.setattr(selfcheck, "_seen", set())
+
+
+@pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda assumption: assumption.holds.__name__.strip("_"))
+def test_assumption(assumption: Assumption) -> None:
+    assert assumption.broken() is None
+
+
+def test_a_broken_assumption_is_a_sentence() -> None:
+    assert Assumption("torch", "is heavy", "x.py", lambda: False).broken() == "torch no longer is heavy; see x.py"
+    sentence = Assumption("torch", "is heavy", "x.py", lambda: 1 / 0).broken()
+    assert sentence == "torch no longer is heavy (ZeroDivisionError: division by zero); see x.py"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_takes_a_cache_by_a_known_name(name: str) -> None:
+    model = make_tiny(name)
+    assert libraries.cache_name(model) == libraries.cache_name(model.base_model)
+
+
+def test_a_cache_is_handed_on_under_one_name() -> None:
+    model = make_tiny("llama")
+    name = libraries.cache_name(model)
+    kwargs = libraries.with_cache(model, {**dict.fromkeys(CACHE_NAMES), "use_cache": True}, "a cache")
+    assert kwargs == {"use_cache": True, name: "a cache"}
+    assert libraries.cache_in(kwargs) == "a cache"
+    assert libraries.with_cache(model, kwargs, None) == {"use_cache": True}
+
+
+def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with transformers 5.24, where a cache under its former name was ignored without an error."""
+    monkeypatch.setattr(language, "with_cache", lambda module, kwargs, cache: dict(kwargs))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be routed with torch .*, transformers .*") as error:
+        elasticize(make_tiny("llama"), DROPS)
+    assert "\n" not in str(error.value)
+
+
+def test_self_check_finds_decoding_without_a_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that forgets the student's cache between two calls, and raises nothing."""
+    fresh = language.LanguageStudent._cache_for
+    without = lambda self, kwargs: fresh(self, {"use_cache": kwargs.get("use_cache")})  # noqa: E731
+    monkeypatch.setattr(language.LanguageStudent, "_cache_for", without)
+    with pytest.raises(ValueError, match="decoding from the student's own cache differs from the frozen model by"):
+        elasticize(make_tiny("llama"), StudentSpec((RouterSpec("head"),)))
+
+
+def test_self_check_finds_another_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from students.execution import branch
+
+    forward = branch.RoutedBranch.forward
+
+    def off(self: branch.RoutedBranch, *args: object, **kwargs: object) -> object:
+        out = forward(self, *args, **kwargs)
+        return out * 1.001 if isinstance(out, Tensor) else (out[0] * 1.001, *out[1:])
+
+    monkeypatch.setattr(branch.RoutedBranch, "forward", off)
+    for name in ("llama", "gpt2"):
+        with pytest.raises(ValueError, match="the student as its teacher differs from the frozen model by"):
+            elasticize(make_tiny(name), StudentSpec((RouterSpec("token"),)))
+
+
+def test_self_check_is_switched_off_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "untested", list)
+    compared = []
+    monkeypatch.setattr(selfcheck.SelfCheck, "compare", lambda self, student: compared.append(student))
+    for _ in range(2):
+        elasticize(make_tiny("llama"), DROPS)
+    assert len(compared) == 1
+    monkeypatch.setattr(selfcheck, "untested", lambda: ["torch"])
+    elasticize(make_tiny("llama"), DROPS)
+    assert len(compared) == 2
+    monkeypatch.setenv(selfcheck.SWITCH, "off")
+    elasticize(make_tiny("llama"), DROPS)
+    assert len(compared) == 2
+
+
+def test_self_check_says_that_weights_are_damaged() -> None:
+    model = make_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="itself answers NaN to a few tokens"):
+        elasticize(model, DROPS)
+
+
+def requirements() -> dict[str, Requirement]:
+    """The dependencies of pyproject.toml, by name."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S).group(1)
+    found = [Requirement(line) for line in re.findall(r'^ *"([^"]+)"', block, re.M)]
+    return {each.name: each for each in found}
+
+
+def pins(name: str) -> dict[str, Version]:
+    lines = (ROOT / "tests" / "constraints" / name).read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+    return {package: Version(version) for package, version in pairs}
+
+
+def test_lowest_and_newest_are_the_ends_of_what_pyproject_allows() -> None:
+    lowest, newest = pins("lowest.txt"), pins("newest.txt")
+    for name, each in requirements().items():
+        floor = next(Version(one.version) for one in each.specifier if one.operator == ">=")
+        assert lowest[name] == floor, f"tests/constraints/lowest.txt has {name} {lowest[name]}, pyproject {floor}"
+    for name in selfcheck.LIBRARIES:
+        assert newest[name] in requirements()[name].specifier
+        assert any(one.operator == "<" for one in requirements()[name].specifier), f"{name} has no upper bound"
+
+
+def test_readme_names_the_tested_range() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in selfcheck.LIBRARIES:
+        low, high = pins("lowest.txt")[name], pins("newest.txt")[name]
+        assert f"{name} {low} to {high}" in readme, f"README does not say {name} {low} to {high}"
+
+
+def test_installed_versions_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [str(each) for each in requirements().values()]
+    monkeypatch.setattr(metadata, "requires", lambda _: asked)
+    assert selfcheck.untested() == []
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == "transformers" else "2.14.1")
+    assert "transformers" in selfcheck.untested()
+
+
+def test_generation_and_scoring_warn_of_nothing(
+    recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a warning nor a line of transformers' own logger, such as its remarks about deprecated names."""
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.propagate = True
+    try:
+        student = elasticize(make_tiny("llama"), DROPS)
+        ids = torch.arange(3, 11)[None]
+        student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        student(ids)
+    finally:
+        logger.propagate = False
+    assert [str(each.message) for each in recwarn] == []
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
