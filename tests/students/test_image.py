@@ -124,7 +124,7 @@ def routed(name: str, spec: str, pixels: Tensor) -> Student:
                 if key.startswith(str(number)):
                     bias = student.added_parameters().get(bias_of(student, key))
                     if bias is not None:
-                        bias -= score.flatten(0, 1).median(0).values - 0.01
+                        bias -= score.flatten(0, 1).median(0).values - 0.01 * (number + 1)  # no ties
     student.runtime.execution, student.runtime.training = "skip", False
     student.set_quotas([pixels])
     student.runtime.capacity = 0.5
@@ -146,7 +146,7 @@ def flops(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("execution", ["skip", "mask"])
 def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: str, pixels: Tensor) -> None:
-    expected = make(name)
+    expected = make(name).requires_grad_(False)  # which alone can change torch's order of sums
     student = elasticize(make(name), StudentSpec(SPECS["all"]))
     student.runtime.execution = execution
     with torch.no_grad():
