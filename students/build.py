@@ -7,8 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from students.architectures import (
@@ -33,6 +31,7 @@ from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
+from students.flops import flop_counter
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute, VocabRouter
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
@@ -177,7 +176,7 @@ def _probe(model: nn.Module, blocks: list[nn.Module]) -> tuple[int, int]:
     hook = blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     parameter = next(model.parameters())
     try:
-        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        with flop_counter() as flops:
             call(model, torch.zeros(1, *image_shape(model), dtype=parameter.dtype, device=parameter.device))
     finally:
         hook.remove()

@@ -8,25 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+from students.flops import ATTENTION, flop_counter
 
 _aten, _elastic = torch.ops.aten, torch.ops.elastic
-_PRODUCTS = {
-    _aten.mm,
-    _aten.addmm,
-    _aten.bmm,
-    _aten.baddbmm,
-    _aten.mv,
-    _aten._scaled_dot_product_flash_attention_for_cpu,
-}
-
-
-@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """The kernel that CPUs attend with, which torch's counter does not know: what it computes, half where causal."""
-    causal = options.get("is_causal", rest[1] if len(rest) > 1 else False)
-    whole = sdpa_flop_count(query, key, value)
-    return whole * (key[2] + 1) // (2 * key[2]) if causal else whole
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, *ATTENTION}
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -60,7 +46,7 @@ def _bytes(x: Tensor) -> int:
 @torch.no_grad()
 def count(work: Callable[[], object]) -> tuple[int, int]:
     """(FLOPs, bytes read) of the matrix products in work()."""
-    with FlopCounterMode(display=False) as flops:
+    with flop_counter() as flops:
         work()
     with _ByteCounter() as read:
         work()

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.families.image import ImageStudent
 from students.families.language import LanguageStudent
+from students.flops import flop_counter
 from students.libraries import cache_in, with_cache
 from students.routers import ImageRouter, selection
 from students.spec import RouterSpec
@@ -179,7 +178,7 @@ class VisionLanguageStudent(LanguageStudent):
         base = self.model.base_model
         takes = inspect.signature(base.get_image_features).parameters
         images = {name: value for name, value in kwargs.items() if name in takes}
-        with self.teacher(), FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        with self.teacher(), flop_counter() as flops:
             self._follow()
             made = base.get_image_features(**images).pooler_output
         parts = made if isinstance(made, (list, tuple)) else [made]

@@ -1,0 +1,75 @@
+"""FLOPs counted while something runs, whatever kernel attends: the one table of formulas for attention.
+
+torch's own counter knows the kernels of CUDA alone, takes causal attention for full, and in many versions refuses
+fewer key heads than query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def attention_flops(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], causal: bool = False, backward: bool = False
+) -> int:
+    """FLOPs of attention with query [B, H, Q, d], key [B, K, C, d] and value [B, K, C, v]; K divides H.
+
+    causal: query i sees the first i + 1 keys, and fused kernels compute no others. backward: five products, of which
+    three have the width d and two the width v, where the forward pass has one of each.
+    """
+    batch, heads, queries, size = query
+    keys, value_size = key[2], value[3]
+    seen = queries * keys
+    if causal:
+        growing = min(queries, keys)
+        seen = growing * (growing + 1) // 2 + (queries - growing) * keys
+    widths = 3 * size + 2 * value_size if backward else size + value_size
+    return 2 * batch * heads * seen * widths
+
+
+def _attention(names: list[str], skips: bool, backward: bool, *args: Any, **kwargs: Any) -> int:
+    """As `attention_flops`, for a call of an operator whose arguments have these names; skips: where it is causal it
+    leaves out what is not seen."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    query, key, value = (tuple(given[name].shape) for name in ("query", "key", "value"))
+    return attention_flops(query, key, value, causal=skips and bool(given.get("is_causal")), backward=backward)
+
+
+_SKIPS = {
+    "_scaled_dot_product_flash_attention": True,
+    "_scaled_dot_product_efficient_attention": True,
+    "_scaled_dot_product_cudnn_attention": True,
+    "_scaled_dot_product_fused_attention_overrideable": True,
+    "_scaled_dot_product_flash_attention_for_cpu": True,
+    "_scaled_dot_product_attention_math_for_mps": False,
+}
+"""torch's attention operators that are not made of other operators, and whether they skip what is not seen where they
+are causal. Each but the last has a `_backward`."""
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """By operator, those that this version of torch has."""
+    found: dict[Any, Callable[..., int]] = {}
+    for name, skips in _SKIPS.items():
+        for backward in (False, True):
+            operator = getattr(torch.ops.aten, name + "_backward" * backward, None)
+            if operator is not None:
+                names = [argument.name for argument in operator.default._schema.arguments]
+                formula = partial(_attention, names, skips, backward)
+                formula._get_raw = True  # it is called with tensors, not with their shapes
+                found[operator] = formula
+    return found
+
+
+ATTENTION = _formulas()
+"""FLOP formulas of attention operators."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the formulas above: within it everything is counted that runs."""
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
