@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import teachers
 from elastic import families
 from elastic.accounting.counters import count
 from elastic.config import RunConfig
-from elastic.families.vision_language import Questions
 from elastic.run import DTYPES, Run, has_room_for_two
 from students import Student
 from students.execution.attention import route_attention
@@ -32,8 +32,6 @@ from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears
 from students.libraries import cache_of, with_cache
 from teachers.data.images import ImageSet
-from teachers.families.vision_language import call as call_processor
-from teachers.families.vision_language import prompt_text
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
@@ -75,61 +73,106 @@ def bench_run(
     """
     run = Run.open(folder, finished=True)
     config = run.config
-    for name, given, taking in (("--tokens", tokens, ("llm",)), ("--new-tokens", new_tokens, ("llm", "vlm"))):
-        if given is not None and config.family not in taking:
-            raise ValueError(
-                f"{name} has no effect on {config.model}, which takes no text of that length: leave it away"
-            )
-    new_tokens = new_tokens or 128
+    wanted = Wanted.of(config, compute, batch, tokens, new_tokens, repeats)
     teacher = run.teacher()
-    dense = teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
     student = run.load_student(teacher, pack=False)
     data = families.of(config.family).load(config, teacher)
-    say("training steps ...")
-    trained = _train(student, data, config, repeats)
-    student.train(False).restore(run.routers)
-    models = {"student": student.model, "dense": dense}
+
+    def dense() -> nn.Module:
+        return teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
+
+    return measure(student, dense, data, config, wanted, True, say)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be timed."""
+
+    compute: Sequence[float | None]
+    batch: Sequence[int]
+    tokens: Sequence[int]
+    new_tokens: int
+    repeats: int
+    samples: int
+    """Windows, images or questions that the largest of it takes."""
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        compute: Sequence[float],
+        batch: Sequence[int] | None,
+        tokens: Sequence[int] | None,
+        new_tokens: int | None,
+        repeats: int,
+    ) -> Wanted:
+        """With defaults; ValueError for what a family has no use for."""
+        for name, given, taking in (("--tokens", tokens, ("llm",)), ("--new-tokens", new_tokens, ("llm", "vlm"))):
+            if given is not None and config.family not in taking:
+                raise ValueError(
+                    f"{name} has no effect on {config.model}, which takes no text of that length: leave it away"
+                )
+        batch = batch or {"llm": (1,), "vit": (1, 8, 64), "vlm": (1, 8)}[config.family]
+        tokens = tokens or (512,)
+        samples = max(*batch, IMAGES) if config.family == "vit" else max(batch)
+        if config.family == "llm":
+            longest = max(batch) * max(*tokens, PROMPT), config.train.batch * config.train.window
+            samples = -(-max(longest) // config.data.window)
+        return cls(compute or (None,), batch, tokens, new_tokens or 128, repeats, samples)
+
+
+def measure(
+    student: Student,
+    dense: Callable[[], nn.Module],
+    data: Any,
+    config: RunConfig,
+    wanted: Wanted,
+    trains: bool,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """Time a student against the model that `dense` makes; trains: whether to time a training step."""
+    trained = []
+    if trains:
+        say("training steps ...")
+        trained = [_train(student, data, config, wanted.repeats)]
+        student.train(False)
+    models = {"student": student.model, "dense": dense()}
     if has_room_for_two(student) and pack_linears(student.model):
-        models["tuned"] = _tuned(dense)
+        models["tuned"] = _tuned(models["dense"])
+    new_tokens, repeats = wanted.new_tokens, wanted.repeats
     rows = []
-    for target in compute or (None,):
+    for target in wanted.compute:
         if target is not None:
             student.set_compute(target)
         if isinstance(student, ImageStudent):
-            for size in batch or (1, 8, 64):
+            for size in wanted.batch:
                 say(f"{size} images at once ...")
                 pixels = _images(data.held_out, size * max(1, IMAGES // size))
                 rows.append(_classify(models, student.tokens, pixels, size, repeats))
             continue
         if isinstance(student, VisionLanguageStudent):
-            for size in batch or (1, 8):
-                inputs = _asked(data.held_out, size)
+            for size in wanted.batch:
+                inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
                 say(f"prefill of {size} questions ...")
                 rows.append(_prefill(models, inputs, repeats))
                 say(f"decoding {size} x {new_tokens} tokens after the question ...")
                 rows.append(_decode(models, inputs, new_tokens, repeats))
             continue
         text = data.held_out.flatten()
-        for size, length in itertools.product(batch or (1,), tokens or (512,)):
+        for size, length in itertools.product(wanted.batch, wanted.tokens):
             say(f"prefill of {size} x {length} tokens ...")
             rows.append(_prefill(models, _unpadded(_cut(text, size, length)), repeats))
-        for size in batch or (1,):
+        for size in wanted.batch:
             say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
             rows.append(_decode(models, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats))
-    machine = {"threads": torch.get_num_threads(), "dtype": str(next(dense.parameters()).dtype).removeprefix("torch.")}
-    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in [*rows, trained]]
+    dtype = str(next(models["dense"].parameters()).dtype).removeprefix("torch.")
+    machine = {"threads": torch.get_num_threads(), "dtype": dtype}
+    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in [*rows, *trained]]
 
 
 def _images(images: ImageSet, count: int) -> Tensor:
     """Pixels of `count` images, from the first again where there are too few."""
     return images.load([n % len(images) for n in range(count)])[0]
-
-
-def _asked(questions: Questions, count: int) -> dict[str, Tensor]:
-    """What a model is called with for `count` questions, from the first again where there are too few."""
-    samples = questions.asked.read([n % len(questions) for n in range(count)])
-    texts = [prompt_text(questions.processor, question) for _, question, _ in samples]
-    return call_processor(questions.processor, texts, [image for image, _, _ in samples], "left")
 
 
 def _unpadded(ids: Tensor) -> dict[str, Tensor]:
@@ -196,6 +239,11 @@ def _row(
         **({"tuned_speedup": seconds["tuned"] / seconds["student"]} if "tuned" in seconds else {}),
         "seconds": seconds["student"],
         "dense_seconds": seconds["dense"],
+        **({"tuned_seconds": seconds["tuned"]} if "tuned" in seconds else {}),
+        "flops": flops,
+        "dense_flops": dense_flops,
+        "bytes": read,
+        "dense_bytes": dense_read,
         "peak_bytes": peaks["student"],
         "dense_peak_bytes": peaks["dense"],
     }
@@ -254,9 +302,14 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
     return totals[0], totals[1]
 
 
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model on the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 def _tuned(dense: nn.Module) -> nn.Module:
     """The dense model, sharing its weights, with the student's linear layers, norms and attention."""
-    model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
+    model = share_weights(dense)
     pack_linears(model)
     fuse_norms(model)
     for module in model.modules():

@@ -16,7 +16,7 @@ import yaml
 
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from students.spec import RouterSpec, StudentSpec
-from teachers.registry import resolve
+from teachers.registry import ModelEntry, resolve
 
 SECTIONS = ("prefill", "vit", "vlm")
 """Sections of a file that hold only where they apply."""
@@ -270,10 +270,13 @@ def presets() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in files("configs").joinpath("presets").iterdir())
 
 
-def make_config(*, file: str | None = None, settings: list[str] | None = None, **flags: Any) -> RunConfig:
+def make_config(
+    *, file: str | None = None, settings: list[str] | None = None, entry: ModelEntry | None = None, **flags: Any
+) -> RunConfig:
     """Merge defaults, the preset, a YAML file, flags (dotted with `__`, None means not given) and `a.b=c` settings.
 
-    Raises ValueError for unknown keys, wrong types and settings that contradict each other.
+    entry: what the model's name stands for, where it is not to be looked up. Raises ValueError for unknown keys, wrong
+    types and settings that contradict each other.
     """
     chosen: dict[str, Any] = {}
     for key, value in flags.items():
@@ -296,7 +299,7 @@ def make_config(*, file: str | None = None, settings: list[str] | None = None, *
     model = chosen.get("model") or user.get("model")
     if not isinstance(model, str):
         raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
-    entry = resolve(model)
+    entry = entry or resolve(model)
     budget: dict[str, Any] = {}
     for layer in layers:
         budget |= section_of(layer, "budget")

@@ -22,6 +22,7 @@ import yaml
 from torch import nn
 
 import teachers
+from elastic import __version__
 from elastic.config import RunConfig
 from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
@@ -146,11 +147,13 @@ def has_room_for_two(model: nn.Module) -> bool:
 
 def surroundings() -> dict[str, Any]:
     """What results depend on besides the configuration: versions of libraries, and the machine."""
-    names = ("elastic-distill", "torch", "transformers", "timm", "accelerate")
+    names = ("transformers", "timm", "accelerate")
     machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
-    return {"versions": {"python": platform.python_version(), **{n: version(n) for n in names}}, "machine": machine}
+    # a checkout of Elastic needs no installation; torch's own word says which CUDA it was built for
+    own = {"python": platform.python_version(), "elastic-distill": __version__, "torch": torch.__version__}
+    return {"versions": {**own, **{name: version(name) for name in names}}, "machine": machine}
 
 
 def _processor() -> str:

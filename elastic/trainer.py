@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import signal
@@ -24,10 +23,10 @@ from elastic import families
 from elastic.accounting.sums import Sums
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
-from elastic.distillation.dial import capacity_for, set_dial, set_range
+from elastic.distillation.start import calibrate, order, set_budget, set_capacity, student_for
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
-from elastic.run import DTYPES, Run, make_student
+from elastic.run import DTYPES, Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices
 from students import Student
@@ -73,7 +72,7 @@ def distill(
     teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, teacher, say)
-    student = _student(config, teacher, data)
+    student = student_for(config, teacher, data)
     run = Run.create(output, config, teacher, overwrite)
     return _run(run, config, student, data, say, progress)
 
@@ -86,7 +85,7 @@ def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda 
     teacher = run.teacher()
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, teacher, say)
-    return _run(run, config, _student(config, teacher, data), data, say, progress)
+    return _run(run, config, student_for(config, teacher, data), data, say, progress)
 
 
 def _require_tracker(config: RunConfig) -> None:
@@ -102,20 +101,6 @@ def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
     return data
 
 
-def _student(config: RunConfig, teacher: Teacher, data: Any) -> Student:
-    """Elasticize the teacher, after checking that the budget can be met."""
-    torch.manual_seed(config.train.seed)
-    student = make_student(teacher, config)
-    tokens = families.of(config.family).tokens(student, data, config)
-    lowest = student.uniform(0.0, tokens, config.budget.phase)
-    if config.budget.span[0] < lowest:
-        raise ValueError(
-            f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
-            f"{lowest:.3f} of the {config.budget.phase} compute is left; ask for more, or route more"
-        )
-    return student
-
-
 def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, progress: Progress) -> dict[str, Any]:
     family = families.of(config.family)
     accelerator = Accelerator(
@@ -126,14 +111,7 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
         student.checkpoint_blocks()
     started = time.monotonic()
     state = _train(run, config, student, data, accelerator, say, progress)
-    say("setting the dial ...")
-    order = _order(len(data.train), config.train.seed, 1)
-    student.runtime.offset = 0.0
-    meter = family.compute_meter(student, data, order, config)
-    if config.budget.ranges:
-        set_range(student, config.budget.span, state.offsets.tolist(), meter, say)
-    else:
-        set_dial(student, config.budget.target, meter, say)
+    set_budget(student, data, config, state.offsets.tolist(), say)
     student.save(run.routers)
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)
@@ -249,9 +227,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
     budget = config.budget
     steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
-    if budget.control == "capacity":
-        tokens = families.of(config.family).tokens(student, data, config)
-        student.runtime.capacity = capacity_for(student, tokens, budget.span[0], budget.phase)
+    set_capacity(student, data, config)
     path = run.folder / "checkpoint.safetensors"
     if path.exists():
         tensors, about = read_tensors(path)
@@ -265,10 +241,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
-        say("calibrating: what would closing each gate cost ...")
-        order = _order(len(data.train), config.train.seed, 0)
-        start = families.of(config.family).start(student, data, order, config)
-        say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
+        start = calibrate(student, data, config, say)
         if budget.control == "price":
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
     _cut_metrics(run, 0)
@@ -296,18 +269,13 @@ def _schedule(step: int, steps: int | None, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
-@functools.lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
 def _picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
     """Which samples the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
 
     A function of the step alone, so that a resumed run sees the same data.
     """
     samples = range(first, first + count)
-    orders = {epoch: _order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}
+    orders = {epoch: order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}
     return [int(orders[s // pieces][s % pieces]) for s in samples]
 
 

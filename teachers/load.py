@@ -30,9 +30,9 @@ class Teacher:
     """What the user asked for: short name, hub id or folder."""
     model: nn.Module
     """The model, of transformers or timm; no parameter requires a gradient."""
-    processor: PreTrainedTokenizerBase | ProcessorMixin | Preprocess
+    processor: PreTrainedTokenizerBase | ProcessorMixin | Preprocess | None
     """What turns raw inputs into the model's: a tokenizer, a processor of images and text, an image model's
-    preprocessing."""
+    preprocessing; None where weights are random, and so is what is read."""
     family: str
     """How the model is trained and measured: "llm", "vit" or "vlm"."""
     source: str

@@ -63,26 +63,42 @@ def _eval_tasks(options: argparse.Namespace) -> None:
 
 
 def bench_command(options: argparse.Namespace) -> None:
-    from elastic.bench import bench_run
-
     for name in ("batch", "tokens", "repeats"):
         given = getattr(options, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:
             raise ValueError(f"--{name} must be at least 1")
     if options.new_tokens is not None and options.new_tokens < 2:
         raise ValueError("--new-tokens must be at least 2: the first one is not timed")
-    with screen() as (say, _):
-        rows = bench_run(
-            options.run,
-            compute=options.compute,
-            batch=options.batch,
-            tokens=options.tokens,
-            new_tokens=options.new_tokens,
-            repeats=options.repeats,
-            say=say,
+    if (options.run is None) == (options.model is None):
+        raise ValueError("bench times a finished run (elastic bench RUN) or a shape (--model SHAPE --random-weights)")
+    if options.model is None:
+        named = ("random_weights", "target_compute", "preset", "set")
+        given = ["--" + name.replace("_", "-") for name in named if getattr(options, name)]
+        if given:
+            raise ValueError(f"a run was made with its own configuration: leave {', '.join(given)} away")
+    elif not options.random_weights:
+        raise ValueError(
+            f"--model {options.model} would be timed without training it: add --random-weights, or distill a run first"
         )
+    from datetime import date
+
+    from elastic.bench import bench_run
+    from elastic.run import surroundings
+    from elastic.shapes import bench_shape, shape_config
+
+    work = {name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats")}
+    with screen() as (say, _):
+        if options.model is None:
+            rows = bench_run(options.run, **work, say=say)
+        else:
+            config = shape_config(
+                options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
+            )
+            rows = bench_shape(config, **work, say=say)
+    about = {"date": date.today().isoformat(), "timed": options.run or f"{options.model}, random weights"}
+    about |= surroundings()
     if options.json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({**about, "rows": rows}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -90,28 +106,35 @@ def bench_command(options: argparse.Namespace) -> None:
     def speed(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}x"
 
-    table = Table(
-        "phase", "batch", "tokens", "compute", "predicted", "by bytes", "measured", "efficiency", "tuned", "ms"
+    machine, versions = about["machine"], about["versions"]
+    first, last = rows[0], rows[-1]
+    names = "elastic-distill", "torch", "transformers"
+    print(f"{about['timed']}; {first['preset']}, {first['dtype']}; {about['date']}")
+    print(
+        f"{machine.get('device', machine['processor'])}, {machine['threads']} threads; "
+        + ", ".join(f"{name} {versions[name]}" for name in names)
     )
-    table.add_column("dense ms")
-    table.add_column("cache MB")
-    table.add_column("dense MB")
-    table.add_column("peak GB")
-    table.add_column("dense GB")
+    columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"
+    columns += "student ms", "tuned ms", "dense ms", "cache MB", "dense MB", "peak GB", "dense GB"
+    table = Table(*columns, box=None, pad_edge=False)
     for r in rows:
         caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
         speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))
         numbers = f"{r['batch']}", f"{r['tokens']}", f"{r['compute']:.3f}", *speeds, f"{r['efficiency']:.2f}"
-        times = (f"{1000 * r[k]:,.1f}" for k in ("seconds", "dense_seconds"))
+        times = (f"{1000 * r[k]:,.1f}" if k in r else "" for k in ("seconds", "tuned_seconds", "dense_seconds"))
         peaks = (f"{r[k] / 1e9:.2f}" for k in ("peak_bytes", "dense_peak_bytes"))
         table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches, *peaks)
     Console(width=160).print(table)
-    train = rows[-1]
     print(
-        f"{train['threads']} threads, {train['dtype']}; dense: the model as its library ships it (training: a teacher "
-        f"forward; a step costs {train['teacher_forwards']:.2f} of them, ideal {train['ideal_teacher_forwards']:.2f})\n"
-        f"peak: memory in use while the one or the other ran, both loaded; weights {train['weight_bytes'] / 1e9:.2f} GB"
+        "by FLOPs, by bytes: the speed-up that either predicts; dense: the model as its library ships it; tuned: with "
+        "the student's own packing, norms and attention\n"
+        "peak: memory in use while the one or the other ran, all loaded"
     )
+    if last["phase"] == "train":
+        print(
+            f"training: against a teacher forward; a step costs {last['teacher_forwards']:.2f} of them, ideal "
+            f"{last['ideal_teacher_forwards']:.2f}; weights {last['weight_bytes'] / 1e9:.2f} GB"
+        )
 
 
 def compare_command(options: argparse.Namespace) -> None:

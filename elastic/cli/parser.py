@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   elastic generate runs/smollm2-135m-0.7 --prompt "What is a transformer?" --stream
   elastic sweep --model smollm2-135m --target-compute 0.5 0.7 1.0 --output sweeps/smollm2
   elastic report sweeps/smollm2 -o report.html
+  elastic bench --model llama3-8b --random-weights --target-compute 0.7
   elastic models
 """
 
@@ -90,7 +91,12 @@ def parser() -> argparse.ArgumentParser:
         measuring.bench_command,
         "time a finished run against the dense model: prefill, decoding, training step",
     )
-    bench.add_argument("run", metavar="RUN")
+    bench.add_argument("run", metavar="RUN", nargs="?")
+    bench.add_argument("--model", metavar="SHAPE", help="instead of a run: what a model of this shape would gain here")
+    bench.add_argument("--random-weights", action="store_true", help="--model: build it from nothing; no download")
+    bench.add_argument("--target-compute", type=_target, metavar="C", help="--model: as for distill (default 0.7)")
+    bench.add_argument("--preset", help="--model: as for distill")
+    bench.add_argument("--set", action="append", metavar="A.B=C", help="--model: as for distill")
     bench.add_argument(
         "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
     )

@@ -2,6 +2,7 @@
 
 load(config, teacher)                      data with .train and .held_out
 load_all(source, config, teacher)          data to measure on
+random_data(config, model)                 the same as `load` gives, without a source: for models with random weights
 summary(data, config)                      what there is, for the user to read
 tokens(student, data, config)              tokens that the model reads at once
 Batches(data, config, device)              training batches by number: len(), load(chosen, following)

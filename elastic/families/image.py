@@ -25,6 +25,7 @@ from elastic.distillation.dial import exact_start
 from elastic.distillation.prefetch import Prefetched
 from elastic.reporting.progress import Watched
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
+from students.build import image_shape
 from students.calibration.image import calibrate_images
 from students.calibration.price import Start
 from students.families.image import Features, ImageStudent, features_of
@@ -66,6 +67,37 @@ def load(config: RunConfig, teacher: Teacher) -> ImageData:
         max_images=data.max_images,
         classes=data.classes,
     )
+
+
+class Noise:
+    """Images [N, C, H, W] that are in memory already, as an `ImageSet` has them."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def subset(self, chosen: Sequence[int]) -> Noise:
+        """Only these images, in this order."""
+        return Noise(self.pixels[torch.as_tensor(chosen)])
+
+    def load(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pixels [B, C, H, W] and labels [B], all the same, of these images."""
+        return self.pixels[torch.as_tensor(chosen)], torch.zeros(len(chosen), dtype=torch.long)
+
+
+def random_tokens(model: nn.Module) -> int:
+    """Tokens of an image, for a model of timm."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def random_data(config: RunConfig, model: nn.Module) -> ImageData:
+    """Images of normal noise: as many to train on as are calibrated on."""
+    draw = torch.Generator().manual_seed(config.train.seed)
+    counts = max(1, config.calibration.windows), config.data.held_out
+    pixels = torch.randn(sum(counts), *image_shape(model), generator=draw).to(next(model.parameters()).dtype)
+    return ImageData(*(Noise(part) for part in pixels.split(counts)), "random images")
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:

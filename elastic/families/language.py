@@ -66,6 +66,15 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
     )
 
 
+def random_data(config: RunConfig, model: nn.Module) -> TextData:
+    """Windows of random tokens: as many to train on as are calibrated on."""
+    draw = torch.Generator().manual_seed(config.train.seed)
+    counts = max(1, config.calibration.windows), config.data.held_out
+    shape, vocabulary = (sum(counts), config.data.window), model.config.get_text_config().vocab_size
+    train, held_out = torch.randint(vocabulary, shape, generator=draw).split(counts)
+    return TextData(train, held_out, "random tokens", shape[0] * shape[1])
+
+
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
     """All of a source as windows [N, T]."""
     return load_windows(source, teacher.processor, window=config.data.window)

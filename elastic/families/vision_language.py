@@ -29,7 +29,7 @@ from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
 from teachers.data.questions import QuestionData, QuestionSet, load_questions
 from teachers.data.questions import load_all as load_all_questions
-from teachers.families.vision_language import Prompts, answer_text, call, encode, prompt_text
+from teachers.families.vision_language import Prompts, answer_text, call, encode, masked, prompt_text
 
 UNIT = "questions"
 """What data consists of, for the user to read."""
@@ -41,6 +41,8 @@ DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
 LONGEST_ANSWER = 16
 """Tokens of an answer that is generated."""
+RANDOM_TEXT, RANDOM_ANSWER = 56, 8
+"""Tokens of a random question, and of its answer."""
 EXAMPLES = 6
 """Questions that a report shows."""
 BASELINES = ("random", "uniform")
@@ -72,13 +74,50 @@ class Questions:
         """Prompts of these questions; fewer where images are broken."""
         return encode(self.processor, self.asked.read(chosen), self.image_token)
 
+    def ask(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """What a model is called with to answer these questions, padded at the left."""
+        samples = self.asked.read(chosen)
+        texts = [prompt_text(self.processor, question) for _, question, _ in samples]
+        return call(self.processor, texts, [image for image, _, _ in samples], "left")
+
+
+@dataclass(frozen=True)
+class RandomQuestions:
+    """Questions of random tokens [N, T] about images of noise [N, C, H, W], as `Questions` has them, the last
+    RANDOM_ANSWER tokens being the answer."""
+
+    tokens: Tensor
+    pixels: Tensor
+    image_token: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def subset(self, chosen: Sequence[int]) -> RandomQuestions:
+        """Only these questions, in this order."""
+        rows = torch.as_tensor(chosen)
+        return RandomQuestions(self.tokens[rows], self.pixels[rows], self.image_token)
+
+    def _inputs(self, chosen: Sequence[int], end: int | None) -> dict[str, Tensor]:
+        rows = torch.as_tensor(chosen)
+        ids = self.tokens[rows, :end]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[rows]}
+
+    def load(self, chosen: Sequence[int]) -> Prompts:
+        """Prompts of these questions."""
+        return masked(self._inputs(chosen, None), [RANDOM_ANSWER] * len(chosen), self.image_token)
+
+    def ask(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """What a model is called with to answer these questions."""
+        return self._inputs(chosen, -RANDOM_ANSWER)
+
 
 @dataclass(frozen=True)
 class Data:
     """Questions to train on, and others to measure on."""
 
-    train: Questions
-    held_out: Questions
+    train: Questions | RandomQuestions
+    held_out: Questions | RandomQuestions
     description: str
 
 
@@ -90,6 +129,27 @@ def load(config: RunConfig, teacher: Teacher) -> Data:
     )
     parts = (_with(teacher, part) for part in (read.train, read.held_out))
     return Data(*parts, read.description)
+
+
+def random_tokens(model: nn.Module) -> int:
+    """Tokens of a random question, its image and its answer, for a LLaVA."""
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 + RANDOM_TEXT + RANDOM_ANSWER
+
+
+def random_data(config: RunConfig, model: nn.Module) -> Data:
+    """Random questions about random images, for a LLaVA: as many to train on as are calibrated on."""
+    draw = torch.Generator().manual_seed(config.train.seed)
+    counts = max(1, config.calibration.windows), config.data.held_out
+    settings, vision = model.config, model.config.vision_config
+    text = RANDOM_TEXT + RANDOM_ANSWER
+    # the image comes first, and its token's number is no word's
+    words = torch.randint(settings.image_token_id, (sum(counts), text), generator=draw)
+    image = torch.full((len(words), random_tokens(model) - text), settings.image_token_id)
+    tokens = torch.cat([image, words], 1)
+    pixels = torch.randn(len(words), vision.num_channels, *[vision.image_size] * 2, generator=draw).to(model.dtype)
+    parts = zip(tokens.split(counts), pixels.split(counts), strict=True)
+    return Data(*(RandomQuestions(*part, settings.image_token_id) for part in parts), "random questions")
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> Questions:

@@ -1,0 +1,72 @@
+"""How much memory a model and its work take, estimated from its sizes before it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from students.architectures import architecture_of, sizes_of, weight_of
+from students.spec import LINEAR_SITES
+
+ADDED = 0.06
+"""What routers and their previews add to the weights."""
+SLACK = 1.1
+"""What allocators and libraries add to everything else."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a model takes."""
+
+    weights: int
+    cache: int
+    """Keys and values of a token."""
+    kept: int
+    """Inputs and outputs of a token in all linear layers, as a backward pass needs them."""
+    passing: int
+    """Of these, those in the largest block."""
+    head: int
+    """The LM head in float32; 0 where there is none."""
+
+    def copies(self, count: int) -> int:
+        """So many copies of the weights, one of them with routers."""
+        return round(self.weights * (count + ADDED))
+
+    def inference(self, tokens: int) -> int:
+        """Forward passes of so many tokens, the caches of one model while another's is filled."""
+        return round(SLACK * tokens * (2 * self.passing + 3 * self.cache))
+
+    def calibration(self, tokens: int, sampled: int) -> int:
+        """A closed-form start from so many tokens at a time, of which so many are kept in all."""
+        return self.backward(tokens) + round(SLACK * (sampled * self.kept + 1.5 * self.head))
+
+    def backward(self, tokens: int) -> int:
+        """A forward pass of so many tokens and the one back."""
+        return round(SLACK * tokens * (self.kept + 2 * self.passing))
+
+
+def need_of(model: nn.Module, trunk: nn.Module) -> Need:
+    """What a model takes, which may be on the device "meta"; trunk: the part that holds its blocks."""
+    size = next(model.parameters()).element_size()
+    record, blocks = architecture_of(trunk)
+    each, cache = [], 0
+    for number, block in enumerate(blocks):
+        names = [name for site in LINEAR_SITES for name in record.linears(site)]
+        each.append(size * sum(sum(weight_of(block.get_submodule(name)).shape) for name in names))
+        if record.causal:
+            sizes = sizes_of(trunk, record, number, block)
+            cache += 2 * size * sizes.groups * sizes.size
+    head = model.get_output_embeddings() if record.causal else None
+    whole = 0 if head is None else 4 * head.weight.numel()
+    return Need(size * sum(p.numel() for p in model.parameters()), cache, sum(each), max(each), whole)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,67 @@
+"""Before and after training: a student, its closed-form start, and its dial."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic import families
+from elastic.config import RunConfig
+from elastic.distillation.dial import Say, capacity_for, set_dial, set_range
+from elastic.run import make_student
+from students import Student
+from students.calibration.price import Start
+from teachers import Teacher
+
+
+@functools.lru_cache(maxsize=4)
+def order(count: int, seed: int, epoch: int) -> Tensor:
+    """The numbers 0 ... count - 1, shuffled, in an order of each epoch's own."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
+    """Elasticize the teacher. ValueError where the budget cannot be met."""
+    torch.manual_seed(config.train.seed)
+    student = make_student(teacher, config)
+    tokens = families.of(config.family).tokens(student, data, config)
+    lowest = student.uniform(0.0, tokens, config.budget.phase)
+    if config.budget.span[0] < lowest:
+        raise ValueError(
+            f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
+            f"{lowest:.3f} of the {config.budget.phase} compute is left; ask for more, or route more"
+        )
+    return student
+
+
+def set_capacity(student: Student, data: Any, config: RunConfig) -> None:
+    """Where the configuration fixes the share of open gates, let it be the one that meets the budget."""
+    budget = config.budget
+    if budget.control == "capacity":
+        tokens = families.of(config.family).tokens(student, data, config)
+        student.runtime.capacity = capacity_for(student, tokens, budget.span[0], budget.phase)
+
+
+def calibrate(student: Student, data: Any, config: RunConfig, say: Say) -> Start:
+    """Start all routers where one look at the data says, and say so."""
+    say("calibrating: what would closing each gate cost ...")
+    shuffled = order(len(data.train), config.train.seed, 0)
+    start = families.of(config.family).start(student, data, shuffled, config)
+    say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
+    return start
+
+
+def set_budget(student: Student, data: Any, config: RunConfig, offsets: Sequence[float], say: Say) -> None:
+    """Leave the dial where the budget is, or the lowest of a range; offsets: where to look first for those of one."""
+    say("setting the dial ...")
+    shuffled = order(len(data.train), config.train.seed, 1)
+    student.runtime.offset = 0.0
+    meter = families.of(config.family).compute_meter(student, data, shuffled, config)
+    if config.budget.ranges:
+        set_range(student, config.budget.span, offsets, meter, say)
+    else:
+        set_dial(student, config.budget.target, meter, say)
