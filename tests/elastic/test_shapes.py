@@ -13,6 +13,7 @@ from elastic.accounting.memory import Need, need_of
 from elastic.cli import main
 from elastic.shapes import bench_shape, shape_config
 from students.execution.kv_cache import cache_bytes
+from students.libraries import cache_of
 from teachers.registry import models
 from teachers.shapes import build, find_shape, shapes
 
@@ -41,7 +42,7 @@ def test_what_a_model_needs_is_what_it_takes() -> None:
     assert need == need_of(build(find_shape("tiny-llm"), torch.float32, "meta"), model)
     assert need.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     with torch.no_grad():
-        cache = model(torch.ones(2, 7, dtype=torch.long), use_cache=True).past_key_values
+        cache = cache_of(model(torch.ones(2, 7, dtype=torch.long), use_cache=True))
     assert cache_bytes(cache) == 14 * need.cache
     blocks = model.config.num_hidden_layers
     assert need.kept == blocks * need.passing and need.head == 4 * model.lm_head.weight.numel()

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elastic.accounting.counters import count
 from students import RouterSpec, StudentSpec, elasticize
 from students.flops import ATTENTION, attention_flops, flop_counter
+from students.libraries import cache_of, with_cache
 from tests.pico.language import make_tiny
 
 aten = torch.ops.aten
@@ -125,8 +126,8 @@ def test_a_decoding_step_is_what_is_counted(attention: str, tokens: torch.Tensor
         parameter.fill_(-1.0)
     row = tokens[:1]
     _, decisions = student(row)
-    cache = student(row[:, :-1], use_cache=True)[0].past_key_values
-    flops, _ = count(lambda: student.model(row[:, -1:], past_key_values=cache, use_cache=True))
+    cache = cache_of(student(row[:, :-1], use_cache=True)[0])
+    flops, _ = count(lambda: student.model(row[:, -1:], **with_cache(student.model, {"use_cache": True}, cache)))
     valid = torch.ones_like(row, dtype=torch.bool)
     macs = student.compute.routed_blocks(decisions, valid, "decode")[0, -1] + student.compute.head
     assert flops == pytest.approx(2 * float(macs), rel=0.01)
