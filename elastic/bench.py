@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,35 +139,42 @@ def measure(
     models = {"student": student.model, "dense": dense()}
     if has_room_for_two(student) and pack_linears(student.model):
         models["tuned"] = _tuned(models["dense"])
-    new_tokens, repeats = wanted.new_tokens, wanted.repeats
     rows = []
     for target in wanted.compute:
         if target is not None:
             student.set_compute(target)
-        if isinstance(student, ImageStudent):
-            for size in wanted.batch:
-                say(f"{size} images at once ...")
-                pixels = _images(data.held_out, size * max(1, IMAGES // size))
-                rows.append(_classify(models, student.tokens, pixels, size, repeats))
-            continue
-        if isinstance(student, VisionLanguageStudent):
-            for size in wanted.batch:
-                inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
-                say(f"prefill of {size} questions ...")
-                rows.append(_prefill(models, inputs, repeats))
-                say(f"decoding {size} x {new_tokens} tokens after the question ...")
-                rows.append(_decode(models, inputs, new_tokens, repeats))
-            continue
-        text = data.held_out.flatten()
-        for size, length in itertools.product(wanted.batch, wanted.tokens):
-            say(f"prefill of {size} x {length} tokens ...")
-            rows.append(_prefill(models, _unpadded(_cut(text, size, length)), repeats))
-        for size in wanted.batch:
-            say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
-            rows.append(_decode(models, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats))
+        asked = config.budget.span[0] if target is None else target
+        rows += [{**row, "compute_target": asked} for row in _inference(student, models, data, wanted, say)]
+    rows += [{**row, "compute_target": config.budget.span[0]} for row in trained]
     dtype = str(next(models["dense"].parameters()).dtype).removeprefix("torch.")
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
-    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in [*rows, *trained]]
+    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+
+
+def _inference(student: Student, models: Models, data: Any, wanted: _Wanted, say: Say) -> Iterator[dict[str, Any]]:
+    """Rows for where the dial is."""
+    new_tokens, repeats = wanted.new_tokens, wanted.repeats
+    if isinstance(student, ImageStudent):
+        for size in wanted.batch:
+            say(f"{size} images at once ...")
+            pixels = _images(data.held_out, size * max(1, IMAGES // size))
+            yield _classify(models, student.tokens, pixels, size, repeats)
+        return
+    if isinstance(student, VisionLanguageStudent):
+        for size in wanted.batch:
+            inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
+            say(f"prefill of {size} questions ...")
+            yield _prefill(models, inputs, repeats)
+            say(f"decoding {size} x {new_tokens} tokens after the question ...")
+            yield _decode(models, inputs, new_tokens, repeats)
+        return
+    text = data.held_out.flatten()
+    for size, length in itertools.product(wanted.batch, wanted.tokens):
+        say(f"prefill of {size} x {length} tokens ...")
+        yield _prefill(models, _unpadded(_cut(text, size, length)), repeats)
+    for size in wanted.batch:
+        say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
+        yield _decode(models, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats)
 
 
 def _images(images: ImageSet, count: int) -> Tensor:

@@ -1,0 +1,68 @@
+"""Print what `elastic bench --json` wrote into files NUMBER-NAME.json as one table in Markdown, for the README."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "shape, student, compute asked",
+    "work",
+    "FLOPs",
+    "bytes",
+    "predicted",
+    "dense",
+    "tuned",
+    "student",
+    "over dense",
+    "over tuned",
+    "peak",
+)
+
+
+def lines(files: Sequence[Path]) -> list[str]:
+    """The table's lines, in the order of the files' numbers, and one above it about the machine."""
+    found = [(file, json.loads(file.read_text())) for file in sorted(files, key=_number)]
+    if not found:
+        return ["nothing was timed"]
+    first = found[0][1]
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "elastic-distill"))
+    device = first["machine"].get("device", first["machine"]["processor"])
+    out = [f"{device}; {versions}; {first['rows'][0]['dtype']}; {first['date']}", ""]
+    out += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for file, made in found:
+        name = file.stem.partition("-")[2].replace(",", ", ")
+        out += [_line(_cells(made["timed"].partition(",")[0], name, row)) for row in made["rows"]]
+    return out
+
+
+def _number(file: Path) -> int:
+    return int(file.stem.partition("-")[0])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(shape: str, name: str, row: dict[str, Any]) -> list[str]:
+    by_bytes = row.get("predicted_speedup_bytes")
+    share = "" if by_bytes is None else f"{1 / by_bytes:.3f}"
+    if row["phase"] == "train":
+        predicted, over = (
+            f"{row['ideal_teacher_forwards']:.2f} forwards",
+            [f"{row['teacher_forwards']:.2f} forwards", ""],
+        )
+    else:
+        # decoding waits for memory, the rest for arithmetic
+        predicted = f"{by_bytes if row['phase'] == 'decode' else row['predicted_speedup']:.2f}x"
+        over = [f"{row[key]:.2f}x" if key in row else "" for key in ("measured_speedup", "tuned_speedup")]
+    times = (f"{1000 * row[key]:.2f} ms" if key in row else "" for key in ("dense_seconds", "tuned_seconds", "seconds"))
+    what = f"{shape}, {name}, {row['compute_target']:g}", f"{row['phase']} {row['batch']} x {row['tokens']}"
+    return [*what, f"{row['compute']:.3f}", share, predicted, *times, *over, f"{row['peak_bytes'] / 1e9:.1f} GB"]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines([Path(name) for name in sys.argv[1:] if Path(name).exists()])))

@@ -1,0 +1,77 @@
+"""The script for whoever has a GPU: what it lists can be run, and how its table reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from elastic.bench import shape_config
+from elastic.cli import _parser, main
+
+CI = Path(__file__).parent.parent / ".ci"
+COMMANDS = [
+    line.split(maxsplit=1)
+    for line in (CI / "gpu-bench").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+@pytest.fixture
+def table() -> ModuleType:
+    spec = spec_from_file_location("gpu_table", CI / "gpu_table.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_without_a_gpu_it_says_so() -> None:
+    command = ["bash", str(CI / "gpu")]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"no GPU") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_every_command_is_one(name: str, line: str) -> None:
+    options = _parser().parse_args(["bench", *shlex.split(line)])
+    assert options.random_weights and "-" not in name
+    config = shape_config(
+        options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
+    )
+    assert config.student.routers
+
+
+def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--random-weights", "--repeats", "1", "--json", "--set", "train.batch=1"]
+    for number, name, shape in ((10, "merging", "tiny-vit"), (2, "layers,drop", "tiny-llm")):
+        batch = ["--batch", "2"] if shape == "tiny-vit" else ["--tokens", "16", "--new-tokens", "2"]
+        assert main(["bench", "--model", shape, *quick, *batch]) == 0
+        (tmp_path / f"{number}-{name}.json").write_text(capsys.readouterr().out)
+    found = table.lines(list(tmp_path.iterdir()))
+    assert f"torch {torch.__version__}" in found[0] and found[1] == ""
+    assert {line.count("|") for line in found[2:]} == {len(table.COLUMNS) + 1}
+    works = [" ".join(line.split("|")[1:3]).split() for line in found[4:]]
+    assert [" ".join(work) for work in works] == [
+        *("tiny-llm, layers, drop, 0.7 prefill 1 x 16", "tiny-llm, layers, drop, 0.7 decode 1 x 2"),
+        *("tiny-llm, layers, drop, 0.7 train 1 x 256", "tiny-vit, merging, 0.7 classify 2 x 65"),
+        "tiny-vit, merging, 0.7 train 1 x 65",
+    ]
+    assert table.lines([]) == ["nothing was timed"]
+
+
+def test_rows_say_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench --model tiny-llm --random-weights --target-compute 0.8 --compute 0.8 1.0 --tokens 8 --new-tokens 2"
+    assert main([*command.split(), "--repeats", "1", "--json", "--set", "train.batch=1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["compute_target"] for row in rows] == [0.8, 0.8, 1.0, 1.0, 0.8]
