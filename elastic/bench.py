@@ -151,7 +151,7 @@ def measure(
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
 
 
-def _inference(student: Student, models: Models, data: Any, wanted: _Wanted, say: Say) -> Iterator[dict[str, Any]]:
+def _inference(student: Student, models: Models, data: Any, wanted: Wanted, say: Say) -> Iterator[dict[str, Any]]:
     """Rows for where the dial is."""
     new_tokens, repeats = wanted.new_tokens, wanted.repeats
     if isinstance(student, ImageStudent):

@@ -14,10 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from elastic.bench import shape_config
-from elastic.cli import _parser, main
+from elastic.cli import main
+from elastic.cli.parser import parser
+from elastic.shapes import shape_config
 
-CI = Path(__file__).parent.parent / ".ci"
+CI = Path(__file__).parent.parent.parent / ".ci"
 COMMANDS = [
     line.split(maxsplit=1)
     for line in (CI / "gpu-bench").read_text().splitlines()
@@ -44,7 +45,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
 def test_every_command_is_one(name: str, line: str) -> None:
-    options = _parser().parse_args(["bench", *shlex.split(line)])
+    options = parser().parse_args(["bench", *shlex.split(line)])
     assert options.random_weights and "-" not in name
     config = shape_config(
         options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
