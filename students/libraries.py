@@ -296,7 +296,7 @@ ASSUMPTIONS = (
         _has_timm_blocks,
     ),
     Assumption(
-        "torch", "counts FLOPs of products and attention", "elastic/accounting, students/kernels", _counts_flops
+        "torch", "counts FLOPs of products and attention", "students/flops.py, students/kernels", _counts_flops
     ),
     Assumption(
         "torch",
