@@ -295,9 +295,7 @@ ASSUMPTIONS = (
         "students/architectures, students/execution/image_block.py",
         _has_timm_blocks,
     ),
-    Assumption(
-        "torch", "counts FLOPs of products and attention", "students/flops.py, students/kernels", _counts_flops
-    ),
+    Assumption("torch", "counts FLOPs of products and attention", "students/flops.py, students/kernels", _counts_flops),
     Assumption(
         "torch",
         "packs bfloat16 weights for oneDNN with the bits of F.linear",
