@@ -23,6 +23,7 @@ from students.compute import BlockShape, ComputeModel
 from students.execution.attention import route_attention
 from students.execution.block import BlockGather
 from students.execution.branch import RoutedBranch, RoutedExit
+from students.execution.handover import BlockHandover
 from students.execution.head import RoutedHead
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear, Site
@@ -125,7 +126,7 @@ def _language_parts(
         rank = spec.find("vocab").rank or width // 4
         head_routed = rank * (width + vocabulary + 1)
         router = VocabRouter(width, rank, spec.gains)
-        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, router)))
+        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, router, spec.find("vocab"))))
     return runtime, ComputeModel(spec, shapes, vocabulary * width, head_routed)
 
 
@@ -228,6 +229,8 @@ def _elasticize_block(
             wrapper.substitutes[kind] = _like(wrapper.base_layer, substitute)
             substitutes[key] = substitute.macs()
 
+    handover = BlockHandover()
+    runtime.handovers.append(handover)
     own_q = len(record.attn_in) == 3
     channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
     narrows = {
@@ -244,6 +247,7 @@ def _elasticize_block(
             runtime,
             number,
             branch,
+            handover,
             prenorm=record.prenorm,
             late_exit=late is not None,
             narrows=narrows[kind],
@@ -275,7 +279,7 @@ def _elasticize_block(
             inputs = weight_of(linears[0]).shape[1]
             channel = _like(linears[0], ChannelRouter(channel_spec, inputs, spec.gains)) if channel_spec else None
             corrected = spec.lora.rank > 0 and site in spec.lora.sites
-            shared = Site(f"{number}.{site}")
+            shared = Site(f"{number}.{site}", end == "out", handover)
             for name, linear in zip(names, linears, strict=True):
                 first = linear is linears[0]
                 per_query = bool(asks) and (end == "out" or (own_q and first))
@@ -287,8 +291,7 @@ def _elasticize_block(
                     linear,
                     runtime,
                     shared,
-                    f"{number}.{branch}",
-                    gated_by=f"{number}.{branch}.{kind}" if part == "inputs" else None,
+                    wrapper.handover,
                     part=part,
                     per_query=per_query,
                 )
@@ -309,13 +312,13 @@ def _elasticize_block(
         if wrapper.routers or wrapper.block_router:
             block.set_submodule(path, wrapper)
             if late is not None:
-                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, number, branch))
+                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, wrapper.handover))
 
     layer = spec.find("layer", number) if record.causal else None
     others = [kind for kind in ("token", "head", "expert") if spec.find(kind, number)]  # they decide for all tokens
     if layer is not None and layer.kv == "drop" and not layer.substitute and not others:
         norm = block.get_submodule(record.norm) if record.prenorm else None
-        BlockGather(block, block.get_submodule(record.attn), norm)
+        BlockGather(block, block.get_submodule(record.attn), norm, handover)
 
     kv_share = 2 * groups / (heads + 2 * groups)
     return BlockShape(

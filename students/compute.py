@@ -148,8 +148,8 @@ class ComputeModel:
         layers = self.spec.find("layer")
         stays = layers is not None and layers.dropped != "return"
 
-        def share(kind: str, key: str) -> Tensor | float:
-            spec = self._spec(kind, number, key)
+        def share(kind: str, key: str, site: str = "") -> Tensor | float:
+            spec = self.spec.find(kind, number, site)
             if spec is None or not saves(spec, phase) or not block.narrows.get(kind, True):
                 return 1.0
             if kind == "channel" and key not in decisions.share:
@@ -159,21 +159,21 @@ class ComputeModel:
         layer = share("layer", f"{number}.layer")
         if stays:  # also where the block has no router of its own
             layer = decisions.share[f"{number}.layer"]
-        attn = layer * share("token", f"{number}.attn.token")
-        mlp = layer * share("token", f"{number}.mlp.token")
+        attn = layer * share("token", f"{number}.attn.token", "attn")
+        mlp = layer * share("token", f"{number}.mlp.token", "mlp")
         head = share("head", f"{number}.attn.head")
         expert = share("expert", f"{number}.mlp.expert")
-        read = {site: share("channel", f"{number}.{site}.channel") for site in LINEAR_SITES}
-        channel = {site: self._spec("channel", number, f"{number}.{site}.channel") for site in LINEAR_SITES}
+        read = {site: share("channel", f"{number}.{site}.channel", site) for site in LINEAR_SITES}
+        channel = {site: self.spec.find("channel", number, site) for site in LINEAR_SITES}
         # a closed head or expert group is a closed channel already where the next layer has a channel router
         attn_out = read["attn_out"] if channel["attn_out"] else head
         mlp_out = read["mlp_out"] if channel["mlp_out"] else expert
 
-        token_spec = self._spec("token", number, f"{number}.attn.token")
-        layer_spec = self._spec("layer", number, f"{number}.layer")
+        token_spec = self.spec.find("token", number, "attn")
+        layer_spec = self.spec.find("layer", number)
         written: Tensor | float = 1.0
         if token_spec is not None and token_spec.kv == "drop":
-            written = written * share("token", f"{number}.attn.token")
+            written = written * share("token", f"{number}.attn.token", "attn")
         if stays or (layer_spec is not None and layer_spec.kv == "drop"):
             written = written * layer
 
@@ -217,10 +217,6 @@ class ComputeModel:
         patches = before.sum(1, keepdim=True) - self.prefix
         pairs = (patches / 2).ceil() * (patches / 2).floor()
         return pairs * (after.sum(1, keepdim=True) < before.sum(1, keepdim=True)) / valid.sum(1, keepdim=True)
-
-    def _spec(self, kind: str, number: int, key: str) -> RouterSpec | None:
-        site = key.split(".")[1] if kind in ("token", "channel") else ""
-        return self.spec.find(kind, number, site)
 
 
 class _Uniform(dict):

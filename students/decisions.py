@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from students.spec import RouterSpec
+
 
 @dataclass
 class Decisions:
@@ -16,6 +18,8 @@ class Decisions:
     """Open share of each router's gates per token [B, T] (or [B, 1], [1, 1] where it is the same for all)."""
     score: dict[str, Tensor] = field(default_factory=dict)
     """Scores of the gated routers [B, T, N], for the losses that read them."""
+    spec: dict[str, RouterSpec] = field(default_factory=dict)
+    """Of the router that decided, by the same keys; an image model's blocks without one have none."""
     bypassed: bool = False
     """Nothing was decided: the frozen model ran."""
     index: Tensor | None = None

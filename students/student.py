@@ -22,7 +22,7 @@ from students.execution.linear import RoutedLinear
 from students.execution.runtime import Runtime
 from students.kernels.attention_gradient import fast_attention_gradients
 from students.kernels.norms import fuse_norms
-from students.spec import RouterSpec, StudentSpec
+from students.spec import StudentSpec
 
 ADDED = {"routers", "substitutes", "lora"}
 """Names under which a wrapper holds what was added; nothing else in the model is trainable or saved."""
@@ -81,14 +81,16 @@ class Student(nn.Module):
     def _enter(self, tokens: int, batch: int, device: torch.device) -> None:
         """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter."""
         run = self.runtime
-        run.begin(batch, device)
-        run.valid, run.padded, run.tokens = None, 0, tokens
-        run.skipping = run.execution == "skip" and not torch.is_grad_enabled()
-        run.alone = run.skipping and run.tokens == 1
-        if run.skipping:
+        call = run.begin(batch, device, tokens)
+        if call.skipping:
             state = run.offset, run.capacity, sum(p._version for p in self._added), self._frozen.data_ptr()
             if state != self._state:
                 self._state, run.epoch = state, run.epoch + 1
+
+    def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
+        """What every forward pass ends with; out is None where it failed, and then leaves nothing behind."""
+        if out is None:
+            self.runtime.drop()
 
     def train(self, mode: bool = True) -> Student:
         """Switch what differs between training and inference: only routing does, the frozen model stays in eval()."""
@@ -112,12 +114,6 @@ class Student(nn.Module):
         """Lay out the frozen weights as the model had them, where skip execution has laid them out for itself."""
         for site in {module.site for module in self.model.modules() if isinstance(module, RoutedLinear)}:
             site.forget_layout()
-
-    def router_spec(self, key: str) -> RouterSpec:
-        """The specification of the router that records its decisions under this key (see Decisions)."""
-        parts = key.split(".")
-        kind = parts[-1]
-        return self.spec.find(kind, int(parts[0]) if len(parts) > 1 else None, parts[1] if len(parts) > 2 else "")
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """All trainable parameters by name."""

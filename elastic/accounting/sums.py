@@ -51,17 +51,17 @@ def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budge
     total = 0.0
     capacity = student.runtime.capacity
     if budget.control == "capacity":
-        free = [k for k in decisions.share if student.router_spec(k).selection == "threshold"]
+        free = [k for k, spec in decisions.spec.items() if spec.selection == "threshold"]
         if free:
             shares = torch.stack([decisions.share[k].mean() for k in free])
             total = total + budget.hinge * capacity_hinge(shares, capacity)
     if loss.topk_weight:
-        keys = [k for k in decisions.score if _over_tokens(student.router_spec(k))]
+        keys = [k for k in decisions.score if _over_tokens(decisions.spec[k])]
         if keys:
             parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
             total = total + loss.topk_weight * torch.stack(parts).mean()
     if loss.load_balance_weight:
-        keys = [k for k in decisions.score if student.router_spec(k).kind in ("head", "expert")]
+        keys = [k for k in decisions.score if decisions.spec[k].kind in ("head", "expert")]
         if keys:
             parts = [load_balance(decisions.score[k].softmax(-1)) for k in keys]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()

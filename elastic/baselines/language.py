@@ -148,7 +148,9 @@ def at_random(
     if isinstance(head, RoutedHead):
         router = head.routers["vocab"]
         router.load_state_dict(student.model.get_output_embeddings().routers["vocab"].state_dict())
-        drawn = _RandomRows(head.base_layer, head.runtime, router, share=shares["vocab"], generator=generator)
+        drawn = _RandomRows(
+            head.base_layer, head.runtime, router, head.spec, share=shares["vocab"], generator=generator
+        )
         other.model.set_output_embeddings(drawn)
     return other
 

@@ -196,7 +196,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     flat = [part for parts in batches for part in parts]
     targets = trained(config.budget)
     start = calibrate_images(student, Watched(flat), targets, config.train.seed)
-    merging = [router for _, router in student.routers() if router.spec.dropped == "merge"]
+    merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start
     student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
@@ -339,7 +339,7 @@ def alike(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[s
         for place, student in enumerate((first, second)):
             student.runtime.execution, student.runtime.training = "mask", True  # where all routers have a say
             _, decisions = student(pixels)
-            for key, _ in student.routers():
+            for key in (placed.key for placed in student.routers()):
                 seen.setdefault(key, [[], []])[place].append(decisions.score[key].flatten().float().cpu())
     odd = [key for key, (one, other) in seen.items() if len(one) != len(other)]
     if odd:

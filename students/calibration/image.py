@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from students.calibration.price import Choice, Curve, Start, gated_choice, log_likelihood, start_at
-from students.families.image import ImageStudent
-from students.routers import Router
+from students.families.image import ImageStudent, Placed
 
 DRAWS = 4
 """Outcomes y that are drawn for each image."""
@@ -33,11 +32,11 @@ def calibrate_images(
     seen = _observe(student, batches, generator)
     ones = torch.ones(1, student.tokens, dtype=torch.bool)
     dense = float(student.compute.dense(ones, "prefill").sum()) / student.tokens
-    layers, rest = {}, {}
-    for key, router in student.routers():
-        if key in seen:
-            (layers if key.endswith(".layer") else rest)[key] = router
-    choices = [_choice(student, key, router, *seen[key], dense) for key, router in rest.items()]
+    layers, rest = [], []
+    for placed in student.routers():
+        if placed.key in seen:
+            (rest if placed.branch else layers).append(placed)
+    choices = [_choice(student, placed, *seen[placed.key], dense) for placed in rest]
     choices += _layer_choices(student, layers, seen, dense)
     compute = student.compute.uniform(1.0, student.tokens, "prefill")
     return start_at(choices, Curve(choices), [compute] * len(targets), targets)
@@ -76,7 +75,7 @@ def _observe(
                 seen.setdefault(key, []).append((x.flatten(0, 1)[picked].float(), cost.flatten(0, 1)[picked]))
     finally:
         run.probed, run.execution = None, before
-        run.passed.clear()
+        run.drop()
     return {key: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for key, parts in seen.items()}
 
 
@@ -90,17 +89,17 @@ def _log_likelihood(features: object, generator: torch.Generator) -> Tensor:
 
 
 def _layer_choices(
-    student: ImageStudent, routers: dict[str, Router], seen: dict[str, tuple[Tensor, Tensor]], dense: float
+    student: ImageStudent, routers: list[Placed], seen: dict[str, tuple[Tensor, Tensor]], dense: float
 ) -> list[Choice]:
     """Whole blocks. Where tokens stay away, a token is gone from the first block on that can spare it."""
     choices, lowest = [], None
-    numbers = [int(key.partition(".")[0]) for key in routers]
     blocks = range(len(student.blocks))
-    ends = [*numbers, len(student.blocks)][1:]
-    for (key, router), number, following in zip(routers.items(), numbers, ends, strict=True):
+    ends = [*(placed.block for placed in routers), len(student.blocks)][1:]
+    for placed, following in zip(routers, ends, strict=True):
+        number = placed.block
         own = sum(_block_macs(student, n) for n in (range(number, following) if student.stays else [number])) / dense
         tail = sum(_block_macs(student, n) for n in blocks[number:]) / dense if student.stays else own
-        choice = gated_choice(router, *seen[key], tail)
+        choice = gated_choice(placed.router, *seen[placed.key], tail)
         ratio = choice.cost / tail
         lowest = ratio if lowest is None or not student.stays else torch.minimum(lowest, ratio)
         choices.append(Choice(lowest * own, own, choice.apply))
@@ -113,9 +112,9 @@ def _block_macs(student: ImageStudent, number: int) -> float:
     return block.q + block.kv + block.o + block.mlp_in + block.mlp_out + block.per_key * student.tokens
 
 
-def _choice(student: ImageStudent, key: str, router: Router, x: Tensor, cost: Tensor, dense: float) -> Choice:
+def _choice(student: ImageStudent, placed: Placed, x: Tensor, cost: Tensor, dense: float) -> Choice:
     """A router of a branch, or of its heads or groups."""
-    block = student.compute.blocks[int(key.partition(".")[0])]
+    block = student.compute.blocks[placed.block]
     attention = block.q + block.kv + block.o + block.per_key * student.tokens
-    whole = attention if ".attn." in key else block.mlp_in + block.mlp_out
-    return gated_choice(router, x, cost, whole / router.gates / dense)
+    whole = attention if placed.branch == "attn" else block.mlp_in + block.mlp_out
+    return gated_choice(placed.router, x, cost, whole / placed.router.gates / dense)

@@ -218,15 +218,15 @@ def _block_choices(
             x = _features(torch.cat(place.inputs).float(), record)
             choices.append(gated_choice(router, x, cost, total / router.gates / dense))
 
-    for branch, kind, key, total in (
-        (attn, "token", f"{number}.attn", attention),
-        (mlp, "token", f"{number}.mlp", shape.mlp_in + shape.mlp_out),
-        (attn, "layer", f"{number}.layer", attention + shape.mlp_in + shape.mlp_out),
+    for branch, kind, name, total in (
+        (attn, "token", "attn", attention),
+        (mlp, "token", "mlp", shape.mlp_in + shape.mlp_out),
+        (attn, "layer", "layer", attention + shape.mlp_in + shape.mlp_out),
     ):
-        gated_spec = spec.find(kind, number, key.split(".")[1] if kind == "token" else "")
+        gated_spec = spec.find(kind, number, name if kind == "token" else "")
         if gated_spec is None:
             continue
-        place = seen[key]
+        place = seen[f"{number}.{name}"]
         # the block's input is the residual stream, but its router and substitute read what attention reads
         reads = place if kind == "token" else seen[f"{number}.attn"]
         x, y = torch.cat(reads.inputs).float(), torch.cat(place.outputs).float()
@@ -239,7 +239,7 @@ def _block_choices(
                 fit_substitute(substitute, _moments(x, y))
             total -= substitute.macs()
             missing = y - substitute(x)
-        total += shape.kv if gated_spec.kv == "drop" and key.split(".")[1] != "mlp" else 0
+        total += shape.kv if gated_spec.kv == "drop" and name != "mlp" else 0
         cost = (missing.pow(2) @ (place.fisher / place.tokens) / 2).unsqueeze(-1)
         choices.append(gated_choice(branch.routers[kind], _features(x, record), cost, total / dense))
     return choices

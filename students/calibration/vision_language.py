@@ -47,7 +47,7 @@ def calibrate_door(
             seen.append((x[image].float(), cost[image].unsqueeze(-1)))
     finally:
         run.probed = None
-        run.passed.clear()
+        run.drop()
     x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
     compute = student.uniform(1.0, tokens, "prefill")
     choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
+from students.execution.tokens import scatter_rows
 
 BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
@@ -85,7 +86,7 @@ def routed_attention(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     if routed is None:
         runtime = module.runtime
-        free = base == "sdpa" and (runtime is None or (runtime.skipping and not runtime.bypass))
+        free = base == "sdpa" and (runtime is None or (runtime.call.skipping and not runtime.bypass))
         shares = query.shape[2] == 1 and key.shape[1] < query.shape[1] and attention_mask is None
         if free and shares and not torch.compiler.is_compiling():
             return _from_one_token(attend, module, query, key, value, **kwargs), None
@@ -160,12 +161,6 @@ def _selected(
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
             parts.append(run(query[b : b + 1].index_select(2, places), k, v, visible)[0])
     return scatter_rows(torch.cat(parts), plan.queries, batch * tokens).view(shape)
-
-
-def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere; on CPUs faster than copying into zeros."""
-    place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
-    return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)
 
 
 def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from students.execution.branch import RoutedBranch
-from students.execution.handover import Exits, Gathered
+from students.execution.handover import BlockHandover, Exits, Gathered
 from students.execution.tokens import take
 
 
@@ -16,14 +16,15 @@ class BlockGather:
     """Hooks that let a language model's block run on the tokens that its layer router lets through, and on no others.
 
     For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
-    shrink with the rest. attn: the branch that has the router; norm: the one in front of it.
+    shrink with the rest. attn: the branch that has the router; norm: the one in front of it. handover: the block's.
     """
 
-    def __init__(self, block: nn.Module, attn: RoutedBranch, norm: nn.Module | None) -> None:
+    def __init__(self, block: nn.Module, attn: RoutedBranch, norm: nn.Module | None, handover: BlockHandover) -> None:
         self._attn = attn
         self._norm = norm
+        self._handover = handover
         block.register_forward_pre_hook(self._gather, with_kwargs=True)
-        block.register_forward_hook(self._scatter)
+        block.register_forward_hook(self._scatter, always_call=True)
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, run = self._attn, self._attn.runtime
@@ -33,15 +34,15 @@ class BlockGather:
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
         gate, closed = run.decide(f"{attn.block}.layer", router, features)
-        open_ = Exits(x, [(gate, closed, None)], valid=run.valid).open()
+        open_ = Exits(x, [(gate, closed, None)], valid=run.call.valid).open()
         rows = open_.flatten().nonzero().squeeze(1)  # waits for the device
         exits = Exits(x, [(take(gate, x, rows), closed, None)], [router.spec])
-        run.passed[f"{attn.block}.gathered"] = Gathered(x, rows, open_.sum(1).tolist(), exits)
+        self._handover.gathered = Gathered(x, rows, open_.sum(1).tolist(), exits)
         return (take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        gathered = self._attn.runtime.passed.pop(f"{self._attn.block}.gathered", None)
-        if gathered is None:
+        gathered, self._handover.gathered = self._handover.gathered, None
+        if gathered is None or out is None:  # out is None where the block failed
             return None
         some = out[0] if isinstance(out, tuple) else out
         full = gathered.x.flatten(0, 1).index_copy(0, gathered.rows, some.squeeze(0)).view_as(gathered.x)

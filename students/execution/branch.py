@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.execution.attention import Packing, Plan
-from students.execution.handover import Exits, Gathered, Narrow
+from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
 from students.execution.tokens import flat_index, for_tokens, gather_open, take
 from students.execution.wrapper import Wrapper
@@ -20,10 +20,10 @@ from students.routers import Router, selection
 class RoutedBranch(Wrapper):
     """An attention or MLP branch whose routers read its input.
 
-    block: the block's number. branch: "attn" or "mlp". prenorm: whether the input is normalised already.
-    late_exit: gates are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether
-    closed heads or groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword
-    under which attention takes one.
+    block: the block's number. handover: the block's. prenorm: whether the input is normalised already. late_exit: gates
+    are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether closed heads or
+    groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword under which
+    attention takes one.
     """
 
     def __init__(
@@ -31,7 +31,8 @@ class RoutedBranch(Wrapper):
         base_layer: nn.Module,
         runtime: Runtime,
         block: int,
-        branch: str,
+        branch: Literal["attn", "mlp"],
+        handover: BlockHandover,
         *,
         prenorm: bool,
         late_exit: bool,
@@ -43,6 +44,8 @@ class RoutedBranch(Wrapper):
         self.mask = mask
         self.block = block
         self.branch = branch
+        self.of_block = handover
+        self.handover: BranchHandover = handover.attn if branch == "attn" else handover.mlp
         self.prenorm = prenorm
         self.late_exit = late_exit
         self.narrows = narrows
@@ -59,16 +62,15 @@ class RoutedBranch(Wrapper):
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if args and not run.causal:  # vision towers of transformers hand the mask on by its place
             kwargs[self.mask], args = args[0], args[1:]
-        gathered = run.passed.get(f"{self.block}.gathered")
-        if gathered is not None:
-            return self._run_gathered(gathered, x, args, kwargs)
+        if self.of_block.gathered is not None:
+            return self._run_gathered(self.of_block.gathered, x, args, kwargs)
         features = x if self.prenorm else F.rms_norm(x, x.shape[-1:])
         exits = self._decide(x, features)
         skip = run.skips(exits.specs)
         try:
             plan = self._pass_parts(features, skip)
             if skip and exits.gates:
-                exits.valid = run.valid
+                exits.valid = run.call.valid
                 if self.branch == "mlp":
                     return self._compute_some(exits, args, kwargs)
                 if run.causal:
@@ -80,8 +82,7 @@ class RoutedBranch(Wrapper):
                 kwargs = self._without_closed_keys(exits, kwargs)
             return self._leave(self.base_layer(x, *args, **kwargs), exits)
         finally:
-            for what in ("narrow", "rows", "queries"):
-                run.passed.pop(f"{self.block}.{self.branch}.{what}", None)
+            self.handover.release()
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Token and layer gates. A layer gate is decided in front of attention and handed on to the MLP."""
@@ -92,10 +93,10 @@ class RoutedBranch(Wrapper):
                 router = self.routers[kind]
                 decided = self.runtime.decide(key, router, features)
                 if kind == "layer":
-                    self.runtime.passed[key] = decided
+                    self.of_block.layer = decided
             elif kind == "layer" and self.block_router:
                 router = self.block_router[0]
-                decided = self.runtime.passed.pop(key)
+                decided, self.of_block.layer = self.of_block.layer, None
             else:
                 continue
             exits.gates.append((*decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
@@ -111,10 +112,10 @@ class RoutedBranch(Wrapper):
         gate, _ = run.decide(key, router, features)
         alike = gate.numel() == gate.shape[-1]
         if not (skip and alike and self.narrows and run.skips([router.spec])):
-            run.passed[key] = gate.index_select(-1, router.members)
+            self.handover.gate = gate.index_select(-1, router.members)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())
-        run.passed[f"{self.block}.{self.branch}.narrow"] = narrow
+        self.handover.narrow = narrow
         return Plan(heads=heads)
 
     def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
@@ -124,8 +125,8 @@ class RoutedBranch(Wrapper):
             state = router.score._version, router.members._version, run.offset, run.capacity
             if self._standing[0] == state:
                 return self._standing[1]
-        elif run.memory is not None and f"{key}.narrow" in run.memory:
-            return run.memory[f"{key}.narrow"]
+        elif run.call.memory is not None and key in run.call.memory.narrow:
+            return run.call.memory.narrow[key]
         open_ = gate != 0
         channels = open_[router.members].nonzero().squeeze(1)
         weight = gate[router.members[channels]] if router.spec.weight == "score" else None
@@ -133,8 +134,8 @@ class RoutedBranch(Wrapper):
         result = Narrow(channels, len(router.members), weight, keep), open_.nonzero().squeeze(1)
         if static:
             self._standing = state, result
-        elif keep and run.memory is not None:
-            run.memory[f"{key}.narrow"] = result
+        elif keep and run.call.memory is not None:
+            run.call.memory.narrow[key] = result
         return result
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -143,13 +144,13 @@ class RoutedBranch(Wrapper):
         if len(rows) == self.runtime.counted(exits.x):
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows
-        gate = self.runtime.passed.pop(f"{self.block}.mlp.expert", None)
+        handover, gate = self.handover, self.handover.gate
         packed = take(exits.x, exits.x, rows)
         if len(rows) == 0:
             return self._leave(packed, exits)
-        self.runtime.passed[f"{self.block}.mlp.rows"] = rows, rows, exits.x.shape[:2]
+        handover.rows = Rows(rows, rows, exits.x.shape[:2])
         if gate is not None:
-            self.runtime.passed[f"{self.block}.mlp.expert"] = take(gate, exits.x, rows)
+            handover.gate = take(gate, exits.x, rows)
         return self._leave(self.base_layer(packed, *args, **kwargs), exits)
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -167,8 +168,7 @@ class RoutedBranch(Wrapper):
         exits.rows = rows
         plan = plan or Plan()
         kwargs["routed"] = plan
-        heads = f"{self.block}.attn.head"
-        gate = run.passed.pop(heads, None)
+        handover = self.handover
         if drops:
             kept = exits.open(drops)
             seen = rows if len(drops) == len(exits.gates) else kept.flatten().nonzero().squeeze(1)
@@ -179,28 +179,28 @@ class RoutedBranch(Wrapper):
                 plan.queries = torch.searchsorted(seen, rows)
         else:
             plan.queries = rows
-        if gate is not None:
-            run.passed[heads] = take(gate, x, rows)
+        if handover.gate is not None:
+            handover.gate = take(handover.gate, x, rows)
         if drops:
             x = take(x, x, seen)
-        run.passed[f"{self.block}.attn.rows"] = seen if drops else None, rows, exits.x.shape[:2]
+        handover.rows = Rows(seen if drops else None, rows, exits.x.shape[:2])
         if plan.queries is not None:
             plan.counts = tuple(open_.sum(1).tolist()) if tokens > 1 or drops else ()
-            run.passed[f"{self.block}.attn.queries"] = plan.queries
+            handover.queries = plan.queries
         return self._leave(self.base_layer(x, *args, **kwargs), exits)
 
     def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
-        attends, place = self.branch == "attn", f"{self.block}.{self.branch}.rows"
+        attends = self.branch == "attn"
         if attends:
             kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.rows, gathered.counts, kwargs))
         if len(gathered.rows) == 0:
             return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
-        self.runtime.passed[place] = gathered.rows, gathered.rows, gathered.x.shape[:2]
+        self.handover.rows = Rows(gathered.rows, gathered.rows, gathered.x.shape[:2])
         try:
             return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
         finally:
-            del self.runtime.passed[place]
+            self.handover.release()
 
     def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention among the tokens of an image that need it."""
@@ -212,11 +212,11 @@ class RoutedBranch(Wrapper):
             return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
         flat = flat_index(index, x.shape[1])
         exits.rows = flat if valid is None else flat[valid.flatten()]
-        heads = f"{self.block}.attn.head"
-        if heads in run.passed:
-            gate = run.passed[heads].expand(*x.shape[:2], -1)
-            run.passed[heads] = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
-        run.passed[f"{self.block}.attn.rows"] = flat, flat, x.shape[:2]
+        handover = self.handover
+        if handover.gate is not None:
+            gate = handover.gate.expand(*x.shape[:2], -1)
+            handover.gate = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
+        handover.rows = Rows(flat, flat, x.shape[:2])
         if plan is not None:
             kwargs["routed"] = plan
         kwargs = for_tokens(kwargs, index, run.prefix)
@@ -245,7 +245,7 @@ class RoutedBranch(Wrapper):
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
         if self.late_exit:
-            self.runtime.passed[f"{self.block}.{self.branch}.exit"] = exits, all_open
+            self.handover.exit = Exit(exits, all_open)
             return out
         apply = exits.pass_all if all_open else exits.apply
         return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
@@ -261,13 +261,13 @@ class RoutedBranch(Wrapper):
 class RoutedExit(Wrapper):
     """The last module of a branch (a post-norm): what the branch decided is applied to its output."""
 
-    def __init__(self, base_layer: nn.Module, runtime: Runtime, block: int, branch: str) -> None:
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, handover: BranchHandover) -> None:
         super().__init__(base_layer, runtime)
-        self.key = f"{block}.{branch}.exit"
+        self.handover = handover
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
         if self.runtime.bypass:
             return out
-        exits, all_open = self.runtime.passed.pop(self.key)
-        return exits.pass_all(out) if all_open else exits.apply(out)
+        leaving, self.handover.exit = self.handover.exit, None
+        return leaving.exits.pass_all(out) if leaving.all_open else leaving.exits.apply(out)

@@ -1,4 +1,4 @@
-"""What the wrappers of one block hand on to each other during a forward pass."""
+"""What the wrappers of one block hand on to each other during a forward pass; empty outside of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from students.execution.attention import scatter_rows
+from students.execution.tokens import scatter_rows
 from students.routers import Substitute
 from students.spec import RouterSpec
 
@@ -111,3 +111,84 @@ class Narrow:
     """[n]: what they are multiplied by; None: 1."""
     keep: bool
     """The choice stands for more calls (sequence-level, static): weights may be sliced and kept."""
+
+
+@dataclass
+class Rows:
+    """Which tokens of a batch the linear layers of a branch run on, where not all, as flat indices."""
+
+    keys: Tensor | None
+    """Those that have keys, which is what the branch is called with; None: all."""
+    queries: Tensor
+    """Those whose output is wanted."""
+    shape: torch.Size
+    """[B, T]: of the batch."""
+
+
+@dataclass
+class SiteHandover:
+    """Between linear layers that read one input through one selection of channels."""
+
+    masked: Tensor | None = None
+    """The input without closed channels, which the first of them chose for all."""
+    left: int = 0
+    """How many of them have yet to take it."""
+    outputs: list[Tensor | None] = field(default_factory=list)
+    """Of all of them, where one computed them all; None where taken."""
+
+    def clear(self) -> None:
+        """Leave nothing."""
+        self.masked, self.left, self.outputs = None, 0, []
+
+
+@dataclass
+class BranchHandover:
+    """From a branch to its linear layers, and to the module that its output leaves by."""
+
+    gate: Tensor | None = None
+    """[..., C]: gates of heads or expert groups, for each channel in front of the last linear layer, which takes it."""
+    narrow: Narrow | None = None
+    """Which of those channels are open instead, where the linear layers leave the others out."""
+    rows: Rows | None = None
+    """Which tokens there are; None: all of the batch."""
+    queries: Tensor | None = None
+    """Of those, the ones that attend; None: all."""
+    exit: Exit | None = None
+    """What a RoutedExit does to the output."""
+
+    def clear(self) -> None:
+        """Leave nothing."""
+        self.release()
+        self.exit = None
+
+    def release(self) -> None:
+        """Leave nothing for linear layers, which have run."""
+        self.gate = self.narrow = self.rows = self.queries = None
+
+
+@dataclass
+class Exit:
+    """What token and layer gates do to a branch's output further on."""
+
+    exits: Exits
+    all_open: bool
+
+
+@dataclass
+class BlockHandover:
+    """Between the branches of a block."""
+
+    attn: BranchHandover = field(default_factory=BranchHandover)
+    mlp: BranchHandover = field(default_factory=BranchHandover)
+    sites: list[SiteHandover] = field(default_factory=list)
+    """Of the block's linear layers."""
+    layer: tuple[Tensor, Tensor] | None = None
+    """Gates of a language model's layer router, and which are closed, from attention, which decides, to the MLP."""
+    gathered: Gathered | None = None
+    """The tokens that the block runs on, where it was called with more."""
+
+    def clear(self) -> None:
+        """Leave nothing."""
+        self.layer = self.gathered = None
+        for part in (self.attn, self.mlp, *self.sites):
+            part.clear()

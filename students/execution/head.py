@@ -13,14 +13,16 @@ from students.execution.wrapper import Wrapper
 from students.kernels import ops
 from students.kernels.packing import PackedProduct
 from students.routers import VocabRouter, selection
+from students.spec import RouterSpec
 
 
 class RoutedHead(Wrapper):
     """The LM head, exact for the rows a token needs and previewed for the rest."""
 
-    def __init__(self, base_layer: nn.Module, runtime: Runtime, router: VocabRouter) -> None:
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, router: VocabRouter, spec: RouterSpec) -> None:
         super().__init__(base_layer, runtime)
         self.routers = nn.ModuleDict({"vocab": router})
+        self.spec = spec
         self._preview: tuple[Any, Tensor | None] = (None, None)
         self._product = PackedProduct(like=base_layer)
 
@@ -42,7 +44,7 @@ class RoutedHead(Wrapper):
         run = self.runtime
         if run.bypass:
             return self.base_layer(hidden)
-        if run.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
+        if run.call.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
             turn = run.turn(hidden)
             if isinstance(turn, Tensor):
                 turn = turn.expand(*hidden.shape[:-1], 1).flatten(0, -2)
@@ -50,7 +52,7 @@ class RoutedHead(Wrapper):
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
         else:
             logits, share = self.routed_logits(hidden, *self.tensors())
-        run.note("vocab", share)
+        run.note("vocab", self.spec, share)
         return logits
 
     def _some_rows(self, hidden: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:

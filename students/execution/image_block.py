@@ -53,9 +53,10 @@ class RoutedBlock(Wrapper):
             return self.base_layer(x, *args, **kwargs)
         if args:  # vision towers of transformers hand their mask, which is None, on by its place
             kwargs[self.mask], args = args[0], args[1:]
-        if not self.stays or "flow" not in run.passed:
-            run.passed["flow"] = Flow(x.shape[1])
-        flow = run.passed["flow"]
+        flow = run.call.flow
+        if flow is None:
+            flow = Flow(x.shape[1])
+            run.call.flow = flow if self.stays and not self.last else None
         router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
         if run.execution == "skip" and not torch.is_grad_enabled():
             x = self._skip(x, args, kwargs, flow, router)
@@ -63,8 +64,8 @@ class RoutedBlock(Wrapper):
                 x = flow.back(x)
         else:
             x = self._mask(x, args, kwargs, flow, router)
-        if self.last or not self.stays:
-            del run.passed["flow"]
+        if self.last:
+            run.call.flow = None
         return x
 
     def _scores(
@@ -124,7 +125,7 @@ class RoutedBlock(Wrapper):
         if weight is not None:
             out = some + weight * (out - some)
         if run.decisions is not None and (router is not None or self.stays):
-            self._note(x, flow, places, valid)
+            self._note(x, flow, places, valid, router)
         if index is None or self.stays:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
@@ -275,11 +276,11 @@ class RoutedBlock(Wrapper):
             flow.places = index if flow.places is None else flow.places.gather(1, index)
         return flow.places
 
-    def _note(self, x: Tensor, flow: Flow, places: Tensor | None, valid: Tensor | None) -> None:
+    def _note(self, x: Tensor, flow: Flow, places: Tensor | None, valid: Tensor | None, router: Router | None) -> None:
         share = torch.ones(len(x), flow.tokens, device=x.device)
         if places is not None:
             share = torch.zeros_like(share).scatter(1, places, 1.0 if valid is None else valid.float())
-        self.runtime.note(f"{self.number}.layer", share)
+        self.runtime.note(f"{self.number}.layer", None if router is None else router.spec, share)
 
     def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
@@ -309,7 +310,9 @@ class RoutedBlock(Wrapper):
                 flow.stand_in = moved if flow.stand_in is None or moved is None else moved.gather(1, flow.stand_in)
         if "layer" in self.routers or self.stays:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
-            run.note(f"{self.number}.layer", share, None if router is None else score[:, self.prefix :].unsqueeze(-1))
+            noted = None if router is None else score[:, self.prefix :].unsqueeze(-1)
+            spec = self.routers["layer"].spec if "layer" in self.routers else None
+            run.note(f"{self.number}.layer", spec, share, noted)
         if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
             weighs = router is not None and router.spec.weight == "score"
             out = self._run(x, args, kwargs)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from students.execution.call import Memory
 
 
 class DroppedLayer(CacheLayerMixin):
@@ -137,6 +139,15 @@ class RoutedCache(DynamicCache):
         super().__init__(config=config)
         for number, window in windows.items():
             self.layers[number] = DroppedLayer(window)
+
+
+def memory_of(cache: Cache | None) -> Memory | None:
+    """What a student remembers with this cache, wherever it came from: an attribute, which is copied with the cache."""
+    if cache is None:
+        return None
+    if not hasattr(cache, "elastic"):
+        cache.elastic = Memory()
+    return cache.elastic
 
 
 def cache_bytes(cache: Any) -> int:

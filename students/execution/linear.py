@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from students.architectures import weight_of
-from students.execution.attention import scatter_rows
-from students.execution.handover import Narrow
+from students.execution.handover import BlockHandover, BranchHandover, Narrow, SiteHandover
 from students.execution.runtime import Runtime
+from students.execution.tokens import scatter_rows
 from students.execution.wrapper import Wrapper
 from students.kernels import fused, ops
 from students.kernels.packing import PackedProduct
@@ -32,30 +32,36 @@ class Site:
 
     Their weights are put together when the first token comes by: [inputs, outputs side by side], of which the layers'
     own become views, so that there is one copy.
+
+    name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. handover: the
+    block's.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ends: bool, handover: BlockHandover) -> None:
         self.name = name
+        self.ends = ends
         self.layers: list[RoutedLinear] = []
-        self.waiting: list[Tensor | None] = []
+        self.handover = SiteHandover()
+        handover.sites.append(self.handover)
         self._whole: Tensor | None = None
         self._made_for = -1
 
     def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
-        if not self.waiting or self.waiting[layer.place] is None:
-            self.waiting = self.outputs(x)
-        out, self.waiting[layer.place] = self.waiting[layer.place], None
+        waiting = self.handover.outputs
+        if not waiting or waiting[layer.place] is None:
+            waiting = self.handover.outputs = self.outputs(x)
+        out, waiting[layer.place] = waiting[layer.place], None
         return out
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers for x [..., I]."""
         self._prepare(x.dtype)
-        run = self.layers[0].runtime
-        if run.alone:  # read only what the token selects
+        call = self.layers[0].runtime.call
+        if call.alone:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
-        elif run.rows is None and run.tokens <= FEW_ROWS and ops.reads_few(self._whole, self._ends):
+        elif call.rows is None and call.tokens <= FEW_ROWS and ops.reads_few(self._whole, self._ends):
             self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
             flat = x.flatten(0, -2)
             out, _ = ops.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
@@ -67,10 +73,10 @@ class Site:
     def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
         first, run = self.layers[0], self.layers[0].runtime
-        if run.rows is None and run.decisions is None:
+        if run.call.rows is None and run.decisions is None:
             masked = self._mask(x)
         else:
-            limit = self._limit if run.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
+            limit = self._limit if run.call.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
             masked, share = fused.channel_gate(x, limit)
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
@@ -144,7 +150,7 @@ class Site:
         if lora:
             self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
             self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
-        if "channel" in first.routers and run.rows is None:
+        if "channel" in first.routers and run.call.rows is None:
             self._limit = first.routers["channel"].limit(run.offset, dtype)
             self._mask = fused.masker(self._limit, dtype)
             self._reader = ops.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
@@ -154,7 +160,7 @@ class RoutedLinear(Wrapper):
     """A linear layer of which only a part is computed, with an optional low-rank correction.
 
     site: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
-    the name ("3.attn") under which the branch hands over what is open. part: which of a branch's heads or groups this
+    where its branch hands over what is open. part: which of a branch's heads or groups this
     layer touches: the "inputs" it reads (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its
     output is wanted only for tokens that attend (q, o).
     """
@@ -164,16 +170,14 @@ class RoutedLinear(Wrapper):
         base_layer: nn.Module,
         runtime: Runtime,
         site: Site,
-        branch: str,
+        branch: BranchHandover,
         *,
-        gated_by: str | None,
         part: Literal["inputs", "outputs", ""],
         per_query: bool,
     ) -> None:
         super().__init__(base_layer, runtime)
         self.site = site
         self.branch = branch
-        self.gated_by = gated_by
         self.part = part
         self.per_query = per_query
         self.outputs, self.inputs = weight_of(base_layer).shape
@@ -196,70 +200,72 @@ class RoutedLinear(Wrapper):
         run = self.runtime
         if run.bypass:
             return self.base_layer(x)
-        if run.skipping and self.selects:
+        if run.call.skipping and self.selects:
             return self.site.take(self, x)
-        queries = run.passed.get(f"{self.branch}.queries")
+        queries = self.branch.queries
         if queries is None or not self.per_query:
             return self._compute(x, together=queries is None)
         out = self._compute(x.flatten(0, 1).index_select(0, queries).unsqueeze(0), together=False)
-        if self.site.name.endswith("out"):
+        if self.site.ends:
             return out  # the branch ends here and goes on with these tokens
         return scatter_rows(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
-        narrow = self.runtime.passed.get(f"{self.branch}.narrow") if self.part else None
+        narrow = self.branch.narrow if self.part else None
         if narrow is not None:
             return self._read_open(x, narrow) if self.part == "inputs" else self._write_open(x, narrow)
         if self.part == "inputs":
-            x = x * self.runtime.passed.pop(self.gated_by)
+            gate, self.branch.gate = self.branch.gate, None
+            x = x * gate
         if "channel" not in self.routers:
             return self._correct(self.base_layer(x), x)
         router = self.routers["channel"]
         if self._alone(x):
             return self.site.take(self, x) if together else self.site.one(self, x)
-        if self.runtime.skipping and router.spec.network == "static" and self.runtime.rows is None:
+        call = self.runtime.call
+        if call.skipping and router.spec.network == "static" and call.rows is None:
             return self._read_static(router, x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
     def _owner(self) -> Tensor | None:
         """The row of the batch that each of this call's tokens belongs to, where they are packed."""
-        passed = self.runtime.passed
-        if f"{self.branch}.rows" not in passed:
+        rows = self.branch.rows
+        if rows is None:
             return None
-        everyone, some, (_, tokens) = passed[f"{self.branch}.rows"]
-        few = self.site.name.endswith("out") or (self.per_query and f"{self.branch}.queries" in passed)
-        index = some if few else everyone
-        return None if index is None else index // tokens
+        few = self.site.ends or (self.per_query and self.branch.queries is not None)
+        index = rows.queries if few else rows.keys
+        return None if index is None else index // rows.shape[1]
 
     def turn(self, x: Tensor) -> float | Tensor:
         """The dial for x [..., I] (see Runtime.turn)."""
-        return self.runtime.turn(x, None if self.runtime.rows is None else self._owner())
+        return self.runtime.turn(x, None if self.runtime.call.rows is None else self._owner())
 
     def corrected(self, x: Tensor) -> Tensor | None:
         """Which tokens of x [..., I] are corrected (see Runtime.corrected)."""
-        return None if self.runtime.rows is None else self.runtime.corrected(x, self._owner())
+        return None if self.runtime.call.rows is None else self.runtime.corrected(x, self._owner())
 
     def _alone(self, x: Tensor) -> bool:
         """Whether this is one token, decoded on its own: then reading less is faster."""
-        return self.runtime.alone and x.shape[:-1].numel() == 1
+        return self.runtime.call.alone and x.shape[:-1].numel() == 1
 
     def note(self, share: Tensor) -> None:
         """Record the share of channels that was read; 0 for tokens that are not here."""
-        run, place = self.runtime, self.runtime.passed.get(f"{self.branch}.rows")
-        asked = self.per_query and f"{self.branch}.queries" in run.passed
-        if run.decisions is None or (asked and self.site.name.endswith("in")):  # keys and values read for more tokens
+        run, rows, ends = self.runtime, self.branch.rows, self.site.ends
+        asked = self.per_query and self.branch.queries is not None
+        if run.decisions is None or (asked and not ends):  # keys and values read for more tokens
             return
-        rows = None if place is None else place[1] if self.site.name.endswith("out") else place[0]
-        if rows is not None:
-            full = share.new_zeros(place[2].numel())
-            share = full.index_copy_(0, rows, share.flatten()).view(place[2])
-        run.note(f"{self.site.name}.channel", share)
+        here = None if rows is None else rows.queries if ends else rows.keys
+        if here is not None:
+            full = share.new_zeros(rows.shape.numel())
+            share = full.index_copy_(0, here, share.flatten()).view(rows.shape)
+        run.note(f"{self.site.name}.channel", self.routers["channel"].spec, share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:
         """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
         if self.lora is None:
             return out
-        if not self.runtime.skipping or self.runtime.rows is not None:
+        call = self.runtime.call
+        if not call.skipping or call.rows is not None:
             return out + self._only_corrected(self.lora(x), x)
         if self._lora_for != self.runtime.epoch:
             self._lora_for = self.runtime.epoch
@@ -275,13 +281,16 @@ class RoutedLinear(Wrapper):
 
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
         """x without the channels that stay closed; the first layer of a site chooses for all."""
-        run, name = self.runtime, self.site.name
-        masked, left = run.passed.pop(name, (None, len(self.site.layers))) if together else (None, 1)
-        if masked is None:
-            masked, share = read_channels(router, x, self.turn(x))
-            self.note(share)
-        if left > 1:
-            run.passed[name] = masked, left - 1
+        passed = self.site.handover
+        if together and passed.left:
+            masked, passed.left = passed.masked, passed.left - 1
+            if not passed.left:
+                passed.masked = None
+            return masked
+        masked, share = read_channels(router, x, self.turn(x))
+        self.note(share)
+        if together and len(self.site.layers) > 1:
+            passed.masked, passed.left = masked, len(self.site.layers) - 1
         return masked
 
     def _read_static(self, router: ChannelRouter, x: Tensor) -> Tensor:

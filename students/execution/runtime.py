@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from students.decisions import Decisions
+from students.execution.call import Call
+from students.execution.handover import BlockHandover
 from students.routers import Router, selection
 from students.spec import RouterSpec
 
 
 @dataclass
 class Runtime:
-    """Settings of a student, and the hand-over between the wrappers of one block during a forward pass.
+    """Settings of a student, the facts of its last call, and where its blocks hand on what they decide.
 
-    The settings stay as they are until somebody changes them, so that a recomputation during backward (gradient
-    checkpointing) sees the same ones. `passed` is empty outside of a block.
+    The settings stay as they are until somebody changes them, and the facts until the next call, so that a
+    recomputation during backward (gradient checkpointing) sees the same ones.
     """
 
     bypass: bool = False
@@ -32,8 +34,6 @@ class Runtime:
     offset: float | tuple[float, ...] = 0.0
     """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates.
     Several: one for each row of the batch (or each group of as many rows), infinity where the row is the teacher's."""
-    rows: Tensor | None = None
-    """[B]: this call's offsets, where each row has its own."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
     training: bool = False
@@ -42,22 +42,8 @@ class Runtime:
     """Whether a token sees only what is before it."""
     prefix: int = 0
     """Tokens in front of an image's patches; they are never closed."""
-    prompt: Tensor | None = None
-    """[B, T] bool: the tokens from which sequence-level decisions are taken; None: all."""
-    valid: Tensor | None = None
-    """[B, T] bool: the tokens that are not padding; None: all."""
-    tokens: int = 0
-    """How many tokens the call is for."""
-    padded: int = 0
-    """How many tokens are padding."""
-    skipping: bool = False
-    """Whether this call skips and needs no gradients."""
-    alone: bool = False
-    """Whether it is also for one token only: then reading less is faster."""
     epoch: int = 0
     """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
-    memory: dict[str, Any] | None = None
-    """Scores of sequence-level routers, kept with the cache: while decoding, the prompt's decisions stand."""
     restores: bool = True
     """Image models: whether tokens that stayed away are put back in their places behind the last block."""
     recompute: bool = False
@@ -67,8 +53,10 @@ class Runtime:
     of their own."""
     decisions: Decisions | None = None
     """Where this forward pass records what it decides, if anybody asked."""
-    passed: dict[str, Any] = field(default_factory=dict)
-    """Gates on their way from the wrapper that decides to the wrapper that applies; taken out when applied."""
+    call: Call = field(default_factory=Call)
+    """The call that runs, or ran last."""
+    handovers: list[BlockHandover] = field(default_factory=list)
+    """Of all blocks; empty outside of a forward pass."""
 
     def skips(self, specs: Iterable[RouterSpec]) -> bool:
         """Whether what these routers close is left out: always without gradients; with them, where the gradient takes
@@ -84,37 +72,50 @@ class Runtime:
             return self.capacity
         return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.offset))
 
-    def begin(self, batch: int, device: torch.device) -> None:
-        """Give each of this call's rows its offset. ValueError where there are not as many."""
-        self.rows = None
+    def begin(self, batch: int, device: torch.device, tokens: int = 0) -> Call:
+        """A new call, for so many rows and tokens (0: it does not matter). ValueError as in `offsets`."""
+        self.drop()
+        skipping = self.execution == "skip" and not torch.is_grad_enabled()
+        self.call = Call(tokens, self.offsets(batch, device), skipping, alone=skipping and tokens == 1)
+        return self.call
+
+    def drop(self) -> None:
+        """Leave nothing that was on its way between wrappers: a pass that failed, or was recomputed in part."""
+        self.call.flow = None
+        for handover in self.handovers:
+            handover.clear()
+
+    def offsets(self, batch: int, device: torch.device) -> Tensor | None:
+        """[B]: the offset of each row, where they have their own. ValueError where there are not as many."""
         if not isinstance(self.offset, tuple):
-            return
+            return None
         if batch % len(self.offset):
             raise ValueError(
                 f"this batch has {batch} rows, and budgets were set for {len(self.offset)}: call set_compute with one "
                 "budget for all rows, or one for each"
             )
-        self.rows = torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
+        return torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
 
     def turn(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
         """The dial for x [B, ..., C]: one number, or one for each row [B, ..., 1].
 
         owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
         """
-        if self.rows is None:
+        rows = self.call.rows
+        if rows is None:
             return self.offset
         if owner is None:
-            return self.rows.view(-1, *[1] * (x.ndim - 1))
-        return self.rows[owner].view(*x.shape[:-1], 1)
+            return rows.view(-1, *[1] * (x.ndim - 1))
+        return rows[owner].view(*x.shape[:-1], 1)
 
     def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
         """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
         teacher's: shapes as in `turn`, in x's dtype; None: all are."""
-        return None if self.rows is None else (self.turn(x, owner) < math.inf).to(x.dtype)
+        return None if self.call.rows is None else (self.turn(x, owner) < math.inf).to(x.dtype)
 
     def counted(self, x: Tensor) -> int:
         """How many tokens of x [B, T, D] are not padding."""
-        return x.shape[:2].numel() - self.padded
+        return x.shape[:2].numel() - self.call.padded
 
     def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N], or [B, 1, N].
@@ -142,7 +143,7 @@ class Runtime:
             gate = self._patches(router, score)
         else:
             gate = selection.threshold(score + router.shift(self.turn(score)))
-        self.note(key, router.share(gate), score)
+        self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
             weight = selection.score_weight(score, over_gates=not per_token)
@@ -187,7 +188,8 @@ class Runtime:
             return None
         if spec.selection == "topk":
             return self._whole(spec, self.kept, patches)
-        offsets = [self.offset] if self.rows is None else self.rows.tolist()
+        rows = self.call.rows
+        offsets = [self.offset] if rows is None else rows.tolist()
         shares = [router.quota(offset) for offset in offsets]
         before = so_far or [(0.0, patches)] * len(shares)
         counts = [
@@ -199,7 +201,7 @@ class Runtime:
                 (owed + min(share * patches, left) - count, count)
                 for share, count, (owed, left) in zip(shares, counts, before, strict=True)
             ]
-        return counts[0] if self.rows is None else tuple(counts)
+        return counts[0] if rows is None else tuple(counts)
 
     def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
         """How many patches pass of images of which so many are `left`, where so many have a score of at least 0."""
@@ -229,16 +231,20 @@ class Runtime:
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
         """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""
-        if self.memory is not None and key in self.memory:
-            return self.memory[key]
-        score = router(x.mean(1, keepdim=True) if self.prompt is None else selection.prompt_mean(x, self.prompt))
-        if self.memory is not None:
-            self.memory[key] = score
+        memory, prompt = self.call.memory, self.call.prompt
+        if memory is not None and key in memory.scores:
+            return memory.scores[key]
+        score = router(x.mean(1, keepdim=True) if prompt is None else selection.prompt_mean(x, prompt))
+        if memory is not None:
+            memory.scores[key] = score
         return score
 
-    def note(self, key: str, share: Tensor, score: Tensor | None = None) -> None:
-        """Record a router's open share [B, T] and, where it has them, its scores [B, T, N]."""
+    def note(self, key: str, spec: RouterSpec | None, share: Tensor, score: Tensor | None = None) -> None:
+        """Record the open share [B, T] that a router of this specification decided, if one did, and its scores
+        [B, T, N] where it has them."""
         if self.decisions is not None:
             self.decisions.share[key] = share
+            if spec is not None:
+                self.decisions.spec[key] = spec
             if score is not None:
                 self.decisions.score[key] = score

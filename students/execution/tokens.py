@@ -13,6 +13,12 @@ def take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     return values.expand(*x.shape[:2], -1).flatten(0, 1).index_select(0, rows).unsqueeze(0)
 
 
+def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere; on CPUs faster than copying into zeros."""
+    place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
+    return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)
+
+
 def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where the open tokens of open_ [B, T] are: index [B, k], k the most that any row has (at least 1), the open ones
     first; and which of them are open [B, k], None where all are."""

@@ -31,6 +31,22 @@ class Features:
     """Tokens [B, T, D] after each block, if they were asked for."""
 
 
+@dataclass
+class Placed:
+    """A router and where it stands."""
+
+    router: Router
+    block: int
+    branch: str
+    """"attn", "mlp", or "" for the whole block's."""
+
+    @property
+    def key(self) -> str:
+        """Of its decisions."""
+        branch = f"{self.branch}." if self.branch else ""
+        return f"{self.block}.{branch}{self.router.spec.kind}"
+
+
 class ImageStudent(Student):
     """A frozen image model and its routers."""
 
@@ -40,6 +56,7 @@ class ImageStudent(Student):
         """Tokens of an image of the model's own size, those of the prefix included."""
         self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
+        trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
         """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
@@ -63,15 +80,14 @@ class ImageStudent(Student):
         layer = self.spec.find("layer")
         return layer is not None and layer.dropped != "return"
 
-    def routers(self) -> Iterator[tuple[str, Router]]:
-        """Routers that score tokens, heads or groups, by the keys of their decisions, block by block."""
+    def routers(self) -> Iterator[Placed]:
+        """Routers that score tokens, heads or groups, block by block."""
         for number, block in enumerate(self.blocks):
-            places = [(f"{number}.", block)]
-            places += [(f"{number}.{b}.", block.get_submodule(getattr(self.record, b))) for b in BRANCHES]
-            for prefix, module in places:
-                for kind, router in module.routers.items() if isinstance(module, Wrapper) else ():
+            places = [("", block), *((b, block.get_submodule(getattr(self.record, b))) for b in BRANCHES)]
+            for branch, module in places:
+                for router in module.routers.values() if isinstance(module, Wrapper) else ():
                     if isinstance(router, Router):
-                        yield prefix + kind, router
+                        yield Placed(router, number, branch)
 
     @torch.no_grad()
     def set_quotas(self, batches: Iterable[Tensor]) -> None:
@@ -82,21 +98,20 @@ class ImageStudent(Student):
         try:
             for pixels in batches:
                 _, decisions = self(pixels)
-                for key, router in self.routers():
-                    if router.levels is None:
+                for placed in self.routers():
+                    if placed.router.levels is None:
                         continue
-                    score = decisions.score[key].squeeze(-1)
-                    tail = score if key.endswith("layer") else score[:, run.prefix :]
-                    seen.setdefault(key, []).append(tail.flatten())
+                    score = decisions.score[placed.key].squeeze(-1)
+                    tail = score if placed.router.spec.kind == "layer" else score[:, run.prefix :]
+                    seen.setdefault(placed.key, []).append(tail.flatten())
         finally:
             run.training, run.execution, run.offset = before
-        for key, router in self.routers():
-            if router.levels is not None:
-                router.set_quota(torch.cat(seen[key]))
+        for placed in self.routers():
+            if placed.router.levels is not None:
+                placed.router.set_quota(torch.cat(seen[placed.key]))
 
     def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
-        self.runtime.passed.clear()
         if not self.runtime.bypass:
             pixels = args[0] if args else kwargs["pixel_values"]
             self._enter(0, len(pixels), pixels.device)

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
-from students.execution.kv_cache import RoutedCache
+from students.execution.kv_cache import RoutedCache, memory_of
 from students.libraries import cache_in, with_cache
 from students.student import Student
 
@@ -31,6 +31,7 @@ class LanguageStudent(Student):
             if r.kv == "drop" and r.on(n) and "attn" in r.touches
         }
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
+        trunk.register_forward_hook(self._leave, always_call=True)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -92,7 +93,6 @@ class LanguageStudent(Student):
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
         run = self.runtime
-        run.passed.clear()
         if run.bypass:
             return None
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -100,17 +100,18 @@ class LanguageStudent(Student):
             tokens = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
         self._enter(tokens.numel(), len(tokens), tokens.device)
+        call = run.call
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
             padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
             if padded:
-                run.valid, run.padded = valid, padded
-        run.prompt = self._prompt
-        if run.prompt is None:
-            run.prompt = torch.ones_like(tokens, dtype=torch.bool) if run.valid is None else run.valid
+                call.valid, call.padded = valid, padded
+        call.prompt = self._prompt
+        if call.prompt is None:
+            call.prompt = torch.ones_like(tokens, dtype=torch.bool) if call.valid is None else call.valid
         cache = self._cache_for(kwargs)
         kwargs = with_cache(trunk, kwargs, cache)
-        run.memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
+        call.memory = memory_of(cache)
         return args, kwargs
 
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
+from students.execution.kv_cache import memory_of
 from students.families.image import ImageStudent
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.libraries import cache_in, with_cache
 from students.routers import ImageRouter, selection
-from students.spec import RouterSpec
 
 LEAK = 1e-8
 """Weight of a closed image token while routers are trained: even one that all others attend to must not be heard."""
@@ -66,6 +66,7 @@ class VisionLanguageStudent(LanguageStudent):
         """What the frozen vision tower and projector cost, for one image token at the door; counted when first run."""
         self._prompted: Prompted | None = None
         self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
+        self.model.base_model.register_forward_hook(self._returned, always_call=True)
 
     @property
     def door(self) -> ImageRouter | None:
@@ -122,7 +123,7 @@ class VisionLanguageStudent(LanguageStudent):
         """What the door would decide of prompts with image tokens at image [B, T], as far as numbers go."""
         if self.runtime.bypass:
             return Decisions(bypassed=True)
-        self.runtime.begin(len(image), image.device)
+        self.runtime.call.rows = self.runtime.offsets(len(image), image.device)
         order = -torch.arange(image.shape[1], device=image.device).float()
         gate = self._choose(order.expand(image.shape), image)
         return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
@@ -146,12 +147,6 @@ class VisionLanguageStudent(LanguageStudent):
             macs = macs - outside * min(1.0, whole / max(outside, 1.0)) * (1 - part)
         return float(macs / (dense + outside))
 
-    def router_spec(self, key: str) -> RouterSpec:
-        """The specification of the router that records its decisions under this key."""
-        if key.startswith(VISION):
-            return self.vision.router_spec(key.removeprefix(VISION))
-        return self.door.spec if key == "image" else super().router_spec(key)
-
     @torch.no_grad()
     def set_quotas(self, scores: Iterable[Tensor]) -> None:
         """Let the door take, from now on, the share of image tokens that its threshold keeps of these scores."""
@@ -165,6 +160,7 @@ class VisionLanguageStudent(LanguageStudent):
             yield decisions
             if inside is not None:
                 decisions.share |= {VISION + key: share for key, share in inside.share.items()}
+                decisions.spec |= {VISION + key: spec for key, spec in inside.spec.items()}
                 decisions.score |= {VISION + key: score for key, score in inside.score.items()}
 
     def _deciding_images(self) -> Any:
@@ -206,10 +202,14 @@ class VisionLanguageStudent(LanguageStudent):
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         image = ids == self.model.config.image_token_id
         self._prompted = Prompted(image if shown else None, valid)
-        held = None if cache is None else cache.__dict__.get("elastic", {}).get("held")
+        held = None if cache is None else memory_of(cache).held
         if held is not None:  # the cache has fewer places than the caller knows of
             kwargs["attention_mask"] = torch.cat([held, valid], 1).to(torch.long)
         return args, kwargs
+
+    def _returned(self, base_model: nn.Module, args: Any, out: Any) -> None:
+        """Forget what the whole model was called with, where nobody came to ask."""
+        self._prompted = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the sequence at the door; then as of any language student."""
@@ -231,20 +231,19 @@ class VisionLanguageStudent(LanguageStudent):
             self._prompt = before
         mask = kwargs.get("attention_mask")
         if kept is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            self.runtime.valid = kept
-            self.runtime.padded = int(kept.numel() - kept.sum())
+            self.runtime.call.valid = kept
+            self.runtime.call.padded = int(kept.numel() - kept.sum())
         return out
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
         """Tokens behind a prompt that was shortened: their places in the cache, and their positions."""
-        cache = cache_in(kwargs)
-        memory = {} if cache is None else cache.__dict__.get("elastic", {})
-        if "held" not in memory:
+        memory = memory_of(cache_in(kwargs))
+        if memory is None or memory.held is None:
             return
         count = prompted.valid.shape[1]
-        kwargs["position_ids"] = memory["next"] + torch.arange(count, device=memory["next"].device)
-        _append(memory, prompted.valid)
-        memory["next"] = memory["next"] + count
+        kwargs["position_ids"] = memory.next + torch.arange(count, device=memory.next.device)
+        memory.append(prompted.valid)
+        memory.next = memory.next + count
 
     def _shorten(self, prompted: Prompted, kwargs: dict[str, Any]) -> Tensor | None:
         """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
@@ -262,7 +261,7 @@ class VisionLanguageStudent(LanguageStudent):
             kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
             return valid
         gate = torch.where(image, self._choose(score, image), valid.to(score.dtype))
-        run.note("image", gate, score.unsqueeze(-1))
+        run.note("image", door.spec, gate, score.unsqueeze(-1))
         if torch.is_grad_enabled():
             if run.decisions is not None:
                 run.decisions.valid = gate
@@ -273,16 +272,16 @@ class VisionLanguageStudent(LanguageStudent):
         if not (valid & ~kept).any():  # waits for the device: how long the sequence is now depends on the data
             return None
         positions = _positions(kwargs, x)
-        memory = None if cache is None else cache.__dict__.setdefault("elastic", {})
+        memory = memory_of(cache)
         if memory is not None:
             if not isinstance(cache, DynamicCache):
                 raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
-            memory["next"] = positions.masked_fill(~valid, 0).amax(-1, keepdim=True) + 1
+            memory.next = positions.masked_fill(~valid, 0).amax(-1, keepdim=True) + 1
         if run.execution == "mask":
             if run.decisions is not None:
                 run.decisions.valid = kept
             if memory is not None:
-                _append(memory, kept)
+                memory.append(kept)
             kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
             return kept
         longest = int(kept.sum(1).max())
@@ -292,7 +291,7 @@ class VisionLanguageStudent(LanguageStudent):
         if run.decisions is not None:
             run.decisions.index, run.decisions.valid = index, here
         if memory is not None:
-            _append(memory, here)
+            memory.append(here)
         kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         kwargs["attention_mask"] = _shorter_mask(kwargs.get("attention_mask"), index, here)
@@ -313,20 +312,15 @@ class VisionLanguageStudent(LanguageStudent):
             limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
             ranked = score.detach().masked_fill(~image, -torch.inf).flatten().sort().values
             share = ((ranked.numel() - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
-        elif run.rows is None:
+        elif run.call.rows is None:
             share = door.quota(run.offset)
         else:
-            share = torch.tensor([[door.quota(offset)] for offset in run.rows.tolist()], device=score.device)
+            share = torch.tensor([[door.quota(offset)] for offset in run.call.rows.tolist()], device=score.device)
         most = (share * have).round().clamp(min=1)
         if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
             limit = best.detach().gather(1, (most - 1).long())
         soft = (score - limit).sigmoid()
         return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
-
-
-def _append(memory: dict[str, Any], held: Tensor) -> None:
-    """Remember which places of the cache hold something to attend to."""
-    memory["held"] = held if "held" not in memory else torch.cat([memory["held"], held], 1)
 
 
 def _positions(kwargs: dict[str, Any], x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,19 @@ def scramble(student: Student, scale: float = 1.0) -> Student:
             else:
                 parameter.normal_(0, scale)
     return student
+
+
+def left_over(student: Student) -> list[tuple[str, Any]]:
+    """What wrappers of one block have handed on and nobody has taken out."""
+    blocks = student.runtime.handovers
+    parts = [part for block in blocks for part in (block, block.attn, block.mlp, *block.sites)]
+    found = [(f.name, getattr(part, f.name)) for part in parts for f in fields(part)]
+    found = [(name, value) for name, value in found if name not in ("attn", "mlp", "sites")]
+    return [
+        (name, v)
+        for name, v in found
+        if v is not None and v != 0 and not (isinstance(v, list) and not any(x is not None for x in v))
+    ]
 
 
 @pytest.fixture(params=sorted(EVERY_KIND))
@@ -108,7 +123,31 @@ def test_every_kind_routes(llama, tokens, spec):
     out, decisions = student(tokens)
     assert not torch.allclose(before, out.logits, atol=1e-3)
     assert 0 < student.compute.ratio(decisions, torch.ones_like(tokens, dtype=torch.bool), "decode").item() < 1.2
-    assert not student.runtime.passed and student.runtime.decisions is None
+    assert not left_over(student) and student.runtime.decisions is None
+
+
+@pytest.mark.parametrize("place", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("kind", [*sorted(EVERY_KIND), "mixed"])
+def test_a_pass_that_fails_leaves_nothing_behind(kind: str, place: str, llama, tokens):
+    student = scramble(elasticize(llama, MIXED if kind == "mixed" else StudentSpec((EVERY_KIND[kind],)))).train(False)
+    student.runtime.capacity = 0.5
+    with torch.no_grad():
+        before = student(tokens)[0].logits
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    hook = student.blocks[-1].get_submodule(place).register_forward_hook(fail)
+    for execution in ("skip", "mask"):
+        student.runtime.execution = execution
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ArithmeticError):
+                student(tokens)
+            assert not left_over(student) and student.runtime.decisions is None
+    hook.remove()
+    student.runtime.execution = "skip"
+    with torch.no_grad():
+        assert torch.equal(student(tokens)[0].logits, before)
 
 
 def test_later_tokens_change_no_earlier_logit(any_model, tokens):

@@ -125,7 +125,7 @@ def test_rows_may_have_budgets_of_their_own(name: str) -> None:
     student.dial = ((0.2, -0.5), (0.99, 0.5))
     inputs = make_prompts(student.model, (1, 1), left=True)
     student.set_compute([0.5, 1.0])
-    assert student.runtime.rows is None
+    assert student.runtime.call.rows is None
     together, decisions = student(**inputs)
     kept = (decisions.share["image"] * (inputs["input_ids"] == 110)).sum(1) / (inputs["input_ids"] == 110).sum(1)
     assert kept[0] < 1 == kept[1]
