@@ -269,6 +269,8 @@ def _elasticize_block(
             count = heads if branch == "attn" else min(spec.find("expert", number).groups, neurons)
             channel_count = heads * size if branch == "attn" else neurons
             add_router(wrapper, kind, kind, count, torch.arange(channel_count) * count // channel_count)
+        opens = gated and narrows[kind] and wrapper.routers[kind].spec.granularity == "token"
+        opens = opens and wrapper.routers[kind].spec.network != "static"  # which opens the same for all tokens
         asks = record.causal and branch == "attn" and ({"token", "layer"} & set(wrapper.routers))
 
         for end in ("in", "out"):
@@ -279,7 +281,7 @@ def _elasticize_block(
             inputs = weight_of(linears[0]).shape[1]
             channel = _like(linears[0], ChannelRouter(channel_spec, inputs, spec.gains)) if channel_spec else None
             corrected = spec.lora.rank > 0 and site in spec.lora.sites
-            shared = Site(f"{number}.{site}", end == "out", handover)
+            shared = Site(f"{number}.{site}", end == "out", opens, handover)
             for name, linear in zip(names, linears, strict=True):
                 first = linear is linears[0]
                 per_query = bool(asks) and (end == "out" or (own_q and first))

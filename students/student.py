@@ -18,10 +18,11 @@ from students.architectures import Architecture
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
-from students.execution.linear import RoutedLinear
 from students.execution.runtime import Runtime
+from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients
 from students.kernels.norms import fuse_norms
+from students.prepared import Stamp, writes
 from students.spec import StudentSpec
 
 ADDED = {"routers", "substitutes", "lora"}
@@ -52,9 +53,9 @@ class Student(nn.Module):
         """(measured compute, offset), ascending."""
         self.span: tuple[float, float] | None = None
         """The lowest and the highest budget, where the student was trained for a range of them."""
-        self._state: Any = None
+        self._laid_out, self._dialled = Stamp(), Stamp()
         fuse_norms(model)
-        self._added = list(self.added_parameters().values())
+        self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
 
     @contextmanager
@@ -81,11 +82,8 @@ class Student(nn.Module):
     def _enter(self, tokens: int, batch: int, device: torch.device) -> None:
         """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter."""
         run = self.runtime
-        call = run.begin(batch, device, tokens)
-        if call.skipping:
-            state = run.offset, run.capacity, sum(p._version for p in self._added), self._frozen.data_ptr()
-            if state != self._state:
-                self._state, run.epoch = state, run.epoch + 1
+        if run.begin(batch, device, tokens).skipping:
+            self._prepare()
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
         """What every forward pass ends with; out is None where it failed, and then leaves nothing behind."""
@@ -110,10 +108,35 @@ class Student(nn.Module):
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.train(self.training)
 
+    def prepare(self) -> None:
+        """Lay out frozen weights for skip execution, and make what it reads of corrections, routers and the dial.
+
+        The first call that skips does so, and so does every other one that finds it stale (see students/prepared.py): a
+        call beforehand, after loading, or moving the model, only saves that one the time.
+        """
+        self._prepare()
+
+    def _prepare(self) -> None:
+        run, written = self.runtime, writes(self._added)
+        moved = self._laid_out.renew([self._frozen], written)
+        if not self._dialled.renew([self._frozen], written, run.offset, run.capacity):
+            return
+        with torch.inference_mode(False), torch.no_grad():  # calls of either kind read it
+            for wrapper in self._wrappers():
+                if moved:
+                    wrapper.lay_out()
+                wrapper.set_dial()
+
     def forget_layouts(self) -> None:
-        """Lay out the frozen weights as the model had them, where skip execution has laid them out for itself."""
-        for site in {module.site for module in self.model.modules() if isinstance(module, RoutedLinear)}:
-            site.forget_layout()
+        """Undo `prepare`: the frozen weights lie as the model had them."""
+        self._laid_out.reset()
+        self._dialled.reset()
+        for wrapper in self._wrappers():
+            wrapper.forget()
+
+    def _wrappers(self) -> list[Wrapper]:
+        """Those of this student: a vision tower's are its own student's."""
+        return [x for x in self.model.modules() if isinstance(x, Wrapper) and x.runtime is self.runtime]
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """All trainable parameters by name."""
@@ -121,8 +144,12 @@ class Student(nn.Module):
 
     def added_state(self) -> dict[str, Tensor]:
         """Everything that was added and nothing of the base: what a checkpoint holds."""
+        return {n: x.detach() for n, x in self.added_tensors().items()}
+
+    def added_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of everything that was added, by name."""
         buffers = {n: b for n, b in self.model.named_buffers() if ADDED & set(n.split("."))}
-        return {n: p.detach() for n, p in self.added_parameters().items()} | buffers
+        return {**self.added_parameters(), **buffers}
 
     def load_added_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `added_state`; ValueError where names or shapes differ."""

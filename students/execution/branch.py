@@ -53,7 +53,15 @@ class RoutedBranch(Wrapper):
         self.routers = nn.ModuleDict()
         self.substitutes = nn.ModuleDict()
         self.block_router: tuple[Router, ...] = ()
-        self._standing: tuple[Any, Any] = (None, None)
+        self._standing: tuple[Narrow, Tensor] | None = None
+
+    def set_dial(self) -> None:
+        """Let the next call find out what a static router leaves open."""
+        self._standing = None
+
+    def forget(self) -> None:
+        """As `set_dial`."""
+        self._standing = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.runtime
@@ -121,21 +129,20 @@ class RoutedBranch(Wrapper):
     def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
         """(open channels, open gates) of gates [N]; remembered where they stand for more than this call."""
         run, static = self.runtime, router.spec.network == "static"
-        if static:
-            state = router.score._version, router.members._version, run.offset, run.capacity
-            if self._standing[0] == state:
-                return self._standing[1]
-        elif run.call.memory is not None and key in run.call.memory.narrow:
-            return run.call.memory.narrow[key]
+        memory = None if static else run.call.memory
+        if static and run.call.skipping and self._standing is not None:
+            return self._standing
+        if memory is not None and key in memory.narrow:
+            return memory.narrow[key]
         open_ = gate != 0
         channels = open_[router.members].nonzero().squeeze(1)
         weight = gate[router.members[channels]] if router.spec.weight == "score" else None
         keep = static or router.spec.granularity == "sequence"
         result = Narrow(channels, len(router.members), weight, keep), open_.nonzero().squeeze(1)
         if static:
-            self._standing = state, result
-        elif keep and run.call.memory is not None:
-            run.call.memory.narrow[key] = result
+            self._standing = result if run.call.skipping else None
+        elif keep and memory is not None:
+            memory.narrow[key] = result
         return result
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels import ops
 from students.kernels.packing import PackedProduct
+from students.prepared import Stamp
 from students.routers import VocabRouter, selection
 from students.spec import RouterSpec
 
@@ -23,7 +22,8 @@ class RoutedHead(Wrapper):
         super().__init__(base_layer, runtime)
         self.routers = nn.ModuleDict({"vocab": router})
         self.spec = spec
-        self._preview: tuple[Any, Tensor | None] = (None, None)
+        self._preview: Tensor | None = None
+        self._stamp = Stamp()
         self._product = PackedProduct(like=base_layer)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -32,13 +32,21 @@ class RoutedHead(Wrapper):
         gain = torch.zeros_like(router.spread) if router.log_gain is None else router.log_gain
         return router.spread, router.tail, self._preview_weight(), gain
 
+    def lay_out(self) -> None:
+        """Preview the head."""
+        self._preview_weight()
+
+    def forget(self) -> None:
+        """Forget the preview."""
+        self._preview = None
+        self._stamp.reset()
+
     def _preview_weight(self) -> Tensor:
-        """The router's preview of the head [V, r], computed when its maps or the head's weight change."""
+        """The router's preview of the head [V, r], which calls that do not skip read too."""
         router, weight = self.routers["vocab"], self.base_layer.weight
-        state = id(router.up), router.up._version, weight.data_ptr(), weight._version
-        if self._preview[0] != state:
-            self._preview = state, router.preview_weight(weight.detach())
-        return self._preview[1]
+        if self._stamp.renew([router.up, weight]):
+            self._preview = router.preview_weight(weight.detach())
+        return self._preview
 
     def forward(self, hidden: Tensor) -> Tensor:
         run = self.runtime

@@ -18,6 +18,7 @@ from students.execution.tokens import scatter_rows
 from students.execution.wrapper import Wrapper
 from students.kernels import fused, ops
 from students.kernels.packing import PackedProduct
+from students.prepared import Stamp
 from students.routers import ChannelRouter, Lora, selection
 
 FEW_ROWS = 4
@@ -30,21 +31,33 @@ JOINT_ROWS = 2048
 class Site:
     """The linear layers of a block that read one input through one selection of channels, without gradients.
 
-    Their weights are put together when the first token comes by: [inputs, outputs side by side], of which the layers'
-    own become views, so that there is one copy.
+    Their weights are put together (see Student.prepare): [inputs, outputs side by side], of which the layers' own
+    become views, so that there is one copy.
 
-    name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. handover: the
-    block's.
+    name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. opens: whether a
+    token on its own chooses heads or groups, which are then left out of this side of them. handover: the block's.
     """
 
-    def __init__(self, name: str, ends: bool, handover: BlockHandover) -> None:
+    def __init__(self, name: str, ends: bool, opens: bool, handover: BlockHandover) -> None:
         self.name = name
         self.ends = ends
+        self.opens = opens
         self.layers: list[RoutedLinear] = []
         self.handover = SiteHandover()
         handover.sites.append(self.handover)
+        self._stamp = Stamp()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Hold nothing that is prepared."""
         self._whole: Tensor | None = None
-        self._made_for = -1
+        self._bias: Tensor | None = None
+        self._down: Tensor | None = None
+        self._up: Tensor | None = None
+        self.limit: Tensor | None = None
+        """[I]: what a channel has to reach (see ChannelRouter.limit); None: it differs between rows."""
+        self._product = self._mask = self._reader = None
+        self._stamp.reset()
 
     def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
@@ -56,15 +69,14 @@ class Site:
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers for x [..., I]."""
-        self._prepare(x.dtype)
         call = self.layers[0].runtime.call
         if call.alone:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
         elif call.rows is None and call.tokens <= FEW_ROWS and ops.reads_few(self._whole, self._ends):
-            self._note(lambda: (x.abs() >= self._limit).float().mean(-1))
+            self._note(lambda: (x.abs() >= self.limit).float().mean(-1))
             flat = x.flatten(0, -2)
-            out, _ = ops.few_channels(flat, self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+            out, _ = ops.few_channels(flat, self.limit, self._whole, self._bias, self._down, self._up, self._ends)
         else:
             return self._many(x)
         out = out.view(*x.shape[:-1], -1)
@@ -76,7 +88,7 @@ class Site:
         if run.call.rows is None and run.decisions is None:
             masked = self._mask(x)
         else:
-            limit = self._limit if run.call.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
+            limit = self.limit if run.call.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
             masked, share = fused.channel_gate(x, limit)
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
@@ -96,64 +108,69 @@ class Site:
 
     def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The output of one layer only, for a token x [1, 1, I] on its own."""
-        self._prepare(x.dtype)
         part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
         down, up = self._down, self._up
         if down is not None:
             down, up = down.chunk(len(self.layers))[layer.place], up[:, part].contiguous()
         bias = None if self._bias is None else self._bias[part]
-        out, count = ops.read_channels(x.flatten(), self._limit, self._whole[:, part], bias, down, up, [layer.outputs])
+        out, count = ops.read_channels(x.flatten(), self.limit, self._whole[:, part], bias, down, up, [layer.outputs])
         layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
         return out.view(*x.shape[:-1], -1)
 
     def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
         """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
-        self._prepare(x.dtype)
         layer = self.layers[0]
         full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
         limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
         out, _ = ops.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
 
-    def forget_layout(self) -> None:
-        """Give every layer a weight of its own again, as the model had it."""
-        for layer in self.layers:
-            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
-        self._whole, self._made_for = None, -1
-
     def _note(self, share: Callable[[], Tensor]) -> None:
         if self.layers[0].runtime.decisions is not None:
             self.layers[0].note(share())
 
-    def _prepare(self, dtype: torch.dtype) -> None:
-        """Bring what is kept up to date with weights, corrections, limits and the dial."""
-        first = self.layers[0]
-        run = first.runtime
-        if self._made_for == run.epoch:
+    def lay_out(self) -> None:
+        """Put weights, biases and corrections of all layers side by side, where a token reads only some inputs."""
+        if not (self.ends and self.opens) and "channel" not in self.layers[0].routers:
             return
-        self._made_for = run.epoch
         self._sizes = [layer.outputs for layer in self.layers]
         self._ends = list(itertools.accumulate(self._sizes))
         lora = [layer.lora for layer in self.layers if layer.lora is not None]
         bases = [layer.base_layer for layer in self.layers]
-        if self._whole is None or self._whole.data_ptr() != bases[0].weight.data_ptr():
+        weights = [base.weight for base in bases]
+        if self._stamp.renew(weights):
             columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
             self._whole = torch.cat([part.detach() for part in columns], 1)
             for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
             self._product = PackedProduct(like=bases[0])
-        self._bias = self._down = self._up = self._limit = None
+            self._stamp.renew(weights)
+        self._bias = self._down = self._up = None
         if any(base.bias is not None for base in bases):
             biases = [base.bias for base in bases]
             zeros = [self._whole.new_zeros(size) for size in self._sizes]
             self._bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
         if lora:
+            dtype = self._whole.dtype
             self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
             self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
-        if "channel" in first.routers and run.call.rows is None:
-            self._limit = first.routers["channel"].limit(run.offset, dtype)
-            self._mask = fused.masker(self._limit, dtype)
-            self._reader = ops.reader(self._limit, self._whole, self._bias, self._down, self._up, self._ends)
+
+    def set_dial(self) -> None:
+        """Limits, where all rows of a batch share them."""
+        first, self.limit = self.layers[0], None
+        if "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
+            dtype = self._whole.dtype
+            self.limit = first.routers["channel"].limit(first.runtime.offset, dtype)
+            self._mask = fused.masker(self.limit, dtype)
+            self._reader = ops.reader(self.limit, self._whole, self._bias, self._down, self._up, self._ends)
+
+    def forget(self) -> None:
+        """Give every layer a weight of its own again, as the model had it."""
+        if self._whole is None:
+            return
+        for layer in self.layers:
+            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
+        self._drop()
 
 
 class RoutedLinear(Wrapper):
@@ -185,10 +202,38 @@ class RoutedLinear(Wrapper):
         self.lora: Lora | None = None
         self.place = len(site.layers)
         self.selects = False  # set by add_channels
-        self._slice: tuple[Any, Any] = (None, None)
-        self._low: tuple[Tensor, ...] = ()
-        self._lora_for = -1
+        self._slice: tuple[Tensor | None, Any] = (None, None)
+        self._low: tuple[Tensor, Tensor] | None = None
         site.layers.append(self)
+
+    def lay_out(self) -> None:
+        """Put the layers of the site side by side, once for all of them, and corrections into the model's precision."""
+        self._slice = None, None
+        base = self.base_layer
+        if self.place == 0:
+            self.site.lay_out()
+        if self.part == "outputs" and self.site.opens and not weight_of(base).is_contiguous():
+            base.weight.data = base.weight.data.T.contiguous().T
+        if self.lora is not None and not self.selects:
+            dtype = base.weight.dtype
+            self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
+
+    def set_dial(self) -> None:
+        """The site's limits, and what a static choice leaves of the weight."""
+        if self.place == 0:
+            self.site.set_dial()
+        if "channel" in self.routers and self.routers["channel"].spec.network == "static":
+            self._slice = None, None
+            if self.site.limit is not None:
+                channels = (self.site.limit == 0).nonzero().squeeze(1)
+                self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
+
+    def forget(self) -> None:
+        """As the model had it."""
+        self._slice, self._low = (None, None), None
+        if self.place == 0:
+            self.site.forget()
+        self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
 
     def add_channels(self, router: ChannelRouter) -> None:
         """Choose the channels that are read with this router, which all layers of the site share."""
@@ -224,7 +269,7 @@ class RoutedLinear(Wrapper):
             return self.site.take(self, x) if together else self.site.one(self, x)
         call = self.runtime.call
         if call.skipping and router.spec.network == "static" and call.rows is None:
-            return self._read_static(router, x)
+            return self._read_static(x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
     def _owner(self) -> Tensor | None:
@@ -267,9 +312,6 @@ class RoutedLinear(Wrapper):
         call = self.runtime.call
         if not call.skipping or call.rows is not None:
             return out + self._only_corrected(self.lora(x), x)
-        if self._lora_for != self.runtime.epoch:
-            self._lora_for = self.runtime.epoch
-            self._low = self.lora.down.detach().to(x.dtype), self.lora.up.detach().T.to(x.dtype).contiguous()
         flat = out.view(-1, self.outputs)
         torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), self._low[0]), self._low[1], out=flat)
         return out
@@ -293,14 +335,9 @@ class RoutedLinear(Wrapper):
             passed.masked, passed.left = masked, len(self.site.layers) - 1
         return masked
 
-    def _read_static(self, router: ChannelRouter, x: Tensor) -> Tensor:
+    def _read_static(self, x: Tensor) -> Tensor:
         """The same channels for every token: a smaller matrix product."""
-        run = self.runtime
-        state = run.offset, router.log_limit._version
-        if self._slice[0] != state:
-            channels = (router.limit(run.offset, x.dtype) == 0).nonzero().squeeze(1)
-            self._slice = state, (channels, weight_of(self.base_layer)[:, channels].contiguous())
-        channels, weight = self._slice[1]
+        channels, weight = self._slice
         self.note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
         return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
 
@@ -310,8 +347,6 @@ class RoutedLinear(Wrapper):
         rows = torch.cat([narrow.channels + copy * narrow.size for copy in range(copies)])
         base = self.base_layer
         if self._alone(x) and not narrow.keep:
-            if not weight_of(base).is_contiguous():
-                base.weight.data = base.weight.data.T.contiguous().T
             out = ops.dot_rows(x.flatten(), weight_of(base), base.bias, rows).view(*x.shape[:-1], -1)
         else:
             weight, bias = self._sliced(

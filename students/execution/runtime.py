@@ -42,8 +42,6 @@ class Runtime:
     """Whether a token sees only what is before it."""
     prefix: int = 0
     """Tokens in front of an image's patches; they are never closed."""
-    epoch: int = 0
-    """Counts the states of weights, routers and dial that such calls have met: what was made for another is stale."""
     restores: bool = True
     """Image models: whether tokens that stayed away are put back in their places behind the last block."""
     recompute: bool = False

@@ -20,6 +20,15 @@ class Wrapper(nn.Module):
         self.base_layer = base_layer
         self.runtime = runtime
 
+    def lay_out(self) -> None:
+        """Prepare what skip execution reads of frozen weights and corrections (see Student.prepare)."""
+
+    def set_dial(self) -> None:
+        """Prepare what it reads of routers at the offset that the dial has now."""
+
+    def forget(self) -> None:
+        """Undo both: the frozen weights lie as the model had them."""
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

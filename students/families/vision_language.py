@@ -147,6 +147,19 @@ class VisionLanguageStudent(LanguageStudent):
             macs = macs - outside * min(1.0, whole / max(outside, 1.0)) * (1 - part)
         return float(macs / (dense + outside))
 
+    def prepare(self) -> None:
+        """As of a language student, and of the vision tower."""
+        super().prepare()
+        if self.vision is not None:
+            self._follow()
+            self.vision.prepare()
+
+    def forget_layouts(self) -> None:
+        """Undo `prepare`."""
+        super().forget_layouts()
+        if self.vision is not None:
+            self.vision.forget_layouts()
+
     @torch.no_grad()
     def set_quotas(self, scores: Iterable[Tensor]) -> None:
         """Let the door take, from now on, the share of image tokens that its threshold keeps of these scores."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.kernels import ops
+from students.prepared import Stamp
 
 MOST_ROWS = 256
 """For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
@@ -32,7 +33,8 @@ class PackedProduct:
 
     def __init__(self, like: nn.Module | None = None) -> None:
         self._like = like
-        self._packed: tuple[int, int, Tensor] | None = None  # (where the plain weight is, its version, the packed one)
+        self._packed: Tensor | None = None
+        self._stamp = Stamp()
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (
@@ -43,13 +45,13 @@ class PackedProduct:
             or ops.observed()
         ):
             return F.linear(x, weight, bias)
-        packed, place, version = self._packed, weight.data_ptr(), weight._version
-        if packed is None or packed[0] != place or packed[1] != version:
-            if not _can_be_packed(weight):
-                return F.linear(x, weight, bias)
-            packed = place, version, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
-            self._packed = packed
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed[2], bias, "none", [], "")
+        if self._stamp.renew([weight]):
+            self._packed = None
+            if _can_be_packed(weight):
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
+        if self._packed is None:
+            return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
 
     def __deepcopy__(self, memo: dict) -> PackedProduct:
         return PackedProduct(copy.deepcopy(self._like, memo))  # what is packed cannot be copied

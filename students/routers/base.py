@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.prepared import Stamp
 from students.routers.scoring import per_size, stream_score
 from students.spec import RouterSpec
 
@@ -30,7 +30,7 @@ class Router(nn.Module):
         self.gates = gates
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
-        self._quota: tuple[Any, float] = (None, 0.0)
+        self._quota, self._stamp = 0.0, Stamp()
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
         self.unlike = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
         if spec.network == "static":
@@ -99,11 +99,10 @@ class Router(nn.Module):
 
     def quota(self, offset: float) -> float:
         """The share of scores that are at least as large as the dial asks, between 0 and 1."""
-        state = offset, self.levels._version, 0 if self.log_gain is None else self.log_gain._version
-        if self._quota[0] != state:
+        if self._stamp.renew([x for x in (self.levels, self.log_gain) if x is not None], offset):
             with torch.no_grad():
-                self._quota = state, self._quota_at(float(self.shift(offset)), self.levels.tolist())
-        return self._quota[1]
+                self._quota = self._quota_at(float(self.shift(offset)), self.levels.tolist())
+        return self._quota
 
     @staticmethod
     def _quota_at(offset: float, levels: list[float]) -> float:

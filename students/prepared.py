@@ -1,0 +1,33 @@
+"""When something that was made of weights and settings has to be made again: the one rule for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+
+
+class Stamp:
+    """What prepared state was made of: it is stale once one of these tensors has been written to, moved or replaced, or
+    a setting has changed. (Tensors of inference mode count no writes.)"""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[Hashable, ...] | None = None
+
+    def renew(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
+        """Whether what was prepared last is stale. From now on it is what is made of these."""
+        made_of = (*((x.data_ptr(), None if x.is_inference() else x._version) for x in tensors), *settings)
+        if made_of == self._made_of:
+            return False
+        self._made_of = made_of
+        return True
+
+    def reset(self) -> None:
+        """Nothing is prepared."""
+        self._made_of = None
+
+
+def writes(tensors: Sequence[Tensor]) -> int:
+    """How often these tensors, which stay where they are or move together, have been written to: a setting that stands
+    for many of them."""
+    return sum(x._version for x in tensors)
