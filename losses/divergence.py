@@ -56,7 +56,8 @@ def chunked(
     tensors = (*inputs, *parameters)
     if not torch.is_grad_enabled():
         tensors = tuple(x.detach() for x in tensors)
-    return _Chunked.apply(chunk_loss, len(inputs), chunk_rows, mask, *tensors)
+    total: tuple[Tensor, Tensor] = _Chunked.apply(chunk_loss, len(inputs), chunk_rows, mask, *tensors)
+    return total
 
 
 class _Chunked(torch.autograd.Function):
@@ -101,7 +102,7 @@ class _Chunked(torch.autograd.Function):
 def _chunks(n: int, chunk_rows: int, mask: Tensor | None) -> Sequence[slice | Tensor]:
     """Return the indices of each chunk of counted rows; at least one chunk, which may be empty."""
     if mask is not None:
-        return mask.nonzero().squeeze(1).split(chunk_rows)
+        return torch.split(mask.nonzero().squeeze(1), chunk_rows)
     return [slice(i, i + chunk_rows) for i in range(0, max(n, 1), chunk_rows)]
 
 
@@ -158,7 +159,8 @@ def _row_divergence(student: Tensor, teacher: Tensor, temperature: float, rule: 
         raise ValueError(f"need student and teacher logits of one shape [N, V], got {student.shape}, {teacher.shape}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return _RowDivergence.apply(student, teacher, temperature, rule)
+    values: Tensor = _RowDivergence.apply(student, teacher, temperature, rule)
+    return values
 
 
 def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
