@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from elastic.accounting.counters import count
@@ -123,13 +124,14 @@ class MergingBlock(nn.Module):
 
     def _remember(self, module: nn.Module, args: Any, out: Tensor) -> None:
         """Mean over heads of the keys [B, n, head size]."""
+        _, keys, _ = rearrange(out, "batch token (qkv channel) -> qkv batch token channel", qkv=3)
         heads = self.block.attn.num_heads
-        self._keys = out.chunk(3, -1)[1].unflatten(-1, (heads, -1)).mean(2)
+        self._keys = reduce(keys, "batch token (head size) -> batch token size", "mean", head=heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, n, D] -> [B, n - pairs, D]."""
         block, size = self.block, self.state["size"]
-        mask = None if size is None else size.log().transpose(1, 2).unsqueeze(1).expand(-1, 1, x.shape[1], -1)
+        mask = None if size is None else repeat(size.log(), "batch key 1 -> batch 1 query key", query=x.shape[1])
         x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
         if self.pairs:
             x, self.state["size"] = merge(x, self._keys, size, self.pairs, self.prefix)

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import teachers
@@ -384,7 +385,8 @@ def data_uri(pixels: Tensor, opaque: Tensor | None = None) -> str:
         alpha = nn.functional.interpolate(opaque.clamp(0, 1)[None, None], size=size, mode="nearest")[0]
         picture = torch.cat([picture, alpha])
     file = io.BytesIO()
-    Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).numpy()).save(file, format="WEBP", quality=85)
+    shades = rearrange((255 * picture).round().byte(), "colour height width -> height width colour")
+    Image.fromarray(shades.numpy()).save(file, format="WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
