@@ -14,7 +14,7 @@ DATA_LIBRARIES = {"datasets", "einops", "gguf", "huggingface_hub", "numpy", "PIL
 ALLOWED = {
     "configs": set(),
     "losses": {"torch"},
-    "students": {"torch", "einops", "transformers", "timm", "safetensors", "packaging"},
+    "students": {"torch", "triton", "einops", "transformers", "timm", "safetensors", "packaging"},
     "teachers": {"configs", "torch", "torchvision", "transformers", "accelerate", "timm", *DATA_LIBRARIES},
 }
 """What each package may import, besides the standard library and itself."""

@@ -15,7 +15,6 @@ from losses import DIVERGENCES, capacity_hinge, forward_kl, load_balance, topk_b
 from students import RouterSpec, Student
 from students.decisions import Decisions
 from students.kernels import fused
-from students.kernels.cpu import toolchain
 
 T = TypeVar("T", bound="Sums")
 
@@ -43,7 +42,7 @@ def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """In one pass where there is a kernel for it."""
-    return forward_kl(student, teacher) if toolchain.native(student) is None else fused.forward_kl(student, teacher)
+    return fused.forward_kl(student, teacher) if fused.reads_once(student) else forward_kl(student, teacher)
 
 
 def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:

@@ -1,5 +1,6 @@
-"""Gates and divergences of a training step in one pass over what they read: fused.c where a C compiler is present (see
-toolchain.build), torch's own operators elsewhere, at the same values.
+"""Gates and divergences of a training step in one pass over what they read: on CPUs fused.c where a C compiler is present
+(see toolchain.build), on GPUs Triton's kernels where Triton is (see triton/), torch's own operators elsewhere, at the same
+values.
 
 None has a gradient of its own; the ones with `grad` in their names are the gradients of the others.
 """
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from students.kernels import ops
+from students.kernels import ops, triton
 from students.kernels.cpu import toolchain
 
 
@@ -149,23 +150,59 @@ row_gate_grad = ops.operator(
 """Gradients of `row_gate` by exact, preview, limit (from the rows within half a nat of it) and tail."""
 
 
+def _forward_kl_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = student.contiguous(), teacher.contiguous()
+    if toolchain.native(student) is not None:
+        value, logs = torch.empty(len(student)), torch.empty(2, len(student))
+        toolchain.call("forward_kl", student, teacher, *student.shape, value, logs)
+        return value, logs
+    s, t = student.float(), teacher.float()
+    logs = torch.stack([s.logsumexp(1), t.logsumexp(1)])
+    return torch.linalg.vecdot((t - logs[1, :, None]).exp(), t - s) - (logs[1] - logs[0]), logs
+
+
+forward_kl_rows = ops.operator(
+    "forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)",
+    lambda student, _: tuple(student.new_empty(*n, len(student), dtype=torch.float32) for n in ((), (2,))),
+)(_forward_kl_rows)
+"""KL(teacher || student) [N] of logits [N, V] in nats, and the logarithms of each row's sum of exponentials [2, N]."""
+
+
+def _forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
+    if toolchain.native(student) is not None:
+        student, teacher = student.contiguous(), teacher.contiguous()
+        out = torch.empty_like(student)
+        toolchain.call("forward_kl_grad", student, teacher, *student.shape, logs, grad.contiguous(), out)
+        return out
+    q, p = ((x.float() - log.unsqueeze(1)).exp_() for x, log in zip((student, teacher), logs, strict=True))
+    return q.sub_(p).mul_(grad.unsqueeze(1)).to(student.dtype)
+
+
+forward_kl_grad = ops.operator(
+    "forward_kl_grad(Tensor student, Tensor teacher, Tensor logs, Tensor grad) -> Tensor",
+    lambda student, *_: torch.empty_like(student),
+)(_forward_kl_grad)
+"""The gradient of `forward_kl_rows` by the student's logits, for the gradient [N] by the divergences."""
+
+
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = student.contiguous(), teacher.contiguous()
-        value, logs = torch.empty(len(student)), torch.empty(2, len(student))
-        toolchain.call("forward_kl", student, teacher, *student.shape, value, logs)
+        value, logs = forward_kl_rows(student, teacher)
         ctx.save_for_backward(student, teacher, logs)
         return value
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        student, teacher, logs = ctx.saved_tensors
-        out = torch.empty_like(student)
-        toolchain.call("forward_kl_grad", student, teacher, *student.shape, logs, grad.contiguous(), out)
-        return out, None
+        return forward_kl_grad(*ctx.saved_tensors, grad), None
+
+
+def reads_once(logits: Tensor) -> bool:
+    """Whether `forward_kl` makes no copy of these logits in float32."""
+    on_gpu = logits.is_cuda and logits.dtype != torch.float64 and triton.available()
+    return on_gpu or toolchain.native(logits) is not None
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) [N] of logits [N, V] in nats, for tensors that `toolchain.native` knows."""
+    """KL(teacher || student) [N] of logits [N, V] in nats, for tensors that it `reads_once`; the teacher's are fixed."""
     return _ForwardKL.apply(student, teacher)

@@ -1,8 +1,8 @@
-"""Matrix-vector products that read only what is selected, as torch operators: a small C library where a compiler is
-present (see cpu/kernels.c), torch's own operators elsewhere.
+"""Matrix-vector products that read only what is selected, as torch operators: on CPUs a small C library where a compiler
+is present (see cpu/kernels.c), on GPUs Triton's kernels where Triton is (see triton/), torch's own operators elsewhere.
 
 They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. None has a gradient.
-On GPUs the shapes of what is selected depend on the data, so `nonzero` waits for the device there, once a call.
+The numbers of what was read are on the inputs' device: nothing waits for it, but for torch's own operators, once a call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from students.kernels import triton
 from students.kernels.cpu import toolchain
 
 
@@ -47,6 +48,8 @@ def operator(schema: str, fake: Any) -> Any:
     def register(function: Any) -> Any:
         name = _operators.define(schema)
         _operators.impl(name, function, "CompositeExplicitAutograd")
+        if name in triton.OPERATORS and triton.available():
+            _operators.impl(name, triton.implementation(name), "CUDA")
         torch.library.register_fake(f"elastic::{name}", fake, lib=_operators)
         return getattr(torch.ops.elastic, name).default
 
@@ -82,13 +85,13 @@ def _read_channels(
         low = F.linear(x, down).view(len(ends), -1)
         starts = [0, *ends[:-1]]
         out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(zip(starts, ends, strict=True))])
-    return out, torch.tensor(len(rows))
+    return out, torch.tensor(len(rows), device=x.device)
 
 
 read_channels = operator(
     "read_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
-    lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), torch.empty((), dtype=torch.long)),
+    lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), x.new_empty((), dtype=torch.long)),
 )(_read_channels)
 """Several linear layers that read one input x [I], side by side, from the channels with |x| >= limit [I] (float32).
 
@@ -147,7 +150,10 @@ exact_rows = operator(
 
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:
-    """Whether `few_channels` runs here: bfloat16 on a CPU with products of it, and outputs in multiples of 32."""
+    """Whether `few_channels` runs here: on a GPU with Triton, or in bfloat16 on a CPU with products of it, and outputs in
+    multiples of 32."""
+    if weight.is_cuda:
+        return triton.available()
     return (
         toolchain.native(weight) == "bf16"
         and hasattr(toolchain.loaded, "few_channels_bf16")
@@ -165,7 +171,7 @@ def _few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple
 few_channels = operator(
     "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
-    lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), torch.empty((), dtype=torch.long)),
+    lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), x.new_empty((), dtype=torch.long)),
 )(_few_channels)
 """As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 

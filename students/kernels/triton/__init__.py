@@ -1,0 +1,42 @@
+"""The operators' kernels for GPUs, in Triton: a file each, imported when a tensor on a GPU first meets the operator.
+
+None waits for the device, and none adds in an order that could change: the same inputs give the same bits. Shapes of
+launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module, util
+from typing import Any
+
+OPERATORS = {
+    "read_channels": "read_channels",
+    "few_channels": "read_channels",
+    "dot_rows": "dot_rows",
+    "exact_rows": "exact_rows",
+    "channel_gate": "channel_gate",
+    "channel_gate_grad": "channel_gate",
+    "row_gate": "row_gate",
+    "row_gate_grad": "row_gate",
+    "forward_kl": "forward_kl",
+    "forward_kl_grad": "forward_kl",
+    "merge_lowest": "merge_lowest",
+}
+"""Where each operator is: the name of the file, in which a function has the operator's name and arguments."""
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed: torch brings it where there are GPUs for it."""
+    return util.find_spec("triton") is not None
+
+
+def implementation(operator: str) -> Callable[..., Any]:
+    """The operator for tensors on a GPU; its file is imported at the first call."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{OPERATORS[operator]}"), operator)(*arguments)
+
+    return run

@@ -1,0 +1,121 @@
+"""Channels closed by their magnitude, and the gradient of that: sums over tokens are made in two steps."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 64
+"""Tokens whose gradients one program adds up."""
+
+
+@triton.jit
+def _gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, channels, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        here = channel < channels
+        value = tl.load(x + row * channels + channel, mask=here, other=0.0)
+        least = tl.load(limit + row // each * channels + channel, mask=here, other=0.0).to(value.dtype)
+        keep = (tl.abs(value.to(tl.float32)) >= least.to(tl.float32)) & here
+        tl.store(out + row * channels + channel, tl.where(keep, value, 0.0), mask=here)
+        count += keep.to(tl.int32)
+    tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (channels + 0.0).to(tl.float32)))
+
+
+@triton.jit
+def _gate_grad(
+    grad,
+    price,
+    x,
+    limit,
+    low,
+    high,
+    to_x,
+    partial,
+    channels,
+    each,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of channels, ROWS of the `each` rows of x that share a limit."""
+    chunk, group = tl.program_id(1), tl.program_id(2)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = channel < channels
+    own = group * channels + channel
+    kind = x.dtype.element_ty
+    least = tl.load(limit + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    lower = tl.load(low + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    upper = tl.load(high + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    sums = tl.zeros([TILE, BLOCK], tl.float32)
+    for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, each), TILE):
+        token = start + tl.arange(0, TILE)
+        row = group.to(tl.int64) * each + token
+        mask = (token < each)[:, None] & here[None, :]
+        place = row[:, None] * channels + channel[None, :]
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        slope = tl.load(grad + place, mask=mask, other=0.0)
+        cost = tl.load(price + row, mask=token < each, other=0.0) / channels
+        size = tl.abs(value)
+        tl.store(to_x + place, tl.where(size >= least, slope, 0.0), mask=mask)
+        near = (size >= lower) & (size < upper) & mask
+        sums += tl.where(near, slope.to(tl.float32) * value + cost[:, None], 0.0)
+    chunks = tl.num_programs(1)
+    tl.store(partial + (group * chunks + chunk).to(tl.int64) * channels + channel, tl.sum(sums, 0), mask=here)
+
+
+@triton.jit
+def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    group = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([TILE, BLOCK], tl.float32)
+    for start in range(0, chunks, TILE):
+        chunk = start + tl.arange(0, TILE)
+        place = (group * chunks + chunk).to(tl.int64)[:, None] * channels + channel[None, :]
+        sums += tl.load(partial + place, mask=(chunk < chunks)[:, None] & (channel < channels)[None, :], other=0.0)
+    tl.store(to_limit + group * channels + channel, -tl.sum(sums, 0), mask=channel < channels)
+
+
+def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """As `fused.channel_gate`."""
+    x, limit = x.contiguous(), limit.contiguous()
+    channels = x.shape[-1]
+    out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if x.numel():
+        block = min(4096, triton.next_power_of_2(channels))
+        _gate[(share.numel(),)](x, limit, out, share, channels, each(x, limit), BLOCK=block, num_warps=8)
+    return out, share
+
+
+def each(x: Tensor, limit: Tensor) -> int:
+    """How many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
+    return max(1, x.numel() // limit.numel())
+
+
+def channel_gate_grad(
+    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `fused.channel_gate_grad`."""
+    grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
+    channels, rows = x.shape[-1], each(x, limit)
+    groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)
+    grad_x, grad_limit = torch.empty_like(x), torch.empty_like(limit, memory_format=torch.contiguous_format)
+    if not x.numel():
+        return grad_x, grad_limit.zero_()
+    partial = limit.new_empty(groups, chunks, channels)
+    block = min(256, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, block)
+    limits = limit.contiguous(), low.contiguous(), high.contiguous()
+    _gate_grad[(blocks, chunks, groups)](
+        *(grad_out, grad_share, x, *limits, grad_x, partial, channels, rows),
+        ROWS=ROWS,
+        TILE=8,
+        BLOCK=block,
+        num_warps=4,
+    )
+    _add_chunks[(blocks, groups)](partial, grad_limit, channels, chunks, TILE=8, BLOCK=block, num_warps=4)
+    return grad_x, grad_limit

@@ -1,0 +1,87 @@
+"""Chosen outputs of a linear layer whose weight holds a row of inputs for each: rows that are not chosen are not read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from students.kernels.triton import tuning
+
+
+@triton.jit
+def products(
+    x,
+    weight,
+    row,
+    wanted,
+    rows,
+    inputs,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Products [STEP, ROWS] of x [rows, inputs] with the rows of weight [*, inputs] in row [STEP], where wanted."""
+    lane, batch = tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    from_row = row.to(tl.int64)[:, None] * inputs
+    if ROWS == 1:
+        sums = tl.zeros([STEP, WIDTH], tl.float32)
+        for start in tl.range(0, inputs, WIDTH, num_stages=STAGES):
+            place = start + lane
+            here = place < inputs
+            values = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+            part = tl.load(weight + from_row + place[None, :], mask=wanted[:, None] & here[None, :], other=0.0)
+            sums += values[None, :] * part.to(tl.float32)
+        total = tl.sum(sums, 1)[:, None]
+    else:  # tensor cores multiply with 16 columns at a time
+        total = tl.zeros([STEP, ROWS], tl.float32)
+        for start in tl.range(0, inputs, WIDTH, num_stages=STAGES):
+            place = start + lane
+            here = place < inputs
+            mask = here[:, None] & (batch < rows)[None, :]
+            values = tl.load(x + batch[None, :] * inputs + place[:, None], mask=mask, other=0.0)
+            part = tl.load(weight + from_row + place[None, :], mask=wanted[:, None] & here[None, :], other=0.0)
+            total = tl.dot(part, values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _dot_rows(
+    x,
+    weight,
+    bias,
+    rows,
+    out,
+    count,
+    inputs,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    wanted = slot < count
+    row = tl.load(rows + slot, mask=wanted, other=0)
+    total = tl.sum(products(x, weight, row, wanted, 1, inputs, 1, STEP, WIDTH, STAGES), 1)
+    if bias is not None:
+        total += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(out + slot, total.to(out.dtype.element_ty), mask=wanted)
+
+
+def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    """As `ops.dot_rows`: x [I] with the rows [n] of weight [O, I] -> [n]."""
+    if rows is None:
+        return F.linear(x, weight, bias)
+    x, rows, out = x.contiguous(), rows.contiguous(), x.new_empty(len(rows))
+    plan = tuning.rows_of(x.device, 1)
+    if len(rows):
+        _dot_rows[(triton.cdiv(len(rows), plan.step),)](
+            *(x, weight, bias, rows, out, len(rows), len(x)),
+            STEP=plan.step,
+            WIDTH=plan.width,
+            STAGES=plan.stages,
+            num_warps=plan.warps,
+        )
+    return out

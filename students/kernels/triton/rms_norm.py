@@ -1,0 +1,151 @@
+"""RMS norms in one pass, with the bits that torch's own operators give on a GPU where the sum is made in their order, and
+their gradient.
+
+torch sums a contiguous row [D] of float32 like this: threads take four numbers at a time, side by side, and keep four
+sums; these are added from left to right; then the sums of threads are added, the second half to the first, until one is
+left. How many threads there are for a row follows from D and the number of rows.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def threads_of(rows: int, width: int) -> tuple[int, int]:
+    """(threads side by side, groups of them one below the other) that torch sums a row of `width` numbers with, where
+    there are so many rows: a block has at most 512 threads, and shares them out between rows and numbers."""
+    most = 512
+    across, along = (min(most, 1 << (max(1, n).bit_length() - 1)) for n in (width // 4, rows))
+    height = min(along, most // min(across, 32))
+    across = min(across, most // height)
+    each = triton.cdiv(width, across)
+    return across, height if each >= min(16 * height, 256) else 1
+
+
+@triton.jit
+def _halve(value, N: tl.constexpr):
+    """[N] -> [N / 2]: the second half added to the first."""
+    first, second = tl.split(tl.trans(tl.reshape(value, [2, N // 2])))
+    return first + second
+
+
+@triton.jit
+def _total(value, N: tl.constexpr, ASCENDING: tl.constexpr):
+    """The sum of [N], halves of halves; ASCENDING: within 32, neighbours first."""
+    for step in tl.static_range(10):
+        size: tl.constexpr = N >> step
+        if size > 1:
+            if ASCENDING and size <= 32:
+                first, second = tl.split(tl.reshape(value, [size // 2, 2]))
+                value = first + second
+            else:
+                value = _halve(value, size)
+    return tl.sum(value, 0)
+
+
+@triton.jit
+def _rms_norm(
+    x,
+    weight,
+    out,
+    width,
+    epsilon,
+    factor,
+    KIND: tl.constexpr,
+    THREADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ASCENDING: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * width
+    BLOCK: tl.constexpr = THREADS * GROUPS * 4
+    lane = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        value = tl.load(x + row + start + lane, mask=start + lane < width, other=0.0).to(tl.float32)
+        squares += value * value
+    even, odd = tl.split(tl.reshape(squares, [THREADS * GROUPS, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    sums = first + second + third + fourth
+    if GROUPS > 1:  # threads of a group come first
+        whole = tl.reshape(sums, [GROUPS, THREADS])
+        for step in tl.static_range(10):
+            size: tl.constexpr = THREADS >> step
+            if size > 1:
+                if ASCENDING and size <= 32:
+                    left, right = tl.split(tl.reshape(whole, [GROUPS, size // 2, 2]))
+                else:
+                    left, right = tl.split(tl.permute(tl.reshape(whole, [GROUPS, 2, size // 2]), [0, 2, 1]))
+                whole = left + right
+        total = _total(tl.reshape(whole, [GROUPS]), GROUPS, False)
+    else:
+        total = _total(sums, THREADS, ASCENDING)
+    scale = tl.rsqrt(total * factor + epsilon)
+    for start in range(0, width, BLOCK):
+        place = start + lane
+        here = place < width
+        value = tl.load(x + row + place, mask=here, other=0.0).to(tl.float32) * scale
+        gain = tl.load(weight + place, mask=here, other=0.0).to(tl.float32)
+        if KIND == 0:
+            value = value.to(x.dtype.element_ty).to(tl.float32)
+        if KIND == 2:
+            gain += 1.0
+        tl.store(out + row + place, (value * gain).to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    place = tl.arange(0, BLOCK)
+    here = place < width
+    value = tl.load(x + row + place, mask=here, other=0.0).to(tl.float32)
+    gain = tl.load(weight + place, mask=here, other=0.0).to(tl.float32)
+    if KIND == 2:
+        gain += 1.0
+    slope = tl.load(grad + row + place, mask=here, other=0.0).to(tl.float32) * gain
+    scale = tl.rsqrt(tl.sum(value * value, 0) / width + epsilon)
+    back = tl.sum(value * slope, 0) * scale * scale * scale / width
+    tl.store(out + row + place, (scale * slope - back * value).to(out.dtype.element_ty), mask=here)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int, ascending: bool = False) -> Tensor:
+    """x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D].
+
+    kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
+    factor is 1 + weight. ascending: as torch summed within 32 threads before version 2.14: neighbours first.
+    """
+    x, width = x.contiguous(), x.shape[-1]
+    out, rows = torch.empty_like(x), x.numel() // width
+    if rows:
+        threads, groups = threads_of(rows, width)
+        factor = c_float(c_float(rows).value / c_float(x.numel()).value)  # rounded as torch does
+        _rms_norm[(rows,)](
+            *(x, weight, out, width, epsilon, factor.value),
+            KIND=kind,
+            THREADS=threads,
+            GROUPS=groups,
+            ASCENDING=ascending,
+            num_warps=max(1, min(8, threads * groups // 32)),
+            enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
+        )
+    return out
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
+    """The gradient of `rms_norm` by x."""
+    x, grad, width = x.contiguous(), grad.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    if x.numel():
+        block = triton.next_power_of_2(width)
+        _rms_norm_grad[(x.numel() // width,)](
+            *(grad, x, weight, out, width, epsilon),
+            KIND=kind,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 512)),
+        )
+    return out

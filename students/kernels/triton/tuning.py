@@ -1,0 +1,104 @@
+"""How the kernels that read weights are launched, for what shapes on what GPU, and where they are not used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MOST_ROWS = 8
+"""Inputs for which channels and rows are chosen together; beyond, nearly all are needed by some, and a dense product is
+faster."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The launch of read_channels.py."""
+
+    strip: int
+    """Outputs that a program owns."""
+    step: int
+    """Channels that it multiplies by at a time."""
+    depth: int
+    """Of all channels, how many there are for each program of a strip; the list is split into as many slices."""
+    warps: int
+    stages: int
+    """Steps whose weights are on their way at the same time."""
+
+    def split(self, inputs: int) -> int:
+        return max(1, min(64, round(inputs / self.depth)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The launch of dot_rows.py and exact_rows.py."""
+
+    step: int
+    """Rows that a program multiplies at a time."""
+    width: int
+    """Inputs that it reads of each at a time."""
+    programs: int
+    """Programs that share the list of rows."""
+    warps: int
+    stages: int
+
+
+GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
+    80: {
+        ("one", "narrow"): Gather(strip=256, step=16, depth=256, warps=4, stages=4),
+        ("one", "middle"): Gather(strip=256, step=16, depth=1024, warps=4, stages=4),
+        ("one", "wide"): Gather(strip=512, step=8, depth=2048, warps=4, stages=4),
+        ("few", "narrow"): Gather(strip=128, step=32, depth=512, warps=4, stages=4),
+        ("few", "middle"): Gather(strip=128, step=32, depth=2048, warps=4, stages=4),
+        ("few", "wide"): Gather(strip=128, step=32, depth=4096, warps=4, stages=4),
+    },
+    90: {
+        ("one", "narrow"): Gather(strip=256, step=16, depth=256, warps=4, stages=4),
+        ("one", "middle"): Gather(strip=256, step=16, depth=1024, warps=4, stages=4),
+        ("one", "wide"): Gather(strip=512, step=8, depth=2048, warps=4, stages=4),
+        ("few", "narrow"): Gather(strip=128, step=32, depth=512, warps=4, stages=5),
+        ("few", "middle"): Gather(strip=128, step=32, depth=2048, warps=4, stages=5),
+        ("few", "wide"): Gather(strip=128, step=32, depth=4096, warps=4, stages=5),
+    },
+}
+"""By compute capability, whether it is one input or a few, and how many outputs there are (see `width_of`); None: a
+dense product is faster. Chosen by reckoning bytes in flight, not measured; bench.py measures them."""
+
+ROWS: dict[int, dict[str, Rows]] = {
+    80: {
+        "one": Rows(step=16, width=256, programs=864, warps=4, stages=4),
+        "few": Rows(step=16, width=256, programs=432, warps=4, stages=4),
+    },
+    90: {
+        "one": Rows(step=16, width=256, programs=1056, warps=4, stages=4),
+        "few": Rows(step=16, width=256, programs=528, warps=4, stages=4),
+    },
+}
+"""By compute capability and whether it is one input or a few; not measured either."""
+
+
+def width_of(outputs: int) -> str:
+    """How many outputs there are, roughly: query, key, value and down projections; gate and up; LM heads."""
+    return "narrow" if outputs <= 8192 else "middle" if outputs <= 65536 else "wide"
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The nearest compute capability that the tables know; a device that is no GPU is given the last."""
+    if device.type != "cuda":
+        return max(GATHER)
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in GATHER if known <= 10 * major + minor), default=min(GATHER))
+
+
+def gather(device: torch.device, rows: int, inputs: int, outputs: int) -> Gather | None:
+    """How `rows` inputs read channels of a weight [inputs, outputs]; None: they had better read all."""
+    if rows > MOST_ROWS:
+        return None
+    return GATHER[capability(device)]["one" if rows == 1 else "few", width_of(outputs)]
+
+
+def rows_of(device: torch.device, rows: int) -> Rows:
+    """How `rows` inputs are multiplied with chosen rows of a weight."""
+    return ROWS[capability(device)]["one" if rows == 1 else "few"]
