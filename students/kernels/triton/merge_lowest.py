@@ -321,19 +321,21 @@ def merge_lowest(
         *(x, *given, weight, bias, unlike, top, *found, tokens, width, prefix, going, keep, math.sqrt(width)),
         GOERS=goers,
         TILE=tile,
-        TAKERS=64,
-        WIDTH=64,
+        TAKERS=32 if x.element_size() > 2 else 64,
+        WIDTH=32 if x.element_size() > 2 else 64,
         WHOLE=whole,
         TOKENS=padded,
         num_warps=8,
+        num_stages=2 if x.element_size() > 2 else 3,
     )
     if not whole:
         _choose_alone[(batch,)](
-            *(*given, top, *found, tokens, prefix, going, keep), GOERS=goers, TILE=32, TOKENS=padded, num_warps=8
+            *(*given, top, *found, tokens, prefix, going, keep), GOERS=goers, TILE=32, TOKENS=padded, num_warps=16
         )
+    block = triton.next_power_of_2(width)
     _take_in[(batch * keep,)](
         *(x, given[0], first, following, index, sizes, out, tokens, width, prefix, going, keep),
-        WIDTH=triton.next_power_of_2(width),
-        num_warps=max(1, min(8, width // 256)),
+        WIDTH=block,
+        num_warps=max(1, min(8, block // 256)),
     )
     return out, sizes, scores, index, into

@@ -121,7 +121,7 @@ def few_channels(
     plan = tuning.gather(x.device, rows, inputs, outputs)
     if plan is None:
         return _all_channels(x, limit, weight, bias, down, up, ends)
-    strips, split = triton.cdiv(outputs, plan.strip), plan.split(inputs)
+    strips, split = triton.cdiv(outputs, plan.strip), plan.split(inputs, outputs)
     chosen = select(x, limit, down, strips)
     out = x.new_empty(rows, outputs)
     partial = x.new_empty(split, rows, outputs, dtype=torch.float32) if split > 1 else None

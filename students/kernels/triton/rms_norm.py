@@ -28,24 +28,14 @@ def threads_of(rows: int, width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _halve(value, N: tl.constexpr):
-    """[N] -> [N / 2]: the second half added to the first."""
-    first, second = tl.split(tl.trans(tl.reshape(value, [2, N // 2])))
-    return first + second
-
-
-@triton.jit
-def _total(value, N: tl.constexpr, ASCENDING: tl.constexpr):
-    """The sum of [N], halves of halves; ASCENDING: within 32, neighbours first."""
-    for step in tl.static_range(10):
-        size: tl.constexpr = N >> step
-        if size > 1:
-            if ASCENDING and size <= 32:
-                first, second = tl.split(tl.reshape(value, [size // 2, 2]))
-                value = first + second
-            else:
-                value = _halve(value, size)
-    return tl.sum(value, 0)
+def _total(value, GROUPS: tl.constexpr, N: tl.constexpr, ASCENDING: tl.constexpr):
+    """[GROUPS, N] -> [GROUPS, 1]: the second half added to the first; ASCENDING: within 32, neighbours first."""
+    if N == 1:
+        return value
+    elif ASCENDING and N <= 32:
+        return _total(tl.sum(tl.reshape(value, [GROUPS, N // 2, 2]), 2), GROUPS, N // 2, ASCENDING)
+    else:
+        return _total(tl.sum(tl.reshape(value, [GROUPS, 2, N // 2]), 1), GROUPS, N // 2, ASCENDING)
 
 
 @triton.jit
@@ -71,20 +61,9 @@ def _rms_norm(
     even, odd = tl.split(tl.reshape(squares, [THREADS * GROUPS, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    sums = first + second + third + fourth
-    if GROUPS > 1:  # threads of a group come first
-        whole = tl.reshape(sums, [GROUPS, THREADS])
-        for step in tl.static_range(10):
-            size: tl.constexpr = THREADS >> step
-            if size > 1:
-                if ASCENDING and size <= 32:
-                    left, right = tl.split(tl.reshape(whole, [GROUPS, size // 2, 2]))
-                else:
-                    left, right = tl.split(tl.permute(tl.reshape(whole, [GROUPS, 2, size // 2]), [0, 2, 1]))
-                whole = left + right
-        total = _total(tl.reshape(whole, [GROUPS]), GROUPS, False)
-    else:
-        total = _total(sums, THREADS, ASCENDING)
+    sums = tl.reshape(first + second + third + fourth, [GROUPS, THREADS])
+    groups = tl.reshape(_total(sums, GROUPS, THREADS, ASCENDING), [1, GROUPS])
+    total = tl.sum(tl.reshape(_total(groups, 1, GROUPS, False), [1]), 0)
     scale = tl.rsqrt(total * factor + epsilon)
     for start in range(0, width, BLOCK):
         place = start + lane
@@ -130,7 +109,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int, ascending: bo
             THREADS=threads,
             GROUPS=groups,
             ASCENDING=ascending,
-            num_warps=max(1, min(8, threads * groups // 32)),
+            num_warps=max(1, threads * groups // 32),
             enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
         )
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -20,14 +20,15 @@ class Gather:
     """Outputs that a program owns."""
     step: int
     """Channels that it multiplies by at a time."""
-    depth: int
-    """Of all channels, how many there are for each program of a strip; the list is split into as many slices."""
+    programs: int
+    """How many there are, roughly: the list of channels is cut into as many slices as that takes."""
     warps: int
     stages: int
-    """Steps whose weights are on their way at the same time."""
+    """Steps that are under way at the same time, from the list to the product."""
 
-    def split(self, inputs: int) -> int:
-        return max(1, min(64, round(inputs / self.depth)))
+    def split(self, inputs: int, outputs: int) -> int:
+        strips = -(-outputs // self.strip)
+        return max(1, min(round(self.programs / strips), inputs // (4 * self.step), 64))
 
 
 @dataclass(frozen=True)
@@ -44,26 +45,32 @@ class Rows:
     stages: int
 
 
+_ONE = Gather(strip=256, step=16, programs=432, warps=4, stages=5)
+_FEW = Gather(strip=128, step=32, programs=432, warps=4, stages=7)
+_ONE_90 = replace(_ONE, programs=528, stages=6)
+_FEW_90 = replace(_FEW, programs=528)
+
 GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
     80: {
-        ("one", "narrow"): Gather(strip=256, step=16, depth=256, warps=4, stages=4),
-        ("one", "middle"): Gather(strip=256, step=16, depth=1024, warps=4, stages=4),
-        ("one", "wide"): Gather(strip=512, step=8, depth=2048, warps=4, stages=4),
-        ("few", "narrow"): Gather(strip=128, step=32, depth=512, warps=4, stages=4),
-        ("few", "middle"): Gather(strip=128, step=32, depth=2048, warps=4, stages=4),
-        ("few", "wide"): Gather(strip=128, step=32, depth=4096, warps=4, stages=4),
+        ("one", "narrow"): _ONE,
+        ("one", "middle"): _ONE,
+        ("one", "wide"): _ONE,
+        ("few", "narrow"): _FEW,
+        ("few", "middle"): _FEW,
+        ("few", "wide"): _FEW,
     },
     90: {
-        ("one", "narrow"): Gather(strip=256, step=16, depth=256, warps=4, stages=4),
-        ("one", "middle"): Gather(strip=256, step=16, depth=1024, warps=4, stages=4),
-        ("one", "wide"): Gather(strip=512, step=8, depth=2048, warps=4, stages=4),
-        ("few", "narrow"): Gather(strip=128, step=32, depth=512, warps=4, stages=5),
-        ("few", "middle"): Gather(strip=128, step=32, depth=2048, warps=4, stages=5),
-        ("few", "wide"): Gather(strip=128, step=32, depth=4096, warps=4, stages=5),
+        ("one", "narrow"): _ONE_90,
+        ("one", "middle"): _ONE_90,
+        ("one", "wide"): _ONE_90,
+        ("few", "narrow"): _FEW_90,
+        ("few", "middle"): _FEW_90,
+        ("few", "wide"): _FEW_90,
     },
 }
 """By compute capability, whether it is one input or a few, and how many outputs there are (see `width_of`); None: a
-dense product is faster. Chosen by reckoning bytes in flight, not measured; bench.py measures them."""
+dense product is faster. Reckoned (four programs a multiprocessor in one wave, 32 KiB of weights on their way in each),
+not measured: bench.py does that."""
 
 ROWS: dict[int, dict[str, Rows]] = {
     80: {
@@ -79,7 +86,7 @@ ROWS: dict[int, dict[str, Rows]] = {
 
 
 def width_of(outputs: int) -> str:
-    """How many outputs there are, roughly: query, key, value and down projections; gate and up; LM heads."""
+    """How many outputs there are, roughly, as in projections of attention; gate and up; LM heads."""
     return "narrow" if outputs <= 8192 else "middle" if outputs <= 65536 else "wide"
 
 

@@ -1,0 +1,132 @@
+"""Compile the kernels that the operators launch for a GPU that is not here, and print what each needs, a JSON line each.
+
+`python -m tests.students.kernels.ahead_of_time 90`: the operators run on fake tensors of an 8 B model's shapes, as they
+would on that GPU; what reaches Triton is compiled in place of launched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction, MockTensor
+
+from students.kernels.triton import implementation, rms_norm
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class NoDevice:
+    """What Triton asks of a driver before it launches, answered for a GPU that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """Calls of every operator that has a kernel, on fake tensors, and of the norm."""
+
+    def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="cuda")
+
+    def call(name: str, *arguments: object) -> Callable[[], object]:
+        return lambda: implementation(name)(*arguments)
+
+    single = torch.float32
+    wide, narrow, vocabulary, rank = 14336, 4096, 128256, 16
+    scalar, limit, long_limit = make(kind=single), make(narrow, kind=single), make(wide, kind=single)
+    up_and_gate = make(narrow, 2 * wide), make(2 * wide), make(2 * rank, narrow), make(rank, 2 * wide), [wide, 2 * wide]
+    plain = None, None, None
+    yield call("read_channels", make(narrow), limit, *up_and_gate)
+    yield call("few_channels", make(8, narrow), limit, *up_and_gate)
+    yield call("read_channels", make(wide), long_limit, make(wide, narrow), *plain, [narrow])
+    yield call("few_channels", make(4, wide), long_limit, make(wide, narrow), *plain, [narrow])
+    yield call("read_channels", make(narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
+    yield call("few_channels", make(4, narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
+    head = make(vocabulary, narrow)
+    for rows in (1, 8):
+        yield call("exact_rows", make(rows, narrow), head, None, make(rows, vocabulary), make(rows), make())
+    yield call("dot_rows", make(narrow), head, make(vocabulary), make(1000, kind=torch.int64))
+    x, tokens = make(4, 1024, narrow), make(4, 1024, kind=single)
+    yield call("channel_gate", x, limit)
+    yield call("channel_gate_grad", x, tokens, x, limit, limit, limit)
+    logits, each, limits = make(512, vocabulary), make(512, kind=single), make(512, 1, kind=single)
+    yield call("row_gate", logits, logits, limits, scalar)
+    yield call("row_gate_grad", logits, each, logits, logits, limits, scalar)
+    yield call("forward_kl", logits, logits)
+    yield call("forward_kl_grad", logits, logits, make(2, 512, kind=single), each)
+    for tall in (make(8, 197, 768), make(8, 577, 1024)):
+        router = make(tall.shape[2], kind=single), make(1, kind=single), scalar, make(1, kind=single)
+        yield call("merge_lowest", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40)
+    for count in (1, 4, 4096):
+        yield lambda count=count: rms_norm.rms_norm(make(count, narrow), make(narrow), 1e-6, 0)
+    yield lambda: rms_norm.rms_norm_grad(make(8, narrow), make(8, narrow), make(narrow), 1e-6, 0)
+
+
+def compiled(capability: int, calls: Callable[[], Iterator[Callable[[], object]]]) -> dict[str, object]:
+    """What the calls have compiled, by kernel and what it is specialised for."""
+    found: dict[str, object] = {}
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        args = [MockTensor(x.dtype) if isinstance(x, Tensor) else x for x in args]
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        shown = {k: v for k, v in kwargs.items() if isinstance(v, (int, bool, tuple))}
+        kinds = [str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, MockTensor)][:1]
+        found[f"{self.__name__} {' '.join(kinds)} {shown}"] = kernel
+
+    run = JITFunction.run
+    driver.set_active(NoDevice(capability))
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
+        FakeTensorMode(),
+    ):
+        for call in calls():
+            call()
+    return found
+
+
+def needs(kernel: object) -> dict[str, int]:
+    """Registers a thread, bytes of stack and of local memory a thread, and bytes of shared memory a program."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "async": kernel.asm["ptx"].count("cp.async"),
+        "mma": kernel.asm["ptx"].count("mma."),
+    }
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    for dtype in (torch.bfloat16,):
+        for name, kernel in compiled(capability, lambda dtype=dtype: work(dtype)).items():
+            print(json.dumps({"kernel": name, **needs(kernel)}), flush=True)
