@@ -1,5 +1,5 @@
-"""Gates and divergences of a training step in one pass over what they read: on CPUs fused.c where a C compiler is present
-(see toolchain.build), on GPUs Triton's kernels where Triton is (see triton/), torch's own operators elsewhere, at the same
+"""Gates and divergences of a training step in one pass over what they read: on CPUs fused.c where a C compiler is
+present (see toolchain.build), on GPUs Triton's kernels (see triton/), torch's own operators elsewhere, at the same
 values.
 
 None has a gradient of its own; the ones with `grad` in their names are the gradients of the others.
@@ -204,5 +204,5 @@ def reads_once(logits: Tensor) -> bool:
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) [N] of logits [N, V] in nats, for tensors that it `reads_once`; the teacher's are fixed."""
+    """KL(teacher || student) [N] of logits [N, V] in nats, for those that it `reads_once`; the teacher's are fixed."""
     return _ForwardKL.apply(student, teacher)

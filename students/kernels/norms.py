@@ -1,4 +1,5 @@
-"""RMS norms (arXiv 1910.07467) in one pass on CPUs with a C compiler: forward by norms.c, backward by fused.c.
+"""RMS norms (arXiv 1910.07467) in one pass: on CPUs with a C compiler forward by norms.c and backward by fused.c, on
+GPUs with Triton by triton/rms_norm.py.
 
 Written in Python, as transformers has them, they are eight operators in float32 and leave a dozen behind for backward.
 The forward pass has the same bits: it is used only for norms for which a trial shows that.
@@ -7,13 +8,15 @@ The forward pass has the same bits: it is used only for norms for which a trial 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from students.kernels import ops
+from students.kernels import ops, triton
 from students.kernels.cpu import toolchain
 
 
@@ -35,20 +38,26 @@ def _fused(base: type[nn.Module]) -> type[nn.Module]:
 class FusedNorm(nn.Module):
     """In front of a norm's own class: x [..., D] -> [..., D].
 
-    The norm's own forward runs on other devices, where its weight learns, where somebody counts operations or compiles
-    them, and where it computes something else than norms.c knows.
+    The norm's own forward runs where there is no kernel, where its weight learns, where somebody counts operations or
+    compiles them, and where it computes something else than the kernels know.
     """
 
     epsilon: float
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         weight, grad = self.weight, torch.is_grad_enabled()
-        if args or x.dtype != weight.dtype or (grad and weight.requires_grad) or toolchain.native(x) is None:
+        if args or x.dtype != weight.dtype or (grad and weight.requires_grad) or not _has_kernel(x):
             return super().forward(x, *args)
         recipe = None if ops.observed() else _recipe(self, weight)
         if recipe is None:
             return super().forward(x)
         return _Norm.apply(x, weight, recipe) if grad and x.requires_grad else recipe(x, weight)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if x.is_cuda:
+        return triton.available() and x.dtype != torch.float64
+    return toolchain.native(x) is not None
 
 
 class _Recipe:
@@ -67,46 +76,81 @@ class _Recipe:
         self._function(x.data_ptr(), x.numel() // width, width, *settings, out.data_ptr(), torch.get_num_threads())
         return out
 
+    def gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        x, gain = x.contiguous(), weight.float() + (self.kind == 2)
+        out, rows = torch.empty_like(x), x.numel() // len(gain)
+        toolchain.call("rms_norm_grad", grad.contiguous(), x, rows, len(gain), gain, self.epsilon, out)
+        return out
 
-_recipes: dict[tuple[Any, ...], _Recipe | None] = {}
+
+class _GpuRecipe:
+    """The same of triton/rms_norm.py."""
+
+    def __init__(self, epsilon: float, kind: int) -> None:
+        self.epsilon = epsilon
+        self.kind = kind
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _kernels().rms_norm(x, weight, self.epsilon, self.kind)
+
+    def gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return _kernels().rms_norm_grad(grad, x, weight, self.epsilon, self.kind)
 
 
-def _recipe(norm: FusedNorm, weight: Tensor) -> _Recipe | None:
-    """What gives the bits of a norm of this class, width and epsilon; None: nothing does."""
-    key = type(norm), weight.dtype, weight.shape, norm.epsilon
+@cache
+def _kernels() -> Any:
+    return import_module("students.kernels.triton.rms_norm")
+
+
+TRIAL = (1, 2, 4, 8, 64)
+"""Numbers of rows for which a GPU adds up in different orders."""
+
+_recipes: dict[tuple[Any, ...], _Recipe | _GpuRecipe | None] = {}
+
+
+def _recipe(norm: FusedNorm, weight: Tensor) -> _Recipe | _GpuRecipe | None:
+    """What gives the bits of a norm of this class, width and epsilon; None: nothing does, or there was no trial yet and
+    now is no time for one."""
+    key = type(norm), weight.dtype, weight.shape, weight.device, norm.epsilon
     if key not in _recipes:
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         _recipes[key] = _find_recipe(norm) if weight.ndim == 1 else None
     return _recipes[key]
 
 
 @torch.no_grad()
-def _find_recipe(norm: FusedNorm) -> _Recipe | None:
+def _find_recipe(norm: FusedNorm) -> _Recipe | _GpuRecipe | None:
     """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
-    draw, width, epsilon = torch.Generator().manual_seed(0), len(norm.weight), norm.epsilon
-    x = torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)
-    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-    if not torch.equal(_Recipe(torch.float32, epsilon, 1)(x, torch.ones(width)), expected):
+    draw, width, device = torch.Generator().manual_seed(0), len(norm.weight), norm.weight.device
+
+    def make(dtype: torch.dtype, kind: int) -> _Recipe | _GpuRecipe:
+        return _GpuRecipe(norm.epsilon, kind) if device.type == "cuda" else _Recipe(dtype, norm.epsilon, kind)
+
+    def same(recipe: _Recipe | _GpuRecipe, x: Tensor, weight: Tensor, other: Callable[[Tensor], Tensor]) -> bool:
+        return all(torch.equal(recipe(x[:rows], weight), other(x[:rows])) for rows in TRIAL)
+
+    def plain(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+
+    x = (torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)).to(device)
+    if not same(make(torch.float32, 1), x, torch.ones(width, device=device), plain):
         return None
     norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
     norm.weight.copy_(torch.randn(width, generator=draw))
-    expected = super(FusedNorm, norm).forward(x)
-    recipes = (_Recipe(x.dtype, epsilon, kind) for kind in range(3))
-    return next((recipe for recipe in recipes if torch.equal(recipe(x, norm.weight), expected)), None)
+    recipes = (make(x.dtype, kind) for kind in range(3))
+    return next((recipe for recipe in recipes if same(recipe, x, norm.weight, super(FusedNorm, norm).forward)), None)
 
 
 class _Norm(torch.autograd.Function):
     """A norm with the gradient by its input; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: _Recipe) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: _Recipe | _GpuRecipe) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.recipe = recipe
         return recipe(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x, gain = x.contiguous(), weight.float() + (ctx.recipe.kind == 2)
-        out, rows = torch.empty_like(x), x.numel() // len(gain)
-        toolchain.call("rms_norm_grad", grad.contiguous(), x, rows, len(gain), gain, ctx.recipe.epsilon, out)
-        return out, None, None
+        return ctx.recipe.gradient(grad, *ctx.saved_tensors), None, None

@@ -1,8 +1,8 @@
-"""Matrix-vector products that read only what is selected, as torch operators: on CPUs a small C library where a compiler
-is present (see cpu/kernels.c), on GPUs Triton's kernels where Triton is (see triton/), torch's own operators elsewhere.
+"""Matrix-vector products that read only what is selected, as torch operators: on CPUs a small C library where a
+compiler is present (see cpu/kernels.c), on GPUs Triton's kernels (see triton/), torch's own operators elsewhere.
 
 They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. None has a gradient.
-The numbers of what was read are on the inputs' device: nothing waits for it, but for torch's own operators, once a call.
+The numbers of what was read are on the inputs' device, and only torch's own operators wait for it, once a call.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ exact_rows = operator(
 
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:
-    """Whether `few_channels` runs here: on a GPU with Triton, or in bfloat16 on a CPU with products of it, and outputs in
-    multiples of 32."""
+    """Whether `few_channels` runs here: on a GPU with Triton, or in bfloat16 on a CPU with products of it, and outputs
+    in multiples of 32."""
     if weight.is_cuda:
         return triton.available()
     return (
@@ -161,11 +161,30 @@ def reads_few(weight: Tensor, ends: list[int]) -> bool:
     )
 
 
-def _few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
-    layers = _layers(limit, weight, *rest)
-    count = toolchain.loaded.few_channels_bf16(x.data_ptr(), len(x), *layers, out.data_ptr(), torch.get_num_threads())
-    return out, torch.tensor(count)
+def _few_channels(
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    if not weight.is_cuda and reads_few(weight, ends):
+        x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
+        layers, threads = _layers(limit, weight, bias, down, up, ends), torch.get_num_threads()
+        count = toolchain.loaded.few_channels_bf16(x.data_ptr(), len(x), *layers, out.data_ptr(), threads)
+        return out, torch.tensor(count)
+    needed = x.abs() >= limit
+    rows = needed.any(0).nonzero().squeeze(1)
+    out = (x * needed)[:, rows] @ weight[rows]
+    if bias is not None:
+        out = out + bias
+    if up is not None:
+        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        low = F.linear(x, down).chunk(len(ends), 1)
+        out = out + torch.cat([part @ to for part, to in zip(low, up.split(sizes, 1), strict=True)], 1)
+    return out, torch.tensor(len(rows), device=x.device)
 
 
 few_channels = operator(

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.execution import linear
-from students.kernels import fused, ops
 from students.libraries import cache_of
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
@@ -164,50 +163,3 @@ def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: tor
     out, _ = student(row[:, :-1], use_cache=True)
     flops, _ = spent(student, input_ids=row[:, -1:], use_cache=True, past_key_values=cache_of(out))
     assert flops == pytest.approx(float(reported(decisions, "decode")[0, -1]), rel=0.01), "decode"
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_are_masked_products(rows: int, dtype: torch.dtype, operators: None):
-    torch.manual_seed(rows)
-    x, weight = torch.randn(rows, 77).to(dtype), torch.randn(77, 160).to(dtype)
-    limit, bias = torch.rand(77).to(dtype).float(), torch.randn(160).to(dtype)
-    down, up, ends = torch.randn(6, 77).to(dtype), torch.randn(3, 160).to(dtype), [64, 160]
-    masked, _ = fused.channel_gate(x, limit)
-    assert torch.equal(masked, torch.where(x.abs() >= limit, x, 0))
-    assert torch.equal(fused.masker(limit, dtype)(x.T.contiguous().T), masked)
-    low = x.float() @ down.float().T
-    corrections = torch.cat([low[:, :3] @ up.float()[:, :64], low[:, 3:] @ up.float()[:, 64:]], 1)
-    expected = masked.float() @ weight.float() + bias.float() + corrections
-    close = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.3, rtol=0.02)
-    if rows == 1:
-        out, count = ops.read_channels(x[0], limit, weight, bias, down, up, ends)
-        torch.testing.assert_close(out[None].float(), expected, **close)
-        torch.testing.assert_close(
-            ops.dot_rows(x[0], weight.T.contiguous(), bias, None).float(),
-            (x.float() @ weight.float() + bias.float())[0],
-            **close,
-        )
-    elif ops.reads_few(weight, ends):
-        out, count = ops.few_channels(x, limit, weight, bias, down, up, ends)
-        torch.testing.assert_close(out.float(), expected, **close)
-    else:
-        return
-    assert int(count) == int((masked != 0).any(0).sum())
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_rows_where_the_preview_asks_for_them(rows: int, dtype: torch.dtype, operators: None):
-    torch.manual_seed(rows)
-    x, head, preview = (torch.randn(*size).to(dtype) for size in ((rows, 64), (200, 64), (rows, 200)))
-    limit, tail, bias = (
-        torch.linspace(-0.5, 1.5, rows).to(dtype),
-        torch.tensor(0.5).to(dtype),
-        torch.randn(200).to(dtype),
-    )
-    logits, count = ops.exact_rows(x, head, bias, preview, limit, tail)
-    needed = preview >= limit[:, None]
-    expected = torch.where(needed, x.float() @ head.float().T + bias.float(), preview.float() + 0.5)
-    torch.testing.assert_close(logits.float(), expected, atol=1e-4 if dtype == torch.float32 else 0.2, rtol=0.02)
-    assert torch.equal(count, needed.sum(1))

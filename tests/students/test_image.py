@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.execution.image_block import alike
-from students.execution.merging import match, merge, merge_lowest
+from students.execution.merging import match, merge
 from students.families.image import call
-from students.routers import stream_score
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 _IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
@@ -210,42 +209,6 @@ def test_merged_tokens_are_means_of_what_they_stand_for() -> None:
     torch.testing.assert_close(twice[0, 5], x[0, [0, 1, 2, 5]].mean(0))
     torch.testing.assert_close(twice[1, 1], x[1, [1, 2, 3]].mean(0))
     assert size[:, [5, 1]].diagonal().tolist() == [4, 3]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("prefix", "patches", "leaving"), [(0, 2, 1), (1, 9, 5), (1, 16, 3), (5, 31, 15), (1, 8, 0)])
-def test_the_lowest_scores_merge_as_match_and_merge_say(
-    prefix: int, patches: int, leaving: int, dtype: torch.dtype, operators: None
-) -> None:
-    draw = torch.Generator().manual_seed(patches)
-    n, width = prefix + patches, 24
-    x = torch.randn(3, n, width, generator=draw).to(dtype)
-    weight, bias, unlike = torch.randn(width, generator=draw), torch.randn(1, generator=draw), torch.tensor(0.7)
-    top = 1e30 * torch.arange(prefix, 0, -1)
-    close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after every step of a sum
-    for sized in (False, True):
-        size = torch.randint(1, 4, (3, n), generator=draw).float() if sized else None
-        before = torch.randn(3, n, generator=draw) if sized else None
-        some, sizes, scores, index, into = merge_lowest(x, size, before, weight, bias, unlike, top, n - leaving)
-        found = match(x, prefix)
-        score = stream_score(x, weight, bias) + unlike * found.distance
-        score = score if before is None else torch.minimum(score, before)
-        order = score.masked_fill(~found.may_go, torch.inf).argsort(1)
-        gone = torch.zeros(3, n).scatter(1, order[:, :leaving], 1.0)
-        merged, total = merge(x, size, gone, found.target)
-        for row in range(3):
-            stays = gone[row] == 0
-            assert index[row].tolist() == stays.nonzero().flatten().tolist()
-            torch.testing.assert_close(some[row], merged[row, stays], rtol=1e-4, atol=close)
-            torch.testing.assert_close(sizes[row], total[row, stays])
-            goes = found.may_go[row, stays]
-            torch.testing.assert_close(scores[row, goes], score[row, stays][goes], rtol=1e-2, atol=1e-2)
-            assert (scores[row, :prefix] == (top if before is None else before[row, :prefix])).all()
-            expected = torch.where(stays, torch.arange(n), found.target[row])
-            assert torch.equal(into[row], expected)
-    with pytest.raises(ValueError, match="every other may go"):
-        merge_lowest(x, None, None, weight, bias, unlike, top, prefix + patches // 2 - 1)
 
 
 def test_images_of_about_the_same_length_run_together() -> None:

@@ -12,7 +12,7 @@ ROWS = 64
 
 
 @triton.jit
-def _gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
+def _channel_gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, channels, BLOCK):
@@ -27,7 +27,7 @@ def _gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate_grad(
+def _channel_gate_grad(
     grad,
     price,
     x,
@@ -87,7 +87,7 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         block = min(4096, triton.next_power_of_2(channels))
-        _gate[(share.numel(),)](x, limit, out, share, channels, each(x, limit), BLOCK=block, num_warps=8)
+        _channel_gate[(share.numel(),)](x, limit, out, share, channels, each(x, limit), BLOCK=block, num_warps=8)
     return out, share
 
 
@@ -110,7 +110,7 @@ def channel_gate_grad(
     block = min(256, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     limits = limit.contiguous(), low.contiguous(), high.contiguous()
-    _gate_grad[(blocks, chunks, groups)](
+    _channel_gate_grad[(blocks, chunks, groups)](
         *(grad_out, grad_share, x, *limits, grad_x, partial, channels, rows),
         ROWS=ROWS,
         TILE=8,

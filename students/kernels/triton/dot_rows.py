@@ -1,8 +1,7 @@
-"""Chosen outputs of a linear layer whose weight holds a row of inputs for each: rows that are not chosen are not read."""
+"""Chosen outputs of a linear layer whose weight holds a row for each: rows that are not chosen are not read."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl

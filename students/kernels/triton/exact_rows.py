@@ -20,7 +20,7 @@ CHUNK = 1024
 
 
 @triton.jit
-def _choose(
+def _choose_rows(
     preview,
     limit,
     tail,
@@ -49,7 +49,7 @@ def _choose(
 
 
 @triton.jit
-def _exact(
+def _exact_rows(
     x,
     head,
     bias,
@@ -107,13 +107,13 @@ def exact_rows(
     out, count = torch.empty_like(preview), x.new_empty(rows, dtype=torch.int64)
     chosen = x.new_empty(chunks * CHUNK, dtype=torch.int32)
     lengths = x.new_empty(1 + rows, chunks, dtype=torch.int32)
-    _choose[(chunks,)](
+    _choose_rows[(chunks,)](
         *(preview, limit, tail, out, chosen, lengths, rows, vocabulary),
         ROWS=triton.next_power_of_2(rows),
         CHUNK=CHUNK,
         num_warps=8,
     )
-    _exact[(min(plan.programs, triton.cdiv(vocabulary, plan.step)),)](
+    _exact_rows[(min(plan.programs, triton.cdiv(vocabulary, plan.step)),)](
         *(x, head, bias, preview, limit, chosen, lengths, out, count, rows, inputs, vocabulary, chunks),
         ROWS=1 if rows == 1 else 16,
         CHUNK=CHUNK,

@@ -263,9 +263,7 @@ def _choose_alone(
 
 
 @triton.jit
-def _take_in(
-    x, size, first, following, index, out_size, out, tokens, width, prefix, going, keep, WIDTH: tl.constexpr
-):
+def _take_in(x, size, first, following, index, out_size, out, tokens, width, prefix, going, keep, WIDTH: tl.constexpr):
     """One token that stays: the mean of what it stands for."""
     me = tl.program_id(0)
     image = me // keep

@@ -101,9 +101,7 @@ def _gather(
         if tl.atomic_add(arrivals + strip, 1, sem="acq_rel") == SPLIT - 1:
             whole = tl.zeros([ROWS, STRIP], tl.float32)
             for other in tl.static_range(SPLIT):
-                whole += tl.load(
-                    partial + other * rows * outputs + place, mask=mask, other=0.0, cache_modifier=".cg"
-                )
+                whole += tl.load(partial + other * rows * outputs + place, mask=mask, other=0.0, cache_modifier=".cg")
             _write(whole, bias, out, row, column, rows, outputs)
 
 

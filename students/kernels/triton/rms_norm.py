@@ -1,9 +1,8 @@
-"""RMS norms in one pass, with the bits that torch's own operators give on a GPU where the sum is made in their order, and
-their gradient.
+"""RMS norms in one pass, with the bits that torch's own operators give on GPUs, and their gradient.
 
-torch sums a contiguous row [D] of float32 like this: threads take four numbers at a time, side by side, and keep four
-sums; these are added from left to right; then the sums of threads are added, the second half to the first, until one is
-left. How many threads there are for a row follows from D and the number of rows.
+torch (2.11 to 2.14) sums a contiguous row [D] of float32 like this: threads take four numbers at a time, side by side,
+and keep four sums; these are added from left to right; then the sums of threads are added, the second half to the
+first, until one is left. How many threads there are for a row follows from D and the number of rows.
 """
 
 from __future__ import annotations
@@ -28,14 +27,12 @@ def threads_of(rows: int, width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _total(value, GROUPS: tl.constexpr, N: tl.constexpr, ASCENDING: tl.constexpr):
-    """[GROUPS, N] -> [GROUPS, 1]: the second half added to the first; ASCENDING: within 32, neighbours first."""
+def _total(value, GROUPS: tl.constexpr, N: tl.constexpr):
+    """[GROUPS, N] -> [GROUPS, 1]: the second half added to the first, until one is left."""
     if N == 1:
         return value
-    elif ASCENDING and N <= 32:
-        return _total(tl.sum(tl.reshape(value, [GROUPS, N // 2, 2]), 2), GROUPS, N // 2, ASCENDING)
     else:
-        return _total(tl.sum(tl.reshape(value, [GROUPS, 2, N // 2]), 1), GROUPS, N // 2, ASCENDING)
+        return _total(tl.sum(tl.reshape(value, [GROUPS, 2, N // 2]), 1), GROUPS, N // 2)
 
 
 @triton.jit
@@ -49,7 +46,6 @@ def _rms_norm(
     KIND: tl.constexpr,
     THREADS: tl.constexpr,
     GROUPS: tl.constexpr,
-    ASCENDING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * width
     BLOCK: tl.constexpr = THREADS * GROUPS * 4
@@ -62,8 +58,8 @@ def _rms_norm(
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     sums = tl.reshape(first + second + third + fourth, [GROUPS, THREADS])
-    groups = tl.reshape(_total(sums, GROUPS, THREADS, ASCENDING), [1, GROUPS])
-    total = tl.sum(tl.reshape(_total(groups, 1, GROUPS, False), [1]), 0)
+    groups = tl.reshape(_total(sums, GROUPS, THREADS), [1, GROUPS])
+    total = tl.sum(tl.reshape(_total(groups, 1, GROUPS), [1]), 0)
     scale = tl.rsqrt(total * factor + epsilon)
     for start in range(0, width, BLOCK):
         place = start + lane
@@ -92,11 +88,11 @@ def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLO
     tl.store(out + row + place, (scale * slope - back * value).to(out.dtype.element_ty), mask=here)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int, ascending: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
     """x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D].
 
     kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
-    factor is 1 + weight. ascending: as torch summed within 32 threads before version 2.14: neighbours first.
+    factor is 1 + weight.
     """
     x, width = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // width
@@ -108,7 +104,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int, ascending: bo
             KIND=kind,
             THREADS=threads,
             GROUPS=groups,
-            ASCENDING=ascending,
             num_warps=max(1, threads * groups // 32),
             enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _gate(exact, preview, limit, tail, out, share, vocabulary, BLOCK: tl.constexpr):
+def _row_gate(exact, preview, limit, tail, out, share, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     kind = exact.dtype.element_ty
     least = tl.load(limit + row).to(kind).to(tl.float32)
@@ -27,7 +27,7 @@ def _gate(exact, preview, limit, tail, out, share, vocabulary, BLOCK: tl.constex
 
 
 @triton.jit
-def _gate_grad(
+def _row_gate_grad(
     grad,
     price,
     exact,
@@ -74,7 +74,7 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
     out, share = torch.empty_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)
     if exact.numel():
         block = min(4096, triton.next_power_of_2(vocabulary))
-        _gate[(share.numel(),)](exact, preview, limit, tail, out, share, vocabulary, BLOCK=block, num_warps=8)
+        _row_gate[(share.numel(),)](exact, preview, limit, tail, out, share, vocabulary, BLOCK=block, num_warps=8)
     return out, share
 
 
@@ -88,7 +88,7 @@ def row_gate_grad(
     rest, vocabulary = torch.zeros_like(limit, dtype=torch.float32), exact.shape[-1]
     if exact.numel():
         block = min(4096, triton.next_power_of_2(vocabulary))
-        _gate_grad[(grad_share.numel(),)](
+        _row_gate_grad[(grad_share.numel(),)](
             *(grad_out, grad_share, exact, preview, limit, tail, *grads, rest, vocabulary), BLOCK=block, num_warps=8
         )
     return *grads, rest.sum().to(tail.dtype)

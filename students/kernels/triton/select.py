@@ -87,9 +87,7 @@ def _select(
             weight = tl.load(down + which * inputs + channel, mask=here, other=0.0).to(tl.float32)
             values = tl.load(x + row * inputs + channel[None, :], mask=(row < rows) & here[None, :], other=0.0)
             sums += weight[None, :] * values.to(tl.float32)
-        tl.store(
-            low + tl.arange(0, ROWS) * ranks + which, tl.sum(sums, 1), mask=tl.arange(0, ROWS) < rows
-        )
+        tl.store(low + tl.arange(0, ROWS) * ranks + which, tl.sum(sums, 1), mask=tl.arange(0, ROWS) < rows)
 
 
 def select(x: Tensor, limit: Tensor, down: Tensor | None, counters: int) -> Selection:

@@ -1,7 +1,8 @@
-"""Compile the kernels that the operators launch for a GPU that is not here, and print what each needs, a JSON line each.
+"""Compile the kernels that operators launch for a GPU that is not here, and print what each needs, a JSON line each.
 
-`python -m tests.students.kernels.ahead_of_time 90`: the operators run on fake tensors of an 8 B model's shapes, as they
-would on that GPU; what reaches Triton is compiled in place of launched.
+`TRITON_INTERPRET=0 python -m tests.students.kernels.ahead_of_time 90 bfloat16`: operators run on fake tensors of an 8 B
+model's shapes, as they would on a GPU of compute capability 9.0; what reaches Triton is compiled in place of launched.
+Whatever would wait for the device fails, because fake tensors hold nothing to wait for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
+import students.execution.merging
+import students.kernels.fused  # noqa: F401
 from students.kernels.triton import implementation, rms_norm
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -51,7 +54,12 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         return torch.empty(shape, dtype=kind, device="cuda")
 
     def call(name: str, *arguments: object) -> Callable[[], object]:
-        return lambda: implementation(name)(*arguments)
+        def run() -> None:
+            found, expected = implementation(name)(*arguments), getattr(torch.ops.elastic, name)(*arguments)
+            for x, y in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, expected)), strict=True):
+                assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device), (name, x, y)
+
+        return run
 
     single = torch.float32
     wide, narrow, vocabulary, rank = 14336, 4096, 128256, 16
@@ -64,6 +72,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("few_channels", make(4, wide), long_limit, make(wide, narrow), *plain, [narrow])
     yield call("read_channels", make(narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
     yield call("few_channels", make(4, narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
+    yield call("read_channels", make(77), make(77, kind=single), make(77, 301), make(301), None, None, [301])
     head = make(vocabulary, narrow)
     for rows in (1, 8):
         yield call("exact_rows", make(rows, narrow), head, None, make(rows, vocabulary), make(rows), make())
@@ -84,8 +93,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: rms_norm.rms_norm_grad(make(8, narrow), make(8, narrow), make(narrow), 1e-6, 0)
 
 
-def compiled(capability: int, calls: Callable[[], Iterator[Callable[[], object]]]) -> dict[str, object]:
-    """What the calls have compiled, by kernel and what it is specialised for."""
+def compiled(capability: int, dtype: torch.dtype) -> dict[str, object]:
+    """What `work` has compiled, by kernel and what it is specialised for."""
     found: dict[str, object] = {}
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
@@ -102,13 +111,14 @@ def compiled(capability: int, calls: Callable[[], Iterator[Callable[[], object]]
         mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
         FakeTensorMode(),
     ):
-        for call in calls():
+        for call in work(dtype):
             call()
     return found
 
 
 def needs(kernel: object) -> dict[str, int]:
-    """Registers a thread, bytes of stack and of local memory a thread, and bytes of shared memory a program."""
+    """Registers, bytes of stack and of local memory of a thread, bytes of shared memory of a program, and instructions
+    that copy 16 bytes from global to shared memory on the side."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -120,13 +130,10 @@ def needs(kernel: object) -> dict[str, int]:
         "local": int(usage["LOCAL"]),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "async": kernel.asm["ptx"].count("cp.async"),
-        "mma": kernel.asm["ptx"].count("mma."),
+        "copies": kernel.asm["ptx"].count("cp.async.cg.shared.global"),
     }
 
 
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
-    for dtype in (torch.bfloat16,):
-        for name, kernel in compiled(capability, lambda dtype=dtype: work(dtype)).items():
-            print(json.dumps({"kernel": name, **needs(kernel)}), flush=True)
+    for name, kernel in compiled(int(sys.argv[1]), getattr(torch, sys.argv[2])).items():
+        print(json.dumps({"kernel": name, **needs(kernel)}), flush=True)

@@ -1,0 +1,44 @@
+"""The divergence of a training step, in one pass where there is a kernel for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic.accounting.sums import divergence_of
+from elastic.config import LossConfig
+from losses import forward_kl
+from students.kernels import fused
+from tests.students.kernels.conftest import DTYPES
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", [divergence_of(LossConfig()), fused.forward_kl])
+def test_forward_kl_of_training_is_that_of_losses(divergence, dtype: torch.dtype, backend: torch.device):
+    torch.manual_seed(0)
+    student, teacher = ((torch.randn(7, 1234) * scale).to(backend, dtype) for scale in (3, 4))
+    student[0, 3] = teacher[0, 3] = 300.0  # certain, and the rest underflows
+    student[1] = teacher[1]
+    student.requires_grad_()
+    by = torch.randn(7).to(backend)
+    found, expected = divergence(student, teacher), forward_kl(student, teacher)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-5)
+    assert found[1] == 0 or (not fused.reads_once(student) and found[1].abs() < 1e-6)
+    (a,), (b,) = (torch.autograd.grad((value * by).sum(), student) for value in (found, expected))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("divergence", [divergence_of(LossConfig()), fused.forward_kl])
+def test_forward_kl_of_training_tells_of_what_is_not_finite(divergence, backend: torch.device):
+    logits = torch.zeros(2, 64).to(backend)
+    logits[0, 5] = torch.nan
+    for teacher in (torch.zeros(2, 64).to(backend), logits):
+        assert divergence(logits, teacher).isnan().tolist() == [True, False]
+
+
+def test_rows_longer_than_a_block(backend: torch.device):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(2, 9001).to(backend) * 2 for _ in range(2))
+    teacher[0, :5000] -= 200  # what came first counts nothing in the end
+    found = fused.forward_kl(student.requires_grad_(), teacher)
+    torch.testing.assert_close(found, forward_kl(student, teacher), atol=1e-4, rtol=1e-5)

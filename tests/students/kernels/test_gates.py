@@ -1,0 +1,80 @@
+"""Gates on channels and on rows of the LM head: values, shares, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from students.kernels import fused
+from students.routers import selection
+from tests.students.kernels.conftest import DTYPES
+
+CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
+CLOSE[torch.float16] = dict(atol=4e-3, rtol=4e-3)
+
+
+def ramp(distance: Tensor, near: Tensor) -> Tensor:
+    """1 or 0, as the distance is at least 0 or not, with a gradient of 1 where it is near 0."""
+    soft = torch.where(near, distance, distance.detach())
+    return (distance >= 0).to(distance.dtype) + (soft - soft.detach())
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [grad.float() for grad in torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(77,), (3, 1, 77)])
+def test_channel_gate(shape: tuple[int, ...], dtype: torch.dtype, backend: torch.device):
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 77).to(backend, dtype).requires_grad_()
+    log_limit = (torch.randn(shape) * 0.3 - 0.7).to(backend).requires_grad_()
+    by_out, by_share = torch.randn(3, 20, 77).to(backend), torch.randn(3, 20).to(backend)
+    out, share = selection.channel(x, log_limit)
+    found = gradients((out * by_out.to(dtype)).sum() + (share * by_share).sum(), x, log_limit)
+
+    limit = log_limit.exp().to(dtype).float()
+    keep = (x.abs() >= limit).float()
+    assert torch.equal(out, torch.where(keep > 0, x, 0))
+    torch.testing.assert_close(share, keep.mean(-1))
+    low, high = ((log_limit + shift).exp().to(dtype) for shift in (-0.5, 0.5))
+    opens = ramp(x.detach().float().abs().log() - log_limit, (x.abs() >= low) & (x.abs() < high))
+    slopes = gradients((opens * x * by_out.to(dtype)).sum() + (opens.mean(-1) * by_share).sum(), log_limit)
+    torch.testing.assert_close(found[0], keep * by_out.to(dtype).float(), **CLOSE[dtype])
+    torch.testing.assert_close(found[1], slopes[0], **CLOSE[dtype])
+
+
+def test_channel_gate_adds_up_many_tokens(backend: torch.device):
+    torch.manual_seed(0)
+    x, by_out = torch.randn(2, 700, 9).to(backend), torch.randn(2, 700, 9).to(backend)
+    by_share, limit = torch.randn(2, 700).to(backend), torch.rand(2, 1, 9).to(backend)
+    low, high = limit * 0.6, limit * 1.6
+    grad_x, grad_limit = fused.channel_gate_grad(by_out, by_share, x, limit, low, high)
+    near = (x.abs() >= low) & (x.abs() < high)
+    expected = -((by_out * x + by_share[..., None] / 9) * near).sum(1, keepdim=True)
+    assert torch.equal(grad_x, torch.where(x.abs() >= limit, by_out, 0))
+    torch.testing.assert_close(grad_limit, expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(fused.channel_gate(x, torch.zeros(9).to(backend))[1], torch.ones(2, 700).to(backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_gate(dtype: torch.dtype, backend: torch.device):
+    torch.manual_seed(0)
+    exact, preview = (torch.randn(5, 301).to(backend, dtype).requires_grad_() for _ in range(2))
+    limit = torch.randn(5, 1).to(backend).requires_grad_()
+    tail = torch.tensor(0.3125, device=backend, requires_grad=True)
+    by_out, by_share = torch.randn(5, 301).to(backend, dtype), torch.randn(5).to(backend)
+    out, share = selection.rows(exact, preview, limit, tail)
+    found = gradients((out * by_out).sum() + (share * by_share).sum(), exact, preview, limit, tail)
+
+    keep = preview.detach() >= limit.detach().to(dtype)
+    assert torch.equal(out, torch.where(keep, exact, preview + tail.to(dtype)))
+    torch.testing.assert_close(share, keep.float().mean(-1))
+    low, high = ((limit + shift).to(dtype) for shift in (-0.5, 0.5))
+    opens = ramp(preview.detach().float() - limit, (preview >= low) & (preview < high))
+    mixed = torch.where(keep, exact.float(), preview.float() + tail)
+    mixed = mixed + (opens - opens.detach()) * (exact - preview - tail).detach().float()
+    expected = gradients((mixed * by_out).sum() + (opens.mean(-1) * by_share).sum(), exact, preview, limit, tail)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE[dtype])
