@@ -115,10 +115,24 @@ def few_channels(
     ends: list[int],
 ) -> tuple[Tensor, Tensor]:
     """As `ops.few_channels`: out [B, O] for x [B, I], and how many channels some input needs."""
-    (rows, inputs), outputs = x.shape, weight.shape[1]
-    plan = tuning.gather(x.device, rows, inputs, outputs)
+    plan = tuning.gather(x.device, len(x), weight.shape[1])
     if plan is None:
         return _all_channels(x, limit, weight, bias, down, up, ends)
+    return launch(plan, x, limit, weight, bias, down, up, ends)
+
+
+def launch(
+    plan: tuning.Gather,
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    """`few_channels` as a plan has it."""
+    (rows, inputs), outputs = x.shape, weight.shape[1]
     strips, split = triton.cdiv(outputs, plan.strip), plan.split(inputs, outputs)
     chosen = select(x, limit, down, strips)
     out = x.new_empty(rows, outputs)

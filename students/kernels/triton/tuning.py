@@ -99,8 +99,8 @@ def capability(device: torch.device) -> int:
     return max((known for known in GATHER if known <= 10 * major + minor), default=min(GATHER))
 
 
-def gather(device: torch.device, rows: int, inputs: int, outputs: int) -> Gather | None:
-    """How `rows` inputs read channels of a weight [inputs, outputs]; None: they had better read all."""
+def gather(device: torch.device, rows: int, outputs: int) -> Gather | None:
+    """How `rows` inputs read channels of a weight [*, outputs]; None: they had better read all."""
     if rows > MOST_ROWS:
         return None
     return GATHER[capability(device)]["one" if rows == 1 else "few", width_of(outputs)]
