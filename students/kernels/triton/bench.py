@@ -1,5 +1,5 @@
-"""Time the kernels on the GPU that is here: `python -m students.kernels.triton.bench`; with `--tune`, try other launches
-than those in tuning.py, and print what to write there.
+"""Time the kernels on the GPU that is here: `python -m students.kernels.triton.bench`; with `--tune`, try other
+launches than those in tuning.py, and print what to write there.
 
 Calls are captured into a CUDA graph, as decoding does, over as many copies of a weight as no cache holds.
 """
@@ -130,12 +130,8 @@ def other_lines(dtype: torch.dtype) -> Iterator[str]:
     call = partial(channel_gate_grad, x, tokens, x, limit, limit * 0.6, limit * 1.6)
     yield line(f"channel_gate {tuple(TOKENS)}", 2 * x.numel() * size, partial(channel_gate, x, limit))
     yield line("channel_gate_grad", 3 * x.numel() * size, call)
-    s, t, each, tail, limit = (
-        *(make(*LOGITS, dtype=dtype) for _ in range(2)),
-        make(LOGITS[0]),
-        make(),
-        make(LOGITS[0], 1),
-    )
+    s, t = (make(*LOGITS, dtype=dtype) for _ in range(2))
+    each, tail, limit = make(LOGITS[0]), make(), make(LOGITS[0], 1)
     yield line(f"row_gate {LOGITS}", 3 * s.numel() * size, partial(row_gate, s, t, limit, tail))
     yield line("row_gate_grad", 5 * s.numel() * size, partial(row_gate_grad, s, each, s, t, limit, tail))
     yield line(f"forward_kl {LOGITS}", 2 * s.numel() * size, partial(forward_kl, s, t))

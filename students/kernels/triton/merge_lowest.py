@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64
-"""Goers of one program; where an image has no more than twice as many, one program has all of them."""
+WHOLE = 128
+"""Goers of an image up to which one program has all of them."""
 NOBODY: tl.constexpr = tl.constexpr(2**30)
 NOT_NOW: tl.constexpr = tl.constexpr(1e29)
 """The score of a patch that others may merge into (see execution/merging.py)."""
@@ -313,27 +313,29 @@ def merge_lowest(
     if not out.numel():
         return out, sizes, scores, index, into.copy_(torch.arange(tokens, device=x.device))
     found = rank, partner, leaves, first, following, total, sizes, scores, index, into
-    goers, whole = max(16, triton.next_power_of_2(going)), going <= 2 * TILE
-    tile, padded = goers if whole else TILE, triton.next_power_of_2(tokens)
+    goers, whole = max(16, triton.next_power_of_2(going)), going <= WHOLE
+    wide = x.element_size() > 2  # no tensor cores: registers are what there is least of
+    block, padded = 32 if wide else 64, triton.next_power_of_2(tokens)
+    tile = goers if whole else block
     _match[(batch, max(1, triton.cdiv(going, tile)))](
         *(x, *given, weight, bias, unlike, top, *found, tokens, width, prefix, going, keep, math.sqrt(width)),
         GOERS=goers,
         TILE=tile,
-        TAKERS=32 if x.element_size() > 2 else 64,
-        WIDTH=32 if x.element_size() > 2 else 64,
+        TAKERS=block,
+        WIDTH=block,
         WHOLE=whole,
         TOKENS=padded,
         num_warps=8,
-        num_stages=2 if x.element_size() > 2 else 3,
+        num_stages=2 if wide else 3,
     )
     if not whole:
         _choose_alone[(batch,)](
             *(*given, top, *found, tokens, prefix, going, keep), GOERS=goers, TILE=32, TOKENS=padded, num_warps=16
         )
-    block = triton.next_power_of_2(width)
+    lanes = triton.next_power_of_2(width)
     _take_in[(batch * keep,)](
         *(x, given[0], first, following, index, sizes, out, tokens, width, prefix, going, keep),
-        WIDTH=block,
-        num_warps=max(1, min(8, block // 256)),
+        WIDTH=lanes,
+        num_warps=max(1, min(8, lanes // 256)),
     )
     return out, sizes, scores, index, into
