@@ -24,7 +24,7 @@ class RoutedHead(Wrapper):
         self.spec = spec
         self._preview: Tensor | None = None
         self._stamp = Stamp()
-        self._product = PackedProduct(like=base_layer)
+        self._product = PackedProduct()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
@@ -73,7 +73,7 @@ class RoutedHead(Wrapper):
         if len(hidden) == 1:
             preview = ops.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
-            preview = self._product(features, up)
+            preview = self._product(features, up, like=base)
         tail = router.tail.to(hidden.dtype)
         logits, count = ops.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
         return logits, count / len(base.weight)
@@ -92,4 +92,6 @@ class RoutedHead(Wrapper):
         router = self.routers["vocab"]
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.turn(features, owner))
-        return selection.rows(self.base_layer(hidden), self._product(features, preview_weight), limit, tail)
+        return selection.rows(
+            self.base_layer(hidden), self._product(features, preview_weight, like=self.base_layer), limit, tail
+        )

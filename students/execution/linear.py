@@ -93,7 +93,7 @@ class Site:
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
         if len(masked) <= JOINT_ROWS:
-            outs = self._product(masked, self._whole.T, self._bias).split(self._sizes, 1)
+            outs = self._product(masked, self._whole.T, self._bias, like=first.base_layer).split(self._sizes, 1)
         else:
             outs = [layer.base_layer(masked) for layer in self.layers]
         if self._down is not None:
@@ -143,7 +143,7 @@ class Site:
             self._whole = torch.cat([part.detach() for part in columns], 1)
             for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
-            self._product = PackedProduct(like=bases[0])
+            self._product = PackedProduct()
             self._stamp.renew(weights)
         self._bias = self._down = self._up = None
         if any(base.bias is not None for base in bases):

@@ -8,8 +8,6 @@ CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,20 +26,20 @@ class PackedProduct:
     """F.linear for one frozen weight [O, I], which is packed in the first call, and again if it has changed.
 
     F.linear itself runs on many rows, for few outputs, where gradients are wanted, elsewhere than in bfloat16 on a CPU,
-    where somebody counts operations or compiles them, and as long as the layer `like`, if there is one, is not packed.
+    and where somebody counts operations or compiles them.
     """
 
-    def __init__(self, like: nn.Module | None = None) -> None:
-        self._like = like
+    def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._stamp = Stamp()
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, like: nn.Module | None = None) -> Tensor:
+        """like: a layer without which, unless it is packed, nothing is."""
         if (
             torch.is_grad_enabled()
             or x.dtype != torch.bfloat16
             or x.numel() > MOST_ROWS * x.shape[-1]
-            or not (self._like is None or isinstance(self._like, PackedLinear))
+            or not (like is None or isinstance(like, PackedLinear))
             or ops.observed()
         ):
             return F.linear(x, weight, bias)
@@ -54,13 +52,20 @@ class PackedProduct:
         return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
 
     def __deepcopy__(self, memo: dict) -> PackedProduct:
-        return PackedProduct(copy.deepcopy(self._like, memo))  # what is packed cannot be copied
+        return PackedProduct()  # what is packed cannot be copied
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer [..., I] -> [..., O] that keeps its packed weight beside the plain one."""
+    """In place of a frozen linear layer [..., I] -> [..., O], with its parameters: keeps the packed weight beside them.
 
-    product: PackedProduct
+    `plain` is the layer itself; to put it back where it was undoes this.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(plain.__dict__)  # parameters and hooks are in the same dictionaries
+        self.__dict__["plain"] = plain  # no submodule, so that parameters have one name
+        self.product = PackedProduct()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -70,11 +75,13 @@ def pack_linears(model: nn.Module) -> bool:
     """Let a model's frozen bfloat16 linear layers pack their weights, each when it first runs; False where none can."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    found = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
-    for module in found:
-        module.__class__ = PackedLinear
-        module.product = PackedProduct()
-    return bool(found)
+    linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]
+    packed = {linear: PackedLinear(linear) for linear in linears}
+    for parent in [x for x in model.modules() if x not in packed]:
+        for name, child in parent._modules.items():  # a layer may stand in several places
+            if child in packed:
+                setattr(parent, name, packed[child])
+    return bool(packed)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -99,3 +99,22 @@ def test_a_second_copy_needs_room(monkeypatch: pytest.MonkeyPatch):
     for available, room in ((8000, True), (7999, False)):
         monkeypatch.setattr(run.psutil, "virtual_memory", lambda n=available: free._replace(available=n))
         assert run.has_room_for_two(model) == room
+
+
+@torch.no_grad()
+def test_a_packed_layer_is_the_plain_one_until_that_is_put_back(tokens: torch.Tensor):
+    model = make_tiny("llama").bfloat16().requires_grad_(False)
+    before, names = model(tokens).logits, list(dict(model.named_parameters()))
+    plain = dict(model.named_modules())
+    if not pack_linears(model):
+        pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert found and list(dict(model.named_parameters())) == names and not pack_linears(model)
+    seen = []
+    for name, module in found.items():
+        assert module.plain is plain[name] and module.weight is plain[name].weight
+        plain[name].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(tokens).logits, before) and len(seen) == len(found)
+    for name, module in found.items():
+        model.set_submodule(name, module.plain)
+    assert torch.equal(model(tokens).logits, before)
