@@ -42,7 +42,7 @@ def from_dict(kind: type, data: Any, path: str = "") -> Any:
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{path}.")
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

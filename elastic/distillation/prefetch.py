@@ -16,15 +16,15 @@ class Prefetched:
         self.samples = samples
         self.device = device
         self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[Sequence[int], Future] | None = None
+        self._next: tuple[Sequence[int], Future[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def load(self, chosen: Sequence[int], following: Sequence[int]) -> Any:
         """What the model reads of the samples with these numbers; following: those that come next."""
-        ready = self._next is not None and self._next[0] == chosen
-        batch = self._next[1].result() if ready else self._read(chosen)
+        numbers, ready = self._next or (None, None)
+        batch = ready.result() if ready is not None and numbers == chosen else self._read(chosen)
         self._next = following, self._pool.submit(self._read, following)
         return batch.to(self.device)
 
