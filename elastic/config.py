@@ -238,8 +238,8 @@ class RunConfig:
             raise ValueError(
                 f"data.prompt ({self.data.prompt}) must be shorter than train.window ({self.train.window})"
             )
-        over_tokens = any(r.selection == "topk" and r.kind in ("token", "layer") for r in self.student.routers)
-        over_gates = any(r.kind in ("head", "expert") for r in self.student.routers)
+        over_tokens = any(r.selection == "topk" and r.of_kind.over_tokens for r in self.student.routers)
+        over_gates = any(r.of_kind.over_parts for r in self.student.routers)
         text = self.family == "llm"
         for name, works, needs in (
             ("data.window", text, "a language model"),

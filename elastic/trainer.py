@@ -31,6 +31,7 @@ from elastic.settings import to_dict
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
+from students.routers.registry import limit_parameters
 from teachers import Teacher
 
 Say = Callable[[str], None]
@@ -250,10 +251,9 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
-    limits, maps = [], []
-    for name, parameter in student.added_parameters().items():
-        alone = name.endswith(("log_limit", "log_gain", ".score", ".spread", ".tail"))
-        (limits if alone else maps).append(parameter)
+    alone, limits, maps = limit_parameters(student.model), [], []
+    for parameter in student.added_parameters().values():
+        (limits if parameter in alone else maps).append(parameter)
     groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
 

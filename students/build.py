@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures import (
+    BRANCHES,
+    LINEAR_SITES,
     VISION_TOWERS,
     Architecture,
     Sizes,
@@ -24,7 +26,6 @@ from students.execution.attention import route_attention
 from students.execution.block import BlockGather
 from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.handover import BlockHandover
-from students.execution.head import RoutedHead
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear, Site
 from students.execution.runtime import Runtime
@@ -33,9 +34,9 @@ from students.families.image import ImageStudent, call
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
 from students.flops import flop_counter
-from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute, VocabRouter
+from students.routers import ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
-from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
+from students.spec import RouterSpec, StudentSpec
 from students.student import Student
 
 
@@ -70,31 +71,43 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         return _elasticize_vision_language(model, spec)
     record, blocks = architecture_of(model)
     for router in spec.routers:
-        if router.kind == "image" or router.part == "vision":
+        if router.of_kind.place == "door" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
+    _check(spec, record)
     model.requires_grad_(False).eval()
     return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec)
+
+
+def _check(spec: StudentSpec, record: Architecture) -> None:
+    """ValueError where routers cannot stand in the blocks of such a model."""
+    for router in spec.routers:
+        if record.causal and (router.selection == "quota" or router.dropped != "return" or router.multiple != 1):
+            raise ValueError(
+                f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
+                "quota`, `dropped: stay`, `dropped: merge` and `multiple` are for images"
+            )
+        router.of_kind.check_model(router, record, spec)
 
 
 def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:
     trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
     record, blocks = architecture_of(trunk)
-    inside = spec.of("vision")
+    language, inside = spec.of("language"), spec.of("vision")
     if inside.routers:
         tower_record, tower_blocks = architecture_of(tower)
         for router in inside.routers:
-            if router.kind in ("layer", "channel"):
+            if not router.of_kind.in_vision_tower:
                 raise ValueError(
                     f"a {router.kind} router cannot stand in the vision tower of a vision-language model, whose "
                     "language model reads the states after its blocks: use token, head or expert routers"
                 )
+        _check(inside, tower_record)
+    _check(language, record)
     model.requires_grad_(False).eval()
-    language = spec.of("language")
     runtime, compute = _language_parts(model, trunk, record, blocks, language)
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
-    image = spec.find("image")
-    if image is not None:
-        trunk.door = _like(blocks[0], Door(ImageRouter(image, trunk.config.hidden_size, spec.gains)))
+    for router in spec.at("door"):
+        router.of_kind.attach(router, DoorPlace(trunk, blocks[0], trunk.config.hidden_size, spec.gains))
     return VisionLanguageStudent(model, record, blocks, language, runtime, compute, trunk=trunk, vision=vision)
 
 
@@ -111,58 +124,21 @@ def _language_parts(
     model: PreTrainedModel, trunk: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> tuple[Runtime, ComputeModel]:
     """Routers in the blocks of a language model and in front of its head."""
-    for router in spec.routers:
-        if router.selection == "quota" or router.dropped != "return" or router.multiple != 1:
-            raise ValueError(
-                f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
-                "quota`, `dropped: stay`, `dropped: merge` and `multiple` are for images"
-            )
     runtime = Runtime()
-    shapes = _shapes(trunk, record, blocks, spec, runtime)
-    head = model.get_output_embeddings()
-    vocabulary, width = head.weight.shape
-    head_routed = 0
-    if spec.find("vocab") is not None:
-        rank = spec.find("vocab").rank or width // 4
-        head_routed = rank * (width + vocabulary + 1)
-        router = VocabRouter(width, rank, spec.gains)
-        model.set_output_embeddings(_like(head, RoutedHead(head, runtime, router, spec.find("vocab"))))
-    return runtime, ComputeModel(spec, shapes, vocabulary * width, head_routed)
+    shapes = _elasticize_blocks(trunk, record, blocks, spec, runtime)
+    place = HeadPlace(model, runtime, spec.gains)
+    macs = place.head.weight.numel()
+    for router in spec.at("head"):
+        router.of_kind.attach(router, place)
+    return runtime, ComputeModel(spec, shapes, macs, place.macs)
 
 
 def _elasticize_image(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> ImageStudent:
-    for router in spec.routers:
-        if router.kind == "vocab":
-            raise ValueError("a vocab router needs a language model's head; image models have none")
-        if router.kind in ("token", "layer") and "attn" in router.touches and router.kv == "keep":
-            raise ValueError(f"image models keep no keys of skipped tokens: give the {router.kind} router `kv: drop`")
-        if router.kind == "layer" and router.substitute:
-            raise ValueError("a layer router of an image model takes no substitute; token routers do")
-        if router.kind == "layer" and (router.granularity == "sequence" or router.network == "static"):
-            raise ValueError("a layer router of an image model decides token by token")
-    if spec.find("layer") and spec.find("token"):
-        raise ValueError("image models take layer routers or token routers, not both: a layer router is both branches'")
     tokens, others = _probe(model, blocks)
     runtime = Runtime(causal=False, prefix=record.prefix)
-    shapes = _shapes(model, record, blocks, spec, runtime)
-    layer = spec.find("layer")
-    if layer is not None:
-        parent = trunk_of(model).get_submodule(record.blocks)
-        stays, last = layer.dropped != "return", len(blocks) - 1
-        for number, block in enumerate(blocks):
-            if not (stays or layer.on(number)):
-                continue
-            routed = RoutedBlock(block, runtime, number, record.prefix, record.mask, layer.dropped, last=number == last)
-            _like(block, routed)
-            if layer.on(number):
-                width = sizes_of(model, record, number, block).width
-                routed.routers["layer"] = _like(block, Router(layer, width, 1, gains=spec.gains))
-                shapes[number].routers["layer"] = routed.routers["layer"].macs(width)
-                if layer.dropped == "merge":
-                    shapes[number].routers["match"] = width
-            parent[number] = blocks[number] = routed
+    shapes = _elasticize_blocks(model, record, blocks, spec, runtime)
     compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
     ones = torch.ones(1, tokens, dtype=torch.bool)
     inside = compute.dense(ones, "prefill").sum()
@@ -193,150 +169,237 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
 
 
-def _shapes(
+def _elasticize_blocks(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec, runtime: Runtime
 ) -> tuple[BlockShape, ...]:
-    """Put the routers of branches and linear layers into all blocks."""
-    return tuple(
-        _elasticize_block(sizes_of(model, record, number, block), record, spec, runtime, number, block)
-        for number, block in enumerate(blocks)
-    )
+    """Put the routers of branches and linear layers into all blocks, and around them; `blocks` follows."""
+    parent, shapes = trunk_of(model).get_submodule(record.blocks), []
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1
+        place = BlockPlace(spec, record, sizes_of(model, record, number, block), runtime, number, block, last)
+        shapes.append(place.elasticize())
+        if place.around is not None:
+            parent[number] = blocks[number] = place.around
+    return tuple(shapes)
 
 
-def _elasticize_block(
-    sizes: Sizes, record: Architecture, spec: StudentSpec, runtime: Runtime, number: int, block: nn.Module
-) -> BlockShape:
-    width, heads, size, groups = sizes.width, sizes.heads, sizes.size, sizes.groups
-    macs = {s: sum(block.get_submodule(n).weight.numel() for n in record.linears(s)) for s in LINEAR_SITES}
-    neurons = weight_of(block.get_submodule(record.linears("mlp_out")[0])).shape[1]
-    lora: dict[str, int] = {}
-    routers: dict[str, int] = {}
-    substitutes: dict[str, int] = {}
+@dataclass
+class DoorPlace:
+    """Where image tokens enter a language model."""
 
-    def find(wrapper: RoutedBranch, kind: str) -> RouterSpec:
-        return spec.find(kind, number, wrapper.branch if kind == "token" else "")
+    trunk: PreTrainedModel
+    beside: nn.Module
+    width: int
+    gains: bool
 
-    def add_router(wrapper: RoutedBranch, kind: str, key: str, gates: int, members: Tensor | None = None) -> None:
-        router_spec = find(wrapper, kind)
-        router = Router(router_spec, width, gates, members, spec.gains)
-        wrapper.routers[kind] = _like(wrapper.base_layer, router)
-        if router_spec.granularity == "token":
-            routers[key] = router.macs(width)
+    def add_router(self, router: ImageRouter) -> None:
+        self.trunk.door = _like(self.beside, Door(router))
 
-    def add_substitute(wrapper: RoutedBranch, kind: str, key: str) -> None:
-        if rank := find(wrapper, kind).substitute:
-            substitute = Substitute(width, min(width, rank))
-            wrapper.substitutes[kind] = _like(wrapper.base_layer, substitute)
-            substitutes[key] = substitute.macs()
 
-    handover = BlockHandover()
-    runtime.handovers.append(handover)
-    own_q = len(record.attn_in) == 3
-    channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
-    narrows = {
-        "head": own_q and not record.whole_heads and "attn" not in channels,
-        "expert": "mlp" not in channels,
-    }
+@dataclass
+class HeadPlace:
+    """The LM head of a model."""
 
-    for branch in BRANCHES:
-        path = getattr(record, branch)
-        late = getattr(record, f"{branch}_exit")
-        kind = "head" if branch == "attn" else "expert"
-        wrapper = RoutedBranch(
-            block.get_submodule(path),
-            runtime,
-            number,
+    model: PreTrainedModel
+    runtime: Runtime
+    gains: bool
+    macs: int = 0
+    """Cost of what was added, for one token."""
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def replace(self, head: nn.Module) -> None:
+        self.model.set_output_embeddings(_like(self.head, head))
+
+
+class BlockPlace:
+    """A block whose routers are being put in, and what they cost.
+
+    Kinds are asked for one branch after the other: `branch` says which, `wrapper` is what stands in front of it.
+    """
+
+    def __init__(
+        self,
+        spec: StudentSpec,
+        record: Architecture,
+        sizes: Sizes,
+        runtime: Runtime,
+        number: int,
+        block: nn.Module,
+        last: bool,
+    ) -> None:
+        self.spec, self.record, self.sizes, self.runtime = spec, record, sizes, runtime
+        self.number, self.block, self.last = number, block, last
+        self.handover = BlockHandover()
+        runtime.handovers.append(self.handover)
+        self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
+        self.neurons = self.inputs("mlp_out")
+        self.own_q = len(record.attn_in) == 3
+        self.branch = ""
+        self.wrappers: dict[str, RoutedBranch] = {}
+        self.channels: dict[str, nn.Module] = {}
+        """Routers of channels by site."""
+        self.parts: set[str] = set()
+        """Branches with gates among their parts."""
+        self.opens: set[str] = set()
+        """Those where a token on its own chooses parts, which its linear layers leave out."""
+        self.around: RoutedBlock | None = None
+        """What stands around the block."""
+        self.gathers = False
+        """Whether the block may run on the tokens that its layer router lets through, norms and all."""
+        self.costs: dict[str, int] = {}
+        self.substitutes: dict[str, int] = {}
+        self.lora: dict[str, int] = {}
+        channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
+        self.narrows = {
+            "attn": self.own_q and not record.whole_heads and "attn" not in channels,
+            "mlp": "mlp" not in channels,
+        }
+
+    @property
+    def wrapper(self) -> RoutedBranch:
+        """What stands in front of the branch."""
+        return self.wrappers[self.branch]
+
+    def linears(self, site: str) -> list[nn.Module]:
+        """The linear layers at a site."""
+        return [self.block.get_submodule(name) for name in self.record.linears(site)]
+
+    def inputs(self, site: str) -> int:
+        """Channels that a site's linear layers read."""
+        return weight_of(self.linears(site)[0]).shape[1]
+
+    def add_router(self, spec: RouterSpec, key: str, gates: int = 1, members: Tensor | None = None) -> None:
+        """Let the branch ask a router; key: of its decisions, after the block's number."""
+        router = Router(spec, self.sizes.width, gates, members, self.spec.gains)
+        self.wrapper.routers[spec.kind] = _like(self.wrapper.base_layer, router)
+        if spec.granularity == "token":
+            self.costs[key] = router.macs(self.sizes.width)
+
+    def add_substitute(self, spec: RouterSpec, key: str) -> None:
+        """What stands in for closed tokens, if the router has it."""
+        if spec.substitute:
+            substitute = Substitute(self.sizes.width, min(self.sizes.width, spec.substitute))
+            self.wrapper.substitutes[spec.kind] = _like(self.wrapper.base_layer, substitute)
+            self.substitutes[key] = substitute.macs()
+
+    def add_parts(self, spec: RouterSpec, gates: int, channels: int) -> None:
+        """Gates among the parts of the branch, which share the channels in front of its last linear layer."""
+        self.parts.add(self.branch)
+        if self.narrows[self.branch] and spec.granularity == "token" and spec.network != "static":
+            self.opens.add(self.branch)
+        self.add_router(spec, f"{self.branch}.{spec.kind}", gates, torch.arange(channels) * gates // channels)
+
+    def add_channels(self, site: str, router: nn.Module) -> None:
+        """A router of the channels that a site's linear layers read."""
+        self.channels[site] = _like(self.linears(site)[0], router)
+
+    def enclose(self, dropped: str) -> RoutedBlock:
+        """A wrapper around the block that hands it only some tokens."""
+        routed = RoutedBlock(
+            self.block, self.runtime, self.number, self.record.prefix, self.record.mask, dropped, last=self.last
+        )
+        self.around = _like(self.block, routed)
+        return self.around
+
+    def like(self, added: nn.Module) -> nn.Module:
+        """An added module where the block is."""
+        return _like(self.block, added)
+
+    def elasticize(self) -> BlockShape:
+        """Put everything in; returns what the block costs."""
+        record, sizes = self.record, self.sizes
+        macs = {site: sum(linear.weight.numel() for linear in self.linears(site)) for site in LINEAR_SITES}
+        for self.branch in BRANCHES:
+            self._elasticize_branch()
+        if self.gathers:
+            norm = self.block.get_submodule(record.norm) if record.prenorm else None
+            BlockGather(self.block, self.wrappers["attn"], norm, self.handover)
+        kv_share = 2 * sizes.groups / (sizes.heads + 2 * sizes.groups)
+        return BlockShape(
+            q=round(macs["attn_in"] * (1 - kv_share)),
+            kv=round(macs["attn_in"] * kv_share),
+            o=macs["attn_out"],
+            mlp_in=macs["mlp_in"],
+            mlp_out=macs["mlp_out"],
+            per_key=2 * sizes.heads * sizes.size,
+            window=sizes.window,
+            own_q=self.own_q,
+            narrows=self.narrows,
+            lora=self.lora,
+            routers=self.costs,
+            substitutes=self.substitutes,
+        )
+
+    def _elasticize_branch(self) -> None:
+        branch, record = self.branch, self.record
+        path, late = getattr(record, branch), getattr(record, f"{branch}_exit")
+        wrapper = self.wrappers[branch] = RoutedBranch(
+            self.block.get_submodule(path),
+            self.runtime,
+            self.number,
             branch,
-            handover,
+            self.handover,
             prenorm=record.prenorm,
             late_exit=late is not None,
-            narrows=narrows[kind],
-            window=sizes.window,
+            narrows=self.narrows[branch],
+            window=self.sizes.window,
             mask=record.mask,
         )
-        if spec.find("token", number, branch):
-            add_router(wrapper, "token", f"{branch}.token", 1)
-            add_substitute(wrapper, "token", branch)
-        if record.causal and spec.find("layer", number):
-            if branch == "attn":
-                add_router(wrapper, "layer", "layer", 1)
-                add_substitute(wrapper, "layer", "layer")
-                layer_router = wrapper.routers["layer"]
-            else:
-                wrapper.block_router = (layer_router,)
-        gated = spec.find(kind, number) is not None
-        if gated:
-            count = heads if branch == "attn" else min(spec.find("expert", number).groups, neurons)
-            channel_count = heads * size if branch == "attn" else neurons
-            add_router(wrapper, kind, kind, count, torch.arange(channel_count) * count // channel_count)
-        opens = gated and narrows[kind] and wrapper.routers[kind].spec.granularity == "token"
-        opens = opens and wrapper.routers[kind].spec.network != "static"  # which opens the same for all tokens
-        asks = record.causal and branch == "attn" and ({"token", "layer"} & set(wrapper.routers))
-
+        for router in self.routers:
+            router.of_kind.attach(router, self)
         for end in ("in", "out"):
-            site = f"{branch}_{end}"
-            channel_spec = spec.find("channel", number, site)
-            names = record.linears(site)
-            linears = [block.get_submodule(name) for name in names]
-            inputs = weight_of(linears[0]).shape[1]
-            channel = _like(linears[0], ChannelRouter(channel_spec, inputs, spec.gains)) if channel_spec else None
-            corrected = spec.lora.rank > 0 and site in spec.lora.sites
-            shared = Site(f"{number}.{site}", end == "out", opens, handover)
-            for name, linear in zip(names, linears, strict=True):
-                first = linear is linears[0]
-                per_query = bool(asks) and (end == "out" or (own_q and first))
-                narrowed = gated and narrows[kind] and (branch == "mlp" or first)
-                part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
-                if channel is None and not corrected and not part and not per_query:
-                    continue
-                routed = RoutedLinear(
-                    linear,
-                    runtime,
-                    shared,
-                    wrapper.handover,
-                    part=part,
-                    per_query=per_query,
-                )
-                if channel is not None:
-                    routed.add_channels(channel)
-                if corrected:
-                    outputs = weight_of(linear).shape[0]
-                    routed.lora = _like(linear, Lora(inputs, outputs, spec.lora.rank))
-                    cost = site if site != "attn_in" else "q" if first and own_q else "kv"
-                    always, gated_side = (inputs, outputs) if end == "in" else (outputs, inputs)
-                    if cost == "kv":
-                        always, gated_side = inputs + outputs, 0
-                    lora[cost] = lora.get(cost, 0) + spec.lora.rank * always
-                    lora[f"{cost}_open"] = lora.get(f"{cost}_open", 0) + spec.lora.rank * gated_side
-                block.set_submodule(name, routed)
+            self._elasticize_site(end)
         if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
-            route_attention(wrapper.base_layer, runtime)  # timm's attention is no function by name
+            route_attention(wrapper.base_layer, self.runtime)  # timm's attention is no function by name
         if wrapper.routers or wrapper.block_router:
-            block.set_submodule(path, wrapper)
+            self.block.set_submodule(path, wrapper)
             if late is not None:
-                block.set_submodule(late, RoutedExit(block.get_submodule(late), runtime, wrapper.handover))
+                exit_ = self.block.get_submodule(late)
+                self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.handover))
 
-    layer = spec.find("layer", number) if record.causal else None
-    others = [kind for kind in ("token", "head", "expert") if spec.find(kind, number)]  # they decide for all tokens
-    if layer is not None and layer.kv == "drop" and not layer.substitute and not others:
-        norm = block.get_submodule(record.norm) if record.prenorm else None
-        BlockGather(block, block.get_submodule(record.attn), norm, handover)
+    def _elasticize_site(self, end: str) -> None:
+        """Wrap the linear layers of which only a part is computed, or that are corrected."""
+        branch, site = self.branch, f"{self.branch}_{end}"
+        linears, channel = self.linears(site), self.channels.get(site)
+        corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
+        skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
+        asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
+        shared = Site(f"{self.number}.{site}", end == "out", branch in self.opens, self.handover)
+        for name, linear in zip(self.record.linears(site), linears, strict=True):
+            first = linear is linears[0]
+            per_query = asks and (end == "out" or (self.own_q and first))
+            narrowed = gated and self.narrows[branch] and (branch == "mlp" or first)
+            part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
+            if channel is None and not corrected and not part and not per_query:
+                continue
+            routed = RoutedLinear(
+                linear,
+                self.runtime,
+                shared,
+                self.wrappers[branch].handover,
+                part=part,
+                per_query=per_query,
+            )
+            if channel is not None:
+                routed.add_channels(channel)
+            if corrected:
+                self._correct(routed, linear, site, first)
+            self.block.set_submodule(name, routed)
 
-    kv_share = 2 * groups / (heads + 2 * groups)
-    return BlockShape(
-        q=round(macs["attn_in"] * (1 - kv_share)),
-        kv=round(macs["attn_in"] * kv_share),
-        o=macs["attn_out"],
-        mlp_in=macs["mlp_in"],
-        mlp_out=macs["mlp_out"],
-        per_key=2 * heads * size,
-        window=sizes.window,
-        own_q=own_q,
-        narrows=narrows,
-        lora=lora,
-        routers=routers,
-        substitutes=substitutes,
-    )
+    def _correct(self, routed: RoutedLinear, linear: nn.Module, site: str, first: bool) -> None:
+        """Add a low-rank correction, and count it: the side that heads or groups narrow apart from the other."""
+        rank = self.spec.lora.rank
+        outputs, inputs = weight_of(linear).shape
+        routed.lora = _like(linear, Lora(inputs, outputs, rank))
+        cost = site if site != "attn_in" else "q" if first and self.own_q else "kv"
+        always, narrowed = (inputs, outputs) if site.endswith("in") else (outputs, inputs)
+        if cost == "kv":
+            always, narrowed = inputs + outputs, 0
+        self.lora[cost] = self.lora.get(cost, 0) + rank * always
+        self.lora[f"{cost}_open"] = self.lora.get(f"{cost}_open", 0) + rank * narrowed
 
 
 def _like(place: nn.Module, added: nn.Module) -> nn.Module:

@@ -19,15 +19,16 @@ not next to channel routers (channels are chosen there), nor where an architectu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from students.architectures import BRANCHES, LINEAR_SITES
 from students.decisions import Decisions
-from students.spec import BRANCHES, LINEAR_SITES, RouterSpec, StudentSpec
+from students.spec import RouterSpec, StudentSpec
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -49,7 +50,7 @@ class BlockShape:
     own_q: bool
     """Whether queries have a linear layer of their own: only then can a token that keeps its key go without one."""
     narrows: dict[str, bool]
-    """Whether closed "head"s and "expert" groups can be left out of the linear layers and of attention."""
+    """Whether closed heads ("attn") and groups ("mlp") can be left out of the linear layers and of attention."""
     lora: dict[str, int]
     """Low-rank corrections: "q", "kv", "attn_out", "mlp_in", "mlp_out"; with "_open", the side that heads or groups
     narrow."""
@@ -61,7 +62,7 @@ class BlockShape:
         """One branch alone, "attn" or "mlp"; what belongs to neither, such as a router of the block, is attention's."""
 
         def mine(key: str) -> bool:
-            return key.startswith(("mlp", "expert")) == (branch == "mlp")
+            return key.startswith("mlp") == (branch == "mlp")
 
         sizes = {n: getattr(self, n) * mine(n) for n in ("q", "kv", "o", "per_key", "mlp_in", "mlp_out")}
         added = {n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")}
@@ -145,78 +146,75 @@ class ComputeModel:
         return Decisions(share=_Uniform(shares))
 
     def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
-        layers = self.spec.find("layer")
-        stays = layers is not None and layers.dropped != "return"
+        cost = BlockCost(number, block, decisions, valid, phase, self.image, self.prefix)
+        for router in self.spec.at("block"):
+            if router.of_kind.concerns(router, number):
+                router.of_kind.cost(router, cost)
+        return cost.total()
 
-        def share(kind: str, key: str, site: str = "") -> Tensor | float:
-            spec = self.spec.find(kind, number, site)
-            if spec is None or not saves(spec, phase) or not block.narrows.get(kind, True):
-                return 1.0
-            if kind == "channel" and key not in decisions.share:
-                return 0.0  # no token entered this branch
-            return decisions.share[key]
 
-        layer = share("layer", f"{number}.layer")
-        if stays:  # also where the block has no router of its own
-            layer = decisions.share[f"{number}.layer"]
-        attn = layer * share("token", f"{number}.attn.token", "attn")
-        mlp = layer * share("token", f"{number}.mlp.token", "mlp")
-        head = share("head", f"{number}.attn.head")
-        expert = share("expert", f"{number}.mlp.expert")
-        read = {site: share("channel", f"{number}.{site}.channel", site) for site in LINEAR_SITES}
-        channel = {site: self.spec.find("channel", number, site) for site in LINEAR_SITES}
-        # a closed head or expert group is a closed channel already where the next layer has a channel router
-        attn_out = read["attn_out"] if channel["attn_out"] else head
-        mlp_out = read["mlp_out"] if channel["mlp_out"] else expert
+@dataclass
+class BlockCost:
+    """What is open of one block: shares [B, T], [B, 1] or numbers, to which each kind of router adds its own."""
 
-        token_spec = self.spec.find("token", number, "attn")
-        layer_spec = self.spec.find("layer", number)
-        written: Tensor | float = 1.0
-        if token_spec is not None and token_spec.kv == "drop":
-            written = written * share("token", f"{number}.attn.token", "attn")
-        if stays or (layer_spec is not None and layer_spec.kv == "drop"):
-            written = written * layer
+    number: int
+    shape: BlockShape
+    decisions: Decisions
+    valid: Tensor
+    phase: Phase
+    image: bool
+    prefix: int
+    inside: Tensor | float = 1.0
+    """Tokens that go through the block."""
+    open: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 1.0))
+    """Of those, the tokens that go through each branch."""
+    written: Tensor | float = 1.0
+    """Tokens that have a key."""
+    parts: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 1.0))
+    """Heads, and groups of neurons, by branch."""
+    read: dict[str, Tensor | float] = field(default_factory=dict)
+    """Channels that are read at each site, where a router chooses them."""
+    rows: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(LINEAR_SITES, 1.0))
+    """Outputs that are computed at each site, besides what `parts` leaves out."""
+    scored: dict[str, Tensor | float] = field(default_factory=dict)
+    """Tokens that pay for a router, by its key, where they are not those that go through the block."""
 
-        keys = _keys(valid, phase, block.window, written)
-        lora = block.lora
-        asked = attn if block.own_q else torch.maximum(torch.as_tensor(written), torch.as_tensor(attn))
+    def share(self, spec: RouterSpec, key: str, missing: float | None = None) -> Tensor | float:
+        """The open share of a router's gates, 1 where closing them saves nothing in this phase; key: of its decisions,
+        after the block's number; missing: what to take where it decided nothing."""
+        if not spec.of_kind.saves(spec, self.phase):
+            return 1.0
+        key = f"{self.number}.{key}"
+        if missing is not None and key not in self.decisions.share:
+            return missing
+        return self.decisions.share[key]
+
+    def total(self) -> Tensor:
+        """Cost [B, T] of the block."""
+        block, lora, read = self.shape, self.shape.lora, self.read
+        attn, mlp = (self.inside * self.open[branch] for branch in BRANCHES)
+        head, neurons = (self.parts[branch] for branch in BRANCHES)
+        keys = _keys(self.valid, self.phase, block.window, self.written)
+        asked = attn if block.own_q else torch.maximum(torch.as_tensor(self.written), torch.as_tensor(attn))
 
         def corrections(site: str, gates: Tensor | float) -> Tensor | float:
             return lora.get(site, 0) + lora.get(f"{site}_open", 0) * gates
 
-        total = asked * (block.q * read["attn_in"] * head + corrections("q", head))
-        total = total + written * (block.kv * read["attn_in"] + corrections("kv", 1.0))
-        total = total + attn * (block.per_key * keys * head + block.o * attn_out + corrections("attn_out", head))
-        total = total + mlp * (block.mlp_in * read["mlp_in"] * expert + corrections("mlp_in", expert))
-        total = total + mlp * (block.mlp_out * mlp_out + corrections("mlp_out", expert))
+        def linear(site: str, macs: int, inputs: Tensor | float = 1.0) -> Tensor | float:
+            return macs * self.rows[site] * read.get(site, inputs)
+
+        total = asked * (linear("attn_in", block.q) * head + corrections("q", head))
+        total = total + self.written * (linear("attn_in", block.kv) + corrections("kv", 1.0))
+        attended = block.per_key * keys * head + linear("attn_out", block.o, head) + corrections("attn_out", head)
+        total = total + attn * attended
+        total = total + mlp * (linear("mlp_in", block.mlp_in) * neurons + corrections("mlp_in", neurons))
+        total = total + mlp * (linear("mlp_out", block.mlp_out, neurons) + corrections("mlp_out", neurons))
         for key, cost in block.routers.items():
-            if key == "match":
-                total = total + self._matched(number, decisions, valid) * cost
-                continue
-            inside = layer if layers is not None and self.image else 1.0  # only tokens in the block get there
-            total = total + cost * (self._scored(number, decisions) if key == "layer" else inside)
-        if "layer" in block.substitutes:
-            total = total + block.substitutes["layer"] * (1 - layer)
-        for branch, gate in (("attn", attn), ("mlp", mlp)):
-            if branch in block.substitutes:
-                total = total + block.substitutes[branch] * (layer - gate)
+            total = total + cost * self.scored.get(key, self.inside if self.image else 1.0)
+        for key, cost in block.substitutes.items():
+            closed = 1 - self.inside if key == "layer" else self.inside * (1 - self.open[key])
+            total = total + cost * closed
         return total
-
-    def _scored(self, number: int, decisions: Decisions) -> Tensor | float:
-        """Which tokens [B, T] a layer router looks at: all, or of an image those that are still there."""
-        if not number or not self.image or self.spec.find("layer").dropped == "return":
-            return 1.0
-        return decisions.share[f"{number - 1}.layer"]
-
-    def _matched(self, number: int, decisions: Decisions, valid: Tensor) -> Tensor:
-        """How many pairs of patches a block compares before it merges some, [B, 1], for each of its image's tokens."""
-        before, after = (
-            torch.as_tensor(share).expand(valid.shape).detach()
-            for share in (self._scored(number, decisions), decisions.share[f"{number}.layer"])
-        )
-        patches = before.sum(1, keepdim=True) - self.prefix
-        pairs = (patches / 2).ceil() * (patches / 2).floor()
-        return pairs * (after.sum(1, keepdim=True) < before.sum(1, keepdim=True)) / valid.sum(1, keepdim=True)
 
 
 class _Uniform(dict):
@@ -234,13 +232,6 @@ class _Uniform(dict):
 
     def get(self, key: str, default: object = None) -> Tensor:
         return self.value
-
-
-def saves(spec: RouterSpec, phase: Phase) -> bool:
-    """Whether a closed gate of this router makes this phase cheaper (see the module's docstring)."""
-    if phase == "decode" or spec.kind in ("token", "layer"):
-        return True
-    return spec.kind != "vocab" and (spec.granularity == "sequence" or spec.network == "static")
 
 
 def _keys(valid: Tensor, phase: Phase, window: int | None, written: Tensor | float = 1.0) -> Tensor:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-BRANCHES = ("attn", "mlp")
-LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-"""The four places of a block where linear layers read one input: q/k/v, o, gate/up, down."""
+from students.architectures.record import LINEAR_SITES
+from students.routers.registry import Kind, kinds
+
+if TYPE_CHECKING:
+    KindName = str
+else:
+    KindName = Literal[tuple(kinds())]
 
 
 @dataclass(frozen=True)
 class RouterSpec:
     """One kind of router and where it stands."""
 
-    kind: Literal["token", "head", "expert", "channel", "layer", "vocab", "image"]
-    """What a gate switches: the branch for one token, one attention head, one group of MLP neurons, one input channel
-    of a linear layer, the whole block, one row of the LM head, or one image token at a language model's door."""
+    kind: KindName
+    """What a gate switches: token (a branch, for one token), layer (the whole block), head (one attention head), expert
+    (one group of MLP neurons), channel (one input channel of a linear layer), vocab (one row of the LM head), image
+    (one image token at a language model's door); see students/routers."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
@@ -60,71 +65,46 @@ class RouterSpec:
     """Vision-language models: in the blocks of which tower the router stands."""
 
     def __post_init__(self) -> None:
-        allowed = {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
+        if self.kind not in kinds():
+            raise ValueError(f"there is no {self.kind!r} router; there are {', '.join(kinds())}")
+        kind = self.of_kind
         for site in self.sites:
-            if site not in allowed:
+            if site not in kind.sites:
                 raise ValueError(
                     f"a {self.kind} router has no site {site!r}; "
-                    + (f"use some of: {', '.join(allowed)}" if allowed else "leave `sites` away")
+                    + (f"use some of: {', '.join(kind.sites)}" if kind.sites else "leave `sites` away")
                 )
-        for name, kinds in _ONLY_FOR.items():
-            if self.kind not in kinds and getattr(self, name) != RouterSpec.__dataclass_fields__[name].default:
-                raise ValueError(f"`{name}` has no effect on a {self.kind} router, only on: {', '.join(kinds)}")
+        for name, setting in RouterSpec.__dataclass_fields__.items():
+            takers = [other.name for other in kinds().values() if name in other.fields]
+            if takers and self.kind not in takers and getattr(self, name) != setting.default:
+                raise ValueError(f"`{name}` has no effect on a {self.kind} router, only on: {', '.join(takers)}")
         if self.hidden < 1 or self.groups < 1 or min(self.substitute, self.rank, self.query) < 0:
             raise ValueError(
                 "router sizes (hidden, groups, substitute, rank, query) cannot be negative, hidden and groups not 0"
             )
-        if self.kind == "image" and self.network == "static":
-            raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
-        if self.selection == "topk" and self.granularity == "sequence" and self.kind in ("token", "layer"):
-            raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
-        varies = self.kind == "layer" and self.selection == "threshold"
-        if self.multiple != 1 and (self.multiple < 1 or not (varies or self.selection == "quota")):
+        if self.multiple != 1 and (self.multiple < 1 or not kind.takes_multiple(self)):
             raise ValueError("`multiple` is for `selection: quota` and, in layer routers, threshold, and at least 1")
-        over_tokens = self.kind in ("token", "layer", "image") and self.granularity == "token"
-        if self.selection == "quota" and not over_tokens:
+        if self.selection == "quota" and not (kind.may_keep_quota and self.granularity == "token"):
             raise ValueError("`selection: quota` is for image, token and layer routers that decide token by token")
-        if self.dropped != "return" and self.weight == "score":
-            raise ValueError("tokens that stay away cannot be weighted: use `weight: none` or `dropped: return`")
-        if self.dropped == "merge" and self.selection == "topk":
-            raise ValueError("tokens merge where `selection` is quota or threshold")
         if self.network == "static" and self.weight == "score":
             raise ValueError("a static router has no score to weigh by: use `weight: none`")
+        kind.check(self)
+
+    @property
+    def of_kind(self) -> Kind:
+        """What its kind says about it."""
+        return kinds()[self.kind]
 
     @property
     def where(self) -> tuple[str, ...]:
         """The sites with the default filled in."""
-        return self.sites or {"token": BRANCHES, "channel": LINEAR_SITES}.get(self.kind, ())
-
-    @property
-    def touches(self) -> tuple[str, ...]:
-        """The branches that a token or layer router skips."""
-        return BRANCHES if self.kind == "layer" else self.where
+        return self.sites or self.of_kind.sites
 
     def on(self, block: int) -> bool:
         """Whether block number `block` carries this router."""
         if self.blocks == "thirds":
             return block % 3 == 1
         return self.blocks == "all" or (block % 2 == 1) == (self.blocks == "odd")
-
-
-_GATED = ("token", "head", "expert", "layer")
-_ONLY_FOR = {
-    "granularity": _GATED,
-    "hidden": (*_GATED, "image"),
-    "network": (*_GATED, "channel", "image"),
-    "selection": (*_GATED, "image"),
-    "weight": _GATED,
-    "blocks": (*_GATED, "channel"),
-    "part": (*_GATED, "channel"),
-    "kv": ("token", "layer"),
-    "substitute": ("token", "layer"),
-    "dropped": ("layer",),
-    "groups": ("expert",),
-    "grouping": ("expert",),
-    "rank": ("vocab",),
-    "query": ("image",),
-}
 
 
 @dataclass(frozen=True)
@@ -165,8 +145,12 @@ class StudentSpec:
 
     def of(self, part: str) -> StudentSpec:
         """What is added to the blocks of one tower of a vision-language model; LoRA is the language model's."""
-        routers = tuple(r for r in self.routers if r.part == part and r.kind != "image")
+        routers = tuple(r for r in self.routers if r.part == part and r.of_kind.place != "door")
         return StudentSpec(routers, self.lora if part == "language" else LoraSpec(), self.gains)
+
+    def at(self, place: str) -> list[RouterSpec]:
+        """The routers in a model's blocks, at its head or at its door (see Kind.place), in the order of their kinds."""
+        return sorted((r for r in self.routers if r.of_kind.place == place), key=lambda router: router.of_kind.order)
 
     def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
         """The router of this kind at this block and site, or None."""

@@ -60,7 +60,7 @@ def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budge
             parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
             total = total + loss.topk_weight * torch.stack(parts).mean()
     if loss.load_balance_weight:
-        keys = [k for k in decisions.score if decisions.spec[k].kind in ("head", "expert")]
+        keys = [k for k in decisions.score if decisions.spec[k].of_kind.over_parts]
         if keys:
             parts = [load_balance(decisions.score[k].softmax(-1)) for k in keys]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()
@@ -68,4 +68,4 @@ def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budge
 
 
 def _over_tokens(spec: RouterSpec) -> bool:
-    return spec.selection == "topk" and spec.kind in ("token", "layer")
+    return spec.selection == "topk" and spec.of_kind.over_tokens

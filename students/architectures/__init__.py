@@ -9,11 +9,13 @@ from students.architectures.lookup import (
     trunk_of,
     weight_of,
 )
-from students.architectures.record import Architecture
+from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture
 from students.architectures.vision_language import VISION_TOWERS
 
 __all__ = [
     "ARCHITECTURES",
+    "BRANCHES",
+    "LINEAR_SITES",
     "VISION_TOWERS",
     "Architecture",
     "Sizes",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BRANCHES = ("attn", "mlp")
+LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+"""The four places of a block where linear layers read one input: q/k/v, o, gate/up, down."""
+
 
 @dataclass(frozen=True)
 class Architecture:

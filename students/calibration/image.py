@@ -32,12 +32,10 @@ def calibrate_images(
     seen = _observe(student, batches, generator)
     ones = torch.ones(1, student.tokens, dtype=torch.bool)
     dense = float(student.compute.dense(ones, "prefill").sum()) / student.tokens
-    layers, rest = [], []
-    for placed in student.routers():
-        if placed.key in seen:
-            (rest if placed.branch else layers).append(placed)
-    choices = [_choice(student, placed, *seen[placed.key], dense) for placed in rest]
-    choices += _layer_choices(student, layers, seen, dense)
+    images, choices = ImageStart(student, seen, dense), []
+    for spec in student.spec.at("block"):
+        routers = [placed for placed in student.routers() if placed.router.spec is spec and placed.key in seen]
+        choices += spec.of_kind.start_images(images, routers)
     compute = student.compute.uniform(1.0, student.tokens, "prefill")
     return start_at(choices, Curve(choices), [compute] * len(targets), targets)
 
@@ -88,33 +86,22 @@ def _log_likelihood(features: object, generator: torch.Generator) -> Tensor:
     return log_likelihood(features.logits, generator)
 
 
-def _layer_choices(
-    student: ImageStudent, routers: list[Placed], seen: dict[str, tuple[Tensor, Tensor]], dense: float
-) -> list[Choice]:
-    """Whole blocks. Where tokens stay away, a token is gone from the first block on that can spare it."""
-    choices, lowest = [], None
-    blocks = range(len(student.blocks))
-    ends = [*(placed.block for placed in routers), len(student.blocks)][1:]
-    for placed, following in zip(routers, ends, strict=True):
-        number = placed.block
-        own = sum(_block_macs(student, n) for n in (range(number, following) if student.stays else [number])) / dense
-        tail = sum(_block_macs(student, n) for n in blocks[number:]) / dense if student.stays else own
-        choice = gated_choice(placed.router, *seen[placed.key], tail)
-        ratio = choice.cost / tail
-        lowest = ratio if lowest is None or not student.stays else torch.minimum(lowest, ratio)
-        choices.append(Choice(lowest * own, own, choice.apply))
-    return choices
+class ImageStart:
+    """An image model's student whose routers are to be started, and what was seen of their gates."""
 
+    def __init__(self, student: ImageStudent, seen: dict[str, tuple[Tensor, Tensor]], dense: float) -> None:
+        self.student, self._seen, self._dense = student, seen, dense
 
-def _block_macs(student: ImageStudent, number: int) -> float:
-    """Cost of a block for one token."""
-    block = student.compute.blocks[number]
-    return block.q + block.kv + block.o + block.mlp_in + block.mlp_out + block.per_key * student.tokens
+    def branch(self, number: int, branch: str) -> float:
+        """Cost of a block's branch for one token, as a share of the model's."""
+        block = self.student.compute.blocks[number]
+        attention = block.q + block.kv + block.o + block.per_key * self.student.tokens
+        return (attention if branch == "attn" else block.mlp_in + block.mlp_out) / self._dense
 
+    def block(self, number: int) -> float:
+        """Cost of a block for one token."""
+        return self.branch(number, "attn") + self.branch(number, "mlp")
 
-def _choice(student: ImageStudent, placed: Placed, x: Tensor, cost: Tensor, dense: float) -> Choice:
-    """A router of a branch, or of its heads or groups."""
-    block = student.compute.blocks[placed.block]
-    attention = block.q + block.kv + block.o + block.per_key * student.tokens
-    whole = attention if placed.branch == "attn" else block.mlp_in + block.mlp_out
-    return gated_choice(placed.router, x, cost, whole / placed.router.gates / dense)
+    def choice(self, placed: Placed, saving: float) -> Choice:
+        """A router that predicts what its gates cost."""
+        return gated_choice(placed.router, *self._seen[placed.key], saving)

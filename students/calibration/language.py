@@ -14,40 +14,23 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import Architecture, weight_of
-from students.calibration.fit import VocabFit, cluster_neurons, fit_substitute, fit_vocab
-from students.calibration.price import Choice, Curve, Start, gated_choice, start_at
-from students.compute import Phase, saves
+from students.calibration.fit import VocabFit, fit_vocab
+from students.calibration.observe import BlockStart, Observed, Watch, Watched, moments
+from students.calibration.price import Curve, Start, start_at
+from students.compute import Phase
 from students.execution.head import RoutedHead
-from students.execution.linear import RoutedLinear
 from students.families.language import LanguageStudent
-from students.routers import OPEN, ChannelRouter, VocabRouter
-from students.spec import LINEAR_SITES
+from students.routers import VocabRouter
 
 ROWS_PER_BATCH = 256
 """Tokens of a batch whose activations are kept."""
-PRICED_ROWS = 256
-"""Tokens that channel routers are priced on."""
 LEAST_GAIN = 0.05
 """Of the LM head's rows, where one limit seems best for all budgets."""
-
-
-@dataclass
-class Observed:
-    """What was seen at one place: inputs and outputs of sampled tokens, mean squared gradients, second moments."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    fisher: Tensor | None = None
-    tokens: int = 0
-    moments: Tensor | None = None
-    """Sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares."""
 
 
 def calibrate(
@@ -66,7 +49,10 @@ def calibrate(
     keys = valid.shape[1] if phase == "prefill" else (valid.shape[1] + 1) / 2
     choices = []
     for number in range(len(student.blocks)):
-        choices += _block_choices(student, number, seen, dense, keys, phase)
+        block = BlockStart(student, number, seen, dense, keys, phase)
+        for router in student.spec.at("block"):
+            if router.on(number):
+                choices += router.of_kind.start(router, block)
     compute = student.compute.uniform(1.0, valid.shape[1], phase)
     curve = Curve(choices)
     head = student.model.get_output_embeddings()
@@ -98,9 +84,7 @@ def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: tor
     rows = torch.empty(0, dtype=torch.long)
     handles = []
 
-    def watch(key: str, module: nn.Module, end: nn.Module, moments: bool = False, residual: bool = False) -> None:
-        """Inputs of `module`, outputs of `end` (itself, or the post-norm behind it)."""
-        place = seen.setdefault(key, Observed())
+    def look(place: Observed, at: Watch) -> None:
         waiting: list[Tensor] = []
 
         def enter(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
@@ -110,34 +94,24 @@ def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: tor
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
             y.register_hook(lambda grad: _add_fisher(place, grad))
             y = y.detach().flatten(0, 1)
-            if residual:
+            if at.residual:
                 y = y - x
             place.inputs.append(x[rows])
             place.outputs.append(y[rows])
-            if moments:
-                moment = _moments(x, y)
+            if at.moments:
+                moment = moments(x, y)
                 place.moments = moment if place.moments is None else place.moments + moment
 
-        handles.append(module.register_forward_hook(enter, with_kwargs=True))
-        handles.append(end.register_forward_hook(leave))
+        handles.append(at.module.register_forward_hook(enter, with_kwargs=True))
+        handles.append(at.end.register_forward_hook(leave))
 
-    record, spec = student.record, student.spec
-    for number, block in enumerate(student.blocks):
-        for site, kind in zip(LINEAR_SITES, (None, "head", None, "expert"), strict=True):
-            if spec.find("channel", number, site) or (kind and spec.find(kind, number)):
-                for name in record.linears(site):
-                    linear = block.get_submodule(name)
-                    watch(f"{number}.{name}", linear, linear)
-        layer = spec.find("layer", number)
-        for branch, kind in (("attn", "head"), ("mlp", "expert")):
-            token = spec.find("token", number, branch)
-            if token or spec.find(kind, number) or (layer and branch == "attn"):
-                module = block.get_submodule(getattr(record, branch))
-                late = getattr(record, f"{branch}_exit")
-                end = block.get_submodule(late) if late else module
-                watch(f"{number}.{branch}", module, end, moments=bool(token and token.substitute))
-        if layer:
-            watch(f"{number}.layer", block, block, residual=True)
+    for number in range(len(student.blocks)):
+        watched = Watched(student, number)
+        for router in student.spec.at("block"):
+            if router.on(number):
+                router.of_kind.watch(router, watched)
+        for key, at in watched.places.items():
+            look(seen.setdefault(key, Observed()), at)
     embeddings = student.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     final = seen.setdefault("hidden", Observed())
@@ -171,101 +145,3 @@ def _add_fisher(place: Observed, grad: Tensor) -> None:
     square = grad.float().square().sum(0)
     place.fisher = square if place.fisher is None else place.fisher + square
     place.tokens += grad.shape[0]
-
-
-def _block_choices(
-    student: LanguageStudent, number: int, seen: dict[str, Observed], dense: float, keys: float, phase: Phase
-) -> list[Choice]:
-    """The routers of one block that save compute in this phase, each with its estimated cost."""
-    record, spec, block = student.record, student.spec, student.blocks[number]
-    shape = student.compute.blocks[number]
-    choices = []
-    column_cost = {}
-    for site in LINEAR_SITES:
-        names = record.linears(site)
-        places = [seen.get(f"{number}.{name}") for name in names]
-        if places[0] is None:
-            continue
-        x = torch.cat(places[0].inputs).float()
-        weights = [weight_of(block.get_submodule(name)).float() for name in names]
-        importance = sum(p.fisher / p.tokens @ w.pow(2) for p, w in zip(places, weights, strict=True))
-        column_cost[site] = x.pow(2) * importance / 2
-        channel_spec = spec.find("channel", number, site)
-        if channel_spec and saves(channel_spec, phase):
-            layer = block.get_submodule(names[0])
-            saving = sum(w.shape[0] for w in weights) / dense
-            choices.append(_channel_choice(layer, column_cost[site][:PRICED_ROWS], importance, saving))
-
-    attn = block.get_submodule(record.attn)
-    mlp = block.get_submodule(record.mlp)
-    scores = shape.per_key * keys
-    attention = shape.q + shape.o + scores
-    for branch, kind, site, total in (
-        (attn, "head", "attn_out", attention),
-        (mlp, "expert", "mlp_out", shape.mlp_in + shape.mlp_out),
-    ):
-        gated_spec = spec.find(kind, number)
-        if gated_spec is None:
-            continue
-        router = branch.routers[kind]
-        place = seen[f"{number}.{site.split('_')[0]}"]
-        if gated_spec.grouping == "coactivation":
-            neurons = torch.cat(seen[f"{number}.{record.linears(site)[0]}"].inputs).float()
-            router.members.copy_(cluster_neurons(neurons, router.gates))
-        cost = torch.zeros(len(column_cost[site]), router.gates, device=router.members.device)
-        cost.index_add_(1, router.members, column_cost[site])
-        if saves(gated_spec, phase):
-            x = _features(torch.cat(place.inputs).float(), record)
-            choices.append(gated_choice(router, x, cost, total / router.gates / dense))
-
-    for branch, kind, name, total in (
-        (attn, "token", "attn", attention),
-        (mlp, "token", "mlp", shape.mlp_in + shape.mlp_out),
-        (attn, "layer", "layer", attention + shape.mlp_in + shape.mlp_out),
-    ):
-        gated_spec = spec.find(kind, number, name if kind == "token" else "")
-        if gated_spec is None:
-            continue
-        place = seen[f"{number}.{name}"]
-        # the block's input is the residual stream, but its router and substitute read what attention reads
-        reads = place if kind == "token" else seen[f"{number}.attn"]
-        x, y = torch.cat(reads.inputs).float(), torch.cat(place.outputs).float()
-        missing = y
-        if kind in branch.substitutes:
-            substitute = branch.substitutes[kind]
-            if kind == "token":
-                fit_substitute(substitute, place.moments)
-            else:
-                fit_substitute(substitute, _moments(x, y))
-            total -= substitute.macs()
-            missing = y - substitute(x)
-        total += shape.kv if gated_spec.kv == "drop" and name != "mlp" else 0
-        cost = (missing.pow(2) @ (place.fisher / place.tokens) / 2).unsqueeze(-1)
-        choices.append(gated_choice(branch.routers[kind], _features(x, record), cost, total / dense))
-    return choices
-
-
-def _features(x: Tensor, record: Architecture) -> Tensor:
-    """What a branch's routers read of its input."""
-    return x if record.prenorm else F.rms_norm(x, x.shape[-1:])
-
-
-def _moments(x: Tensor, y: Tensor) -> Tensor:
-    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
-    return xy[:, : x.shape[1] + 1].T @ xy
-
-
-def _channel_choice(layer: RoutedLinear, cost: Tensor, importance: Tensor, saving: float) -> Choice:
-    router: ChannelRouter = layer.routers["channel"]
-    if router.spec.network == "static":
-        cost = cost.mean(0, keepdim=True)
-
-    @torch.no_grad()
-    def apply(price: float) -> None:
-        if router.spec.network == "static":
-            limit = price * saving / cost[0].clamp(min=1e-30)
-        else:
-            limit = 2 * price * saving / importance.clamp(min=1e-30)
-        router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
-
-    return Choice(cost, saving, apply)

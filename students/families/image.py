@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.architectures import trunk_of
+from students.architectures import BRANCHES, trunk_of
 from students.decisions import Decisions
 from students.execution.wrapper import Wrapper
 from students.routers import Router
-from students.spec import BRANCHES
 from students.student import Student
 
 

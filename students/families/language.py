@@ -28,7 +28,7 @@ class LanguageStudent(Student):
             n
             for n in range(len(self.blocks))
             for r in self.spec.routers
-            if r.kv == "drop" and r.on(n) and "attn" in r.touches
+            if r.kv == "drop" and r.on(n) and "attn" in r.of_kind.touches(r)
         }
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from students.prepared import Stamp
 from students.routers.scoring import per_size, stream_score
-from students.spec import RouterSpec
+
+if TYPE_CHECKING:
+    from students.spec import RouterSpec
 
 LEVELS = 65
 """Quantiles that are kept of the scores of a router with quota."""

@@ -1,0 +1,176 @@
+"""What a language model's routers start from: activations and gradients of the frozen model, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from students.architectures import weight_of
+from students.calibration.fit import cluster_neurons, fit_substitute
+from students.calibration.price import Choice, gated_choice
+from students.compute import BlockShape, Phase
+from students.execution.branch import RoutedBranch
+from students.families.language import LanguageStudent
+from students.spec import RouterSpec
+
+PRICED_ROWS = 256
+"""Tokens that limits of channels are priced on."""
+
+
+@dataclass
+class Observed:
+    """What was seen at one place: inputs and outputs of sampled tokens, mean squared gradients, second moments."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    fisher: Tensor | None = None
+    tokens: int = 0
+    moments: Tensor | None = None
+    """Sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares."""
+
+    @property
+    def x(self) -> Tensor:
+        """[rows, D], float32."""
+        return torch.cat(self.inputs).float()
+
+    @property
+    def y(self) -> Tensor:
+        """[rows, D_out], float32."""
+        return torch.cat(self.outputs).float()
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """Mean squared gradient [D_out] of -log p(y) with respect to the outputs."""
+        return self.fisher / self.tokens
+
+
+@dataclass
+class Watch:
+    """A place to look at: inputs of `module`, outputs of `end` (itself, or the post-norm behind it)."""
+
+    module: nn.Module
+    end: nn.Module
+    moments: bool = False
+    residual: bool = False
+    """Whether the output is what the module adds to its input."""
+
+
+class Watched:
+    """Which places of one block are to be looked at."""
+
+    def __init__(self, student: LanguageStudent, number: int) -> None:
+        self.record, self.number, self.block = student.record, number, student.blocks[number]
+        self.places: dict[str, Watch] = {}
+
+    def linears(self, site: str) -> None:
+        """The linear layers of a site."""
+        for name in self.record.linears(site):
+            self.module(name)
+
+    def module(self, name: str) -> None:
+        """A module of the block, by its path."""
+        module = self.block.get_submodule(name)
+        self.places[f"{self.number}.{name}"] = Watch(module, module)
+
+    def branch(self, branch: str, moments: bool = False) -> None:
+        """A branch, with its post-norm; moments: also what least squares need, of all tokens."""
+        module, late = self.block.get_submodule(getattr(self.record, branch)), getattr(self.record, f"{branch}_exit")
+        place = self.places.setdefault(
+            f"{self.number}.{branch}", Watch(module, self.block.get_submodule(late) if late else module)
+        )
+        place.moments = place.moments or moments
+
+    def whole(self) -> None:
+        """What the block adds to the residual stream."""
+        self.places[f"{self.number}.layer"] = Watch(self.block, self.block, residual=True)
+
+
+class BlockStart:
+    """One block of a student whose routers are to be started, and what was seen of it."""
+
+    def __init__(
+        self,
+        student: LanguageStudent,
+        number: int,
+        seen: dict[str, Observed],
+        dense: float,
+        keys: float,
+        phase: Phase,
+    ) -> None:
+        self.record, self.number, self.block = student.record, number, student.blocks[number]
+        self.shape: BlockShape = student.compute.blocks[number]
+        self.dense = dense
+        """Cost of the whole model for a token, which savings are shares of."""
+        self.phase = phase
+        self._seen, self._keys = seen, keys
+        self._importance: dict[str, Tensor] = {}
+
+    def seen(self, name: str) -> Observed:
+        """What was seen at a branch ("attn"), the block ("layer") or a module of it."""
+        return self._seen[f"{self.number}.{name}"]
+
+    def linears(self, site: str) -> list[nn.Module]:
+        """The linear layers of a site, wrapped or not."""
+        return [self.block.get_submodule(name) for name in self.record.linears(site)]
+
+    def branch(self, branch: str) -> RoutedBranch:
+        """What stands in front of a branch."""
+        return self.block.get_submodule(getattr(self.record, branch))
+
+    def gated(self, branch: str) -> float:
+        """What a token that skips a branch saves, its key aside."""
+        shape = self.shape
+        return shape.q + shape.o + shape.per_key * self._keys if branch == "attn" else shape.mlp_in + shape.mlp_out
+
+    def importance(self, site: str) -> Tensor:
+        """Sum [C] over a site's outputs of their sensitivity to a channel's weight, squared."""
+        if site not in self._importance:
+            weights = [weight_of(linear).float() for linear in self.linears(site)]
+            places = [self.seen(name) for name in self.record.linears(site)]
+            self._importance[site] = sum(p.sensitivity @ w.pow(2) for p, w in zip(places, weights, strict=True))
+        return self._importance[site]
+
+    def column_cost(self, site: str) -> Tensor:
+        """What leaving out each channel of a site would cost each token, in nats: [rows, C]."""
+        return self.seen(self.record.linears(site)[0]).x.pow(2) * self.importance(site) / 2
+
+    def outputs(self, site: str) -> int:
+        """What a channel of a site costs: one multiplication for each output."""
+        return sum(weight_of(linear).shape[0] for linear in self.linears(site))
+
+    def skipping(self, spec: RouterSpec, branch: str, read: Observed, skipped: Observed, saved: float) -> Choice:
+        """A router of the branch that reads one thing and leaves out another, after its substitute is fitted."""
+        x, missing, wrapper = read.x, skipped.y, self.branch(branch)
+        if spec.kind in wrapper.substitutes:
+            substitute = wrapper.substitutes[spec.kind]
+            fit_substitute(substitute, moments(x, missing) if skipped.moments is None else skipped.moments)
+            saved -= substitute.macs()
+            missing = missing - substitute(x)
+        cost = (missing.pow(2) @ skipped.sensitivity / 2).unsqueeze(-1)
+        return gated_choice(wrapper.routers[spec.kind], self._features(x), cost, saved / self.dense)
+
+    def narrowing(self, spec: RouterSpec, branch: str) -> list[Choice]:
+        """A router of heads or groups, which costs what their channels cost."""
+        router, columns = self.branch(branch).routers[spec.kind], self.column_cost(f"{branch}_out")
+        cost = torch.zeros(len(columns), router.gates, device=router.members.device)
+        cost.index_add_(1, router.members, columns)
+        saved = self.gated(branch) / router.gates / self.dense
+        return [gated_choice(router, self._features(self.seen(branch).x), cost, saved)]
+
+    def regroup(self, branch: str, kind: str) -> None:
+        """Put the channels in front of a branch's last linear layer into groups that are active together."""
+        router = self.branch(branch).routers[kind]
+        router.members.copy_(cluster_neurons(self.seen(self.record.linears(f"{branch}_out")[0]).x, router.gates))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What a branch's routers read of its input."""
+        return x if self.record.prenorm else F.rms_norm(x, x.shape[-1:])
+
+
+def moments(x: Tensor, y: Tensor) -> Tensor:
+    """What least squares need of x [rows, D] and y [rows, D_out]: (x, 1)^T (x, 1, y)."""
+    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
+    return xy[:, : x.shape[1] + 1].T @ xy

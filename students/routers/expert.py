@@ -1,0 +1,33 @@
+"""Expert routers: which groups of an MLP's neurons a token needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from students.routers.head import HeadKind
+
+if TYPE_CHECKING:
+    from students.build import BlockPlace
+    from students.calibration.observe import BlockStart
+    from students.calibration.price import Choice
+    from students.spec import RouterSpec
+
+
+class ExpertKind(HeadKind):
+    """A gate for each group of neurons, as for heads."""
+
+    name = "expert"
+    order = 21
+    fields = (*HeadKind.fields, "groups", "grouping")
+    branch = "mlp"
+
+    def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
+        return min(spec.groups, place.neurons), place.neurons
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        if spec.grouping == "coactivation":
+            block.regroup(self.branch, "expert")
+        return super().start(spec, block)
+
+
+KIND = ExpertKind()

@@ -1,0 +1,46 @@
+"""Head routers: which attention heads a token needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from students.routers.registry import GATED, Kind
+
+if TYPE_CHECKING:
+    from students.build import BlockPlace
+    from students.calibration.observe import BlockStart, Watched
+    from students.calibration.price import Choice
+    from students.compute import BlockCost
+    from students.spec import RouterSpec
+
+
+class HeadKind(Kind):
+    """A gate for each head: students/execution/branch.py decides, attention and linear.py compute open heads only."""
+
+    name = "head"
+    order = 20
+    fields = GATED
+    over_parts = True
+    branch = "attn"
+
+    def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
+        """(gates, channels in front of the branch's last linear layer)."""
+        return place.sizes.heads, place.sizes.heads * place.sizes.size
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        if place.branch == self.branch:
+            place.add_parts(spec, *self.parts(spec, place))
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        if cost.shape.narrows.get(self.branch, True):
+            cost.parts[self.branch] = cost.share(spec, f"{self.branch}.{self.name}")
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        block.linears(f"{self.branch}_out")
+        block.branch(self.branch)
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        return block.narrowing(spec, self.branch) if self.saves(spec, block.phase) else []
+
+
+KIND = HeadKind()

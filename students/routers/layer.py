@@ -1,0 +1,146 @@
+"""Layer routers: whether a token goes through a block at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from students.architectures.record import BRANCHES
+from students.routers.base import Router
+from students.routers.registry import kinds
+from students.routers.token import TokenKind
+
+if TYPE_CHECKING:
+    from students.architectures import Architecture
+    from students.build import BlockPlace
+    from students.calibration.image import ImageStart
+    from students.calibration.observe import BlockStart, Watched
+    from students.calibration.price import Choice
+    from students.compute import BlockCost
+    from students.families.image import Placed
+    from students.spec import RouterSpec, StudentSpec
+
+
+class LayerKind(TokenKind):
+    """A gate for each token, for attention and MLP of a block together.
+
+    In language models it is decided in front of attention, which hands it on to the MLP (students/execution/branch.py,
+    and block.py where the whole block runs on fewer tokens); image models' blocks are handed only the open tokens
+    (students/execution/image_block.py).
+    """
+
+    name = "layer"
+    order = 40
+    fields = (*TokenKind.fields, "dropped")
+    sites = ()
+    in_vision_tower = False
+
+    def check(self, spec: RouterSpec) -> None:
+        super().check(spec)
+        if spec.dropped != "return" and spec.weight == "score":
+            raise ValueError("tokens that stay away cannot be weighted: use `weight: none` or `dropped: return`")
+        if spec.dropped == "merge" and spec.selection == "topk":
+            raise ValueError("tokens merge where `selection` is quota or threshold")
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        super().check_model(spec, record, student)
+        if record.causal:
+            return
+        if spec.substitute:
+            raise ValueError("a layer router of an image model takes no substitute; token routers do")
+        if spec.granularity == "sequence" or spec.network == "static":
+            raise ValueError("a layer router of an image model decides token by token")
+        if student.find("token"):
+            raise ValueError(
+                "image models take layer routers or token routers, not both: a layer router is both branches'"
+            )
+
+    def takes_multiple(self, spec: RouterSpec) -> bool:
+        return spec.selection in ("quota", "threshold")
+
+    def touches(self, spec: RouterSpec) -> tuple[str, ...]:
+        return BRANCHES
+
+    def concerns(self, spec: RouterSpec, block: int) -> bool:
+        """Tokens that stay away are missing in blocks without a router of their own, too."""
+        return spec.on(block) or spec.dropped != "return"
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        if place.record.causal:
+            self._attach_in_front(spec, place)
+        elif place.branch == "attn":
+            self._attach_around(spec, place)
+
+    @staticmethod
+    def _attach_in_front(spec: RouterSpec, place: BlockPlace) -> None:
+        if place.branch == "mlp":
+            place.wrapper.block_router = (place.wrappers["attn"].routers["layer"],)
+            return
+        place.add_router(spec, "layer")
+        place.add_substitute(spec, "layer")
+        alone = not any(
+            kind.over_tokens or kind.over_parts  # which decide for all tokens
+            for kind in kinds().values()
+            if kind.name != "layer" and place.spec.find(kind.name, place.number)
+        )
+        place.gathers = spec.kv == "drop" and not spec.substitute and alone
+
+    @staticmethod
+    def _attach_around(spec: RouterSpec, place: BlockPlace) -> None:
+        block = place.enclose(spec.dropped)
+        if spec.on(place.number):
+            width = place.sizes.width
+            block.routers["layer"] = place.like(Router(spec, width, 1, gains=place.spec.gains))
+            place.costs["layer"] = block.routers["layer"].macs(width)
+            if spec.dropped == "merge":
+                place.costs["match"] = width
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        share = cost.share(spec, "layer")
+        cost.inside = cost.inside * share
+        if spec.kv == "drop" or spec.dropped != "return":
+            cost.written = cost.written * share
+        here = 1.0
+        if cost.number and cost.image and spec.dropped != "return":  # those that earlier blocks let through
+            here = cost.decisions.share[f"{cost.number - 1}.layer"]
+        cost.scored["layer"] = here
+        if "match" in cost.shape.routers:
+            cost.scored["match"] = self._matched(here, share, cost)
+
+    @staticmethod
+    def _matched(before: torch.Tensor | float, after: torch.Tensor | float, cost: BlockCost) -> torch.Tensor:
+        """How many pairs of patches a block compares before it merges some, [B, 1], for each of its image's tokens."""
+        before, after = (torch.as_tensor(share).expand(cost.valid.shape).detach() for share in (before, after))
+        patches = before.sum(1, keepdim=True) - cost.prefix
+        pairs = (patches / 2).ceil() * (patches / 2).floor()
+        fewer = after.sum(1, keepdim=True) < before.sum(1, keepdim=True)
+        return pairs * fewer / cost.valid.sum(1, keepdim=True)
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        block.branch("attn")
+        block.whole()
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        """The block's input is the residual stream, but its router and substitute read what attention reads."""
+        saved = block.gated("attn") + block.gated("mlp") + (block.shape.kv if spec.kv == "drop" else 0)
+        return [block.skipping(spec, "attn", block.seen("attn"), block.seen("layer"), saved)]
+
+    def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
+        """Where tokens stay away, a token is gone from the first block on that can spare it."""
+        choices, lowest, stays = [], None, images.student.stays
+        blocks = range(len(images.student.blocks))
+        ends = [*(placed.block for placed in routers), len(blocks)][1:]
+        for placed, following in zip(routers, ends, strict=True):
+            number = placed.block
+            own = sum(images.block(n) for n in (range(number, following) if stays else [number]))
+            tail = sum(images.block(n) for n in blocks[number:]) if stays else own
+            choice = images.choice(placed, tail)
+            ratio = choice.cost / tail
+            lowest = ratio if lowest is None or not stays else torch.minimum(lowest, ratio)
+            choices.append(replace(choice, cost=lowest * own, saving=own))
+        return choices
+
+
+KIND = LayerKind()

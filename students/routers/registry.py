@@ -1,0 +1,114 @@
+"""Kinds of routers, by name: whatever the rest of the project has to ask about one is asked here.
+
+A kind is one file of this folder, which ends in `KIND = ...`; nothing else lists kinds.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import students.routers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from students.architectures import Architecture
+    from students.calibration.image import ImageStart
+    from students.calibration.observe import BlockStart, Watched
+    from students.calibration.price import Choice
+    from students.compute import BlockCost, Phase
+    from students.families.image import Placed
+    from students.spec import RouterSpec, StudentSpec
+
+GATED = ("granularity", "hidden", "network", "selection", "weight", "blocks", "part")
+"""Fields of RouterSpec that all routers with a score for each token take."""
+
+
+class Kind:
+    """What one kind of router is. A kind overrides what is different from a router inside a block that saves in decode.
+
+    How it executes, as masks and by skipping, is up to the wrappers of students/execution that `attach` puts in place.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+    """Its place among the routers of a block, and in lists of kinds."""
+    fields: ClassVar[tuple[str, ...]]
+    """The fields of RouterSpec that have an effect."""
+    sites: ClassVar[tuple[str, ...]] = ()
+    """Where in a block it may stand; nothing where there is one place only."""
+    place: ClassVar[Literal["block", "head", "door"]] = "block"
+    """In the blocks of a model, at the LM head, or where image tokens enter a language model."""
+    over_tokens: ClassVar[bool] = False
+    """Whether a gate leaves out a branch or block for one token."""
+    over_parts: ClassVar[bool] = False
+    """Whether gates are among the parts of one branch, of which a token may have any number."""
+    may_keep_quota: ClassVar[bool] = False
+    """Whether it decides between tokens, so that every image can keep its best ones."""
+    in_vision_tower: ClassVar[bool] = True
+    """Whether it may stand in the vision tower of a vision-language model."""
+    limits: ClassVar[tuple[str, ...]] = ("score", "log_gain")
+    """Parameters of the router that learn at `train.limit_lr`: numbers that gates are compared with, not maps."""
+
+    def check(self, spec: RouterSpec) -> None:
+        """ValueError where settings contradict each other."""
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        """ValueError where a router cannot stand in the blocks of such a model, or not beside the student's others."""
+
+    def takes_multiple(self, spec: RouterSpec) -> bool:
+        """Whether `multiple` has an effect."""
+        return spec.selection == "quota"
+
+    def touches(self, spec: RouterSpec) -> tuple[str, ...]:
+        """The branches that its closed gates leave out for a token."""
+        return ()
+
+    def concerns(self, spec: RouterSpec, block: int) -> bool:
+        """Whether block number `block` runs differently because of it."""
+        return spec.on(block)
+
+    def attach(self, spec: RouterSpec, place: Any) -> None:
+        """Put a router in its place: a students.build.HeadPlace or DoorPlace, or, for one branch of a block after the
+        other, a BlockPlace."""
+        raise NotImplementedError
+
+    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
+        """Whether a closed gate makes this phase cheaper (see students/compute.py)."""
+        return phase == "decode" or spec.granularity == "sequence" or spec.network == "static"
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        """Say what is open of a block, for whose multiply-accumulates it counts."""
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        """Say what its closed-form start in a language model has to see of a block."""
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        """Its routers in one block of a language model, before the price is known."""
+        return []
+
+    def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
+        """Its routers in an image model before the price is known, block by block: from gradients of their gates."""
+        return [images.choice(p, images.branch(p.block, p.branch) / p.router.gates) for p in routers]
+
+
+@cache
+def kinds() -> dict[str, Kind]:
+    """All kinds by name, in their order."""
+    modules = (import_module(f"students.routers.{m.name}") for m in pkgutil.iter_modules(students.routers.__path__))
+    found = sorted((m.KIND for m in modules if hasattr(m, "KIND")), key=lambda kind: (kind.order, kind.name))
+    return {kind.name: kind for kind in found}
+
+
+def limit_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model's routers that are limits (see Kind.limits)."""
+    return {
+        parameter
+        for module in model.modules()
+        for kind, router in getattr(module, "_modules", {}).get("routers", {}).items()
+        for name, parameter in router.named_parameters()
+        if name in kinds()[kind].limits
+    }

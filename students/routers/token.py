@@ -1,0 +1,67 @@
+"""Token routers: whether a token goes through attention, or through the MLP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from students.architectures.record import BRANCHES
+from students.routers.registry import GATED, Kind
+
+if TYPE_CHECKING:
+    from students.architectures import Architecture
+    from students.build import BlockPlace
+    from students.calibration.observe import BlockStart, Watched
+    from students.calibration.price import Choice
+    from students.compute import BlockCost, Phase
+    from students.spec import RouterSpec, StudentSpec
+
+
+class TokenKind(Kind):
+    """A gate for each token in front of a branch, executed by students/execution/branch.py."""
+
+    name = "token"
+    order = 10
+    fields = (*GATED, "kv", "substitute")
+    sites = BRANCHES
+    over_tokens = True
+    may_keep_quota = True
+
+    def check(self, spec: RouterSpec) -> None:
+        if spec.selection == "topk" and spec.granularity == "sequence":
+            raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if not record.causal and "attn" in self.touches(spec) and spec.kv == "keep":
+            raise ValueError(f"image models keep no keys of skipped tokens: give the {self.name} router `kv: drop`")
+
+    def touches(self, spec: RouterSpec) -> tuple[str, ...]:
+        return spec.where
+
+    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
+        return True
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        if place.branch in spec.where:
+            place.add_router(spec, f"{place.branch}.token")
+            place.add_substitute(spec, place.branch)
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        for branch in spec.where:
+            share = cost.share(spec, f"{branch}.token")
+            cost.open[branch] = cost.open[branch] * share
+            if branch == "attn" and spec.kv == "drop":
+                cost.written = cost.written * share
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        for branch in spec.where:
+            block.branch(branch, moments=spec.substitute > 0)
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        choices = []
+        for branch in spec.where:
+            saved = block.gated(branch) + (block.shape.kv if spec.kv == "drop" and branch == "attn" else 0)
+            choices.append(block.skipping(spec, branch, block.seen(branch), block.seen(branch), saved))
+        return choices
+
+
+KIND = TokenKind()
