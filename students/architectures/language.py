@@ -7,7 +7,12 @@ from dataclasses import replace
 from students.architectures.record import Architecture
 
 LLAMA = Architecture()
-_GEMMA = replace(LLAMA, attn_exit="post_attention_layernorm", mlp_exit="post_feedforward_layernorm")
+_GEMMA = replace(
+    LLAMA,
+    attn_exit="post_attention_layernorm",
+    mlp_exit="post_feedforward_layernorm",
+    logit_cap="final_logit_softcapping",
+)
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -19,8 +24,15 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3": LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True),
+    "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True, logit_cap=None),
     "phi3": replace(LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
+    "glm4": replace(
+        LLAMA, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm", mlp_in=("gate_up_proj",)
+    ),
+    "smollm3": LLAMA,
+    "granite": replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
+    "cohere2": replace(LLAMA, logit_scale="logit_scale"),
+    "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
     "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1"),
     "gpt_neox": Architecture(
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)

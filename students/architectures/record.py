@@ -28,6 +28,13 @@ class Architecture:
     """Whether the branch reads a normalised input; where it does not, routers normalise for themselves."""
     norm: str = "input_layernorm"
     """The norm in front of attention, for language models that have one."""
+    residual_scale: str | None = None
+    """The config's name for what a branch's output is multiplied by before it is added to the residual stream."""
+    logit_scale: str | None = None
+    """The config's name for what logits are multiplied by; logit_divisor: for what they are divided by."""
+    logit_divisor: str | None = None
+    logit_cap: str | None = None
+    """The config's name for the bound c of logits c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
     whole_heads: bool = False
     """Whether no head can be left out: queries are normalised over all heads, or attention passes no plan on."""
     causal: bool = True

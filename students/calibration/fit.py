@@ -63,8 +63,10 @@ class VocabFit:
 
 
 @torch.no_grad()
-def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512) -> list[VocabFit]:
+def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 1.0) -> list[VocabFit]:
     """Fit the preview of the LM head to final hidden states [n, D]; returns how good it is at several shares of rows.
+
+    scale: what the model multiplies the head's outputs by to have logits.
 
     The preview is the rank-r map of h with the least squared error of all logits: a truncation in the metric of the
     head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
@@ -78,9 +80,9 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512) -> list[VocabFi
     right, right_inverse = _roots((hidden.T @ hidden / len(hidden)).double())
     u, s, v = torch.linalg.svd(left @ right)
     rank = router.down.shape[0]
-    scale = len(weight) ** 0.5  # so that the mean square of a token's preview is |f|^2
-    router.up.copy_(left_inverse @ u[:, :rank] * scale)
-    router.down.copy_(s[:rank, None] * v[:rank] @ right_inverse / scale)
+    size = len(weight) ** 0.5  # so that the mean square of a token's preview is |f|^2
+    router.up.copy_(left_inverse @ u[:, :rank] * size)
+    router.down.copy_(s[:rank, None] * v[:rank] @ right_inverse / size)
     preview_weight = router.preview_weight(weight).float()
     router.slope.copy_(preview_weight.mean(0))
     fits = []
@@ -90,14 +92,14 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512) -> list[VocabFi
     for part in picked.split(64):
         features = part @ router.down.T
         preview, exact = features @ preview_weight.T, part @ weight.float().T
-        log_p = exact.log_softmax(-1)
+        log_p = (scale * exact).log_softmax(-1)
         above = (preview - features @ router.slope.unsqueeze(-1)) / features.norm(dim=-1, keepdim=True)
         ranked = above.topk(round(max(shares) * len(weight)), dim=-1).values
         for place, share in enumerate(shares):
             spread = ranked[:, round(share * len(weight)) - 1]
             closed = above < spread.unsqueeze(-1)
-            tail = (exact - preview)[closed].float().var() / 2  # E[exp(preview + normal error)]
-            log_q = torch.where(closed, preview + tail, exact).log_softmax(-1)
+            tail = scale * (exact - preview)[closed].float().var() / 2  # E[exp(scale * (preview + normal error))]
+            log_q = (scale * torch.where(closed, preview + tail, exact)).log_softmax(-1)
             kl = (log_p.exp() * (log_p - log_q)).sum(-1)
             sums[place] += torch.stack([kl.sum(), spread.sum(), tail * len(part)]).cpu()
     for share, (kl, spread, _) in zip(shares, (sums / len(picked)).tolist(), strict=True):

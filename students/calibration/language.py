@@ -59,7 +59,7 @@ def calibrate(
     if not isinstance(head, RoutedHead):
         return start_at(choices, curve, [compute] * len(targets), targets)
     hidden = torch.cat(seen["hidden"].inputs)
-    fits = fit_vocab(head, hidden)
+    fits = fit_vocab(head, hidden, scale=student.logit_scale)
     whole = student.compute.head / dense if phase == "decode" else 0.0
 
     def lost(fit: VocabFit, target: float) -> float:

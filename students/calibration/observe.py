@@ -105,6 +105,7 @@ class BlockStart:
         self.dense = dense
         """Cost of the whole model for a token, which savings are shares of."""
         self.phase = phase
+        self.residual_scale = student.residual_scale
         self._seen, self._keys = seen, keys
         self._importance: dict[str, Tensor] = {}
 
@@ -141,14 +142,17 @@ class BlockStart:
         """What a channel of a site costs: one multiplication for each output."""
         return sum(weight_of(linear).shape[0] for linear in self.linears(site))
 
-    def skipping(self, spec: RouterSpec, branch: str, read: Observed, skipped: Observed, saved: float) -> Choice:
-        """A router of the branch that reads one thing and leaves out another, after its substitute is fitted."""
+    def skipping(
+        self, spec: RouterSpec, branch: str, read: Observed, skipped: Observed, saved: float, scale: float = 1.0
+    ) -> Choice:
+        """A router of the branch that reads one thing and leaves out another, after its substitute is fitted; scale:
+        what is left out, over what the branch hands on."""
         x, missing, wrapper = read.x, skipped.y, self.branch(branch)
         if spec.kind in wrapper.substitutes:
             substitute = wrapper.substitutes[spec.kind]
-            fit_substitute(substitute, moments(x, missing) if skipped.moments is None else skipped.moments)
+            fit_substitute(substitute, moments(x, missing / scale) if skipped.moments is None else skipped.moments)
             saved -= substitute.macs()
-            missing = missing - substitute(x)
+            missing = missing - scale * substitute(x)
         cost = (missing.pow(2) @ skipped.sensitivity / 2).unsqueeze(-1)
         return gated_choice(wrapper.routers[spec.kind], self._features(x), cost, saved / self.dense)
 

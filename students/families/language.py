@@ -77,8 +77,29 @@ class LanguageStudent(Student):
             logits, share = head.routed_logits(hidden, *head_tensors, owner=owner)
         else:
             logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
-        cap = getattr(self.trunk.config, "final_logit_softcapping", None)  # Gemma 2, arXiv 2408.00118
-        return logits if cap is None else cap * torch.tanh(logits / cap), share
+        return self._scaled(logits), share
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies its head's outputs by, before it bounds them where it does."""
+        return (self._quirk(self.record.logit_scale) or 1.0) / (self._quirk(self.record.logit_divisor) or 1.0)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the model multiplies a branch's output by before it adds it to the residual stream."""
+        return self._quirk(self.record.residual_scale) or 1.0
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """The model's logits, of what its head puts out, in the model's own order of operations."""
+        scale, divisor = self._quirk(self.record.logit_scale), self._quirk(self.record.logit_divisor)
+        logits = logits if scale is None else logits * scale
+        logits = logits if divisor is None else logits / divisor
+        cap = self._quirk(self.record.logit_cap)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _quirk(self, name: str | None) -> float | None:
+        """A number of the model's config, where its record names one."""
+        return None if name is None else getattr(self.trunk.config, name)
 
     @contextmanager
     def _deciding_from(self, prompt: Tensor | None) -> Iterator[Decisions]:

@@ -125,7 +125,8 @@ class LayerKind(TokenKind):
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         """The block's input is the residual stream, but its router and substitute read what attention reads."""
         saved = block.gated("attn") + block.gated("mlp") + (block.shape.kv if spec.kv == "drop" else 0)
-        return [block.skipping(spec, "attn", block.seen("attn"), block.seen("layer"), saved)]
+        read, skipped = block.seen("attn"), block.seen("layer")
+        return [block.skipping(spec, "attn", read, skipped, saved, scale=block.residual_scale)]
 
     def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
         """Where tokens stay away, a token is gone from the first block on that can spare it."""

@@ -37,6 +37,20 @@ TINY = {
     "gemma3": ("Gemma3TextConfig", dict(_GEMMA, layer_types=["sliding_attention", "full_attention"] * 2)),
     "phi3": ("Phi3Config", _LLAMA),
     "olmo2": ("Olmo2Config", _LLAMA),
+    "glm4": ("Glm4Config", dict(_LLAMA, head_dim=8)),
+    "smollm3": ("SmolLM3Config", dict(_LLAMA, no_rope_layer_interval=2)),
+    "granite": (
+        "GraniteConfig",
+        dict(
+            _LLAMA,
+            residual_multiplier=0.5,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.125,
+            logits_scaling=2.0,
+        ),
+    ),
+    "cohere2": ("Cohere2Config", dict(_LLAMA, head_dim=8, sliding_window=6, logit_scale=0.25)),
+    "starcoder2": ("Starcoder2Config", dict(_LLAMA, sliding_window=None)),
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
 }
