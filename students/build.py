@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -245,6 +246,8 @@ class BlockPlace:
         """Branches with gates among their parts."""
         self.opens: set[str] = set()
         """Those where a token on its own chooses parts, which its linear layers leave out."""
+        self.narrowed: dict[str, Literal["inputs", "outputs"]] = {}
+        """Linear layers, by path, of which other gates leave out inputs or outputs."""
         self.around: RoutedBlock | None = None
         """What stands around the block."""
         self.gathers = False
@@ -373,6 +376,7 @@ class BlockPlace:
             per_query = asks and (end == "out" or (self.own_q and first))
             narrowed = gated and self.narrows[branch] and (branch == "mlp" or first)
             part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
+            part = self.narrowed.get(name, part)
             if channel is None and not corrected and not part and not per_query:
                 continue
             routed = RoutedLinear(

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.architectures import BRANCHES, LINEAR_SITES
+from students.architectures import BRANCHES
 from students.decisions import Decisions
 from students.spec import RouterSpec, StudentSpec
 
@@ -174,8 +174,8 @@ class BlockCost:
     """Heads, and groups of neurons, by branch."""
     read: dict[str, Tensor | float] = field(default_factory=dict)
     """Channels that are read at each site, where a router chooses them."""
-    rows: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(LINEAR_SITES, 1.0))
-    """Outputs that are computed at each site, besides what `parts` leaves out."""
+    left: dict[str, Tensor | float] = field(default_factory=dict)
+    """What is left of a site's weights, where some are left out that are neither heads, groups nor channels read."""
     scored: dict[str, Tensor | float] = field(default_factory=dict)
     """Tokens that pay for a router, by its key, where they are not those that go through the block."""
 
@@ -198,10 +198,10 @@ class BlockCost:
         asked = attn if block.own_q else torch.maximum(torch.as_tensor(self.written), torch.as_tensor(attn))
 
         def corrections(site: str, gates: Tensor | float) -> Tensor | float:
-            return lora.get(site, 0) + lora.get(f"{site}_open", 0) * gates
+            return lora.get(site, 0) + lora.get(f"{site}_open", 0) * gates * self.left.get(site, 1.0)
 
         def linear(site: str, macs: int, inputs: Tensor | float = 1.0) -> Tensor | float:
-            return macs * self.rows[site] * read.get(site, inputs)
+            return macs * self.left.get(site, 1.0) * read.get(site, inputs)
 
         total = asked * (linear("attn_in", block.q) * head + corrections("q", head))
         total = total + self.written * (linear("attn_in", block.kv) + corrections("kv", 1.0))

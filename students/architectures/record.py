@@ -21,6 +21,8 @@ class Architecture:
     attn_out: tuple[str, ...] = ("o_proj",)
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: tuple[str, ...] = ("down_proj",)
+    activation: str = "act_fn"
+    """The module between gate and up, where both are linear layers of their own."""
     attn_exit: str | None = None
     """The branch's last module where that is not the branch itself (post-norms): gates act after it."""
     mlp_exit: str | None = None

@@ -261,7 +261,7 @@ class RoutedLinear(Wrapper):
             return self._read_open(x, narrow) if self.part == "inputs" else self._write_open(x, narrow)
         if self.part == "inputs":
             gate, self.branch.gate = self.branch.gate, None
-            x = x * gate
+            x = x if gate is None else x * gate
         if "channel" not in self.routers:
             return self._correct(self.base_layer(x), x)
         router = self.routers["channel"]

@@ -55,6 +55,7 @@ def test_channels_start_at_the_target(name: str, target: float, windows: torch.T
         RouterSpec("expert", groups=8),
         RouterSpec("expert", groups=8, grouping="coactivation"),
         RouterSpec("channel", network="static"),
+        RouterSpec("neuron"),
         RouterSpec("expert", groups=24, network="static"),
     ],
     ids=str,

@@ -88,7 +88,7 @@ def test_fewer_open_gates_never_cost_more(kind: str, phase: str):
     costs = [compute.uniform(share / 10, 12, phase) for share in range(11)]
     assert costs == sorted(costs)
     saving = costs[-1] - costs[0]
-    per_token = kind in ("head", "head-topk", "expert", "expert-topk", "channel", "vocab")
+    per_token = kind in ("head", "head-topk", "expert", "expert-topk", "neuron", "channel", "vocab")
     assert (saving == 0) if phase == "prefill" and per_token else saving > 0.01
 
 

@@ -36,6 +36,17 @@ SPECS["mixed-keep"] = StudentSpec(
     )
 )
 SPECS["mixed-channels"] = StudentSpec((RouterSpec("token"), RouterSpec("channel"), RouterSpec("vocab", rank=5)))
+SPECS["mixed-neuron"] = StudentSpec(
+    (
+        RouterSpec("token", substitute=3),
+        RouterSpec("layer", kv="drop", blocks="odd"),
+        RouterSpec("channel", sites=("attn_in", "attn_out")),
+        RouterSpec("neuron"),
+    ),
+    LoraSpec(2),
+)
+GATED = [name for name in TINY if name not in ("phi3", "glm4", "starcoder2", "gpt2", "gpt_neox")]
+"""Models whose MLP has a gate of its own."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
@@ -46,6 +57,10 @@ def no_gradients():
 
 
 def make(name: str, spec: StudentSpec, **overrides: object) -> Student:
+    if spec.find("neuron") and name not in GATED:
+        with pytest.raises(ValueError, match="gate"):
+            elasticize(make_tiny(name), spec)
+        pytest.skip("no gate of its own")
     student = scramble(elasticize(make_tiny(name, **overrides), spec)).train(False)
     student.runtime.capacity = 0.5
     return student

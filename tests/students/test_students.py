@@ -24,6 +24,7 @@ EVERY_KIND = {
     "expert-topk": RouterSpec("expert", groups=6, selection="topk", weight="score"),
     "channel": RouterSpec("channel"),
     "channel-static": RouterSpec("channel", network="static"),
+    "neuron": RouterSpec("neuron"),
     "layer": RouterSpec("layer", substitute=4),
     "layer-drop": RouterSpec("layer", kv="drop", blocks="odd"),
     "vocab": RouterSpec("vocab", rank=5),

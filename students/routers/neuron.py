@@ -1,0 +1,89 @@
+"""Neuron routers: which neurons of a gated MLP a token needs, once their gates are known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from students.architectures import weight_of
+from students.routers.channel import OPEN, ChannelRouter
+from students.routers.registry import Kind
+
+if TYPE_CHECKING:
+    from students.architectures import Architecture
+    from students.build import BlockPlace
+    from students.calibration.observe import BlockStart, Watched
+    from students.calibration.price import Choice
+    from students.compute import BlockCost
+    from students.spec import RouterSpec, StudentSpec
+
+
+class NeuronKind(Kind):
+    """A limit for the magnitude of each neuron's gate activation, below which its row of `up` and its channel of `down`
+    are not read (CATS, arXiv 2404.08763, with limits from one price for all); executed by execution/neuron.py."""
+
+    name = "neuron"
+    order = 25
+    fields = ("blocks", "part")
+    in_vision_tower = False
+    limits = ("log_limit", "log_gain")
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if not record.causal or len(record.mlp_in) != 2:
+            raise ValueError(
+                "a neuron router needs a language model whose MLP has a gate and an up projection of its own (as Llama)"
+            )
+        if student.find("expert") or student.find("channel", site="mlp_in") or student.find("channel", site="mlp_out"):
+            raise ValueError("a neuron router chooses in the MLP alone: no expert router, channels of attention only")
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        from students.execution.neuron import RoutedActivation
+
+        if place.branch != "mlp":
+            return
+        router, name = ChannelRouter(spec, place.neurons, place.spec.gains), self._activation(place.record)
+        routed = RoutedActivation(
+            place.block.get_submodule(name), place.runtime, router, place.number, place.wrapper.handover
+        )
+        place.block.set_submodule(name, place.like(routed))
+        place.opens.add("mlp")
+        place.narrowed |= {place.record.linears("mlp_in")[1]: "outputs", place.record.linears("mlp_out")[0]: "inputs"}
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        """Half of what reads the MLP's input is the gate, which is always computed."""
+        share = cost.share(spec, "mlp.neuron", missing=0.0)  # no token entered this branch
+        cost.left["mlp_in"] = (1 + share) / 2
+        cost.left["mlp_out"] = share
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        block.linears("mlp_in")
+        block.linears("mlp_out")
+        block.module(self._activation(block.record))
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        """A neuron's output is expected to be its activation times the root mean square of `up`."""
+        from students.calibration.observe import PRICED_ROWS
+        from students.calibration.price import Choice
+
+        if not self.saves(spec, block.phase):
+            return []
+        router: ChannelRouter = block.block.get_submodule(self._activation(block.record)).routers["neuron"]
+        up, down = block.linears("mlp_in")[1], block.linears("mlp_out")[0]
+        activation = block.seen(self._activation(block.record)).y
+        weight = block.importance("mlp_out") * block.seen(block.record.linears("mlp_in")[1]).y.pow(2).mean(0)
+        saving = (weight_of(up).shape[1] + weight_of(down).shape[0]) / block.dense
+
+        @torch.no_grad()
+        def apply(price: float) -> None:
+            limit = 2 * price * saving / weight.clamp(min=1e-30)
+            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
+
+        return [Choice(activation[:PRICED_ROWS].pow(2) * weight / 2, saving, apply)]
+
+    @staticmethod
+    def _activation(record: Architecture) -> str:
+        return f"{record.mlp}.{record.activation}"
+
+
+KIND = NeuronKind()
