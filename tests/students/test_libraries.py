@@ -71,6 +71,17 @@ def test_self_check_finds_decoding_without_a_past(monkeypatch: pytest.MonkeyPatc
         elasticize(make_tiny("llama"), StudentSpec((RouterSpec("head"),)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_check_takes_no_rounding_for_a_fault(dtype: torch.dtype) -> None:
+    """Deep models with small random weights, whose logits are close together, round most."""
+    kind, settings = TINY["llama"]
+    config = getattr(transformers, kind)(**{**settings, "num_hidden_layers": 24, "vocab_size": 2000})
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        elasticize(model, StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=8))))
+
+
 def test_self_check_finds_another_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     from students.execution import branch
 
