@@ -54,6 +54,7 @@ class Student(nn.Module):
         self.span: tuple[float, float] | None = None
         """The lowest and the highest budget, where the student was trained for a range of them."""
         self._laid_out, self._dialled = Stamp(), Stamp()
+        self._layouts = 0
         fuse_norms(model)
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
@@ -79,10 +80,11 @@ class Student(nn.Module):
         finally:
             run.decisions = None
 
-    def _enter(self, tokens: int, batch: int, device: torch.device) -> None:
-        """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter."""
+    def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
+        """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter; prepared:
+        nothing has changed since `prepare`."""
         run = self.runtime
-        if run.begin(batch, device, tokens).skipping:
+        if run.begin(batch, device, tokens).skipping and not prepared:
             self._prepare()
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
@@ -121,7 +123,9 @@ class Student(nn.Module):
         moved = self._laid_out.renew([self._frozen], written)
         if not self._dialled.renew([self._frozen], written, run.offset, run.capacity):
             return
+        self._layouts += moved
         with torch.inference_mode(False), torch.no_grad():  # calls of either kind read it
+            run.set_dial(self._frozen.device)
             for wrapper in self._wrappers():
                 if moved:
                     wrapper.lay_out()

@@ -87,9 +87,9 @@ def routed_attention(
     if routed is None:
         runtime = module.runtime
         free = base == "sdpa" and (runtime is None or (runtime.call.skipping and not runtime.bypass))
-        shares = query.shape[2] == 1 and key.shape[1] < query.shape[1] and attention_mask is None
-        if free and shares and not torch.compiler.is_compiling():
-            return _from_one_token(attend, module, query, key, value, **kwargs), None
+        alike = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+        if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and alike:
+            return _from_one_token(attend, module, query, key, value, attention_mask, **kwargs), None
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
 
@@ -114,13 +114,19 @@ def routed_attention(
 
 
 def _from_one_token(
-    attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    attend: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
 ) -> Tensor:
     """Attention of query [B, H, 1, d] to all keys: heads that share keys are rows of one product, which reads the keys
     once instead of once a head."""
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
-    out = attend(_OneKeyPerHead(module), query, key, value, None, **{**kwargs, "is_causal": False})[0]
+    out = attend(_OneKeyPerHead(module), query, key, value, mask, **{**kwargs, "is_causal": False})[0]
     return out.transpose(1, 2).reshape(batch, 1, heads, -1)
 
 

@@ -44,6 +44,8 @@ class RoutedHead(Wrapper):
     def _preview_weight(self) -> Tensor:
         """The router's preview of the head [V, r], which calls that do not skip read too."""
         router, weight = self.routers["vocab"], self.base_layer.weight
+        if torch.compiler.is_compiling() and self._preview is not None:
+            return self._preview
         if self._stamp.renew([router.up, weight]):
             self._preview = router.preview_weight(weight.detach())
         return self._preview
@@ -54,7 +56,7 @@ class RoutedHead(Wrapper):
             return self.base_layer(hidden)
         if run.call.skipping and hidden.shape[:-1].numel() <= FEW_ROWS:
             turn = run.turn(hidden)
-            if isinstance(turn, Tensor):
+            if run.call.rows is not None:
                 turn = turn.expand(*hidden.shape[:-1], 1).flatten(0, -2)
             logits, share = self._some_rows(hidden.flatten(0, -2), turn)
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])

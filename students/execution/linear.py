@@ -56,6 +56,8 @@ class Site:
         self._up: Tensor | None = None
         self.limit: Tensor | None = None
         """[I]: what a channel has to reach (see ChannelRouter.limit); None: it differs between rows."""
+        self._limit: Tensor | None = None
+        """The limit that was made last, written in place: recorded steps read it (execution/fixed.py)."""
         self._product = self._mask = self._reader = None
         self._stamp.reset()
 
@@ -145,7 +147,7 @@ class Site:
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
             self._product = PackedProduct()
             self._stamp.renew(weights)
-        self._bias = self._down = self._up = None
+        self._bias = self._down = self._up = self._limit = None
         if any(base.bias is not None for base in bases):
             biases = [base.bias for base in bases]
             zeros = [self._whole.new_zeros(size) for size in self._sizes]
@@ -160,9 +162,12 @@ class Site:
         first, self.limit = self.layers[0], None
         if "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
             dtype = self._whole.dtype
-            self.limit = first.routers["channel"].limit(first.runtime.offset, dtype)
-            self._mask = fused.masker(self.limit, dtype)
-            self._reader = ops.reader(self.limit, self._whole, self._bias, self._down, self._up, self._ends)
+            limit = first.routers["channel"].limit(first.runtime.offset, dtype)
+            if self._limit is None:
+                self._limit = limit
+                self._mask = fused.masker(limit, dtype)
+                self._reader = ops.reader(limit, self._whole, self._bias, self._down, self._up, self._ends)
+            self.limit = self._limit.copy_(limit)
 
     def forget(self) -> None:
         """Give every layer a weight of its own again, as the model had it."""

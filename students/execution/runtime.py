@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +51,16 @@ class Runtime:
     of their own."""
     decisions: Decisions | None = None
     """Where this forward pass records what it decides, if anybody asked."""
+    dial: Tensor | None = None
+    """[]: the offset, on the device of calls that skip. Like each row's it is written in place: recorded steps read it
+    (execution/fixed.py)."""
     call: Call = field(default_factory=Call)
     """The call that runs, or ran last."""
     handovers: list[BlockHandover] = field(default_factory=list)
     """Of all blocks; empty outside of a forward pass."""
+    _dial_at: float | None = None
+    _rows: Tensor | None = None
+    _rows_at: tuple[Any, ...] = ()
 
     def skips(self, specs: Iterable[RouterSpec]) -> bool:
         """Whether what these routers close is left out: always without gradients; with them, where the gradient takes
@@ -74,8 +80,14 @@ class Runtime:
         """A new call, for so many rows and tokens (0: it does not matter). ValueError as in `offsets`."""
         self.drop()
         skipping = self.execution == "skip" and not torch.is_grad_enabled()
-        self.call = Call(tokens, self.offsets(batch, device), skipping, alone=skipping and tokens == 1)
+        self.call = Call(tokens, self._offsets(batch, device, skipping), skipping, alone=skipping and tokens == 1)
         return self.call
+
+    def set_dial(self, device: torch.device) -> None:
+        """Write the offset that all rows share, where they do, to where calls that skip read it."""
+        if not isinstance(self.offset, tuple):
+            offset = torch.full((), self.offset, dtype=torch.float32, device=device)
+            self.dial, self._dial_at = overwritten(self.dial, offset), self.offset
 
     def drop(self) -> None:
         """Leave nothing that was on its way between wrappers: a pass that failed, or was recomputed in part."""
@@ -94,14 +106,26 @@ class Runtime:
             )
         return torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
 
+    def _offsets(self, batch: int, device: torch.device, skipping: bool) -> Tensor | None:
+        """As `offsets`, in place of the last ones where no gradient asks for those."""
+        at = self.offset, batch, device
+        if not skipping or not isinstance(self.offset, tuple):
+            return self.offsets(batch, device)
+        if self._rows_at != at:
+            with torch.inference_mode(False):
+                rows = self.offsets(batch, device)
+            self._rows, self._rows_at = overwritten(self._rows, rows), at
+        return self._rows
+
     def turn(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
-        """The dial for x [B, ..., C]: one number, or one for each row [B, ..., 1].
+        """The dial for x [B, ..., C]: one number, which calls that skip find on their device, or one for each row
+        [B, ..., 1].
 
         owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
         """
         rows = self.call.rows
         if rows is None:
-            return self.offset
+            return self.dial if self.call.skipping and self._dial_at == self.offset else self.offset
         if owner is None:
             return rows.view(-1, *[1] * (x.ndim - 1))
         return rows[owner].view(*x.shape[:-1], 1)
@@ -246,3 +270,10 @@ class Runtime:
                 self.decisions.spec[key] = spec
             if score is not None:
                 self.decisions.score[key] = score
+
+
+def overwritten(old: Tensor | None, new: Tensor) -> Tensor:
+    """The old tensor with the new one's values, or the new one where there is none of its kind."""
+    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    return old.copy_(new)

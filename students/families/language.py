@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
+from students.execution.decoding import Decoding
+from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
 from students.libraries import cache_in, with_cache
@@ -32,6 +34,7 @@ class LanguageStudent(Student):
         }
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
+        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -47,8 +50,30 @@ class LanguageStudent(Student):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate` of the routed model. `student.model` is what a pipeline takes."""
-        return self.model.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
+        """transformers' own `generate` of the routed model, on GPUs through recorded steps (execution/decoding.py).
+
+        `student.model` is what a pipeline takes.
+        """
+        return self._decoding.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
+
+    def _recorded_for(self) -> Any:
+        """What a recorded decoding step depends on besides shapes; ValueError where it would depend on the data."""
+        run = self.runtime
+        if run.execution != "skip":
+            raise ValueError("masks are for reference")
+        if run.bypass:
+            return "teacher", self._layouts
+        for router in self.spec.routers:
+            fixed = router.kind in ("head", "expert") and router.network == "static"
+            if router.kind not in ("channel", "vocab") and not fixed:
+                raise ValueError(f"what {router.kind} routers leave in depends on the text")
+        static = any(router.network == "static" for router in self.spec.routers)
+        return self._layouts, isinstance(run.offset, tuple), (run.offset, run.capacity) if static else None
+
+    def _settle(self, batch: int, device: torch.device) -> None:
+        """Write where the dial is to where recorded steps read it."""
+        if not self.runtime.bypass:
+            self._enter(batch, batch, device)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -120,7 +145,8 @@ class LanguageStudent(Student):
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         mask = kwargs.get("attention_mask")
-        self._enter(tokens.numel(), len(tokens), tokens.device)
+        settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
+        self._enter(tokens.numel(), len(tokens), tokens.device, settled)
         call = run.call
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()

@@ -1,0 +1,211 @@
+"""transformers' `generate` through recorded steps: greedy and sampled, stopped and streamed as ever.
+
+The prompt runs as the model runs it. From then on every token is one replay of a step of fixed shape (see
+execution/fixed.py), of which there is one for each batch size and number of slots; where the slots are taken, the next
+larger one goes on. What was recorded stays right when the dial turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from students.execution.capture import Fetched, Recorder, recorder_for
+from students.execution.fixed import DecodeStep
+from students.execution.kv_cache import memory_of
+from students.libraries import CACHE_NAMES, cache_of
+
+SMALLEST = 256
+"""Slots of the smallest cache."""
+KEPT = 4
+"""Recorded steps that are kept, with their caches; the one that was used longest ago goes first."""
+OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
+"""Arguments of `generate` with which the caller takes decoding in hand."""
+
+
+def slots_for(tokens: int) -> int:
+    """The number of slots of a cache for so many tokens: 256, 384, 512, 768, 1024, ..., at most half as many again."""
+    slots = SMALLEST
+    while slots < tokens:
+        slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3
+    return slots
+
+
+class Decoding:
+    """A model whose tokens are decoded through recorded steps.
+
+    trunk: the part that holds the blocks. state: what a recorded step is made for, besides shapes; raises ValueError
+    where none can be made, in words that complete "decoding without recorded steps: ". settle: called with (batch,
+    device) in front of replays, to write what has changed to where steps read it. recorder: None for the device's own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trunk: nn.Module,
+        state: Callable[[], Any] = lambda: None,
+        settle: Callable[[int, torch.device], None] = lambda batch, device: None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.model = model
+        self.trunk = trunk
+        self.recorder = recorder
+        self._state = state
+        self._settle = settle
+        self._steps: OrderedDict[Any, tuple[DecodeStep, Callable[[], Tensor]]] = OrderedDict()
+        self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: dict) -> Decoding:
+        parts = (copy.deepcopy(part, memo) for part in (self.model, self.trunk, self._state, self._settle))
+        return Decoding(*parts, self.recorder)  # what is recorded cannot be copied
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
+        that is not what the call asked for, a warning says so, once."""
+        try:
+            possible = self._possible(kwargs)
+        except ValueError as reason:
+            if str(reason) not in self._said:
+                self._said.add(str(reason))
+                warnings.warn(f"decoding without recorded steps: {reason}", stacklevel=3)
+            possible = False
+        if not possible:
+            return self.model.generate(*args, **kwargs)
+        strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+        if strings is not None:
+            mine = [StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)]
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *mine]
+        # transformers keeps the streamer from a callable of ours, but for the prompt, unless it has another name
+        return self.model.generate(*args, custom_generate=self._decode, words_to=kwargs.get("streamer"), **kwargs)
+
+    def _possible(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this call decodes through recorded steps; ValueError where it might have, and cannot."""
+        if self.recorder is None and recorder_for(self.model.device) is None:
+            return False
+        if any(kwargs.get(name) is not None for name in OWN_WAY) or kwargs.get("synced_gpus"):
+            return False
+        config = copy.deepcopy(kwargs.get("generation_config") or self.model.generation_config)
+        config.update(**{name: value for name, value in kwargs.items() if value is not None})
+        if config.use_cache is False or config.cache_implementation is not None or config.prompt_lookup_num_tokens:
+            return False
+        if config.stop_strings is not None and "stop_strings" not in kwargs:
+            return False
+        if (config.num_beams or 1) > 1:
+            raise ValueError("beam search moves rows of the cache")
+        if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return False
+        if config.output_attentions or config.output_hidden_states:
+            raise ValueError("attentions and hidden states are not kept")
+        if hasattr(self.model.base_model, "rope_deltas"):
+            raise ValueError(f"{type(self.model).__name__} counts positions in three dimensions")
+        self._state()
+        return True
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        words_to: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What `generate` calls with all that it has prepared."""
+        config, prompt = generation_config, input_ids.shape[1]
+        padding = config._pad_token_tensor
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        asked = {"scores": config.output_scores, "logits": config.output_logits}
+        valid = model_kwargs.get("attention_mask")
+        out = model._prefill(input_ids, config, model_kwargs)
+        logits, cache = out.logits[:, -1].float(), cache_of(out)
+        del out
+        step = replay = None
+        unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        while True:
+            scores = logits_processor(input_ids, logits.to(input_ids.device, copy=True))
+            for name, tensor in (("scores", scores), ("logits", logits)):
+                if config.return_dict_in_generate and asked[name]:
+                    kept[name].append(tensor.clone())
+            if config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+            else:
+                tokens = scores.argmax(-1)
+            if ends:
+                tokens = tokens * unfinished + padding.to(tokens.device) * (1 - unfinished)
+            input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], 1)
+            seen = tuple(kept["scores"]) if kept["scores"] else None
+            unfinished = unfinished & ~stopping_criteria(input_ids, seen)
+            fetched = Fetched(torch.stack([tokens, unfinished]))
+            if input_ids.shape[1] < config.max_length:  # begun before anybody knows whether it is needed
+                if step is None:
+                    step, replay = self._begin(cache, valid, input_ids.shape[1] - prompt)
+                elif step.full:
+                    step, replay = self._grow(step)
+                step.advance(tokens)
+                logits = replay()
+            written, going = fetched.wait()
+            if words_to is not None:
+                words_to.put(written)
+            if not bool(going.any()):
+                break
+        if words_to is not None:
+            words_to.end()
+        if not config.return_dict_in_generate:
+            return input_ids
+        made = {name: tuple(tensors) for name, tensors in kept.items() if asked[name]}
+        name = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
+        made[name] = cache if step is None else self._as_cache(step, cache, input_ids.shape[1] - prompt - 1)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **made)
+
+    def _begin(self, cache: DynamicCache, valid: Tensor | None, new: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
+        """The step that goes on behind the prompt that a cache of the model's own has seen; valid [B, T]: as of the
+        call."""
+        memory, used = memory_of(cache), cache.get_seq_length()
+        if memory.held is not None:  # the door let only some tokens through
+            valid, positions = memory.held, memory.next.flatten().expand(len(memory.held))
+        elif valid is None:
+            positions = torch.full((len(cache.layers[0].keys),), used, device=cache.layers[0].keys.device)
+        else:
+            positions = valid.sum(1)
+        step, replay = self._step(cache, slots_for(used + 1))
+        step.load(cache, used, valid, positions)
+        return step, replay
+
+    def _grow(self, step: DecodeStep) -> tuple[DecodeStep, Callable[[], Tensor]]:
+        larger, replay = self._step(step.cache, slots_for(step.length + 1))
+        larger.take_over(step)
+        return larger, replay
+
+    def _step(self, like: Any, slots: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
+        """A recorded step for a batch such as this cache's."""
+        keys = like.layers[0].keys
+        self._settle(len(keys), keys.device)
+        key = len(keys), slots, keys.device, keys.dtype, self._state()
+        if key not in self._steps:
+            step = DecodeStep(self.model, self.trunk, like, slots)
+            record = self.recorder or recorder_for(keys.device)
+            self._steps[key] = step, record(step.run)
+        self._steps.move_to_end(key)
+        while len(self._steps) > KEPT:
+            self._steps.popitem(last=False)
+        return self._steps[key]
+
+    def _as_cache(self, step: DecodeStep, prompt: DynamicCache, new: int) -> DynamicCache:
+        """What a step holds of the prompt and of so many new tokens, as a cache of the model's own."""
+        used = prompt.get_seq_length() + new
+        cache, memory = step.dynamic(used), replace(memory_of(prompt))
+        if memory.held is not None:
+            memory.held, memory.next = step.open[:, :used].clone(), memory.next + new
+        cache.elastic = memory
+        return cache

@@ -1,0 +1,147 @@
+"""A decoding step of fixed shape: the same operators on the same tensors for every token, so that it can be recorded.
+
+Keys and values are written into tensors of a fixed length, and what is not there yet is masked. Nothing in a step waits
+for the device, and nothing that differs from one step to the next is a number of Python's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from students.architectures import architecture_of, sizes_of
+from students.execution.call import Memory
+from students.libraries import with_cache
+
+
+class FixedLayer(CacheLayerMixin):
+    """Keys and values [B, H, L, d] of one layer; a step writes those of its token at `slot` [1], the same for all."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.slot = keys, values, slot
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write those of one token; returns all, most of which the mask hides."""
+        self.keys.index_copy_(2, self.slot, key_states)
+        self.values.index_copy_(2, self.slot, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All slots."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Tensor:
+        """Tokens that came before, on the device."""
+        return self.slot[0]
+
+    def get_max_length(self) -> int:
+        """The number of slots."""
+        return self.keys.shape[2]
+
+
+class FixedCache(Cache):
+    """The cache of a step of fixed shape."""
+
+    def __init__(self, layers: list[FixedLayer]) -> None:
+        super().__init__(layers=layers)
+        self.elastic = Memory()
+
+
+class DecodeStep:
+    """One more token for each row of a batch: call it with tokens [B] for logits [B, V] in float32.
+
+    model: a causal language model or a vision-language model, routed or not; trunk: the part of it that holds the
+    blocks; like: a cache of the model's own that has seen a prompt of B rows; length: the number of slots.
+    """
+
+    def __init__(self, model: PreTrainedModel, trunk: nn.Module, like: Cache, length: int) -> None:
+        self.model = model
+        self.length = length
+        self.used = 0
+        """Slots that are taken."""
+        record, blocks = architecture_of(trunk)
+        self._windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+        self._kinds = getattr(trunk.config, "layer_types", None)
+        first = like.layers[0].keys
+        batch, device, self._dtype = len(first), first.device, model.dtype
+        with torch.inference_mode(False):  # they are written in calls of either kind
+            self.slot = torch.zeros(1, dtype=torch.long, device=device)
+            self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
+            self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            self._places = torch.arange(length, device=device)
+            self.cache = FixedCache([self._layer(layer.keys, layer.values) for layer in like.layers])
+
+    def _layer(self, keys: Tensor, values: Tensor) -> FixedLayer:
+        made = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+        return FixedLayer(*made, self.slot)
+
+    @property
+    def full(self) -> bool:
+        """Whether no slot is left."""
+        return self.used == self.length
+
+    def load(self, cache: Cache, used: int, valid: Tensor | None, positions: Tensor) -> None:
+        """Begin behind what a cache holds, `used` tokens of each row, of which those at valid [B, used] count (None:
+        all); positions [B]: of the next ones. Layers with a sliding window may hold the newest tokens only."""
+        for own, layer in zip(self.cache.layers, cache.layers, strict=True):
+            held = min(layer.keys.shape[2], used)
+            for into, kept in ((own.keys, layer.keys), (own.values, layer.values)):
+                into[:, :, used - held : used] = kept[:, :, :held]
+                into[:, :, used:] = 0
+        self.open[:, :used] = True if valid is None else valid.bool()
+        self.open[:, used:] = False
+        self.slot.fill_(used)
+        self.positions.copy_(positions.unsqueeze(1))
+        self.used = used
+
+    def take_over(self, other: DecodeStep) -> None:
+        """Go on where a step with fewer slots is."""
+        self.load(other.cache, other.used, other.open[:, : other.used], other.positions.squeeze(1))
+
+    def advance(self, tokens: Tensor) -> None:
+        """Note what the next run is for."""
+        self.ids.copy_(tokens.unsqueeze(1))
+        self.used += 1
+
+    def run(self) -> Tensor:
+        """The part that is recorded."""
+        self.open.index_fill_(1, self.slot, True)
+        inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self._masks()}
+        inputs = with_cache(self.model, inputs | {"use_cache": True, "logits_to_keep": 1}, self.cache)
+        logits = self.model(**inputs).logits[:, -1].float()
+        self.slot.add_(1)
+        self.positions.add_(1)
+        return logits
+
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """What each kind of layer adds to its scores [B, 1, 1, L]; one tensor where all are alike."""
+        if len(set(self._windows)) == 1:
+            return self._mask(self._windows[0])
+        made = {window: self._mask(window) for window in set(self._windows)}
+        return {kind: made[window] for kind, window in zip(self._kinds, self._windows, strict=True)}
+
+    def _mask(self, window: int | None) -> Tensor:
+        seen = self.open if window is None else self.open & (self._places > self.slot - window)
+        hidden = torch.finfo(self._dtype).min
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, hidden)
+        return mask[:, None, None]
+
+    def dynamic(self, used: int) -> DynamicCache:
+        """The first `used` tokens as a cache of the model's own, copied."""
+        cache = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[:, :, :used].clone(), layer.values[:, :, :used].clone(), number)
+        return cache

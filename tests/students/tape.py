@@ -1,0 +1,43 @@
+"""A recorder for CPUs: what a CUDA graph does, operator by operator, so that what it would get wrong is wrong here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.students.host_waits import NoHostWaits
+
+
+class Tape(TorchDispatchMode):
+    """Runs work to warm up and once more to record its operators; a call runs these again, on the same tensors, and
+    nothing else: no module, no hook, no number of Python's that has changed since."""
+
+    made = 0
+    """How many there have been."""
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        super().__init__()
+        Tape.made += 1
+        self._steps: list[tuple[Any, Any, Any, Any]] = []
+        work()
+        with NoHostWaits(), self:
+            self._out = work()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self._steps.append((function, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        for function, args, kwargs, out in self._steps:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self._out
