@@ -114,6 +114,27 @@ def _returns_caches() -> bool:
     return type(cache_of(out)) is DynamicCache and cache_name(model) in generated
 
 
+@torch.no_grad()
+def _hands_decoding_over() -> bool:
+    seen: list[Any] = []
+
+    def decode(
+        model: Any,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        words_to: Any,
+        **rest: Any,
+    ) -> Any:
+        prompt = model._prefill(input_ids, generation_config, rest)
+        seen.extend([cache_of(prompt), words_to, generation_config.max_length, logits_processor])
+        return input_ids
+
+    _llama().generate(torch.ones(1, 2, dtype=torch.long), custom_generate=decode, words_to=1, max_new_tokens=3)
+    return type(seen[0]) is DynamicCache and seen[1:3] == [1, 5] and callable(seen[3])
+
+
 def _has_cache_layers() -> bool:
     layer = DynamicCache(config=_llama().config).layers[0]
     calls = {
@@ -244,6 +265,12 @@ def _packs_linears() -> bool:
 ASSUMPTIONS = (
     Assumption("transformers", "calls the cache of a forward pass by a name we know", "cache_name", _names_caches),
     Assumption("transformers", "returns the cache under the name it takes it by", "cache_of", _returns_caches),
+    Assumption(
+        "transformers",
+        "hands decoding over to a `custom_generate` function with all that is prepared, and has `_prefill`",
+        "students/execution/decoding.py (Decoding)",
+        _hands_decoding_over,
+    ),
     Assumption(
         "transformers",
         "keeps caches as a list of layers with the methods that ours has",

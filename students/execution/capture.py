@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 WARM_UP = 2
 """Runs before the recorded one, in which libraries take their workspaces and kernels are compiled."""
+KEPT = 4
+"""Recordings of a kind that are kept, with their tensors; the one that was used longest ago goes first."""
 
 
 class Recorder(Protocol):
-    """Makes of work on tensors that stay where they are a function that does it again and returns the same tensor."""
+    """Makes of work on tensors that stay where they are a function that does it again and returns the same tensors."""
 
-    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]: ...
 
 
 class CudaGraph:
@@ -24,7 +28,7 @@ class CudaGraph:
     The result is overwritten by the next call.
     """
 
-    def __init__(self, work: Callable[[], Tensor]) -> None:
+    def __init__(self, work: Callable[[], Any]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -35,7 +39,7 @@ class CudaGraph:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._out = work()
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         self._graph.replay()
         return self._out
 
@@ -43,6 +47,61 @@ class CudaGraph:
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on this device; None: nothing does."""
     return CudaGraph if device.type == "cuda" else None
+
+
+class Recordings(OrderedDict[Hashable, Any]):
+    """What was recorded, by what it was recorded for."""
+
+    def take(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key, or made now."""
+        if key not in self:
+            self[key] = make()
+        self.move_to_end(key)
+        while len(self) > KEPT:
+            self.popitem(last=False)
+        return self[key]
+
+
+class Forward:
+    """A forward pass on images through recordings, of which there is one for each shape.
+
+    run: what is recorded, of pixels [B, C, H, W]. state: as of Decoding, of the pixels. recorder: None for the device's
+    own; where nothing records, or `state` raises ValueError, the pass runs as ever.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Any],
+        state: Callable[[Tensor], Hashable] = lambda pixels: None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.recorder = recorder
+        self.kept = Recordings()
+        self._run = run
+        self._state = state
+
+    def __deepcopy__(self, memo: dict) -> Forward:
+        return Forward(copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo), self.recorder)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Any:
+        """What `run` returns; it is overwritten by the next call."""
+        record = self.recorder or recorder_for(pixels.device)
+        try:
+            key = None if record is None else (pixels.shape, pixels.dtype, pixels.device, self._state(pixels))
+        except ValueError:
+            key = None
+        if key is None:
+            return self._run(pixels)
+
+        def make() -> tuple[Tensor, Callable[[], Any]]:
+            with torch.inference_mode(False):
+                own = pixels.clone()
+            return own, record(lambda: self._run(own))
+
+        own, replay = self.kept.take(key, make)
+        own.copy_(pixels)
+        return replay()
 
 
 class Fetched:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -19,15 +18,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from students.execution.capture import Fetched, Recorder, recorder_for
+from students.execution.capture import Fetched, Recorder, Recordings, recorder_for
 from students.execution.fixed import DecodeStep
 from students.execution.kv_cache import memory_of
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
 """Slots of the smallest cache."""
-KEPT = 4
-"""Recorded steps that are kept, with their caches; the one that was used longest ago goes first."""
 OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
 """Arguments of `generate` with which the caller takes decoding in hand."""
 
@@ -61,7 +58,7 @@ class Decoding:
         self.recorder = recorder
         self._state = state
         self._settle = settle
-        self._steps: OrderedDict[Any, tuple[DecodeStep, Callable[[], Tensor]]] = OrderedDict()
+        self._steps = Recordings()
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict) -> Decoding:
@@ -192,14 +189,13 @@ class Decoding:
         keys = like.layers[0].keys
         self._settle(len(keys), keys.device)
         key = len(keys), slots, keys.device, keys.dtype, self._state()
-        if key not in self._steps:
+
+        def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
             record = self.recorder or recorder_for(keys.device)
-            self._steps[key] = step, record(step.run)
-        self._steps.move_to_end(key)
-        while len(self._steps) > KEPT:
-            self._steps.popitem(last=False)
-        return self._steps[key]
+            return step, record(step.run)
+
+        return self._steps.take(key, make)
 
     def _as_cache(self, step: DecodeStep, prompt: DynamicCache, new: int) -> DynamicCache:
         """What a step holds of the prompt and of so many new tokens, as a cache of the model's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from students.architectures import BRANCHES, trunk_of
 from students.decisions import Decisions
+from students.execution.capture import Forward
 from students.execution.wrapper import Wrapper
 from students.routers import Router
 from students.student import Student
@@ -56,6 +58,25 @@ class ImageStudent(Student):
         self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
         trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
+        self._recorded = Forward(partial(call, self.model), self._recorded_for)
+
+    def predict(self, pixel_values: Tensor) -> Any:
+        """The model's own output, without gradients; on GPUs through recorded passes (execution/capture.py), which the
+        next call overwrites. For many batches of few shapes."""
+        return self._recorded(pixel_values)
+
+    def _recorded_for(self, pixel_values: Tensor) -> Any:
+        """What a recorded pass depends on besides shapes; ValueError where it would depend on the images."""
+        run = self.runtime
+        if run.bypass:
+            return "teacher", self._frozen.data_ptr()
+        routers = self.spec.routers
+        fixed = all((r.kind, r.selection) == ("layer", "quota") or r.network == "static" for r in routers)
+        if not fixed or run.execution != "skip" or isinstance(run.offset, tuple):
+            raise ValueError("how many patches pass depends on the images, or differs between them")
+        self._enter(0, len(pixel_values), pixel_values.device)
+        levels = tuple(router.levels._version for _, router in self.routers() if router.levels is not None)
+        return self._layouts, run.offset, levels
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
         """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""

@@ -17,10 +17,9 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution import decoding
-from students.execution.capture import CudaGraph, Fetched, recorder_for
+from students.execution.capture import KEPT, CudaGraph, Fetched, recorder_for
 from students.execution.decoding import Decoding, slots_for
 from students.execution.fixed import DecodeStep
-from students.families.image import call
 from students.families.language import LanguageStudent
 from students.libraries import cache_of, with_cache
 from tests.pico.language import TINY, make_tiny, make_tokenizer
@@ -28,7 +27,6 @@ from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 from tests.students.host_waits import HostWait, NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_execution import make
-from tests.students.test_image import MODELS, SPECS, routed
 from tests.students.test_vision_language import DOOR, student_of
 
 DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)))
@@ -149,19 +147,6 @@ def test_a_step_compiles_whole(name: str, rows: int, tokens: Tensor) -> None:
     assert torch.equal(results[1], results[2])
 
 
-QUOTAS = [name for name, routers in SPECS.items() if {r.kind + r.selection for r in routers} == {"layerquota"}]
-
-
-@pytest.mark.parametrize("name", sorted({*MODELS} - {"vit_mae"}))  # which sets a slice to a number, by a copy on CPUs
-@pytest.mark.parametrize("spec", QUOTAS)
-def test_nothing_in_an_image_forward_with_quotas_waits(name: str, spec: str) -> None:
-    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    student = routed(name, spec, pixels)
-    call(student.model, pixels)
-    with NoHostWaits():
-        call(student.model, pixels)
-
-
 # the dial
 
 
@@ -238,7 +223,7 @@ def test_few_recorded_steps_are_kept(tokens: Tensor) -> None:
     student = student_for()
     for rows in range(1, 8):
         assert torch.equal(*both(student, tokens[:1].repeat(rows, 1), **SIX))
-    assert len(student._decoding._steps) == decoding.KEPT
+    assert len(student._decoding._steps) == KEPT
     both(student, tokens[:1].repeat(7, 1), **SIX)
     assert student._decoding.made == 0
 

@@ -1,0 +1,102 @@
+"""Image forwards with quotas have fixed shapes: nothing in them waits, and recorded ones say what the model says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from students.execution.capture import Forward
+from students.families.image import ImageStudent, call
+from tests.students.host_waits import NoHostWaits
+from tests.students.tape import Tape
+from tests.students.test_image import MODELS, SPECS, routed
+
+QUOTAS = [name for name, routers in SPECS.items() if {(r.kind, r.selection) for r in routers} == {("layer", "quota")}]
+# whose embeddings set a slice to a number, which takes a copy on CPUs
+RECORDED = sorted({*MODELS} - {"vit_mae"})
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def first(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def student_for(name: str, spec: str, pixels: Tensor) -> ImageStudent:
+    student = routed(name, spec, pixels)
+    assert isinstance(student, ImageStudent)
+    return student
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("spec", QUOTAS)
+def test_nothing_waits(name: str, spec: str, pixels: Tensor) -> None:
+    student = student_for(name, spec, pixels)
+    call(student.model, pixels)
+    with NoHostWaits():
+        call(student.model, pixels)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("spec", QUOTAS)
+def test_recorded_passes_say_what_the_model_says(name: str, spec: str, pixels: Tensor) -> None:
+    student, made = student_for(name, spec, pixels), []
+    student._recorded.recorder = Tape
+    for offset, images in ((0.0, pixels), (0.0, pixels.flip(0)), (0.0, pixels[:1]), (0.4, pixels), (0.0, pixels)):
+        student.runtime.offset, before = offset, Tape.made
+        torch.testing.assert_close(first(student.predict(images)), first(call(student.model, images)))
+        made.append(Tape.made - before)
+    assert made == [1, 0, 1, 1, 0]
+    with student.teacher():
+        assert torch.equal(first(student.predict(pixels)), first(call(student.model, pixels)))
+
+
+def test_new_quotas_are_recorded_anew(pixels: Tensor) -> None:
+    student = student_for("timm_fused", "block merges", pixels)
+    student._recorded.recorder = Tape
+    student.predict(pixels)
+    for _, router in student.routers():
+        router.set_quota(torch.linspace(-2.0, 0.5, 50))
+    torch.testing.assert_close(student.predict(pixels), call(student.model, pixels))
+    assert len(student._recorded.kept) == 2
+
+
+@pytest.mark.parametrize("spec", ["block adaptive", "block top-k weighted"])
+def test_what_depends_on_the_images_runs_as_ever(spec: str, pixels: Tensor) -> None:
+    student = student_for("timm_fused", spec, pixels)
+    student._recorded.recorder, before = Tape, Tape.made
+    assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
+    student = student_for("timm_fused", "block merges", pixels)
+    student._recorded.recorder, student.runtime.offset = Tape, (0.0, 0.5, 1.0)
+    assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
+
+
+def test_a_frozen_model_and_no_recorder(pixels: Tensor) -> None:
+    model = MODELS["timm_fused"]()
+    recorded = Forward(lambda images: call(model, images), recorder=Tape)
+    assert torch.equal(recorded(pixels), call(model, pixels)) and len(recorded.kept) == 1
+    plain = Forward(lambda images: call(model, images))
+    assert torch.equal(plain(pixels), call(model, pixels)) and not plain.kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["block merges", "multiples of 4 merge", "block stays"])
+def test_cuda_graphs_say_what_the_model_says(spec: str, pixels: Tensor) -> None:
+    student = student_for("timm_fused", spec, pixels).to("cuda")
+    images = pixels.to("cuda")
+    for offset in (0.0, 0.4):
+        student.runtime.offset = offset
+        torch.testing.assert_close(student.predict(images), call(student.model, images), rtol=1e-3, atol=1e-3)
+    assert len(student._recorded.kept) == 2
