@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from elastic.accounting.counters import count
 from elastic.config import RunConfig
 from elastic.run import DTYPES, Run, has_room_for_two
 from students import Student
+from students.architectures import VISION_TOWERS, kind_of
 from students.execution.attention import route_attention
+from students.execution.capture import Forward
+from students.execution.decoding import Decoding
 from students.execution.kv_cache import cache_bytes
 from students.families.image import ImageStudent, call
 from students.families.vision_language import VisionLanguageStudent
@@ -35,8 +39,19 @@ from teachers.data.images import ImageSet
 
 Say = Callable[[str], None]
 Work = Callable[[], object]
-Models = dict[str, nn.Module]
-"""The "student"; the "dense" model as its library ships it; where weights can be packed, a "tuned" dense one."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, and how it is run: as transformers' `generate`, or images to the model's output."""
+
+    model: nn.Module
+    run: Callable[..., Any]
+
+
+Models = dict[str, Contender]
+"""The "student"; the "dense" model as its library ships it; and a "tuned" dense one, on GPUs and where weights can be
+packed: what the student does to run fast, without routers."""
 
 PROMPT = 128
 """Tokens in front of those that decoding is timed on."""
@@ -66,8 +81,9 @@ def bench_run(
     FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
     the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
-    packed weights, fused norms and the student's attention from one token (packing.py and norms.py of students/kernels,
-    attention.py of students/execution), where a second copy of the weights fits into half of the free memory.
+    on CPUs packed weights, fused norms and the student's attention from one token (packing.py and norms.py of
+    students/kernels, attention.py of students/execution), where a second copy of the weights fits into half of the free
+    memory; on GPUs that attention, and tokens and images through CUDA graphs (execution/decoding.py and capture.py).
     peak_bytes and dense_peak_bytes: the most memory that was in use while the one or the other ran, with all of these
     models loaded.
     """
@@ -136,9 +152,15 @@ def measure(
         say("training steps ...")
         trained = [_train(student, data, config, wanted.repeats)]
         student.train(False)
-    models = {"student": student.model, "dense": dense()}
-    if has_room_for_two(student) and pack_linears(student.model):
-        models["tuned"] = _tuned(models["dense"])
+    model = dense()
+    images = isinstance(student, ImageStudent)
+    models = {
+        "student": Contender(student.model, student.predict if images else student.generate),
+        "dense": Contender(model, partial(call, model) if images else model.generate),
+    }
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu or (has_room_for_two(student) and pack_linears(student.model)):
+        models["tuned"] = _tuned(model)
     rows = []
     for target in wanted.compute:
         if target is not None:
@@ -146,7 +168,7 @@ def measure(
         asked = config.budget.span[0] if target is None else target
         rows += [{**row, "compute_target": asked} for row in _inference(student, models, data, wanted, say)]
     rows += [{**row, "compute_target": config.budget.span[0]} for row in trained]
-    dtype = str(next(models["dense"].parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
 
@@ -190,11 +212,15 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 def _classify(models: Models, tokens: int, pixels: Tensor, batch: int, repeats: int) -> dict[str, Any]:
     """A forward pass of images [N, C, H, W], so many at a time: they may differ in what they cost, and the time of one
     is too short to be taken."""
-    parts = pixels.to(next(models["dense"].parameters()).device).split(batch)
-    works = {name: lambda model=model: [call(model, part) for part in parts] for name, model in models.items()}
-    seconds, peaks = _medians(works, repeats, parts[0].device)
+    parts = pixels.to(next(models["dense"].model.parameters()).device).split(batch)
+
+    def forward(run: Callable[[Tensor], Any]) -> list[Any]:
+        return [run(part) for part in parts]
+
+    seconds, peaks = _medians({n: partial(forward, m.run) for n, m in models.items()}, repeats, parts[0].device)
     seconds = {name: value / len(parts) for name, value in seconds.items()}
-    row = _row("classify", batch, tokens, [count(works["student"]), count(works["dense"])], seconds, peaks)
+    counted = [count(partial(forward, partial(call, models[name].model))) for name in ("student", "dense")]
+    row = _row("classify", batch, tokens, counted, seconds, peaks)
     rates = {name: batch / value for name, value in seconds.items()}
     return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}
 
@@ -259,36 +285,33 @@ def _row(
 @torch.no_grad()
 def _prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> dict[str, Any]:
     """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
-    device = models["dense"].device
+    device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    works = {
-        name: lambda model=model: model(**inputs, use_cache=True, logits_to_keep=1) for name, model in models.items()
-    }
+    works = {n: partial(m.model, **inputs, use_cache=True, logits_to_keep=1) for n, m in models.items()}
+    if device.type == "cuda":
+        works.pop("tuned")  # which differs from the dense one in decoding only
     timed = _medians(works, repeats, device)
-    works = works["student"], works["dense"]
-    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in works], *timed)
-    sizes = [cache_bytes(cache_of(work())) for work in works]
+    both = works["student"], works["dense"]
+    row = _row("prefill", *inputs["input_ids"].shape, [count(work) for work in both], *timed)
+    sizes = [cache_bytes(cache_of(work())) for work in both]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
 
 @torch.no_grad()
 def _decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -> dict[str, Any]:
     """Greedy `generate`, less the time for its first token."""
-    device = models["dense"].device
+    device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    def generate(model: PreTrainedModel, tokens: int) -> Any:
-        options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
-        return model.generate(**inputs, pad_token_id=0, **options)
+    def generate(model: Contender, tokens: int, **options: Any) -> Any:
+        options |= dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return model.run(**inputs, **options)
 
-    works = {}
-    for name, model in models.items():
-        works[name, 1] = lambda model=model: generate(model, 1)
-        works[name, new] = lambda model=model: generate(model, new)
+    works = {(name, count): partial(generate, m, count) for name, m in models.items() for count in (1, new)}
     seconds, peaks = _medians(works, repeats, device)
     each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
-    outs = {name: generate(models[name], new) for name in ("student", "dense")}
-    counted = [_count_decoding(models[name], out) for name, out in outs.items()]
+    outs = {name: generate(models[name], new, return_dict_in_generate=True) for name in ("student", "dense")}
+    counted = [_count_decoding(models[name].model, out) for name, out in outs.items()]
     sizes = {name: cache_bytes(cache_of(out)) for name, out in outs.items()}
     row = _row("decode", len(inputs["input_ids"]), new, counted, each, {name: peaks[name, new] for name in models})
     return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
@@ -314,15 +337,18 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _tuned(dense: nn.Module) -> nn.Module:
-    """The dense model, sharing its weights, with the student's linear layers, norms and attention."""
+def _tuned(dense: nn.Module) -> Contender:
+    """The dense model, sharing its weights, with the student's linear layers, norms, attention and recordings."""
     model = share_weights(dense)
     pack_linears(model)
     fuse_norms(model)
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):
             route_attention(module)
-    return model
+    if not hasattr(model, "generate"):
+        return Contender(model, Forward(partial(call, model)))
+    trunk = model.get_decoder() if kind_of(model) in VISION_TOWERS else model.base_model
+    return Contender(model, Decoding(model, trunk).generate)
 
 
 def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> dict[str, Any]:
