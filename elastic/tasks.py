@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from itertools import groupby
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
@@ -41,6 +43,9 @@ BATCH_TOKENS = 2048
 """Tokens that are scored together."""
 LONGEST = 2048
 """Tokens that a model reads at once where its configuration does not say."""
+
+_BLANK = re.compile(r"(?<![^\W_])_+(?![^\W_])")
+"""Underscores that are no part of a word."""
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """What the harness hands over: (texts, tokens of the context, tokens of the continuation)."""
@@ -87,6 +92,10 @@ class Scorer(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Request], **options: Any) -> list[tuple[float, bool]]:
         numbers: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(
+                    f"nothing can be scored of {texts[1][:40]!r}: it has no token of its own in this place"
+                )
             read = tuple((context + continuation)[-self.longest - 1 : -1])
             given = len(read) + 1 - len(continuation)
             if given < 1:
@@ -284,17 +293,45 @@ def _named(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
     return found
 
 
+class Blanks(ConfigurableTask):
+    """Questions with one blank each, in which a choice is put.
+
+    What follows the blank is scored, as the harness does with WinoGrande: choices are judged by what they lead to.
+    Where no word follows, the choice itself is scored.
+    """
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **options: Any) -> list[Instance]:
+        before, after = _around_blank(doc["question"])
+        context = before.rstrip()
+        if any(letter.isalnum() for letter in after):
+            pairs = [(before + choice, after.rstrip()) for choice in doc["choices"]]
+        else:
+            pairs = [(context, before[len(context) :] + choice) for choice in doc["choices"]]
+        options = {
+            name: value for name, value in options.items() if name not in ("apply_chat_template", "chat_template")
+        }
+        return [Instance("loglikelihood", doc, pair, number, **options) for number, pair in enumerate(pairs)]
+
+
+def _around_blank(question: str) -> tuple[str, str] | None:
+    """The text before and after a question's one blank; None where there is none, or several."""
+    parts = _BLANK.split(question)
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
 def file_task(path: Path) -> ConfigurableTask:
     """A file of questions as a task of the harness.
 
-    Asked is "Question: ...\\nAnswer:", as the harness asks ARC; where every question has one blank, `_`, the choices
-    are put there and what follows the blank is scored, as the harness does with WinoGrande.
+    Asked is "Question: ...\\nAnswer:", as the harness asks ARC; but where every question has one blank, `_`, see
+    `Blanks`.
     """
     import datasets
 
     records = questions(path)
-    blanks = all(record["question"].count("_") == 1 for record in records)
-    metrics = ["acc"] if blanks else ["acc", "acc_norm"]  # with a blank, all choices have the same continuation
+    parts = [_around_blank(record["question"]) for record in records]
+    blanks = all(parts)
+    # where a word follows a blank, all choices have the same continuation, whose length says nothing
+    shared = blanks and any(letter.isalnum() for part in parts if part for letter in part[1])
     config: dict[str, Any] = {
         "task": path.stem,
         "custom_dataset": lambda **options: {"test": datasets.Dataset.from_list(records)},
@@ -303,18 +340,13 @@ def file_task(path: Path) -> ConfigurableTask:
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "answer",
         "doc_to_choice": "choices",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in (["acc"] if shared else ["acc", "acc_norm"])
+        ],
     }
-    if blanks:
-        config |= {
-            "doc_to_text": lambda doc: doc[
-                "answer"
-            ],  # with several texts and one continuation, the right text's number
-            "doc_to_target": lambda doc: doc["question"].partition("_")[2].strip(),
-            "doc_to_choice": lambda doc: [doc["question"].partition("_")[0] + choice for choice in doc["choices"]],
-        }
     with _silent():
-        return ConfigurableTask(config=config)
+        return (Blanks if blanks else ConfigurableTask)(config=config)
 
 
 def questions(path: Path) -> list[dict[str, Any]]:

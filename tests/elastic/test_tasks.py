@@ -171,6 +171,44 @@ def test_blanks_are_filled_and_what_follows_is_scored(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("question", "pairs"),
+    [
+        ("The sun rises in the _", [("The sun rises in the", " east"), ("The sun rises in the", " west")]),
+        ("The sun rises in the ____.", [("The sun rises in the", " east"), ("The sun rises in the", " west")]),
+        ('"Due _" ', [('"Due', " east"), ('"Due', " west")]),
+        ("_", [("", "east"), ("", "west")]),
+        ("(_)", [("(", "east"), ("(", "west")]),
+        ("_ is where it rises. ", [("east", " is where it rises."), ("west", " is where it rises.")]),
+        ("In the _'s light", [("In the east", "'s light"), ("In the west", "'s light")]),
+        ("Go ___ , then 2 miles", [("Go east", " , then 2 miles"), ("Go west", " , then 2 miles")]),
+    ],
+)
+def test_what_is_scored_depends_on_the_choice(question: str, pairs: list[tuple[str, str]], tmp_path: Path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": question, "choices": ["east", "west"], "answer": 1}))
+    task = tasks.load_tasks([str(tmp_path / "own.jsonl")])["own"]
+    task.build_all_requests()
+    assert [request.args for request in task.instances] == pairs
+    scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))
+    if question == "(_)":  # one word of this tokenizer
+        with pytest.raises(ValueError, match="nothing can be scored of 'east'"):
+            tasks._ask(scorer, "own", task, None)
+        return
+    row, _ = tasks._ask(scorer, "own", task, None)
+    assert ("accuracy_norm" in row) == (pairs[0][1] != pairs[1][1])
+
+
+@pytest.mark.parametrize("question", ["What does foo_bar do?", "Is __init__ called?", "_ and _", "No blank"])
+def test_words_with_underscores_are_no_blanks(question: str, tmp_path: Path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": question, "choices": ["w1", "w2"], "answer": 1}))
+    task = tasks.load_tasks([str(tmp_path / "own.jsonl")])["own"]
+    task.build_all_requests()
+    assert [request.args for request in task.instances] == [
+        (f"Question: {question}\nAnswer:", " w1"),
+        (f"Question: {question}\nAnswer:", " w2"),
+    ]
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "{",
