@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from teachers import hub
+from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
+from teachers.data.left_out import LeftOut
+from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, local_records, visible
 from teachers.quiet import first_line, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""File endings that are read, and the reader of `datasets` for each."""
+FILES = (*TEXT_FILES, *RECORD_FILES)
+"""File endings that are read."""
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-"""Pairs of columns that make one document, the second below the first."""
+"""Pairs of fields that make one document, the second below the first."""
 
 _ACCEPTED_SOURCES = (
     "--data takes a .txt, .md, .jsonl, .json or .parquet file, a folder of such files, "
     "a hub data set (org/name or org/name:config), or builtin"
 )
-_ACCEPTED_COLUMNS = "text, messages, " + ", ".join("+".join(pair) for pair in PAIRS)
+_ACCEPTED_COLUMNS = ", ".join(["text", "messages", *("+".join(pair) for pair in PAIRS), "conversations"])
 _HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _BATCH = 64
 """Documents read and tokenized together."""
@@ -53,6 +55,8 @@ class TextData:
     """What the text is, for the user to read."""
     tokens: int
     """Tokens read, training and held-out together."""
+    left_out: tuple[LeftOut, ...]
+    """Records that cannot be used."""
 
 
 def load_text(
@@ -69,9 +73,11 @@ def load_text(
     `held_out` is a number of windows, or as a float below 1 a share of all tokens. Whole documents chosen by `seed` are
     set aside, and of the last one chosen only the end, so that a single long text gives up its tail. A document that
     occurs twice counts once. `max_tokens` stops the reading early. Raises ValueError with one line for a source that
-    does not exist, cannot be read, or is too short.
+    does not exist, cannot be read, is too short, or has mostly records that cannot be used.
     """
-    documents, tokens = _unique_documents(source, tokenizer, max_tokens)
+    left_out = LeftOut(source, "records")
+    documents, tokens = _unique_documents(source, tokenizer, left_out, max_tokens)
+    left_out.finish()
     bos = _bos(tokenizer)
     body = window - len(bos)
     wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * tokens / body))
@@ -82,12 +88,14 @@ def load_text(
         held_out=_windows(_joined(aside, separator), window, bos)[:wanted],
         description=_describe(source, tokens),
         tokens=tokens,
+        left_out=(left_out,),
     )
     if len(data.train) == 0 or len(data.held_out) < wanted:
         need = (wanted + 1) * body
         raise ValueError(
             f"{source} is too short: {tokens:,} tokens found, {need:,} needed "
             f"({wanted} held-out windows and one training window of {window})"
+            + (f"; {left_out}, {left_out.example}" if len(left_out) else "")
         )
     return data
 
@@ -103,12 +111,13 @@ def load_windows(
     bos = _bos(tokenizer)
     limit = None if max_windows is None else max_windows * (window - len(bos))
     documents: list[np.ndarray] = []
-    found = 0
-    for ids in _tokenized(_texts(source, tokenizer, streaming=limit is not None), tokenizer):
+    found, left_out = 0, LeftOut(source, "records")
+    for ids in _tokenized(_texts(source, tokenizer, left_out, streaming=limit is not None), tokenizer):
         documents.append(ids)
         found += len(ids)
         if limit is not None and found >= limit:
             break
+    left_out.finish()
     windows = _windows(_joined(documents, _separator(tokenizer)), window, bos)[:max_windows]
     if len(windows) == 0:
         raise ValueError(f"{source} is too short: {found:,} tokens found, {window - len(bos):,} needed for one window")
@@ -116,10 +125,10 @@ def load_windows(
 
 
 def _unique_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, max_tokens: int | None
 ) -> tuple[list[np.ndarray], int]:
     """The token ids of each different document, at most `max_tokens` in total, and their total."""
-    texts = _texts(source, tokenizer, streaming=max_tokens is not None)
+    texts = _texts(source, tokenizer, left_out, streaming=max_tokens is not None)
     documents: list[np.ndarray] = []
     tokens = 0
     for ids in _tokenized(_without_repetitions(texts), tokenizer):
@@ -179,15 +188,21 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokenized(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Token ids of each text, int64, without special tokens; empty texts are left out."""
+    """Token ids of each text, int64; empty texts are left out.
+
+    BOS and EOS around a text, such as a chat template's own, are taken off where windows and the places between
+    documents get theirs.
+    """
+    bos, eos = _bos(tokenizer), _separator(tokenizer)
     while batch := list(islice(texts, _BATCH)):
         pieces = [list(_pieces(text)) for text in batch]
         with quiet():
             flat = iter(tokenizer([p for group in pieces for p in group], add_special_tokens=False)["input_ids"])
         for group in pieces:
-            ids = np.array([token for piece in islice(flat, len(group)) for token in piece], np.int64)
-            if len(ids):
-                yield ids
+            ids = [token for piece in islice(flat, len(group)) for token in piece]
+            first, last = ids[:1] == bos, len(ids) - (ids[-1:] == eos)
+            if first < last:
+                yield np.array(ids[first:last], np.int64)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -201,48 +216,50 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _texts(source: str, tokenizer: PreTrainedTokenizerBase, *, streaming: bool) -> Iterator[str]:
-    """The documents of a source as plain text, in order."""
-    for dataset in _open(source, streaming):
-        batches = dataset.iter(batch_size=_BATCH)
-        while True:
-            try:
-                with quiet():
-                    batch = next(batches, None)
-            except Exception as error:  # pyarrow, datasets and the HTTP library each have their own classes
-                raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
-            if batch is None:
-                break
-            yield from _rendered(batch, tokenizer, source)
+def _texts(source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *, streaming: bool) -> Iterator[str]:
+    """The documents of a source as plain text, in order; a record that gives none is left out."""
+    for where, record in _records(source, left_out, streaming):
+        try:
+            text = _document(record, tokenizer)
+        except ValueError as error:
+            left_out.add(where, where, error)
+        else:
+            left_out.used += 1
+            yield text
 
 
-def _open(source: str, streaming: bool) -> list[Dataset | IterableDataset]:
-    """Open a source with `datasets`; local files are always streamed, which leaves no copy in any cache."""
+def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record]:
+    """The records of local files, or of a hub data set; ValueError for what is none of both."""
+    files = [corpus_file()] if source == "builtin" else _local_files(source)
+    for file in files:
+        yield from local_records(file, left_out)
+    if files:
+        return
+    rows, number = iter(_hub(source, streaming)), 0
+    while True:
+        try:
+            with quiet():
+                row = next(rows, None)
+        except Exception as error:  # pyarrow, datasets and the HTTP library each have their own classes
+            raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+        if row is None:
+            return
+        number += 1
+        yield f"{source}, row {number}", row
+
+
+def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
+    """A hub data set, from the cache where the hub cannot be reached."""
     import datasets
 
     datasets.disable_progress_bars()
-    files = [corpus_file()] if source == "builtin" else _local_files(source)
-    if files:
-        by_reader: dict[str, list[str]] = {}
-        for path in files:
-            by_reader.setdefault(READERS[path.suffix.lower()], []).append(glob.escape(str(path.absolute())))
-        return [
-            datasets.load_dataset(
-                reader,
-                data_files=paths,
-                split="train",
-                streaming=True,
-                **({"sample_by": "document"} if reader == "text" else {}),
-            )
-            for reader, paths in by_reader.items()
-        ]
     match = _HUB_DATASET.fullmatch(source)
-    if not match or source.startswith(".") or Path(source).suffix.lower() in READERS:
+    if not match or source.startswith(".") or Path(source).suffix.lower() in FILES:
         raise ValueError(f"no such file or folder: {source}; {_ACCEPTED_SOURCES}")
     reason = hub.unreachable()
     try:
         with hub.offline() if reason else contextlib.nullcontext():
-            return [datasets.load_dataset(*match.groups(), split="train", streaming=streaming and not reason)]
+            return datasets.load_dataset(*match.groups(), split="train", streaming=streaming and not reason)
     except Exception as error:
         if reason:
             raise ValueError(
@@ -253,43 +270,58 @@ def _open(source: str, streaming: bool) -> list[Dataset | IterableDataset]:
 
 
 def _local_files(source: str) -> list[Path]:
-    """The data files that a path stands for, sorted; empty where there is no such path."""
+    """The data files that a path stands for, sorted, hidden ones left out; empty where there is no such path."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+        every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
+        files = sorted(file for file in every if visible(file, path))
         if not files:
-            raise ValueError(f"no {', '.join(READERS)} file in folder {source}; {_ACCEPTED_SOURCES}")
+            raise ValueError(f"no {', '.join(FILES)} file in folder {source}; {_ACCEPTED_SOURCES}")
         return files
-    if path.is_file() and path.suffix.lower() not in READERS:
+    if path.is_file() and path.suffix.lower() not in FILES:
         raise ValueError(f"unknown kind of file: {source}; {_ACCEPTED_SOURCES}")
     return [path] if path.is_file() else []
 
 
-def _rendered(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
-    """The documents in a batch of records, by the columns they have; records with an empty field are left out."""
-    if "messages" in batch:
-        return [_conversation(messages, tokenizer, source) for messages in batch["messages"] if messages]
-    pair = next((pair for pair in PAIRS if set(pair) <= set(batch)), None)
-    if "text" in batch:
-        columns = [batch["text"]]
-    elif pair:
-        columns = [batch[name] for name in pair]
-    else:
-        raise ValueError(f"{source} has the columns {', '.join(batch)}; one of these is needed: {_ACCEPTED_COLUMNS}")
-    records = [record for record in zip(*columns, strict=True) if all(record)]
-    if wrong := next((value for record in records for value in record if not isinstance(value, str)), None):
-        raise ValueError(f"{source}: a text is expected, found {str(wrong)[:60]!r} ({type(wrong).__name__})")
-    return ["\n".join(record) for record in records]
+def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a record, by the fields it has. ValueError says why there is none."""
+    filled = [name for name, value in record.items() if value is not None]
+    if "text" in filled and "messages" not in filled:
+        return _field(record, "text")
+    if conversation := next((name for name in FIELDS if name in filled), None):
+        return _conversation(record[conversation], tokenizer)
+    pair = next((pair for pair in PAIRS if set(pair) <= set(filled)), None)
+    if pair is None:
+        told = ", ".join(name if name in filled else f"{name} (null)" for name in record)
+        raise ValueError(f"it has the fields {told}; one of these is needed: {_ACCEPTED_COLUMNS}")
+    parts = [_field(record, name) for name in pair]
+    if "input" in filled and pair[0] == "instruction":  # Alpaca's: what the instruction is about
+        parts.insert(1, _field(record, "input"))
+    asked, answer = [part for part in parts[:-1] if part], parts[-1]
+    return "\n".join([*asked, answer]) if asked else answer
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    """Messages in the tokenizer's chat template, or as "role: content" lines where it has none."""
+def _field(record: dict[str, Any], name: str) -> str:
     try:
-        if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return as_text(record[name])
+    except ValueError as error:
+        raise ValueError(f"its {name} {error}") from None
+
+
+def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation in the tokenizer's chat template, or as "role: content" lines where it has none."""
+    turns = turns_of(value)
+    if any(turn.images for turn in turns):
+        raise ValueError("it holds an image")
+    if not tokenizer.chat_template:
+        if any("tool_calls" in turn.others for turn in turns):
+            raise ValueError("it calls tools, and the model has no chat template to say so")
+        return "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
+    messages = [{**turn.others, "role": turn.role, "content": turn.text} for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise anything
-        raise ValueError(f"{source} has messages that are no conversation: {first_line(error)}") from error
+        raise ValueError(f"the model's chat template refuses it: {first_line(error)}") from error
 
 
 def _describe(source: str, tokens: int) -> str:

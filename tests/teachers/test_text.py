@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from teachers.data import corpus, text
+from teachers.data.left_out import LeftOut
 from teachers.data.text import load_text, load_windows
 from tests.pico.language import make_tokenizer
 
@@ -103,6 +104,147 @@ def test_pairs_make_one_document(tmp_path: Path, pair: tuple[str, str]):
     assert load_windows(source, make_tokenizer(), window=3).tolist() == [[3, 4, 5]]
 
 
+def documents(source: str | Path, tokenizer: object = None, **options: object) -> list[str]:
+    """The texts that are read of a source."""
+    found = LeftOut(str(source))
+    return list(text._texts(str(source), tokenizer or make_tokenizer(), found, streaming=False))
+
+
+def test_alpacas_input_belongs_to_the_instruction(tmp_path: Path):
+    rows = [{"instruction": "w0", "input": "w1", "output": "w2"}, {"instruction": "w3", "input": "", "output": "w4"}]
+    assert documents(write_jsonl(tmp_path / "a.jsonl", rows)) == ["w0\nw1\nw2", "w3\nw4"]
+
+
+def test_answers_may_be_numbers_truth_values_and_empty(tmp_path: Path):
+    answers = [3, 0, 2.5, True, False, "", "w1"]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "w0", "answer": answer} for answer in answers])
+    told = ["3", "0", "2.5", "true", "false", "", "w1"]
+    assert documents(source) == [f"w0\n{answer}" for answer in told]
+
+
+ODD = {
+    "no JSON": '{"messages": ',
+    "no object": '["w1"]',
+    "no record": '"w1"',
+    "no UTF-8": b'{"messages": [{"role": "user", "content": "caf\xe9"}]}',
+    "no Unicode": '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "null": '{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": null}]}',
+    "no number": '{"question": "w1", "answer": NaN}',
+    "no turns": '{"messages": []}',
+    "no roles": '{"messages": ["w1", "w2"]}',
+    "no content": '{"messages": [{"role": "user"}]}',
+    "nothing": '{"messages": null}',
+    "an image": '{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]}',
+    "refused": '{"messages": [{"role": "judge", "content": "w1"}]}',
+    "other fields": '{"body": "w1"}',
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_one_odd_record_is_left_out_and_named(odd: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "a.jsonl"
+    good = [{"messages": [{"role": "user", "content": words(i, i + 10)}]} for i in range(0, 400, 10)]
+    lines = [json.dumps(record).encode() for record in good]
+    line = ODD[odd]
+    file.write_bytes(b"\n".join([*lines[:20], b"", line if isinstance(line, bytes) else line.encode(), *lines[20:]]))
+    template = (
+        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
+        "{{ m.content }} {% endfor %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    data = load_text(str(file), tokenizer, window=8, held_out=2, seed=0)
+    assert data.tokens == 400
+    assert [(len(part), list(part.reasons)) for part in data.left_out] == [(1, [f"{file}, line 22"])]
+    load_windows(str(file), tokenizer, window=8)
+    assert caplog.text.count(f"left out: {file}, line 22: ") == 2  # once in each reading
+    assert f"1 of 41 records of {file} are left out" in caplog.text
+
+
+def test_a_source_of_mostly_odd_records_is_refused(tmp_path: Path):
+    rows = [{"text": "w1 w2 w3"}] * 4 + [{"text": None}] * 4
+    assert len(load_windows(write_jsonl(tmp_path / "half.jsonl", rows), make_tokenizer(), window=2)) == 7
+    source = write_jsonl(tmp_path / "more.jsonl", [*rows, {"text": [1]}])
+    with pytest.raises(ValueError, match=r"5 of 9 records of .* such as .*more.jsonl, line 5: .* text \(null\)"):
+        load_windows(source, make_tokenizer(), window=2)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}],
+        [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "tool_calls": None}],
+        [{"role": "system", "content": None}, {"role": "human", "content": "w1"}, {"role": "bot", "content": "w2"}],
+        [{"role": "user", "content": [{"type": "text", "text": "w1"}]}, {"role": "model", "content": ["w2"]}],
+        {"role": ["user", "assistant"], "content": ["w1", "w2"]},
+        {"role": ["user", "assistant"], "content": ["w1", "w2"], "name": None},
+    ],
+)
+def test_conversations_of_any_form_are_the_same_text(turns: list | dict, tmp_path: Path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    template = "{% for m in messages %}{{ m.keys() | list | length }} {{ m.role }} {{ m.content }};{% endfor %}"
+    assert documents(source) == ["user: w1\nassistant: w2"]
+    assert documents(source, make_tokenizer(template=template)) == ["2 user w1;2 assistant w2;"]
+
+
+def test_parquet_with_messages_as_a_struct_of_lists(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"role": ["user", "assistant"], "content": [f"w{i}", "w2"]} for i in range(3)]
+    rows.append({"role": ["user"], "content": ["w1", "w2"]})
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
+    found = LeftOut("")
+    texts = text._texts(str(tmp_path / "a.parquet"), make_tokenizer(), found, streaming=False)
+    assert list(texts) == [f"user: w{i}\nassistant: w2" for i in range(3)]
+    assert found.reasons == {f"{tmp_path / 'a.parquet'}, row 4": "the lists of role, content differ in length"}
+
+
+def test_a_call_of_a_tool_is_the_templates_matter(tmp_path: Path):
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "w3"}]}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.name }}{% endfor %};{% endfor %}"
+    assert documents(source, make_tokenizer(template=template)) == ["w1;w3;"]
+    assert documents(source) == []
+
+
+def test_a_chat_templates_own_bos_and_eos_are_not_doubled(tmp_path: Path):
+    messages = [[{"role": "user", "content": words(i, i + 3)}] for i in range(0, 30, 3)]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns} for turns in messages])
+    template = "{{ bos_token }} {% for m in messages %}{{ m.content }}{% endfor %} {{ eos_token }}"
+    ids = load_windows(source, make_tokenizer(bos=True, template=template), window=8)
+    plain = write_jsonl(tmp_path / "b.jsonl", [{"text": turns[0]["content"]} for turns in messages])
+    assert torch.equal(ids, load_windows(plain, make_tokenizer(bos=True), window=8))
+    assert (ids == BOS).sum() == len(ids) and not ((ids[:, 1:] == EOS) & (ids[:, :-1] == EOS)).any()
+    without = load_windows(source, make_tokenizer(template=template), window=4)  # whose windows start without one
+    assert (without == BOS).sum() == len(messages)
+
+
+def test_what_is_hidden_is_no_data(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("w1")
+    for name in (".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/._a.txt", "sub/.b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("w2")
+    assert documents(tmp_path) == ["w1"]
+
+
+def test_a_text_file_of_another_encoding_is_left_out(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_text("w1")
+    (tmp_path / "c.txt").write_text("w2", encoding="utf-8-sig")
+    assert documents(tmp_path) == ["w1", "w2"]
+
+
+def test_a_list_of_records_and_a_lone_one(tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "w1"}, 3, {"text": "w2"}], indent=2))
+    (tmp_path / "b.json").write_text(json.dumps({"text": "w3"}, indent=2))
+    (tmp_path / "c.json").write_text('{"text": "w4"}\n{"text": "w5"}\n')
+    (tmp_path / "d.jsonl").write_text('[{"text": "w6"}]')
+    assert documents(tmp_path) == ["w1", "w2", "w3", "w4", "w5", "w6"]
+    (tmp_path / "torn.json").write_text('[{"text": "w1"}, {"text')
+    with pytest.raises(ValueError, match=r"torn\.json cannot be read: "):
+        documents(tmp_path / "torn.json")
+
+
 def test_folder_of_several_kinds(tmp_path: Path):
     import pyarrow
     import pyarrow.parquet
@@ -125,8 +267,8 @@ def test_bad_sources_get_one_line(tmp_path: Path):
     (tmp_path / "data.csv").write_text("text\nx")
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "columns.jsonl", [{"label": 1, "body": "w1"}])
-    write_jsonl(tmp_path / "numbers.jsonl", [{"question": "w1", "answer": 3}])
-    write_jsonl(tmp_path / "roles.jsonl", [{"messages": [{"from": "user", "value": "w1"}]}])
+    write_jsonl(tmp_path / "objects.jsonl", [{"question": "w1", "answer": {"a": 3}}])
+    write_jsonl(tmp_path / "roles.jsonl", [{"messages": [{"who": "user", "said": "w1"}]}])
     cases = {
         "empty.txt": "0 tokens found, 24 needed",
         "short.txt": "20 tokens found, 24 needed",
@@ -135,7 +277,7 @@ def test_bad_sources_get_one_line(tmp_path: Path):
         "data.csv": "unknown kind of file",
         "folder": "no .txt, .md",
         "columns.jsonl": "label, body; one of these is needed: text, messages, prompt",
-        "numbers.jsonl": "found '3' (int)",
+        "objects.jsonl": "objects.jsonl, line 1: its answer is no text but",
         "roles.jsonl": "no conversation",
         "missing.txt": "no such file or folder",
     }

@@ -1,0 +1,104 @@
+"""Conversations of any usual form, read by who speaks: OpenAI's `role` and `content`, ShareGPT's `from` and `value`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from teachers.data.records import as_text, rows_of
+
+FIELDS = ("messages", "conversations")
+"""What the field of a record that holds a conversation may be called."""
+IMAGE = "<image>"
+"""What stands for an image in LLaVA's conversations."""
+
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+}
+"""Other names of the two who speak; all other roles keep theirs."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says."""
+
+    role: str
+    text: str
+    images: int = 0
+    """Images among its parts."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """Fields besides role and content, such as calls of tools."""
+
+
+def turns_of(value: Any) -> list[Turn]:
+    """The turns of a conversation, without system turns that say nothing. ValueError says what is wrong with it."""
+    rows = rows_of(value)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("its messages are no conversation: there are no turns")
+    turns = [_turn(number, row) for number, row in enumerate(rows, 1)]
+    return [turn for turn in turns if turn is not None]
+
+
+def questions_and_answers(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    """What the user says with what the assistant answers, which is for its own question alone.
+
+    System turns and an assistant's opening are no part of either; turns of one side in a row are one.
+    """
+    pairs: list[tuple[list[str], list[str]]] = []
+    for turn in turns:
+        if turn.role == "user":
+            if not pairs or pairs[-1][1]:
+                pairs.append(([], []))
+            pairs[-1][0].append(turn.text.replace(IMAGE, "").strip())
+        elif turn.role == "assistant":
+            if pairs:
+                pairs[-1][1].append(turn.text.strip())
+        elif turn.role != "system":
+            raise ValueError(f"a turn of {turn.role!r} is neither a question nor an answer")
+    found = [("\n".join(asked), "\n".join(said)) for asked, said in pairs if said]
+    if not found:
+        raise ValueError("no turn of the user is followed by one of the assistant")
+    return found
+
+
+def _turn(number: int, row: Any) -> Turn | None:
+    """None for a system turn that says nothing."""
+    names = next((n for n in (("role", "content"), ("from", "value")) if isinstance(row, dict) and n[0] in row), None)
+    if names is None or not isinstance(row[names[0]], str):
+        told = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"its messages are no conversation: turn {number} has no role, but {told}")
+    role = _ROLES.get(row[names[0]].strip().lower(), row[names[0]].strip())
+    others = {name: value for name, value in row.items() if name not in names and value is not None}
+    content = row.get(names[1])
+    if content is None and role == "system":
+        return None
+    if content is None and others.get("tool_calls"):
+        content = ""
+    try:
+        return Turn(role, *_content(rows_of(content)), others)
+    except ValueError as error:
+        raise ValueError(f"the content of turn {number} ({role}) {error}") from None
+
+
+def _content(content: Any) -> tuple[str, int]:
+    """The text of a turn, and how many images are among its parts."""
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        return as_text(content), 0
+    texts, images = [], 0
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind in ("image", "image_url", "input_image"):
+            images += 1
+        elif isinstance(part, dict) and kind in (None, "text", "input_text", "output_text") and "text" in part:
+            texts.append(as_text(part["text"]))
+        else:
+            raise ValueError(f"has a part of another kind than text and image: {kind or str(part)[:60]!r}")
+    if not texts and not images:
+        raise ValueError("has no parts")
+    return "\n".join(texts), images

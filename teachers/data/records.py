@@ -1,0 +1,131 @@
+"""Records of local files, one by one: what is no record is left out, and does not keep the others from being read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teachers.data.left_out import LeftOut
+from teachers.quiet import first_line
+
+TEXT_FILES = (".txt", ".md")
+"""Endings of files that are one text each."""
+RECORD_FILES = (".jsonl", ".json", ".parquet")
+"""Endings of files of records."""
+_SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""What archives, servers and systems put beside a user's files."""
+_ROWS = 64
+"""Rows of a parquet file that are read together."""
+
+Record = tuple[str, dict[str, Any]]
+"""Where it stands (file and line, or row), and its fields."""
+
+
+def local_records(file: Path, left_out: LeftOut) -> Iterator[Record]:
+    """The records of a file in order, a text file being one with the field `text`.
+
+    Raises ValueError with one line for a file that cannot be read as a whole.
+    """
+    kind = file.suffix.lower()
+    try:
+        if kind in TEXT_FILES:
+            yield from _text(file, left_out)
+        elif kind == ".parquet":
+            yield from _parquet(file)
+        else:
+            yield from _json(file, left_out)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def visible(path: Path, root: Path) -> bool:
+    """Whether neither the file or folder nor a folder it is in, below `root`, is hidden or a system's own."""
+    return not any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in path.relative_to(root).parts)
+
+
+def as_text(value: object) -> str:
+    """A text, or a number or truth value in JSON's notation. ValueError for what is none of these."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
+            raise ValueError(f"is no valid Unicode: {error}") from None
+        return value
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    if value is None or isinstance(value, float):
+        raise ValueError("is null")
+    raise ValueError(f"is no text but {str(value)[:60]!r}")
+
+
+def rows_of(value: Any) -> Any:
+    """A list of dictionaries that is stored as a dictionary of lists of one length, as parquet may have it; all else as
+    it is."""
+    lists = value.values() if isinstance(value, dict) and value else ()
+    columns = [column for column in lists if column is not None]
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return value
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"the lists of {', '.join(value)} differ in length")
+    names = [name for name, column in value.items() if column is not None]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _text(file: Path, left_out: LeftOut) -> Iterator[Record]:
+    try:
+        yield str(file), {"text": file.read_text(encoding="utf-8-sig")}
+    except UnicodeDecodeError as error:
+        left_out.add(str(file), str(file), f"cannot be read: {error}")
+
+
+def _parquet(file: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _json(file: Path, left_out: LeftOut) -> Iterator[Record]:
+    """Records of JSON lines, of a list, or the one record that a file is."""
+    whole = None
+    with file.open("rb") as opened:
+        start = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start == b"[" or file.suffix.lower() == ".json":
+        try:
+            whole = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        except ValueError as error:
+            if start == b"[":
+                raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    if whole is not None:
+        for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
+            yield from _record(f"{file}, record {number}", record, left_out)
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not (line := line.removeprefix(b"\xef\xbb\xbf").strip()):
+                continue
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                left_out.add(where, where, f"cannot be read: {first_line(error)}")
+                continue
+            yield from _record(where, record, left_out)
+
+
+def _record(where: str, record: Any, left_out: LeftOut) -> Iterator[Record]:
+    if isinstance(record, dict):
+        yield where, record
+    else:
+        left_out.add(where, where, f"is no record but {str(record)[:60]!r}")
