@@ -35,7 +35,7 @@ from students.families.vision_language import VisionLanguageStudent
 from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears
 from students.libraries import cache_of, with_cache
-from teachers.data.images import ImageSet
+from teachers.data.image_set import ImageSet
 
 Say = Callable[[str], None]
 Work = Callable[[], object]

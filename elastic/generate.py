@@ -13,6 +13,8 @@ from elastic.families.language import measured_compute
 from elastic.run import Run
 from students import Student
 from students.families.vision_language import VisionLanguageStudent
+from teachers.data.left_out import reason_of
+from teachers.data.pictures import open_image
 from teachers.families.vision_language import call, prompt_text
 
 
@@ -85,12 +87,10 @@ def generate_text(
 
 def _open(file: str) -> Any:
     """An image file, read to its end; ValueError where it is none."""
-    from PIL import Image
-
     try:
-        return Image.open(file).convert("RGB")
+        return open_image(file).convert("RGB")
     except Exception as error:  # image libraries raise whatever they like for a damaged file
-        raise ValueError(f"--image {file} cannot be read: {error}") from None
+        raise ValueError(f"--image {file} cannot be read: {reason_of(error)}") from None
 
 
 def _tokens(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ from students import Student
 from students.checkpoint import read_tensors, write_tensors
 from students.routers.registry import limit_parameters
 from teachers import Teacher
+from teachers.data.left_out import distinct
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int | None, dict[str, float]], None]
 """(steps done, steps in all if known, newest metrics)."""
 
+REASONS = 1000
+"""Samples that elastic.json names, of those that were left out."""
 TIMED_STEPS = 4
 """Steps that are timed to turn minutes into a number of steps (after one that is not)."""
 
@@ -116,8 +120,12 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
     student.save(run.routers)
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)
+    left_out = distinct(data.left_out)
+    for part in left_out:
+        say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
-    run.record(result=rows[0], results=rows, seconds=seconds)
+    reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
+    run.record(result=rows[0], results=rows, seconds=seconds, left_out=reasons)
     return rows[0]
 
 

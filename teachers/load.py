@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-    from teachers.data.images import Preprocess
+    from teachers.data.image_set import Preprocess
 
 _SAMPLES_PER_TENSOR = 64
 

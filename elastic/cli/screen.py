@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
     from elastic.reporting.progress import watched_by
 
     # the harness is kept from writing to stderr while it asks; this is not
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,14 +58,30 @@ def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
                 left = (now - times[0]) / done * (total - done) / 60
                 console.print(f"{done} of {total} done, {left:.1f} min left")
 
-        with watched_by(watch):
+        with watched_by(watch), _remarks_on(console.print):
             yield console.print, progress
+
+
+@contextmanager
+def _remarks_on(say: Callable[[str], None]) -> Iterator[None]:
+    """Within it, what teachers remark of their data is said here, and does not break the bar."""
+
+    class Remarks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    logger, handler = logging.getLogger("teachers"), Remarks()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table at the end of a run: one line a quantity, one column a row."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from elastic import families
 
@@ -74,7 +91,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
         ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
     ]
-    table = Table(show_header=False)
+    table = Table("", *(Column(overflow="fold") for _ in rows), show_header=False)  # paths are for copying
     for name, show in lines:
         table.add_row(name, *(show(row) for row in rows))
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)

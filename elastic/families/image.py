@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,8 +31,12 @@ from students.calibration.image import calibrate_images
 from students.calibration.price import Start
 from students.families.image import Features, ImageStudent, features_of
 from teachers import Teacher
-from teachers.data.images import ImageData, ImageSet, load_images
+from teachers.data.image_set import ImageSet
+from teachers.data.images import ImageData, load_images
 from teachers.data.images import load_all as load_all_images
+from teachers.families.image import classes_of
+
+T = TypeVar("T")
 
 UNIT = "images"
 """What data consists of, for the user to read."""
@@ -67,6 +71,7 @@ def load(config: RunConfig, teacher: Teacher) -> ImageData:
         seed=config.train.seed,
         max_images=data.max_images,
         classes=data.classes,
+        model_classes=classes_of(teacher.model),
     )
 
 
@@ -103,12 +108,13 @@ def random_data(config: RunConfig, model: nn.Module) -> ImageData:
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
     """The validation part of a source, or all of it."""
-    return load_all_images(source, teacher.processor)
+    return load_all_images(source, teacher.processor, classes_of(teacher.model))
 
 
 def summary(data: ImageData, config: RunConfig) -> str:
     """What there is to train on, for the user to read."""
-    return f"{data.description} to train on, {len(data.held_out):,} held out"
+    why = f"; no accuracy: {data.held_out.unlabelled}" if data.held_out.unlabelled else ""
+    return f"{data.description} to train on, {data.held_out.usable:,} held out{why}"
 
 
 def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> int:
@@ -192,9 +198,8 @@ def _spent(student: ImageStudent, pixels: Tensor, decisions: Any) -> tuple[Tenso
 
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training images, shuffled."""
-    images = data.train.subset(order[: config.calibration.windows].tolist())
-    batches = [pixels.split(CALIBRATED) for pixels, _ in _batches(student, images)]
-    flat = [part for parts in batches for part in parts]
+    batches = _chosen(student, data.train, order[: config.calibration.windows].tolist())
+    flat = [part for pixels in batches for part in pixels.split(CALIBRATED)]
     targets = trained(config.budget)
     start = calibrate_images(student, Watched(flat), targets, config.train.seed)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
@@ -210,7 +215,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
 @torch.no_grad()
 def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Callable[[], float]:
     """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
-    batches = [pixels for pixels, _ in _batches(student, data.train.subset(order[:DIAL_IMAGES].tolist()))]
+    batches = list(_chosen(student, data.train, order[:DIAL_IMAGES].tolist()))
     student.set_quotas(batches)
     if all(router.selection == "quota" for router in student.spec.routers):
         batches = [batches[0][:1]]  # every image costs the same
@@ -225,17 +230,30 @@ def measured_compute(student: ImageStudent, batches: Sequence[Tensor]) -> float:
 
 
 def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels and labels of all images, in order, on the student's device."""
+    """Pixels and labels of all images that can be used, in order, on the student's device."""
     device = next(student.parameters()).device
-    numbers = range(len(images))
+    for found in _ahead(images.load_readable, range(len(images))):
+        if found is not None:
+            yield found[0].to(device), found[1].to(device)
+
+
+def _chosen(student: ImageStudent, images: ImageSet, chosen: Sequence[int]) -> Iterator[Tensor]:
+    """Pixels of as many images as are chosen, on the student's device."""
+    device = next(student.parameters()).device
+    for pixels, _ in _ahead(images.load, chosen):
+        yield pixels.to(device)
+
+
+def _ahead(read: Callable[[Sequence[int]], T], numbers: Sequence[int]) -> Iterator[T]:
+    """What is read of so many images at a time, the next ones while these are worked on."""
+    parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
     with ThreadPoolExecutor(1) as pool:
-        parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
-        ahead = pool.submit(images.load, parts[0])
+        ahead = pool.submit(read, parts[0])
         for following in Watched([*parts[1:], None]):
-            pixels, labels = ahead.result()
+            found = ahead.result()
             if following is not None:
-                ahead = pool.submit(images.load, following)
-            yield pixels.to(device), labels.to(device)
+                ahead = pool.submit(read, following)
+            yield found
 
 
 class Taught:
@@ -265,8 +283,9 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
 
     Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
     classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
-    similarity of the features that the classifier reads; images, how many were broken, and images_per_second and
-    teacher_images_per_second, which is of the first time that a student was measured on these images.
+    similarity of the features that the classifier reads; images, how many more were broken, and how many are labelled;
+    unlabelled, why classes of the data have no number; images_per_second and teacher_images_per_second, which is of the
+    first time that a student was measured on these images.
     """
 
     def run(pixels: Tensor) -> tuple[Features, float]:
@@ -286,7 +305,7 @@ def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tup
     taught = _TAUGHT.get(student)
     if taught is None or taught.images is not images:
         taught = _TAUGHT[student] = Taught(images)
-    seen, spent, metrics = 0, 0.0, {}
+    seen, labelled, spent, metrics, classifies = 0, 0, 0.0, {}, False
     for number, (pixels, labels) in enumerate(_batches(student, images)):
         teacher = taught.features(number, student, pixels)
         started = time.perf_counter()
@@ -297,25 +316,29 @@ def compare(student: ImageStudent, images: ImageSet, run: Callable[[Tensor], tup
         sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, teacher.pooled)))
         if out.logits is None:
             continue
+        classifies = True
         sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, teacher.logits).sum())
         sums["agreement"] += float((out.logits.argmax(-1) == teacher.logits.argmax(-1)).sum())
-        if int(labels.min()) < 0:
+        known = labels >= 0
+        labelled += int(known.sum())
+        if not known.any():
             continue
         classes = out.logits.shape[-1]
-        if int(labels.max()) >= classes:
-            raise ValueError(f"the data has a class number {int(labels.max())}, but the model tells {classes} apart")
         for name, logits in (("", out.logits), ("teacher_", teacher.logits)):
             for k in (1, 5):
                 key = f"{name}top{k}"
                 if key not in metrics:
                     metrics[key] = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
-                metrics[key].update(logits.float(), labels)
-    row = {"compute": sums["compute"] / seen}
+                metrics[key].update(logits[known].float(), labels[known])
+    if not seen:
+        raise ValueError(f"none of {len(images):,} images to measure on can be used, {images.left_out.example}")
+    row: dict[str, Any] = {"compute": sums["compute"] / seen}
     row |= {name: float(metric.compute()) for name, metric in metrics.items()}
-    if sums["agreement"]:
-        row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen}
+    if classifies:
+        row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen, "labelled": labelled}
+        row |= {"unlabelled": images.unlabelled} if images.unlabelled else {}
     row |= {"images_per_second": seen / spent, "teacher_images_per_second": seen / taught.seconds}
-    return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": len(images.broken)}
+    return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": images.broken}
 
 
 def baseline(name: str, student: ImageStudent, images: ImageSet, config: RunConfig, compute: float) -> dict[str, Any]:
@@ -324,8 +347,8 @@ def baseline(name: str, student: ImageStudent, images: ImageSet, config: RunConf
         teacher = teachers.load(config.model, dtype=next(student.model.parameters()).dtype).model
         model, share = baselines.merging(teacher, images.load([0])[0], compute)
         return compare(student, images, lambda pixels: (features_of(model, pixels), share))
-    some = images.subset(range(min(DIAL_IMAGES, len(images))))
-    baselines.drop_blindly(student, name, [pixels for pixels, _ in _batches(student, some)], config.train.seed)
+    some = range(min(DIAL_IMAGES, len(images)))
+    baselines.drop_blindly(student, name, list(_chosen(student, images, some)), config.train.seed)
     return evaluate(student, images, config)
 
 
@@ -395,9 +418,11 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
 
     def accuracy(k: int) -> Callable[[dict[str, Any]], str]:
         def show(row: dict[str, Any]) -> str:
+            why = f": {row['unlabelled']}" if "unlabelled" in row else ""
             if f"top{k}" not in row:
-                return "no labels"
-            return f"{row[f'top{k}']:.2%} (teacher {row[f'teacher_top{k}']:.2%})"
+                return (f"none{why}" if why else "no labels") if "agreement" in row else "no classifier"
+            of = f", of {row['labelled']:,} images{why}" if row.get("labelled", row["images"]) < row["images"] else ""
+            return f"{row[f'top{k}']:.2%} (teacher {row[f'teacher_top{k}']:.2%}){of}"
 
         return show
 

@@ -27,9 +27,18 @@ from students.calibration.vision_language import calibrate_door
 from students.decisions import Decisions
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
+from teachers.data.left_out import LeftOut
 from teachers.data.questions import QuestionData, QuestionSet, load_questions
 from teachers.data.questions import load_all as load_all_questions
-from teachers.families.vision_language import Prompts, answer_text, call, encode, masked, prompt_text
+from teachers.families.vision_language import (
+    Prompts,
+    answer_text,
+    call,
+    encode,
+    masked,
+    prompt_text,
+    token_ids,
+)
 
 UNIT = "questions"
 """What data consists of, for the user to read."""
@@ -55,6 +64,10 @@ METRICS = (
 """What a report plots (see elastic/families)."""
 
 
+Asked = tuple[Any, str, str]
+"""Image, question and answer."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """Questions and the processor that makes prompts of them."""
@@ -71,12 +84,45 @@ class Questions:
         return Questions(self.asked.subset(chosen), self.processor, self.image_token)
 
     def load(self, chosen: Sequence[int]) -> Prompts:
-        """Prompts of these questions; fewer where images are broken."""
-        return encode(self.processor, self.asked.read(chosen), self.image_token)
+        """Prompts of as many questions: others stand in for those that are left out."""
+        return self.read(chosen)[0]
+
+    def read(self, chosen: Sequence[int]) -> tuple[Prompts, list[Asked]]:
+        """As `load`, and what the prompts consist of."""
+        found = self._encoded(chosen, self.asked.filled)
+        assert found is not None  # `filled` raises where there is nothing
+        return found
+
+    def read_readable(self, chosen: Sequence[int]) -> tuple[Prompts, list[Asked]] | None:
+        """As `read`, of those of the questions that can be used; None where there are none."""
+        return self._encoded(chosen, self.asked.readable)
+
+    def _encoded(
+        self, chosen: Sequence[int], read: Callable[[Sequence[int]], list[tuple[int, Asked]]]
+    ) -> tuple[Prompts, list[Asked]] | None:
+        while found := read(chosen):
+            samples = [sample for _, sample in found]
+            try:
+                return encode(self.processor, samples, self.image_token), samples
+            except Exception:  # a processor may refuse a single image or text, in whatever way
+                if not self._leave_out(found):
+                    raise
+        return None
+
+    def _leave_out(self, found: list[tuple[int, Asked]]) -> bool:
+        """Leave out those of which alone no prompt can be made; whether there are any."""
+        some = False
+        for number, sample in dict(found).items():
+            try:
+                encode(self.processor, [sample], self.image_token)
+            except Exception as error:
+                self.asked.leave_out(number, error)
+                some = True
+        return some
 
     def ask(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """What a model is called with to answer these questions, padded at the left."""
-        samples = self.asked.read(chosen)
+        _, samples = self.read(chosen)
         texts = [prompt_text(self.processor, question) for _, question, _ in samples]
         return call(self.processor, texts, [image for image, _, _ in samples], "left")
 
@@ -119,6 +165,8 @@ class Data:
     train: Questions | RandomQuestions
     held_out: Questions | RandomQuestions
     description: str
+    left_out: tuple[LeftOut, ...] = ()
+    """Records and questions that cannot be used."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> Data:
@@ -128,7 +176,7 @@ def load(config: RunConfig, teacher: Teacher) -> Data:
         data.source, held_out=data.held_out, seed=config.train.seed, max_images=data.max_images
     )
     parts = (_with(teacher, part) for part in (read.train, read.held_out))
-    return Data(*parts, read.description)
+    return Data(*parts, read.description, read.left_out)
 
 
 def random_tokens(model: nn.Module) -> int:
@@ -163,7 +211,7 @@ def _with(teacher: Teacher, asked: QuestionSet) -> Questions:
 
 def summary(data: Data, config: RunConfig) -> str:
     """What there is to train on, for the user to read."""
-    return f"{data.description} to train on, {len(data.held_out):,} held out"
+    return f"{data.description} to train on, {data.held_out.asked.usable:,} held out"
 
 
 @torch.no_grad()
@@ -268,10 +316,9 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     """Calibrate; order: the training questions, shuffled."""
     if student.door is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
-    chosen = data.train.subset(order[: config.calibration.windows].tolist())
     batches = [
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
-        for prompts in _batches(student, chosen, CALIBRATED)
+        for prompts in _batches(student, data.train, order[: config.calibration.windows].tolist(), CALIBRATED)
     ]
     targets = trained(config.budget)
     start = calibrate_door(student, Watched(batches), targets, tokens(student, data, config), config.train.seed)
@@ -284,8 +331,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
 def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Callable[[], float]:
     """What measures the compute that the dial is set by; sets the door's share first. order: training questions,
     shuffled."""
-    chosen = data.train.subset(order[:DIAL_QUESTIONS].tolist())
-    batches = list(_batches(student, chosen, MEASURED))
+    batches = list(_batches(student, data.train, order[:DIAL_QUESTIONS].tolist(), MEASURED))
     scores = []
     for prompts in batches:
         _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
@@ -309,10 +355,12 @@ def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts])
     return spent / whole
 
 
-def _batches(student: VisionLanguageStudent, questions: Questions, size: int) -> Iterator[Prompts]:
-    """Prompts of all questions, in order, on the student's device."""
-    for first in range(0, len(questions), size):
-        yield questions.load(range(first, min(first + size, len(questions)))).to(student.model.device)
+def _batches(
+    student: VisionLanguageStudent, questions: Questions, chosen: Sequence[int], size: int
+) -> Iterator[Prompts]:
+    """Prompts of as many questions as are chosen, on the student's device."""
+    for first in range(0, len(chosen), size):
+        yield questions.load(chosen[first : first + size]).to(student.model.device)
 
 
 @torch.no_grad()
@@ -323,14 +371,17 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
     answers (by the first token that they differ in), else what is generated, ignoring case and a full stop; agreement
     of the two's answers; kl, in nats per token of the answer, of the student to the teacher; compute, as a share of the
     teacher's, of prompt and answer in one pass; compute_vision, the part of that in vision tower and projector;
-    image_tokens_kept, as a share; questions, and how many had broken images.
+    image_tokens_kept, as a share; questions, and how many more were broken.
     """
     asked = questions.asked
     first = _first_tokens(questions.processor, asked)
-    total, right, agreed = None, {"": 0, "teacher_": 0}, 0
+    total, right, agreed, seen = None, {"": 0, "teacher_": 0}, 0, 0
     for begin in Watched(range(0, len(questions), MEASURED)):
-        samples = asked.read(range(begin, min(begin + MEASURED, len(asked))))
-        prompts = encode(questions.processor, samples, questions.image_token).to(student.model.device)
+        read = questions.read_readable(range(begin, min(begin + MEASURED, len(asked))))
+        if read is None:
+            continue
+        prompts, samples = read[0].to(student.model.device), read[1]
+        seen += len(samples)
         said, hidden = {}, {}
         with student.teacher():
             out, _ = student.features(**prompts.inputs)
@@ -351,7 +402,8 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
                     said[name] = answers(student, questions.processor, samples)
             right[name] += sum(_same(one, answer) for one, (_, _, answer) in zip(said[name], samples, strict=True))
         agreed += sum(_same(one, other) for one, other in zip(said[""], said["teacher_"], strict=True))
-    seen = len(asked) - len(asked.broken)
+    if total is None:
+        raise ValueError(f"none of {len(asked):,} questions to measure on can be used, {asked.left_out.example}")
     dense = float(total.dense["prefill"])
     return {
         "compute": float(total.macs["prefill"]) / dense,
@@ -361,7 +413,7 @@ def evaluate(student: VisionLanguageStudent, questions: Questions, config: RunCo
         "agreement": agreed / seen,
         "kl": float(total.kl / total.tokens),
         "questions": seen,
-        "broken": len(asked.broken),
+        "broken": asked.broken,
     }
 
 
@@ -369,12 +421,12 @@ def _first_tokens(processor: Any, asked: QuestionSet) -> dict[str, int] | None:
     """The first token of each answer of a closed set; None where there is no such set or two begin alike."""
     if not asked.choices:
         return None
-    prompt = prompt_text(processor, asked.samples[0].question)
-    before = len(processor.tokenizer(prompt).input_ids)
-    tokens = {
-        choice: processor.tokenizer(prompt + answer_text(prompt, choice)).input_ids[before] for choice in asked.choices
-    }
-    return tokens if len(set(tokens.values())) == len(tokens) else None
+    tokenizer, prompt = processor.tokenizer, prompt_text(processor, asked.samples[0].question)
+    before, end = len(token_ids(tokenizer, prompt)), tokenizer.eos_token or ""
+    texts = {choice: prompt + answer_text(prompt, choice) + end for choice in asked.choices}  # an answer may be empty
+    tokens = {choice: token_ids(tokenizer, text)[before:] for choice, text in texts.items()}
+    first = {choice: ids[0] for choice, ids in tokens.items() if ids}
+    return first if len(set(first.values())) == len(tokens) else None
 
 
 def _same(one: str, other: str) -> bool:
@@ -415,8 +467,8 @@ def routing(
     square.
     """
     chosen = [len(questions) * n // EXAMPLES for n in range(min(EXAMPLES, len(questions)))]
-    samples = questions.asked.read(chosen)
-    prompts = encode(questions.processor, samples, questions.image_token).to(student.model.device)
+    prompts, samples = questions.read(chosen)
+    prompts = prompts.to(student.model.device)
     before, student.runtime.execution = student.runtime.execution, "mask"  # where all tokens have a place
     try:
         _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)

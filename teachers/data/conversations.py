@@ -26,8 +26,8 @@ class Turn:
 
     role: str
     text: str
-    images: int = 0
-    """Images among its parts."""
+    images: tuple[Any, ...] = ()
+    """The images among its parts, each as it is given there (a path), or None where another field has it."""
     others: dict[str, Any] = field(default_factory=dict)
     """Fields besides role and content, such as calls of tools."""
 
@@ -82,23 +82,25 @@ def _turn(number: int, row: Any) -> Turn | None:
         raise ValueError(f"the content of turn {number} ({role}) {error}") from None
 
 
-def _content(content: Any) -> tuple[str, int]:
-    """The text of a turn, and how many images are among its parts."""
+def _content(content: Any) -> tuple[str, tuple[Any, ...]]:
+    """The text of a turn, and the images among its parts."""
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
-        return as_text(content), 0
-    texts, images = [], 0
+        return as_text(content), ()
+    texts: list[str] = []
+    images: list[Any] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(part, str):
             texts.append(part)
         elif kind in ("image", "image_url", "input_image"):
-            images += 1
+            given = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
+            images.append(given.get("url") if isinstance(given, dict) and "url" in given else given)
         elif isinstance(part, dict) and kind in (None, "text", "input_text", "output_text") and "text" in part:
             texts.append(as_text(part["text"]))
         else:
             raise ValueError(f"has a part of another kind than text and image: {kind or str(part)[:60]!r}")
     if not texts and not images:
         raise ValueError("has no parts")
-    return "\n".join(texts), images
+    return "\n".join(texts), tuple(images)

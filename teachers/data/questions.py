@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,8 +16,11 @@ import torch
 
 from teachers import hub
 from teachers.cache import cache_folder, published
-from teachers.data.images import HELD_OUT_NAMES, decode_row
-from teachers.quiet import first_line, quiet
+from teachers.data.conversations import FIELDS, questions_and_answers, turns_of
+from teachers.data.left_out import LeftOut, Samples
+from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
+from teachers.data.pictures import open_image, open_row
+from teachers.data.records import RECORD_FILES, Record, as_text, local_records, rows_of, visible
 from teachers.wheel import checked, download
 
 if TYPE_CHECKING:
@@ -30,7 +33,6 @@ _EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f
 MOST_CHOICES = 64
 """Up to so many different answers are a closed set, in which each is scored; beyond, answers are generated."""
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _ACCEPTED = (
     "--data takes a .jsonl, .json or .parquet file of image, question and answer (or LLaVA's conversations), a folder "
@@ -46,39 +48,57 @@ class Sample:
     """Whatever the set's `decode` takes: a path, encoded bytes."""
     question: str
     answer: str
+    where: str = ""
+    """The record that it is of: file and line."""
 
 
 @dataclass
-class QuestionSet:
-    """Questions about images, which are read when they are asked for; those that cannot be read are counted."""
+class QuestionSet(Samples):
+    """Questions about images, which are read when they are asked for; those that cannot be used are left out (see
+    left_out.py)."""
 
     samples: Sequence[Sample]
     decode: Callable[[Any], Image]
     choices: tuple[str, ...] | None = None
     """All answers that there are, where there are few enough to score each; None: answers are free text."""
-    broken: set[int] = field(default_factory=set)
+    left_out: LeftOut = field(default_factory=lambda: LeftOut("the data", "questions"))
+    records: LeftOut = field(default_factory=lambda: LeftOut("the data", "records"))
+    """What was no question at all."""
+    numbers: Sequence[int] | None = None
+    """Of a subset: the samples' numbers in the whole set."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def key(self, number: int) -> int:
+        return number if self.numbers is None else self.numbers[number]
+
     def subset(self, chosen: Sequence[int]) -> QuestionSet:
         """Only these questions, in this order."""
-        return QuestionSet([self.samples[i] for i in chosen], self.decode, self.choices)
+        numbers = [self.key(i) for i in chosen]
+        return replace(self, samples=[self.samples[i] for i in chosen], numbers=numbers)
 
     def read(self, chosen: Sequence[int]) -> list[tuple[Image, str, str]]:
-        """(image, question, answer) of these; fewer where images are broken. ValueError where all of them are."""
+        """(image, question, answer) of those that can be used."""
+        return [sample for _, sample in self.readable(chosen)]
+
+    def readable(self, chosen: Sequence[int]) -> list[tuple[int, tuple[Image, str, str]]]:
         found = []
         for number in chosen:
+            if self.key(number) in self.left_out:
+                continue
             sample = self.samples[number]
             try:
-                found.append((self.decode(sample.image).convert("RGB"), sample.question, sample.answer))
-            except Exception:  # image libraries raise whatever they like for a damaged file
-                self.broken.add(number)
-        if not found:
-            raise ValueError(
-                f"none of {len(chosen)} images can be read, such as {str(self.samples[chosen[0]].image)[:80]}"
-            )
+                found.append((number, (self.decode(sample.image).convert("RGB"), sample.question, sample.answer)))
+            except Exception as error:  # image libraries raise whatever they like for a damaged file
+                name = sample.image if isinstance(sample.image, str) else sample.where
+                self.left_out.add(self.key(number), name, error)
         return found
+
+    def leave_out(self, number: int, reason: Exception) -> None:
+        """Use this question no more."""
+        sample = self.samples[number]
+        self.left_out.add(self.key(number), sample.where or f"{sample.image}: {sample.question}", reason)
 
 
 @dataclass(frozen=True)
@@ -90,16 +110,24 @@ class QuestionData:
     description: str
     """What they are, for the user to read."""
 
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Records and questions that cannot be used, of one part and of the other."""
+        return tuple(found for part in (self.train, self.held_out) for found in (part.records, part.left_out))
+
 
 def load_questions(source: str, *, held_out: int, seed: int, max_images: int | None = None) -> QuestionData:
     """Questions to train on, and `held_out` others: of the source's own validation part where it has one.
 
     `seed` chooses both; at most `max_images` questions are trained on. No image is asked about in both parts. Raises
-    ValueError with one line for a source that cannot be read or has too few questions.
+    ValueError with one line for a source that cannot be read, has too few questions, or mostly what cannot be used.
     """
     train, other = _open(source, True, max_images), _open(source, False, held_out)
     if train is None:
         raise ValueError(f"{source} has no questions to train on, only a {' or '.join(HELD_OUT_NAMES)} part")
+    for part in (train, other):
+        if part is not None:
+            part.probe()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     if other is None:
         aside = {str(train.samples[number].image) for number in order[:held_out]}
@@ -115,7 +143,7 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
     choices = _choices(train.samples)
     train = train.subset(sorted(order[:max_images]))
     train.choices = other.choices = choices
-    return QuestionData(train, other, f"{len(train):,} questions of {source}")
+    return QuestionData(train, other, f"{train.usable:,} questions of {source}")
 
 
 def load_all(source: str) -> QuestionSet:
@@ -139,15 +167,14 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
     if source == EASY_VQA:
         return _easy_vqa(train)
     if path.is_file():
-        if path.suffix not in _READERS:
+        if path.suffix.lower() not in RECORD_FILES:
             raise ValueError(f"unknown kind of file: {path}; {_ACCEPTED}")
         return _files([path], path.parent) if train else None
     if path.is_dir():
-        every = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+        every = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_FILES and visible(file, path))
         if not every:
             raise ValueError(f"no .jsonl, .json or .parquet file in {path}; {_ACCEPTED}")
-        held_out = [file for file in every if any(name in file.name for name in HELD_OUT_NAMES)]
-        files = [file for file in every if file not in held_out] if train else held_out
+        files = [file for file in every if is_held_out(file.stem) != train]
         return _files(files, path) if files else None
     match = _HUB_DATASET.fullmatch(source)
     if not match or source.startswith((".", "/")):
@@ -157,75 +184,87 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
 
 def _files(files: Sequence[Path], root: Path) -> QuestionSet:
     """Records of files; paths of images are relative to `root`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    samples: list[Sample] = []
-    for file in files:
-        try:
-            with quiet():
-                cache = str(cache_folder() / "datasets")
-                rows = datasets.load_dataset(
-                    _READERS[file.suffix], data_files=str(file), split="train", cache_dir=cache
-                )
-                rows = rows.with_format(None)
-                for name, feature in rows.features.items():
-                    if isinstance(feature, datasets.Image):
-                        rows = rows.cast_column(name, datasets.Image(decode=False))
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
-        samples += _samples(rows, str(file))
-    return QuestionSet(samples, partial(_decode, root))
+    found = LeftOut(str(files[0]) if len(files) == 1 else str(root), "records")
+    records = (record for file in files for record in local_records(file, found))
+    return _set(records, found, root)
 
 
 def _hub(source: str, match: re.Match, train: bool, most: int | None) -> QuestionSet | None:
     """A hub data set, streamed: at most `most` of its questions are fetched."""
     import datasets
 
-    with hub.streamed(source, *match.groups(), ("train",) if train else HELD_OUT_NAMES, _ACCEPTED) as stream:
+    names = TRAIN_NAMES if train else HELD_OUT_NAMES
+    with hub.streamed(source, match[1], match[2], names, _ACCEPTED) as stream:
         if stream is None:
             return None
         for name, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Image):
                 stream = stream.cast_column(name, datasets.Image(decode=False))
-        return QuestionSet(list(islice(_samples(stream, source), most)), partial(_decode, Path()))
+        records = ((f"{source}, row {number}", row) for number, row in enumerate(stream, 1))
+        return _set(records, LeftOut(source, "records"), Path(), most)
 
 
-def _samples(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Sample]:
-    """Samples of records; of a conversation, each question with its answer."""
-    for row in rows:
-        image = next((row[name] for name in ("image", "image_path", "img") if row.get(name) is not None), None)
-        pairs = _conversation(row["conversations"]) if row.get("conversations") else [_pair(row)]
-        if image is None or None in pairs:
-            raise ValueError(
-                f"{source} has the columns {', '.join(row)}; `image`, `question` and `answer` are needed, or LLaVA's "
-                "`image` and `conversations`"
-            )
+def _set(records: Iterable[Record], found: LeftOut, root: Path, most: int | None = None) -> QuestionSet:
+    """The questions of records, at most `most`; records that are none are left out."""
+    samples = list(islice(_samples(records, found, root), most))
+    found.finish()
+    if not samples:
+        raise ValueError(f"{found.source} has no records")
+    left_out = LeftOut(found.source, "questions", len(samples))
+    return QuestionSet(samples, partial(_decode, root), left_out=left_out, records=found)
+
+
+def _samples(records: Iterable[Record], found: LeftOut, root: Path) -> Iterator[Sample]:
+    """Samples of records; of a conversation, each question with its answer. Paths of images are relative to `root`."""
+    for where, row in records:
+        try:
+            conversation = next((row[name] for name in FIELDS if row.get(name) is not None), None)
+            turns = None if conversation is None else turns_of(conversation)
+            image = _image(row, [image for turn in turns or () for image in turn.images if image is not None])
+            image = str(root / image) if isinstance(image, str) else image
+            pairs = [_pair(row)] if turns is None else questions_and_answers(turns)
+        except ValueError as error:
+            found.add(where, where, error)
+            continue
+        found.used += 1
         for question, answer in pairs:
-            yield Sample(image, question, answer)
+            yield Sample(image, question, answer, where)
 
 
-def _pair(row: dict[str, Any]) -> tuple[str, str] | None:
-    """Question and answer; of several answers the most frequent."""
-    answer = next((row[name] for name in ("answer", "multiple_choice_answer", "answers") if row.get(name)), None)
-    if isinstance(answer, list):
-        texts = [one["answer"] if isinstance(one, dict) else str(one) for one in answer]
-        answer = max(texts, key=texts.count)
-    return (row["question"], str(answer)) if row.get("question") and answer is not None else None
+def _image(row: dict[str, Any], inside: list[Any]) -> Any:
+    """The one image of a record, or of the turns `inside` it. ValueError where there is none, or several."""
+    image = next((row[name] for name in ("image", "images", "image_path", "img") if row.get(name) is not None), inside)
+    images = image if isinstance(image, list) else [image]
+    if len(images) > 1:
+        raise ValueError(f"it has {len(images)} images, where one is read")
+    if not images or images[0] in (None, ""):
+        told = ", ".join(name if value is not None else f"{name} (null)" for name, value in row.items())
+        raise ValueError(
+            f"it has no image, but the fields {told}; `image`, `question` and `answer` are needed, or LLaVA's `image` "
+            "and `conversations`"
+        )
+    return images[0]
 
 
-def _conversation(turns: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """What people asked and models answered; each answer is for its own question alone."""
-    pairs = zip(turns[::2], turns[1::2], strict=False)
-    return [(asked["value"].replace("<image>", "").strip(), said["value"].strip()) for asked, said in pairs]
+def _pair(row: dict[str, Any]) -> tuple[str, str]:
+    """Question and answer; of several answers the most frequent. ValueError where one is missing."""
+    answer = next((row[n] for n in ("answer", "multiple_choice_answer", "answers") if row.get(n) is not None), None)
+    try:
+        question = as_text(row.get("question"))
+        several = rows_of(answer)
+        if isinstance(several, list) and several:
+            texts = [as_text(one.get("answer", one.get("text")) if isinstance(one, dict) else one) for one in several]
+            return question, max(texts, key=texts.count)
+        return question, as_text(answer)
+    except ValueError as error:
+        raise ValueError(
+            f"its question or answer {error}, of the fields {', '.join(row)}; `image`, `question` and `answer` are "
+            "needed, or LLaVA's `image` and `conversations`"
+        ) from None
 
 
 def _decode(root: Path, image: Any) -> Image:
-    from PIL import Image
-
-    if isinstance(image, str):
-        return Image.open(root / image)
-    return decode_row(image)
+    return open_image(root / image) if isinstance(image, str) else open_row(image)
 
 
 def _easy_vqa(train: bool) -> QuestionSet:
@@ -245,4 +284,4 @@ def _easy_vqa(train: bool) -> QuestionSet:
     folder = final / ("train" if train else "test")
     rows = json.loads((folder / "questions.json").read_text("utf-8"))
     samples = [Sample(f"images/{image}.png", question, answer) for question, answer, image in rows]
-    return QuestionSet(samples, partial(_decode, folder))
+    return QuestionSet(samples, partial(_decode, folder), left_out=LeftOut(EASY_VQA, "questions", len(samples)))

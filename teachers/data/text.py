@@ -55,7 +55,7 @@ class TextData:
     """What the text is, for the user to read."""
     tokens: int
     """Tokens read, training and held-out together."""
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[LeftOut, ...] = ()
     """Records that cannot be used."""
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers import hub
+from teachers.data.classes import Classes, named, unnamed
+from teachers.data.pictures import standard
 from teachers.quiet import first_line
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from teachers.data.images import Preprocess
+    from teachers.data.image_set import Preprocess
 
 SCALES = ".scale"
 """Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
@@ -47,7 +49,7 @@ def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
     transform, mode = create_transform(**settings, is_training=False), "L" if settings["input_size"][0] == 1 else "RGB"
 
     def preprocess(image: Image) -> torch.Tensor:
-        return transform(image.convert(mode)).to(dtype)
+        return transform(standard(image, mode)).to(dtype)
 
     return model.to(dtype), preprocess
 
@@ -78,9 +80,31 @@ def _transformers(
     mode = "L" if model.config.num_channels == 1 else "RGB"
 
     def preprocess(image: Image) -> torch.Tensor:
-        return processor(image.convert(mode), return_tensors="pt")["pixel_values"][0].to(dtype)
+        return processor(standard(image, mode), return_tensors="pt")["pixel_values"][0].to(dtype)
 
     return model, preprocess
+
+
+def classes_of(model: nn.Module) -> Classes | None:
+    """The classes that an image model tells apart, by the names that its configuration has; None without classifier."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        if not any(hasattr(model, name) for name in ("classifier", "cls_classifier")):
+            return None
+        labels = {int(number): [str(name)] for number, name in model.config.id2label.items()}
+        for name, number in model.config.label2id.items():
+            labels.setdefault(int(number), []).append(str(name))
+        return named(labels)
+    if not model.num_classes:
+        return None
+    settings = model.pretrained_cfg
+    names, about = settings.get("label_names"), settings.get("label_descriptions") or {}
+    if not names:
+        return unnamed(model.num_classes)
+    listed = names if isinstance(names, dict) else dict(enumerate(names))
+    found = {int(number): [name, *filter(None, [about.get(name)])] for number, name in listed.items()}
+    return named({number: found.get(number, []) for number in range(model.num_classes)})
 
 
 def pack(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

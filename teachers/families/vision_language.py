@@ -127,7 +127,10 @@ class Prompts:
 
 
 def encode(processor: Any, samples: Sequence[tuple[Image, str, str]], image_token: int) -> Prompts:
-    """Prompts of (image, question, answer), padded at the right. image_token: the number of the model's image token."""
+    """Prompts of (image, question, answer), padded at the right. image_token: the number of the model's image token.
+
+    Raises what the processor raises, and ValueError for an answer without a token.
+    """
     tokenizer = processor.tokenizer
     prompts = [prompt_text(processor, question) for _, question, _ in samples]
     texts = [
@@ -136,9 +139,22 @@ def encode(processor: Any, samples: Sequence[tuple[Image, str, str]], image_toke
     ]
     inputs = call(processor, texts, [image for image, _, _ in samples], "right")
     # how many tokens the answer is, whatever number of tokens the processor makes of an image
-    counts = [len(tokenizer(text).input_ids) for text in texts]
-    before = [len(tokenizer(prompt).input_ids) for prompt in prompts]
-    return masked(inputs, [one - other for one, other in zip(counts, before, strict=True)], image_token)
+    counts = [len(token_ids(tokenizer, text)) for text in texts]
+    before = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
+    answers = [one - other for one, other in zip(counts, before, strict=True)]
+    if min(answers) < 1:
+        raise ValueError("an answer has no token, and the model has none for the end")
+    return masked(inputs, answers, image_token)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, with the tokenizer's own around it, but for those that the text brings itself."""
+    return tokenizer(text, add_special_tokens=_needs_special_tokens(tokenizer, text)).input_ids
+
+
+def _needs_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text does not begin with BOS, as some chat templates make it."""
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
 def masked(inputs: dict[str, torch.Tensor], answers: Sequence[int], image_token: int) -> Prompts:
@@ -157,11 +173,14 @@ def masked(inputs: dict[str, torch.Tensor], answers: Sequence[int], image_token:
 
 def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: str) -> dict[str, torch.Tensor]:
     """The processor's tensors for texts with one image each, padded at this side."""
-    before, processor.tokenizer.padding_side = processor.tokenizer.padding_side, side
+    tokenizer, pictures = processor.tokenizer, [[image] for image in images]
+    whole = not all(_needs_special_tokens(tokenizer, text) for text in texts)
+    options = {"add_special_tokens": False} if whole else {}
+    before, tokenizer.padding_side = tokenizer.padding_side, side
     try:
-        made = processor(text=list(texts), images=[[image] for image in images], padding=True, return_tensors="pt")
+        made = processor(text=list(texts), images=pictures, padding=True, return_tensors="pt", **options)
     finally:
-        processor.tokenizer.padding_side = before
+        tokenizer.padding_side = before
     return dict(made)
 
 

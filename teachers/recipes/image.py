@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.cache import published
-from teachers.data.images import ImageSet, load_all, load_images
+from teachers.data.image_set import ImageSet
+from teachers.data.images import load_all, load_images
 from teachers.families.image import pack, unpack
 from teachers.snapshot import Snapshot
 
@@ -58,12 +59,13 @@ def pretrain(
     final = Path(output)
     if final.exists():
         raise ValueError(f"{final} exists: name another folder with --output")
-    images, labels = _all(load_images(source, _as_bytes, held_out=1, seed=seed).train)
+    train = load_images(source, _as_bytes, held_out=1, seed=seed).train
+    images, labels = _all(train)
     _, channels, height, width = images.shape
     if height != width or height % PATCH:
         raise ValueError(f"{source} has images of {width} x {height}; squares are needed whose side {PATCH} divides")
     arguments = {"img_size": height, "patch_size": PATCH, "in_chans": channels}
-    classes = int(labels.max()) + 1
+    classes = len(train.classes) if train.classes else int(labels.max()) + 1
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, num_classes=classes, **arguments)
     if start is not None:
@@ -80,6 +82,7 @@ def pretrain(
     config = {
         "architecture": ARCHITECTURE,
         "num_classes": classes,
+        **({"label_names": train.classes} if train.classes else {}),
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [channels, height, width],
@@ -110,11 +113,11 @@ def _as_bytes(image: Image) -> Tensor:
 
 
 def _all(images: ImageSet) -> tuple[Tensor, Tensor]:
-    """All images [N, C, H, W] uint8 and labels [N]; ValueError where sizes differ or labels are missing."""
-    try:
-        pixels, labels = images.load(range(len(images)))
-    except RuntimeError:
-        raise ValueError("the images differ in size; this recipe needs small images of one size") from None
+    """All images [N, C, H, W] uint8 and labels [N]; ValueError where most differ in size or labels are missing."""
+    found = images.load_readable(range(len(images)))
+    if found is None:
+        raise ValueError(f"none of {len(images):,} images can be used, {images.left_out.example}")
+    pixels, labels = found
     if int(labels.min()) < 0:
         raise ValueError("the images have no labels, and this recipe needs them")
     return pixels, labels

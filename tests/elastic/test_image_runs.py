@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -28,9 +29,10 @@ from elastic.families import image
 from elastic.run import Run, load
 from elastic.sweep import look
 from students import StudentSpec, elasticize
-from students.families.image import ImageStudent
+from students.families.image import Features, ImageStudent
 from students.spec import RouterSpec
-from teachers.families.image import pack, unpack
+from teachers.data.images import load_all
+from teachers.families.image import classes_of, pack, unpack
 from teachers.recipes import image as recipe
 from teachers.recipes.image import pretrain
 from teachers.registry import models
@@ -74,6 +76,7 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrained = dict(input_size=[3, 16, 16], mean=[0.5] * 3, std=[0.25] * 3, crop_pct=1.0, interpolation="bicubic")
     pretrained |= dict(num_classes=7, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": arguments}
+    config["label_names"] = ["bird", "cat", "cow", "deer", "dog", "frog", "horse"]
     (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}))
     return folder
 
@@ -163,6 +166,106 @@ def test_transformers_models_run_too(image_folder: Path, tmp_path: Path) -> None
     )
     row = trainer.distill(made, tmp_path / "run", say=silent)
     assert row["images"] == 8 and row["compute"] == pytest.approx(0.8, abs=0.06)
+
+
+def test_damaged_images_end_no_run_and_are_named_once(
+    image_folder: Path, timm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "images [1]"
+    shutil.copytree(image_folder, data)
+    broken = [data / "train" / "cat" / "3.png", data / "train" / "dog" / "0.png", data / "val" / "cat" / "0.png"]
+    for file in broken:
+        file.write_bytes(b"")
+    settings = [part for setting in [*SETTINGS, "train.batch=1", "train.steps=60"] for part in ("--set", setting)]
+    run = str(tmp_path / "run")
+    arguments = ["--model", str(timm_folder), "--data", str(data), "--target-compute", "0.7", "--output", run]
+    assert main(["distill", *arguments, *settings]) == 0
+    said = capsys.readouterr().err
+    assert [said.count(f"left out: {file}: no image") for file in broken] == [1, 1, 1]
+    assert f"data: 38 images of {data} to train on, " in said
+    assert f"data: 2 of 40 images of {data / 'train'} are left out: broken, or of no use" in said
+    assert set(Run.open(run).about["left_out"]) == {str(file) for file in broken}
+    assert main(["eval", run, "--data", str(data), "--baselines", "tome", "random", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["images"], row["broken"], row["labelled"]) for row in rows] == [(15, 1, 15)] * 3
+    assert main(["eval", run, "--data", str(data)]) == 0
+    assert "15 images, 1 broken" in capsys.readouterr().out
+    bench_run(run, batch=[20], repeats=1, say=silent)
+    for file in (data / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    assert main(["eval", run, "--data", str(data)]) == 2
+    assert "9 of 16 images of" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_batches_without_a_good_image_are_passed_over(
+    finished: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image, "MEASURED", 1)
+    shutil.copytree(image_folder / "val", tmp_path / "val")
+    (tmp_path / "val" / "dog" / "7.png").write_bytes(b"")
+    (tmp_path / "val" / "cat" / "0.png").write_bytes(b"")
+    (row,) = measure_run(str(finished), data=str(tmp_path), say=silent)
+    assert (row["images"], row["broken"]) == (14, 2)
+
+
+def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Callable[..., RunConfig]) -> None:
+    run = Run.open(finished)
+    teacher = run.teacher()
+    student, held_out = run.load_student(teacher), image.load(run.config, teacher).held_out
+
+    def contrary(pixels: torch.Tensor) -> tuple[Features, float]:
+        with student.teacher():
+            features, _ = student.features(pixels)
+        return Features(-features.logits, features.pooled, features.layers), 1.0
+
+    row = image.compare(student, held_out, contrary)
+    assert row["agreement"] == 0 and row["kl"] > 0
+    shown = dict(image.lines())
+    assert shown["top-1 agreement"](row) == "0.00%" and "no classifier" not in shown["KL to the teacher"](row)
+
+    def blind(pixels: torch.Tensor) -> tuple[Features, float]:
+        features, compute = contrary(pixels)
+        return Features(None, features.pooled, features.layers), compute
+
+    row = image.compare(student, held_out, blind)
+    assert not {"agreement", "kl", "top1", "labelled"} & set(row)
+    assert {shown[name](row) for name in ("top-1", "top-5", "top-1 agreement")} == {"no classifier"}
+
+
+def test_an_accuracy_that_cannot_be_one_says_so(
+    finished: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*names: str) -> tuple[dict, str]:
+        data = tmp_path / "-".join(names)
+        for place, name in enumerate(names):
+            shutil.copytree(image_folder / "val" / ("cat", "dog")[place % 2], data / "val" / name)
+        (data / "val" / ".ipynb_checkpoints").mkdir()
+        (row,) = measure_run(str(finished), data=str(data), say=silent)
+        assert main(["eval", str(finished), "--data", str(data)]) == 0
+        assert "top-1  " in capsys.readouterr().out
+        return row, dict(image.lines())["top-1"](row)
+
+    whole, _ = measured("cat", "dog")
+    assert whole["labelled"] == 16 and "unlabelled" not in whole
+    row, line = measured("Cat", "wolf")
+    alone, _ = measured("cat")
+    assert row["labelled"] == alone["labelled"] == 8 and row["top1"] == alone["top1"]
+    assert "of 8 images: 1 of 2 classes of the data (wolf) are none of the model's" in line
+    row, line = measured("katze", "hund")
+    assert row["labelled"] == 0 and not {"top1", "top5", "teacher_top1"} & set(row) and 0 <= row["agreement"] <= 1
+    assert "none: 2 of 2 classes of the data (hund, katze) are none of the model's" in line
+
+
+def test_a_teacher_that_was_trained_here_knows_its_classes(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
+    shutil.copytree(image_folder / "val" / "dog", tmp_path / "data" / "val" / "dog")  # no cats there
+    pretrain(str(tmp_path / "data"), tmp_path / "model", epochs=1, say=silent)
+    teacher = teachers.load(str(tmp_path / "model"), dtype=torch.float32)
+    found = load_all(str(tmp_path / "data"), teacher.processor, classes_of(teacher.model))
+    assert set(found.labels) == {1} and found.unlabelled is None
+    shutil.copytree(image_folder / "val" / "dog", tmp_path / "dogs" / "val" / "dog")
+    assert set(load_all(str(tmp_path / "dogs"), teacher.processor, classes_of(teacher.model)).labels) == {1}
 
 
 def test_baselines_cost_what_the_student_costs(finished: Path) -> None:

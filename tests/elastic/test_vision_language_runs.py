@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torchvision.transforms.functional import pil_to_tensor
 
 import teachers
@@ -230,14 +231,81 @@ def test_no_image_is_asked_about_in_both_parts(questions: Path) -> None:
     assert data.train.choices == ("blue", "green", "red", "w1")
 
 
-def test_broken_images_are_left_out_and_counted(questions: Path, tmp_path: Path) -> None:
+def test_questions_that_the_processor_refuses_are_left_out(
+    model_folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = teachers.load(str(model_folder), dtype=torch.float32)
     (tmp_path / "broken.png").write_bytes(b"no image")
-    rows = [{"image": name, "question": "w1", "answer": "red"} for name in ("broken.png", str(questions / "0.png"))]
+    names = ["0", "1", "broken", "2", "3"]
+    rows = [
+        {"image": str(questions / f"{name}.png"), "question": name, "answer": f"w{n}"} for n, name in enumerate(names)
+    ]
+    rows[2]["image"] = "broken.png"
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    real = vision_language.encode
+
+    def strict(processor: object, samples: list, image_token: int) -> object:
+        if any(question == "1" for _, question, _ in samples):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return real(processor, samples, image_token)
+
+    monkeypatch.setattr(vision_language, "encode", strict)
     asked = load_all(str(tmp_path / "some.jsonl"))
-    assert len(asked.read([0, 1])) == 1 and asked.broken == {0}
-    with pytest.raises(ValueError, match="none of 1 images"):
-        asked.read([0])
+    whole = vision_language.Questions(asked, teacher.processor, teacher.model.config.image_token_id)
+    prompts, samples = whole.read([0, 1, 2])
+    assert [question for _, question, _ in samples] == ["0", "2", "3"]
+    assert len(prompts) == 3 and asked.broken == 2
+    found = whole.read_readable(range(5))
+    assert found is not None and [question for _, question, _ in found[1]] == ["0", "2", "3"]
+    assert whole.read_readable([1, 2]) is None
+    assert asked.left_out.reasons == {
+        str(tmp_path / "broken.png"): "no image, or of a kind that cannot be read",
+        f"{tmp_path / 'some.jsonl'}, line 2": "absolute aspect ratio must be smaller than 200",
+    }
+
+
+def test_an_answer_without_a_token_is_left_out(model_folder: Path, questions: Path) -> None:
+    teacher = teachers.load(str(model_folder), dtype=torch.float32)
+    sample = (*load_all(str(questions)).read([0])[0][:2], "")
+    token = teacher.model.config.image_token_id
+    assert int(encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end
+    teacher.processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="an answer has no token"):
+        encode(teacher.processor, [sample], token)
+
+
+def test_a_chat_templates_own_bos_is_not_doubled(model_folder: Path, questions: Path) -> None:
+    teacher = teachers.load(str(model_folder), dtype=torch.float32)
+    processor, token = teacher.processor, teacher.model.config.image_token_id
+    tokenizer = processor.tokenizer
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    samples = load_all(str(questions)).read([0, 1])
+    plain = encode(processor, samples, token)
+    processor.chat_template = "<s>" + CHAT_TEMPLATE
+    ours = encode(processor, samples, token)
+    assert (plain.inputs["input_ids"] == 2).sum(1).tolist() == [1, 1]
+    assert torch.equal(ours.inputs["input_ids"], plain.inputs["input_ids"]) and torch.equal(ours.answers, plain.answers)
+
+
+@pytest.mark.parametrize("odd", ["an image in a batch of its own", "a text-only record", "a refused image"])
+def test_one_odd_question_ends_no_run(
+    odd: str, configure: Callable[..., RunConfig], questions: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (questions / "train.jsonl").read_text().splitlines()]
+    rows = [{**row, "image": str(questions / row["image"])} for row in rows]
+    if odd == "a text-only record":
+        rows.insert(3, {"question": "w1", "answer": "w2"})
+    else:
+        size = (1, 500) if odd == "a refused image" else (0, 0)
+        (tmp_path / "odd.png").write_bytes(b"") if 0 in size else Image.new("RGB", size).save(tmp_path / "odd.png")
+        rows.insert(3, {"image": "odd.png", "question": "w1", "answer": "w2"})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: list[str] = []
+    config = configure("train.batch=1", "train.steps=30", data__source=str(tmp_path / "train.jsonl"))
+    trainer.distill(config, tmp_path / "run", say=said.append)
+    (left_out,) = Run.open(tmp_path / "run").about["left_out"]
+    assert left_out == str(tmp_path / ("odd.png" if "image" in odd else "train.jsonl, line 4"))
+    assert any(line.startswith("data: 1 of 25 ") and "left out" in line for line in said)
 
 
 def test_answers_are_where_the_mask_says(model_folder: Path, questions: Path) -> None:

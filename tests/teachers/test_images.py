@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from teachers.data.images import class_numbers, load_all, load_images
+from teachers.data.classes import named
+from teachers.data.images import load_all, load_images
+from teachers.data.parts import is_held_out
 
 
 def save_image(path: Path, value: int, size: int = 8) -> None:
@@ -46,10 +48,6 @@ def test_a_folder_with_imagenets_names_gets_imagenets_numbers(folder: Path) -> N
     assert len(load_all(str(folder), pil_to_tensor)) == 6
 
 
-def test_other_names_are_numbered_in_order() -> None:
-    assert class_numbers(["cat", "dog", "n01443537"]) == {"cat": 0, "dog": 1, "n01443537": 2}
-
-
 def test_a_folder_without_parts_is_divided(folder: Path) -> None:
     data = load_images(str(folder / "train"), pil_to_tensor, held_out=4, seed=1)
     again = load_images(str(folder / "train"), pil_to_tensor, held_out=4, seed=1)
@@ -66,27 +64,144 @@ def test_classes_and_numbers_of_images_can_be_chosen(folder: Path) -> None:
         load_images(str(folder), pil_to_tensor, held_out=1, seed=0, classes=[7])
 
 
-def test_broken_images_are_left_out_and_counted(folder: Path) -> None:
-    (folder / "train" / "n01443537" / "1.png").write_bytes(b"no image")
+def test_broken_images_are_left_out_counted_and_named_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = folder / "train" / "n01443537" / "1.png"
+    broken.write_bytes(b"no image")
     data = load_images(str(folder), pil_to_tensor, held_out=1, seed=0)
-    pixels, labels = data.train.load(range(4))
+    part = data.train
+    assert caplog.messages == [f"left out: {broken}: no image, or of a kind that cannot be read"]
+    assert [number for number, _ in part.readable(range(4))] == [0, 2, 3]
+    pixels, labels = part.load_readable(range(4))
     assert reds(pixels) == [0, 2, 3] and len(labels) == 3
-    assert data.train.broken == {1}
-    with pytest.raises(ValueError, match="none of 1 images can be read"):
-        data.train.load([1])
+    assert part.load_readable([1]) is None
+    assert part.broken == 1 and part.subset([0, 1]).broken == 1 and part.subset([0]).broken == 0
+    assert [str(one) for one in data.left_out if len(one)] == [
+        f"1 of 12 images of {folder / 'train'} are left out: broken, or of no use",
+    ]
+    assert len(caplog.messages) == 1
+
+
+def test_others_stand_in_for_broken_images(folder: Path) -> None:
+    for name in ("1", "2"):
+        (folder / "train" / "n01443537" / f"{name}.png").write_bytes(b"")
+    part = load_images(str(folder), pil_to_tensor, held_out=1, seed=0).train
+    shown = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]  # by number
+    for chosen, found in (([1], [3]), ([0, 1], [0, 3]), ([11, 2], [11, 3]), ([2, 11], [11, 0]), ([0, 3, 1], [0, 3, 4])):
+        pixels, labels = part.load(chosen)
+        assert reds(pixels) == [shown[number] for number in found]
+        assert labels.tolist() == [part.labels[number] for number in found]
+    few = part.subset([1, 0, 2])
+    assert reds(few.load([0, 1, 2])[0]) == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"none of 2 images can be read, such as .*1\.png: "):
+        part.subset([1, 2]).load([0])
+
+
+def test_half_may_be_broken_and_more_may_not(folder: Path) -> None:
+    files = sorted((folder / "train").rglob("*.png"))
+    for file in files[:6]:
+        file.write_bytes(b"")
+    assert load_images(str(folder), pil_to_tensor, held_out=1, seed=0).train.broken == 6
+    files[6].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"7 of 12 images of .*train cannot be used, such as .*0\.png: no image"):
+        load_images(str(folder), pil_to_tensor, held_out=1, seed=0)
+
+
+def test_images_of_many_kinds_are_refused_for_a_reason(folder: Path) -> None:
+    cut = folder / "train" / "n01443537" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-60])
+    save_image(folder / "train" / "n01443537" / "1.png", 0, size=9)
+    Image.new("RGB", (1, 201)).save(folder / "train" / "n01443537" / "2.png")
+    reasons = load_images(str(folder), pil_to_tensor, held_out=1, seed=0).train.left_out.reasons
+    told = [reasons[str(folder / "train" / "n01443537" / f"{n}.png")] for n in range(3)]
+    assert "truncated" in told[0].lower()
+    assert told[1] == "as the model's input it is 3 x 9 x 9, where the others are 3 x 8 x 8"
+    assert told[2] == "1 x 201 pixels: one side is over 200 times the other"
+
+
+def test_what_is_hidden_or_empty_is_no_class(folder: Path) -> None:
+    before = load_images(str(folder), pil_to_tensor, held_out=4, seed=0)
+    for name in ("train/.ipynb_checkpoints", "train/0 empty", "val/__MACOSX", "train/@eaDir"):
+        (folder / name).mkdir()
+    save_image(folder / "train" / ".ipynb_checkpoints" / "0-checkpoint.png", 1)
+    (folder / "val" / "n01443537" / "._0.JPEG").write_bytes(b"Mac OS X")
+    (folder / "val" / "__MACOSX" / "0.png").write_bytes(b"Mac OS X")
+    (folder / "train" / "0 empty" / "notes.txt").write_text("none yet")
+    after = load_images(str(folder), pil_to_tensor, held_out=4, seed=0)
+    assert (after.train.items, after.train.labels) == (before.train.items, before.train.labels)
+    assert after.held_out.items == before.held_out.items
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Val"), ("TRAIN", "Test"), ("training", "validation"), ("train2017", "val2017")]
+)
+def test_parts_are_found_whatever_the_case(folder: Path, names: tuple[str, str]) -> None:
+    (folder / "train").rename(folder / names[0])
+    (folder / "val").rename(folder / names[1])
+    data = load_images(str(folder), pil_to_tensor, held_out=6, seed=0)
+    assert (len(data.train), len(data.held_out), set(data.train.labels)) == (12, 6, {1, 5, 281})
+
+
+def test_classes_are_matched_to_the_models(folder: Path) -> None:
+    names = {"n01443537": "goldfish", "n01496331": "ray", "n02123045": "tabby"}
+    for part in ("train", "val"):
+        for old, new in names.items():
+            (folder / part / old).rename(folder / part / new)
+    model = named({0: ["Tabby cat", "tabby"], 1: ["Gold-Fish", "goldfish"]})
+    data = load_images(str(folder), pil_to_tensor, held_out=6, seed=0, model_classes=model)
+    assert data.train.labels == [1] * 4 + [-1] * 4 + [0] * 4
+    assert data.held_out.unlabelled == "1 of 3 classes of the data (ray) are none of the model's"
+    with pytest.raises(ValueError, match=r"no image of the classes 7 .*; 1 of 3 classes of the data \(ray\)"):
+        load_images(str(folder), pil_to_tensor, held_out=1, seed=0, classes=[7], model_classes=model)
+
+
+def parquet(path: Path, values: list[int], labels: list | None = None) -> None:
+    encoded = []
+    for value in values:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "png")
+        encoded.append({"bytes": file.getvalue() if value >= 0 else b"torn", "path": None})
+    columns = {"image": encoded} | ({} if labels is None else {"label": labels})
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+
+
+def test_labels_of_parquet_may_be_names_or_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "tables [1]"  # characters that mean something in patterns
+    folder.mkdir()
+    parquet(folder / "train.parquet", [1, 2, 3], ["dog", None, "cat"])
+    parquet(folder / "test.parquet", [4, 5], ["dog", "bird"])
+    data = load_images(str(folder), pil_to_tensor, held_out=2, seed=0)
+    assert (data.train.labels, data.held_out.labels) == ([2, -1, 1], [2, 0])
+    assert data.train.classes == ("bird", "cat", "dog")
+    parquet(tmp_path / "null.parquet", [1, 2, 3], [None, 1, None])
+    assert load_all(str(tmp_path / "null.parquet"), pil_to_tensor).labels == [-1, 1, -1]
+
+
+def test_a_broken_row_is_named_by_file_and_row(tmp_path: Path) -> None:
+    parquet(tmp_path / "a-train.parquet", [1, 2], [0, 1])
+    parquet(tmp_path / "b-train.parquet", [3, -1, 4], [0, 1, 0])
+    parquet(tmp_path / "latest.parquet", [5], [0])  # no part of it is called test
+    data = load_images(str(tmp_path), pil_to_tensor, held_out=1, seed=0)
+    assert len(data.train) == 5
+    assert list(data.train.left_out.reasons) == [f"{tmp_path / 'b-train.parquet'}, row 2"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "held_out"),
+    [
+        *((stem, True) for stem in ("val", "x_test", "validation-00000-of-00001", "Valid", "data.dev", "val2017")),
+        *((stem, False) for stem in ("train", "latest", "interval", "contest", "evaluation", "medieval", "testament")),
+        *((stem, False) for stem in ("test_set-train-00", "valentine", "devices", "data")),
+        ("train-images-test", True),
+    ],
+)
+def test_names_of_parts_are_whole_words(stem: str, held_out: bool) -> None:
+    assert is_held_out(stem) == held_out
 
 
 def test_parquet_files_are_told_apart_by_name(tmp_path: Path) -> None:
-    def table(values: list[int]) -> datasets.Dataset:
-        encoded = []
-        for value in values:
-            file = io.BytesIO()
-            Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "png")
-            encoded.append({"bytes": file.getvalue(), "path": None})
-        return datasets.Dataset.from_dict({"image": encoded, "label": [v % 2 for v in values]})
-
-    table([1, 2, 3]).to_parquet(tmp_path / "x_train.parquet")
-    table([4, 5]).to_parquet(tmp_path / "x_test.parquet")
+    parquet(tmp_path / "x_train.parquet", [1, 2, 3], [1, 0, 1])
+    parquet(tmp_path / "x_test.parquet", [4, 5], [0, 1])
     data = load_images(str(tmp_path), pil_to_tensor, held_out=2, seed=0)
     pixels, labels = data.train.load([2, 0])
     assert reds(pixels) == [3, 1] and labels.tolist() == [1, 1]

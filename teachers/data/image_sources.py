@@ -1,0 +1,228 @@
+"""Where labelled images come from: one part, to train on or to measure on, of each kind of source."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import io
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teachers import hub
+from teachers.cache import cache_folder, published
+from teachers.data.classes import Classes, Labels, labels_of_column, labels_of_names
+from teachers.data.image_set import ImageSet, Preprocess
+from teachers.data.left_out import LeftOut
+from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, folders_of_parts, is_held_out
+from teachers.data.pictures import open_image, open_row
+from teachers.data.records import visible
+from teachers.quiet import first_line, quiet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FASHION = "fashion-mnist"
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts it."""
+
+ACCEPTED = (
+    "--data takes a folder with train/ and val/ or class sub-folders, a parquet file or folder of them, "
+    f"{FASHION}, or a hub data set (name or org/name)"
+)
+
+
+def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet | None:
+    """`root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`, or `root/CLASS/*.jpg`, which has no parts.
+
+    Hidden folders, and those without an image, are no classes.
+    """
+    parts = folders_of_parts(root)
+    part = parts[0 if train else 1]
+    if parts == (None, None):
+        if not train:
+            return None
+        part = root
+    if part is None:
+        return None
+    found = {one: _class_folders(one) for one in {part, *parts} if one is not None}
+    if not any(child.is_dir() for child in part.iterdir()):
+        raise ValueError(f"{part} has no class sub-folders; {ACCEPTED}")
+    if not found[part]:
+        raise ValueError(f"no images ({', '.join(_endings())}) in the class sub-folders of {part}")
+    names = sorted({name for classes in found.values() for name in classes})
+    labels = labels_of_names(names, model_classes)
+    number_of = dict(zip(names, labels.numbers, strict=True))
+    files = [(file, number_of[name]) for name, inside in sorted(found[part].items()) for file in inside]
+    return ImageSet(
+        items=[file for file, _ in files],
+        labels=[number for _, number in files],
+        decode=_open_rgb,
+        preprocess=preprocess,
+        left_out=LeftOut(str(part), "images", len(files)),
+        unlabelled=labels.missing,
+        classes=labels.names,
+    )
+
+
+def _class_folders(part: Path) -> dict[str, list[str]]:
+    """The images in each folder of a part, by the folder's name, sorted; folders without any are left out."""
+    found = {}
+    for folder in part.iterdir():
+        if folder.is_dir() and visible(folder, part):
+            files = [
+                os.path.join(place, name)
+                for place, _, names in os.walk(folder, followlinks=True)
+                if visible(Path(place), part)
+                for name in names
+                if name.lower().endswith(_endings()) and not name.startswith(".")
+            ]
+            if files:
+                found[folder.name] = sorted(files)
+    return found
+
+
+def _endings() -> tuple[str, ...]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return IMG_EXTENSIONS
+
+
+def _open_rgb(file: str) -> Image:
+    return open_image(file).convert("RGB")
+
+
+def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet | None:
+    """A parquet file, which has no parts, or a folder of them, told apart by their names."""
+    import datasets
+    import pyarrow.parquet
+
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"unknown kind of file: {path}; {ACCEPTED}")
+        every = files = [path] if train else []
+    else:
+        every = sorted(file for file in path.glob("*.parquet") if visible(file, path))
+        files = [file for file in every if is_held_out(file.stem) != train]
+    if not files:
+        return None
+    datasets.disable_progress_bars()
+    try:
+        with quiet():
+            rows = datasets.load_dataset(
+                "parquet",
+                data_files=[glob.escape(str(file.absolute())) for file in files],
+                split="train",
+                cache_dir=str(cache_folder() / "datasets"),
+            )
+        image, label = _columns(rows.column_names, str(path))
+        names = _label_names(rows.features, label)
+        values = rows[label][:] if label else [None] * len(rows)
+        others = [file for file in every if file not in files] if any(isinstance(v, str) for v in values) else []
+        known = [pyarrow.parquet.read_table(file, columns=[label])[label].to_pylist() for file in others]
+        ends = list(accumulate(pyarrow.parquet.read_metadata(file).num_rows for file in files))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+
+    def name(number: int) -> str:
+        place = bisect_right(ends, number)
+        return f"{files[place]}, row {number - [0, *ends][place] + 1}"
+
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    labels = labels_of_column(values, names, model_classes, list(chain.from_iterable(known)))
+    return _table(str(path), partial(_decode_nth, rows, image), preprocess, labels, name)
+
+
+def from_hub(
+    source: str,
+    repository: str,
+    config: str | None,
+    train: bool,
+    preprocess: Preprocess,
+    most: int | None,
+    model_classes: Classes | None,
+) -> ImageSet | None:
+    """A hub data set, streamed: at most `most` of its images are fetched, in encoded form."""
+    import datasets
+
+    with hub.streamed(source, repository, config, TRAIN_NAMES if train else HELD_OUT_NAMES, ACCEPTED) as stream:
+        if stream is None:
+            return None
+        if train:
+            stream = stream.shuffle(seed=0, buffer_size=1000)
+        image, label = _columns(stream.column_names or list(next(iter(stream))), source)
+        names = _label_names(stream.features or {}, label)
+        stream = stream.cast_column(image, datasets.Image(decode=False))
+        rows = [(row[image], row[label] if label else None) for row in islice(stream, most)]
+    labels = labels_of_column([value for _, value in rows], names, model_classes)
+    decode = partial(_decode_nth, [{image: row} for row, _ in rows], image)
+    return _table(source, decode, preprocess, labels, f"{source}, image {{}} as it is streamed".format)
+
+
+def _table(
+    source: str, decode: Callable[[int], Image], preprocess: Preprocess, labels: Labels, name: Callable[[int], str]
+) -> ImageSet:
+    """Images that are told apart by their place in a table."""
+    count = len(labels.numbers)
+    left_out = LeftOut(source, "images", count)
+    return ImageSet(
+        range(count), labels.numbers, decode, preprocess, left_out, name, labels.missing, classes=labels.names
+    )
+
+
+def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
+    """The names of the columns of images and of labels, the second None where there is none."""
+    image = next((name for name in ("image", "img", "pixel_values") if name in names), None)
+    if image is None:
+        raise ValueError(f"{source} has the columns {', '.join(names)}; `image` is needed, and `label` for accuracy")
+    return image, next((name for name in ("label", "labels", "fine_label") if name in names), None)
+
+
+def _label_names(features: Any, label: str | None) -> list[str] | None:
+    """What the data set calls its class numbers, where it does."""
+    import datasets
+
+    feature = features.get(label)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _decode_nth(rows: Any, image: str, number: int) -> Image:
+    return open_row(rows[number][image])
+
+
+def from_fashion(folder: Path | None, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet:
+    """Fashion-MNIST (arXiv 1708.07747) from a folder of its four files, Debian's, or as torchvision fetches it."""
+    from PIL import Image
+    from torchvision.datasets import FashionMNIST
+
+    folder = folder or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else None)
+    root = cache_folder() / FASHION
+    raw = root / "FashionMNIST" / "raw"
+    if folder is not None and not raw.is_dir():
+        with published(raw) as workshop:
+            (workshop / raw.name).mkdir()
+            for file in folder.glob("*-ubyte*"):
+                opened = gzip.open if file.suffix == ".gz" else open
+                with opened(file, "rb") as source, (workshop / raw.name / file.stem).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            data = FashionMNIST(root, train=train, download=not raw.is_dir())
+    except Exception as error:
+        raise OSError(
+            f"{FASHION} cannot be fetched ({first_line(error)}): install Debian's dataset-fashion-mnist, or name a "
+            "folder with its four files"
+        ) from error
+    labels = labels_of_column(data.targets.tolist(), list(data.classes), model_classes)
+    pixels = data.data.numpy()
+    return _table(
+        FASHION, lambda number: Image.fromarray(pixels[number]), preprocess, labels, f"{FASHION}, image {{}}".format
+    )
