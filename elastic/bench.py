@@ -180,7 +180,7 @@ def _inference(student: Student, models: Models, data: Any, wanted: Wanted, say:
         for size in wanted.batch:
             say(f"{size} images at once ...")
             pixels = _images(data.held_out, size * max(1, IMAGES // size))
-            yield _classify(models, student.tokens, pixels, size, repeats)
+            yield _classify(models, student.at(pixels.shape[-2:])[0], pixels, size, repeats)
         return
     if isinstance(student, VisionLanguageStudent):
         for size in wanted.batch:
@@ -364,7 +364,8 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> dict
         inputs, tokens = sample.inputs, sample.image.shape[1]
     else:
         if isinstance(student, ImageStudent):
-            sample, name, tokens = _images(data.train, batch), "pixel_values", student.tokens
+            sample, name = _images(data.train, batch), "pixel_values"
+            tokens = student.at(sample.shape[-2:])[0]
         else:
             tokens = config.train.window
             sample, name = _cut(data.held_out.flatten(), batch, tokens), "input_ids"

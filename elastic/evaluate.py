@@ -11,6 +11,8 @@ from students import Student
 
 HELD_OUT = "held-out data"
 """What a row says of a part of the training data's source that was set aside."""
+TOLERANCE = 0.015
+"""A budget is missed where what is spent on held-out data is further away from it."""
 
 
 def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +45,21 @@ def measure(
         row = describe(run, student, name, families.of(config.family).evaluate(student, held_out, config))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
+
+
+def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each row of a student whose budget is missed on data of the kind that it was trained on."""
+    lines = []
+    for row in rows:
+        asked, spent = row["compute_target"], row.get(f"compute_{row['phase']}", row["compute"])
+        if row["data"] != HELD_OUT or row.get("baseline") is not None or abs(spent - asked) <= TOLERANCE:
+            continue
+        lines.append(
+            f"budget missed: {asked:.3f} was asked for, and {spent:.3f} of the {row['phase']} compute is spent on "
+            f"{HELD_OUT}; the run is finished all the same. Ask for a budget that these routers can take up, train for "
+            "more steps, or measure on more (data.held_out)"
+        )
+    return lines
 
 
 def measure_run(

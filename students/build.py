@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -31,10 +31,9 @@ from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear, Site
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
-from students.families.image import ImageStudent, call
+from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
-from students.flops import flop_counter
 from students.routers import ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import RouterSpec, StudentSpec
@@ -137,37 +136,11 @@ def _language_parts(
 def _elasticize_image(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> ImageStudent:
-    tokens, others = _probe(model, blocks)
     runtime = Runtime(causal=False, prefix=record.prefix)
     shapes = _elasticize_blocks(model, record, blocks, spec, runtime)
-    compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
-    ones = torch.ones(1, tokens, dtype=torch.bool)
-    inside = compute.dense(ones, "prefill").sum()
-    compute = replace(compute, outside=max(0, round(others - float(inside))))
-    return ImageStudent(model, record, blocks, spec, runtime, compute, tokens=tokens)
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, blocks: list[nn.Module]) -> tuple[int, int]:
-    """(tokens of an image, multiply-accumulates of a forward pass), by looking at one."""
-    seen: list[int] = []
-    hook = blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    parameter = next(model.parameters())
-    try:
-        with flop_counter() as flops:
-            call(model, torch.zeros(1, *image_shape(model), dtype=parameter.dtype, device=parameter.device))
-    finally:
-        hook.remove()
-    return seen[0], flops.get_total_flops() // 2
-
-
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a model takes."""
-    if isinstance(model, PreTrainedModel):
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return model.config.num_channels, height, width
-    return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+    return ImageStudent(
+        model, record, blocks, spec, runtime, ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
+    )
 
 
 def _elasticize_blocks(

@@ -179,6 +179,7 @@ class Student(nn.Module):
         """Write what was added to the model, and the dial, to one safetensors file."""
         run = self.runtime
         about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
+        about["multiples"] = run.multiples
         write_tensors(Path(path), self.added_state(), about)
 
     def restore(self, path: str | Path) -> None:
@@ -190,6 +191,7 @@ class Student(nn.Module):
         offset = about["offset"]
         self.runtime.offset = tuple(offset) if isinstance(offset, list) else offset
         self.runtime.capacity = about["capacity"]
+        self.runtime.multiples = about.get("multiples", True)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:
@@ -214,8 +216,8 @@ class Student(nn.Module):
 
     @property
     def stepwise(self) -> bool:
-        """Whether compute goes in steps as the dial turns: quotas are whole numbers of patches."""
-        return any(router.selection == "quota" for router in self.spec.routers)
+        """Whether compute goes in steps as the dial turns: there are quotas alone, whole numbers of patches."""
+        return all(router.selection == "quota" for router in self.spec.routers)
 
     def _offset(self, compute: float) -> float:
         """Where the dial is for a budget below 1."""

@@ -10,15 +10,15 @@ from elastic.cli.parser import parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 130 for Ctrl-C.
+    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 3 for a finished run that
+    missed its budget, 130 for Ctrl-C.
 
     141 where whoever reads the output closed the pipe.
     """
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        options.command(options)
-        return 0
+        return options.command(options) or 0
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 from elastic.cli.screen import print_rows, screen
 
+MISSED = 3
+"""Exit code of a run or sweep that is finished, but misses a budget."""
 
-def distill_command(options: argparse.Namespace) -> None:
+
+def distill_command(options: argparse.Namespace) -> int | None:
     if options.resume:
         given = [
             name
@@ -45,11 +51,13 @@ def distill_command(options: argparse.Namespace) -> None:
         else:
             trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
     folder = options.resume or output
-    print_rows(Run.open(folder).about["results"])
+    rows = Run.open(folder).about["results"]
+    print_rows(rows)
     print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
+    return _say_what_is_missed(rows)
 
 
-def sweep_command(options: argparse.Namespace) -> None:
+def sweep_command(options: argparse.Namespace) -> int | None:
     import shlex
 
     from elastic.sweep import sweep
@@ -88,6 +96,17 @@ def sweep_command(options: argparse.Namespace) -> None:
         )
     Console().print(table)
     print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
+    return _say_what_is_missed(rows)
+
+
+def _say_what_is_missed(rows: Sequence[dict[str, Any]]) -> int | None:
+    """A line for each budget that is missed; returns the exit code."""
+    from elastic.evaluate import missed
+
+    lines = missed(rows)
+    for line in lines:
+        print(f"elastic: {line}", file=sys.stderr)
+    return MISSED if lines else None
 
 
 def pretrain_command(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from elastic import families
 from elastic.config import RunConfig
-from elastic.distillation.dial import Say, capacity_for, set_dial, set_range
+from elastic.distillation.dial import Say, capacity_for, lowest, set_dial, set_range
 from elastic.run import make_student
 from students import Student
 from students.calibration.price import Start
 from teachers import Teacher
+
+LOOKED_AT = 4
+"""Windows, images or questions that the lowest compute is measured on: with all gates closed it is always the same."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -28,12 +32,15 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     """Elasticize the teacher. ValueError where the budget cannot be met."""
     torch.manual_seed(config.train.seed)
     student = make_student(teacher, config)
-    tokens = families.of(config.family).tokens(student, data, config)
-    lowest = student.uniform(0.0, tokens, config.budget.phase)
-    if config.budget.span[0] < lowest:
+    shuffled = order(len(data.train), config.train.seed, 1)
+    meter = families.of(config.family).compute_meter(student, data, shuffled[:LOOKED_AT], config)
+    least = lowest(student, meter, trained=False)
+    if config.budget.span[0] < least:
+        left = f"{math.ceil(1000 * least) / 1000:.3f} of the {config.budget.phase} compute is left"
+        what = "ask for more, or route more" if least < 1 else "in this phase they save nothing, so route otherwise"
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
-            f"{lowest:.3f} of the {config.budget.phase} compute is left; ask for more, or route more"
+            f"{left}; {what}"
         )
     return student
 

@@ -4,7 +4,8 @@ load(config, teacher)                      data with .train and .held_out
 load_all(source, config, teacher)          data to measure on
 random_data(config, model)                 the same as `load` gives, without a source: for models with random weights
 summary(data, config)                      what there is, for the user to read
-tokens(student, data, config)              tokens that the model reads at once
+tokens(student, data, config)              what the model reads at once, as `student.uniform` takes it: tokens of
+                                           text; of text and of the image; an image's height and width
 Batches(data, config, device)              training batches by number: len(), load(chosen, following)
 Distillation(student, loss, budget, data)  module: (batch, price, one for all rows or each [B]) -> (loss, Measured),
                                            Measured.rows being "kl" and "compute" of each row

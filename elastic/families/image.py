@@ -22,7 +22,7 @@ from elastic.accounting.sums import Sums, divergence_of, routing_loss
 from elastic.baselines import image as baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.distillation.budgets import trained
-from elastic.distillation.dial import exact_start
+from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
 from elastic.distillation.prefetch import Prefetched
 from elastic.reporting.progress import Watched
 from losses import DIVERGENCES, HIDDEN_DISTANCES, cosine_distance, per_layer
@@ -117,9 +117,10 @@ def summary(data: ImageData, config: RunConfig) -> str:
     return f"{data.description} to train on, {data.held_out.usable:,} held out{why}"
 
 
-def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> int:
-    """Tokens of an image."""
-    return student.tokens
+def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> tuple[int, int]:
+    """Height and width of an image as the processor makes it."""
+    height, width = data.train.load(range(min(4, len(data.train))))[0].shape[-2:]
+    return height, width
 
 
 class Batches(Prefetched):
@@ -166,7 +167,7 @@ class Distillation(nn.Module):
         with student.teacher(), torch.no_grad():
             teacher, _ = student.features(pixels, layers)
         out, decisions = student.features(pixels, layers)
-        macs, dense = _spent(student, pixels, decisions)
+        macs, dense = student.spent(pixels, decisions)
         total = (price * macs / dense).mean() + routing_loss(student, decisions, loss, self.budget)
         kl = pixels.new_zeros(len(pixels), dtype=torch.float32)
         if out.logits is not None:
@@ -189,13 +190,6 @@ class Distillation(nn.Module):
         return per_layer(distance, *pairs)
 
 
-def _spent(student: ImageStudent, pixels: Tensor, decisions: Any) -> tuple[Tensor, Tensor]:
-    """(student's, teacher's) multiply-accumulates of each image [B]."""
-    valid = torch.ones(len(pixels), student.tokens, dtype=torch.bool, device=pixels.device)
-    compute = student.compute
-    return compute.routed_blocks(decisions, valid, "prefill").sum(1), compute.dense(valid, "prefill").sum(1)
-
-
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training images, shuffled."""
     batches = _chosen(student, data.train, order[: config.calibration.windows].tolist())
@@ -207,25 +201,37 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
         return start
     student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
     try:
-        return exact_start(start, student, merging, targets, lambda: measured_compute(student, flat[:1]))
+        return exact_start(start, student, merging, targets, lambda _: measured_compute(student, flat[:1]))
     finally:
         student.runtime.training, student.runtime.execution = False, "skip"
 
 
 @torch.no_grad()
-def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Callable[[], float]:
+def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
     batches = list(_chosen(student, data.train, order[:DIAL_IMAGES].tolist()))
+    student.at(batches[0].shape[-2:])  # a size that the model cannot take is to be refused before it is tried
     student.set_quotas(batches)
-    if all(router.selection == "quota" for router in student.spec.routers):
-        batches = [batches[0][:1]]  # every image costs the same
-    return lambda: measured_compute(student, batches)
+    target = config.budget.span[0]
+    if student.stays and any(router.selection == "quota" for router in student.spec.routers):
+        # patches that had nobody to merge with keep their place in a quota, however far the dial is turned
+        offset = -0.25
+        while offset > -SPREAD and lowest(student, lambda _: measured_compute(student, batches[:1])) > target:
+            student.set_quotas(batches, offset)
+            offset *= 2
+    if student.stepwise:
+        batches = [batches[0][:1]]  # by quota every image costs the same
+
+    def meter(share: float) -> float:
+        return measured_compute(student, batches[: math.ceil(share * len(batches))])
+
+    return meter
 
 
 @torch.no_grad()
 def measured_compute(student: ImageStudent, batches: Sequence[Tensor]) -> float:
     """The compute ratio on batches of pixels."""
-    sums = [_spent(student, pixels, student(pixels)[1]) for pixels in batches]
+    sums = [student.spent(pixels, student(pixels)[1]) for pixels in batches]
     return float(sum(macs.sum() for macs, _ in sums) / sum(dense.sum() for _, dense in sums))
 
 
@@ -290,7 +296,7 @@ def evaluate(student: ImageStudent, images: ImageSet, config: RunConfig) -> dict
 
     def run(pixels: Tensor) -> tuple[Features, float]:
         features, decisions = student.features(pixels)
-        macs, dense = _spent(student, pixels, decisions)
+        macs, dense = student.spent(pixels, decisions)
         return features, float(macs.sum() / dense.sum())
 
     return compare(student, images, run)
@@ -377,21 +383,21 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
 
     Adds the key examples: for each, original and image, a data URI each, the second with patches as opaque as the
     share of gates is that are open to them, and compute, as a share of the teacher's. None where the patches are no
-    square.
+    squares.
     """
     chosen = [len(images) * n // EXAMPLES for n in range(min(EXAMPLES, len(images)))]
     pixels = images.load(chosen)[0].to(next(student.parameters()).device)
     _, decisions = student.features(pixels)
-    valid = torch.ones(len(pixels), student.tokens, dtype=torch.bool, device=pixels.device)
+    height, width = pixels.shape[-2:]
+    valid = torch.ones(len(pixels), student.at((height, width))[0], dtype=torch.bool, device=pixels.device)
     found = where(student, decisions, pixels, valid, "prefill")
-    spent = student.compute.routed_blocks(decisions, valid, "prefill")
-    dense = student.compute.dense(valid, "prefill")
+    spent, dense = student.spent(pixels, decisions)
     patches = torch.tensor(found["tokens"]).float().mean(0).div(1000).view(len(pixels), -1)
-    side = math.isqrt(patches.shape[1])
+    rows = round((patches.shape[1] * height / width) ** 0.5)
     examples = []
-    if side * side == patches.shape[1]:
-        for picture, opaque, share in zip(pixels.cpu(), patches, (spent.sum(1) / dense.sum(1)).tolist(), strict=True):
-            shown = {"original": data_uri(picture), "image": data_uri(picture, opaque.view(side, side))}
+    if patches.shape[1] % rows == 0:
+        for picture, opaque, share in zip(pixels.cpu(), patches, (spent / dense).tolist(), strict=True):
+            shown = {"original": data_uri(picture), "image": data_uri(picture, opaque.view(rows, -1))}
             examples.append({**shown, "compute": round(share, 3)})
     return {**found, "examples": examples}
 

@@ -17,6 +17,7 @@ from elastic.accounting.sums import Sums, divergence_of, routing_loss
 from elastic.baselines import language as baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.distillation.budgets import trained
+from elastic.distillation.dial import Meter
 from elastic.reporting.progress import Watched
 from losses import (
     HIDDEN_DISTANCES,
@@ -111,10 +112,15 @@ def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunCo
     return calibrate(student, Watched(picked.split(2)), trained(config.budget), config.budget.phase, config.train.seed)
 
 
-def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Callable[[], float]:
+def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; order: the training windows, shuffled."""
     windows = data.train[order[:DIAL_WINDOWS]].to(next(student.parameters()).device)
-    return lambda: measured_compute(student, windows, config.budget.phase, config.data.prompt)
+
+    def meter(share: float) -> float:
+        some = windows[: math.ceil(share * len(windows))]
+        return measured_compute(student, some, config.budget.phase, config.data.prompt)
+
+    return meter
 
 
 @dataclass

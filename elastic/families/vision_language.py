@@ -17,7 +17,7 @@ from elastic.accounting.sums import Sums, divergence_of, routing_loss
 from elastic.baselines import image as baselines
 from elastic.config import BudgetConfig, DataConfig, LossConfig, RunConfig
 from elastic.distillation.budgets import trained
-from elastic.distillation.dial import exact_start
+from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.prefetch import Prefetched
 from elastic.families.image import data_uri
 from elastic.reporting.progress import Watched
@@ -328,7 +328,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
 
 
 @torch.no_grad()
-def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Callable[[], float]:
+def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; sets the door's share first. order: training questions,
     shuffled."""
     batches = list(_batches(student, data.train, order[:DIAL_QUESTIONS].tolist(), MEASURED))
@@ -338,7 +338,11 @@ def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, con
         if "image" in decisions.score:
             scores.append(decisions.score["image"].squeeze(-1)[prompts.image])
     student.set_quotas(scores)
-    return lambda: measured_compute(student, batches)
+
+    def meter(share: float) -> float:
+        return measured_compute(student, batches[: math.ceil(share * len(batches))])
+
+    return meter
 
 
 @torch.no_grad()

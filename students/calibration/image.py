@@ -30,14 +30,15 @@ def calibrate_images(
     targets = [target] if isinstance(target, float) else target
     generator = torch.Generator().manual_seed(seed)
     seen = _observe(student, batches, generator)
-    ones = torch.ones(1, student.tokens, dtype=torch.bool)
-    dense = float(student.compute.dense(ones, "prefill").sum()) / student.tokens
-    images, choices = ImageStart(student, seen, dense), []
+    size = batches[0].shape[-2:]
+    tokens, compute = student.at(size)
+    dense = float(compute.dense(torch.ones(1, tokens, dtype=torch.bool), "prefill").sum()) / tokens
+    images, choices = ImageStart(student, seen, tokens, dense), []
     for spec in student.spec.at("block"):
         routers = [placed for placed in student.routers() if placed.router.spec is spec and placed.key in seen]
         choices += spec.of_kind.start_images(images, routers)
-    compute = student.compute.uniform(1.0, student.tokens, "prefill")
-    return start_at(choices, Curve(choices), [compute] * len(targets), targets)
+    whole = student.uniform(1.0, size, "prefill")
+    return start_at(choices, Curve(choices), [whole] * len(targets), targets)
 
 
 def _observe(
@@ -89,13 +90,15 @@ def _log_likelihood(features: object, generator: torch.Generator) -> Tensor:
 class ImageStart:
     """An image model's student whose routers are to be started, and what was seen of their gates."""
 
-    def __init__(self, student: ImageStudent, seen: dict[str, tuple[Tensor, Tensor]], dense: float) -> None:
-        self.student, self._seen, self._dense = student, seen, dense
+    def __init__(
+        self, student: ImageStudent, seen: dict[str, tuple[Tensor, Tensor]], tokens: int, dense: float
+    ) -> None:
+        self.student, self._seen, self._tokens, self._dense = student, seen, tokens, dense
 
     def branch(self, number: int, branch: str) -> float:
         """Cost of a block's branch for one token, as a share of the model's."""
         block = self.student.compute.blocks[number]
-        attention = block.q + block.kv + block.o + block.per_key * self.student.tokens
+        attention = block.q + block.kv + block.o + block.per_key * self._tokens
         return (attention if branch == "attn" else block.mlp_in + block.mlp_out) / self._dense
 
     def block(self, number: int) -> float:

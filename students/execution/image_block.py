@@ -162,7 +162,7 @@ class RoutedBlock(Wrapper):
         shift = torch.as_tensor(router.shift(self.runtime.turn(x[:, 0, 0]))).float().expand(len(x))
         some, size, score, index, into, counts = merge_below(
             *(x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, lengths, shift),
-            router.spec.multiple,
+            self.runtime.multiple(router.spec),
         )
         most = int(counts.max())
         flow.resize(size[:, :most])
@@ -237,7 +237,7 @@ class RoutedBlock(Wrapper):
         """How many patches of each image pass by their ranks [B, n] where only multiples do, but not while routers are
         trained; here as in `_rank`. None: as many as have a rank of at least 0."""
         run = self.runtime
-        if router.spec.multiple == 1 or run.training:
+        if run.multiple(router.spec) == 1 or run.training:
             return None
         here = torch.ones_like(rank, dtype=torch.bool) if here is None else here
         open_ = (rank + router.shift(run.turn(rank)) >= 0) & here

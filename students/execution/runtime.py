@@ -36,6 +36,8 @@ class Runtime:
     Several: one for each row of the batch (or each group of as many rows), infinity where the row is the teacher's."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
+    multiples: bool = True
+    """Whether images keep multiples of patches where routers ask for them; else any number of them."""
     training: bool = False
     """Whether routers are being trained. Over the tokens of a sequence, language models choose a top-k only then."""
     causal: bool = True
@@ -225,6 +227,10 @@ class Runtime:
             ]
         return counts[0] if rows is None else tuple(counts)
 
+    def multiple(self, spec: RouterSpec) -> int:
+        """Of how many tokens an image keeps a multiple."""
+        return spec.multiple if self.multiples else 1
+
     def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
         """How many patches pass of images of which so many are `left`, where so many have a score of at least 0."""
         return tuple(
@@ -237,18 +243,18 @@ class Runtime:
         where that is not too far up."""
         if spec.dropped != "merge":
             return 0
-        tokens = self.prefix + math.ceil(left / 2)
-        if tokens >= 3 * spec.multiple:
-            tokens = spec.multiple * math.ceil(tokens / spec.multiple)
+        tokens, multiple = self.prefix + math.ceil(left / 2), self.multiple(spec)
+        if tokens >= 3 * multiple:
+            tokens = multiple * math.ceil(tokens / multiple)
         return tokens - self.prefix
 
     def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
         """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""
         if share >= 1:
             return patches
-        tokens = self.prefix + max(0, round(share * patches))
-        if tokens >= spec.multiple:
-            tokens = spec.multiple * round(tokens / spec.multiple)
+        tokens, multiple = self.prefix + max(0, round(share * patches)), self.multiple(spec)
+        if tokens >= multiple:
+            tokens = multiple * round(tokens / multiple)
         return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:

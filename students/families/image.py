@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures import BRANCHES, trunk_of
+from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
 from students.execution.capture import Forward
 from students.execution.wrapper import Wrapper
+from students.flops import flop_counter
 from students.routers import Router
 from students.student import Student
+
+INTERPOLATES_ANYWAY = ("dinov2",)
+"""Kinds of models whose forward interpolates positions without being asked to."""
 
 
 @dataclass
@@ -51,14 +56,16 @@ class Placed:
 class ImageStudent(Student):
     """A frozen image model and its routers."""
 
-    def __init__(self, *parts: Any, tokens: int) -> None:
+    def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.tokens = tokens
-        """Tokens of an image of the model's own size, those of the prefix included."""
+        self._at: dict[tuple[int, int], tuple[int, ComputeModel]] = {}
         self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
         trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
         self._recorded = Forward(partial(call, self.model), self._recorded_for)
+        self.tokens, self.compute = self.at(image_shape(self.model)[1:])
+        """Of an image of the size that the model is configured for: how many tokens it has, those of the prefix
+        included, and what they cost. `at` has those of other sizes."""
 
     def predict(self, pixel_values: Tensor) -> Any:
         """The model's own output, without gradients; on GPUs through recorded passes (execution/capture.py), which the
@@ -75,8 +82,48 @@ class ImageStudent(Student):
         if not fixed or run.execution != "skip" or isinstance(run.offset, tuple):
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
-        levels = tuple(router.levels._version for _, router in self.routers() if router.levels is not None)
-        return self._layouts, run.offset, levels
+        levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
+        return self._layouts, run.offset, run.multiples, levels
+
+    @torch.no_grad()
+    def at(self, size: Sequence[int]) -> tuple[int, ComputeModel]:
+        """(tokens, those of the prefix included; what they cost) of images of this height and width, counted when it is
+        first asked for. ValueError where the model cannot take such images."""
+        height, width = size
+        if (height, width) not in self._at:
+            parameter = next(self.model.parameters())
+            pixels = parameter.new_zeros(1, image_shape(self.model)[0], height, width)
+            seen: list[int] = []
+            hook = self.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+            before, self.runtime.bypass = self.runtime.bypass, True
+            try:
+                with flop_counter() as flops:
+                    call(self.model, pixels)
+            except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # what models refuse a size by
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot take images of {height} x {width}; it is configured for "
+                    f"{' x '.join(map(str, image_shape(self.model)[1:]))}: {reason}"
+                ) from error
+            finally:
+                hook.remove()
+                self.runtime.bypass = before
+            blocks = replace(self.compute, outside=0)
+            inside = float(blocks.dense(torch.ones(1, seen[0], dtype=torch.bool), "prefill").sum())
+            outside = max(0, round(flops.get_total_flops() // 2 - inside))
+            self._at[height, width] = seen[0], replace(blocks, outside=outside)
+        return self._at[height, width]
+
+    def spent(self, pixels: Tensor, decisions: Decisions) -> tuple[Tensor, Tensor]:
+        """(student's, frozen model's) multiply-accumulates of each of the images [B, C, H, W] that were decided on."""
+        tokens, compute = self.at(pixels.shape[-2:])
+        valid = torch.ones(len(pixels), tokens, dtype=torch.bool, device=pixels.device)
+        return compute.routed_blocks(decisions, valid, "prefill").sum(1), compute.dense(valid, "prefill").sum(1)
+
+    def uniform(self, share: float, size: Sequence[int], phase: Phase) -> float:
+        """The compute ratio if every router kept the same share of its gates, for images of this height and width."""
+        tokens, compute = self.at(size)
+        return compute.uniform(share, tokens, phase)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
         """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
@@ -110,11 +157,12 @@ class ImageStudent(Student):
                         yield Placed(router, number, branch)
 
     @torch.no_grad()
-    def set_quotas(self, batches: Iterable[Tensor]) -> None:
-        """Let every router with quota take, from now on, the shares that its threshold keeps of these images."""
+    def set_quotas(self, batches: Iterable[Tensor], offset: float = 0.0) -> None:
+        """Let every router with quota take, from now on, the shares that its threshold keeps of these images; offset:
+        where the dial is when what reaches later blocks is looked at."""
         run, seen = self.runtime, {}
         before = run.training, run.execution, run.offset
-        run.training, run.execution, run.offset = True, "mask", 0.0
+        run.training, run.execution, run.offset = True, "mask", offset
         try:
             for pixels in batches:
                 _, decisions = self(pixels)
@@ -138,14 +186,30 @@ class ImageStudent(Student):
 
 
 def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
-    """An image model's forward. ViT-MAE, which would hide patches at random, sees all of them in their order."""
-    config = getattr(model, "config", None)
-    if config is None:
+    """An image model's forward, its positions interpolated where images have another size than it is configured for.
+    ViT-MAE, which would hide patches at random, sees all of them in their order."""
+    if not isinstance(model, PreTrainedModel):
         return model(pixel_values, **kwargs)
-    if config.model_type == "vit_mae":
-        patches = (config.image_size // config.patch_size) ** 2
+    height, width = pixel_values.shape[-2:]
+    if (height, width) != image_shape(model)[1:] and model.config.model_type not in INTERPOLATES_ANYWAY:
+        kwargs["interpolate_pos_encoding"] = True
+    if model.config.model_type == "vit_mae":
+        down, across = _pair(model.config.patch_size)
+        patches = (height // down) * (width // across)
         kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
     return model(pixel_values=pixel_values, **kwargs)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model is configured for."""
+    if isinstance(model, PreTrainedModel):
+        return model.config.num_channels, *_pair(model.config.image_size)
+    return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def features_of(model: nn.Module, pixel_values: Tensor, blocks: Sequence[nn.Module] = ()) -> Features:

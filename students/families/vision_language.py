@@ -102,7 +102,9 @@ class VisionLanguageStudent(LanguageStudent):
         inside = decisions.vision
         if self.vision is not None and inside is not None and inside.share:
             images = max(len(share) for share in inside.share.values())
-            ones = torch.ones(images, self.vision.tokens, dtype=torch.bool, device=image.device)
+            tokens = max(share.shape[1] for share in inside.share.values())
+            tokens = self.vision.tokens if tokens == 1 else tokens  # one decision for all of them
+            ones = torch.ones(images, tokens, dtype=torch.bool, device=image.device)
             compute = self.vision.compute
             saved = (compute.dense(ones, "prefill") - compute.routed_blocks(inside, ones, "prefill")).sum()
             vision = outside - saved * count / count.sum()

@@ -481,3 +481,35 @@ def test_the_command_line_speaks_of_images(
         assert main(arguments) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert message in line
+
+
+def _of_another_size(kind: str, folder: Path) -> tuple[int, int]:
+    """Save a model whose configuration names another size than its processor makes; returns what that is."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, patch_size=4)
+    if kind == "dinov2":
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=48)).save_pretrained(folder)
+        crop = {"height": 20, "width": 20}
+        transformers.BitImageProcessor(size={"shortest_edge": 24}, crop_size=crop).save_pretrained(folder)
+        return 20, 20
+    transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16)).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 24, "width": 16}).save_pretrained(folder)
+    return 24, 16
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit"])
+def test_the_processor_says_how_many_tokens_there_are(
+    kind: str, configure: Callable[..., RunConfig], image_folder: Path, tmp_path: Path
+) -> None:
+    height, width = _of_another_size(kind, tmp_path / "model")
+    config = configure("student.routers=[{kind: layer, selection: quota, kv: drop}]", model=str(tmp_path / "model"))
+    row = trainer.distill(config, tmp_path / "run", say=silent)
+    assert row["compute"] == pytest.approx(0.7, abs=0.015)
+    run = tmp_path / "run"
+    (again,) = measure_run(str(run), data=str(image_folder), say=silent)
+    assert again["compute"] == pytest.approx(row["compute"])
+    (timed, train) = bench_run(str(run), batch=[2], repeats=1, say=silent)
+    assert timed["tokens"] == train["tokens"] == height // 4 * (width // 4) + 1
+    assert timed["compute"] == pytest.approx(row["compute"], abs=0.01)
+    found = look(str(run), None)
+    assert len(found["tokens"][0]) == 8 * (height // 4 * (width // 4)) and len(found["examples"]) == 8

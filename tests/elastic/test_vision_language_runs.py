@@ -32,6 +32,7 @@ from teachers.recipes.easy_vqa import WORDS, _shown
 from teachers.recipes.reader import Reader
 from teachers.recipes.vision_language import _states, accuracy
 from teachers.registry import models
+from tests.elastic.test_budgets import check_lowest_budget
 
 SETTINGS = [
     *("data.held_out=6", "calibration.windows=8", "train.batch=4", "train.steps=4", "train.precision=float32"),
@@ -463,3 +464,7 @@ def test_the_command_line_speaks_of_questions(
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_lowest_budget(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    check_lowest_budget(configure, tmp_path, "train.steps=2")

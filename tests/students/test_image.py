@@ -256,3 +256,71 @@ def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Ten
     reported = float(student.compute.ratio(decisions, valid, "prefill"))
     counted = flops(lambda: student(pixels[:1])) / dense
     assert reported == pytest.approx(counted, rel=0.01)
+
+
+OTHER_SIZES = {
+    "vit": (24, 16),
+    "deit": (24, 24),
+    "dinov2": (12, 20),
+    "clip": (24, 16),
+    "siglip": (8, 24),
+    "vit_mae": (24, 16),
+}
+
+
+@pytest.mark.parametrize("spec", ["block merges", "branches", "heads and experts"])
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_images_of_another_size_than_configured(name: str, spec: str) -> None:
+    """Positions are interpolated; what is counted is the tokens that there are."""
+    height, width = OTHER_SIZES[name]
+    pixels = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        frozen = call(make(name).requires_grad_(False), pixels)
+    student = routed(name, spec, pixels)
+    assert student.at((height, width))[0] == height * width // 16 + student.record.prefix
+    with torch.no_grad(), student.teacher():
+        for one, other in zip(frozen.to_tuple(), call(student.model, pixels).to_tuple(), strict=True):
+            assert torch.equal(one, other)
+    with student.teacher():
+        dense = flops(lambda: student(pixels[:1]))
+    with torch.no_grad():
+        _, decisions = student(pixels[:1])
+    spent, whole = student.spent(pixels[:1], decisions)
+    assert float(whole) == pytest.approx(dense / 2, rel=0.01)
+    assert float(spent / whole) == pytest.approx(flops(lambda: student(pixels[:1])) / dense, rel=0.01)
+    with torch.no_grad():
+        skipped = student(pixels)[0].to_tuple()
+        student.runtime.execution = "mask"
+        for one, other in zip(skipped, student(pixels)[0].to_tuple(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_size_that_a_model_cannot_take_costs_one_line() -> None:
+    student = elasticize(make("timm_fused"), StudentSpec(SPECS["block"]))
+    with pytest.raises(
+        ValueError, match=r"VisionTransformer cannot take images of 24 x 24; .* configured for 16 x 16: "
+    ):
+        student.at((24, 24))
+    assert not student.runtime.bypass
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)])
+def test_an_oblong_mae_sees_all_patches(size: tuple[int, int]) -> None:
+    config = transformers.ViTMAEConfig(**_SIZES, **{**_IMAGE, "image_size": size}, mask_ratio=0.0)
+    student = elasticize(transformers.ViTMAEModel(config).eval(), StudentSpec(SPECS["block merges"]))
+    assert student.tokens == 65
+    with torch.no_grad():
+        assert student(torch.randn(2, 3, *size))[0].last_hidden_state.shape == (2, 65, 32)
+
+
+def test_any_number_of_patches_is_kept_where_multiples_are_too_coarse(pixels: Tensor) -> None:
+    student = routed("vit", "multiples of 4 merge", pixels)
+    counts = {}
+    for multiples in (True, False):
+        student.runtime.multiples = multiples
+        counts[multiples] = set()
+        for offset in torch.linspace(-2, 2, 40).tolist():
+            student.runtime.offset = offset
+            with torch.no_grad():
+                counts[multiples].add(int(student(pixels)[1].share["0.layer"][0].sum()))
+    assert counts[True] <= {9, 12, 16, 17} and len(counts[False]) > len(counts[True])
