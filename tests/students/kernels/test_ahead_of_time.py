@@ -13,12 +13,16 @@ import pytest
 from students.kernels import triton
 
 ROOT = Path(__file__).parents[3]
+MORE = ((80, "bfloat16"), (80, "float16"), (90, "float16"), (90, "float32"))
 SHARED = 99 * 1024
 """Bytes of shared memory that a program may have on every GPU from Ampere on, data centres' or not."""
 
 
 @pytest.mark.skipif(not triton.available(), reason="Triton is not installed")
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bfloat16"), (80, "float32"), (90, "bfloat16")])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, "float32"), (90, "bfloat16"), *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)],
+)
 def test_kernels_compile_without_a_gpu_and_spill_nothing(capability: int, dtype: str, tmp_path: Path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.students.kernels.ahead_of_time", str(capability), dtype]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from students import LoraSpec, RouterSpec, StudentSpec, elasticize
+from students.kernels import triton
+from students.libraries import cache_of
 from tests.pico.language import make_tiny
 from tests.students.test_execution import decode
 from tests.students.test_image import outputs, routed
@@ -33,3 +40,36 @@ def test_images_that_merge_patches_say_what_masks_say(backend: torch.device):
     student.runtime.execution = "mask"
     for one, other in zip(skipped, outputs(student, pixels), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.skipif(not triton.available(), reason="Triton is not installed")
+def test_decoding_on_a_gpu_asks_nothing_of_it(rows: int):
+    """Whatever would wait for the device fails on tensors that hold nothing."""
+    student = scramble(elasticize(make_tiny("llama"), SPEC)).train(False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in student.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+        row = torch.ones(rows, 6, dtype=torch.long, device="cuda")
+        cache = cache_of(student(row, use_cache=True)[0])
+        with Called() as called:
+            out, _ = student(row[:, :1], use_cache=True, past_key_values=cache)
+    assert out.logits.is_cuda
+    assert {"read_channels" if rows == 1 else "few_channels", "exact_rows"} <= called.names
