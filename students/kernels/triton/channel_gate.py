@@ -11,7 +11,7 @@ ROWS = 64
 """Tokens whose gradients one program adds up."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _channel_gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int32)
@@ -26,7 +26,7 @@ def _channel_gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
     tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (channels + 0.0).to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _channel_gate_grad(
     grad,
     price,
@@ -68,7 +68,7 @@ def _channel_gate_grad(
     tl.store(partial + (group * chunks + chunk).to(tl.int64) * channels + channel, tl.sum(sums, 0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
     group = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -47,7 +47,7 @@ def products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _dot_rows(
     x,
     weight,

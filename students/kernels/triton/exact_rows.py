@@ -19,7 +19,7 @@ CHUNK = 1024
 """Rows of the head that one program lists."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _choose_rows(
     preview,
     limit,
@@ -48,7 +48,7 @@ def _choose_rows(
     tl.store(lengths + (1 + own) * chunks + me, tl.sum(needed, 1), mask=own < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _exact_rows(
     x,
     head,

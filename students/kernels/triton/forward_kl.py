@@ -16,7 +16,7 @@ def _rescale(most, values):
     return new, safe, tl.exp(most - safe)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     most_s, most_t = float("-inf"), float("-inf")
@@ -40,7 +40,7 @@ def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.const
     tl.store(logs + rows + row, log_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kl_grad(student, teacher, logs, grad, to_student, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

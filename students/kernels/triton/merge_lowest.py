@@ -116,7 +116,7 @@ def _in_order(score):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
 def _match(
     x,
     size,
@@ -214,7 +214,7 @@ def _match(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
 def _choose_alone(
     size,
     before,
@@ -262,7 +262,7 @@ def _choose_alone(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
 def _take_in(x, size, first, following, index, out_size, out, tokens, width, prefix, going, keep, WIDTH: tl.constexpr):
     """One token that stays: the mean of what it stands for."""
     me = tl.program_id(0)

@@ -27,7 +27,7 @@ def _write(total, bias, out, row, column, rows, outputs):
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rank"])
 def _gather(
     index,
     value,

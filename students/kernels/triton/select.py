@@ -28,7 +28,7 @@ class Selection(NamedTuple):
     """int32 [n], zeros: for programs to count one another."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ranks", "chunks", "counters"])
 def _select(
     x,
     limit,
