@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from torch import Tensor
-
 from students import Student
 from students.calibration.price import Start
 from students.compute import Phase
