@@ -67,8 +67,8 @@ def test_new_quotas_are_recorded_anew(pixels: Tensor) -> None:
     student = student_for("timm_fused", "block merges", pixels)
     student._recorded.recorder = Tape
     student.predict(pixels)
-    for _, router in student.routers():
-        router.set_quota(torch.linspace(-2.0, 0.5, 50))
+    for placed in student.routers():
+        placed.router.set_quota(torch.linspace(-2.0, 0.5, 50))
     torch.testing.assert_close(student.predict(pixels), call(student.model, pixels))
     assert len(student._recorded.kept) == 2
 

@@ -1,8 +1,8 @@
 """The operators' kernels for GPUs, in Triton: a file each, imported when a tensor on a GPU first meets the operator.
 
 None waits for the device, and none adds in an order that could change: the same inputs give the same bits. Shapes of
-launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph. What varies from call
-to call (rows, chunks, tokens that stay) is not specialised for, so that nothing compiles in the middle of a run.
+launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph. What varies from
+call to call (rows, chunks, tokens that stay) is not specialised for, so that nothing compiles in the middle of a run.
 """
 
 from __future__ import annotations
