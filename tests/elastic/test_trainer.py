@@ -23,6 +23,7 @@ import elastic
 import teachers
 from elastic import trainer
 from elastic.bench import _medians, bench_run
+from elastic.cli import main
 from elastic.config import RunConfig, presets
 from elastic.distillation import dial
 from elastic.evaluate import measure_run
@@ -502,3 +503,20 @@ def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
     rows = bench_run(str(tmp_path / "run"), compute=[0.8, 1.0], tokens=[16], new_tokens=3, repeats=1, say=silent)
     routed, dense = (row["compute"] for row in rows if row["phase"] == "decode")
     assert routed < 0.9 and dense == 1
+
+
+def test_records_that_were_left_out_are_named_in_the_run(
+    configure: Configure, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = text_file.read_text().split()
+    lines = [json.dumps({"text": " ".join(words[n : n + 40])}) for n in range(0, 4000, 40)]
+    lines[6] = '{"text": null}'
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    config, said = configure(data__source=str(tmp_path / "words.jsonl")), []
+    trainer.distill(config, tmp_path / "run", say=said.append)
+    (name,) = Run.open(tmp_path / "run").about["left_out"]
+    assert name == f"{tmp_path / 'words.jsonl'}, line 7"
+    assert said[-1].startswith(f"data: 1 of 100 records of {tmp_path / 'words.jsonl'} are left out")
+    assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "words.jsonl"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count(f"left out: {name}: ") == 1 and json.loads(captured.out)["rows"][0]["tokens"] > 3000
