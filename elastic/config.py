@@ -16,10 +16,12 @@ import yaml
 
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from students.spec import RouterSpec, StudentSpec
-from teachers.registry import ModelEntry, resolve
+from teachers.registry import ModelEntry, models, resolve
 
 SECTIONS = ("prefill", "vit", "vlm")
 """Sections of a file that hold only where they apply."""
+NAMED_DATA = ("builtin", "fashion-mnist", "easy-vqa")
+"""Data that is no file or folder of the user's, whatever lies in the working directory."""
 _NEEDS = {
     "vit": "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist",
     "vlm": "questions about images: --data FILE (image, question, answer in JSON lines or parquet), or easy-vqa",
@@ -300,6 +302,8 @@ def make_config(
     if not isinstance(model, str):
         raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
     entry = entry or resolve(model)
+    if entry.folder is not None and model not in models():
+        put(chosen, ["model"], str(entry.folder.absolute()))  # a run is used from other folders, too
     budget: dict[str, Any] = {}
     for layer in layers:
         budget |= section_of(layer, "budget")
@@ -323,4 +327,7 @@ def make_config(
         merged["student"] = {"gains": True, **section_of(merged, "student")}
     if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {_NEEDS[entry.family]}")
+    source = merged["data"].get("source")
+    if isinstance(source, str) and source not in NAMED_DATA and Path(source).expanduser().exists():
+        merged["data"]["source"] = str(Path(source).expanduser().absolute())
     return from_dict(RunConfig, merged)

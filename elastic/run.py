@@ -10,8 +10,10 @@ routers.safetensors        the finished student: routers only, with its dial
 from __future__ import annotations
 
 import json
+import os
 import platform
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import nn
 
 import teachers
 from elastic import __version__
-from elastic.config import RunConfig
+from elastic.config import NAMED_DATA, RunConfig
 from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
@@ -31,6 +33,8 @@ from students.kernels.cpu import toolchain
 from students.kernels.packing import pack_linears
 from teachers import Teacher
 from teachers.cache import cache_folder
+from teachers.load import LOCAL
+from teachers.registry import models
 
 FORMAT = 1
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
@@ -57,6 +61,7 @@ class Run:
                 model=config.model,
                 identity=teacher.identity,
                 source=teacher.source,
+                beside=run._beside(config),
                 **surroundings(),
             )
         except OSError:
@@ -96,8 +101,34 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The resolved configuration."""
-        return from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
+        """The resolved configuration, with paths to where things are now: the run may have moved, or all of it."""
+        config: RunConfig = from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
+        data = replace(config.data, source=self._found("data", config.data.source))
+        return replace(config, model=self._found("model", config.model), data=data)
+
+    def _beside(self, config: RunConfig) -> dict[str, str]:
+        """The run's local model and data as seen from its folder."""
+        paths = {"model": config.model, "data": config.data.source}
+        local = {name: path for name, path in paths.items() if Path(path).is_absolute()}
+        with suppress(ValueError):  # Windows: on another drive
+            return {name: os.path.relpath(path, self.folder.absolute()) for name, path in local.items()}
+        return {}
+
+    def _found(self, what: str, name: str) -> str:
+        """Where the run's "model" or "data" of this name is now: in its place, where it was in a run of an earlier
+        version, beside the run as before, or below a folder that the run is in; the name itself where it is nowhere."""
+        if name in models() or name in NAMED_DATA or not (self.folder / "elastic.json").exists():
+            return name
+        about, given = self.about, Path(name).expanduser()
+        places = [given]
+        if what == "model" and about["source"].startswith(LOCAL):
+            places.append(Path(about["source"].removeprefix(LOCAL).partition("; ")[0]))
+        if what in about.get("beside", {}):
+            places.append(self.folder / about["beside"][what])
+        if not given.is_absolute() and (what == "data" or about["source"].startswith(LOCAL)):
+            here = self.folder.absolute()
+            places += [parent / given for parent in (here, *here.parents)]
+        return next((os.path.abspath(place) for place in places if place.exists()), name)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -112,6 +143,11 @@ class Run:
     def teacher(self) -> Teacher:
         """The run's teacher; ValueError where its weights are not those that the run was made with."""
         config, about = self.config, self.about
+        if about["source"].startswith(LOCAL) and not Path(config.model).is_dir():
+            raise ValueError(
+                f"{self.folder} was made for the model in {config.model}, which is not there any more: put it back, or "
+                f"write where it is behind `model:` in {self.folder / 'config.yaml'}"
+            )
         teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
         if teacher.identity != about["identity"]:
             raise ValueError(

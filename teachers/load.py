@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from teachers.data.image_set import Preprocess
 
+LOCAL = "local folder "
+"""What the source of a model in a folder of the user's begins with."""
 _SAMPLES_PER_TENSOR = 64
 
 
@@ -116,7 +118,7 @@ def _locate(entry: ModelEntry) -> tuple[Path, str]:
     """
     if entry.folder:
         shipped = entry.name in models()
-        return entry.folder, "shipped with Elastic" if shipped else f"local folder {entry.folder.absolute()}"
+        return entry.folder, "shipped with Elastic" if shipped else f"{LOCAL}{entry.folder.absolute()}"
     assert entry.hub is not None
     if cached := hub.cached_model(entry.hub):
         return cached, f"{entry.hub} in the Hugging Face cache, {cached}"

@@ -92,6 +92,10 @@ def resolve(name: str) -> ModelEntry:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
         return ModelEntry(name=name, folder=folder, family=family_of(folder))
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"no such folder: {name}; --model takes a short name (`elastic models`), hub id or local folder"
+        )
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         known = next((entry for entry in models().values() if entry.hub == name), None)
         return known or ModelEntry(name=name, hub=name, family=_hub_family(name))

@@ -1,0 +1,103 @@
+"""Runs of local models and data: used from any folder, moved alone or together with what they need."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elastic.cli import main
+from elastic.run import Run
+from teachers import hub
+from tests.pico.language import RUN_SETTINGS
+
+SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+
+
+@pytest.fixture
+def project(model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a text and a run of both by relative paths; the working directory is another one."""
+    folder = tmp_path / "project"
+    shutil.copytree(model_folder, folder / "my" / "model")
+    shutil.copy(text_file, folder / "text.txt")
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(folder)
+    given = ["--model", "my/model", "--data", "text.txt", "--target-compute", "0.8", "--output", "runs/one"]
+    assert main(["distill", *given, *SETTINGS]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return folder
+
+
+def works(run: Path) -> None:
+    before = (run / "routers.safetensors").read_bytes()
+    assert main(["generate", str(run), "--prompt", "w3 w4", "--max-new-tokens", "2"]) == 0
+    assert main(["eval", str(run)]) == 0
+    (run / "routers.safetensors").unlink()
+    assert main(["distill", "--resume", str(run)]) == 0
+    assert (run / "routers.safetensors").read_bytes() == before
+
+
+def as_of_an_earlier_version(run: Path) -> None:
+    """Paths as they were typed, and nothing that says where they were."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"], config["data"]["source"] = "my/model", "text.txt"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((run / "elastic.json").read_text())
+    del about["beside"]
+    (run / "elastic.json").write_text(json.dumps(about))
+
+
+def test_a_run_is_used_and_resumed_from_anywhere(project: Path) -> None:
+    config = Run.open(project / "runs" / "one").config
+    assert (config.model, config.data.source) == (str(project / "my" / "model"), str(project / "text.txt"))
+    works(project / "runs" / "one")
+
+
+def test_a_run_is_moved_alone(project: Path, tmp_path: Path) -> None:
+    works(Path(shutil.move(project / "runs" / "one", tmp_path / "moved")))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_is_moved_with_its_model_and_data(old: bool, project: Path, tmp_path: Path) -> None:
+    if old:
+        as_of_an_earlier_version(project / "runs" / "one")
+    works(Path(shutil.move(project, tmp_path / "a" / "b")) / "runs" / "one")
+
+
+def test_a_run_of_an_earlier_version_opens_from_anywhere(project: Path) -> None:
+    as_of_an_earlier_version(project / "runs" / "one")
+    works(project / "runs" / "one")
+
+
+def test_a_sweep_goes_on_from_another_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--target-compute", "0.8", "--no-bench", *SETTINGS]
+    names = ["--model", str(project / "my" / "model"), "--data", str(project / "text.txt")]
+    folder = str(project / "sweep")
+    assert main(["sweep", *names, *given, "--output", folder]) in (0, 3)
+    monkeypatch.chdir(project)
+    assert main(["sweep", "--model", "my/model", "--data", "text.txt", *given, "--output", "sweep"]) in (0, 3)
+    assert len((project / "sweep" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_model_that_is_gone_costs_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(project / "my")
+    capsys.readouterr()
+    for command in (["generate", "--prompt", "w3"], ["eval"], ["distill", "--resume"]):
+        assert main([*command, str(project / "runs" / "one")]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(project / "my" / "model") in line and "is not there any more" in line and "config.yaml" in line
+    assert main(["info", str(project / "runs" / "one")]) == 0
+
+
+@pytest.mark.parametrize("name", ["./model", "/no/such/model", "my/own/model", "~/no-such-model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", "--model", name]) == 2
+    assert f"no such folder: {name}" in capsys.readouterr().err
