@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import teachers
 from elastic import families
 from elastic.accounting.counters import count
 from elastic.config import RunConfig
+from elastic.families.language import most_tokens
 from elastic.run import DTYPES, Run, has_room_for_two
 from students import Student
 from students.architectures import VISION_TOWERS, kind_of
@@ -31,6 +32,7 @@ from students.execution.capture import Forward
 from students.execution.decoding import Decoding
 from students.execution.kv_cache import cache_bytes
 from students.families.image import ImageStudent, call
+from students.families.language import LanguageStudent
 from students.families.vision_language import VisionLanguageStudent
 from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears
@@ -53,6 +55,8 @@ Models = dict[str, Contender]
 """The "student"; the "dense" model as its library ships it; and a "tuned" dense one, on GPUs and where weights can be
 packed: what the student does to run fast, without routers."""
 
+COUNTED = 4
+"""Steps of decoding that FLOPs and bytes are counted of, after those that are timed."""
 PROMPT = 128
 """Tokens in front of those that decoding is timed on."""
 IMAGES = 64
@@ -111,6 +115,8 @@ class Wanted:
     repeats: int
     samples: int
     """Windows, images or questions that the largest of it takes."""
+    prompt: int = PROMPT
+    """Tokens in front of those that decoding is timed on."""
 
     @classmethod
     def of(
@@ -146,7 +152,16 @@ def measure(
     trains: bool,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Time a student against the model that `dense` makes; trains: whether to time a training step."""
+    """Time a student against the model that `dense` makes; trains: whether to time a training step. ValueError where
+    the model reads less at once."""
+    most = most_tokens(student) if isinstance(student, LanguageStudent) else None
+    if most is not None:
+        room = most - wanted.new_tokens - COUNTED
+        if max(wanted.tokens) > most or room < 1:
+            raise ValueError(
+                f"the model reads at most {most} tokens at once: say --tokens {most} --new-tokens {max(2, most // 2)}"
+            )
+        wanted = replace(wanted, prompt=min(PROMPT, room))
     trained = []
     if trains:
         say("training steps ...")
@@ -195,8 +210,8 @@ def _inference(student: Student, models: Models, data: Any, wanted: Wanted, say:
         say(f"prefill of {size} x {length} tokens ...")
         yield _prefill(models, _unpadded(_cut(text, size, length)), repeats)
     for size in wanted.batch:
-        say(f"decoding {size} x {new_tokens} tokens after {PROMPT} ...")
-        yield _decode(models, _unpadded(_cut(text, size, PROMPT)), new_tokens, repeats)
+        say(f"decoding {size} x {new_tokens} tokens after {wanted.prompt} ...")
+        yield _decode(models, _unpadded(_cut(text, size, wanted.prompt)), new_tokens, repeats)
 
 
 def _images(images: ImageSet, count: int) -> Tensor:
@@ -325,7 +340,7 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
     def step(last: Tensor, cache: Any) -> Tensor:
         return model(last, **with_cache(model, {"use_cache": True}, cache)).logits[:, -1:].argmax(-1)
 
-    for _ in range(4):
+    for _ in range(COUNTED):
         for n, number in enumerate(count(lambda x=last: step(x, copy.deepcopy(cache)))):
             totals[n] += number
         last = step(last, cache)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from elastic.families.language import measured_compute
+from elastic.families.language import measured_compute, most_tokens, require_rows
 from elastic.run import Run
 from students import Student
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.left_out import reason_of
 from teachers.data.pictures import open_image
 from teachers.families.vision_language import call, prompt_text
+from teachers.quiet import first_line
 
 
 class _Stream(TextStreamer):
@@ -40,9 +41,10 @@ def generate_text(
 ) -> dict[str, Any]:
     """Continue a prompt, greedily, as an answer where the model has a chat template.
 
-    image: the file that a vision-language model is asked about. Keys: text; tokens, how many are new;
-    tokens_per_second; compute, the share of the teacher's FLOPs that the new tokens took, or, of a question about an
-    image, that its prompt took. stream: called with each piece of text as it comes.
+    image: the file that a vision-language model is asked about. Keys: text; tokens, how many are new; full, whether
+    there are no more because the model reads no more; tokens_per_second; compute, the share of the teacher's FLOPs
+    that the new tokens took, or, of a question about an image, that its prompt took. stream: called with each piece of
+    text as it comes.
     """
     run = Run.open(folder, finished=True)
     family = run.config.family
@@ -65,12 +67,17 @@ def generate_text(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("--prompt is empty: give some text")
+    require_rows(student.model, tokenizer, inputs["input_ids"])
+    most = most_tokens(student)
+    if most is not None and length >= most:
+        raise ValueError(f"--prompt has {length} tokens, but the model reads at most {most}, answer included")
+    room = max_new_tokens if most is None else min(max_new_tokens, most - length)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     started = time.perf_counter()
     with torch.no_grad():
         whole = student.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             pad_token_id=padding,
             streamer=_Stream(tokenizer, stream) if stream else None,
@@ -80,6 +87,7 @@ def generate_text(
     return {
         "text": tokenizer.decode(whole[0, length:], skip_special_tokens=True),
         "tokens": new,
+        "full": new == room < max_new_tokens,
         "tokens_per_second": new / seconds,
         "compute": 1.0 if student.runtime.bypass else _spent(student, inputs, whole, length),
     }
@@ -96,9 +104,12 @@ def _open(file: str) -> Any:
 def _tokens(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program of the model's
+            raise ValueError(f"the model's chat template refuses the prompt: {first_line(error)}") from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}

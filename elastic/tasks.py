@@ -28,6 +28,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
+from elastic.families.language import require_rows
 from elastic.reporting.progress import Watched
 from elastic.run import Run
 from losses import default_chunk_rows
@@ -122,6 +123,7 @@ class Scorer(TemplateLM):
         student = self.student
         device = student.model.device
         ids = torch.tensor([read for read, _ in batch], device=device)
+        require_rows(student.model, self.tokenizer, ids)
         given = torch.tensor([given for _, given in batch], device=device)[:, None]
         places = torch.arange(ids.shape[1], device=device)
         out, decisions = student.features(ids, prompt=places < given)

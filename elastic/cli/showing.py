@@ -34,6 +34,8 @@ def generate_command(options: argparse.Namespace) -> None:
             stream=write if options.stream else None,
         )
         print("" if options.stream else result["text"])
+        if result["full"]:
+            say("stopped: the model has no position for another token")
         say(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, compute {result['compute']:.3f}")
 
 

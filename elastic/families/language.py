@@ -57,7 +57,7 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
     longest = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.data.window > longest:
         raise ValueError(f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens")
-    return load_text(
+    data = load_text(
         config.data.source,
         teacher.processor,
         window=config.data.window,
@@ -65,6 +65,29 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
         seed=config.train.seed,
         max_tokens=config.data.max_tokens,
     )
+    for windows in (data.train, data.held_out):
+        require_rows(teacher.model, teacher.processor, windows)
+    return data
+
+
+def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:
+    """ValueError where one of the token ids, of any shape, has no row in the model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    worst = int(ids.max()) if ids.numel() else 0
+    if worst >= rows:
+        raise ValueError(
+            f"the tokenizer has more tokens than the model: {tokenizer.convert_ids_to_tokens(worst)!r} is number "
+            f"{worst}, and the model's embedding has {rows} rows; take the tokenizer that the model was trained with, "
+            "or save the model after resize_token_embeddings"
+        )
+
+
+def most_tokens(student: LanguageStudent) -> int | None:
+    """How many tokens a model can read, where every position has learned numbers of its own; None: any number."""
+    trunk = student.trunk
+    most, words = getattr(trunk.config, "max_position_embeddings", None), trunk.get_input_embeddings()
+    tables = (m for m in trunk.modules() if isinstance(m, nn.Embedding) and m is not words)
+    return most if any(table.num_embeddings == most for table in tables) else None
 
 
 def random_data(config: RunConfig, model: nn.Module) -> TextData:
@@ -78,7 +101,9 @@ def random_data(config: RunConfig, model: nn.Module) -> TextData:
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
     """All of a source as windows [N, T]."""
-    return load_windows(source, teacher.processor, window=config.data.window)
+    windows = load_windows(source, teacher.processor, window=config.data.window)
+    require_rows(teacher.model, teacher.processor, windows)
+    return windows
 
 
 def summary(data: TextData, config: RunConfig) -> str:

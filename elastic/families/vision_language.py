@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.prefetch import Prefetched
 from elastic.families.image import data_uri
+from elastic.families.language import require_rows
 from elastic.reporting.progress import Watched
 from losses import DIVERGENCES, HIDDEN_DISTANCES
 from students.calibration.price import Start
@@ -75,13 +76,15 @@ class Questions:
     asked: QuestionSet
     processor: Any
     image_token: int
+    rows: int
+    """Of the model's embedding of tokens."""
 
     def __len__(self) -> int:
         return len(self.asked)
 
     def subset(self, chosen: Sequence[int]) -> Questions:
         """Only these questions, in this order."""
-        return Questions(self.asked.subset(chosen), self.processor, self.image_token)
+        return replace(self, asked=self.asked.subset(chosen))
 
     def load(self, chosen: Sequence[int]) -> Prompts:
         """Prompts of as many questions: others stand in for those that are left out."""
@@ -103,18 +106,24 @@ class Questions:
         while found := read(chosen):
             samples = [sample for _, sample in found]
             try:
-                return encode(self.processor, samples, self.image_token), samples
+                return self._encode(samples), samples
             except Exception:  # a processor may refuse a single image or text, in whatever way
                 if not self._leave_out(found):
                     raise
         return None
+
+    def _encode(self, samples: Sequence[Asked]) -> Prompts:
+        prompts = encode(self.processor, samples, self.image_token)
+        if int(prompts.inputs["input_ids"].max()) >= self.rows:
+            raise ValueError(f"a token has no row in the model's embedding, which has {self.rows}")
+        return prompts
 
     def _leave_out(self, found: list[tuple[int, Asked]]) -> bool:
         """Leave out those of which alone no prompt can be made; whether there are any."""
         some = False
         for number, sample in dict(found).items():
             try:
-                encode(self.processor, [sample], self.image_token)
+                self._encode([sample])
             except Exception as error:
                 self.asked.leave_out(number, error)
                 some = True
@@ -206,7 +215,11 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> Questions:
 
 
 def _with(teacher: Teacher, asked: QuestionSet) -> Questions:
-    return Questions(asked, teacher.processor, teacher.model.config.image_token_id)
+    model, tokenizer = teacher.model, teacher.processor.tokenizer
+    known = [number for number in (model.config.image_token_id, tokenizer.eos_token_id) if number is not None]
+    require_rows(model, tokenizer, torch.tensor(known))
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Questions(asked, teacher.processor, model.config.image_token_id, rows)
 
 
 def summary(data: Data, config: RunConfig) -> str:

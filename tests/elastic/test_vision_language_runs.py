@@ -216,7 +216,7 @@ def test_free_answers_are_generated(finished: Path, questions: Path, tmp_path: P
     asked.choices = ("w3 w2", "w3 w4")  # begin alike: no score tells them apart by their first token
     run = Run.open(finished)
     teacher = run.teacher()
-    whole = vision_language.Questions(asked, teacher.processor, teacher.model.config.image_token_id)
+    whole = vision_language._with(teacher, asked)
     row = vision_language.evaluate(run.load_student(teacher), whole, run.config)
     assert row["questions"] == 3 and 0 <= row["accuracy"] <= 1
 
@@ -252,7 +252,7 @@ def test_questions_that_the_processor_refuses_are_left_out(
 
     monkeypatch.setattr(vision_language, "encode", strict)
     asked = load_all(str(tmp_path / "some.jsonl"))
-    whole = vision_language.Questions(asked, teacher.processor, teacher.model.config.image_token_id)
+    whole = vision_language._with(teacher, asked)
     prompts, samples = whole.read([0, 1, 2])
     assert [question for _, question, _ in samples] == ["0", "2", "3"]
     assert len(prompts) == 3 and asked.broken == 2

@@ -1,0 +1,88 @@
+"""Tokens and positions that a model has no row for: one line, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic import trainer
+from elastic.bench import bench_run
+from elastic.cli import main
+from elastic.config import RunConfig
+from elastic.evaluate import measure_run
+from elastic.families.language import most_tokens
+from elastic.generate import generate_text
+from students import RouterSpec, StudentSpec, elasticize
+from tests.pico.language import TINY, make_tiny, make_tokenizer
+
+Configure = Callable[..., RunConfig]
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def short(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a GPT-2, which has 64 learned positions."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_tiny("gpt2").save_pretrained(folder / "model")
+    make_tokenizer(words=117).save_pretrained(folder / "model")
+    trainer.distill(configure(model=str(folder / "model")), folder / "run", say=silent)
+    return folder / "run"
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Path:
+    """A model whose tokenizer was given a token, and whose embedding was not given a row."""
+    folder = tmp_path / "grown"
+    make_tiny("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer(words=117)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_without_a_row(grown: Path, configure: Configure, text_file: Path, tmp_path: Path) -> None:
+    words = text_file.read_text()
+    (tmp_path / "new.txt").write_text(f"w3 <|im_end|> {words}")
+    config = configure(model=str(grown), data__source=str(tmp_path / "new.txt"))
+    with pytest.raises(ValueError, match=r"more tokens than the model: '<\|im_end\|>' is number 120, .* 120 rows"):
+        trainer.distill(config, tmp_path / "run", say=silent)
+    assert not (tmp_path / "run").exists()
+    # as long as no text has it, the token does no harm
+    trainer.distill(configure(model=str(grown)), tmp_path / "run", say=silent)
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        measure_run(str(tmp_path / "run"), data=str(tmp_path / "new.txt"), say=silent)
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        generate_text(str(tmp_path / "run"), "w3 <|im_end|>")
+
+
+def test_a_prompt_that_is_longer_than_the_positions(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (64, 80):
+        with pytest.raises(ValueError, match=f"--prompt has {words} tokens, but the model reads at most 64"):
+            generate_text(str(short), "w3 " * words)
+    made = generate_text(str(short), "w3 " * 60, max_new_tokens=20)
+    assert made["tokens"] <= 4 and made["full"] == (made["tokens"] == 4)
+    assert not generate_text(str(short), "w3", max_new_tokens=2)["full"]
+    assert main(["generate", str(short), "--prompt", "w3 " * 60]) == 0
+    assert ("stopped: the model has no position" in capsys.readouterr().err) == made["full"]
+
+
+def test_timing_stays_within_the_positions(short: Path) -> None:
+    rows = bench_run(str(short), tokens=[64], new_tokens=8, repeats=1, say=silent)
+    assert [row["phase"] for row in rows] == ["prefill", "decode", "train"]
+    with pytest.raises(ValueError, match="reads at most 64 tokens at once: say --tokens 64 --new-tokens 32"):
+        bench_run(str(short), repeats=1, say=silent)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_which_models_have_a_limit(name: str) -> None:
+    student = elasticize(make_tiny(name), StudentSpec((RouterSpec("token"),)))
+    assert most_tokens(student) == (64 if name == "gpt2" else None)
+    with torch.no_grad():
+        if name != "gpt2":
+            student(torch.full((1, 70), 5))
