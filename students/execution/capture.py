@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -42,6 +43,11 @@ class CudaGraph:
     def __call__(self) -> Any:
         self._graph.replay()
         return self._out
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -97,7 +103,11 @@ class Forward:
         def make() -> tuple[Tensor, Callable[[], Any]]:
             with torch.inference_mode(False):
                 own = pixels.clone()
-            return own, record(lambda: self._run(own))
+            try:
+                return own, record(lambda: self._run(own))
+            except RuntimeError as error:
+                warnings.warn(f"images without recorded passes: recording failed ({first_line(error)})", stacklevel=4)
+                return own, lambda: self._run(own)
 
         own, replay = self.kept.take(key, make)
         own.copy_(pixels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from students.execution.capture import Fetched, Recorder, Recordings, recorder_for
+from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
 from students.execution.fixed import DecodeStep
 from students.execution.kv_cache import memory_of
 from students.libraries import CACHE_NAMES, cache_of
@@ -71,9 +71,7 @@ class Decoding:
         try:
             possible = self._possible(kwargs)
         except ValueError as reason:
-            if str(reason) not in self._said:
-                self._said.add(str(reason))
-                warnings.warn(f"decoding without recorded steps: {reason}", stacklevel=3)
+            self._warn(str(reason))
             possible = False
         if not possible:
             return self.model.generate(*args, **kwargs)
@@ -83,6 +81,11 @@ class Decoding:
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *mine]
         # transformers keeps the streamer from a callable of ours, but for the prompt, unless it has another name
         return self.model.generate(*args, custom_generate=self._decode, words_to=kwargs.get("streamer"), **kwargs)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"decoding without recorded steps: {reason}", stacklevel=4)
 
     def _possible(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call decodes through recorded steps; ValueError where it might have, and cannot."""
@@ -193,7 +196,11 @@ class Decoding:
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
             record = self.recorder or recorder_for(keys.device)
-            return step, record(step.run)
+            try:
+                return step, record(step.run)
+            except RuntimeError as error:  # the model waits for the device, or leaves too little memory
+                self._warn(f"{type(self.model).__name__} could not be recorded ({first_line(error)})")
+                return step, step.run
 
         return self._steps.take(key, make)
 

@@ -360,6 +360,21 @@ def test_where_nothing_can_be_recorded_it_says_so_once(
         assert torch.equal(*both(student, tokens, **SIX)) and student._decoding.made == 1
 
 
+def test_a_model_that_cannot_be_recorded_takes_the_same_steps(tokens: Tensor) -> None:
+    def refuse(work: Any) -> Any:
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    student = student_for()
+    expected = student.model.generate(tokens, **SIX)
+    student._decoding.recorder = refuse
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM could not be recorded \(operation not .* capturing\)$"):
+        assert torch.equal(student.generate(tokens, **SIX), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(student.generate(tokens, **SIX), expected)
+
+
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
 def test_who_decides_for_himself_is_left_alone(options: dict[str, Any], tokens: Tensor) -> None:
     student = student_for()

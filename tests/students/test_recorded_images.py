@@ -91,6 +91,17 @@ def test_a_frozen_model_and_no_recorder(pixels: Tensor) -> None:
     assert torch.equal(plain(pixels), call(model, pixels)) and not plain.kept
 
 
+def test_what_cannot_be_recorded_runs_as_ever(pixels: Tensor) -> None:
+    def refuse(work: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    student = student_for("timm_fused", "block merges", pixels)
+    student._recorded.recorder = refuse
+    with pytest.warns(UserWarning, match=r"recording failed \(out of memory\)"):
+        student.predict(pixels.flip(0))
+    assert torch.equal(student.predict(pixels), call(student.model, pixels))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["block merges", "multiples of 4 merge", "block stays"])
 def test_cuda_graphs_say_what_the_model_says(spec: str, pixels: Tensor) -> None:
