@@ -17,6 +17,14 @@ from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test touches the user's own cache."""

@@ -93,6 +93,16 @@ def test_a_table_with_a_header(capsys: pytest.CaptureFixture[str]) -> None:
     assert out[2].split()[:3] == ["phase", "batch", "tokens"] and out[3].split()[0] == "prefill"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TINY)
+def test_on_a_gpu_beside_a_dense_model_in_graphs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = () if name == "tiny-vit" else ("--new-tokens", 4)
+    made = run("--model", name, "--batch", 1, 2, *options, "--set", "train.batch=1", capsys=capsys)
+    assert made["machine"]["device"] and made["rows"][0]["dtype"] == "bfloat16"
+    timed = [row for row in made["rows"] if row["phase"] in ("decode", "classify")]
+    assert timed and all(row["tuned_speedup"] > 0 for row in timed)
+
+
 @pytest.mark.parametrize("preset", ["static", "mixture-of-depths", "router-tuning"])
 def test_presets_and_settings(preset: str) -> None:
     config = shape_config("tiny-llm", preset=preset, settings=["budget.phase=prefill"], budget__target=0.85)
