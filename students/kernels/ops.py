@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from students.kernels import triton
 from students.kernels.cpu import toolchain
+from students.kernels.triton import tuning
 
 
 def observed() -> bool:
@@ -147,6 +148,12 @@ exact_rows = operator(
 )(_exact_rows)
 """The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
+
+
+def exact_together(x: Tensor) -> int:
+    """For how many inputs at once `exact_rows` is faster than the whole head on the device of x: each of them needs few
+    rows, and on GPUs reading these is nearly all that it costs."""
+    return tuning.MOST_ROWS if x.is_cuda and triton.available() else 4
 
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:

@@ -1,8 +1,8 @@
 """The operators' kernels for GPUs, in Triton: a file each, imported when a tensor on a GPU first meets the operator.
 
 None waits for the device, and none adds in an order that could change: the same inputs give the same bits. Shapes of
-launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph. What varies from
-call to call (rows, chunks, tokens that stay) is not specialised for, so that nothing compiles in the middle of a run.
+launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph. What varies between
+calls (rows, chunks, tokens that stay) is not specialised for, so that nothing compiles in the middle of a run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module, util
 from typing import Any
+
+import torch
 
 OPERATORS = {
     "read_channels": "read_channels",
@@ -30,8 +32,8 @@ OPERATORS = {
 
 @cache
 def available() -> bool:
-    """Whether Triton is installed: torch brings it where there are GPUs for it."""
-    return util.find_spec("triton") is not None
+    """Whether Triton is installed, for NVIDIA's GPUs: torch brings it where it is built for them."""
+    return util.find_spec("triton") is not None and torch.version.hip is None
 
 
 def implementation(operator: str) -> Callable[..., Any]:
