@@ -179,7 +179,8 @@ class Student(nn.Module):
         """Write what was added to the model, and the dial, to one safetensors file."""
         run = self.runtime
         about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
-        about["multiples"] = run.multiples
+        if not run.multiples:
+            about["multiples"] = False  # files of students that keep them are as those of earlier versions
         write_tensors(Path(path), self.added_state(), about)
 
     def restore(self, path: str | Path) -> None:
