@@ -72,6 +72,8 @@ def test_its_results_are_measured_again(at, folder: Path, name: str) -> None:
         for key, value in stored.items():
             if "per_second" in key:
                 continue
+            if key in ("model", "data") and Path(value).exists():  # local paths are absolute now
+                value = str(Path(value).absolute())
             assert again[key] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), key
 
 
@@ -84,6 +86,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(at, folder: Path, cut: str, wh
     found, about = read_tensors(Path(cut) / "routers.safetensors")
     stored, about_stored = read_tensors(Path(whole) / "routers.safetensors")
     assert row["compute"] == pytest.approx(Run.open(whole).about["result"]["compute"], abs=1e-3)
-    assert found.keys() == stored.keys() and about.keys() == about_stored.keys()
+    assert found.keys() == stored.keys()
+    assert about.keys() - {"multiples"} == about_stored.keys()  # which says that multiples of patches were given up
     for key, value in stored.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
