@@ -117,16 +117,25 @@ def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_co
 
     Raises ValueError with one line that starts with `name` where they cannot be read or some are missing.
     """
-    try:
-        model, report = loader.from_pretrained(
+
+    def read(attention: str | None) -> Any:
+        return loader.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
         )
+
+    try:
+        try:
+            model, report = read("sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = read(None)  # as it can: Gemma 2 caps its scores, which SDPA cannot
     except Exception as error:  # safetensors, torch and transformers each have their own classes
         raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):

@@ -66,6 +66,14 @@ def test_local_folder_is_frozen(folder: Path):
     assert torch.equal(teacher.model(ids).logits, make_tiny("llama")(ids).logits)
 
 
+def test_an_architecture_without_sdpa_loads_as_it_can(folder: Path, tmp_path: Path):
+    make_tiny("gemma2").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    model = teachers.load(str(tmp_path), dtype=torch.float32, device="cpu").model
+    ids = torch.arange(3, 9)[None]
+    torch.testing.assert_close(model(ids).logits, make_tiny("gemma2")(ids).logits)
+
+
 def test_identity_is_of_weights_not_of_loading(folder: Path):
     full = teachers.load(str(folder), dtype=torch.float32)
     half = teachers.load(str(folder), dtype=torch.bfloat16)
