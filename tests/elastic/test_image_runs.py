@@ -28,7 +28,7 @@ from elastic.evaluate import compare_runs, measure_run
 from elastic.families import image
 from elastic.run import Run, load
 from elastic.sweep import look
-from students import StudentSpec, elasticize
+from students import StudentSpec, elasticize, selfcheck
 from students.families.image import Features, ImageStudent
 from students.spec import RouterSpec
 from teachers.data.images import load_all
@@ -277,6 +277,7 @@ def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
 
 
 def test_the_teacher_runs_once_for_all_that_is_measured(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it asks the teacher as well
     asked = []
     monkeypatch.setattr(ImageStudent, "teacher", lambda self, real=ImageStudent.teacher: asked.append(1) or real(self))
     rows = measure_run(str(finished), baselines=["random", "tome"], say=silent)
