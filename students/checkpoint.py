@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+FORMER_NAMES = {"bend": "mlp", "unlike": "distance_weight"}
+"""Parameters that files of earlier versions name otherwise."""
+
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Tensors and a JSON-able description in one file, written under a temporary name and then renamed."""
@@ -35,10 +38,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["elastic"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            return {_today(name): file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint of Elastic ({error}); restore it or distil again"
         ) from None
+
+
+def _today(name: str) -> str:
+    """The present name of a tensor."""
+    return ".".join(FORMER_NAMES.get(part, part) for part in name.split("."))

@@ -68,7 +68,7 @@ def drop_blindly(student: ImageStudent, kind: str, batches: Sequence[Tensor], se
             "run has none"
         )
     shares = [student(pixels)[1].share for pixels in batches]
-    scores, whole = _blind(kind, seed), student.at(batches[0].shape[-2:])[0] if student.stays else 0
+    scores, whole = _blind(kind, seed), student.at(batches[0].shape[-2:])[0] if student.shortens else 0
     for number, block in enumerate(student.blocks):
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
             here = torch.cat([share[f"{number}.layer"] for share in shares])

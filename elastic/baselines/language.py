@@ -182,7 +182,7 @@ class _RandomRows(RoutedHead):
         open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
         return torch.where(open_, exact, guess), open_.float().mean(-1)
 
-    def _some_rows(self, hidden: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
         return self.routed_logits(hidden, *self.tensors())
 
 

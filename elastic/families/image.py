@@ -213,7 +213,7 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
     student.at(batches[0].shape[-2:])  # a size that the model cannot take is to be refused before it is tried
     student.set_quotas(batches)
     target = config.budget.span[0]
-    if student.stays and any(router.selection == "quota" for router in student.spec.routers):
+    if student.shortens and any(router.selection == "quota" for router in student.spec.routers):
         # patches that had nobody to merge with keep their place in a quota, however far the dial is turned
         offset = -0.25
         while offset > -SPREAD and lowest(student, lambda _: measured_compute(student, batches[:1])) > target:

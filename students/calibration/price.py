@@ -116,8 +116,8 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
             router.score.copy_(logs[0] - threshold)
         else:
             maps = weight[:-1]
-            if router.unlike is not None:
-                router.unlike.copy_(maps[-1, 0])
+            if router.distance_weight is not None:
+                router.distance_weight.copy_(maps[-1, 0])
                 maps = maps[:-1]
             router.linear.weight.copy_(maps.T)
             router.linear.bias.copy_(weight[-1] - threshold)

@@ -87,8 +87,8 @@ def routed_attention(
     if routed is None:
         runtime = module.runtime
         free = base == "sdpa" and (runtime is None or (runtime.call.skipping and not runtime.bypass))
-        alike = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and alike:
+        shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+        if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(attend, module, query, key, value, attention_mask, **kwargs), None
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)

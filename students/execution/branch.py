@@ -118,8 +118,8 @@ class RoutedBranch(Wrapper):
             return None
         run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
         gate, _ = run.decide(key, router, features)
-        alike = gate.numel() == gate.shape[-1]
-        if not (skip and alike and self.narrows and run.skips([router.spec])):
+        shared = gate.numel() == gate.shape[-1]
+        if not (skip and shared and self.narrows and run.skips([router.spec])):
             self.handover.gate = gate.index_select(-1, router.members)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())

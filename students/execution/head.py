@@ -54,23 +54,23 @@ class RoutedHead(Wrapper):
         if run.bypass:
             return self.base_layer(hidden)
         if run.call.skipping and hidden.shape[:-1].numel() <= ops.exact_together(hidden):
-            turn = run.turn(hidden)
+            dial = run.dial_of(hidden)
             if run.call.rows is not None:
-                turn = turn.expand(*hidden.shape[:-1], 1).flatten(0, -2)
-            logits, share = self._some_rows(hidden.flatten(0, -2), turn)
+                dial = dial.expand(*hidden.shape[:-1], 1).flatten(0, -2)
+            logits, share = self._some_rows(hidden.flatten(0, -2), dial)
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
         else:
             logits, share = self.routed_logits(hidden, *self.tensors())
         run.note("vocab", self.spec, share)
         return logits
 
-    def _some_rows(self, hidden: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. turn: the
+    def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. dial: the
         dial, for all or each [n, 1]."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
         features = router.features(hidden)
         gain = 1.0 if router.log_gain is None else router.log_gain.exp()
-        limit = router.limit(features, router.spread, gain, turn).squeeze(-1)
+        limit = router.limit(features, router.spread, gain, dial).squeeze(-1)
         if len(hidden) == 1:
             preview = ops.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
@@ -89,10 +89,10 @@ class RoutedHead(Wrapper):
         owner: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
-        and the share of exact rows [...]. owner: as in Runtime.turn, where hidden [N, D] is flat."""
+        and the share of exact rows [...]. owner: as in Runtime.dial_of, where hidden [N, D] is flat."""
         router = self.routers["vocab"]
         features = router.features(hidden)
-        limit = router.limit(features, spread, log_gain.exp(), self.runtime.turn(features, owner))
+        limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))
         return selection.rows(
             self.base_layer(hidden), self._product(features, preview_weight, like=self.base_layer), limit, tail
         )

@@ -40,7 +40,7 @@ class RoutedBlock(Wrapper):
         self.number = number
         self.prefix = prefix
         self.mask = mask
-        self.stays = dropped != "return"
+        self.shortens = dropped != "return"
         self.merges = dropped == "merge"
         self.last = last
         self.routers = nn.ModuleDict()
@@ -56,11 +56,11 @@ class RoutedBlock(Wrapper):
         flow = run.call.flow
         if flow is None:
             flow = Flow(x.shape[1])
-            run.call.flow = flow if self.stays and not self.last else None
+            run.call.flow = flow if self.shortens and not self.last else None
         router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
         if run.execution == "skip" and not torch.is_grad_enabled():
             x = self._skip(x, args, kwargs, flow, router)
-            if self.last and self.stays and run.restores:
+            if self.last and self.shortens and run.restores:
                 x = flow.back(x)
         else:
             x = self._mask(x, args, kwargs, flow, router)
@@ -82,7 +82,7 @@ class RoutedBlock(Wrapper):
             score = router.of_stream(x, matches.distance).masked_fill(~matches.may_go, NOT_NOW)
         if self.prefix:
             score[:, : self.prefix] = self.top
-        if not self.stays:
+        if not self.shortens:
             return score
         before = torch.full_like(score, torch.inf) if flow.score is None else flow.score
         score = torch.minimum(score, before)
@@ -108,7 +108,7 @@ class RoutedBlock(Wrapper):
                 rows = flat_index(index, x.shape[1])
             if some is None:
                 some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
-            if self.stays:
+            if self.shortens:
                 flow.valid = valid
                 if run.restores:
                     flow.left.append((x, rows, stand_in))
@@ -124,9 +124,9 @@ class RoutedBlock(Wrapper):
             out = self.base_layer(some, *args, **kwargs)
         if weight is not None:
             out = some + weight * (out - some)
-        if run.decisions is not None and (router is not None or self.stays):
+        if run.decisions is not None and (router is not None or self.shortens):
             self._note(x, flow, places, valid, router)
-        if index is None or self.stays:
+        if index is None or self.shortens:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
@@ -137,7 +137,7 @@ class RoutedBlock(Wrapper):
         """
         out, rope = x.clone(), kwargs.get("rope")
         lengths = valid.sum(1).tolist()  # waits for the device
-        for members in alike(lengths, CALL / (12 * x.shape[-1] ** 2)):
+        for members in similar_lengths(lengths, CALL / (12 * x.shape[-1] ** 2)):
             most = lengths[members[-1]]
             if most == 0:  # nothing is left of these
                 continue
@@ -159,9 +159,19 @@ class RoutedBlock(Wrapper):
         tokens are there (None: all). No old places where none has left."""
         linear, tokens = router.linear, x.shape[1]
         lengths = torch.full((len(x),), tokens) if flow.valid is None else flow.valid.sum(1)
-        shift = torch.as_tensor(router.shift(self.runtime.turn(x[:, 0, 0]))).float().expand(len(x))
+        shift = torch.as_tensor(router.shift(self.runtime.dial_of(x[:, 0, 0]))).float().expand(len(x))
         some, size, score, index, into, counts = merge_below(
-            *(x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, lengths, shift),
+            *(
+                x,
+                flow.size,
+                flow.score,
+                linear.weight[0],
+                linear.bias,
+                router.distance_weight,
+                self.top,
+                lengths,
+                shift,
+            ),
             self.runtime.multiple(router.spec),
         )
         most = int(counts.max())
@@ -177,7 +187,7 @@ class RoutedBlock(Wrapper):
         where each of x [B, n, D] stands then [B, n]."""
         linear = router.linear
         some, size, flow.score, index, into = merge_lowest(
-            x, flow.size, flow.score, linear.weight[0], linear.bias, router.unlike, self.top, keep
+            x, flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top, keep
         )
         flow.resize(size)
         return some, index, into
@@ -201,7 +211,7 @@ class RoutedBlock(Wrapper):
             if count is None:
                 count = self._in_multiples(router, rank, valid)
             if count is None:
-                open_ = rank + router.shift(run.turn(score)) >= 0
+                open_ = rank + router.shift(run.dial_of(score)) >= 0
             else:  # each row keeps as many as its budget says
                 rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
                 open_ = selection.best(rank, [prefix + k for k in count], 1) != 0
@@ -240,7 +250,7 @@ class RoutedBlock(Wrapper):
         if run.multiple(router.spec) == 1 or run.training:
             return None
         here = torch.ones_like(rank, dtype=torch.bool) if here is None else here
-        open_ = (rank + router.shift(run.turn(rank)) >= 0) & here
+        open_ = (rank + router.shift(run.dial_of(rank)) >= 0) & here
         wanted, left = (part[:, self.prefix :].sum(1).tolist() for part in (open_, here))
         return run.in_multiples(router.spec, wanted, left)
 
@@ -256,7 +266,7 @@ class RoutedBlock(Wrapper):
         """How many patches pass (see Runtime.patches_kept)."""
         if router is None:
             return None
-        carries = router.spec.dropped == "merge" or (self.stays and router.spec.multiple > 1)
+        carries = router.spec.dropped == "merge" or (self.shortens and router.spec.multiple > 1)
         so_far = flow.so_far if carries else None
         return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
 
@@ -270,7 +280,7 @@ class RoutedBlock(Wrapper):
         """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
         if self.runtime.decisions is None and kwargs.get("rope") is None:
             return None
-        if not self.stays:
+        if not self.shortens:
             return index
         if index is not None:
             flow.places = index if flow.places is None else flow.places.gather(1, index)
@@ -299,16 +309,16 @@ class RoutedBlock(Wrapper):
         else:
             there = None if here is None else F.pad(here, (self.prefix, 0), value=True)
             score, rank, matches = self._rank(x, flow, router, choosing, there)
-            flow.score = score if self.stays else None
+            flow.score = score if self.shortens else None
             if count is None:
                 count = self._in_multiples(router, rank, there)
             gate = F.pad(run.choose(router, rank[:, self.prefix :], count, here), (self.prefix, 0), value=1.0)
-            flow.kept = gate if self.stays else None
+            flow.kept = gate if self.shortens else None
             if matches is not None:
                 leaving = 1 - gate if there is None else (1 - gate) * there
                 x, moved = self._take_in(x, flow, matches, leaving)
                 flow.stand_in = moved if flow.stand_in is None or moved is None else moved.gather(1, flow.stand_in)
-        if "layer" in self.routers or self.stays:
+        if "layer" in self.routers or self.shortens:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
             noted = None if router is None else score[:, self.prefix :].unsqueeze(-1)
             spec = self.routers["layer"].spec if "layer" in self.routers else None
@@ -351,7 +361,7 @@ class RoutedBlock(Wrapper):
             x, size = merge(x, flow.size, 1 - gate, matches.target)
             flow.resize(size)
         self.runtime.probed[f"{self.number}.layer"] = gate, features
-        flow.kept = kept if self.stays else None
+        flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
         mask = weight[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
@@ -366,7 +376,7 @@ class RoutedBlock(Wrapper):
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
 
-def alike(lengths: list[int], price: float) -> list[list[int]]:
+def similar_lengths(lengths: list[int], price: float) -> list[list[int]]:
     """The rows of a batch with these lengths in groups, each from short to long: those that cost the least where every
     row is filled up to the longest of its group, and a group costs as much as `price` tokens."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)

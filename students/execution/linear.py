@@ -90,7 +90,7 @@ class Site:
         if run.call.rows is None and run.decisions is None:
             masked = self._mask(x)
         else:
-            limit = self.limit if run.call.rows is None else first.routers["channel"].limit(first.turn(x), x.dtype)
+            limit = self.limit if run.call.rows is None else first.routers["channel"].limit(first.dial_of(x), x.dtype)
             masked, share = fused.channel_gate(x, limit)
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
@@ -286,9 +286,9 @@ class RoutedLinear(Wrapper):
         index = rows.queries if few else rows.keys
         return None if index is None else index // rows.shape[1]
 
-    def turn(self, x: Tensor) -> float | Tensor:
-        """The dial for x [..., I] (see Runtime.turn)."""
-        return self.runtime.turn(x, None if self.runtime.call.rows is None else self._owner())
+    def dial_of(self, x: Tensor) -> float | Tensor:
+        """The dial for x [..., I] (see Runtime.dial_of)."""
+        return self.runtime.dial_of(x, None if self.runtime.call.rows is None else self._owner())
 
     def corrected(self, x: Tensor) -> Tensor | None:
         """Which tokens of x [..., I] are corrected (see Runtime.corrected)."""
@@ -334,7 +334,7 @@ class RoutedLinear(Wrapper):
             if not passed.left:
                 passed.masked = None
             return masked
-        masked, share = read_channels(router, x, self.turn(x))
+        masked, share = read_channels(router, x, self.dial_of(x))
         self.note(share)
         if together and len(self.site.layers) > 1:
             passed.masked, passed.left = masked, len(self.site.layers) - 1
@@ -385,10 +385,10 @@ class RoutedLinear(Wrapper):
         return self._slice[1]
 
 
-def read_channels(router: ChannelRouter, x: Tensor, turn: float | Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., C] without the channels that stay closed, and the share that is read [...]; turn: the dial for x."""
-    turned = router.turned(turn)
+def read_channels(router: ChannelRouter, x: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C] without the channels that stay closed, and the share that is read [...]; dial: its offset for x."""
+    log_limit = router.log_limit_at(dial)
     if router.spec.network == "static":
-        gate = selection.threshold(-turned)
+        gate = selection.threshold(-log_limit)
         return x * gate.to(x.dtype), gate.mean(-1).expand(x.shape[:-1])
-    return selection.channel(x, turned)
+    return selection.channel(x, log_limit)

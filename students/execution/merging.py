@@ -55,15 +55,15 @@ def match(x: Tensor, prefix: int, here: Tensor | None = None, every: bool = Fals
         target[:, prefix::2] = prefix + 1 + 2 * partner
         distance[:, prefix::2] = _distance(best)
         return Matches(may_go, target, distance)
-    alike = unit @ unit.transpose(1, 2)
+    cosine = unit @ unit.transpose(1, 2)
     if every:
-        goes = takes = torch.ones(alike.shape[:2], dtype=torch.bool, device=x.device)
-        alike.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        goes = takes = torch.ones(cosine.shape[:2], dtype=torch.bool, device=x.device)
+        cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     else:
         here = here[:, prefix:]
         odd = here.cumsum(1) % 2 == 0  # places among those that are here, counted from zero
         goes, takes = here & ~odd, here & odd
-    best, partner = alike.masked_fill(~takes[:, None, :], -torch.inf).max(-1)
+    best, partner = cosine.masked_fill(~takes[:, None, :], -torch.inf).max(-1)
     goes = goes & takes.any(1, keepdim=True)
     may_go[:, prefix:] = goes
     target[:, prefix:] = torch.where(goes, prefix + partner, target[:, prefix:])
@@ -89,7 +89,7 @@ def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tu
 
 
 def _native(
-    name: str, x: Tensor, given: Sequence[Tensor | None], told: Sequence[Tensor | int], length: int, *more: Tensor
+    name: str, x: Tensor, given: Sequence[Tensor | None], scalars: Sequence[Tensor | int], length: int, *more: Tensor
 ) -> tuple[Tensor, ...]:
     """What a C function finds for tokens x [B, n, D]: tokens, sizes, scores and old places of `length` of each image,
     and where each of the n stands then; and `more`, which it fills as well."""
@@ -99,7 +99,7 @@ def _native(
     index, into = (torch.empty(batch, count, dtype=torch.long) for count in (length, n))
     given = [None if t is None else t.contiguous() for t in given]
     found = out, sizes, scores, index, into, *more
-    toolchain.call(name, x.contiguous(), *x.shape, *given, NOT_NOW, *told, *found)
+    toolchain.call(name, x.contiguous(), *x.shape, *given, NOT_NOW, *scalars, *found)
     return found
 
 
@@ -109,7 +109,7 @@ def _merge_lowest(
     before: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    unlike: Tensor,
+    distance_weight: Tensor,
     top: Tensor,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -117,9 +117,9 @@ def _merge_lowest(
     if keep < n - (n - prefix + 1) // 2:
         raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
     if toolchain.native(x) is not None:
-        return _native("merge_lowest", x, (size, before, weight, bias, unlike, top), (prefix, keep), keep)
+        return _native("merge_lowest", x, (size, before, weight, bias, distance_weight, top), (prefix, keep), keep)
     matches = match(x, prefix)
-    score = stream_score(x, weight, bias) + unlike * matches.distance
+    score = stream_score(x, weight, bias) + distance_weight * matches.distance
     score = score.masked_fill(~matches.may_go, NOT_NOW)
     score[:, :prefix] = top
     score = score if before is None else torch.minimum(score, before)
@@ -132,20 +132,20 @@ def _merge_lowest(
 
 
 merge_lowest = ops.operator(
-    "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor unlike, Tensor top,"
-    " int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda x, size, before, weight, bias, unlike, top, keep: (
+    "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
+    " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, size, before, weight, bias, distance_weight, top, keep: (
         x.new_empty(len(x), keep, x.shape[-1]),
         *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),
         *(x.new_empty(len(x), count, dtype=torch.long) for count in (keep, x.shape[1])),
     ),
 )(_merge_lowest)
-"""Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image alike.
+"""Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image.
 
 size [B, n]: what each stands for (None: 1). before [B, n]: the lowest score it had so far (None: infinity). Scores are
-those of `stream_score` with weight [D] and bias [1], plus `unlike` [] times the distance; top: those of the prefix.
-Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of the n
-tokens stands then [B, n].
+those of `stream_score` with weight [D] and bias [1], plus `distance_weight` [] times the distance; top: those of the
+prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of
+the n tokens stands then [B, n].
 """
 
 
@@ -155,7 +155,7 @@ def merge_below(
     before: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    unlike: Tensor,
+    distance_weight: Tensor,
     top: Tensor,
     lengths: Tensor,
     shift: Tensor,
@@ -166,13 +166,15 @@ def merge_below(
 
     What is left comes first, then what has left; also returned is how many are left [B].
     """
-    told = len(top), lengths.contiguous(), shift.contiguous(), multiple
+    scalars = len(top), lengths.contiguous(), shift.contiguous(), multiple
     counts = torch.empty(len(x), dtype=torch.long)
-    return _native("merge_below", x, (size, before, weight, bias, unlike, top), told, x.shape[1], counts)
+    return _native("merge_below", x, (size, before, weight, bias, distance_weight, top), scalars, x.shape[1], counts)
 
 
 @register_flop_formula(torch.ops.elastic.merge_lowest, get_raw=True)
-def _merge_lowest_flops(x: Tensor, size: Any, before: Any, weight: Any, bias: Any, unlike: Any, top: Tensor, *_, **__):
+def _merge_lowest_flops(
+    x: Tensor, size: Any, before: Any, weight: Any, bias: Any, distance_weight: Any, top: Tensor, *_, **__
+):
     batch, n, width = x.shape
     pairs = (n - len(top)) // 2 * ((n - len(top) + 1) // 2)
     return 2 * batch * (n + pairs) * width

@@ -30,7 +30,7 @@ class RoutedActivation(Wrapper):
         out, call = self.base_layer(x), self.runtime.call
         if self.runtime.bypass:
             return out
-        out, share = read_channels(self.routers["neuron"], out, self.runtime.turn(x, self._owner()))
+        out, share = read_channels(self.routers["neuron"], out, self.runtime.dial_of(x, self._owner()))
         self._note(share)
         self.branch.narrow = None
         if not (call.alone and x.shape[:-1].numel() == 1):

@@ -119,7 +119,7 @@ class Runtime:
             self._rows, self._rows_at = overwritten(self._rows, rows), at
         return self._rows
 
-    def turn(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
+    def dial_of(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
         """The dial for x [B, ..., C]: one number, which calls that skip find on their device, or one for each row
         [B, ..., 1].
 
@@ -134,8 +134,8 @@ class Runtime:
 
     def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
         """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
-        teacher's: shapes as in `turn`, in x's dtype; None: all are."""
-        return None if self.call.rows is None else (self.turn(x, owner) < math.inf).to(x.dtype)
+        teacher's: shapes as in `dial_of`, in x's dtype; None: all are."""
+        return None if self.call.rows is None else (self.dial_of(x, owner) < math.inf).to(x.dtype)
 
     def counted(self, x: Tensor) -> int:
         """How many tokens of x [B, T, D] are not padding."""
@@ -166,7 +166,7 @@ class Runtime:
         elif per_token and not self.causal:
             gate = self._patches(router, score)
         else:
-            gate = selection.threshold(score + router.shift(self.turn(score)))
+            gate = selection.threshold(score + router.shift(self.dial_of(score)))
         self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
@@ -180,7 +180,7 @@ class Runtime:
     def _patches(self, router: Router, score: Tensor) -> Tensor:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
         if score.shape[1] == 1:  # one decision for all tokens
-            return selection.threshold(score + router.shift(self.turn(score)))
+            return selection.threshold(score + router.shift(self.dial_of(score)))
         score = score[:, self.prefix :].squeeze(-1)
         gate = self.choose(router, score, self.patches_kept(router, score.shape[1]))
         return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
@@ -191,9 +191,9 @@ class Runtime:
         """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
         `patches_kept` says, which is not asked for while quotas are trained."""
         if self.training and router.spec.selection == "quota":
-            return selection.even(score, router.shift(self.turn(score)), here)
+            return selection.even(score, router.shift(self.dial_of(score)), here)
         if count is None:
-            return selection.threshold(score + router.shift(self.turn(score)))
+            return selection.threshold(score + router.shift(self.dial_of(score)))
         if here is not None:
             score = score.masked_fill(~here, -torch.inf)
         return selection.best(score, count, 1)

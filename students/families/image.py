@@ -142,7 +142,7 @@ class ImageStudent(Student):
         self.runtime.recompute = True
 
     @property
-    def stays(self) -> bool:
+    def shortens(self) -> bool:
         """Whether tokens that a block drops stay away from all later ones."""
         layer = self.spec.find("layer")
         return layer is not None and layer.dropped != "return"

@@ -315,7 +315,7 @@ class VisionLanguageStudent(LanguageStudent):
     def _choose(self, score: Tensor, image: Tensor) -> Tensor:
         """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
         run, door = self.runtime, self.door
-        shift = door.shift(run.turn(score))
+        shift = door.shift(run.dial_of(score))
         if door.spec.selection == "threshold":
             return selection.threshold(score + shift)
         have, count = image.sum(1, keepdim=True), image.sum().clamp(min=1)

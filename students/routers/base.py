@@ -35,7 +35,7 @@ class Router(nn.Module):
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._quota, self._stamp = 0.0, Stamp()
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
-        self.unlike = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
+        self.distance_weight = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
         if spec.network == "static":
             self.score = nn.Parameter(torch.zeros(gates))
             return
@@ -43,10 +43,10 @@ class Router(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         if spec.network == "mlp":
-            self.bend = nn.Sequential(
+            self.mlp = nn.Sequential(
                 nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, gates, bias=False)
             )
-            nn.init.zeros_(self.bend[-1].weight)
+            nn.init.zeros_(self.mlp[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
@@ -54,7 +54,7 @@ class Router(nn.Module):
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
         score = self._map(self.linear, x)
         if self.spec.network == "mlp":
-            score = score + self._map(self.bend[2], self.bend[1](self._map(self.bend[0], x)))
+            score = score + self._map(self.mlp[2], self.mlp[1](self._map(self.mlp[0], x)))
         return score.float()
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class Router(nn.Module):
             score = self(x * per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
         else:
             score = stream_score(x, self.linear.weight[0], self.linear.bias)
-        return score if distance is None else score + self.unlike * distance
+        return score if distance is None else score + self.distance_weight * distance
 
     @staticmethod
     def _map(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ class Router(nn.Module):
             return gate.mean(-1)
         return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
 
-    def shift(self, turn: float | Tensor) -> float | Tensor:
+    def shift(self, dial: float | Tensor) -> float | Tensor:
         """What the dial adds to the scores."""
-        return turn if self.log_gain is None else self.log_gain.exp() * turn
+        return dial if self.log_gain is None else self.log_gain.exp() * dial
 
     @torch.no_grad()
     def open_by(self, offset: float) -> None:
@@ -119,5 +119,5 @@ class Router(nn.Module):
         """Multiply-accumulates for one token."""
         if self.spec.network == "static":
             return 0
-        bend = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
-        return width * self.gates + bend
+        mlp = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
+        return width * self.gates + mlp

@@ -34,17 +34,17 @@ class ChannelRouter(nn.Module):
         self.log_limit = nn.Parameter(torch.full((width,), OPEN))
         self.log_gain = nn.Parameter(torch.zeros(width)) if gains else None
 
-    def turned(self, turn: float | Tensor) -> Tensor:
-        """The logarithm of the limit where the dial is at `turn`: [C], or [..., C] for turns [..., 1]."""
-        return self.log_limit - (turn if self.log_gain is None else self.log_gain.exp() * turn)
+    def log_limit_at(self, dial: float | Tensor) -> Tensor:
+        """The logarithm of the limit at this offset of the dial: [C], or [..., C] for offsets [..., 1]."""
+        return self.log_limit - (dial if self.log_gain is None else self.log_gain.exp() * dial)
 
-    def limit(self, turn: float | Tensor, dtype: torch.dtype) -> Tensor:
+    def limit(self, dial: float | Tensor, dtype: torch.dtype) -> Tensor:
         """What |x| has to reach [C] or [..., C], float32 but rounded to x's dtype; static: 0 where open, infinity where
         closed."""
-        turned = self.turned(turn).detach()
+        log_limit = self.log_limit_at(dial).detach()
         if self.spec.network == "static":
-            return torch.where(turned <= 0, 0.0, torch.inf)
-        return turned.exp().to(dtype).float()
+            return torch.where(log_limit <= 0, 0.0, torch.inf)
+        return log_limit.exp().to(dtype).float()
 
 
 class ChannelKind(Kind):

@@ -130,16 +130,16 @@ class LayerKind(TokenKind):
 
     def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
         """Where tokens stay away, a token is gone from the first block on that can spare it."""
-        choices, lowest, stays = [], None, images.student.stays
+        choices, lowest, shortens = [], None, images.student.shortens
         blocks = range(len(images.student.blocks))
         ends = [*(placed.block for placed in routers), len(blocks)][1:]
         for placed, following in zip(routers, ends, strict=True):
             number = placed.block
-            own = sum(images.block(n) for n in (range(number, following) if stays else [number]))
-            tail = sum(images.block(n) for n in blocks[number:]) if stays else own
+            own = sum(images.block(n) for n in (range(number, following) if shortens else [number]))
+            tail = sum(images.block(n) for n in blocks[number:]) if shortens else own
             choice = images.choice(placed, tail)
             ratio = choice.cost / tail
-            lowest = ratio if lowest is None or not stays else torch.minimum(lowest, ratio)
+            lowest = ratio if lowest is None or not shortens else torch.minimum(lowest, ratio)
             choices.append(replace(choice, cost=lowest * own, saving=own))
         return choices
 

@@ -43,13 +43,13 @@ class VocabRouter(nn.Module):
         """Final hidden states [..., D] -> f [..., r]."""
         return F.linear(hidden, self.down.to(hidden.dtype))
 
-    def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, turn: Tensor | float) -> Tensor:
-        """f [..., r] -> the limit [..., 1] of each token's preview, float32, where the dial is at `turn`.
+    def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, dial: Tensor | float) -> Tensor:
+        """f [..., r] -> the limit [..., 1] of each token's preview, float32, at this offset of the dial.
 
         Zero parameters open every row.
         """
         features = features.float()
-        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * turn
+        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * dial
 
 
 class VocabKind(Kind):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
-from students.execution.image_block import alike
+from students.execution.image_block import similar_lengths
 from students.execution.merging import match, merge
 from students.families.image import call
 
@@ -212,10 +212,10 @@ def test_merged_tokens_are_means_of_what_they_stand_for() -> None:
 
 
 def test_images_of_about_the_same_length_run_together() -> None:
-    assert alike([8, 24, 8, 24], price=100) == [[0, 2, 1, 3]]
-    assert alike([8, 24, 8, 24], price=30) == [[1, 3], [0, 2]]
-    assert alike([8, 24, 9, 16], price=3) == [[1], [3], [0, 2]]
-    assert alike([5, 5, 5], price=0) == [[0, 1, 2]]
+    assert similar_lengths([8, 24, 8, 24], price=100) == [[0, 2, 1, 3]]
+    assert similar_lengths([8, 24, 8, 24], price=30) == [[1, 3], [0, 2]]
+    assert similar_lengths([8, 24, 9, 16], price=3) == [[1], [3], [0, 2]]
+    assert similar_lengths([5, 5, 5], price=0) == [[0, 1, 2]]
 
 
 def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:

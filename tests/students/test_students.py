@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.checkpoint import read_tensors, write_tensors
 from tests.pico.language import make_tiny
 
 EVERY_KIND = {
@@ -242,6 +243,17 @@ def test_a_saved_student_is_as_readable_as_any_new_file(llama, tmp_path):
     (tmp_path / "plain").touch()
     elasticize(llama, MIXED).save(tmp_path / "saved.safetensors")
     assert (tmp_path / "saved.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_files_of_earlier_versions_name_parameters_otherwise(tmp_path):
+    former = {
+        "routers.score.bend.0.weight": torch.zeros(2),
+        "routers.merge.unlike": torch.ones(()),
+        "unlikely": torch.ones(1),
+    }
+    write_tensors(tmp_path / "routers.safetensors", former, {})
+    found = read_tensors(tmp_path / "routers.safetensors")[0]
+    assert found.keys() == {"routers.score.mlp.0.weight", "routers.merge.distance_weight", "unlikely"}
 
 
 def test_added_state_round_trip(llama, tokens):

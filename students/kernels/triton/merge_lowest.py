@@ -91,7 +91,7 @@ def _choose(
     goer = patch & ((i - prefix) % 2 == 0)
     taker = patch & ((i - prefix) % 2 == 1)
     left = tl.load(leaves + own + pair, mask=goer, other=0) > 0
-    stays = exists & ~left
+    remains = exists & ~left
     weight = tl.full([TOKENS], 1.0, tl.float32)
     if size is not None:
         weight = tl.load(size + image * tokens + i, mask=exists, other=1.0)
@@ -101,10 +101,10 @@ def _choose(
     if before is not None:
         score = tl.minimum(score, tl.load(before + image * tokens + i, mask=exists, other=0.0))
     score = tl.where(goer, tl.load(rank + own + pair, mask=goer, other=0.0), score)
-    at = image * keep + tl.cumsum(stays.to(tl.int32), 0) - 1
-    tl.store(index + at, i.to(tl.int64), mask=stays)
-    tl.store(out_size + at, weight, mask=stays)
-    tl.store(out_score + at, score, mask=stays)
+    at = image * keep + tl.cumsum(remains.to(tl.int32), 0) - 1
+    tl.store(index + at, i.to(tl.int64), mask=remains)
+    tl.store(out_size + at, weight, mask=remains)
+    tl.store(out_score + at, score, mask=remains)
     where = tl.where(left, prefix + 1 + 2 * tl.load(partner + own + pair, mask=goer, other=0), i)
     tl.store(into + image * tokens + i, where.to(tl.int64), mask=exists)
 
@@ -123,7 +123,7 @@ def _match(
     before,
     weight,
     bias,
-    unlike,
+    distance_weight,
     top,
     rank,
     partner,
@@ -169,20 +169,20 @@ def _match(
         t = first_taker + tl.arange(0, TAKERS)
         there = t < taking
         from_t = from_x + (prefix + 1 + 2 * t)[:, None] * width
-        alike, square_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS], tl.float32)
+        dots, square_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS], tl.float32)
         for start in range(0, width, WIDTH):
             part = start + lane
             mine = tl.load(row + part[None, :], mask=here[:, None] & (part < width)[None, :], other=0.0)
             theirs = tl.load(from_t + part[None, :], mask=there[:, None] & (part < width)[None, :], other=0.0)
-            alike = tl.dot(mine, tl.trans(theirs), alike, input_precision="ieee")
+            dots = tl.dot(mine, tl.trans(theirs), dots, input_precision="ieee")
             square_t += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 1)
-        cosine = alike / tl.maximum(length, 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
+        cosine = dots / tl.maximum(length, 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
         cosine = tl.where(there[None, :], cosine, float("-inf"))
         most, which = tl.max(cosine, 1, return_indices=True)
         where = tl.where(most > best, first_taker + which, where)
         best = tl.maximum(most, best)
     score = score * root / tl.maximum(length, 1e-6) + tl.load(bias).to(tl.float32)
-    score += tl.load(unlike).to(tl.float32) * tl.log(tl.maximum(1.0 - best, 1e-3))
+    score += tl.load(distance_weight).to(tl.float32) * tl.log(tl.maximum(1.0 - best, 1e-3))
     if before is not None:
         score = tl.minimum(score, tl.load(before + image * tokens + prefix + 2 * g, mask=here, other=0.0))
     tl.store(rank + image * going + g, score, mask=here)
@@ -264,7 +264,7 @@ def _choose_alone(
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
 def _take_in(x, size, first, following, index, out_size, out, tokens, width, prefix, going, keep, WIDTH: tl.constexpr):
-    """One token that stays: the mean of what it stands for."""
+    """One token that remains: the mean of what it stands for."""
     me = tl.program_id(0)
     image = me // keep
     i = tl.load(index + me).to(tl.int32)
@@ -294,7 +294,7 @@ def merge_lowest(
     before: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    unlike: Tensor,
+    distance_weight: Tensor,
     top: Tensor,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -318,7 +318,7 @@ def merge_lowest(
     block, padded = 32 if wide else 64, triton.next_power_of_2(tokens)
     tile = goers if whole else block
     _match[(batch, max(1, triton.cdiv(going, tile)))](
-        *(x, *given, weight, bias, unlike, top, *found, tokens, width, prefix, going, keep, math.sqrt(width)),
+        *(x, *given, weight, bias, distance_weight, top, *found, tokens, width, prefix, going, keep, math.sqrt(width)),
         GOERS=goers,
         TILE=tile,
         TAKERS=block,

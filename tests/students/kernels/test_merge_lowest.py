@@ -20,14 +20,16 @@ def test_the_lowest_scores_merge_as_match_and_merge_say(
     n, width = prefix + patches, 24
     x = torch.randn(3, n, width, generator=draw).to(backend, dtype)
     weight, bias = (torch.randn(size, generator=draw).to(backend) for size in (width, 1))
-    unlike, top = torch.tensor(0.7).to(backend), 1e30 * torch.arange(prefix, 0, -1).to(backend)
+    distance_weight, top = torch.tensor(0.7).to(backend), 1e30 * torch.arange(prefix, 0, -1).to(backend)
     close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after every step of a sum
     for sized in (False, True):
         size = torch.randint(1, 4, (3, n), generator=draw).float().to(backend) if sized else None
         before = torch.randn(3, n, generator=draw).to(backend) if sized else None
-        some, sizes, scores, index, into = merge_lowest(x, size, before, weight, bias, unlike, top, n - leaving)
+        some, sizes, scores, index, into = merge_lowest(
+            x, size, before, weight, bias, distance_weight, top, n - leaving
+        )
         found = match(x, prefix)
-        score = stream_score(x, weight, bias) + unlike * found.distance
+        score = stream_score(x, weight, bias) + distance_weight * found.distance
         score = score if before is None else torch.minimum(score, before)
         order = score.masked_fill(~found.may_go, torch.inf).argsort(1)
         gone = torch.zeros(3, n).to(backend).scatter(1, order[:, :leaving], 1.0)
@@ -43,7 +45,7 @@ def test_the_lowest_scores_merge_as_match_and_merge_say(
             expected = torch.where(stays, torch.arange(n).to(backend), found.target[row])
             assert torch.equal(into[row], expected)
     with pytest.raises(ValueError, match="every other may go"):
-        merge_lowest(x, None, None, weight, bias, unlike, top, prefix + patches // 2 - 1)
+        merge_lowest(x, None, None, weight, bias, distance_weight, top, prefix + patches // 2 - 1)
 
 
 @torch.no_grad()
