@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from students.architectures.image import IMAGE_MODELS
 from students.architectures.language import LANGUAGE_MODELS, LLAMA
 from students.architectures.record import Architecture
-from students.architectures.vision import IMAGE_MODELS
 
 ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
 """Keyed by the config's `model_type`, or for models of timm by the name of their class."""

@@ -158,19 +158,19 @@ class Runtime:
             score = self._score_prompt(key, router, x)
         else:
             score = router(x)
-        per_token = spec.kind in ("token", "layer")
-        if spec.selection == "topk" and not per_token:
+        over_tokens = spec.of_kind.over_tokens
+        if spec.selection == "topk" and not over_tokens:
             gate = selection.topk(score, self.kept, dim=-1)
         elif spec.selection == "topk" and self.causal and self.training:
             gate = selection.topk(score, self.capacity, dim=1)
-        elif per_token and not self.causal:
+        elif over_tokens and not self.causal:
             gate = self._patches(router, score)
         else:
             gate = selection.threshold(score + router.shift(self.dial_of(score)))
         self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
-            weight = selection.score_weight(score, over_gates=not per_token)
+            weight = selection.score_weight(score, over_gates=not over_tokens)
             corrected = self.corrected(score)
             if corrected is not None:
                 weight = 1 + (weight - 1) * corrected
