@@ -14,18 +14,17 @@ from typing import Any, Literal
 
 import yaml
 
+from elastic.families import TRAITS
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import ModelEntry, models, resolve
 
-SECTIONS = ("prefill", "vit", "vlm")
+SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.section))
 """Sections of a file that hold only where they apply."""
 NAMED_DATA = ("builtin", "fashion-mnist", "easy-vqa")
 """Data that is no file or folder of the user's, whatever lies in the working directory."""
-_NEEDS = {
-    "vit": "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist",
-    "vlm": "questions about images: --data FILE (image, question, answer in JSON lines or parquet), or easy-vqa",
-}
+_OF_FAMILIES = {name: traits.noun for traits in reversed(tuple(TRAITS.values())) for name in traits.settings}
+"""Settings that not every family has a use for, and which model they need."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.student.routers:
             raise ValueError("a student needs at least one router")
-        if self.family != "llm" and self.budget.phase != "prefill":
+        traits = TRAITS[self.family]
+        if not traits.decodes and self.budget.phase != "prefill":
             raise ValueError("budget.phase is decode; it has no effect on models of images: leave it away")
         if self.data.window % self.train.window:
             raise ValueError(
@@ -242,14 +242,8 @@ class RunConfig:
             )
         over_tokens = any(r.selection == "topk" and r.of_kind.over_tokens for r in self.student.routers)
         over_gates = any(r.of_kind.over_parts for r in self.student.routers)
-        text = self.family == "llm"
         for name, works, needs in (
-            ("data.window", text, "a language model"),
-            ("data.max_tokens", text, "a language model"),
-            ("train.window", text, "a language model"),
-            ("loss.cross_entropy_weight", text, "a language model"),
-            ("data.max_images", not text, "an image model"),
-            ("data.classes", self.family == "vit", "an image model"),
+            *((name, name in traits.settings, noun) for name, noun in _OF_FAMILIES.items()),
             ("student.gains", self.budget.ranges, "a range of budgets (--target-compute 0.5:1.0)"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),
@@ -308,9 +302,10 @@ def make_config(
     for layer in layers:
         budget |= section_of(layer, "budget")
     prefill = "prefill" if budget.get("phase") == "prefill" else ""
-    applies = entry.family if entry.family != "llm" else prefill
+    traits = TRAITS[entry.family]
+    applies = traits.section or prefill
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
-    if entry.family != "llm":
+    if not traits.decodes:
         merged |= {"budget": {"phase": "prefill"}}
     for layer in layers:
         sections = {name: section_of(layer, name) for name in SECTIONS}
@@ -325,8 +320,8 @@ def make_config(
     merged["preset"] = preset
     if ":" in str(budget.get("target")):
         merged["student"] = {"gains": True, **section_of(merged, "student")}
-    if entry.family in _NEEDS and merged["data"]["source"] == "builtin":
-        raise ValueError(f"{model} needs {_NEEDS[entry.family]}")
+    if traits.data and merged["data"]["source"] == "builtin":
+        raise ValueError(f"{model} needs {traits.data}")
     source = merged["data"].get("source")
     if isinstance(source, str) and source not in NAMED_DATA and Path(source).expanduser().exists():
         merged["data"]["source"] = str(Path(source).expanduser().absolute())

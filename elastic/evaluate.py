@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from elastic import families
+from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
 from students import Student
 
@@ -35,14 +36,20 @@ def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) ->
 
 
 def measure(
-    run: Run, student: Student, name: str, held_out: Any, budgets: Sequence[float | None]
+    run: Run,
+    student: Student,
+    name: str,
+    held_out: Any,
+    budgets: Sequence[float | None],
+    kept: TeacherOutputs | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each budget, on data of this name; None: as the dial is."""
+    """A row for each budget, on data of this name; None: as the dial is. kept: what the teacher made of the data."""
+    kept = kept or TeacherOutputs()
     config, rows = run.config, []
     for budget in budgets:
         if budget is not None:
             student.set_compute(budget)
-        row = describe(run, student, name, families.of(config.family).evaluate(student, held_out, config))
+        row = describe(run, student, name, families.of(config.family).evaluate(student, held_out, config, kept))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
 
@@ -97,23 +104,24 @@ def measure_run(
     else:
         held_out, name = family.load_all(data, config, teacher), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
-    rows = measure(run, student, name, held_out, budgets)
+    kept = TeacherOutputs()
+    rows = measure(run, student, name, held_out, budgets, kept)
     row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
-        measured = family.baseline(other, student, held_out, config, spent)
+        measured = family.baseline(other, student, held_out, config, spent, kept)
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows
 
 
 def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:
-    """How alike two runs of one image model decide: a row for each router, and their mean under the name "mean"."""
+    """How much two runs of one image model decide the same: a row for each router, and their mean as "mean"."""
     runs = [Run.open(path, finished=True) for path in (folder, other)]
     config = runs[0].config
     family = families.of(config.family)
-    if not hasattr(family, "alike"):
+    if family.score_correlations is None:
         raise ValueError(f"comparing is for image models; {config.model} is none")
     if runs[0].about["identity"] != runs[1].about["identity"]:
         raise ValueError(f"{folder} and {other} are runs of different models: {config.model}, {runs[1].config.model}")
@@ -123,6 +131,6 @@ def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[di
         images = family.load(config, loaded[0]).held_out
     else:
         images = family.load_all(data, config, loaded[0])
-    alike = family.alike(*students, images)
-    alike["mean"] = sum(alike.values()) / len(alike)
-    return [{"router": key, "correlation": value} for key, value in alike.items()]
+    found = family.score_correlations(*students, images)
+    found["mean"] = sum(found.values()) / len(found)
+    return [{"router": key, "correlation": value} for key, value in found.items()]

@@ -11,30 +11,23 @@ from torch import nn
 
 from elastic import families
 from elastic.accounting.memory import free_memory, need_of
-from elastic.bench import PROMPT, Say, Wanted, measure, share_weights
+from elastic.bench import measure, share_weights, workload_of
 from elastic.config import RunConfig, make_config
 from elastic.distillation.start import calibrate, set_budget, set_capacity, student_for
+from elastic.reporting.progress import Say
 from elastic.run import DTYPES
-from students.calibration.language import ROWS_PER_BATCH
+from elastic.timing.workload import Workload
 from teachers import Teacher
 from teachers.load import preferred_dtype
 from teachers.registry import ModelEntry
 from teachers.shapes import Shape, build, find_shape
-
-RANDOM: dict[str, dict[str, int]] = {
-    "llm": {"calibration__windows": 2, "data__window": 256},
-    "vit": {"calibration__windows": 32},
-    "vlm": {"calibration__windows": 4},
-}
-"""How much random data a student of each family is calibrated on, where nothing else is asked for: quality is no
-matter, and gates that are chosen from little take as long as others."""
 
 
 def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
     """The configuration of a model with random weights, by the name of its shape; the rest as `make_config` has it."""
     shape = find_shape(name)
     entry = ModelEntry(name, family=shape.family, data="random")
-    return make_config(entry=entry, settings=settings, model=name, **RANDOM[shape.family], **flags)
+    return make_config(entry=entry, settings=settings, model=name, **families.of(shape.family).timing.RANDOM, **flags)
 
 
 def bench_shape(
@@ -52,11 +45,11 @@ def bench_shape(
     config: see `shape_config`. Where two copies of the weights do not fit into the free memory the dense model shares
     the student's; where a training step does not, it is not timed. ValueError where not even one copy fits.
     """
-    wanted = Wanted.of(config, compute, batch, tokens, new_tokens, repeats)
+    workload = workload_of(config, compute, batch, tokens, new_tokens, repeats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[config.train.precision] or preferred_dtype(device)
     shape = find_shape(config.model)
-    copies, trains = _fits(shape, config, wanted, dtype, device, say)
+    copies, trains = _fits(shape, config, workload, dtype, device, say)
 
     def build_model() -> nn.Module:
         torch.manual_seed(config.train.seed)
@@ -65,31 +58,27 @@ def bench_shape(
     model = build_model()
     shared = None if copies == 2 else share_weights(model)
     family = families.of(config.family)
-    data = family.random_data(replace(config, data=replace(config.data, held_out=wanted.samples)), model)
+    data = family.random_data(replace(config, data=replace(config.data, held_out=workload.samples)), model)
     say(f"{shape.name}: {sum(p.numel() for p in model.parameters()):,} random weights; {data.description}")
     student = student_for(config, Teacher(shape.name, model, None, shape.family, "random weights", ""), data)
     set_capacity(student, data, config)
     offsets = calibrate(student, data, config, say).offsets if config.calibration.windows else [0.0]
     set_budget(student, data, config, offsets, say)
-    return measure(student, (lambda: shared) if shared is not None else build_model, data, config, wanted, trains, say)
+    return measure(
+        student, (lambda: shared) if shared is not None else build_model, data, config, workload, trains, say
+    )
 
 
 def _fits(
-    shape: Shape, config: RunConfig, wanted: Wanted, dtype: torch.dtype, device: torch.device, say: Say
+    shape: Shape, config: RunConfig, workload: Workload, dtype: torch.dtype, device: torch.device, say: Say
 ) -> tuple[int, bool]:
     """(how many copies of the weights fit, whether a training step does too); ValueError where not even one does."""
     model = build(shape, dtype, "meta")
-    trunk = model.get_decoder() if config.family == "vlm" else model
-    need, free = need_of(model, trunk), free_memory(device)
-    windows = config.calibration.windows
-    if config.family == "llm":
-        longest, each = max(*wanted.tokens, PROMPT) + wanted.new_tokens, config.train.window
-        start = need.calibration(min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH)
-    else:
-        longest = each = families.of(config.family).random_tokens(model)
-        start = need.calibration(windows * each, 0)
-    work = max(need.inference(max(wanted.batch) * longest), start)
-    step = need.backward(config.train.batch * each)
+    needs = families.of(config.family).timing.needs(model, config, workload)
+    need, free = need_of(model, needs.trunk), free_memory(device)
+    work = need.inference(max(workload.batch) * needs.longest)
+    work = max(work, need.calibration(needs.calibrated, needs.sampled))
+    step = need.backward(config.train.batch * needs.trained)
     if need.copies(1) + work > free:
         raise ValueError(
             f"{shape.name} needs about {(need.copies(1) + work) / 1e9:.1f} GB, {need.copies(1) / 1e9:.1f} of them for "

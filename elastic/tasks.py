@@ -28,13 +28,14 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from torch import Tensor
 
-from elastic.families.language import require_rows
+from elastic import families
 from elastic.reporting.progress import Watched
 from elastic.run import Run
 from losses import default_chunk_rows
 from students.compute import PHASES
 from students.families.language import LanguageStudent
 from teachers import hub
+from teachers.families.language import require_rows
 from teachers.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def score_run(
     """
     run = Run.open(folder, finished=True)
     config = run.config
-    if config.family != "llm":
+    if not families.TRAITS[config.family].tasks:
         raise ValueError(f"--tasks are for language models; {config.model} is none")
     loaded = load_tasks(tasks, say)
     teacher = run.teacher()

@@ -21,12 +21,12 @@ from torch import Tensor
 
 import teachers
 from elastic import families
-from elastic.accounting.sums import Sums
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.start import calibrate, order, set_budget, set_capacity, student_for
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
+from elastic.objectives.sums import Sums
 from elastic.run import DTYPES, Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices

@@ -1,36 +1,196 @@
-"""Families of models: one module of the same few functions for each.
+"""Families of models: language, image and vision-language.
 
-load(config, teacher)                      data with .train and .held_out
-load_all(source, config, teacher)          data to measure on
-random_data(config, model)                 the same as `load` gives, without a source: for models with random weights
-summary(data, config)                      what there is, for the user to read
-tokens(student, data, config)              what the model reads at once, as `student.uniform` takes it: tokens of
-                                           text; of text and of the image; an image's height and width
-Batches(data, config, device)              training batches by number: len(), load(chosen, following)
-Distillation(student, loss, budget, data)  module: (batch, price, one for all rows or each [B]) -> (loss, Measured),
-                                           Measured.rows being "kl" and "compute" of each row
-start(student, data, order, config)        calibration, for all budgets that are trained (distillation/budgets.py)
-compute_meter(student, data, order, config)  what the dial is set by
-evaluate(student, held_out, config)        a row's measurements
-lines()                                    how a table shows them
-METRICS                                    which of them a report plots: (key, label, "lower" or "higher" is better)
-routing(student, data, teacher, config)    where compute went, and examples (see elastic/accounting/routing.py)
-UNIT                                       what data consists of
-BASELINES                                  names of what the next one makes
-baseline(name, student, held_out, config, compute)  a row's measurements of something untrained at this compute
-alike(...)                                 images only: see elastic/families/image.py
+`of` gives a family's module, which answers what commands ask (see `Family`); TRAITS has what has to be known before
+that module, and the libraries behind it, are loaded. No other module of this package asks which family a model is of.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-_MODULES = {
-    "llm": "elastic.families.language",
-    "vit": "elastic.families.image",
-    "vlm": "elastic.families.vision_language",
-}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from elastic.config import RunConfig
+    from elastic.distillation.dial import Meter
+    from elastic.evaluation.teacher import TeacherOutputs
+    from elastic.timing.passes import Contender, Models, Row
+    from elastic.timing.workload import Need, TrainingBatch, Workload
+    from students.calibration.price import Start
+    from teachers import Teacher
+
+    Say = Callable[[str], None]
 
 
-def of(family: str) -> ModuleType:
+@dataclass(frozen=True)
+class Traits:
+    """What configurations and command lines have to know of a family."""
+
+    module: str
+    noun: str
+    """What its models are called in a message."""
+    settings: tuple[str, ...]
+    """Settings that have no effect on every family, and have one on this."""
+    decodes: bool = False
+    """Whether a budget can speak of decoding; if not, it is always one of prefill."""
+    section: str | None = None
+    """The section of a configuration file that holds for it, whatever the phase."""
+    data: str | None = None
+    """What has to be named as data, for the user to read; None: there is data that needs no name."""
+    tasks: bool = False
+    """Whether it can be asked multiple-choice tasks of text."""
+
+
+_IMAGES = "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist"
+_QUESTIONS = "questions about images: --data FILE (image, question, answer in JSON lines or parquet), or easy-vqa"
+
+TRAITS: Mapping[str, Traits] = MappingProxyType(
+    {
+        "llm": Traits(
+            "elastic.families.language",
+            "a language model",
+            ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight"),
+            decodes=True,
+            tasks=True,
+        ),
+        "vit": Traits(
+            "elastic.families.image",
+            "an image model",
+            ("data.max_images", "data.classes"),
+            section="vit",
+            data=_IMAGES,
+        ),
+        "vlm": Traits(
+            "elastic.families.vision_language",
+            "a vision-language model",
+            ("data.max_images",),
+            section="vlm",
+            data=_QUESTIONS,
+        ),
+    }
+)
+"""Of each family, by the name that configurations and tables of models have for it."""
+
+
+def of(family: str) -> Family:
     """The module of a family: "llm", "vit" or "vlm"."""
-    return import_module(_MODULES[family])
+    return cast(Family, import_module(TRAITS[family].module))
+
+
+class Timing(Protocol):
+    """What `elastic bench` asks of a family: a module of elastic/timing."""
+
+    OPTIONS: tuple[str, ...]
+    """Those of "tokens" and "new_tokens" that have an effect."""
+    BATCHES: tuple[int, ...]
+    """Batch sizes that are timed where none is asked for."""
+    RANDOM: Mapping[str, int]
+    """Flags that say how much random data a student with random weights is calibrated on: quality is no matter, and
+    gates that are chosen from little take as long as others."""
+
+    def samples(self, config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
+        """How many windows, images or questions the largest piece of work takes."""
+
+    def fitted(self, student: Any, workload: Workload) -> Workload:
+        """The workload as far as the model reads so much; ValueError where it does not."""
+
+    def contenders(self, student: Any, dense: nn.Module) -> dict[str, Contender]:
+        """The "student" and the "dense" model, as they are run."""
+
+    def recorded(self, model: nn.Module) -> Contender:
+        """A dense model, run through recordings on GPUs as students are."""
+
+    def inference(self, student: Any, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:
+        """Rows of timings, where the dial is."""
+
+    def training_batch(self, student: Any, data: Any, config: RunConfig) -> TrainingBatch:
+        """A micro-batch, on the student's device."""
+
+    def needs(self, model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+        """How much is read at once by a model with random weights, which may be on the device "meta"."""
+
+
+class Generation(Protocol):
+    """What `elastic generate` asks of a family: a module of elastic/generation."""
+
+    def read_image(self, model: str, image: str | None) -> Any:
+        """The image in a file; ValueError where the model needs one and there is none, or the other way round."""
+
+    def inputs(self, processor: Any, prompt: str, picture: Any) -> tuple[dict[str, Tensor], Any]:
+        """What the model is called with, and its tokenizer; picture: what `read_image` gave."""
+
+    def compute(self, student: Any, inputs: dict[str, Tensor], whole: Tensor) -> float:
+        """The share of the teacher's compute that was spent; whole [1, T]: prompt and what was generated."""
+
+
+class Family(Protocol):
+    """What every family's module has. Data is what `load` gives: it has .train, .held_out and .left_out."""
+
+    UNIT: str
+    """What data consists of, for the user to read."""
+    BASELINES: tuple[str, ...]
+    """Names of what `baseline` makes."""
+    METRICS: tuple[tuple[str, str, str], ...]
+    """What a report plots against compute: key, label, and whether "lower" or "higher" is better."""
+    timing: Timing
+    generation: Generation | None
+    """None: its models generate no text."""
+    score_correlations: Callable[..., dict[str, float]] | None
+    """(student, student, data to measure on) -> rank correlation of their scores by router; None: not defined."""
+
+    def load(self, config: RunConfig, teacher: Teacher) -> Any:
+        """The run's data, the same every time."""
+
+    def load_all(self, source: str, config: RunConfig, teacher: Teacher) -> Any:
+        """Data to measure on: the validation part of a source, or all of it."""
+
+    def random_data(self, config: RunConfig, model: nn.Module) -> Any:
+        """Data without a source, for models with random weights: as much to train on as is calibrated on."""
+
+    def summary(self, data: Any, config: RunConfig) -> str:
+        """What there is, for the user to read."""
+
+    def tokens(self, student: Any, data: Any, config: RunConfig) -> Any:
+        """What the model reads at once, as `student.uniform` takes it: tokens of text; of text and of the image; an
+        image's height and width."""
+
+    def Batches(self, data: Any, config: RunConfig, device: torch.device) -> Any:
+        """Training batches by number: len(), load(chosen, following)."""
+
+    def Distillation(self, student: Any, loss: Any, budget: Any, data: Any) -> nn.Module:
+        """(batch, price, one for all rows or each [B]) -> (loss, Measured), Measured.rows being "kl" and "compute" of
+        each row."""
+
+    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Start:
+        """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training
+        samples, shuffled."""
+
+    def compute_meter(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Meter:
+        """What measures the compute that the dial is set by; order: as in `start`."""
+
+    def evaluate(
+        self, student: Any, held_out: Any, config: RunConfig, kept: TeacherOutputs | None = None
+    ) -> dict[str, Any]:
+        """A row's measurements; kept: what the teacher made of the same data before."""
+
+    def baseline(
+        self,
+        name: str,
+        student: Any,
+        held_out: Any,
+        config: RunConfig,
+        compute: float,
+        kept: TeacherOutputs | None = None,
+    ) -> dict[str, Any]:
+        """As `evaluate`, for something untrained at this compute. May change the student for good."""
+
+    def routing(self, student: Any, held_out: Any, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+        """Where compute goes, and examples (see accounting/routing.py)."""
+
+    def lines(self) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+        """How a table shows a row of results."""

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+Say = Callable[[str], None]
+"""Says a line to the user."""
 Watcher = Callable[[int, int], None]
 """Told how many parts of a loop are done, and of how many: 0 at first, all at the end."""
 

@@ -1,10 +1,8 @@
-"""Load vision-language models, and turn images and questions into what they read."""
+"""Load vision-language models, or put them together of their parts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ from teachers.quiet import first_line
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 LANGUAGE = "language_model"
@@ -100,98 +97,3 @@ def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Questions about images, each with its answer, as a model reads them."""
-
-    inputs: dict[str, torch.Tensor]
-    """What the model is called with: input_ids [B, T] and all the rest."""
-    answers: torch.Tensor
-    """[B, T] bool: tokens after which the model has to say the next token of the answer, or its end."""
-    prompt: torch.Tensor
-    """[B, T] bool: tokens of image and question."""
-    image: torch.Tensor
-    """[B, T] bool: image tokens."""
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def to(self, device: torch.device) -> Prompts:
-        """The same on another device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Prompts(
-            inputs, *(mask.to(device, non_blocking=True) for mask in (self.answers, self.prompt, self.image))
-        )
-
-
-def encode(processor: Any, samples: Sequence[tuple[Image, str, str]], image_token: int) -> Prompts:
-    """Prompts of (image, question, answer), padded at the right. image_token: the number of the model's image token.
-
-    Raises what the processor raises, and ValueError for an answer without a token.
-    """
-    tokenizer = processor.tokenizer
-    prompts = [prompt_text(processor, question) for _, question, _ in samples]
-    texts = [
-        prompt + answer_text(prompt, answer) + (tokenizer.eos_token or "")
-        for prompt, (_, _, answer) in zip(prompts, samples, strict=True)
-    ]
-    inputs = call(processor, texts, [image for image, _, _ in samples], "right")
-    # how many tokens the answer is, whatever number of tokens the processor makes of an image
-    counts = [len(token_ids(tokenizer, text)) for text in texts]
-    before = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
-    answers = [one - other for one, other in zip(counts, before, strict=True)]
-    if min(answers) < 1:
-        raise ValueError("an answer has no token, and the model has none for the end")
-    return masked(inputs, answers, image_token)
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, with the tokenizer's own around it, but for those that the text brings itself."""
-    return tokenizer(text, add_special_tokens=_needs_special_tokens(tokenizer, text)).input_ids
-
-
-def _needs_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text does not begin with BOS, as some chat templates make it."""
-    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
-
-
-def masked(inputs: dict[str, torch.Tensor], answers: Sequence[int], image_token: int) -> Prompts:
-    """Prompts of inputs padded at the right, whose last `answers` tokens [B] are the answer's."""
-    import torch
-
-    valid = inputs["attention_mask"].bool()
-    length = valid.sum(1, keepdim=True)
-    first = length - torch.tensor(answers).unsqueeze(1)
-    place = torch.arange(valid.shape[1]).expand(valid.shape)
-    if "token_type_ids" in inputs:  # PaliGemma: text of type 0 is seen from everywhere in front of the answer
-        inputs = {**inputs, "token_type_ids": ((place >= first) & valid).to(inputs["token_type_ids"].dtype)}
-    saying = (place >= first - 1) & (place < length - 1)
-    return Prompts(inputs, saying, (place < first) & valid, inputs["input_ids"] == image_token)
-
-
-def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: str) -> dict[str, torch.Tensor]:
-    """The processor's tensors for texts with one image each, padded at this side."""
-    tokenizer, pictures = processor.tokenizer, [[image] for image in images]
-    whole = not all(_needs_special_tokens(tokenizer, text) for text in texts)
-    options = {"add_special_tokens": False} if whole else {}
-    before, tokenizer.padding_side = tokenizer.padding_side, side
-    try:
-        made = processor(text=list(texts), images=pictures, padding=True, return_tensors="pt", **options)
-    finally:
-        tokenizer.padding_side = before
-    return dict(made)
-
-
-def prompt_text(processor: Any, question: str) -> str:
-    """What comes in front of the answer, with a place for the image: the model's chat format, where it has one."""
-    if processor.chat_template:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"{getattr(processor, 'image_token', '<image>')}{question}\n"
-
-
-def answer_text(prompt: str, answer: str) -> str:
-    """The answer as it follows the prompt."""
-    return answer if prompt[-1:].isspace() else f" {answer}"

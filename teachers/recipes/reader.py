@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from teachers.families.vision_language import IMAGE_TOKEN, answer_text, processor_for, prompt_text
+from teachers.data.prompts import answer_text, prompt_text
+from teachers.families.vision_language import IMAGE_TOKEN, processor_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -236,7 +236,7 @@ def test_long_loops_say_how_far_they_are(
     assert main(arguments) == 0
     assert "min left" not in capsys.readouterr().err
     monkeypatch.setattr("elastic.cli.screen.QUIET_SECONDS", -1)
-    monkeypatch.setattr("elastic.families.language.BATCH_TOKENS", 1)
+    monkeypatch.setattr("elastic.evaluation.language.BATCH_TOKENS", 1)
     assert main(arguments) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
     count = int(lines[0].split()[2])

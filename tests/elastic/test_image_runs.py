@@ -25,6 +25,7 @@ from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, make_config
 from elastic.evaluate import compare_runs, measure_run
+from elastic.evaluation.image import compare
 from elastic.families import image
 from elastic.run import Run, load
 from elastic.sweep import look
@@ -200,7 +201,7 @@ def test_damaged_images_end_no_run_and_are_named_once(
 def test_batches_without_a_good_image_are_passed_over(
     finished: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image, "MEASURED", 1)
+    monkeypatch.setattr("elastic.evaluation.image.MEASURED", 1)
     shutil.copytree(image_folder / "val", tmp_path / "val")
     (tmp_path / "val" / "dog" / "7.png").write_bytes(b"")
     (tmp_path / "val" / "cat" / "0.png").write_bytes(b"")
@@ -218,7 +219,7 @@ def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Callable[
             features, _ = student.features(pixels)
         return Features(-features.logits, features.pooled, features.layers), 1.0
 
-    row = image.compare(student, held_out, contrary)
+    row = compare(student, held_out, contrary)
     assert row["agreement"] == 0 and row["kl"] > 0
     shown = dict(image.lines())
     assert shown["top-1 agreement"](row) == "0.00%" and "no classifier" not in shown["KL to the teacher"](row)
@@ -227,7 +228,7 @@ def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Callable[
         features, compute = contrary(pixels)
         return Features(None, features.pooled, features.layers), compute
 
-    row = image.compare(student, held_out, blind)
+    row = compare(student, held_out, blind)
     assert not {"agreement", "kl", "top1", "labelled"} & set(row)
     assert {shown[name](row) for name in ("top-1", "top-5", "top-1 agreement")} == {"no classifier"}
 

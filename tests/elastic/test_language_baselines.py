@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic import trainer
+from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import RunConfig, make_config
 from elastic.evaluate import measure_run
@@ -37,7 +38,7 @@ def ids() -> Tensor:
 
 
 def decode_meter(ids: Tensor) -> Callable[[LanguageStudent], float]:
-    return lambda student: language.measured_compute(student, ids, "decode", 4)
+    return lambda student: measured_compute(student, ids, "decode", 4)
 
 
 def shares(student: LanguageStudent, ids: Tensor) -> dict[str, float]:
@@ -80,7 +81,7 @@ def test_static_reads_the_same_channels_for_every_token(ids: Tensor):
     routed = elasticize(make_tiny("llama"), config.student)
 
     def meter(student: LanguageStudent) -> float:
-        return language.measured_compute(student, ids, "prefill", 4)
+        return measured_compute(student, ids, "prefill", 4)
 
     student = baselines.calibrated("static", routed, make_tiny("llama"), config, 0.75, ids.split(2), meter)
     with torch.no_grad():

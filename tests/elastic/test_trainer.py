@@ -22,15 +22,16 @@ from safetensors import SafetensorError
 import elastic
 import teachers
 from elastic import trainer
-from elastic.bench import _medians, bench_run
+from elastic.accounting.language import measured_compute
+from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, presets
 from elastic.distillation import dial
 from elastic.evaluate import measure_run
 from elastic.families import language
-from elastic.families.language import measured_compute
 from elastic.run import Run
 from elastic.settings import to_dict
+from elastic.timing.passes import medians
 from students import checkpoint
 from students.checkpoint import read_tensors
 from teachers.load import fingerprint
@@ -494,7 +495,7 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be forgotten here")
 def test_peaks_are_those_of_their_own_work():
     works = {"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}
-    _, peaks = _medians(works, 1, torch.device("cpu"))
+    _, peaks = medians(works, 1, torch.device("cpu"))
     assert peaks["large"] > peaks["small"] + 100_000_000
 
 

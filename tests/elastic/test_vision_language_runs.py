@@ -24,9 +24,10 @@ from elastic.evaluate import measure_run
 from elastic.families import vision_language
 from elastic.run import Run, load
 from students.families.vision_language import VisionLanguageStudent
+from teachers.data import prompts as reading
 from teachers.data.questions import QuestionData, load_all, load_questions
 from teachers.families.image import pack
-from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, encode, language_of, processor_for
+from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, language_of, processor_for
 from teachers.recipes import vision_language as recipe
 from teachers.recipes.easy_vqa import WORDS, _shown
 from teachers.recipes.reader import Reader
@@ -216,7 +217,7 @@ def test_free_answers_are_generated(finished: Path, questions: Path, tmp_path: P
     asked.choices = ("w3 w2", "w3 w4")  # begin alike: no score tells them apart by their first token
     run = Run.open(finished)
     teacher = run.teacher()
-    whole = vision_language._with(teacher, asked)
+    whole = vision_language._prompts(teacher, asked)
     row = vision_language.evaluate(run.load_student(teacher), whole, run.config)
     assert row["questions"] == 3 and 0 <= row["accuracy"] <= 1
 
@@ -243,16 +244,16 @@ def test_questions_that_the_processor_refuses_are_left_out(
     ]
     rows[2]["image"] = "broken.png"
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    real = vision_language.encode
+    real = reading.encode
 
     def strict(processor: object, samples: list, image_token: int) -> object:
         if any(question == "1" for _, question, _ in samples):
             raise ValueError("absolute aspect ratio must be smaller than 200")
         return real(processor, samples, image_token)
 
-    monkeypatch.setattr(vision_language, "encode", strict)
+    monkeypatch.setattr(reading, "encode", strict)
     asked = load_all(str(tmp_path / "some.jsonl"))
-    whole = vision_language._with(teacher, asked)
+    whole = vision_language._prompts(teacher, asked)
     prompts, samples = whole.read([0, 1, 2])
     assert [question for _, question, _ in samples] == ["0", "2", "3"]
     assert len(prompts) == 3 and asked.broken == 2
@@ -269,10 +270,10 @@ def test_an_answer_without_a_token_is_left_out(model_folder: Path, questions: Pa
     teacher = teachers.load(str(model_folder), dtype=torch.float32)
     sample = (*load_all(str(questions)).read([0])[0][:2], "")
     token = teacher.model.config.image_token_id
-    assert int(encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end
+    assert int(reading.encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end
     teacher.processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="an answer has no token"):
-        encode(teacher.processor, [sample], token)
+        reading.encode(teacher.processor, [sample], token)
 
 
 def test_a_chat_templates_own_bos_is_not_doubled(model_folder: Path, questions: Path) -> None:
@@ -281,9 +282,9 @@ def test_a_chat_templates_own_bos_is_not_doubled(model_folder: Path, questions: 
     tokenizer = processor.tokenizer
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     samples = load_all(str(questions)).read([0, 1])
-    plain = encode(processor, samples, token)
+    plain = reading.encode(processor, samples, token)
     processor.chat_template = "<s>" + CHAT_TEMPLATE
-    ours = encode(processor, samples, token)
+    ours = reading.encode(processor, samples, token)
     assert (plain.inputs["input_ids"] == 2).sum(1).tolist() == [1, 1]
     assert torch.equal(ours.inputs["input_ids"], plain.inputs["input_ids"]) and torch.equal(ours.answers, plain.answers)
 
@@ -313,7 +314,7 @@ def test_answers_are_where_the_mask_says(model_folder: Path, questions: Path) ->
     teacher = teachers.load(str(model_folder), dtype=torch.float32)
     assert teacher.family == "vlm"
     samples = load_all(str(questions)).read([0, 1])
-    prompts = encode(teacher.processor, samples, teacher.model.config.image_token_id)
+    prompts = reading.encode(teacher.processor, samples, teacher.model.config.image_token_id)
     ids, tokenizer = prompts.inputs["input_ids"], teacher.processor.tokenizer
     assert prompts.image.sum(1).tolist() == [16, 16]
     for row, (_, _, answer) in enumerate(samples):
@@ -344,7 +345,9 @@ def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path, monke
     assert_packing_changes_nothing(teacher)
     assert teacher.family == "vlm" and "language model: local folder" in teacher.source
     processor = processor_for(teacher.model, tokenizer)
-    prompts = encode(processor, [(Image.new("RGB", (20, 20)), "w1", "red")], teacher.model.config.image_token_id)
+    prompts = reading.encode(
+        processor, [(Image.new("RGB", (20, 20)), "w1", "red")], teacher.model.config.image_token_id
+    )
     assert teacher.model(**prompts.inputs).logits.isfinite().all()
     again = dict(teacher.model.named_parameters())
     assert torch.equal(again["model.language_model.norm.weight"], text.model.norm.weight)
@@ -359,7 +362,7 @@ def assert_packing_changes_nothing(teacher: teachers.Teacher) -> None:
     tokens = base.multi_modal_projector(_states(base.vision_tower, pixels))
     packed, targets = reader(tokens, asked)
     flat = [(image, *pair) for image, pairs in zip(images, asked, strict=True) for pair in pairs]
-    prompts = encode(teacher.processor, flat, teacher.model.config.image_token_id)
+    prompts = reading.encode(teacher.processor, flat, teacher.model.config.image_token_id)
     alone = teacher.model(**prompts.inputs).logits[prompts.answers]
     told = prompts.inputs["input_ids"].roll(-1, 1)[prompts.answers]
     assert torch.equal(targets, told)

@@ -13,9 +13,9 @@ from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig
 from elastic.evaluate import measure_run
-from elastic.families.language import most_tokens
 from elastic.generate import generate_text
 from students import RouterSpec, StudentSpec, elasticize
+from teachers.families.language import most_tokens
 from tests.pico.language import TINY, make_tiny, make_tokenizer
 
 Configure = Callable[..., RunConfig]
@@ -82,7 +82,7 @@ def test_timing_stays_within_the_positions(short: Path) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_which_models_have_a_limit(name: str) -> None:
     student = elasticize(make_tiny(name), StudentSpec((RouterSpec("token"),)))
-    assert most_tokens(student) == (64 if name == "gpt2" else None)
+    assert most_tokens(student.trunk) == (64 if name == "gpt2" else None)
     with torch.no_grad():
         if name != "gpt2":
             student(torch.full((1, 70), 5))

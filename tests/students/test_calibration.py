@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic.families.language import measured_compute
+from elastic.accounting.language import measured_compute
 from losses import forward_kl
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic.accounting.sums import divergence_of
 from elastic.config import LossConfig
+from elastic.objectives.sums import divergence_of
 from losses import forward_kl
 from students.kernels import fused
 from tests.students.kernels.conftest import DTYPES

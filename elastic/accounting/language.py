@@ -1,0 +1,43 @@
+"""Compute of language students on text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from students.compute import Phase
+from students.families.language import LanguageStudent
+
+BATCH_TOKENS = 1024
+"""Tokens that are measured together."""
+
+
+def prompt_mask(ids: Tensor, length: int) -> Tensor:
+    """[B, T] bool: the first `length` tokens of each window, from which sequence-level routers decide."""
+    return (torch.arange(ids.shape[1], device=ids.device) < length).expand(ids.shape)
+
+
+@torch.no_grad()
+def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, prompt: int, after: int = 0) -> float:
+    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality; after: of
+    the tokens after so many only."""
+    spent = whole = 0.0
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        valid = torch.ones_like(batch, dtype=torch.bool)
+        out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
+        head = head_cost(student, out.last_hidden_state, phase)
+        spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
+        whole += float(student.compute.dense(valid, phase)[:, after:].sum())
+    return spent / whole
+
+
+def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
+    """What the LM head costs for each of the final hidden states [B, T, D], [B, T]."""
+    tensors = student.head_tensors()
+    if not tensors:
+        return torch.as_tensor(student.compute.routed_head(None, phase)).expand(hidden.shape[:2])
+    rows = hidden.flatten(0, 1)
+    owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
+    parts = zip(rows.split(128), owners.split(128), strict=True)
+    share = torch.cat([student.logits(part, *tensors, owner=owner)[1] for part, owner in parts]).view(hidden.shape[:2])
+    return torch.as_tensor(student.compute.routed_head(share, phase)).expand(hidden.shape[:2])

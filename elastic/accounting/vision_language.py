@@ -1,0 +1,32 @@
+"""Compute of vision-language students on questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from students.decisions import Decisions
+from students.families.vision_language import VisionLanguageStudent
+from teachers.data.prompts import Prompts
+
+
+def spent_on(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisions) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply-accumulates of each prompt: the student's, those in vision tower and projector, the teacher's."""
+    valid = prompts.inputs["attention_mask"].bool()
+    return student.spent(decisions, prompts.image, valid, prompts.answers.sum(1))
+
+
+@torch.no_grad()
+def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts]) -> float:
+    """The compute ratio on batches of prompts."""
+    spent = whole = 0.0
+    for prompts in batches:
+        if student.by_count:
+            decisions = student.passing(prompts.image, prompts.inputs["attention_mask"].bool())
+        else:
+            _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
+        macs, _, dense = spent_on(student, prompts, decisions)
+        spent, whole = spent + float(macs.sum()), whole + float(dense.sum())
+    return spent / whole

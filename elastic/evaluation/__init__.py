@@ -1,0 +1,1 @@
+"""How good a student is against its teacher, and where its compute goes, family by family."""

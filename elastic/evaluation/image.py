@@ -1,0 +1,213 @@
+"""What an image student is worth: accuracy, and agreement with its teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from elastic.accounting.routing import where
+from elastic.config import RunConfig
+from elastic.evaluation.teacher import TeacherOutputs
+from elastic.reporting.pictures import data_uri
+from elastic.reporting.progress import Watched
+from losses import DIVERGENCES, cosine_distance
+from students.families.image import Features, ImageStudent
+from teachers import Teacher
+from teachers.data.image_set import ImageSet
+
+T = TypeVar("T")
+MEASURED = 256
+"""Images that are measured together."""
+EXAMPLES = 8
+"""Images that routing is looked at on, and that are shown."""
+METRICS = (
+    ("top1", "top-1 accuracy", "higher"),
+    ("kl", "KL to the teacher (nats per image)", "lower"),
+    ("agreement", "top-1 agreement with the teacher", "higher"),
+    ("cosine", "cosine of the features to the teacher's", "higher"),
+)
+"""What a report plots against compute: key, label, and which direction is better."""
+
+
+@torch.no_grad()
+def evaluate(
+    student: ImageStudent, images: ImageSet, config: RunConfig, kept: TeacherOutputs | None = None
+) -> dict[str, Any]:
+    """Measure a student on images.
+
+    Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
+    classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
+    similarity of the features that the classifier reads; images, how many more were broken, and how many are labelled;
+    unlabelled, why classes of the data have no number; images_per_second and teacher_images_per_second, which is of the
+    time when the teacher was asked.
+    """
+
+    def run(pixels: Tensor) -> tuple[Features, float]:
+        features, decisions = student.features(pixels)
+        macs, dense = student.spent(pixels, decisions)
+        return features, float(macs.sum() / dense.sum())
+
+    return compare(student, images, run, kept)
+
+
+@torch.no_grad()
+def compare(
+    student: ImageStudent,
+    images: ImageSet,
+    run: Callable[[Tensor], tuple[Features, float]],
+    kept: TeacherOutputs | None = None,
+) -> dict[str, Any]:
+    """As `evaluate`, for anything that makes features of pixels, at a share of the teacher's compute; kept: what the
+    teacher made of the same images before."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    kept = kept or TeacherOutputs()
+    sums = dict.fromkeys(("compute", "kl", "agreement", "cosine"), 0.0)
+    seen, labelled, spent, metrics, classifies = 0, 0, 0.0, {}, False
+    for number, (pixels, labels) in enumerate(_batches(student, images)):
+        target = kept.of(number, partial(_teacher_features, student, pixels))
+        started = time.perf_counter()
+        out, compute = run(pixels)
+        spent += time.perf_counter() - started
+        seen += len(pixels)
+        sums["compute"] += len(pixels) * compute
+        sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, target.pooled)))
+        if out.logits is None:
+            continue
+        classifies = True
+        sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, target.logits).sum())
+        sums["agreement"] += float((out.logits.argmax(-1) == target.logits.argmax(-1)).sum())
+        known = labels >= 0
+        labelled += int(known.sum())
+        if not known.any():
+            continue
+        classes = out.logits.shape[-1]
+        for name, logits in (("", out.logits), ("teacher_", target.logits)):
+            for k in (1, 5):
+                key = f"{name}top{k}"
+                if key not in metrics:
+                    metrics[key] = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
+                metrics[key].update(logits[known].float(), labels[known])
+    if not seen:
+        raise ValueError(f"none of {len(images):,} images to measure on can be used, {images.left_out.example}")
+    row: dict[str, Any] = {"compute": sums["compute"] / seen}
+    row |= {name: float(metric.compute()) for name, metric in metrics.items()}
+    if classifies:
+        row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen, "labelled": labelled}
+        row |= {"unlabelled": images.unlabelled} if images.unlabelled else {}
+    row |= {"images_per_second": seen / spent, "teacher_images_per_second": seen / kept.seconds}
+    return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": images.broken}
+
+
+def _teacher_features(student: ImageStudent, pixels: Tensor) -> Features:
+    with student.teacher():
+        return student.features(pixels)[0]
+
+
+def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and labels of all images that can be used, in order, on the student's device."""
+    device = next(student.parameters()).device
+    for found in _ahead(images.load_readable, range(len(images))):
+        if found is not None:
+            yield found[0].to(device), found[1].to(device)
+
+
+def chosen_pixels(student: ImageStudent, images: ImageSet, chosen: Sequence[int]) -> Iterator[Tensor]:
+    """Pixels of as many images as are chosen, on the student's device."""
+    device = next(student.parameters()).device
+    for pixels, _ in _ahead(images.load, chosen):
+        yield pixels.to(device)
+
+
+def _ahead(read: Callable[[Sequence[int]], T], numbers: Sequence[int]) -> Iterator[T]:
+    """What is read of so many images at a time, the next ones while these are worked on."""
+    parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, parts[0])
+        for following in Watched([*parts[1:], None]):
+            found = ahead.result()
+            if following is not None:
+                ahead = pool.submit(read, following)
+            yield found
+
+
+@torch.no_grad()
+def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[str, float]:
+    """How alike two students of one model decide: Spearman's rank correlation of their scores on the same images, by
+    router, each student routing as it does in training."""
+    from torchmetrics.functional import spearman_corrcoef
+
+    seen: dict[str, list[list[Tensor]]] = {}
+    for pixels, _ in _batches(first, images):
+        for place, student in enumerate((first, second)):
+            student.runtime.execution, student.runtime.training = "mask", True  # where all routers have a say
+            _, decisions = student(pixels)
+            for key in (placed.key for placed in student.routers()):
+                seen.setdefault(key, [[], []])[place].append(decisions.score[key].flatten().float().cpu())
+    odd = [key for key, (one, other) in seen.items() if len(one) != len(other)]
+    if odd:
+        raise ValueError(f"the two runs have different routers, such as {odd[0]}")
+    return {key: float(spearman_corrcoef(*(torch.cat(part) for part in parts))) for key, parts in seen.items()}
+
+
+@torch.no_grad()
+def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+    """Where compute goes in a few of the images (see elastic/accounting/routing.py), and how they look then.
+
+    Adds the key examples: for each, original and image, a data URI each, the second with patches as opaque as the
+    share of gates is that are open to them, and compute, as a share of the teacher's. None where the patches are no
+    squares.
+    """
+    chosen = [len(images) * n // EXAMPLES for n in range(min(EXAMPLES, len(images)))]
+    pixels = images.load(chosen)[0].to(next(student.parameters()).device)
+    _, decisions = student.features(pixels)
+    height, width = pixels.shape[-2:]
+    valid = torch.ones(len(pixels), student.at((height, width))[0], dtype=torch.bool, device=pixels.device)
+    found = where(student, decisions, pixels, valid, "prefill")
+    spent, dense = student.spent(pixels, decisions)
+    patches = torch.tensor(found["tokens"]).float().mean(0).div(1000).view(len(pixels), -1)
+    rows = round((patches.shape[1] * height / width) ** 0.5)
+    examples = []
+    if patches.shape[1] % rows == 0:
+        for picture, opaque, share in zip(pixels.cpu(), patches, (spent / dense).tolist(), strict=True):
+            shown = {"original": data_uri(picture), "image": data_uri(picture, opaque.view(rows, -1))}
+            examples.append({**shown, "compute": round(share, 3)})
+    return {**found, "examples": examples}
+
+
+def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """What a table of results says of an image model, line by line."""
+
+    def accuracy(k: int) -> Callable[[dict[str, Any]], str]:
+        def show(row: dict[str, Any]) -> str:
+            why = f": {row['unlabelled']}" if "unlabelled" in row else ""
+            if f"top{k}" not in row:
+                return (f"none{why}" if why else "no labels") if "agreement" in row else "no classifier"
+            of = f", of {row['labelled']:,} images{why}" if row.get("labelled", row["images"]) < row["images"] else ""
+            return f"{row[f'top{k}']:.2%} (teacher {row[f'teacher_top{k}']:.2%}){of}"
+
+        return show
+
+    def part(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: format(row[key], form) if key in row else "no classifier"
+
+    return [
+        (
+            "measured on",
+            lambda r: f"{r['data']}, {r['images']:,} images" + f", {r['broken']} broken" * (r["broken"] > 0),
+        ),
+        ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
+        ("compute", lambda r: f"{r['compute']:.3f}"),
+        ("top-1", accuracy(1)),
+        ("top-5", accuracy(5)),
+        ("top-1 agreement", part("agreement", ".2%")),
+        ("KL to the teacher", part("kl", ".4f")),
+        ("cosine of features", part("cosine", ".4f")),
+        ("images/s", lambda r: f"{r['images_per_second']:.0f} (teacher {r['teacher_images_per_second']:.0f})"),
+    ]

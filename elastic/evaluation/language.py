@@ -1,0 +1,106 @@
+"""What a language student is worth: perplexity and agreement with its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.accounting.language import BATCH_TOKENS, head_cost, prompt_mask
+from elastic.accounting.routing import where
+from elastic.config import LossConfig, RunConfig
+from elastic.evaluation.teacher import TeacherOutputs
+from elastic.objectives.language import Distillation, Measured
+from elastic.reporting.progress import Watched
+from students.compute import PHASES
+from students.families.language import LanguageStudent
+from teachers import Teacher
+
+EXAMPLE_TOKENS = 512
+"""Tokens that routing is looked at on."""
+SHOWN = 200
+"""How many of them are shown."""
+METRICS = (
+    ("perplexity_ratio", "perplexity over the teacher's", "lower"),
+    ("kl", "KL to the teacher (nats per token)", "lower"),
+    ("agreement", "top-1 agreement with the teacher", "higher"),
+)
+"""What a report plots against compute: key, label, and which direction is better."""
+
+
+def evaluate(
+    student: LanguageStudent, windows: Tensor, config: RunConfig, kept: TeacherOutputs | None = None
+) -> dict[str, Any]:
+    """Measure a student on token windows [N, T].
+
+    Keys: compute (decode phase) and compute_prefill, both as shares of the teacher's; perplexity, teacher_perplexity
+    and their ratio; kl, in nats per token, of the student to the teacher; agreement of the most likely next token;
+    tokens. Where a router decides per sequence, quality is that of the tokens after the prompt. The teacher is asked
+    beside the student; nothing is kept.
+    """
+    total = _measure(student, windows, config)
+    nll, teacher_nll = (float(x / total.predicted) for x in (total.nll, total.teacher_nll))
+    compute = {p: float(total.macs[p] / total.dense[p]) for p in PHASES}
+    return {
+        "compute": compute["decode"],
+        "compute_prefill": compute["prefill"],
+        "perplexity": math.exp(nll),
+        "teacher_perplexity": math.exp(teacher_nll),
+        "perplexity_ratio": math.exp(nll - teacher_nll),
+        "kl": float(total.kl / total.tokens),
+        "agreement": float(total.agreement / total.tokens),
+        "tokens": int(total.tokens),
+    }
+
+
+@torch.no_grad()
+def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig) -> Measured:
+    module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
+    total = None
+    device = next(student.parameters()).device
+    for batch in Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1]))):
+        _, measured = module(batch.to(device))
+        total = measured if total is None else total + measured
+    return total
+
+
+@torch.no_grad()
+def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
+    """Where compute goes in the first of the windows [N, T] (see accounting/routing.py), and what it reads there.
+
+    Adds the key examples: one text, in pieces of [text, compute as a share of the teacher's].
+    """
+    shown = windows[: max(1, EXAMPLE_TOKENS // windows.shape[1])].to(next(student.parameters()).device)
+    valid, phase = torch.ones_like(shown, dtype=torch.bool), config.budget.phase
+    out, decisions = student.features(shown, prompt=prompt_mask(shown, config.data.prompt))
+    head = head_cost(student, out.last_hidden_state, phase)
+    spent = student.compute.routed_blocks(decisions, valid, phase) + head
+    shares = (spent / student.compute.dense(valid, phase)).flatten()
+    ids, text = shown.flatten().tolist(), ""
+    pieces = []
+    for number, share in enumerate(shares[:SHOWN].tolist()):
+        # what a token adds to the text in front of it: alone, some tokenizers would take its space away
+        before, text = text, teacher.processor.decode(ids[: number + 1])
+        pieces.append([text[len(before) :], round(share, 3)])
+    found = where(student, decisions, shown, valid, phase)
+    found["outside"] = {"LM head": round(float(head.mean()) / student.compute.head, 4)}
+    return {**found, "examples": [{"pieces": pieces}]}
+
+
+def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """What a table of results says of a language model, line by line."""
+    return [
+        ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
+        ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),
+        ("compute, decode", lambda r: f"{r['compute']:.3f}"),
+        ("compute, prefill", lambda r: f"{r['compute_prefill']:.3f}"),
+        ("perplexity, teacher", lambda r: f"{r['teacher_perplexity']:.3f}"),
+        ("perplexity, student", lambda r: f"{r['perplexity']:.3f}"),
+        ("perplexity ratio", lambda r: f"{r['perplexity_ratio']:.4f}"),
+        ("KL to the teacher", lambda r: f"{r['kl']:.4f} nats"),
+        ("top-1 agreement", lambda r: f"{r['agreement']:.2%}"),
+    ]

@@ -1,0 +1,38 @@
+"""Prompts of language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from elastic.accounting.language import measured_compute
+from students.families.language import LanguageStudent
+from teachers.quiet import first_line
+
+
+def read_image(model: str, image: str | None) -> None:
+    """ValueError where there is one."""
+    if image is not None:
+        raise ValueError(f"{model} reads no images: leave --image away")
+
+
+def inputs(tokenizer: Any, prompt: str, picture: None) -> tuple[dict[str, Tensor], Any]:
+    """What the model is called with, and its tokenizer; in chat format where the model has one."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        try:
+            found = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program of the model's
+            raise ValueError(f"the model's chat template refuses the prompt: {first_line(error)}") from error
+    else:
+        found = tokenizer(prompt, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}, tokenizer
+
+
+def compute(student: LanguageStudent, inputs: dict[str, Tensor], whole: Tensor) -> float:
+    """The share of the teacher's FLOPs that the new tokens of `whole` [1, T] took."""
+    length = inputs["input_ids"].shape[1]
+    return measured_compute(student, whole, "decode", length, after=length)

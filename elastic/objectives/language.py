@@ -1,0 +1,143 @@
+"""The objective of language students: divergence of next-token distributions, and compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.accounting.language import prompt_mask
+from elastic.config import BudgetConfig, DataConfig, LossConfig
+from elastic.objectives.sums import Sums, divergence_of, routing_loss
+from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer
+from students.compute import PHASES, Phase
+from students.families.language import LanguageStudent
+
+
+@dataclass
+class Measured(Sums):
+    """Sums over the tokens of a batch, on the device; add them up and divide by `tokens`."""
+
+    tokens: Tensor
+    """Tokens that quality is measured on."""
+    kl: Tensor
+    """Divergence from the teacher, in nats (the configured one in training, forward KL in evaluation)."""
+    agreement: Tensor
+    """Tokens at which student and teacher have the same most likely next token; like the two below, not in training."""
+    nll: Tensor
+    """Student's negative log-likelihood of the text."""
+    teacher_nll: Tensor
+    predicted: Tensor
+    """Tokens that nll is summed over: those with a successor."""
+    macs: dict[Phase, Tensor]
+    """Student's compute, by phase."""
+    dense: dict[Phase, Tensor]
+    """Teacher's compute, by phase."""
+    rows: dict[str, Tensor]
+    """For each window its "kl", in nats per token, and its "compute", as a share of the teacher's."""
+
+
+class Distillation(nn.Module):
+    """Student and loss in one module, so that accelerate can wrap it whole."""
+
+    def __init__(self, student: LanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.budget = budget
+        self.prompt = data.prompt
+        self.divergence = divergence_of(loss)
+        self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
+
+    def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
+        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]. Returns the loss and
+        what was measured."""
+        student, loss = self.student, self.loss
+        prompt = prompt_mask(ids, self.prompt)
+        counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
+        states = {"output_hidden_states": loss.hidden_weight > 0 and loss.hidden_layers == "all"}
+        with student.teacher(), torch.no_grad():
+            teacher, _ = student.features(ids, **states)
+        out, decisions = student.features(ids, prompt=prompt, **states)
+
+        valid = torch.ones_like(prompt)
+        phase = self.budget.phase
+        dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
+        macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
+        price = torch.as_tensor(price, device=ids.device).expand(len(ids))
+        head, sums, rows = self._head_loss(
+            out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, dense[phase]
+        )
+        tokens = counted.sum()
+        total = head / tokens + (price * macs[phase]).sum() / dense[phase]
+        total = total + routing_loss(student, decisions, loss, self.budget)
+        if loss.hidden_weight:
+            distance = HIDDEN_DISTANCES[loss.hidden]
+            pairs = (
+                (out.hidden_states[1:], teacher.hidden_states[1:])
+                if states["output_hidden_states"]
+                else ([out.last_hidden_state], [teacher.last_hidden_state])
+            )
+            total = total + loss.hidden_weight * per_layer(distance, *pairs, counted)
+        macs = {p: m.detach() + rows[:, 1 + i] for i, (p, m) in enumerate(macs.items())}
+        each = {
+            "kl": rows[:, 0] / counted.sum(1),
+            "compute": macs[phase] / student.compute.dense(valid, phase).sum(1),
+        }
+        macs = {p: m.sum() for p, m in macs.items()}
+        return total, Measured(tokens, rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
+
+    def _head_loss(
+        self, hidden: Tensor, teacher_hidden: Tensor, ids: Tensor, counted: Tensor, price: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
+        each row of the batch [B, 3]: kl, and the head's MACs in both phases.
+
+        The head's compute is that of the counted tokens, scaled up to all.
+        """
+        student, loss = self.student, self.loss
+        targets = ids.roll(-1, dims=1)
+        follows = torch.ones_like(ids, dtype=torch.bool)
+        follows[:, -1] = False
+        scale = counted.numel() / counted.sum()
+        tensors = student.head_tensors()
+        owners = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+
+        def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+            logits, share = student.logits(h, *tensors, owner=owner)
+            with torch.no_grad():
+                teacher_logits, _ = student.logits(t)
+            kl = self.divergence(logits, teacher_logits)
+            costs = {p: torch.as_tensor(student.compute.routed_head(share, p), device=h.device) for p in PHASES}
+            cost = {p: c.expand(len(h)) * scale for p, c in costs.items()}
+            total = loss.logits_weight * kl.sum()
+            if loss.cross_entropy_weight:
+                total = total + loss.cross_entropy_weight * _nll(logits, target, follows)
+            if share is not None and self.budget.control == "price":
+                total = total + (price[owner] * cost[self.budget.phase]).sum() * counted.sum() / dense
+            with torch.no_grad():
+                quality = [h.new_zeros(())] * 3
+                if not self.training:
+                    agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+                    quality = [agreement, _nll(logits, target, follows), _nll(teacher_logits, target, follows)]
+                parts = torch.stack([kl, *cost.values()], 1).double()
+                each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
+                return total, torch.cat([torch.stack(quality).double(), each.flatten()])
+
+        rows = [*(x.flatten(0, 1) for x in (hidden, teacher_hidden, targets, follows)), owners]
+        vocabulary = student.model.config.vocab_size
+        total, sums = chunked(
+            chunk_loss,
+            rows,
+            tensors,
+            chunk_rows=default_chunk_rows(vocabulary, hidden.dtype, hidden.device),
+            mask=counted.flatten() if self.sequence_level else None,
+        )
+        return total, sums[:3], sums[3:].view(len(ids), 3)
+
+
+def _nll(logits: Tensor, target: Tensor, follows: Tensor) -> Tensor:
+    """Sum over rows that have a successor."""
+    return F.cross_entropy(logits.float(), torch.where(follows, target, -100), ignore_index=-100, reduction="sum")

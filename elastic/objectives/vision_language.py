@@ -1,0 +1,90 @@
+"""The objective of vision-language students: divergence on the tokens of answers, and compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from elastic.accounting.vision_language import spent_on
+from elastic.config import BudgetConfig, DataConfig, LossConfig
+from elastic.objectives.sums import Sums, divergence_of, routing_loss
+from losses import HIDDEN_DISTANCES
+from students.decisions import Decisions
+from students.families.vision_language import VisionLanguageStudent
+from teachers.data.prompts import Prompts
+
+
+@dataclass
+class Measured(Sums):
+    """Sums over the prompts of a batch, on the device; add them up and divide by `tokens`."""
+
+    tokens: Tensor
+    """Tokens of answers."""
+    kl: Tensor
+    """Divergence of their distributions, in nats."""
+    kept: Tensor
+    """Image tokens that passed the door."""
+    image: Tensor
+    """Image tokens."""
+    vision: Tensor
+    """Student's compute in vision tower and projector."""
+    macs: dict[str, Tensor]
+    """Student's compute."""
+    dense: dict[str, Tensor]
+    """Teacher's compute."""
+    rows: dict[str, Tensor]
+    """For each prompt its "kl", in nats per token of the answer, and its "compute", as a share of the teacher's."""
+
+
+class Distillation(nn.Module):
+    """Student and loss in one module, so that accelerate can wrap it whole."""
+
+    def __init__(
+        self, student: VisionLanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.budget = budget
+        self.divergence = divergence_of(loss)
+
+    def forward(self, prompts: Prompts, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
+        """price: loss per unit of compute, for all prompts or each [B]. Returns the loss and what was measured."""
+        student, loss = self.student, self.loss
+        with student.teacher(), torch.no_grad():
+            teacher = student.features(**prompts.inputs)[0].last_hidden_state
+            teacher_logits = student.logits(teacher[prompts.answers])[0]
+        out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
+        hidden = out.last_hidden_state
+        logits, _ = student.logits(hidden[text_rows(prompts.answers, decisions)], *student.head_tensors())
+        kl = self.divergence(logits, teacher_logits)
+        macs, vision, dense = spent_on(student, prompts, decisions)
+        total = loss.logits_weight * kl.mean()
+        if not student.by_count:  # a share that is fixed has nothing to learn from a price
+            total = total + (price * macs / dense).mean()
+        total = total + routing_loss(student, decisions, loss, self.budget)
+        if loss.hidden_weight:
+            text = prompts.inputs["attention_mask"].bool() & ~prompts.image
+            distance = HIDDEN_DISTANCES[loss.hidden]
+            total = total + loss.hidden_weight * distance(hidden[text_rows(text, decisions)], teacher[text], None)
+        return total, measured_on(prompts, decisions, kl.detach(), macs.detach(), vision.detach(), dense)
+
+
+def text_rows(chosen: Tensor, decisions: Decisions) -> Tensor:
+    """Where text tokens chosen [B, T] are in the output, which may have no rows for some image tokens."""
+    return chosen if decisions.index is None else chosen.gather(1, decisions.index) & decisions.valid
+
+
+def measured_on(
+    prompts: Prompts, decisions: Decisions, kl: Tensor, macs: Tensor, vision: Tensor, dense: Tensor
+) -> Measured:
+    """Sums of a batch; kl: of each token of the answers, the others as `spent_on` gives them."""
+    image, share = prompts.image.sum(), decisions.share.get("image")
+    kept = image if share is None else (share.detach() * prompts.image).sum()
+    owner = prompts.answers.nonzero()[:, 0]
+    each = kl.new_zeros(len(prompts)).index_add(0, owner, kl) / prompts.answers.sum(1)
+    phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
+    rows = {"kl": each, "compute": macs / dense}
+    return Measured(prompts.answers.sum(), kl.sum(), kept, image, vision.sum(), *phases, rows)

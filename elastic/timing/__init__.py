@@ -1,0 +1,1 @@
+"""What is timed, family by family."""

@@ -1,0 +1,88 @@
+"""Timing image models: classifying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.accounting.counters import count
+from elastic.config import RunConfig
+from elastic.reporting.progress import Say
+from elastic.timing.passes import Contender, Models, Row, medians, row_of
+from elastic.timing.workload import Need, TrainingBatch, Workload
+from students.execution.capture import Forward
+from students.families.image import ImageStudent, call
+from teachers.data.image_set import ImageSet
+from teachers.data.images import ImageData
+
+OPTIONS = ()
+BATCHES = (1, 8, 64)
+RANDOM = {"calibration__windows": 32}
+IMAGES = 64
+"""So many are timed, in batches, or one larger batch."""
+
+
+def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
+    """Images that the largest batch takes."""
+    return max(*batch, IMAGES)
+
+
+def fitted(student: ImageStudent, workload: Workload) -> Workload:
+    """The workload as it is: images have the size that the model takes."""
+    return workload
+
+
+def contenders(student: ImageStudent, dense: nn.Module) -> dict[str, Contender]:
+    """Both as they predict."""
+    return {"student": Contender(student.model, student.predict), "dense": Contender(dense, partial(call, dense))}
+
+
+def recorded(model: nn.Module) -> Contender:
+    """A dense model that predicts as students do."""
+    return Contender(model, Forward(partial(call, model)))
+
+
+def inference(student: ImageStudent, models: Models, data: ImageData, workload: Workload, say: Say) -> Iterator[Row]:
+    """Classifying of each batch."""
+    for size in workload.batch:
+        say(f"{size} images at once ...")
+        pixels = _images(data.held_out, size * max(1, IMAGES // size))
+        yield _classify(models, student.at(pixels.shape[-2:])[0], pixels, size, workload.repeats)
+
+
+def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) -> TrainingBatch:
+    """Training images."""
+    pixels = _images(data.train, config.train.batch).to(next(student.parameters()).device)
+    return TrainingBatch(pixels, {"pixel_values": pixels}, student.at(pixels.shape[-2:])[0])
+
+
+def needs(model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+    """Calibration reads all images at once; for a model of timm."""
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    return Need(model, tokens, tokens, config.calibration.windows * tokens, 0)
+
+
+def _images(images: ImageSet, count: int) -> Tensor:
+    """Pixels of `count` images, from the first again where there are too few."""
+    return images.load([n % len(images) for n in range(count)])[0]
+
+
+@torch.no_grad()
+def _classify(models: Models, tokens: int, pixels: Tensor, batch: int, repeats: int) -> Row:
+    """A forward pass of images [N, C, H, W], so many at a time: they may differ in what they cost, and the time of one
+    is too short to be taken."""
+    parts = pixels.to(next(models["dense"].model.parameters()).device).split(batch)
+
+    def forward(run: Callable[[Tensor], Any]) -> list[Any]:
+        return [run(part) for part in parts]
+
+    seconds, peaks = medians({n: partial(forward, m.run) for n, m in models.items()}, repeats, parts[0].device)
+    seconds = {name: value / len(parts) for name, value in seconds.items()}
+    counted = [count(partial(forward, partial(call, models[name].model))) for name in ("student", "dense")]
+    row = row_of("classify", batch, tokens, counted, seconds, peaks)
+    rates = {name: batch / value for name, value in seconds.items()}
+    return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}

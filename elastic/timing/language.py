@@ -1,0 +1,89 @@
+"""Timing language models: prefill and decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.config import RunConfig
+from elastic.reporting.progress import Say
+from elastic.timing.passes import COUNTED, Contender, Models, Row, decode, prefill
+from elastic.timing.workload import PROMPT, Need, TrainingBatch, Workload
+from students.calibration.language import ROWS_PER_BATCH
+from students.execution.decoding import Decoding
+from students.families.language import LanguageStudent
+from teachers.data.text import TextData
+from teachers.families.language import most_tokens
+
+OPTIONS = ("tokens", "new_tokens")
+BATCHES = (1,)
+RANDOM = {"calibration__windows": 2, "data__window": 256}
+
+
+def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
+    """Windows that the longest input takes."""
+    longest = max(batch) * max(*tokens, PROMPT), config.train.batch * config.train.window
+    return -(-max(longest) // config.data.window)
+
+
+def fitted(student: LanguageStudent, workload: Workload) -> Workload:
+    """The workload with as long a prompt as the model can decode from; ValueError where it reads less than is asked."""
+    most = most_tokens(student.trunk)
+    if most is None:
+        return workload
+    room = most - workload.new_tokens - COUNTED
+    if max(workload.tokens) > most or room < 1:
+        raise ValueError(
+            f"the model reads at most {most} tokens at once: say --tokens {most} --new-tokens {max(2, most // 2)}"
+        )
+    return replace(workload, prompt=min(PROMPT, room))
+
+
+def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
+    """Both as they generate."""
+    return {"student": Contender(student.model, student.generate), "dense": Contender(dense, dense.generate)}
+
+
+def recorded(model: Any) -> Contender:
+    """A dense model that decodes as students do."""
+    return Contender(model, Decoding(model, model.base_model).generate)
+
+
+def inference(student: LanguageStudent, models: Models, data: TextData, workload: Workload, say: Say) -> Iterator[Row]:
+    """Prefill of each batch and length, decoding of each batch."""
+    text, new_tokens, repeats = data.held_out.flatten(), workload.new_tokens, workload.repeats
+    for size, length in itertools.product(workload.batch, workload.tokens):
+        say(f"prefill of {size} x {length} tokens ...")
+        yield prefill(models, _unpadded(_cut(text, size, length)), repeats)
+    for size in workload.batch:
+        say(f"decoding {size} x {new_tokens} tokens after {workload.prompt} ...")
+        yield decode(models, _unpadded(_cut(text, size, workload.prompt)), new_tokens, repeats)
+
+
+def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) -> TrainingBatch:
+    """Training windows."""
+    ids = _cut(data.held_out.flatten(), config.train.batch, config.train.window)
+    ids = ids.to(next(student.parameters()).device)
+    return TrainingBatch(ids, {"input_ids": ids}, config.train.window)
+
+
+def needs(model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+    """Calibration reads two windows at a time."""
+    windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
+    calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
+    return Need(model, longest, config.train.window, calibrated, sampled)
+
+
+def _unpadded(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _cut(text: Tensor, batch: int, length: int) -> Tensor:
+    """[batch, length] tokens of text, from its start again where it is too short."""
+    need = batch * length
+    return text.repeat(-(-need // len(text)))[:need].view(batch, length)

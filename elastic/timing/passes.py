@@ -1,0 +1,159 @@
+"""Passes of two or three models over the same input, timed in turn."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elastic.accounting.counters import count
+from students.execution.kv_cache import cache_bytes
+from students.libraries import cache_of, with_cache
+
+Work = Callable[[], object]
+Row = dict[str, Any]
+"""A row of timings, as `elastic bench --json` prints it."""
+COUNTED = 4
+"""Steps of decoding that FLOPs and bytes are counted of, after those that are timed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, and how it is run: as transformers' `generate`, or images to the model's output."""
+
+    model: nn.Module
+    run: Callable[..., Any]
+
+
+Models = dict[str, Contender]
+"""The "student"; the "dense" model as its library ships it; and a "tuned" dense one, on GPUs and where weights can be
+packed: what the student does to run fast, without routers."""
+
+
+def medians(works: dict[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
+    """Median seconds of each piece of work, all in turn, after one turn to warm up; the most memory, in bytes, that was
+    in use in the last turn of each."""
+    seconds: dict[Any, list[float]] = {name: [] for name in works}
+    peaks = {}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            _forget_peak()
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+            peaks[name] = _peak()
+    return {name: statistics.median(times) for name, times in seconds.items()}, peaks
+
+
+def row_of(
+    phase: str,
+    batch: int,
+    tokens: int,
+    counted: Sequence[tuple[int, int]],
+    seconds: dict[str, float],
+    peaks: dict[str, int],
+) -> Row:
+    """A row from the (FLOPs, bytes) of the student and the dense model, and the seconds and peaks of all models."""
+    (flops, read), (dense_flops, dense_read) = counted
+    predicted, measured = dense_flops / flops, seconds["dense"] / seconds["student"]
+    return {
+        "phase": phase,
+        "batch": batch,
+        "tokens": tokens,
+        "compute": flops / dense_flops,
+        "predicted_speedup": predicted,
+        "predicted_speedup_bytes": dense_read / read,
+        "measured_speedup": measured,
+        "efficiency": measured / predicted,
+        **({"tuned_speedup": seconds["tuned"] / seconds["student"]} if "tuned" in seconds else {}),
+        "seconds": seconds["student"],
+        "dense_seconds": seconds["dense"],
+        **({"tuned_seconds": seconds["tuned"]} if "tuned" in seconds else {}),
+        "flops": flops,
+        "dense_flops": dense_flops,
+        "bytes": read,
+        "dense_bytes": dense_read,
+        "peak_bytes": peaks["student"],
+        "dense_peak_bytes": peaks["dense"],
+    }
+
+
+@torch.no_grad()
+def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
+    """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
+    device = models["dense"].model.device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    works = {n: partial(m.model, **inputs, use_cache=True, logits_to_keep=1) for n, m in models.items()}
+    if device.type == "cuda":
+        works.pop("tuned")  # which differs from the dense one in decoding only
+    timed = medians(works, repeats, device)
+    both = works["student"], works["dense"]
+    row = row_of("prefill", *inputs["input_ids"].shape, [count(work) for work in both], *timed)
+    sizes = [cache_bytes(cache_of(work())) for work in both]
+    return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
+
+
+@torch.no_grad()
+def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -> Row:
+    """Greedy `generate`, less the time for its first token."""
+    device = models["dense"].model.device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def generate(model: Contender, tokens: int, **options: Any) -> Any:
+        options |= dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return model.run(**inputs, **options)
+
+    works = {(name, count): partial(generate, m, count) for name, m in models.items() for count in (1, new)}
+    seconds, peaks = medians(works, repeats, device)
+    each = {name: (seconds[name, new] - seconds[name, 1]) / (new - 1) for name in models}
+    outs = {name: generate(models[name], new, return_dict_in_generate=True) for name in ("student", "dense")}
+    counted = [_count_decoding(models[name].model, out) for name, out in outs.items()]
+    sizes = {name: cache_bytes(cache_of(out)) for name, out in outs.items()}
+    row = row_of("decode", len(inputs["input_ids"]), new, counted, each, {name: peaks[name, new] for name in models})
+    return {**row, "cache_bytes": sizes["student"], "dense_cache_bytes": sizes["dense"]}
+
+
+def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
+    """(FLOPs, bytes) of a few more decoding steps on the cache that `generate` left."""
+    last, cache = out.sequences[:, -1:], cache_of(out)
+    totals = [0, 0]
+
+    def step(last: Tensor, cache: Any) -> Tensor:
+        return model(last, **with_cache(model, {"use_cache": True}, cache)).logits[:, -1:].argmax(-1)
+
+    for _ in range(COUNTED):
+        for n, number in enumerate(count(lambda x=last: step(x, copy.deepcopy(cache)))):
+            totals[n] += number
+        last = step(last, cache)
+    return totals[0], totals[1]
+
+
+def _forget_peak() -> None:
+    """Let `_peak` begin again; where it cannot, as on macOS, it is that of the process so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # Linux has it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The most memory that was in use since `_forget_peak`, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

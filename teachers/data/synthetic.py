@@ -1,0 +1,105 @@
+"""Random text, images and questions, in parts of so many to train on and to measure on: for models whose weights are
+random, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from teachers.data.prompts import Prompts, masked
+from teachers.data.text import TextData
+
+QUESTION, ANSWER = 56, 8
+"""Tokens of a random question, and of its answer."""
+
+
+@dataclass(frozen=True)
+class RandomImages:
+    """Images of noise [N, C, H, W], as an `ImageSet` has them."""
+
+    pixels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def subset(self, chosen: Sequence[int]) -> RandomImages:
+        """Only these images, in this order."""
+        return RandomImages(self.pixels[torch.as_tensor(chosen)])
+
+    def load(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels [B, C, H, W] and labels [B], all the same, of these images."""
+        return self.pixels[torch.as_tensor(chosen)], torch.zeros(len(chosen), dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class RandomQuestions:
+    """Questions of random tokens [N, T] about images of noise [N, C, H, W], as a `PromptSet` has them, the last ANSWER
+    tokens being the answer."""
+
+    tokens: torch.Tensor
+    pixels: torch.Tensor
+    image_token: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def subset(self, chosen: Sequence[int]) -> RandomQuestions:
+        """Only these questions, in this order."""
+        rows = torch.as_tensor(chosen)
+        return RandomQuestions(self.tokens[rows], self.pixels[rows], self.image_token)
+
+    def _inputs(self, chosen: Sequence[int], end: int | None) -> dict[str, torch.Tensor]:
+        rows = torch.as_tensor(chosen)
+        ids = self.tokens[rows, :end]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[rows]}
+
+    def load(self, chosen: Sequence[int]) -> Prompts:
+        """Prompts of these questions."""
+        return masked(self._inputs(chosen, None), [ANSWER] * len(chosen), self.image_token)
+
+    def ask(self, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What a model is called with to answer these questions."""
+        return self._inputs(chosen, -ANSWER)
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """Random samples to train on, and others to measure on."""
+
+    train: RandomImages | RandomQuestions
+    held_out: RandomImages | RandomQuestions
+    description: str
+
+
+def random_text(vocabulary: int, window: int, counts: tuple[int, int], seed: int) -> TextData:
+    """Windows [N, window] of random tokens below `vocabulary`."""
+    draw = torch.Generator().manual_seed(seed)
+    train, held_out = torch.randint(vocabulary, (sum(counts), window), generator=draw).split(counts)
+    return TextData(train, held_out, "random tokens", sum(counts) * window)
+
+
+def random_images(shape: tuple[int, int, int], counts: tuple[int, int], seed: int, dtype: torch.dtype) -> SyntheticData:
+    """Images of normal noise; shape: channels, height, width."""
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(sum(counts), *shape, generator=draw).to(dtype)
+    return SyntheticData(*map(RandomImages, pixels.split(counts)), "random images")
+
+
+def random_questions(
+    image_token: int,
+    image_tokens: int,
+    shape: tuple[int, int, int],
+    counts: tuple[int, int],
+    seed: int,
+    dtype: torch.dtype,
+) -> SyntheticData:
+    """Questions of QUESTION random words with an answer of ANSWER, behind an image of so many tokens; image_token: what
+    stands for one, above the number of any word."""
+    draw, total = torch.Generator().manual_seed(seed), sum(counts)
+    words = torch.randint(image_token, (total, QUESTION + ANSWER), generator=draw)
+    tokens = torch.cat([torch.full((total, image_tokens), image_token), words], 1)
+    pixels = torch.randn(total, *shape, generator=draw).to(dtype)
+    parts = zip(tokens.split(counts), pixels.split(counts), strict=True)
+    return SyntheticData(*(RandomQuestions(*part, image_token) for part in parts), "random questions")
