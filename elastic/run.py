@@ -61,7 +61,7 @@ class Run:
                 model=config.model,
                 identity=teacher.identity,
                 source=teacher.source,
-                beside=run._beside(config),
+                beside=run._relative_paths(config),
                 **surroundings(),
             )
         except OSError:
@@ -103,10 +103,10 @@ class Run:
     def config(self) -> RunConfig:
         """The resolved configuration, with paths to where things are now: the run may have moved, or all of it."""
         config: RunConfig = from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
-        data = replace(config.data, source=self._found("data", config.data.source))
-        return replace(config, model=self._found("model", config.model), data=data)
+        data = replace(config.data, source=self._located("data", config.data.source))
+        return replace(config, model=self._located("model", config.model), data=data)
 
-    def _beside(self, config: RunConfig) -> dict[str, str]:
+    def _relative_paths(self, config: RunConfig) -> dict[str, str]:
         """The run's local model and data as seen from its folder."""
         paths = {"model": config.model, "data": config.data.source}
         local = {name: path for name, path in paths.items() if Path(path).is_absolute()}
@@ -114,7 +114,7 @@ class Run:
             return {name: os.path.relpath(path, self.folder.absolute()) for name, path in local.items()}
         return {}
 
-    def _found(self, what: str, name: str) -> str:
+    def _located(self, what: str, name: str) -> str:
         """Where the run's "model" or "data" of this name is now: in its place, where it was in a run of an earlier
         version, beside the run as before, or below a folder that the run is in; the name itself where it is nowhere."""
         if name in models() or name in NAMED_DATA or not (self.folder / "elastic.json").exists():

@@ -39,7 +39,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PointOptions:
     """What is asked of every point."""
 
     data: str | None
@@ -81,7 +81,7 @@ def sweep(
         raise ValueError(f"{output} exists and is not a sweep folder: name another with --output")
     for task in tasks:
         _require_same(folder.run(task.name), task.config)
-    asked = Asked(eval_data, timed, command)
+    options = PointOptions(eval_data, timed, command)
     wanted = {
         (task.name, point): _keys(task, point[0], baselines, eval_data) for task in tasks for point in task.points
     }
@@ -121,7 +121,7 @@ def sweep(
             try:
                 with clock.timing("points"):
                     kinds = missing(wanted[task.name, point])
-                    for row in _measure(folder, task, point, kinds, asked, failed, say):
+                    for row in _measure(folder, task, point, kinds, options, failed, say):
                         folder.append(row)
                         finished[key_of(row)] = row
             except (ValueError, OSError) as error:
@@ -179,7 +179,7 @@ def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None)
 
 def _require_same(path: Path, config: RunConfig) -> None:
     """ValueError where the run folder is there and was made with other settings."""
-    if not _begun(path):
+    if not _started(path):
         return
     old, new = (_flat(to_dict(c)) for c in (Run.open(path).config, config))
     for key in sorted(old.keys() | new.keys()):
@@ -189,7 +189,7 @@ def _require_same(path: Path, config: RunConfig) -> None:
             )
 
 
-def _begun(path: Path) -> bool:
+def _started(path: Path) -> bool:
     return (path / "config.yaml").exists() and (path / "elastic.json").exists()
 
 
@@ -205,7 +205,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 def _distil(path: Path, config: RunConfig, say: Say, progress: Callable[..., None]) -> None:
     """Make the run, continue it, or leave it as it is where it is finished."""
     try:
-        if not _begun(path):
+        if not _started(path):
             trainer.distill(config, path, overwrite=True, say=say, progress=progress)
         elif not Run(path).routers.exists():
             trainer.resume(path, say=say, progress=progress)
@@ -218,7 +218,7 @@ def _measure(
     task: Task,
     point: tuple[float, float | None],
     kinds: Sequence[str | None],
-    asked: Asked,
+    options: PointOptions,
     failed: Callable[[str, Exception], None],
     say: Say,
 ) -> Iterator[Row]:
@@ -228,12 +228,12 @@ def _measure(
     baselines = [kind for kind in kinds if kind is not None]
     turns = () if turn is None else (turn,)
     try:
-        measured = evaluate.measure_run(path, data=asked.data, compute=turns, baselines=baselines, say=say)
+        measured = evaluate.measure_run(path, data=options.data, compute=turns, baselines=baselines, say=say)
     except ValueError as error:
         if not baselines:
             raise
         failed(f"{task.name} at {budget:g}, baselines {', '.join(baselines)}", error)
-        measured, baselines = evaluate.measure_run(path, data=asked.data, compute=turns, say=say), []
+        measured, baselines = evaluate.measure_run(path, data=options.data, compute=turns, say=say), []
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS
     for row, baseline in zip(measured, (None, *baselines), strict=True):
@@ -250,19 +250,19 @@ def _measure(
             "bench": None,
             "train_seconds": run.about.get("seconds"),
             "train_steps": run.about.get("steps", task.config.train.steps),
-            "command": asked.command,
+            "command": options.command,
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **surroundings(),
         }
         if baseline is None:
             if turn != 1:  # there it is the teacher, which routes nothing
-                _write(folder.details(row), look(path, turn))
-            if asked.timed:
+                _write(folder.details(row), routing_details(path, turn))
+            if options.timed:
                 row["bench"] = bench.bench_run(path, compute=turns, say=say)
         yield row
 
 
-def look(path: str, turn: float | None) -> dict[str, Any]:
+def routing_details(path: str, turn: float | None) -> dict[str, Any]:
     """Where the compute of a finished run goes, the dial turned to `turn` (see elastic/accounting/routing.py).
 
     What is looked at is the same for every seed, so that runs can be compared: what seed 0 holds out.

@@ -110,15 +110,15 @@ class Scorer(TemplateLM):
             texts, size = list(same), max(1, BATCH_TOKENS // length)
             batches += [texts[first : first + size] for first in range(0, len(texts), size)]
         for batch in Watched(batches):
-            wanted = [[requests[number][2] for number in numbers[text]] for text in batch]
-            for text, scores in zip(batch, self._score(batch, wanted), strict=True):
+            continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
+            for text, scores in zip(batch, self._score(batch, continuations), strict=True):
                 for number, score in zip(numbers[text], scores, strict=True):
                     answers[number] = score
         return answers
 
     @torch.no_grad()
     def _score(
-        self, batch: list[tuple[tuple[int, ...], int]], wanted: list[list[list[int]]]
+        self, batch: list[tuple[tuple[int, ...], int]], continuations: list[list[list[int]]]
     ) -> Iterator[list[tuple[float, bool]]]:
         """For each text of one length (tokens, how many of them are context) the scores of its continuations."""
         student = self.student
@@ -130,8 +130,8 @@ class Scorer(TemplateLM):
         out, decisions = student.features(ids, prompt=places < given)
         rows = out.last_hidden_state[places >= given - 1]
         # the k-th continuation of each text, row by row; those that have fewer repeat their first
-        most = max(map(len, wanted))
-        columns = [[choices[k] if k < len(choices) else choices[0] for choices in wanted] for k in range(most)]
+        most = max(map(len, continuations))
+        columns = [[choices[k] if k < len(choices) else choices[0] for choices in continuations] for k in range(most)]
         targets = torch.tensor([[t for choice in column for t in choice] for column in columns], device=device).T
         tensors = student.head_tensors()
         size = default_chunk_rows(student.model.config.get_text_config().vocab_size, rows.dtype, device)
@@ -143,9 +143,9 @@ class Scorer(TemplateLM):
             hits.append(logits.argmax(1, keepdim=True) == target)
             shares.append(share)
         self._count(ids, decisions, None if shares[0] is None else torch.cat(shares).mean())
-        lengths = [len(choices[0]) for choices in wanted]
+        lengths = [len(choices[0]) for choices in continuations]
         for choices, score, hit in zip(
-            wanted, torch.cat(scores).split(lengths), torch.cat(hits).split(lengths), strict=True
+            continuations, torch.cat(scores).split(lengths), torch.cat(hits).split(lengths), strict=True
         ):
             found = zip(score.sum(0).tolist(), hit.all(0).tolist(), strict=True)
             yield [answer for answer, _ in zip(found, choices, strict=False)]
@@ -255,7 +255,7 @@ def load_tasks(items: Sequence[str], say: Callable[[str], None] = print) -> dict
     names = [item for item in items if item not in files]
     if names:
         say("reading the harness's list of tasks ...")
-        found += _named(names)
+        found += _harness_tasks(names)
     tasks: dict[str, ConfigurableTask] = {}
     for name, task in found:
         if name in tasks:
@@ -269,7 +269,7 @@ def load_tasks(items: Sequence[str], say: Callable[[str], None] = print) -> dict
     return tasks
 
 
-def _named(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
+def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
     """The harness's own tasks; a group's or tag's all."""
     from lm_eval.tasks import TaskManager
 
@@ -296,7 +296,7 @@ def _named(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
     return found
 
 
-class Blanks(ConfigurableTask):
+class ClozeTask(ConfigurableTask):
     """Questions with one blank each, in which a choice is put.
 
     What follows the blank is scored, as the harness does with WinoGrande: choices are judged by what they lead to.
@@ -326,7 +326,7 @@ def file_task(path: Path) -> ConfigurableTask:
     """A file of questions as a task of the harness.
 
     Asked is "Question: ...\\nAnswer:", as the harness asks ARC; but where every question has one blank, `_`, see
-    `Blanks`.
+    `ClozeTask`.
     """
     import datasets
 
@@ -349,7 +349,7 @@ def file_task(path: Path) -> ConfigurableTask:
         ],
     }
     with _silent():
-        return (Blanks if blanks else ConfigurableTask)(config=config)
+        return (ClozeTask if blanks else ConfigurableTask)(config=config)
 
 
 def questions(path: Path) -> list[dict[str, Any]]:

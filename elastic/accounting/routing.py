@@ -16,7 +16,7 @@ BRANCHES = ("attention", "MLP")
 """What a report calls the branches of a block."""
 
 
-def where(
+def routing_profile(
     student: Student,
     decisions: Decisions,
     sample: Tensor,

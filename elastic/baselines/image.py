@@ -23,8 +23,8 @@ from students.families.vision_language import VisionLanguageStudent
 from students.routers import Router
 
 
-class _Order(nn.Module):
-    """In place of a router: scores that know nothing of what they score, and a share that passes, of every image alike.
+class _FixedScores(nn.Module):
+    """In place of a router: scores that do not depend on what they score, and one share of every image that passes.
 
     whole: where dropped patches stay away, the tokens of an image before any has gone; the scores given then stand.
     """
@@ -55,7 +55,7 @@ class _Order(nn.Module):
 
 
 @torch.no_grad()
-def drop_blindly(student: ImageStudent, kind: str, batches: Sequence[Tensor], seed: int = 0) -> None:
+def drop_patches(student: ImageStudent, kind: str, batches: Sequence[Tensor], seed: int = 0) -> None:
     """Let the student drop as many patches as it does in the mean over batches of pixels [B, C, H, W], but at random or
     at even distances ("random", "uniform").
 
@@ -68,26 +68,28 @@ def drop_blindly(student: ImageStudent, kind: str, batches: Sequence[Tensor], se
             "run has none"
         )
     shares = [student(pixels)[1].share for pixels in batches]
-    scores, whole = _blind(kind, seed), student.at(batches[0].shape[-2:])[0] if student.shortens else 0
+    scores, whole = _scores_without_content(kind, seed), student.at(batches[0].shape[-2:])[0] if student.shortens else 0
     for number, block in enumerate(student.blocks):
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
             here = torch.cat([share[f"{number}.layer"] for share in shares])
             kept = float(here[:, student.runtime.prefix :].mean())
-            block.routers["layer"] = _Order(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
+            block.routers["layer"] = _FixedScores(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
             block.merges = False
 
 
-def keep_blindly(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
+def keep_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
     """Let as many image tokens through the door as before, but at random or at even distances ("random", "uniform").
 
     ValueError where there is no image router with quota, whose number could be taken over.
     """
     if student.door is None or student.door.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    student.trunk.door.routers["image"] = _Order(student.door, student.door.quota, _blind(kind, seed))
+    student.trunk.door.routers["image"] = _FixedScores(
+        student.door, student.door.quota, _scores_without_content(kind, seed)
+    )
 
 
-def _blind(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
+def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
     """Scores [B, n] for tokens [B, n, D] that know nothing of them: "random", or "uniform", in even distances."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,5 +1,5 @@
 """What a trained language student has to beat, on the same frozen weights and at the same compute: choices of input
-channels, and of rows of the LM head, that nobody trained.
+channels, and of rows of the LM head, that no training made.
 
 random   any channels and rows, anew for each token, as many at each site as the student opens there
 uniform  every linear layer keeps the same share of its channels, and the head (where the student routes it) the same
@@ -71,18 +71,18 @@ def calibrated(
         )
     if name != "teal":
         calibrate(other, batches, compute, phase, config.train.seed)
-    keep_alike(other, config, compute, batches, meter)
+    keep_equal_shares(other, config, compute, batches, meter)
     return other
 
 
-def keep_alike(
+def keep_equal_shares(
     student: LanguageStudent,
     config: RunConfig,
     compute: float,
     batches: Sequence[Tensor],
     meter: Callable[[LanguageStudent], float],
 ) -> None:
-    """Move the limits of each site, all of a site alike, until every site keeps the same share of its channels on
+    """Move the limits of each site, all of a site by the same, until every site keeps the same share of its channels on
     calibration text, the one at which measured compute is `compute`.
 
     The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
@@ -132,18 +132,18 @@ def at_random(
     other = elasticize(model, StudentSpec(routers, gains=student.spec.gains))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
 
-    def turned(offset: float) -> dict[str, Tensor]:
+    def shares_at(offset: float) -> dict[str, Tensor]:
         return {key: (share.logit() + offset).sigmoid().view(1, 1) for key, share in shares.items()}
 
     low, high = -20.0, 20.0
     for _ in range(40):
         middle = (low + high) / 2
-        spent = float(other.compute.ratio(Decisions(share=turned(middle)), whole, "decode"))
+        spent = float(other.compute.ratio(Decisions(share=shares_at(middle)), whole, "decode"))
         low, high = (low, middle) if spent > compute else (middle, high)
-    shares = {key: float(share) for key, share in turned(low).items()}
+    shares = {key: float(share) for key, share in shares_at(low).items()}
     generator = torch.Generator().manual_seed(config.train.seed)
     for key, layer in _sites(other).items():
-        layer.register_forward_pre_hook(_drop(shares[f"{key}.channel"], generator))
+        layer.register_forward_pre_hook(_keep_at_random(shares[f"{key}.channel"], generator))
     head = other.model.get_output_embeddings()
     if isinstance(head, RoutedHead):
         router = head.routers["vocab"]
@@ -155,7 +155,9 @@ def at_random(
     return other
 
 
-def _drop(share: float, generator: torch.Generator) -> Callable[[RoutedLinear, tuple[Tensor]], tuple[Tensor] | None]:
+def _keep_at_random(
+    share: float, generator: torch.Generator
+) -> Callable[[RoutedLinear, tuple[Tensor]], tuple[Tensor] | None]:
     """A hook that leaves each channel with this probability and sets the others to zero, which every limit closes."""
 
     def hook(layer: RoutedLinear, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -211,7 +213,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
     def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
             router = layer.routers["channel"]
-            size = _some(args[0], ROWS).abs().float().log().clamp(min=OPEN)
+            size = _sample(args[0], ROWS).abs().float().log().clamp(min=OPEN)
             add(key, (0.0 if router.spec.network == "static" else size) - router.log_limit)
 
         return layer.register_forward_pre_hook(hook)
@@ -224,7 +226,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
                 hidden = student.features(ids)[0].last_hidden_state
                 if isinstance(head, RoutedHead):
                     router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
-                    features = router.features(_some(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
+                    features = router.features(_sample(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
                     mean = router.limit(features, torch.zeros_like(router.spread), 1.0, 0.0)
                     length = features.float().norm(dim=-1, keepdim=True)
                     add("vocab", (F.linear(features, preview_weight).float() - mean) / length)
@@ -234,7 +236,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
     return levels
 
 
-def _some(x: Tensor, rows: int) -> Tensor:
+def _sample(x: Tensor, rows: int) -> Tensor:
     """At most so many tokens of x [B, T, D], evenly spaced: [n, D]."""
     flat = x.flatten(0, 1)
     return flat[torch.linspace(0, len(flat) - 1, min(rows, len(flat)), device=x.device).long()]

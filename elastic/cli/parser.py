@@ -151,7 +151,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     compare = command(
-        "compare", measuring.compare_command, "say how alike the routers of two finished runs of an image model decide"
+        "compare",
+        measuring.compare_command,
+        "compare the decisions of two finished runs of an image model, router by router",
     )
     compare.add_argument("run", metavar="RUN")
     compare.add_argument("other", metavar="RUN")

@@ -58,19 +58,19 @@ def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
                 left = (now - times[0]) / done * (total - done) / 60
                 console.print(f"{done} of {total} done, {left:.1f} min left")
 
-        with watched_by(watch), _remarks_on(console.print):
+        with watched_by(watch), _log_to(console.print):
             yield console.print, progress
 
 
 @contextmanager
-def _remarks_on(say: Callable[[str], None]) -> Iterator[None]:
-    """Within it, what teachers remark of their data is said here, and does not break the bar."""
+def _log_to(say: Callable[[str], None]) -> Iterator[None]:
+    """Within it, what teachers log of their data goes here, and does not break the bar."""
 
-    class Remarks(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             say(record.getMessage())
 
-    logger, handler = logging.getLogger("teachers"), Remarks()
+    logger, handler = logging.getLogger("teachers"), Handler()
     logger.addHandler(handler)
     try:
         yield

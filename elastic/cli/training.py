@@ -54,7 +54,7 @@ def distill_command(options: argparse.Namespace) -> int | None:
     rows = Run.open(folder).about["results"]
     print_rows(rows)
     print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
-    return _say_what_is_missed(rows)
+    return _report_missed(rows)
 
 
 def sweep_command(options: argparse.Namespace) -> int | None:
@@ -96,10 +96,10 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         )
     Console().print(table)
     print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
-    return _say_what_is_missed(rows)
+    return _report_missed(rows)
 
 
-def _say_what_is_missed(rows: Sequence[dict[str, Any]]) -> int | None:
+def _report_missed(rows: Sequence[dict[str, Any]]) -> int | None:
     """A line for each budget that is missed; returns the exit code."""
     from elastic.evaluate import missed
 

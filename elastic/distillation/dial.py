@@ -108,7 +108,7 @@ class _Curve:
     say: Say
     rough: dict[float, float] = field(default_factory=dict)
     exact: dict[float, float] = field(default_factory=dict)
-    said: float = field(default_factory=time.monotonic)
+    last_said: float = field(default_factory=time.monotonic)
 
     def roughly(self, offset: float) -> float:
         """Compute at an offset, on a part."""
@@ -122,8 +122,8 @@ class _Curve:
         if offset not in points:
             self.student.runtime.offset = offset
             points[offset] = self.meter(share)
-            if time.monotonic() - self.said > PAUSE:
-                self.said = time.monotonic()
+            if time.monotonic() - self.last_said > PAUSE:
+                self.last_said = time.monotonic()
                 known = [*self.rough.values(), *self.exact.values()]
                 self.say(
                     f"setting the dial: {len(known)} points measured, compute {min(known):.3f} to {max(known):.3f} ..."
@@ -183,13 +183,13 @@ def _nearest(points: dict[float, float], target: float) -> float:
 def set_dial(student: Student, target: float, meter: Meter, say: Say) -> None:
     """Measure compute at several offsets of all gates, and leave the student where it is the target."""
     curve = _Curve(student, meter, say)
-    wanted, offset = target, curve.offset_of(target)
+    aim, offset = target, curve.offset_of(target)
     for _ in range(EXACT):
         missing = target - curve.exactly(offset)
         if abs(missing) <= TOLERANCE:
             break
-        wanted += missing
-        offset = curve.offset_of(wanted)
+        aim += missing
+        offset = curve.offset_of(aim)
     best = _nearest(curve.exact, target)
     for step in AROUND:
         curve.roughly(best + step)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from elastic.accounting.routing import where
+from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
@@ -139,8 +139,8 @@ def _ahead(read: Callable[[Sequence[int]], T], numbers: Sequence[int]) -> Iterat
 
 @torch.no_grad()
 def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[str, float]:
-    """How alike two students of one model decide: Spearman's rank correlation of their scores on the same images, by
-    router, each student routing as it does in training."""
+    """How similarly two students of one model decide: Spearman's rank correlation of their scores on the same images,
+    by router, each student routing as it does in training."""
     from torchmetrics.functional import spearman_corrcoef
 
     seen: dict[str, list[list[Tensor]]] = {}
@@ -169,7 +169,7 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
     _, decisions = student.features(pixels)
     height, width = pixels.shape[-2:]
     valid = torch.ones(len(pixels), student.at((height, width))[0], dtype=torch.bool, device=pixels.device)
-    found = where(student, decisions, pixels, valid, "prefill")
+    found = routing_profile(student, decisions, pixels, valid, "prefill")
     spent, dense = student.spent(pixels, decisions)
     patches = torch.tensor(found["tokens"]).float().mean(0).div(1000).view(len(pixels), -1)
     rows = round((patches.shape[1] * height / width) ** 0.5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.accounting.language import BATCH_TOKENS, head_cost, prompt_mask
-from elastic.accounting.routing import where
+from elastic.accounting.routing import routing_profile
 from elastic.config import LossConfig, RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.language import Distillation, Measured
@@ -86,7 +86,7 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
         # what a token adds to the text in front of it: alone, some tokenizers would take its space away
         before, text = text, teacher.processor.decode(ids[: number + 1])
         pieces.append([text[len(before) :], round(share, 3)])
-    found = where(student, decisions, shown, valid, phase)
+    found = routing_profile(student, decisions, shown, valid, phase)
     found["outside"] = {"LM head": round(float(head.mean()) / student.compute.head, 4)}
     return {**found, "examples": [{"pieces": pieces}]}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from elastic.accounting.routing import where
+from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
@@ -77,8 +77,10 @@ def evaluate(
             else:
                 with student.teacher() if name else nullcontext():
                     found[name] = answers(student, processor, samples)
-            right[name] += sum(_same(one, answer) for one, (_, _, answer) in zip(found[name], samples, strict=True))
-        agreed += sum(_same(one, other) for one, other in zip(found[""], found["teacher_"], strict=True))
+            right[name] += sum(
+                _same_answer(one, answer) for one, (_, _, answer) in zip(found[name], samples, strict=True)
+            )
+        agreed += sum(_same_answer(one, other) for one, other in zip(found[""], found["teacher_"], strict=True))
     if total is None:
         raise ValueError(
             f"none of {len(questions):,} questions to measure on can be used, {questions.left_out.example}"
@@ -110,7 +112,7 @@ def _first_tokens(processor: Any, questions: QuestionSet) -> dict[str, int] | No
     return first if len(set(first.values())) == len(tokens) else None
 
 
-def _same(one: str, other: str) -> bool:
+def _same_answer(one: str, other: str) -> bool:
     return one.strip().rstrip(".").lower() == other.strip().rstrip(".").lower()
 
 
@@ -149,7 +151,7 @@ def routing(
         student.runtime.execution = before
     valid = prompts.inputs["attention_mask"].bool()
     kept = valid if decisions.valid is None else decisions.valid
-    found = where(student, decisions, prompts.inputs["input_ids"], valid, "prefill", kept)
+    found = routing_profile(student, decisions, prompts.inputs["input_ids"], valid, "prefill", kept)
     examples = []
     for row, (picture, question, answer) in enumerate(samples):
         side = math.isqrt(int(prompts.image[row].sum()))

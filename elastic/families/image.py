@@ -137,7 +137,7 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
     student.set_quotas(batches)
     target = config.budget.span[0]
     if student.shortens and any(router.selection == "quota" for router in student.spec.routers):
-        # patches that had nobody to merge with keep their place in a quota, however far the dial is turned
+        # patches that found no other to merge with keep their place in a quota, however far the dial is turned
         offset = -0.25
         while offset > -SPREAD and lowest(student, lambda _: measured_compute(student, batches[:1])) > target:
             student.set_quotas(batches, offset)
@@ -165,5 +165,5 @@ def baseline(
         merged, share = baselines.merging(model, images.load([0])[0], compute)
         return compare(student, images, lambda pixels: (features_of(merged, pixels), share), kept)
     some = range(min(DIAL_IMAGES, len(images)))
-    baselines.drop_blindly(student, name, list(chosen_pixels(student, images, some)), config.train.seed)
+    baselines.drop_patches(student, name, list(chosen_pixels(student, images, some)), config.train.seed)
     return evaluate(student, images, config, kept)

@@ -183,5 +183,5 @@ def baseline(
     kept: TeacherOutputs | None = None,
 ) -> dict[str, Any]:
     """As `evaluate`, for as many image tokens as the student keeps, but any of them. Changes the student for good."""
-    baselines.keep_blindly(student, name, config.train.seed)
+    baselines.keep_image_tokens(student, name, config.train.seed)
     return evaluate(student, questions, config, kept)

@@ -218,12 +218,14 @@ class Model:
             known = [(name, ranked(details)) for name, row in members if (details := details_of(row))]
             if len(known) > 1:
                 every = [ranks for _, ranks in known]
-                found.append((title, [name for name, _ in known], [[alike(a, b) for b in every] for a in every]))
+                found.append(
+                    (title, [name for name, _ in known], [[rank_correlation(a, b) for b in every] for a in every])
+                )
         return found
 
 
 class Origins:
-    """Where rows come from: their commands and surroundings, each told once and then named C1, C2, E1, E2."""
+    """Where rows come from: their commands and surroundings, each listed once and then named C1, C2, E1, E2."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -322,7 +324,7 @@ def ranked(details: Details) -> tuple[str, np.ndarray]:
     """(what was looked at, the rank of each token [layers, tokens], scaled so that products are correlations).
 
     Ranks are by the share of gates that a layer opens to a token; equal ones share their mean rank. NaN where a layer
-    treats all tokens alike.
+    treats all tokens the same.
     """
     ranks = np.array([_ranks(values) for values in details["tokens"]])
     ranks = ranks - ranks.mean(1, keepdims=True)
@@ -330,8 +332,8 @@ def ranked(details: Details) -> tuple[str, np.ndarray]:
     return details["sample"], np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
 
 
-def alike(first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> float | None:
-    """How alike two students route: Spearman's rank correlation over tokens, mean over the layers in which both choose.
+def rank_correlation(first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> float | None:
+    """Spearman's rank correlation over tokens of how two students route, mean over the layers in which both choose.
 
     None where there are none, or they did not see the same tokens.
     """

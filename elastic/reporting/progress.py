@@ -1,4 +1,4 @@
-"""How far long loops are, for whoever watches; nobody has to."""
+"""How far long loops are, for whoever watches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 """Says a line to the user."""
 Watcher = Callable[[int, int], None]
-"""Told how many parts of a loop are done, and of how many: 0 at first, all at the end."""
+"""Called with how many parts of a loop are done, and of how many: 0 at first, all at the end."""
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 

@@ -67,8 +67,8 @@ def _turn(number: int, row: Any) -> Turn | None:
     """None for a system turn that says nothing."""
     names = next((n for n in (("role", "content"), ("from", "value")) if isinstance(row, dict) and n[0] in row), None)
     if names is None or not isinstance(row[names[0]], str):
-        told = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"its messages are no conversation: turn {number} has no role, but {told}")
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"its messages are no conversation: turn {number} has no role, but {found}")
     role = _ROLES.get(row[names[0]].strip().lower(), row[names[0]].strip())
     others = {name: value for name, value in row.items() if name not in names and value is not None}
     content = row.get(names[1])

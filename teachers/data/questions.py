@@ -238,10 +238,10 @@ def _image(row: dict[str, Any], inside: list[Any]) -> Any:
     if len(images) > 1:
         raise ValueError(f"it has {len(images)} images, where one is read")
     if not images or images[0] in (None, ""):
-        told = ", ".join(name if value is not None else f"{name} (null)" for name, value in row.items())
+        fields = ", ".join(name if value is not None else f"{name} (null)" for name, value in row.items())
         raise ValueError(
-            f"it has no image, but the fields {told}; `image`, `question` and `answer` are needed, or LLaVA's `image` "
-            "and `conversations`"
+            f"it has no image, but the fields {fields}; `image`, `question` and `answer` are needed, or LLaVA's "
+            "`image` and `conversations`"
         )
     return images[0]
 

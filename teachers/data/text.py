@@ -292,8 +292,8 @@ def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
         return _conversation(record[conversation], tokenizer)
     pair = next((pair for pair in PAIRS if set(pair) <= set(filled)), None)
     if pair is None:
-        told = ", ".join(name if name in filled else f"{name} (null)" for name in record)
-        raise ValueError(f"it has the fields {told}; one of these is needed: {_ACCEPTED_COLUMNS}")
+        fields = ", ".join(name if name in filled else f"{name} (null)" for name in record)
+        raise ValueError(f"it has the fields {fields}; one of these is needed: {_ACCEPTED_COLUMNS}")
     parts = [_field(record, name) for name in pair]
     if "input" in filled and pair[0] == "instruction":  # Alpaca's: what the instruction is about
         parts.insert(1, _field(record, "input"))

@@ -24,24 +24,24 @@ Kind = tuple[int, int]
 """The numbers of the words for an image's shape and colour."""
 
 
-def by_image(asked: QuestionSet) -> tuple[Tensor, list[list[Pair]]]:
+def sort_by_image(questions: QuestionSet) -> tuple[Tensor, list[list[Pair]]]:
     """Images [N, 3, H, W] in -1 ... 1, and the questions and answers of each."""
     from torchvision.transforms.functional import pil_to_tensor
 
     numbers: dict[str, int] = {}
     about: list[list[Pair]] = []
-    for sample in asked.samples:
+    for sample in questions.samples:
         if sample.image not in numbers:
             numbers[sample.image] = len(numbers)
             about.append([])
         about[numbers[sample.image]].append((sample.question, sample.answer))
-    pixels = torch.stack([pil_to_tensor(asked.decode(image).convert("RGB")) for image in numbers])
+    pixels = torch.stack([pil_to_tensor(questions.decode(image).convert("RGB")) for image in numbers])
     return pixels.float() / 127.5 - 1, about
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Images by what they show, and the questions that were asked about such images."""
+class ImagesByKind:
+    """Images by the shape and colour that they show, and the questions that were asked about such images."""
 
     images: dict[Kind, Tensor]
     """[N, 3, H, W] in -1 ... 1."""
@@ -54,12 +54,12 @@ class Shown:
         return [group[place] for group, count in groups for place in torch.randint(len(group), (count,)).tolist()]
 
 
-def by_kind(asked: QuestionSet) -> Shown:
+def sort_by_kind(questions: QuestionSet) -> ImagesByKind:
     """Images whose questions give away what they show."""
-    pixels, about = by_image(asked)
+    pixels, about = sort_by_image(questions)
     rows: dict[Kind, list[int]] = {}
     for row, pairs in enumerate(about):
-        shape, color = _shown(pairs)
+        shape, color = _kind_of(pairs)
         if shape is not None and color is not None:
             rows.setdefault((shape, color), []).append(row)
     pairs = {}
@@ -68,7 +68,7 @@ def by_kind(asked: QuestionSet) -> Shown:
         for pair in (pair for row in members for pair in about[row]):
             groups[(True, False, None).index(_affirmed(*pair))].append(pair)
         pairs[kind] = groups
-    return Shown({kind: pixels[members] for kind, members in sorted(rows.items())}, pairs)
+    return ImagesByKind({kind: pixels[members] for kind, members in sorted(rows.items())}, pairs)
 
 
 def _affirmed(question: str, answer: str) -> bool | None:
@@ -78,19 +78,19 @@ def _affirmed(question: str, answer: str) -> bool | None:
     return (answer == "yes") != bool({"not", "no"} & set(re.findall("[a-z]+", question)))
 
 
-def _shown(pairs: Sequence[Pair]) -> list[int | None]:
+def _kind_of(pairs: Sequence[Pair]) -> list[int | None]:
     """The numbers of the words for an image's shape and colour, None where no question gives it away."""
     found: list[int | None] = [None] * len(WORDS)
     for question, answer in pairs:
-        said = set(re.findall("[a-z]+", question)) if _affirmed(question, answer) else {answer}
+        named = set(re.findall("[a-z]+", question)) if _affirmed(question, answer) else {answer}
         for place, words in enumerate(WORDS):
             for number, word in enumerate(words):
-                if word in said:
+                if word in named:
                     found[place] = number
     return found
 
 
-def turned(images: Tensor) -> Tensor:
+def augmented(images: Tensor) -> Tensor:
     """Each of the images [B, C, H, W] mirrored or not, shifted, scaled by 0.75 to 1.35, and every other one turned."""
     count = len(images)
     angle = 2 * math.pi * torch.rand(count) * (torch.rand(count) < 0.5)

@@ -71,9 +71,9 @@ def pretrain(
     if start is not None:
         model.load_state_dict(unpack(load_file(Path(start) / "model.safetensors")))
     say(f"training {ARCHITECTURE} on {len(images):,} images of {source} for {epochs} epochs")
-    told = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
+    about = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
     part = final.with_name(f"{final.name}.part.safetensors")
-    train_vit(model, images, labels, epochs, start is not None, part, told, say)
+    train_vit(model, images, labels, epochs, start is not None, part, about, say)
     mean, std = channel_statistics(images)
     state = pack(model.state_dict())
     model.load_state_dict(unpack(state))
@@ -137,7 +137,7 @@ def train_vit(
     epochs: int,
     again: bool,
     part: Path,
-    told: dict[str, Any],
+    about: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Train in place on images [N, C, H, W] uint8 and labels [N]; again: the model was trained like this before.
@@ -170,7 +170,7 @@ def train_vit(
     batch = min(BATCH, len(images))
     steps = len(images) // batch * epochs
     order = torch.cat([torch.randperm(len(images))[: len(images) // batch * batch] for _ in range(epochs)])
-    snapshot = Snapshot(part, optimizers, told)
+    snapshot = Snapshot(part, optimizers, about)
     first = snapshot.restore()
     if first:
         say(f"going on after step {first}")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from teachers.data.prompts import answer_text, prompt_text
 from teachers.families.vision_language import IMAGE_TOKEN, processor_for
+from teachers.recipes.easy_vqa import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from teachers.recipes.easy_vqa import Pair
 
 
 class Reader:
@@ -32,7 +32,7 @@ class Reader:
         return self.tokenizer(front).input_ids, self.tokenizer(behind).input_ids
 
     def __call__(
-        self, image: Tensor, asked: Sequence[Sequence[Pair]], kept: Tensor | None = None
+        self, image: Tensor, questions: Sequence[Sequence[Pair]], kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, tokens, D], questions and answers of each -> logits [N, V] of answers' tokens, and those
         tokens. kept: [B, tokens] bool, image tokens that are not hidden from all others; None: all."""
@@ -41,23 +41,23 @@ class Reader:
         ids, places, numbers, targets = (
             nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=filling)
             for part, filling in zip(
-                zip(*(self._row(pairs, start) for pairs in asked), strict=True), (0, 0, -1, -100), strict=True
+                zip(*(self._row(pairs, start) for pairs in questions), strict=True), (0, 0, -1, -100), strict=True
             )
         )
         embed, count = model.get_input_embeddings(), len(image)
         x = torch.cat([embed(torch.tensor(self.before)).expand(count, -1, -1), image.to(dtype), embed(ids)], 1)
         numbers = torch.cat([torch.zeros(count, start, dtype=torch.long), numbers], 1)
-        seen = (numbers[:, :, None] == numbers[:, None, :]) | (numbers[:, None, :] == 0)
+        visible = (numbers[:, :, None] == numbers[:, None, :]) | (numbers[:, None, :] == 0)
         if kept is not None:
-            seen[:, :, len(self.before) : start] &= kept.unsqueeze(1)
-        mask = (seen & torch.ones_like(seen[0]).tril()).unsqueeze(1)
+            visible[:, :, len(self.before) : start] &= kept.unsqueeze(1)
+        mask = (visible & torch.ones_like(visible[0]).tril()).unsqueeze(1)
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         positions = torch.cat([torch.arange(start).expand(count, -1), places], 1)
         out = model.model.language_model(
             inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        told = targets >= 0
-        return model.lm_head(out[:, start:][told]).float(), targets[told]
+        answers = targets >= 0
+        return model.lm_head(out[:, start:][answers]).float(), targets[answers]
 
     def _row(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, positions, numbers of the questions and tokens to be said, of one image's questions."""
@@ -65,9 +65,9 @@ class Reader:
         for number, (question, answer) in enumerate(pairs):
             _, prompt = self._ids(question)
             text = answer_text(prompt_text(self.processor, question), answer) + self.tokenizer.eos_token
-            told = self.tokenizer(text).input_ids
-            ids += prompt + told[:-1]
-            places += range(start, start + len(prompt) + len(told) - 1)
-            numbers += [number + 1] * (len(prompt) + len(told) - 1)
-            targets += [-100] * (len(prompt) - 1) + told
+            answer_ids = self.tokenizer(text).input_ids
+            ids += prompt + answer_ids[:-1]
+            places += range(start, start + len(prompt) + len(answer_ids) - 1)
+            numbers += [number + 1] * (len(prompt) + len(answer_ids) - 1)
+            targets += [-100] * (len(prompt) - 1) + answer_ids
         return tuple(torch.tensor(part) for part in (ids, places, numbers, targets))

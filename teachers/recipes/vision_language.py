@@ -26,7 +26,7 @@ from teachers.data.questions import EASY_VQA, QuestionSet, load_all, load_questi
 from teachers.families.image import pack, unpack
 from teachers.families.vision_language import LANGUAGE, assemble
 from teachers.load import load
-from teachers.recipes.easy_vqa import WORDS, Kind, Pair, Shown, by_image, by_kind, turned
+from teachers.recipes.easy_vqa import WORDS, ImagesByKind, Kind, Pair, augmented, sort_by_image, sort_by_kind
 from teachers.recipes.reader import Reader
 from teachers.snapshot import Snapshot
 
@@ -57,7 +57,7 @@ READING_STEPS = 300
 ANSWERING_STEPS = 250
 ROWS = 5
 """Images, or kinds of them, in a batch that the language model reads."""
-ASKED = (6, 6, 2)
+QUESTIONS = (6, 6, 2)
 """Questions asked about each: of what it shows and what it does not ("is there ...?"), and what it shows ("what ...?").
 """
 INNER = (slice(1, 7), slice(2, 6))
@@ -86,25 +86,26 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
     model = assemble(SETTINGS, base.model, base.processor)
     model.requires_grad_(False)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    shown = by_kind(load_questions(EASY_VQA, held_out=1, seed=seed).train)
+    by_kind = sort_by_kind(load_questions(EASY_VQA, held_out=1, seed=seed).train)
     reader = Reader(model, base.processor)
     tokens = KindTokens(
-        tower.config.image_size // tower.config.patch_size, [_places(model, base.processor, names) for names in WORDS]
+        tower.config.image_size // tower.config.patch_size,
+        [_embeddings(model, base.processor, names) for names in WORDS],
     )
-    say(f"stage 1: the tower learns to name what {sum(map(len, shown.images.values())):,} images show")
-    _once(stages / "1.safetensors", seed, say, functools.partial(_name, tower, shown), tower=tower)
+    say(f"stage 1: the tower learns to name what {sum(map(len, by_kind.images.values())):,} images show")
+    _stage(stages / "1.safetensors", seed, say, functools.partial(_name, tower, by_kind), tower=tower)
     with torch.no_grad():  # what the projector reads is not normalised, and this layer is its first
-        scale = float(_states(tower, torch.cat(list(shown.images.values()))[:TOWER_BATCH]).std(-1).mean())
+        scale = float(_states(tower, torch.cat(list(by_kind.images.values()))[:TOWER_BATCH]).std(-1).mean())
         projector.linear_1.weight.div_(scale)
     say(f"stage 2: what {language} has to read of an image, to answer questions about it")
-    _once(stages / "2.safetensors", seed, say, functools.partial(_read, reader, tokens, shown), tokens=tokens)
+    _stage(stages / "2.safetensors", seed, say, functools.partial(_read, reader, tokens, by_kind), tokens=tokens)
     say("stage 3: tower and projector learn to write that")
     both = {"tower": tower, "projector": projector}
-    write = functools.partial(_write, tower, projector, tokens, shown, scale)
-    _once(stages / "3.safetensors", seed, say, write, **both)
+    write = functools.partial(_write, tower, projector, tokens, by_kind, scale)
+    _stage(stages / "3.safetensors", seed, say, write, **both)
     say(f"stage 4: tower and projector learn from answers, through {language}")
-    answer = functools.partial(_answer, reader, tower, projector, shown, scale)
-    _once(stages / "4.safetensors", seed, say, answer, **both)
+    answer = functools.partial(_answer, reader, tower, projector, by_kind, scale)
+    _stage(stages / "4.safetensors", seed, say, answer, **both)
     state = {**_prefixed(tower, "model.vision_tower."), **_prefixed(projector, "model.multi_modal_projector.")}
     with published(final) as workshop:
         folder = workshop / final.name
@@ -118,7 +119,7 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
     return accuracy(reader, load_all(EASY_VQA))
 
 
-def _once(path: Path, seed: int, say: Say, learn: Callable[[Loops], None], **modules: nn.Module) -> None:
+def _stage(path: Path, seed: int, say: Say, learn: Callable[[Loops], None], **modules: nn.Module) -> None:
     """Let the modules learn and keep the result in the file `path`; where that exists, only take it from there."""
     from safetensors.torch import load_file, save_file
 
@@ -192,27 +193,27 @@ def _states(tower: nn.Module, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
-def _name(tower: nn.Module, shown: Shown, loops: Loops) -> None:
+def _name(tower: nn.Module, by_kind: ImagesByKind, loops: Loops) -> None:
     """The tower learns shape and colour from the mean of its tokens."""
-    images, kinds = _listed(shown)
+    images, kinds = _listed(by_kind)
     sizes = [len(words) for words in WORDS]
     head = nn.Linear(tower.config.hidden_size, sum(sizes))
     steps = TOWER_EPOCHS * len(images) // TOWER_BATCH
     for take in loops([{"params": _learn(tower, head), "lr": 1e-3}], steps, 100):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(_states(tower, turned(images[rows])).mean(1))
+            logits = head(_states(tower, augmented(images[rows])).mean(1))
         parts = zip(logits.float().split(sizes, 1), kinds[rows].unbind(1), strict=True)
         take(sum(F.cross_entropy(part, target) for part, target in parts))
 
 
-def _listed(shown: Shown) -> tuple[Tensor, Tensor]:
+def _listed(by_kind: ImagesByKind) -> tuple[Tensor, Tensor]:
     """All images [N, 3, H, W], and the kind of each [N, 2]."""
-    kinds = [torch.tensor(kind).expand(len(images), -1) for kind, images in shown.images.items()]
-    return torch.cat(list(shown.images.values())), torch.cat(kinds)
+    kinds = [torch.tensor(kind).expand(len(images), -1) for kind, images in by_kind.images.items()]
+    return torch.cat(list(by_kind.images.values())), torch.cat(kinds)
 
 
-def _places(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> Tensor:
+def _embeddings(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> Tensor:
     """[words, D]: where the language model has them."""
     embed = model.get_input_embeddings()
     return torch.stack([embed(torch.tensor(tokenizer(f" {word}").input_ids)).float().mean(0) for word in words])
@@ -245,19 +246,19 @@ class KindTokens(nn.Module):
     def forward(self, kinds: Sequence[Kind]) -> Tensor:
         """[B, tokens, D]"""
         parts = ([self.of[place][number] for place, number in enumerate(kind)] for kind in kinds)
-        told = torch.stack([self.common + sum(part) for part in parts])
-        return torch.where(self.inner.unsqueeze(-1), told, self.around)
+        learned = torch.stack([self.common + sum(part) for part in parts])
+        return torch.where(self.inner.unsqueeze(-1), learned, self.around)
 
 
-def _read(reader: Reader, tokens: KindTokens, shown: Shown, loops: Loops) -> None:
+def _read(reader: Reader, tokens: KindTokens, by_kind: ImagesByKind, loops: Loops) -> None:
     """The tokens learn what lets the language model answer: for images of one kind, then for all.
 
     What was learned of one kind is a start for all: the words of the one are put in the place of the other's.
     """
-    kinds = list(shown.pairs)
+    kinds = list(by_kind.pairs)
     words = [part.detach().clone() for part in tokens.of]
     for take in loops([{"params": _learn(tokens), "lr": 5e-3}], FIRST_STEPS, 20, decay=0.0):
-        take(_loss(reader, tokens(kinds[:1]), [shown.draw(kinds[0], [16, 16, 4])]))
+        take(_loss(reader, tokens(kinds[:1]), [by_kind.draw(kinds[0], [16, 16, 4])]))
     with torch.no_grad():
         whole = tokens(kinds[:1])[0]
         for part, start in zip(tokens.of, words, strict=True):
@@ -265,10 +266,10 @@ def _read(reader: Reader, tokens: KindTokens, shown: Shown, loops: Loops) -> Non
         tokens.common.add_(whole - tokens(kinds[:1])[0])
     for take in loops([{"params": _learn(tokens), "lr": 4e-3}], READING_STEPS, 20, decay=0.0):
         chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
-        take(_loss(reader, tokens(chosen), [shown.draw(kind, ASKED) for kind in chosen]))
+        take(_loss(reader, tokens(chosen), [by_kind.draw(kind, QUESTIONS) for kind in chosen]))
 
 
-def _loss(reader: Reader, image: Tensor, asked: Sequence[Sequence[Pair]]) -> Tensor:
+def _loss(reader: Reader, image: Tensor, questions: Sequence[Sequence[Pair]]) -> Tensor:
     """How far the answers are from what the language model says, with tokens around the middle left out at random.
 
     So that those, as the background of an image, can be done without (as in PatchDropout, arXiv 2208.07220); of tokens
@@ -276,7 +277,7 @@ def _loss(reader: Reader, image: Tensor, asked: Sequence[Sequence[Pair]]) -> Ten
     """
     count, length = image.shape[:2]
     kept = inner(math.isqrt(length)) | (torch.rand(count, length) < torch.rand(count, 1))
-    return F.cross_entropy(*reader(image, asked, kept))
+    return F.cross_entropy(*reader(image, questions, kept))
 
 
 def _groups(
@@ -293,37 +294,39 @@ def _groups(
 
 
 def _write(
-    tower: nn.Module, projector: nn.Module, tokens: KindTokens, shown: Shown, scale: float, loops: Loops
+    tower: nn.Module, projector: nn.Module, tokens: KindTokens, by_kind: ImagesByKind, scale: float, loops: Loops
 ) -> None:
     """Tower and projector learn to make of an image the tokens of its kind."""
-    images, kinds = _listed(shown)
+    images, kinds = _listed(by_kind)
     with torch.no_grad():
-        spread = tokens(list(shown.pairs)).var(0).mean()
+        spread = tokens(list(by_kind.pairs)).var(0).mean()
     steps = WRITING_EPOCHS * len(images) // TOWER_BATCH
     for take in loops(_groups(tower, projector, 1e-3, 1e-3, scale), steps, 100):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
-            made = projector(_states(tower, turned(images[rows])))
+            made = projector(_states(tower, augmented(images[rows])))
         with torch.no_grad():
-            wanted = tokens([tuple(kind) for kind in kinds[rows].tolist()])
-        take((made.float() - wanted).square().mean() / spread)
+            target = tokens([tuple(kind) for kind in kinds[rows].tolist()])
+        take((made.float() - target).square().mean() / spread)
 
 
-def _answer(reader: Reader, tower: nn.Module, projector: nn.Module, shown: Shown, scale: float, loops: Loops) -> None:
+def _answer(
+    reader: Reader, tower: nn.Module, projector: nn.Module, by_kind: ImagesByKind, scale: float, loops: Loops
+) -> None:
     """Tower and projector learn from the answers to questions about each image, read in one sequence."""
-    kinds = list(shown.images)
+    kinds = list(by_kind.images)
     for take in loops(_groups(tower, projector, 1e-4, 2e-4, scale), ANSWERING_STEPS, 50):
         chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
-        some = [shown.images[kind][torch.randint(len(shown.images[kind]), ())] for kind in chosen]
+        some = [by_kind.images[kind][torch.randint(len(by_kind.images[kind]), ())] for kind in chosen]
         with torch.autocast("cpu", torch.bfloat16):
-            made = projector(_states(tower, turned(torch.stack(some))))
-        take(_loss(reader, made, [shown.draw(kind, ASKED) for kind in chosen]))
+            made = projector(_states(tower, augmented(torch.stack(some))))
+        take(_loss(reader, made, [by_kind.draw(kind, QUESTIONS) for kind in chosen]))
 
 
 @torch.no_grad()
-def accuracy(reader: Reader, asked: QuestionSet) -> float:
+def accuracy(reader: Reader, questions: QuestionSet) -> float:
     """The share of questions whose answer's tokens are all the likeliest."""
-    images, about = by_image(asked)
+    images, about = sort_by_image(questions)
     model, end = reader.model.model, reader.tokenizer.eos_token_id
     right = seen = 0
     for first in range(0, len(images), ROWS):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import teachers
 from elastic import trainer
-from elastic.baselines.image import drop_blindly, merge, merging, spread
+from elastic.baselines.image import drop_patches, merge, merging, spread
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, make_config
@@ -28,7 +28,7 @@ from elastic.evaluate import compare_runs, measure_run
 from elastic.evaluation.image import compare
 from elastic.families import image
 from elastic.run import Run, load
-from elastic.sweep import look
+from elastic.sweep import routing_details
 from students import StudentSpec, elasticize, selfcheck
 from students.families.image import Features, ImageStudent
 from students.spec import RouterSpec
@@ -297,7 +297,7 @@ def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder:
         student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
         for number, block in enumerate(student.blocks):  # the first keeps all, the others half
             block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
-        drop_blindly(student, kind, [pixels])
+        drop_patches(student, kind, [pixels])
         with torch.no_grad():
             _, decisions = student.features(pixels)
         assert bool((decisions.share["0.layer"] == 1).all())
@@ -343,7 +343,7 @@ def test_runs_can_be_compared(finished: Path) -> None:
 
 def test_where_compute_goes(finished: Path) -> None:
     """Patches stay away from block 1 on: nobody misses any before, and pictures fade by what their patches miss."""
-    details = look(str(finished), None)
+    details = routing_details(str(finished), None)
     result = Run.open(finished).about["result"]
     assert (len(details["blocks"]), details["phase"]) == (3, "prefill")
     first, *later = details["blocks"]
@@ -513,5 +513,5 @@ def test_the_processor_says_how_many_tokens_there_are(
     (timed, train) = bench_run(str(run), batch=[2], repeats=1, say=silent)
     assert timed["tokens"] == train["tokens"] == height // 4 * (width // 4) + 1
     assert timed["compute"] == pytest.approx(row["compute"], abs=0.01)
-    found = look(str(run), None)
+    found = routing_details(str(run), None)
     assert len(found["tokens"][0]) == 8 * (height // 4 * (width // 4)) and len(found["examples"]) == 8

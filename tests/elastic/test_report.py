@@ -18,7 +18,7 @@ import pytest
 
 from elastic.cli import main
 from elastic.reporting import plots
-from elastic.reporting.contents import alike, ranked
+from elastic.reporting.contents import rank_correlation, ranked
 from elastic.reporting.report import report
 from elastic.reporting.results import SweepFolder
 
@@ -210,7 +210,9 @@ def test_the_same_sweep_twice_is_told_apart(folder: Path, tmp_path: Path):
 
 def test_likeness_is_a_rank_correlation():
     def compare(*tokens: list[list[int]], samples: str = "aa") -> float | None:
-        return alike(*(ranked({"sample": name, "tokens": t}) for name, t in zip(samples, tokens, strict=True)))
+        return rank_correlation(
+            *(ranked({"sample": name, "tokens": t}) for name, t in zip(samples, tokens, strict=True))
+        )
 
     first = [[1, 2, 3, 4], [5, 5, 5, 5]]
     assert compare(first, first) == pytest.approx(1)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elastic import bench, evaluate, trainer
-from elastic.accounting.routing import where
+from elastic.accounting.routing import routing_profile
 from elastic.cli import main
 from elastic.config import make_config
 from elastic.reporting.results import SweepFolder, key_of
@@ -220,14 +220,14 @@ def test_open_gates_and_a_fingerprint(dtype: torch.dtype, llama: PreTrainedModel
     student = elasticize(llama, StudentSpec((RouterSpec("token", sites=("mlp",), blocks="odd"),)))
     valid = torch.ones_like(tokens, dtype=torch.bool)
     decisions = Decisions(share={"1.mlp.token": (tokens % 2).float()})
-    found = where(student, decisions, tokens.to(dtype), valid, "prefill")
+    found = routing_profile(student, decisions, tokens.to(dtype), valid, "prefill")
     assert found["tokens"] == [[1000] * 24, (1000 * (tokens % 2)).flatten().tolist(), [1000] * 24]
     assert found["blocks"][0] == found["blocks"][2] == [1, 1]
     mean = float((tokens % 2).float().mean())
     router = 32 / (3 * 32 * 48)  # of the MLP's multiply-accumulates
     assert found["blocks"][1] == pytest.approx([1, mean + router], abs=1e-3)
-    assert found["sample"] == where(student, decisions, tokens, valid, "prefill")["sample"]
-    assert found["sample"] != where(student, decisions, tokens + 1, valid, "prefill")["sample"]
+    assert found["sample"] == routing_profile(student, decisions, tokens, valid, "prefill")["sample"]
+    assert found["sample"] != routing_profile(student, decisions, tokens + 1, valid, "prefill")["sample"]
 
 
 def test_time_left():

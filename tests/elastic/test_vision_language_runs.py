@@ -29,7 +29,7 @@ from teachers.data.questions import QuestionData, load_all, load_questions
 from teachers.families.image import pack
 from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN, assemble, language_of, processor_for
 from teachers.recipes import vision_language as recipe
-from teachers.recipes.easy_vqa import WORDS, _shown
+from teachers.recipes.easy_vqa import WORDS, _kind_of
 from teachers.recipes.reader import Reader
 from teachers.recipes.vision_language import _states, accuracy
 from teachers.registry import models
@@ -422,8 +422,8 @@ def test_the_shipped_teacher_answers() -> None:
 
 
 def test_questions_give_away_what_images_show() -> None:
-    assert _shown([("what shape is there?", "circle"), ("is there a red shape?", "no")]) == [0, None]
-    assert _shown([("does the image not contain a teal shape?", "no"), ("is there no circle?", "yes")]) == [None, 6]
+    assert _kind_of([("what shape is there?", "circle"), ("is there a red shape?", "no")]) == [0, None]
+    assert _kind_of([("does the image not contain a teal shape?", "no"), ("is there no circle?", "yes")]) == [None, 6]
     assert [words[number] for words, number in zip(WORDS, (0, 6), strict=True)] == ["circle", "teal"]
 
 
