@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from students.kernels.triton import counters
+
 WARM_UP = 2
 """Runs before the recorded one, in which libraries take their workspaces and kernels are compiled."""
 KEPT = 4
@@ -37,7 +39,8 @@ class CudaGraph:
                 work()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        own = counters.lent(torch.device("cuda", torch.cuda.current_device()))
+        with own as self._counters, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._out = work()
 
     def __call__(self) -> Any:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from students.execution.capture import CudaGraph
 from students.kernels.triton import tuning
 from students.kernels.triton.channel_gate import channel_gate, channel_gate_grad
 from students.kernels.triton.exact_rows import exact_rows
@@ -27,7 +28,6 @@ from students.kernels.triton.merge_lowest import merge_lowest
 from students.kernels.triton.read_channels import few_channels, launch
 from students.kernels.triton.rms_norm import rms_norm
 from students.kernels.triton.row_gate import row_gate, row_gate_grad
-from students.kernels.triton.select import select
 
 DEVICE = torch.device("cuda")
 SHAPES = {"narrow": (14336, 4096), "middle": (4096, 28672), "wide": (4096, 128256)}
@@ -44,19 +44,17 @@ IMAGES = ((1, 197, 768), (64, 197, 768), (64, 197, 1024), (64, 577, 1024))
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = 10) -> float:
     """The median time of one of the calls, captured together."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def work() -> None:
         for call in calls:
             call()
-    graph.replay()
-    times = []
+
+    graph, times = CudaGraph(work), []
+    graph()
     for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        graph()
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end) / len(calls))
@@ -92,15 +90,14 @@ def reading(call: Callable[..., object], x: Tensor, limit: Tensor, matrices: Seq
 
 
 def gather_lines(dtype: torch.dtype, counts: Sequence[int]) -> Iterator[str]:
-    """A table of reading channels, the list's making included, as fractions of cuBLAS's time."""
+    """A table of reading channels, as fractions of cuBLAS's time."""
     kept = [f"{keep:.1f}: fraction | us | GB/s" for keep in KEEPS]
-    yield f"| weight | rows | cuBLAS us | GB/s | list us | {' | '.join(kept)} |"
-    yield "|---" * (5 + 3 * len(KEEPS)) + "|"
+    yield f"| weight | rows | cuBLAS us | GB/s | {' | '.join(kept)} |"
+    yield "|---" * (4 + 3 * len(KEEPS)) + "|"
     for (inputs, outputs), count in itertools.product([*SHAPES.values(), *MORE_SHAPES.values()], counts):
         x, matrices = make(count, inputs, dtype=dtype), weights(inputs, outputs, dtype)
         size, whole = inputs * outputs * dtype.itemsize, dense(x, matrices)
-        listed = microseconds([partial(select, x, limits(x, KEEPS[-1]), None, 64)] * 20)
-        cells = [f"{whole:.1f}", f"{size / whole / 1000:.0f}", f"{listed:.1f}"]
+        cells = [f"{whole:.1f}", f"{size / whole / 1000:.0f}"]
         for keep in KEEPS:
             time = microseconds(reading(few_channels, x, limits(x, keep), matrices))
             cells += [f"{time / whole:.2f}", f"{time:.1f}", f"{keep * size / time / 1000:.0f}"]
@@ -171,7 +168,7 @@ def tune(dtype: torch.dtype, keep: float = 0.6) -> Iterator[str]:
 def _neighbours(usual: tuning.Gather) -> list[tuning.Gather]:
     """A launch, and others that differ from it in one or two respects."""
     shapes = ({"strip": usual.strip // 2}, {"strip": usual.strip * 2}, {"step": usual.step * 2}, {"warps": 8})
-    counts = ({"programs": usual.programs // 2}, {"programs": usual.programs * 2}, {"stages": 3}, {"stages": 8})
+    counts = ({"resident": usual.resident // 2}, {"resident": usual.resident * 2}, {"stages": 3}, {"stages": 8})
     one = [replace(usual, **change) for change in (*shapes, *counts)]
     two = [replace(usual, **a, **b) for a, b in itertools.product(shapes, counts)]
     return [usual, *one, *two]

@@ -10,6 +10,9 @@ import torch
 MOST_ROWS = 8
 """Inputs for which channels and rows are chosen together; beyond, nearly all are needed by some, and a dense product is
 faster."""
+MOST_RANGES = 64
+MOST_WAVES = 4
+"""Of programs: more of them are spread more evenly, but each begins with a wait for memory."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,23 @@ class Gather:
     """Outputs that a program owns."""
     step: int
     """Channels that it multiplies by at a time."""
-    programs: int
-    """How many there are, roughly: the list of channels is cut into as many slices as that takes."""
+    resident: int
+    """Programs that a multiprocessor runs at the same time."""
     warps: int
     stages: int
-    """Steps that are under way at the same time, from the list to the product."""
+    """Steps that are under way at the same time, from the inputs to the product."""
 
-    def split(self, inputs: int, outputs: int) -> int:
-        strips = -(-outputs // self.strip)
-        return max(1, min(round(self.programs / strips), inputs // (4 * self.step), 64))
+    def split(self, inputs: int, strips: int, multiprocessors: int) -> int:
+        """Into how many ranges the inputs are cut: programs in as few full waves as there can be."""
+        wave = self.resident * multiprocessors
+        most = max(1, min(MOST_RANGES, inputs // (4 * self.step)))
+        idle = {}
+        for split in range(1, most + 1):
+            waves = -(-strips * split // wave)
+            if waves > MOST_WAVES and idle:
+                break
+            idle[split] = max(round(1 - strips * split / (waves * wave), 2) - 0.05, 0)
+        return min(idle, key=lambda split: (idle[split], split))
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,9 @@ class Rows:
     stages: int
 
 
-_ONE = Gather(strip=256, step=16, programs=432, warps=4, stages=5)
-_FEW = Gather(strip=128, step=32, programs=432, warps=4, stages=7)
-_ONE_90 = replace(_ONE, programs=528, stages=6)
-_FEW_90 = replace(_FEW, programs=528)
+_ONE = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
+_FEW = Gather(strip=128, step=32, resident=4, warps=4, stages=4)
+_ONE_90 = replace(_ONE, stages=6)
 
 GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
     80: {
@@ -63,14 +73,14 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
         ("one", "narrow"): _ONE_90,
         ("one", "middle"): _ONE_90,
         ("one", "wide"): _ONE_90,
-        ("few", "narrow"): _FEW_90,
-        ("few", "middle"): _FEW_90,
-        ("few", "wide"): _FEW_90,
+        ("few", "narrow"): _FEW,
+        ("few", "middle"): _FEW,
+        ("few", "wide"): _FEW,
     },
 }
 """By compute capability, whether it is one input or a few, and how many outputs there are (see `width_of`); None: a
-dense product is faster. Reckoned (four programs a multiprocessor in one wave, 32 KiB of weights on their way in each),
-not measured: bench.py does that."""
+dense product is faster. Reckoned from what the compiled kernels need (four programs fit on a multiprocessor, each with
+up to 40 KiB of weights on their way), not measured: bench.py does that."""
 
 ROWS: dict[int, dict[str, Rows]] = {
     80: {
@@ -88,6 +98,12 @@ ROWS: dict[int, dict[str, Rows]] = {
 def width_of(outputs: int) -> str:
     """How many outputs there are, roughly, as in projections of attention; gate and up; LM heads."""
     return "narrow" if outputs <= 8192 else "middle" if outputs <= 65536 else "wide"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; of a device that is no GPU, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @cache

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 import students.execution.merging
 import students.kernels.fused  # noqa: F401
-from students.kernels.triton import implementation, rms_norm
+from students.kernels.triton import counters, implementation, rms_norm, tuning
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -109,6 +109,10 @@ def compiled(capability: int, dtype: torch.dtype) -> dict[str, object]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
+        mock.patch.object(tuning, "multiprocessors", lambda device: 132),
+        mock.patch.object(
+            counters, "zeros", lambda device, count: torch.zeros(count, dtype=torch.int32, device=device)
+        ),
         FakeTensorMode(),
     ):
         for call in work(dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from students.kernels import fused, ops
+from students.kernels import fused, ops, triton
 from tests.students.kernels.conftest import DTYPES
 
 CLOSE = {torch.float32: dict(atol=1e-4, rtol=1e-4), torch.bfloat16: dict(atol=0.3, rtol=0.02)}
@@ -65,6 +65,21 @@ def test_a_long_list_is_read_in_slices_of_some_columns_of_a_weight(rows: int, ba
     needed = x.abs() >= limit
     torch.testing.assert_close(out, (x * needed) @ weight, atol=1e-3, rtol=1e-4)
     assert int(count) == int(needed.any(0).sum())
+
+
+def test_programs_put_their_counters_back(monkeypatch: pytest.MonkeyPatch):
+    if not triton.available() or torch.cuda.is_available():
+        pytest.skip("Triton is not installed, or runs on a GPU")
+    from students.kernels.triton import counters, read_channels
+
+    taken = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(counters, "zeros", lambda device, count: taken)
+    x, weight, limit = torch.randn(1, 512), torch.randn(512, 600), torch.full((512,), 0.5)
+    first, count = read_channels.few_channels(x, limit, weight, None, None, None, [256, 600])
+    again, _ = read_channels.few_channels(x, limit, weight, None, None, None, [256, 600])
+    assert not taken.any() and int(count) == int((x.abs() >= 0.5).sum())
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, (x * (x.abs() >= 0.5)) @ weight, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu

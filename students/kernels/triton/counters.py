@@ -1,0 +1,42 @@
+"""Counters by which the programs of a launch find out which of them is the last: zeros before a launch, and after it.
+
+Launches of one stream follow one another and share them. A recorded launch is replayed on whatever stream, so that a
+recording has counters of its own (see `lent`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+SIZE = 8192
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_lent: ContextVar[Tensor | None] = ContextVar("lent", default=None)
+
+
+def zeros(device: torch.device, count: int) -> Tensor:
+    """int32 [at least count]: counters for a launch that puts back the zeros it found."""
+    if device.type != "cuda" or count > SIZE:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        lent = _lent.get()
+        return torch.zeros(count, dtype=torch.int32, device=device) if lent is None else lent
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _of_stream:
+        _of_stream[key] = torch.zeros(SIZE, dtype=torch.int32, device=device)
+    return _of_stream[key]
+
+
+@contextmanager
+def lent(device: torch.device) -> Iterator[Tensor]:
+    """Within this context, recorded launches use these counters, which have to be kept as long as the recording."""
+    own = torch.zeros(SIZE, dtype=torch.int32, device=device)
+    before = _lent.set(own)
+    try:
+        yield own
+    finally:
+        _lent.reset(before)
