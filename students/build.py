@@ -350,7 +350,8 @@ class BlockPlace:
             narrowed = gated and self.narrows[branch] and (branch == "mlp" or first)
             part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
             part = self.narrowed.get(name, part)
-            if channel is None and not corrected and not part and not per_query:
+            early = asks and self.own_q and end == "in"  # see RoutedLinear.forward
+            if channel is None and not corrected and not part and not per_query and not early:
                 continue
             routed = RoutedLinear(
                 linear,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,25 @@ class Stamp:
     def reset(self) -> None:
         """Nothing is prepared."""
         self._made_of = None
+
+
+class InPrecision:
+    """Parameters in another precision: kept while no gradient is wanted, and made again once they have changed."""
+
+    def __init__(self) -> None:
+        self._stamp = Stamp()
+        self._kept: list[Tensor | None] = []
+
+    def __call__(self, dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+        """The parameters in this precision; None stays None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return [x if x is None else x.to(dtype) for x in parameters]
+        if self._stamp.renew([x for x in parameters if x is not None], dtype):
+            self._kept = [x if x is None else x.detach().to(dtype) for x in parameters]
+        return self._kept
+
+    def __deepcopy__(self, memo: dict) -> InPrecision:
+        return InPrecision()
 
 
 def writes(tensors: Sequence[Tensor]) -> int:

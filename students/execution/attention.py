@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
-from students.execution.tokens import scatter_rows
+from students.execution.tokens import Rectangle, scatter_rows
 
 BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
@@ -39,6 +39,10 @@ class Packing:
     """Where the keys so far are, these tokens' included; None without a cache."""
     window: int | None
     """A key further back than this is not seen."""
+    rectangle: Rectangle | None
+    """How they attend all at once; None: sequence by sequence."""
+    tokens: int
+    """Of how many tokens of each sequence these are left."""
 
 
 @dataclass
@@ -172,6 +176,8 @@ def _selected(
 def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
     """Tokens that are not here have no key either."""
     packing = plan.packing
+    if packing.rectangle is not None:
+        return _in_rectangle(run, query, key, value, packing, packing.rectangle)
     layer, window = packing.layer, packing.window
     counts = list(plan.counts) if plan.queries is not None else packing.counts
     queries = torch.arange(query.shape[2], device=query.device) if plan.queries is None else plan.queries
@@ -207,6 +213,23 @@ def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
             q = query[:, :, start:begin] if len(part) == size else query.index_select(2, part)
             out.index_copy_(0, part, run(q, k, v, visible)[0])
     return out.unsqueeze(0)
+
+
+def _in_rectangle(
+    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packing: Packing, rectangle: Rectangle
+) -> Tensor:
+    """All sequences at once, from their start on: what they are filled up with is behind all that see it."""
+
+    def lay(x: Tensor) -> Tensor:
+        return rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2)
+
+    layer, window, visible = packing.layer, packing.window, None
+    k, v = (lay(key), lay(value)) if layer is None else (layer.keys, layer.values)
+    if window is not None and window < packing.tokens:
+        places = rectangle.lay(packing.index, fill=packing.tokens)
+        visible = places[:, None, None] <= places[:, None, :, None]
+        visible &= places[:, None, None] > (places - window)[:, None, :, None]
+    return rectangle.pick(run(lay(query), k, v, visible)).unsqueeze(0)
 
 
 def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from students.execution.branch import RoutedBranch
 from students.execution.handover import BlockHandover, Exits, Gathered
-from students.execution.tokens import take
+from students.execution.tokens import Chosen, take
 
 
 class BlockGather:
@@ -35,9 +35,12 @@ class BlockGather:
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
         gate, closed = run.decide(f"{attn.block}.layer", router, features)
         open_ = Exits(x, [(gate, closed, None)], valid=run.call.valid).open()
-        rows = open_.flatten().nonzero().squeeze(1)  # waits for the device
-        exits = Exits(x, [(take(gate, x, rows), closed, None)], [router.spec])
-        self._handover.gathered = Gathered(x, rows, open_.sum(1).tolist(), exits)
+        chosen = Chosen(open_, run.counted(x))
+        rows = chosen.rows  # waits for the device
+        exits = Exits(x, [(gate, closed, None)], [router.spec])
+        if exits.weighted:
+            exits.gates = [(take(gate, x, rows), closed, None)]
+        self._handover.gathered = Gathered(x, chosen, exits)
         return (take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -45,5 +48,5 @@ class BlockGather:
         if gathered is None or out is None:  # out is None where the block failed
             return None
         some = out[0] if isinstance(out, tuple) else out
-        full = gathered.x.flatten(0, 1).index_copy(0, gathered.rows, some.squeeze(0)).view_as(gathered.x)
+        full = gathered.x.flatten(0, 1).index_copy(0, gathered.chosen.rows, some.squeeze(0)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full

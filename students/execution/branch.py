@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from students.execution.attention import Packing, Plan
 from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
-from students.execution.tokens import flat_index, for_tokens, gather_open, take
+from students.execution.tokens import Chosen, Listed, Rectangle, flat_index, for_tokens, gather_open, take
 from students.execution.wrapper import Wrapper
+from students.kernels import devices
 from students.libraries import cache_in
 from students.routers import Router, selection
 
@@ -147,63 +148,69 @@ class RoutedBranch(Wrapper):
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """An MLP on the tokens that need it."""
-        rows = exits.open().flatten().nonzero().squeeze(1)
-        if len(rows) == self.runtime.counted(exits.x):
+        chosen = Chosen(exits.open(), self.runtime.counted(exits.x))
+        if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
-        exits.rows = rows
+        exits.rows = rows = chosen.rows
         handover, gate = self.handover, self.handover.gate
         packed = take(exits.x, exits.x, rows)
         if len(rows) == 0:
             return self._leave(packed, exits)
-        handover.rows = Rows(rows, rows, exits.x.shape[:2])
+        handover.rows = Rows(rows, chosen, exits.x.shape[:2])
         if gate is not None:
             handover.gate = take(gate, exits.x, rows)
         return self._leave(self.base_layer(packed, *args, **kwargs), exits)
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the tokens that need it, to the tokens that have a key."""
-        run, x = self.runtime, exits.x
-        tokens = x.shape[1]
-        open_ = exits.open()
-        rows = open_.flatten().nonzero().squeeze(1)
-        drops = exits.drops
-        if not drops and len(rows) == run.counted(x):
+        x, handover = exits.x, self.handover
+        chosen = Chosen(exits.open(), self.runtime.counted(x))
+        if exits.drops:
+            return self._attend_kept(exits, chosen, plan or Plan(), args, kwargs)
+        for_all = devices.runs_ahead(x.device) and x.shape[1] > 1  # attention is cheap there, and finding out is not
+        if for_all or chosen.every:
             if plan is not None:
                 kwargs["routed"] = plan
-            return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
-
-        exits.rows = rows
-        plan = plan or Plan()
-        kwargs["routed"] = plan
-        handover = self.handover
-        if drops:
-            kept = exits.open(drops)
-            seen = rows if len(drops) == len(exits.gates) else kept.flatten().nonzero().squeeze(1)
-            plan.packing = self._pack(x, seen, kept.sum(1).tolist(), kwargs)
-            if len(seen) == 0:
-                return self._leave((take(x, x, seen), None), exits)  # late exit: the block still unpacks a tuple
-            if len(seen) > len(rows):
-                plan.queries = torch.searchsorted(seen, rows)
         else:
-            plan.queries = rows
+            plan = kwargs["routed"] = plan or Plan()
+            plan.queries, plan.counts = chosen.rows, tuple(chosen.counts) if x.shape[1] > 1 else ()
+        if for_all or not chosen.every:
+            handover.rows, handover.queries = Rows(None, chosen, x.shape[:2]), chosen
+            if handover.gate is not None and not chosen.every:
+                handover.gate = take(handover.gate, x, chosen.rows)
+        out = self.base_layer(x, *args, **kwargs)
+        exits.rows = None if chosen.every else chosen.rows
+        return self._leave(out, exits, all_open=chosen.every)
+
+    def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention of the chosen tokens, where some that are closed have no key."""
+        x, handover, kept = exits.x, self.handover, chosen
+        if len(exits.drops) < len(exits.gates):
+            kept = Chosen(exits.open(exits.drops), self.runtime.counted(x))
+        kwargs["routed"] = plan
+        plan.packing = self._pack(x, kept, kwargs)
+        exits.rows = chosen.rows
+        seen = take(x, x, kept.rows)
+        if len(kept.rows) == 0:
+            return self._leave((seen, None), exits)  # late exit: the block still unpacks a tuple
         if handover.gate is not None:
-            handover.gate = take(handover.gate, x, rows)
-        if drops:
-            x = take(x, x, seen)
-        handover.rows = Rows(seen if drops else None, rows, exits.x.shape[:2])
-        if plan.queries is not None:
-            plan.counts = tuple(open_.sum(1).tolist()) if tokens > 1 or drops else ()
-            handover.queries = plan.queries
-        return self._leave(self.base_layer(x, *args, **kwargs), exits)
+            handover.gate = take(handover.gate, x, chosen.rows)
+        handover.rows = Rows(kept.rows, chosen, x.shape[:2])
+        if len(kept.rows) > len(chosen.rows):
+            plan.queries = torch.searchsorted(kept.rows, chosen.rows)
+            plan.counts = tuple(chosen.counts)
+            handover.queries = Listed(plan.queries)
+        return self._leave(self.base_layer(seen, *args, **kwargs), exits)
 
     def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
         attends = self.branch == "attn"
         if attends:
-            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.rows, gathered.counts, kwargs))
-        if len(gathered.rows) == 0:
+            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.chosen, kwargs))
+        rows = gathered.chosen.rows
+        if len(rows) == 0:
             return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
-        self.handover.rows = Rows(gathered.rows, gathered.rows, gathered.x.shape[:2])
+        self.handover.rows = Rows(rows, gathered.chosen, gathered.x.shape[:2])
         try:
             return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
         finally:
@@ -223,7 +230,7 @@ class RoutedBranch(Wrapper):
         if handover.gate is not None:
             gate = handover.gate.expand(*x.shape[:2], -1)
             handover.gate = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
-        handover.rows = Rows(flat, flat, x.shape[:2])
+        handover.rows = Rows(flat, Listed(flat), x.shape[:2])
         if plan is not None:
             kwargs["routed"] = plan
         kwargs = for_tokens(kwargs, index, run.prefix)
@@ -235,19 +242,24 @@ class RoutedBranch(Wrapper):
         packed = (packed.flatten(0, 1) if valid is None else packed[valid]).unsqueeze(0)
         return self._leave(packed if rest is None else (packed, *rest), exits)
 
-    def _pack(self, x: Tensor, rows: Tensor, counts: list[int], kwargs: dict[str, Any]) -> Packing:
-        """Prepare the cache and the arguments of attention for tokens x [B, T, D], of which the flat rows are kept."""
-        tokens = x.shape[1]
-        batch, index, layer = rows // tokens, rows % tokens, None
+    def _pack(self, x: Tensor, kept: Chosen, kwargs: dict[str, Any]) -> Packing:
+        """Prepare the cache and the arguments of attention for those of the tokens x [B, T, D] that are kept."""
+        rows, tokens = kept.rows, x.shape[1]
+        batch, index, layer, rectangle = rows // tokens, rows % tokens, None, None
+        kwargs["attention_mask"] = None
+        if kwargs.get("position_embeddings") is not None:
+            places = [index if len(e) == 1 else rows for e in kwargs["position_embeddings"]]
+            pairs = zip(kwargs["position_embeddings"], places, strict=True)
+            kwargs["position_embeddings"] = tuple(e.flatten(0, 1).index_select(0, at).unsqueeze(0) for e, at in pairs)
         cache = cache_in(kwargs)
         if cache is not None:
             layer = cache.layers[self.base_layer.layer_idx]
             index = index + layer.get_seq_length()
-            layer.expect(batch, index, counts, tokens)
-        kwargs["attention_mask"] = None
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(take(e, x, rows) for e in kwargs["position_embeddings"])
-        return Packing(index, batch, counts, layer, self.window)
+        if devices.runs_ahead(x.device) and tokens > 1 and (layer is None or layer.index is None):
+            rectangle = Rectangle.of(kept, batch)
+        if layer is not None:
+            layer.expect(batch, index, kept.counts, tokens, rectangle)
+        return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)
 
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""

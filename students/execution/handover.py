@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from students.execution.tokens import scatter_rows
+from students.execution.tokens import Chosen, Listed, scatter_rows
+from students.kernels import devices
 from students.routers import Substitute
 from students.spec import RouterSpec
 
@@ -61,6 +62,24 @@ class Exits:
         return out
 
     def _scatter(self, out: Tensor) -> Tensor:
+        return (self._fill_all if devices.runs_ahead(out.device) else self._fill_closed)(out)
+
+    def _fill_all(self, out: Tensor) -> Tensor:
+        """Substitutes of all tokens, since nobody waits to hear which are closed, times 0 where they are open."""
+        x, weights = self.x, [gate.expand(*self.x.shape[:2], 1) for gate, _, _ in self.gates] if self.weighted else []
+        out = out.reshape(-1, x.shape[-1])
+        for weight in weights:
+            out = out * weight.flatten(0, 1).index_select(0, self.rows)
+        total = scatter_rows(out, self.rows, x.shape[:2].numel()).view_as(x)
+        for number, (_, closed, substitute) in enumerate(self.gates):
+            if substitute is not None:
+                for gate, _, _ in self.gates[number + 1 :]:
+                    closed = closed * gate
+                total.addcmul_(substitute(x), closed)
+        return total
+
+    def _fill_closed(self, out: Tensor) -> Tensor:
+        """Substitutes of the tokens that are closed."""
         x = self.x.flatten(0, 1)
         passing = self.valid
         weight = None
@@ -91,10 +110,8 @@ class Gathered:
 
     x: Tensor
     """The block's input [B, T, D]."""
-    rows: Tensor
-    """[N]: flat indices of the tokens that are let through."""
-    counts: list[int]
-    """How many of them each row of the batch has."""
+    chosen: Chosen
+    """The tokens that are let through."""
     exits: Exits
     """What is left to do to the output [1, N, D] of a branch: weights."""
 
@@ -119,10 +136,20 @@ class Rows:
 
     keys: Tensor | None
     """Those that have keys, which is what the branch is called with; None: all."""
-    queries: Tensor
+    wanted: Chosen | Listed
     """Those whose output is wanted."""
     shape: torch.Size
     """[B, T]: of the batch."""
+
+    @property
+    def queries(self) -> Tensor:
+        """Those whose output is wanted."""
+        return self.wanted.rows
+
+    @property
+    def all(self) -> bool:
+        """Whether all of the batch have keys and are wanted."""
+        return self.keys is None and self.wanted.every
 
 
 @dataclass
@@ -135,10 +162,12 @@ class SiteHandover:
     """How many of them have yet to take it."""
     outputs: list[Tensor | None] = field(default_factory=list)
     """Of all of them, where one computed them all; None where taken."""
+    early: list[Tensor] = field(default_factory=list)
+    """Of those behind the first, in turn, which ran before it."""
 
     def clear(self) -> None:
         """Leave nothing."""
-        self.masked, self.left, self.outputs = None, 0, []
+        self.masked, self.left, self.outputs, self.early = None, 0, [], []
 
 
 @dataclass
@@ -151,7 +180,7 @@ class BranchHandover:
     """Which of those channels are open instead, where the linear layers leave the others out."""
     rows: Rows | None = None
     """Which tokens there are; None: all of the batch."""
-    queries: Tensor | None = None
+    queries: Chosen | Listed | None = None
     """Of those, the ones that attend; None: all."""
     exit: Exit | None = None
     """What a RoutedExit does to the output."""

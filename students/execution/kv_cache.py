@@ -10,6 +10,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from students.execution.call import Memory
+from students.execution.tokens import Rectangle
 
 
 class DroppedLayer(CacheLayerMixin):
@@ -29,7 +30,7 @@ class DroppedLayer(CacheLayerMixin):
         self.seen = 0
         self.lengths: list[int] = []
         self.index: Tensor | None = None
-        self.incoming: tuple[Tensor, Tensor, list[int]] | None = None
+        self.incoming: tuple[Tensor, Tensor, list[int], Rectangle | None] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty row for each row of the batch, which `expect` has counted."""
@@ -40,12 +41,15 @@ class DroppedLayer(CacheLayerMixin):
         self.index = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
-    def expect(self, batch: Tensor, index: Tensor, counts: list[int], tokens: int) -> None:
+    def expect(
+        self, batch: Tensor, index: Tensor, counts: list[int], tokens: int, rectangle: Rectangle | None = None
+    ) -> None:
         """Announce `tokens` tokens, of which those at rows `batch` [N] and indices `index` [N], in order, are kept;
-        counts: how many in each row. Where there are any, the next `update` brings their keys and values."""
+        counts: how many in each row; rectangle: how the first ones lie. Where there are any, the next `update` brings
+        their keys and values."""
         if self.window is not None and self.is_initialized:
             self._forget()
-        self.incoming = batch, index, counts
+        self.incoming = batch, index, counts, rectangle
         self.seen += tokens
         if not self.lengths:
             self.lengths = [0] * len(counts)
@@ -56,8 +60,12 @@ class DroppedLayer(CacheLayerMixin):
             raise ValueError("this cache belongs to a student: it cannot be continued by the frozen model")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        (batch, index, counts), self.incoming = self.incoming, None
-        if len(self.lengths) == 1:
+        (batch, index, counts, rectangle), self.incoming = self.incoming, None
+        if rectangle is not None:
+            both = (rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+            self.keys, self.values = both
+            self.index, self.lengths = rectangle.lay(index, fill=-1), counts
+        elif len(self.lengths) == 1:
             self.keys = torch.cat([self.keys, key_states], 2)
             self.values = torch.cat([self.values, value_states], 2)
             self.index = torch.cat([self.index, index.unsqueeze(0)], 1)

@@ -254,11 +254,16 @@ class RoutedLinear(Wrapper):
             return self.site.take(self, x)
         queries = self.branch.queries
         if queries is None or not self.per_query:
-            return self._compute(x, together=queries is None)
-        out = self._compute(x.flatten(0, 1).index_select(0, queries).unsqueeze(0), together=False)
+            early = self.site.handover.early
+            return early.pop(0) if early else self._compute(x, together=queries is None)
+        if queries.pending and not self.site.ends:  # keys and values run while the host waits
+            self.site.handover.early = [layer._compute(x, together=False) for layer in self.site.layers[1:]]
+        if queries.every:
+            return self._compute(x, together=False)
+        out = self._compute(x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0), together=False)
         if self.site.ends:
             return out  # the branch ends here and goes on with these tokens
-        return scatter_rows(out.squeeze(0), queries, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
+        return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
         narrow = self.branch.narrow if self.part else None
@@ -280,7 +285,7 @@ class RoutedLinear(Wrapper):
     def _owner(self) -> Tensor | None:
         """The row of the batch that each of this call's tokens belongs to, where they are packed."""
         rows = self.branch.rows
-        if rows is None:
+        if rows is None or rows.all:
             return None
         few = self.site.ends or (self.per_query and self.branch.queries is not None)
         index = rows.queries if few else rows.keys
@@ -304,7 +309,7 @@ class RoutedLinear(Wrapper):
         asked = self.per_query and self.branch.queries is not None
         if run.decisions is None or (asked and not ends):  # keys and values read for more tokens
             return
-        here = None if rows is None else rows.queries if ends else rows.keys
+        here = None if rows is None or rows.all else rows.queries if ends else rows.keys
         if here is not None:
             full = share.new_zeros(rows.shape.numel())
             share = full.index_copy_(0, here, share.flatten()).view(rows.shape)

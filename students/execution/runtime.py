@@ -167,7 +167,8 @@ class Runtime:
             gate = self._patches(router, score)
         else:
             gate = selection.threshold(score + router.shift(self.dial_of(score)))
-        self.note(key, router.spec, router.share(gate), score)
+        if self.decisions is not None or torch.is_grad_enabled():  # what is computed again is computed as it was
+            self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
             weight = selection.score_weight(score, over_gates=not over_tokens)

@@ -2,10 +2,111 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from students.execution.capture import Fetched
+from students.kernels import devices
+
+
+@dataclass
+class Listed:
+    """Tokens whose places are known."""
+
+    rows: Tensor
+    """[N], ascending."""
+    every: bool = False
+    """Whether they are all that there are."""
+    pending: bool = False
+    """Whether asking for them would wait."""
+
+
+class Chosen:
+    """The open tokens of a batch [B, T]: which they are the device knows; how many, the host is told when it first asks
+    for any of this, and until then what is launched can run.
+
+    of: how many tokens there are, padding aside.
+    """
+
+    def __init__(self, open_: Tensor, of: int) -> None:
+        self._open = open_
+        self._of = of
+        self._fetched: Fetched | None = None
+        if devices.runs_ahead(open_.device):
+            self._upto = open_.flatten().cumsum(0)
+            self._ends = self._upto[open_.shape[1] - 1 :: open_.shape[1]]
+            self._fetched = Fetched(self._ends)
+
+    @property
+    def pending(self) -> bool:
+        """Whether asking would wait."""
+        return self._fetched is not None and "counts" not in self.__dict__
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many each row of the batch has."""
+        if self._fetched is None:
+            return self._open.sum(1).tolist()
+        ends = self._fetched.wait().tolist()
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[N]: their flat indices, ascending."""
+        flat = self._open.flatten()
+        if self._fetched is None:
+            return flat.nonzero().squeeze(1)
+        table = self._upto.new_empty(sum(self.counts) + 1)  # the closed ones meet in its first place
+        return table.scatter_(0, self._upto * flat, torch.arange(len(flat), device=flat.device))[1:]
+
+    @property
+    def every(self) -> bool:
+        """Whether they are all that there are."""
+        return (len(self.rows) if self._fetched is None else sum(self.counts)) == self._of
+
+    def begins(self) -> Tensor:
+        """[B]: the number of the first one of each row."""
+        return F.pad(self._ends[:-1], (1, 0))
+
+
+@dataclass
+class Rectangle:
+    """Packed tokens [N, ...] as [B, most, ...], each sequence from its start on and filled up behind with anything."""
+
+    rows: int
+    most: int
+    slots: Tensor | None
+    """[N]: a token's place in it, flat; None: nothing is filled up."""
+    sources: Tensor | None
+    """[B * most]: the token that is in each place."""
+
+    @classmethod
+    def of(cls, chosen: Chosen, batch: Tensor) -> Rectangle:
+        """For tokens of the sequences batch [N]."""
+        rows, most, count = len(chosen.counts), max(chosen.counts), len(batch)
+        if rows * most == count:
+            return cls(rows, most, None, None)
+        order = torch.arange(count, device=batch.device)
+        slots = batch * most + order - chosen.begins().index_select(0, batch)
+        return cls(rows, most, slots, order.new_zeros(rows * most).index_copy_(0, slots, order))
+
+    def lay(self, x: Tensor, fill: int | None = None) -> Tensor:
+        """x [N, ...] -> [B, most, ...]; fill: what it is filled up with."""
+        if self.slots is not None and fill is not None:
+            x = x.new_full((self.rows * self.most, *x.shape[1:]), fill).index_copy_(0, self.slots, x)
+        elif self.sources is not None:
+            x = x.index_select(0, self.sources)
+        return x.view(self.rows, self.most, *x.shape[1:])
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        x = x.flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
 
 
 def take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
@@ -14,7 +115,10 @@ def take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
 
 
 def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere; on CPUs faster than copying into zeros."""
+    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere."""
+    if devices.runs_ahead(some.device):
+        return some.new_zeros(count, *some.shape[1:]).index_copy_(0, rows, some)
+    # on CPUs faster than copying into zeros
     place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
     return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)
 

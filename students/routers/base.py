@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.prepared import Stamp
+from students.prepared import InPrecision, Stamp
 from students.routers.scoring import per_size, stream_score
 
 if TYPE_CHECKING:
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 LEVELS = 65
 """Quantiles that are kept of the scores of a router with quota."""
+
+
+class ThinLinear(nn.Linear):
+    """A linear layer in its input's precision: on many tokens a copy of them in float32 costs more than the router."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self._precise = InPrecision()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._precise(x.dtype, self.weight, self.bias)
+        if self.out_features > 1:
+            return F.linear(x, weight, bias)
+        score = (x @ weight[0]).unsqueeze(-1)  # faster than a product with a thin matrix
+        return score if bias is None else score + bias
 
 
 class Router(nn.Module):
@@ -39,12 +54,12 @@ class Router(nn.Module):
         if spec.network == "static":
             self.score = nn.Parameter(torch.zeros(gates))
             return
-        self.linear = nn.Linear(width, gates)
+        self.linear = ThinLinear(width, gates)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         if spec.network == "mlp":
             self.mlp = nn.Sequential(
-                nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, gates, bias=False)
+                ThinLinear(width, spec.hidden), nn.GELU(), ThinLinear(spec.hidden, gates, bias=False)
             )
             nn.init.zeros_(self.mlp[-1].weight)
 
@@ -52,9 +67,9 @@ class Router(nn.Module):
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
-        score = self._map(self.linear, x)
+        score = self.linear(x)
         if self.spec.network == "mlp":
-            score = score + self._map(self.mlp[2], self.mlp[1](self._map(self.mlp[0], x)))
+            score = score + self.mlp(x)
         return score.float()
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
@@ -67,15 +82,6 @@ class Router(nn.Module):
         else:
             score = stream_score(x, self.linear.weight[0], self.linear.bias)
         return score if distance is None else score + self.distance_weight * distance
-
-    @staticmethod
-    def _map(layer: nn.Linear, x: Tensor) -> Tensor:
-        """A linear layer in x's dtype: on many tokens a copy of x in float32 costs more than the router itself."""
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        if layer.out_features == 1:  # a matrix-vector product is faster than a product with a thin matrix
-            score = (x @ layer.weight[0].to(x.dtype)).unsqueeze(-1)
-            return score if bias is None else score + bias
-        return F.linear(x, layer.weight.to(x.dtype), bias)
 
     def share(self, gate: Tensor) -> Tensor:
         """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""

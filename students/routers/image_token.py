@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.routers import selection
-from students.routers.base import Router
+from students.routers.base import Router, ThinLinear
 from students.routers.registry import Kind
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class ImageRouter(Router):
     def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
         super().__init__(spec, width, 1, gains=gains)
         if spec.query:
-            self.look = nn.Linear(width, spec.query, bias=False)
-            self.ask = nn.Linear(width, spec.query, bias=False)
+            self.look = ThinLinear(width, spec.query, bias=False)
+            self.ask = ThinLinear(width, spec.query, bias=False)
             nn.init.zeros_(self.ask.weight)
 
     def at_door(self, x: Tensor, question: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class ImageRouter(Router):
         score = self.of_stream(x)
         if self.spec.query:
             unit = F.rms_norm(x, x.shape[-1:])
-            asked = self._map(self.ask, selection.prompt_mean(unit, question))
-            score = score + (self._map(self.look, unit) * asked).sum(-1).float() / self.spec.query**0.5
+            asked = self.ask(selection.prompt_mean(unit, question))
+            score = score + (self.look(unit) * asked).sum(-1).float() / self.spec.query**0.5
         return score
 
     def macs(self, width: int) -> int:

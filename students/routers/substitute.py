@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.prepared import InPrecision
+
 
 class Substitute(nn.Module):
     """Rank-r affine map of the branch's input that stands in for the branch; zero until fitted or trained."""
@@ -15,11 +17,12 @@ class Substitute(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
         self.up = nn.Parameter(torch.zeros(width, rank))
         self.bias = nn.Parameter(torch.zeros(width))
+        self._precise = InPrecision()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        kind = x.dtype
-        return F.linear(F.linear(x, self.down.to(kind)), self.up.to(kind), self.bias.to(kind))
+        down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
+        return F.linear(F.linear(x, down), up, bias)
 
     def macs(self) -> int:
         """Multiply-accumulates for one token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ MASKED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_
 """Operators that do where an index is boolean."""
 
 
+FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten._unsafe_view, _aten.detach}
+"""Operators that launch nothing, besides views."""
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.__bool__}
 """Functions that read a tensor, of which some read memory of a CPU with no operator."""
 
@@ -44,6 +47,15 @@ class _NoReads(TorchFunctionMode):
         if function in READS:
             raise HostWait(f"{function.__name__} waits for the device")
         return function(*args, **(kwargs or {}))
+
+
+def waits(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator makes the host wait for a GPU."""
+    packet = function.overloadpacket
+    indices = args[1] if packet in MASKED else ()
+    boolean = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)
+    repeats = packet is _aten.repeat_interleave and function._overloadname != "self_int"
+    return packet in WAITS or boolean or (repeats and kwargs.get("output_size") is None)
 
 
 class NoHostWaits(TorchDispatchMode):
@@ -60,10 +72,47 @@ class NoHostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = function.overloadpacket
-        indices = args[1] if packet in MASKED else ()
-        boolean = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)
-        repeats = packet is _aten.repeat_interleave and function._overloadname != "self_int"
-        if packet in WAITS or boolean or (repeats and kwargs.get("output_size") is None):
+        if waits(function, args, kwargs):
             raise HostWait(f"{function} waits for the device")
+        return function(*args, **kwargs)
+
+
+class _CountReads(TorchFunctionMode):
+    def __init__(self, counter: Launches) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self._counter.waits)
+        out = function(*args, **(kwargs or {}))
+        if function in READS and len(self._counter.waits) == before:  # read with no operator
+            self._counter.waits.append(function.__name__)
+        return out
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that would launch something on a GPU, and waits of the host for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __enter__(self) -> Launches:
+        self._reads = _CountReads(self)
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        nothing = function.overloadpacket is _aten.lift_fresh and not args[0].numel()  # an empty cache
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if waits(function, args, kwargs) and not nothing:
+            self.waits.append(str(function))
+        elif function.overloadpacket not in FREE and not view:
+            self.launched[str(function)] += 1
         return function(*args, **kwargs)

@@ -1,0 +1,156 @@
+"""Where the host runs ahead of a device, prompts are read with few waits, and what is skipped changes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from students import LoraSpec, RouterSpec, Student, StudentSpec
+from students.execution import tokens as some_tokens
+from students.execution.capture import Fetched
+from students.kernels import devices
+from students.libraries import cache_of
+from tests.pico.language import TINY
+from tests.students.host_waits import Launches
+from tests.students.test_execution import CLOSE, SPECS, decode, in_both_ways, make
+from tests.students.test_students import left_over
+
+SKIPPING = [name for name, spec in SPECS.items() if spec.find("token") or spec.find("layer")]
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every device is one that the host runs ahead of."""
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", SKIPPING)
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_mask_is_skip(name: str, kind: str, tokens: Tensor) -> None:
+    student = make(name, SPECS[kind])
+    for batch in (tokens, tokens[:1], tokens[:1, :1], tokens.view(4, 6)):
+        masked, skipped = in_both_ways(student, batch)
+        torch.testing.assert_close(masked, skipped, **CLOSE)
+        assert not left_over(student)
+    padding = torch.ones_like(tokens)
+    padding[0, :4] = 0
+    masked, skipped = in_both_ways(student, tokens, padding)
+    torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", SKIPPING)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_neox"])
+def test_cached_decoding_is_one_forward_pass(name: str, kind: str, tokens: Tensor) -> None:
+    student = make(name, SPECS[kind])
+    prompt = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt[:, :5] = True
+    student.runtime.execution = "mask"
+    whole = student(tokens, prompt=prompt)[0].logits
+    student.runtime.execution = "skip"
+    for rows in (slice(0, 2), slice(0, 1)):
+        torch.testing.assert_close(whole[rows], decode(student, tokens[rows], None, 5), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", SKIPPING)
+def test_a_prompt_is_read_in_parts(kind: str, tokens: Tensor) -> None:
+    student = make("llama", SPECS[kind])
+    prompt = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt[:, :5] = True
+    student.runtime.execution = "mask"
+    whole = student(tokens, prompt=prompt)[0].logits
+    student.runtime.execution, cache, parts = "skip", None, []
+    for part in (tokens[:, :5], tokens[:, 5:9], tokens[:, 9:]):
+        out, _ = student(part, use_cache=True, past_key_values=cache)
+        cache, parts = cache_of(out), [*parts, out.logits]
+    torch.testing.assert_close(whole, torch.cat(parts, 1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", SKIPPING)
+def test_rows_with_budgets_of_their_own(kind: str, tokens: Tensor) -> None:
+    if any(router.selection == "topk" for router in SPECS[kind].routers):
+        pytest.skip("one budget for all rows")
+    student = make("llama", SPECS[kind])
+    student.runtime.offset = (0.3, torch.inf)
+    masked, skipped = in_both_ways(student, tokens)
+    torch.testing.assert_close(masked, skipped, **CLOSE)
+
+
+def of_blocks(student: Student, *args: object, **kwargs: object) -> tuple[list[int], list[dict[str, int]]]:
+    """(waits, launches by operator) of each block in a forward pass."""
+    counter, waits, launches, hooks = Launches(), [], [], []
+
+    def enter(*_: object) -> None:
+        waits.append(-len(counter.waits))
+        launches.append(counter.launched.copy())
+
+    def leave(module: nn.Module, *_: object) -> None:
+        waits[-1] += len(counter.waits)
+        launches[-1] = counter.launched - launches[-1]
+
+    for block in student.blocks:
+        hooks += [block.register_forward_pre_hook(enter, prepend=True), block.register_forward_hook(leave)]
+    with counter:
+        student.model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return waits, launches
+
+
+DROPPED = StudentSpec((RouterSpec("layer", kv="drop"),))
+KEPT = StudentSpec((RouterSpec("token", sites=("mlp",)),))
+BOTH = StudentSpec((RouterSpec("token"),))
+CORRECTED = StudentSpec((RouterSpec("token", substitute=2),), LoraSpec(2))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("spec", [DROPPED, KEPT])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_host_waits_once_a_block(name: str, spec: StudentSpec, rows: int, tokens: Tensor) -> None:
+    student = make(name, spec)
+    student.model(tokens[:rows], use_cache=True)
+    waits, _ = of_blocks(student, tokens[:rows], use_cache=True)
+    assert waits == [1] * len(student.blocks)
+
+
+@pytest.mark.parametrize("spec", [BOTH, CORRECTED])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_the_host_waits_for_attention_behind_keys_and_values(
+    name: str, spec: StudentSpec, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, counter, between = make(name, spec), Launches(), []
+
+    class Asked(Fetched):
+        def __init__(self, tensor: Tensor) -> None:
+            super().__init__(tensor)
+            self.since = products(counter)
+
+        def wait(self) -> Tensor:
+            between.append(products(counter) - self.since)
+            return super().wait()
+
+    monkeypatch.setattr(some_tokens, "Fetched", Asked)
+    with counter:
+        student.model(tokens, use_cache=True)
+    assert len(between) == 2 * len(student.blocks)
+    assert min(between[::2]) > 0, "attention"
+    assert set(between[1::2]) == {0}, "the MLP has nothing to do meanwhile"
+
+
+def products(counter: Launches) -> int:
+    return sum(count for name, count in counter.launched.items() if "mm" in name)
+
+
+def test_no_row_and_no_query_is_launched_for_alone() -> None:
+    for spec in (DROPPED, KEPT, BOTH, CORRECTED):
+        student = make("llama", spec, max_position_embeddings=600)
+        launches = []
+        for shape in ((2, 300), (4, 600)):
+            ids = torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(0))
+            student.model(ids, use_cache=True)
+            launches.append([dict(block) for block in of_blocks(student, ids, use_cache=True)[1]])
+        assert launches[0] == launches[1]
