@@ -112,8 +112,11 @@ def download_model(repo: str) -> Path:
     return folder
 
 
-def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_code: bool, **options: Any) -> Any:
-    """The transformers model in `folder` by `loader.from_pretrained`, all of its weights from safetensors.
+def read_model(
+    name: str, folder: Path, loader: Any, dtype: Any, trust_remote_code: bool, **options: Any
+) -> tuple[Any, list[str]]:
+    """The transformers model in `folder` by `loader.from_pretrained`, all of its weights from safetensors, and the
+    names of weights in the checkpoint that the model has no place for.
 
     Raises ValueError with one line that starts with `name` where they cannot be read or some are missing.
     """
@@ -140,7 +143,7 @@ def read_model(name: str, folder: Path, loader: Any, dtype: Any, trust_remote_co
         raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 @contextmanager

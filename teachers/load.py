@@ -64,13 +64,19 @@ def load(
     dtype = dtype or preferred_dtype(device)
     with quiet():
         if entry.family == "vit":
-            model, processor = image.load(name, folder, dtype, trust_remote_code)
+            model, processor, unused = image.load(name, folder, dtype, trust_remote_code)
         elif entry.family == "vlm":
-            model, processor, source = _vision_language(name, folder, source, dtype, trust_remote_code)
+            model, processor, unused, more = _vision_language(name, folder, dtype, trust_remote_code)
+            source += more
         else:
-            model = _causal_lm(name, folder, dtype, trust_remote_code)
+            model, unused = _causal_lm(name, folder, dtype, trust_remote_code)
             processor = _tokenizer(name, folder, trust_remote_code)
     model = model.to(device).eval().requires_grad_(False)
+    for key, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):
+            raise ValueError(f"{name}: the weights are damaged: {key} holds NaN or infinity")
+    if unused:
+        source += f"; {len(unused)} weights of the checkpoint have no place in this model, such as {unused[0]}"
     return Teacher(name, model, processor, entry.family, source, fingerprint(model))
 
 
@@ -143,18 +149,21 @@ def _locate(entry: ModelEntry) -> tuple[Path, str]:
 
 
 def _vision_language(
-    name: str, folder: Path, source: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, ProcessorMixin, str]:
-    """Model, processor and source; some models have only tower and projector in their folder."""
+    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, ProcessorMixin, list[str], str]:
+    """Model, processor, unused weights, and what is to be said of the source besides the folder; some models have only
+    tower and projector in theirs."""
     language = vision_language.language_of(folder)
     if language is None:
-        return *vision_language.load(name, folder, dtype, trust_remote_code), source
+        return *vision_language.load(name, folder, dtype, trust_remote_code), ""
     base = load(language, dtype=dtype, device="cpu")
-    return *vision_language.compose(folder, base.model, base.processor), f"{source}; language model: {base.source}"
+    return *vision_language.compose(folder, base.model, base.processor), [], f"; language model: {base.source}"
 
 
-def _causal_lm(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in `folder`, or a ValueError of one line that says what is wrong with it."""
+def _causal_lm(
+    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in `folder` and its unused weights, or a ValueError of one line that says what is wrong with it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

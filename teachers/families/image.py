@@ -22,15 +22,18 @@ SCALES = ".scale"
 """Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
 
 
-def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.Module, Preprocess]:
-    """The image model in `folder` and its own preprocessing; ValueError of one line where something is wrong."""
+def load(
+    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[nn.Module, Preprocess, list[str]]:
+    """The image model in `folder`, its own preprocessing, and names of weights that the model has no place for;
+    ValueError of one line where something is wrong."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if not hub.weight_files(folder):
         raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
     if "architecture" not in config:
         return _transformers(name, folder, config, dtype, trust_remote_code)
     try:
-        return _timm(folder, dtype)
+        return *_timm(folder, dtype), []
     except Exception as error:  # timm, safetensors and torch each have their own classes
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
 
@@ -56,7 +59,7 @@ def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
 
 def _transformers(
     name: str, folder: Path, config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[nn.Module, Preprocess]:
+) -> tuple[nn.Module, Preprocess, list[str]]:
     import transformers
 
     kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
@@ -72,7 +75,7 @@ def _transformers(
     else:
         loader = transformers.AutoModel
         options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
-    model = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
+    model, unused = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -82,7 +85,10 @@ def _transformers(
     def preprocess(image: Image) -> torch.Tensor:
         return processor(standard(image, mode), return_tensors="pt")["pixel_values"][0].to(dtype)
 
-    return model, preprocess
+    # other towers, decoders and heads are left out on purpose
+    parts = {key.partition(".")[0] for key in model.state_dict()}
+    unused = [key for key in unused if key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in parts]
+    return model, preprocess, unused
 
 
 def classes_of(model: nn.Module) -> Classes | None:

@@ -29,18 +29,19 @@ CHAT_TEMPLATE = (
 
 def load(
     name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The vision-language model in `folder` and its processor; ValueError of one line where something is wrong."""
+) -> tuple[PreTrainedModel, ProcessorMixin, list[str]]:
+    """The vision-language model in `folder`, its processor, and names of weights that the model has no place for;
+    ValueError of one line where something is wrong."""
     import transformers
 
     if not hub.weight_files(folder):
         raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
-    model = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
+    model, unused = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(f"{name}: processor cannot be loaded: {first_line(error)}") from error
-    return model, processor
+    return model, processor, unused
 
 
 def language_of(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from teachers import hub, wheel
 from teachers.cache import published
 from teachers.load import fingerprint
 from teachers.registry import ModelEntry, Wheel
-from tests.pico.language import make_tiny
+from tests.pico.language import make_tiny, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,3 +238,22 @@ def test_real_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
     answer = teacher.model.generate(prompt.to(teacher.model.device), max_new_tokens=2, do_sample=False)
     assert "Paris" in teacher.processor.decode(answer[0])
     assert teachers.load("smollm2-135m").identity == teacher.identity
+
+
+def test_damaged_weights_cost_one_line(tmp_path: Path):
+    model = make_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words=117).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights are damaged: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        teachers.load(str(tmp_path))
+
+
+def test_weights_without_a_place_are_named(tmp_path: Path):
+    make_tiny("llama").save_pretrained(tmp_path)
+    make_tokenizer(words=117).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    source = teachers.load(str(tmp_path)).source
+    assert "9 weights of the checkpoint have no place in this model, such as model.layers.2." in source
