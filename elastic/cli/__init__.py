@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141 where whoever reads the output closed the pipe.
     """
+    if not _works():
+        return 0
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
@@ -32,3 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _works() -> bool:
+    """Whether this process does the command: of several that a launcher starts, the first does all of it, alone."""
+    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if count == "1":
+        return True
+    if rank != "0":
+        print(f"elastic: one process does a command; number {rank} of {count} leaves it to number 0", file=sys.stderr)
+        return False
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return True

@@ -346,3 +346,18 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr(trainer, "distill", interrupted)
     assert main(arguments) == 130
     assert capsys.readouterr().err == "elastic: stopped at step 3; continue with: elastic distill --resume run\n"
+
+
+def test_the_first_of_several_processes_does_a_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As torchrun and accelerate launch start them."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*arguments, "--target-compute", "0.8"]) == 0
+    assert capsys.readouterr().err == "elastic: one process does a command; number 1 of 2 leaves it to number 0\n"
+    assert not Path("runs").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main([*arguments, "--target-compute", "0.8"]) == 0
+    assert Run.open("runs/tiny-0.8").routers.exists()
