@@ -175,6 +175,8 @@ def _causal_lm(
     if not remote:
         known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         saved_as = config.architectures or ["an unnamed architecture"]
+        if isinstance(getattr(config, "image_size", None) or getattr(config, "num_channels", None), (int, list, tuple)):
+            raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {image.SUPPORTED}")
         if known is None or (config.architectures and known.__name__ not in config.architectures):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     if not hub.weight_files(folder):

@@ -14,6 +14,7 @@ IMAGE_MODELS: dict[str, Architecture] = {
     "vit": _VIT,
     "deit": replace(_VIT, prefix=2),
     "dinov2": replace(_VIT, blocks="encoder.layer"),
+    "dinov2_with_registers": replace(_VIT, blocks="encoder.layer", prefix=None),
     "vit_mae": _VIT,
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, prefix=0, whole_heads=True),

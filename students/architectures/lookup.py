@@ -29,7 +29,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         )
     record = ARCHITECTURES[kind]
     if record.prefix is None:
-        record = replace(record, prefix=model.num_prefix_tokens)
+        registers = getattr(getattr(model, "config", None), "num_register_tokens", None)
+        record = replace(record, prefix=model.num_prefix_tokens if registers is None else 1 + registers)
     blocks = list(_get(trunk_of(model), record.blocks, type(model).__name__))
     if kind == "Eva":  # whose layers differ from model to model
         if getattr(blocks[0].attn, "qkv", None) is None:

@@ -21,7 +21,7 @@ from students.flops import flop_counter
 from students.routers import Router
 from students.student import Student
 
-INTERPOLATES_ANYWAY = ("dinov2",)
+INTERPOLATES_ANYWAY = ("dinov2", "dinov2_with_registers")
 """Kinds of models whose forward interpolates positions without being asked to."""
 
 

@@ -10,6 +10,7 @@ from teachers import hub
 from teachers.data.classes import Classes, named, unnamed
 from teachers.data.pictures import standard
 from teachers.quiet import first_line
+from teachers.registry import IMAGE_MODELS
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
     from teachers.data.image_set import Preprocess
 
+TIMM_MODELS = ("VisionTransformer", "Eva")
+"""timm's classes that are supported, where each block has one attention and one MLP."""
+SUPPORTED = (
+    "image models that are: plain vision transformers of timm (vit_*, deit_*, eva02_*), and of transformers "
+    + ", ".join(sorted(IMAGE_MODELS))
+)
+"""For the user to read."""
 SCALES = ".scale"
 """Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
 
@@ -33,9 +41,13 @@ def load(
     if "architecture" not in config:
         return _transformers(name, folder, config, dtype, trust_remote_code)
     try:
-        return *_timm(folder, dtype), []
+        model, preprocess = _timm(folder, dtype)
     except Exception as error:  # timm, safetensors and torch each have their own classes
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+    blocks = getattr(model, "blocks", ())
+    if type(model).__name__ not in TIMM_MODELS or not all(hasattr(b, "attn") and hasattr(b, "mlp") for b in blocks):
+        raise ValueError(f"{name}: {config['architecture']} of timm is not supported; {SUPPORTED}")
+    return model, preprocess, []
 
 
 def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:

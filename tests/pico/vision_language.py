@@ -14,6 +14,7 @@ from tests.pico.language import TINY
 IMAGE_TOKEN = 110
 _TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
 _GEMMA = dict(_TEXT, head_dim=8, model_type="gemma")
+_GEMMA2 = {**TINY["gemma2"][1], "max_position_embeddings": 128, "model_type": "gemma2"}
 _VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16)
 _SIGLIP = dict(_VISION, patch_size=4, model_type="siglip_vision_model", vision_use_head=False)
 _CLIP = dict(_VISION, patch_size=4, model_type="clip_vision_model")
@@ -49,6 +50,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "paligemma": (
         "PaliGemmaConfig",
         dict(vision_config=_SIGLIP, text_config=_GEMMA, image_token_index=IMAGE_TOKEN, projection_dim=32),
+    ),
+    "paligemma2": (
+        "PaliGemmaConfig",
+        dict(vision_config=_SIGLIP, text_config=_GEMMA2, image_token_index=IMAGE_TOKEN, projection_dim=32),
     ),
     "idefics3": ("Idefics3Config", _SMOL),
     "smolvlm": ("SmolVLMConfig", _SMOL),

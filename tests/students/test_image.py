@@ -44,6 +44,9 @@ MODELS = {
     "vit": _transformers("ViTConfig:ViTForImageClassification", num_labels=7),
     "deit": _transformers("DeiTConfig:DeiTForImageClassificationWithTeacher", num_labels=7),
     "dinov2": _transformers("Dinov2Config:Dinov2ForImageClassification", num_labels=7),
+    "dinov2_registers": _transformers(
+        "Dinov2WithRegistersConfig:Dinov2WithRegistersForImageClassification", num_labels=7, num_register_tokens=3
+    ),
     "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
     "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
     "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),

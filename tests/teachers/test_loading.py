@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -257,3 +258,22 @@ def test_weights_without_a_place_are_named(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     source = teachers.load(str(tmp_path)).source
     assert "9 weights of the checkpoint have no place in this model, such as model.layers.2." in source
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "resnet18"])
+def test_image_models_of_timm_that_are_not_supported(name: str, tmp_path: Path):
+    import timm
+
+    options = (
+        {"img_size": 56} if "swin" in name else {"depth": 1, "embed_dim": 24, "num_heads": 2} if "vit" in name else {}
+    )
+    timm.models.save_for_hf(timm.create_model(name, **options), tmp_path, model_args=options, safe_serialization=True)
+    with pytest.raises(ValueError, match=f"{name} of timm is not supported; image models that are: .*dinov2"):
+        teachers.load(str(tmp_path))
+
+
+def test_image_models_of_transformers_that_are_not_supported(tmp_path: Path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="resnet is an image model that is not supported; image models that are"):
+        teachers.load(str(tmp_path))

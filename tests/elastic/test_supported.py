@@ -1,0 +1,133 @@
+"""Every supported architecture, saved with its library's own settings, loaded and run by the command line."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from elastic.cli import main
+from elastic.run import Run
+from students.architectures import ARCHITECTURES, VISION_TOWERS
+from tests.pico.language import TINY
+from tests.pico.processors import make_processor
+from tests.pico.vision_language import CONFIGS, make_vlm
+
+LARGE = 0.95
+"""A budget that every architecture can meet."""
+_SIZES = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4
+)
+_TIMM = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7)
+IMAGE_MODELS = {
+    "vit": ("ViTConfig", "ViTForImageClassification"),
+    "deit": ("DeiTConfig", "DeiTForImageClassificationWithTeacher"),
+    "dinov2": ("Dinov2Config", "Dinov2Model"),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+    "vit_mae": ("ViTMAEConfig", "ViTMAEModel"),
+    "timm/vit_tiny_patch16_224": (),
+    "timm/vit_small_patch14_reg4_dinov2": (),
+    "timm/vit_base_patch16_siglip_224": (),
+    "timm/eva02_tiny_patch14_224": (),
+    "timm/vit_small_patch16_dinov3": (),
+}
+
+
+def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
+    """The result of a run of two steps, in the precision that the machine is given for it."""
+    given = [part for setting in (*settings, "train.log_every=1") for part in ("--set", setting)]
+    names = ["--model", str(model), "--data", str(data), "--output", str(run), "--steps", "2"]
+    assert main(["distill", *names, "--target-compute", str(LARGE), *given]) in (0, 3)
+    assert main(["eval", str(run), "--json"]) == 0
+    return Run.open(run).about["result"]
+
+
+def test_every_record_of_names_is_tried() -> None:
+    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in TINY.items()}
+    inside = {"qwen2_vl_text", "qwen2_5_vl_text", "gemma"}  # in the vision-language models below
+    tried = {*config_of.values(), *inside, "clip_vision_model", "siglip_vision_model", "VisionTransformer", "Eva"}
+    assert set(ARCHITECTURES) - tried <= {name for name in IMAGE_MODELS if "/" not in name}
+    assert set(VISION_TOWERS) <= set(CONFIGS)
+
+
+def _bytes() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of bytes, whose parts are those that transformers puts into the tokenizers of some models."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_saved_language_model(name: str, text_file: Path, tmp_path: Path) -> None:
+    kind, settings = TINY[name]
+    sizes = set(TINY["gpt2"][1] if name == "gpt2" else TINY["llama"][1])
+    torch.manual_seed(0)
+    settings = {key: value for key, value in settings.items() if key in sizes}
+    config = getattr(transformers, kind)(**{**settings, "vocab_size": 300})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    _bytes().save_pretrained(tmp_path / "model")
+    given = ("data.window=32", "data.held_out=4", "train.window=16", "train.batch=2", "calibration.windows=2")
+    row = distil(tmp_path / "model", text_file, tmp_path / "run", *given)
+    assert row["compute"] == pytest.approx(LARGE, abs=0.015)
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "w3 w4", "--max-new-tokens", "3"]) == 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, draw = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    rows = []
+    for part, count in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
+                rows.append({"image": f"{part}/{name}/{number}.png", "question": "w5 w6", "answer": f"w{number % 3}"})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_a_saved_image_model(name: str, pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    if name.startswith("timm/"):
+        model = timm.create_model(name.removeprefix("timm/"), **_TIMM)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 16, 16)}  # some take images of any size
+        timm.models.save_for_hf(model, folder, model_args=_TIMM, safe_serialization=True)
+    else:
+        config, model = (getattr(transformers, kind) for kind in IMAGE_MODELS[name])
+        model(config(**_SIZES)).save_pretrained(folder)
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    row = distil(folder, pictures, tmp_path / "run", "data.held_out=4", "calibration.windows=8", "train.batch=4")
+    assert row["compute"] == pytest.approx(LARGE, abs=0.03)  # one patch of 16 is three hundredths
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_vision_language_model(name: str, pictures: Path, tmp_path: Path) -> None:
+    if name == "smolvlm" and find_spec("num2words") is None:
+        pytest.skip("the processor of SmolVLM needs num2words")
+    model = make_vlm(name)
+    if name == "llava":
+        model.config.vision_feature_select_strategy = "default"
+    model.save_pretrained(tmp_path / "model")
+    make_processor(name).save_pretrained(tmp_path / "model")
+    settings = ("data.held_out=4", "calibration.windows=4", "train.batch=2")
+    row = distil(tmp_path / "model", pictures / "questions.jsonl", tmp_path / "run", *settings)
+    assert row["compute"] == pytest.approx(LARGE, abs=0.05)  # of four or sixteen image tokens
+    picture = str(pictures / "train" / "cat" / "0.png")
+    arguments = ["--prompt", "w5", "--image", picture, "--max-new-tokens", "2"]
+    assert main(["generate", str(tmp_path / "run"), *arguments]) == 0

@@ -1,0 +1,53 @@
+"""Processors of the tiny vision-language models, as a saved model has them beside its weights."""
+
+from __future__ import annotations
+
+import transformers
+
+from tests.pico.language import make_tokenizer
+from tests.pico.vision_language import IMAGE_TOKEN
+
+_SIZE = {"height": 16, "width": 16}
+_QWEN = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
+_TEMPLATE = (
+    "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE {% else %}{{ p['text'] }}"
+    "{% endif %}{% endfor %}{% endfor %} w1 "
+)
+
+
+def make_processor(kind: str) -> transformers.ProcessorMixin:
+    """Of 64 words and the special tokens of its class, the image token being number IMAGE_TOKEN."""
+    qwen = kind.startswith("qwen")
+    own = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    others = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer = make_tokenizer(words=64)
+    tokenizer.add_tokens([f"x{number}" for number in range(IMAGE_TOKEN - len(tokenizer))])
+    tokenizer.add_special_tokens({"additional_special_tokens": own if qwen else others})
+    tokenizer.pad_token = "</s>"
+    mark = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<image>"
+    template = {"chat_template": _TEMPLATE.replace("IMAGE", mark)}
+    if kind == "llava":
+        images = transformers.CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)
+        more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+        return transformers.LlavaProcessor(images, tokenizer, image_token="<image>", **more, **template)
+    if kind == "llava_next":
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": 16}, crop_size=_SIZE, image_grid_pinpoints=[[16, 16], [16, 32]]
+        )
+        more = dict(patch_size=4, vision_feature_select_strategy="full")
+        return transformers.LlavaNextProcessor(images, tokenizer, image_token="<image>", **more, **template)
+    if kind.startswith("paligemma"):
+        images = transformers.SiglipImageProcessor(size=_SIZE)
+        images.image_seq_length = 16
+        return transformers.PaliGemmaProcessor(images, tokenizer)
+    if kind in ("idefics3", "smolvlm"):
+        one = dict(size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False)
+        if kind == "idefics3":
+            images = transformers.Idefics3ImageProcessor(**one)
+            return transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, **template)
+        images, videos = transformers.SmolVLMImageProcessor(**one), transformers.SmolVLMVideoProcessor(**one)
+        return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, **template)
+    images = transformers.Qwen2VLImageProcessor(**_QWEN, min_pixels=64, max_pixels=1024)
+    videos = transformers.Qwen2VLVideoProcessor(**_QWEN)
+    made = transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
+    return made(images, tokenizer, videos, **template)
