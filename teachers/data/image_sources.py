@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -32,6 +32,12 @@ FASHION = "fashion-mnist"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts it."""
 
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".heic", ".heif", ".jp2"),
+    *(".bmp", ".tif", ".tiff", ".ppm", ".pgm"),
+)
+"""Endings of files that are images; those that this Pillow cannot read are left out, and named."""
+
 ACCEPTED = (
     "--data takes a folder with train/ and val/ or class sub-folders, a parquet file or folder of them, "
     f"{FASHION}, or a hub data set (name or org/name)"
@@ -43,6 +49,7 @@ def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: 
 
     Hidden folders, and those without an image, are no classes.
     """
+    root = _unpacked(root)
     parts = folders_of_parts(root)
     part = parts[0 if train else 1]
     if parts == (None, None):
@@ -55,7 +62,7 @@ def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: 
     if not any(child.is_dir() for child in part.iterdir()):
         raise ValueError(f"{part} has no class sub-folders; {ACCEPTED}")
     if not found[part]:
-        raise ValueError(f"no images ({', '.join(_endings())}) in the class sub-folders of {part}")
+        raise ValueError(f"no images ({', '.join(ENDINGS)}) in the class sub-folders of {part}")
     names = sorted({name for classes in found.values() for name in classes})
     labels = labels_of_names(names, model_classes)
     number_of = dict(zip(names, labels.numbers, strict=True))
@@ -71,27 +78,35 @@ def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: 
     )
 
 
+def _unpacked(root: Path) -> Path:
+    """The one folder in `root`, as archives unpack, where that has parts and `root` has none."""
+    inside = [child for child in root.iterdir() if child.is_dir() and visible(child, root)]
+    alone = len(inside) == 1 and folders_of_parts(root) == (None, None) != folders_of_parts(inside[0])
+    return inside[0] if alone else root
+
+
 def _class_folders(part: Path) -> dict[str, list[str]]:
     """The images in each folder of a part, by the folder's name, sorted; folders without any are left out."""
-    found = {}
-    for folder in part.iterdir():
-        if folder.is_dir() and visible(folder, part):
-            files = [
-                os.path.join(place, name)
-                for place, _, names in os.walk(folder, followlinks=True)
-                if visible(Path(place), part)
-                for name in names
-                if name.lower().endswith(_endings()) and not name.startswith(".")
-            ]
-            if files:
-                found[folder.name] = sorted(files)
-    return found
+    folders = [folder for folder in part.iterdir() if folder.is_dir() and visible(folder, part)]
+    found = {folder.name: sorted(_images_below(folder)) for folder in folders}
+    return {name: files for name, files in found.items() if files}
 
 
-def _endings() -> tuple[str, ...]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+def _images_below(folder: Path) -> Iterator[str]:
+    """Paths of the images in a folder and in those below it, each folder once, however links lead there."""
+    seen: set[str] = set()
+    for place, inside, names in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(place)
+        if real in seen or (place != str(folder) and folder.resolve().is_relative_to(real)):
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = [name for name in inside if visible(Path(name), Path())]
+        yield from (os.path.join(place, n) for n in names if n.lower().endswith(ENDINGS) and not n.startswith("."))
 
-    return IMG_EXTENSIONS
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _open_rgb(file: str) -> Image:
@@ -121,16 +136,14 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
                 split="train",
                 cache_dir=str(cache_folder() / "datasets"),
             )
-        image, label = _columns(rows.column_names, str(path))
-        names = _label_names(rows.features, label)
-        values = rows[label][:] if label else [None] * len(rows)
-        others = [file for file in every if file not in files] if any(isinstance(v, str) for v in values) else []
-        known = [pyarrow.parquet.read_table(file, columns=[label])[label].to_pylist() for file in others]
         ends = list(accumulate(pyarrow.parquet.read_metadata(file).num_rows for file in files))
-    except ValueError:
-        raise
-    except Exception as error:
+    except Exception as error:  # pyarrow and datasets each have their own classes
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    image, label = _columns(rows.column_names, str(path))
+    names = _label_names(rows.features, label)
+    values = rows[label][:] if label else [None] * len(rows)
+    others = [file for file in every if file not in files] if any(isinstance(v, str) for v in values) else []
+    known = [_column(file, label) for file in others if label]
 
     def name(number: int) -> str:
         place = bisect_right(ends, number)
@@ -139,6 +152,19 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
     rows = rows.cast_column(image, datasets.Image(decode=False))
     labels = labels_of_column(values, names, model_classes, list(chain.from_iterable(known)))
     return _table(str(path), partial(_decode_nth, rows, image), preprocess, labels, name)
+
+
+def _column(file: Path, name: str) -> list[Any]:
+    """A column of a parquet file; nothing where it has none of this name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file, columns=[name])[name].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    except KeyError:
+        return []
 
 
 def from_hub(

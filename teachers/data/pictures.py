@@ -59,7 +59,11 @@ def _eight_bits(image: Image) -> Image:
     import numpy as np
     from PIL import Image
 
-    values = np.nan_to_num(np.asarray(image, np.float64)).clip(min=0)
+    values = np.asarray(image, np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("no value of it is a finite number")
+    values = np.nan_to_num(values, posinf=finite.max()).clip(min=0)
     if image.mode.startswith("I;16"):
         top = 65535
     else:

@@ -228,9 +228,39 @@ def test_fashion_mnist_from_its_four_files(tmp_path: Path, monkeypatch: pytest.M
     assert len(data.held_out) == 2
 
 
+def test_a_folder_is_walked_once_however_links_lead_there(folder: Path) -> None:
+    (folder / "train" / "n01443537" / "loop").symlink_to(folder / "train")
+    (folder / "train" / "n01496331" / "twice").symlink_to(folder / "train" / "n01496331")
+    assert len(load_images(str(folder), pil_to_tensor, held_out=5, seed=0).train) == 12
+
+
+def test_parts_are_found_in_the_one_folder_of_an_archive(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / part).rename(tmp_path / "pets" / part)
+    (tmp_path / "__MACOSX").mkdir()
+    data = load_images(str(tmp_path), pil_to_tensor, held_out=5, seed=0)
+    assert (len(data.train), set(data.train.labels)) == (12, {1, 5, 281})
+
+
+@pytest.mark.parametrize("ending", [".gif", ".jfif", ".WEBP", ".avif"])
+def test_files_of_every_usual_ending_are_images(ending: str, folder: Path) -> None:
+    image = Image.open(folder / "train" / "n01443537" / "0.png")
+    image.save(folder / "train" / "n01443537" / f"5{ending}", format="JPEG" if ending == ".jfif" else None)
+    train = load_images(str(folder), pil_to_tensor, held_out=5, seed=0).train
+    assert len(train) == 13 and len(train.load(range(13))[0]) == 13 and not train.left_out
+
+
+def test_images_of_a_kind_that_cannot_be_read_are_named(folder: Path) -> None:
+    (folder / "train" / "n01443537" / "IMG_1.HEIC").write_bytes(b"....ftypheic")
+    train = load_images(str(folder), pil_to_tensor, held_out=5, seed=0).train
+    assert list(train.left_out.reasons.values()) == ["no image, or of a kind that cannot be read"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda p: (p / "a.parquet").write_text("x") and p / "a.parquet", r"a\.parquet cannot be read"),
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "has no class sub-folders"),
         (lambda p: (p / "notes.txt").write_text("x") and p / "notes.txt", "unknown kind of file"),

@@ -84,3 +84,10 @@ def test_rows_are_bytes_or_paths(tmp_path: Path) -> None:
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="there is no image"):
             open_row(nothing)
+
+
+def test_values_that_are_no_numbers_count_for_nothing() -> None:
+    values = np.array([[np.nan, 200.0], [np.inf, -np.inf]], np.float32)
+    assert np.asarray(standard(Image.fromarray(values))).tolist() == [[0, 200], [200, 0]]
+    with pytest.raises(ValueError, match="no value of it is a finite number"):
+        standard(Image.fromarray(np.full_like(values, np.nan)))
