@@ -104,6 +104,8 @@ class DataConfig:
     """Tokens of a window that sequence-level routers decide from; no quality is measured on them then."""
 
     def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise ValueError("--data is empty: name a file, a folder or a data set")
         if self.window < 8 or self.held_out < 1:
             raise ValueError(
                 f"data.window ({self.window}) must be at least 8 and data.held_out ({self.held_out}) at least 1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +36,13 @@ class Turn:
 
 def turns_of(value: Any) -> list[Turn]:
     """The turns of a conversation, without system turns that say nothing. ValueError says what is wrong with it."""
+    if isinstance(value, str):  # tables without nested columns have it as JSON
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     rows = rows_of(value)
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list):
+        raise ValueError(f"its messages are no conversation but {str(rows)[:60]!r}")
+    if not rows:
         raise ValueError("its messages are no conversation: there are no turns")
     turns = [_turn(number, row) for number, row in enumerate(rows, 1)]
     return [turn for turn in turns if turn is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -76,9 +78,15 @@ def rows_of(value: Any) -> Any:
 
 def _text(file: Path, left_out: LeftOut) -> Iterator[Record]:
     try:
-        yield str(file), {"text": file.read_text(encoding="utf-8-sig")}
-    except UnicodeDecodeError as error:
-        left_out.add(str(file), str(file), f"cannot be read: {error}")
+        yield str(file), {"text": file.read_text(encoding=_encoding(file))}
+    except UnicodeError as error:
+        left_out.add(str(file), str(file), f"cannot be read as UTF-8: {error}")
+
+
+def _encoding(file: Path) -> str:
+    """UTF-8, but where a file begins as Windows writes UTF-16."""
+    with file.open("rb") as opened:
+        return "utf-16" if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _parquet(file: Path) -> Iterator[Record]:
@@ -98,22 +106,27 @@ def _parquet(file: Path) -> Iterator[Record]:
 
 def _json(file: Path, left_out: LeftOut) -> Iterator[Record]:
     """Records of JSON lines, of a list, or the one record that a file is."""
-    whole = None
-    with file.open("rb") as opened:
-        start = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start == b"[" or file.suffix.lower() == ".json":
-        try:
-            whole = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-        except ValueError as error:
-            if start == b"[":
-                raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
-    if whole is not None:
-        for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
-            yield from _record(f"{file}, record {number}", record, left_out)
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not (line := line.removeprefix(b"\xef\xbb\xbf").strip()):
+    whole, wide = None, _encoding(file) == "utf-16"
+    try:
+        opened = io.BytesIO(file.read_text("utf-16").encode()) if wide else file.open("rb")
+    except UnicodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    with opened:
+        start = opened.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        opened.seek(0)
+        if start == b"[" or file.suffix.lower() == ".json":
+            try:
+                whole = json.loads(opened.read().removeprefix(codecs.BOM_UTF8))
+            except (ValueError, RecursionError) as error:
+                if start == b"[":
+                    raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+                opened.seek(0)
+        if whole is not None:
+            for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
+                yield from _record(f"{file}, record {number}", record, left_out)
+            return
+        for number, line in enumerate(opened, 1):
+            if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
                 continue
             where = f"{file}, line {number}"
             try:

@@ -146,6 +146,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers():
     ("setting", "words"),
     [
         *((f"budget.target={value}", "0.7 means 70 %") for value in (0, -1, 1.5, 70)),
+        ("data.source=' '", "--data is empty"),
         ("data.window=4", "data.window"),
         ("data.held_out=0", "data.held_out"),
         ("data.max_tokens=0", "data.max_tokens"),

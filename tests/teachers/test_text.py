@@ -131,6 +131,7 @@ ODD = {
     "null": '{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": null}]}',
     "no number": '{"question": "w1", "answer": NaN}',
     "no turns": '{"messages": []}',
+    "one text": '{"messages": "w1"}',
     "no roles": '{"messages": ["w1", "w2"]}',
     "no content": '{"messages": [{"role": "user"}]}',
     "nothing": '{"messages": null}',
@@ -175,11 +176,12 @@ def test_a_source_of_mostly_odd_records_is_refused(tmp_path: Path):
         [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "tool_calls": None}],
         [{"role": "system", "content": None}, {"role": "human", "content": "w1"}, {"role": "bot", "content": "w2"}],
         [{"role": "user", "content": [{"type": "text", "text": "w1"}]}, {"role": "model", "content": ["w2"]}],
+        '[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]',
         {"role": ["user", "assistant"], "content": ["w1", "w2"]},
         {"role": ["user", "assistant"], "content": ["w1", "w2"], "name": None},
     ],
 )
-def test_conversations_of_any_form_are_the_same_text(turns: list | dict, tmp_path: Path):
+def test_conversations_of_any_form_are_the_same_text(turns: list | dict | str, tmp_path: Path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
     template = "{% for m in messages %}{{ m.keys() | list | length }} {{ m.role }} {{ m.content }};{% endfor %}"
     assert documents(source) == ["user: w1\nassistant: w2"]
@@ -232,6 +234,22 @@ def test_a_text_file_of_another_encoding_is_left_out(tmp_path: Path):
     (tmp_path / "b.txt").write_text("w1")
     (tmp_path / "c.txt").write_text("w2", encoding="utf-8-sig")
     assert documents(tmp_path) == ["w1", "w2"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("a.txt", "w1"),
+        ("a.jsonl", '{"text": "w1"}\r\n\r\n'),
+        ("a.json", '{"text": "w1"}'),
+        ("b.json", '[{"text": "w1"}]'),
+    ],
+)
+def test_files_as_windows_writes_them(encoding: str, name: str, written: str, tmp_path: Path):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / name).write_bytes((mark + written).encode(encoding))
+    assert documents(tmp_path) == ["w1"]
 
 
 def test_a_list_of_records_and_a_lone_one(tmp_path: Path):
