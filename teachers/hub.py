@@ -129,6 +129,7 @@ def read_model(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, by name
             **options,
         )
 
@@ -141,6 +142,10 @@ def read_model(
             model, report = read(None)  # as it can: Gemma 2 caps its scores, which SDPA cannot
     except Exception as error:  # safetensors, torch and transformers each have their own classes
         raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
+    if other := sorted(report["mismatched_keys"]):
+        key, found, wanted = other[0]
+        shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
+        raise ValueError(f"{name}: {len(other)} weights are of another shape, such as {key}: {shapes}")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
     return model, sorted(report["unexpected_keys"])
@@ -171,5 +176,18 @@ def weight_files(folder: Path) -> list[str]:
     """Names of a model folder's safetensors files as its index lists them; empty where there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be read: {first_line(error)}") from error
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def require_weights(name: str, folder: Path) -> None:
+    """ValueError where the folder of a model of this name has not all of its safetensors files."""
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")

@@ -179,8 +179,7 @@ def _causal_lm(
             raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {image.SUPPORTED}")
         if known is None or (config.architectures and known.__name__ not in config.architectures):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
-    if not hub.weight_files(folder):
-        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    hub.require_weights(name, folder)
     return hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
 
 
@@ -190,7 +189,11 @@ def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ValueError(f"{name}: tokenizer cannot be loaded: {first_line(error)}") from error
+        files = [file for pattern in ("*token*", "*vocab*", "*.model") for file in folder.glob(pattern)]
+        reason = (
+            first_line(error) if files else "there is none beside the weights (tokenizer.save_pretrained puts it there)"
+        )
+        raise ValueError(f"{name}: tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

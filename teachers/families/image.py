@@ -36,8 +36,7 @@ def load(
     """The image model in `folder`, its own preprocessing, and names of weights that the model has no place for;
     ValueError of one line where something is wrong."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    if not hub.weight_files(folder):
-        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    hub.require_weights(name, folder)
     if "architecture" not in config:
         return _transformers(name, folder, config, dtype, trust_remote_code)
     try:

@@ -34,8 +34,7 @@ def load(
     ValueError of one line where something is wrong."""
     import transformers
 
-    if not hub.weight_files(folder):
-        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+    hub.require_weights(name, folder)
     model, unused = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -239,6 +240,37 @@ def test_real_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
     answer = teacher.model.generate(prompt.to(teacher.model.device), max_new_tokens=2, do_sample=False)
     assert "Paris" in teacher.processor.decode(answer[0])
     assert teachers.load("smollm2-135m").identity == teacher.identity
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: (p / "tokenizer.json").unlink() or (p / "tokenizer_config.json").unlink(), "there is none beside"),
+        (lambda p: resize(p, 33), r"weights are of another shape, such as model.*: \[32.* and \[.*33.*\] by config"),
+        (lambda p: index(p, "{"), r"model\.safetensors\.index\.json cannot be read"),
+        (lambda p: index(p, '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'), "2 of 2 .* one"),
+        (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "no safetensors weights"),
+        (lambda p: (p / "model.safetensors").write_bytes(b""), "weights cannot be loaded"),
+        (lambda p: (p / "config.json").write_text("[]"), r"config\.json cannot be read"),
+    ],
+)
+def test_torn_folders_cost_one_line(break_it: Callable[[Path], object], message: str, tmp_path: Path):
+    make_tiny("llama").save_pretrained(tmp_path)
+    make_tokenizer(words=117).save_pretrained(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        teachers.load(str(tmp_path))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def resize(folder: Path, width: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": width}))
+
+
+def index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
 
 
 def test_damaged_weights_cost_one_line(tmp_path: Path):
