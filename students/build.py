@@ -34,6 +34,7 @@ from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
+from students.kernels.norms import fuse_norms
 from students.routers import ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import RouterSpec, StudentSpec
@@ -74,8 +75,13 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         if router.of_kind.place == "door" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
-    model.requires_grad_(False).eval()
+    _freeze(model)
     return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec)
+
+
+def _freeze(model: nn.Module) -> None:
+    model.requires_grad_(False).eval()
+    fuse_norms(model)
 
 
 def _check(spec: StudentSpec, record: Architecture) -> None:
@@ -103,7 +109,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
                 )
         _check(inside, tower_record)
     _check(language, record)
-    model.requires_grad_(False).eval()
+    _freeze(model)
     runtime, compute = _language_parts(model, trunk, record, blocks, language)
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
     for router in spec.at("door"):

@@ -21,7 +21,6 @@ from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients
-from students.kernels.norms import fuse_norms
 from students.prepared import Stamp, writes
 from students.spec import StudentSpec
 
@@ -55,7 +54,6 @@ class Student(nn.Module):
         """The lowest and the highest budget, where the student was trained for a range of them."""
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
-        fuse_norms(model)
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
 

@@ -18,39 +18,43 @@ from torch import Tensor, nn
 
 from students.kernels import ops, triton
 from students.kernels.cpu import toolchain
+from students.kernels.stand_in import exchange, stand_in
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the frozen RMS norms of a model run in one pass, in place; they are found by the name of their class."""
-    for module in model.modules():
-        named = type(module).__name__.endswith("RMSNorm") and not isinstance(module, FusedNorm)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if named and epsilon is not None and getattr(module, "weight", None) is not None:
-            module.__class__ = _fused(type(module))
-            module.epsilon = epsilon
+    """Let the frozen RMS norms in a model run in one pass; they are found by the name of their class.
 
-
-@cache
-def _fused(base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (FusedNorm, base), {"__module__": base.__module__})
+    Each is replaced by a FusedNorm. Those of one class, width and epsilon share a trial.
+    """
+    trials: dict[tuple[Any, ...], Trial] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    for norm in model.modules():
+        weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if type(norm).__name__.endswith("RMSNorm") and weight is not None and epsilon is not None:
+            found[norm] = FusedNorm(norm, trials.setdefault((type(norm), weight.shape, epsilon), Trial(epsilon)))
+    exchange(model, found)
 
 
 class FusedNorm(nn.Module):
-    """In front of a norm's own class: x [..., D] -> [..., D].
+    """In place of a norm, with its parameters: x [..., D] -> [..., D].
 
     The norm's own forward runs where there is no kernel, where its weight learns, where somebody counts operations or
     compiles them, and where it computes something else than the kernels know.
     """
 
-    epsilon: float
+    plain: nn.Module
+
+    def __init__(self, plain: nn.Module, trial: Trial) -> None:
+        stand_in(self, plain)
+        self.trial = trial
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         weight, grad = self.weight, torch.is_grad_enabled()
         if args or x.dtype != weight.dtype or (grad and weight.requires_grad) or not _has_kernel(x):
-            return super().forward(x, *args)
-        recipe = None if ops.observed() else _recipe(self, weight)
+            return self.plain.forward(x, *args)
+        recipe = None if ops.observed() else self.trial.recipe(self.plain)
         if recipe is None:
-            return super().forward(x)
+            return self.plain.forward(x)
         return _Norm.apply(x, weight, recipe) if grad and x.requires_grad else recipe(x, weight)
 
 
@@ -102,44 +106,51 @@ def _kernels() -> Any:
     return import_module("students.kernels.triton.rms_norm")
 
 
-TRIAL = (1, 2, 4, 8, 64)
+ROWS = (1, 2, 4, 8, 64)
 """Numbers of rows for which a GPU adds up in different orders."""
 
-_recipes: dict[tuple[Any, ...], _Recipe | _GpuRecipe | None] = {}
 
+class Trial:
+    """What gives the bits of norms of one class, width and epsilon, which is found at their first call."""
 
-def _recipe(norm: FusedNorm, weight: Tensor) -> _Recipe | _GpuRecipe | None:
-    """What gives the bits of a norm of this class, width and epsilon; None: nothing does, or there was no trial yet and
-    now is no time for one."""
-    key = type(norm), weight.dtype, weight.shape, weight.device, norm.epsilon
-    if key not in _recipes:
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self._found: dict[tuple[torch.dtype, torch.device], _Recipe | _GpuRecipe | None] = {}  # of nothing else
+
+    def recipe(self, norm: nn.Module) -> _Recipe | _GpuRecipe | None:
+        """None: nothing does, or there was no trial yet for this type and device and now is no time for one."""
+        key = norm.weight.dtype, norm.weight.device
+        if key not in self._found:
+            if norm.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            self._found[key] = self._find(norm) if norm.weight.ndim == 1 else None
+        return self._found[key]
+
+    @torch.no_grad()
+    def _find(self, norm: nn.Module) -> _Recipe | _GpuRecipe | None:
+        """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
+        draw, width, device = torch.Generator().manual_seed(0), len(norm.weight), norm.weight.device
+
+        def make(dtype: torch.dtype, kind: int) -> _Recipe | _GpuRecipe:
+            return _GpuRecipe(self.epsilon, kind) if device.type == "cuda" else _Recipe(dtype, self.epsilon, kind)
+
+        def same(recipe: _Recipe | _GpuRecipe, x: Tensor, weight: Tensor, other: Callable[[Tensor], Tensor]) -> bool:
+            return all(torch.equal(recipe(x[:rows], weight), other(x[:rows])) for rows in ROWS)
+
+        def plain(x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+
+        x = (torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)).to(device)
+        if not same(make(torch.float32, 1), x, torch.ones(width, device=device), plain):
             return None
-        _recipes[key] = _find_recipe(norm) if weight.ndim == 1 else None
-    return _recipes[key]
+        norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
+        norm.weight.copy_(torch.randn(width, generator=draw))
+        recipes = (make(x.dtype, kind) for kind in range(3))
+        return next((recipe for recipe in recipes if same(recipe, x, norm.weight, norm.forward)), None)
 
-
-@torch.no_grad()
-def _find_recipe(norm: FusedNorm) -> _Recipe | _GpuRecipe | None:
-    """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
-    draw, width, device = torch.Generator().manual_seed(0), len(norm.weight), norm.weight.device
-
-    def make(dtype: torch.dtype, kind: int) -> _Recipe | _GpuRecipe:
-        return _GpuRecipe(norm.epsilon, kind) if device.type == "cuda" else _Recipe(dtype, norm.epsilon, kind)
-
-    def same(recipe: _Recipe | _GpuRecipe, x: Tensor, weight: Tensor, other: Callable[[Tensor], Tensor]) -> bool:
-        return all(torch.equal(recipe(x[:rows], weight), other(x[:rows])) for rows in TRIAL)
-
-    def plain(x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon)
-
-    x = (torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)).to(device)
-    if not same(make(torch.float32, 1), x, torch.ones(width, device=device), plain):
-        return None
-    norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
-    norm.weight.copy_(torch.randn(width, generator=draw))
-    recipes = (make(x.dtype, kind) for kind in range(3))
-    return next((recipe for recipe in recipes if same(recipe, x, norm.weight, super(FusedNorm, norm).forward)), None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
+        memo[id(self)] = trial = Trial(self.epsilon)  # C functions cannot be copied
+        return trial
 
 
 class _Norm(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.kernels import ops
+from students.kernels.stand_in import exchange, stand_in
 from students.prepared import Stamp
 
 MOST_ROWS = 256
@@ -56,15 +57,10 @@ class PackedProduct:
 
 
 class PackedLinear(nn.Linear):
-    """In place of a frozen linear layer [..., I] -> [..., O], with its parameters: keeps the packed weight beside them.
-
-    `plain` is the layer itself; to put it back where it was undoes this.
-    """
+    """In place of a frozen linear layer [..., I] -> [..., O]: keeps the packed weight beside its parameters."""
 
     def __init__(self, plain: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(plain.__dict__)  # parameters and hooks are in the same dictionaries
-        self.__dict__["plain"] = plain  # no submodule, so that parameters have one name
+        stand_in(self, plain)
         self.product = PackedProduct()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,12 +72,8 @@ def pack_linears(model: nn.Module) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]
-    packed = {linear: PackedLinear(linear) for linear in linears}
-    for parent in [x for x in model.modules() if x not in packed]:
-        for name, child in parent._modules.items():  # a layer may stand in several places
-            if child in packed:
-                setattr(parent, name, packed[child])
-    return bool(packed)
+    exchange(model, {linear: PackedLinear(linear) for linear in linears})
+    return bool(linears)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

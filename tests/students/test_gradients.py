@@ -91,11 +91,24 @@ def test_norms_that_learn_or_compute_something_else_are_left_alone(operators: No
 
     x = torch.randn(4, 32, requires_grad=True)
     for norm in (HalfRMSNorm(32, eps=1e-6).requires_grad_(False), LlamaRMSNorm(32), nn.LayerNorm(32)):
-        plain = norm(x)
-        fuse_norms(nn.Sequential(norm))
-        out = norm(x)
+        plain, model = norm(x), nn.Sequential(norm)
+        fuse_norms(model)
+        out = model(x)
         assert torch.equal(out, plain)
         assert type(out.grad_fn).__name__ != "_NormBackward"
+
+
+def test_norms_keep_their_names_and_copies_their_weights_apart(operators: None):
+    model = nn.Sequential(nn.Sequential(LlamaRMSNorm(32), nn.Linear(32, 32)), LlamaRMSNorm(32)).requires_grad_(False)
+    names, norm = list(model.state_dict()), model[1]
+    fuse_norms(model)
+    fuse_norms(model)
+    assert list(model.state_dict()) == names and type(norm) is LlamaRMSNorm and model[1].plain is norm
+    x, out = torch.randn(3, 32), model(torch.ones(3, 32))
+    other = copy.deepcopy(model).to(torch.bfloat16)
+    assert other[1].weight is other[1].plain.weight and other(x.bfloat16()).dtype == torch.bfloat16
+    other[1].weight.zero_()
+    assert torch.equal(model(torch.ones(3, 32)), out)
 
 
 def test_compilers_meet_the_norm_as_it_was(operators: None):
@@ -117,7 +130,7 @@ def test_students_learn_from_the_same_gradients(
 
     fast, found = learn()
     monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())
-    monkeypatch.setattr("students.kernels.norms._recipe", lambda *_: None)
+    monkeypatch.setattr("students.kernels.norms.Trial.recipe", lambda *_: None)
     plain, expected = learn()
     assert torch.equal(fast, plain)
     for a, b in zip(found, expected, strict=True):
