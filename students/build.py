@@ -34,7 +34,7 @@ from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
-from students.kernels.norms import fuse_norms
+from students.kernels.norms import fuse_norms, let_round
 from students.routers import ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import RouterSpec, StudentSpec
@@ -136,6 +136,7 @@ def _language_parts(
     macs = place.head.weight.numel()
     for router in spec.at("head"):
         router.of_kind.attach(router, place)
+    let_round(trunk, runtime)
     return runtime, ComputeModel(spec, shapes, macs, place.macs)
 
 

@@ -137,6 +137,11 @@ class Runtime:
         teacher's: shapes as in `dial_of`, in x's dtype; None: all are."""
         return None if self.call.rows is None else (self.dial_of(x, owner) < math.inf).to(x.dtype)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether this call need not be the teacher's bit for bit where all is open: routers skip, or they learn."""
+        return (self.call.skipping or self.training) and not self.bypass
+
     def counted(self, x: Tensor) -> int:
         """How many tokens of x [B, T, D] are not padding."""
         return x.shape[:2].numel() - self.call.padded

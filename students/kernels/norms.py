@@ -2,7 +2,8 @@
 GPUs with Triton by triton/rms_norm.py.
 
 Written in Python, as transformers has them, they are eight operators in float32 and leave a dozen behind for backward.
-The forward pass has the same bits: it is used only for norms for which a trial shows that.
+The forward pass has the same bits: it is used only for norms for which a trial shows that. On a GPU where no order of
+sums gives them, what differs by rounding is used while routers skip or learn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,22 @@ def fuse_norms(model: nn.Module) -> None:
     exchange(model, found)
 
 
+class Routing(Protocol):
+    """What a norm asks of the student that it is in (see students/execution/runtime.py)."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether this call need not be the teacher's bit for bit, whatever its routers choose."""
+        ...
+
+
+def let_round(part: nn.Module, routing: Routing) -> None:
+    """Let the fused norms in a part of a model differ from its own by rounding where the whole may."""
+    for norm in part.modules():
+        if isinstance(norm, FusedNorm):
+            norm.routing = routing
+
+
 class FusedNorm(nn.Module):
     """In place of a norm, with its parameters: x [..., D] -> [..., D].
 
@@ -47,12 +64,15 @@ class FusedNorm(nn.Module):
     def __init__(self, plain: nn.Module, trial: Trial) -> None:
         stand_in(self, plain)
         self.trial = trial
+        self.routing: Routing | None = None
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         weight, grad = self.weight, torch.is_grad_enabled()
         if args or x.dtype != weight.dtype or (grad and weight.requires_grad) or not _has_kernel(x):
             return self.plain.forward(x, *args)
-        recipe = None if ops.observed() else self.trial.recipe(self.plain)
+        exact, near = (None, None) if ops.observed() else self.trial.recipes(self.plain)
+        rounds = exact is None and self.routing is not None and self.routing.rounds
+        recipe = near if rounds else exact
         if recipe is None:
             return self.plain.forward(x)
         return _Norm.apply(x, weight, recipe) if grad and x.requires_grad else recipe(x, weight)
@@ -110,29 +130,39 @@ ROWS = (1, 2, 4, 8, 64)
 """Numbers of rows for which a GPU adds up in different orders."""
 
 
+class Recipes(NamedTuple):
+    """What computes a norm in one pass; None: nothing does."""
+
+    exact: _Recipe | _GpuRecipe | None = None
+    """With its bits."""
+    near: _GpuRecipe | None = None
+    """But for rounding."""
+
+
 class Trial:
-    """What gives the bits of norms of one class, width and epsilon, which is found at their first call."""
+    """What computes norms of one class, width and epsilon, which is found at their first call."""
 
     def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
-        self._found: dict[tuple[torch.dtype, torch.device], _Recipe | _GpuRecipe | None] = {}  # of nothing else
+        self._found: dict[tuple[torch.dtype, torch.device], Recipes] = {}  # of nothing else
 
-    def recipe(self, norm: nn.Module) -> _Recipe | _GpuRecipe | None:
-        """None: nothing does, or there was no trial yet for this type and device and now is no time for one."""
+    def recipes(self, norm: nn.Module) -> Recipes:
+        """None are found where there was no trial yet for this type and device and now is no time for one."""
         key = norm.weight.dtype, norm.weight.device
         if key not in self._found:
             if norm.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-                return None
-            self._found[key] = self._find(norm) if norm.weight.ndim == 1 else None
+                return Recipes()
+            self._found[key] = self._find(norm) if norm.weight.ndim == 1 else Recipes()
         return self._found[key]
 
     @torch.no_grad()
-    def _find(self, norm: nn.Module) -> _Recipe | _GpuRecipe | None:
+    def _find(self, norm: nn.Module) -> Recipes:
         """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
         draw, width, device = torch.Generator().manual_seed(0), len(norm.weight), norm.weight.device
+        gpu = device.type == "cuda"
 
         def make(dtype: torch.dtype, kind: int) -> _Recipe | _GpuRecipe:
-            return _GpuRecipe(self.epsilon, kind) if device.type == "cuda" else _Recipe(dtype, self.epsilon, kind)
+            return _GpuRecipe(self.epsilon, kind) if gpu else _Recipe(dtype, self.epsilon, kind)
 
         def same(recipe: _Recipe | _GpuRecipe, x: Tensor, weight: Tensor, other: Callable[[Tensor], Tensor]) -> bool:
             return all(torch.equal(recipe(x[:rows], weight), other(x[:rows])) for rows in ROWS)
@@ -141,12 +171,20 @@ class Trial:
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
 
         x = (torch.randn(64, width, generator=draw) * torch.logspace(-2, 2, 64).unsqueeze(1)).to(device)
-        if not same(make(torch.float32, 1), x, torch.ones(width, device=device), plain):
-            return None
+        sums = same(make(torch.float32, 1), x, torch.ones(width, device=device), plain)
+        if not sums and not gpu:
+            return Recipes()
         norm, x = copy.deepcopy(norm), x.to(norm.weight.dtype)
         norm.weight.copy_(torch.randn(width, generator=draw))
-        recipes = (make(x.dtype, kind) for kind in range(3))
-        return next((recipe for recipe in recipes if same(recipe, x, norm.weight, norm.forward)), None)
+        recipes = [make(x.dtype, kind) for kind in range(3)]
+        exact = next((recipe for recipe in recipes if sums and same(recipe, x, norm.weight, norm.forward)), None)
+        if exact is not None or not gpu:
+            return Recipes(exact)
+        expected = norm(x).float()
+        errors = [(recipe(x, norm.weight).float() - expected).abs() for recipe in recipes]
+        best = min(range(len(recipes)), key=lambda kind: float(errors[kind].max()))
+        limit = 4 * torch.finfo(x.dtype).eps * expected.abs() + 1e-6
+        return Recipes(near=recipes[best] if bool((errors[best] <= limit).all()) else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
         memo[id(self)] = trial = Trial(self.epsilon)  # C functions cannot be copied
