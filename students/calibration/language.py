@@ -70,7 +70,8 @@ def calibrate(
     start = start_at(choices, curve, [compute - whole * (1 - fit.share) for fit in best], targets)
     router: VocabRouter = head.routers["vocab"]
     spreads, offsets = torch.tensor([fit.spread for fit in best]), torch.tensor(start.offsets)
-    slope = 0.0 if len(best) == 1 else float(torch.stack([offsets, spreads]).cov()[0, 1] / offsets.var())
+    apart = len(set(start.offsets)) > 1  # the same for all where nothing but the head has to save
+    slope = float(torch.stack([offsets, spreads]).cov()[0, 1] / offsets.var()) if apart else 0.0
     router.spread.data.fill_(spreads.mean() - slope * offsets.mean())
     if router.log_gain is not None:
         gain = -slope * router.features(hidden.float()).norm(dim=-1).mean()

@@ -198,6 +198,12 @@ def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
     assert [row["compute_prefill"] for row in results] == pytest.approx([0.8, 0.9, 1.0], abs=0.03)
 
 
+def test_a_range_that_the_head_alone_reaches_is_trained(configure: Configure, tmp_path: Path):
+    """No other gate has to close for it, so that all of its budgets have one price, and one offset."""
+    row = distill(configure(*SETTINGS, "train.steps=3", budget__target="0.999:1.0"), tmp_path / "run")
+    assert row["compute"] == pytest.approx(0.999, abs=0.015)
+
+
 def test_gains_of_one_leave_one_offset_for_all(configure: Configure, tmp_path: Path):
     row = distill(configure(*SETTINGS, "student.gains=false", budget__target="0.7:0.9"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.7, abs=0.015)
