@@ -45,7 +45,7 @@ class Run:
     """A run folder on disk."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
 
     @classmethod
     def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool) -> Run:
@@ -77,6 +77,8 @@ class Run:
 
     def refuse_existing(self, overwrite: bool) -> None:
         """ValueError where the folder has something in it and is not to be overwritten, or is not a run's."""
+        if self.folder.is_file():
+            raise ValueError(f"{self.folder} is a file; name a folder with --output")
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / "config.yaml").exists():
@@ -133,7 +135,11 @@ class Run:
     @property
     def about(self) -> dict[str, Any]:
         """elastic.json."""
-        return json.loads((self.folder / "elastic.json").read_text(encoding="utf-8"))
+        file = self.folder / "elastic.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
 
     def record(self, **entries: Any) -> None:
         """Add entries to elastic.json."""

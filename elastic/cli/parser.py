@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from os.path import expanduser
 from typing import NoReturn
 
 from elastic.cli import measuring, showing, training
@@ -56,16 +57,18 @@ def parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
     distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
-    distill.add_argument("--output", metavar="RUN", help="run folder (default runs/MODEL-C)")
+    distill.add_argument("--output", type=expanduser, metavar="RUN", help="run folder (default runs/MODEL-C)")
     distill.add_argument("--steps", type=int, help="optimizer steps")
     distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 10)")
-    distill.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    distill.add_argument("--config", type=expanduser, metavar="FILE", help="YAML file of settings")
     distill.add_argument("--set", action="append", metavar="A.B=C", help="one setting, such as train.lr=0.001")
-    distill.add_argument("--resume", metavar="RUN", help="continue an interrupted run with its own configuration")
+    distill.add_argument(
+        "--resume", type=expanduser, metavar="RUN", help="continue an interrupted run with its own configuration"
+    )
     distill.add_argument("--overwrite", action="store_true", help="replace a run folder that exists")
 
     measure = command("eval", measuring.eval_command, "measure a finished run against its teacher")
-    measure.add_argument("run", metavar="RUN")
+    measure.add_argument("run", type=expanduser, metavar="RUN")
     measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
     measure.add_argument(
         "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
@@ -91,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         measuring.bench_command,
         "time a finished run against the dense model: prefill, decoding, training step",
     )
-    bench.add_argument("run", metavar="RUN", nargs="?")
+    bench.add_argument("run", type=expanduser, metavar="RUN", nargs="?")
     bench.add_argument("--model", metavar="SHAPE", help="instead of a run: what a model of this shape would gain here")
     bench.add_argument("--random-weights", action="store_true", help="--model: build it from nothing; no download")
     bench.add_argument("--target-compute", type=_target, metavar="C", help="--model: as for distill (default 0.7)")
@@ -136,15 +139,18 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--minutes", type=float, help="training time of each run, instead of steps (default 10)")
     sweep.add_argument("--no-bench", action="store_true", help="do not time anything")
     sweep.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for distill")
-    sweep.add_argument("--output", required=True, metavar="DIR", help="sweep folder; what is finished there stays")
+    sweep.add_argument(
+        "--output", type=expanduser, required=True, metavar="DIR", help="sweep folder; what is finished there stays"
+    )
 
     report = command(
         "report", showing.report_command, "write a page about sweeps: quality, speed, and where the compute went"
     )
-    report.add_argument("folders", nargs="+", metavar="DIR", help="sweep folders")
+    report.add_argument("folders", type=expanduser, nargs="+", metavar="DIR", help="sweep folders")
     report.add_argument(
         "-o",
         "--output",
+        type=expanduser,
         default="report.html",
         metavar="FILE",
         help="the page; tables as .md and .csv and plots as .svg go beside it (default report.html)",
@@ -155,15 +161,17 @@ def parser() -> argparse.ArgumentParser:
         measuring.compare_command,
         "compare the decisions of two finished runs of an image model, router by router",
     )
-    compare.add_argument("run", metavar="RUN")
-    compare.add_argument("other", metavar="RUN")
+    compare.add_argument("run", type=expanduser, metavar="RUN")
+    compare.add_argument("other", type=expanduser, metavar="RUN")
     compare.add_argument("--data", help="as for distill; all of it is used (default: the first run's held-out images)")
     compare.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     generate = command("generate", showing.generate_command, "continue a prompt with a finished run")
-    generate.add_argument("run", metavar="RUN")
+    generate.add_argument("run", type=expanduser, metavar="RUN")
     generate.add_argument("--prompt", required=True, help="text to continue; a question where the model chats")
-    generate.add_argument("--image", metavar="FILE", help="image that a vision-language model is asked about")
+    generate.add_argument(
+        "--image", type=expanduser, metavar="FILE", help="image that a vision-language model is asked about"
+    )
     generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
@@ -177,13 +185,19 @@ def parser() -> argparse.ArgumentParser:
         "--data", required=True, help="small square images of one size, as for distill (an image model); or easy-vqa"
     )
     pretrain.add_argument(
-        "--output", metavar="FOLDER", required=True, help="where the model goes; after Ctrl-C the same command goes on"
+        "--output",
+        type=expanduser,
+        metavar="FOLDER",
+        required=True,
+        help="where the model goes; after Ctrl-C the same command goes on",
     )
     pretrain.add_argument("--epochs", type=int, help="passes over the images (default 12)")
-    pretrain.add_argument("--start", metavar="FOLDER", help="go on from an image model that this command wrote")
+    pretrain.add_argument(
+        "--start", type=expanduser, metavar="FOLDER", help="go on from an image model that this command wrote"
+    )
 
     info = command("info", showing.info_command, "say what a run is")
-    info.add_argument("run", metavar="RUN")
+    info.add_argument("run", type=expanduser, metavar="RUN")
     models = command("models", showing.models_command, "list the models that have a short name")
     models.add_argument("--json", action="store_true", help="print one JSON object with rows")
     return root
