@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import zipfile
@@ -135,7 +136,11 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
         set_aside = order[:held_out]
         order = [number for number in order if not inside[number]]
         if not order:
-            raise ValueError(f"{source} has {len(train)} questions: too few to hold out {held_out} (data.held_out)")
+            images = len({str(sample.image) for sample in train.samples})
+            raise ValueError(
+                f"{source} has {len(train)} questions about {images} images: too few to hold out {held_out} "
+                "(data.held_out) with images of their own"
+            )
         other = train.subset(sorted(set_aside))
     elif len(other) > held_out:
         chosen = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))[:held_out]
@@ -221,7 +226,7 @@ def _samples(records: Iterable[Record], found: LeftOut, root: Path) -> Iterator[
             conversation = next((row[name] for name in FIELDS if row.get(name) is not None), None)
             turns = None if conversation is None else turns_of(conversation)
             image = _image(row, [image for turn in turns or () for image in turn.images if image is not None])
-            image = str(root / image) if isinstance(image, str) else image
+            image = _located(image, root) if isinstance(image, str) else image
             pairs = [_pair(row)] if turns is None else questions_and_answers(turns)
         except ValueError as error:
             found.add(where, where, error)
@@ -244,6 +249,18 @@ def _image(row: dict[str, Any], inside: list[Any]) -> Any:
             "`image` and `conversations`"
         )
     return images[0]
+
+
+def _located(image: str, root: Path) -> str | bytes:
+    """The path of an image, or the image itself where it is written into the record (a data URI)."""
+    if image.startswith("data:"):
+        try:
+            return base64.b64decode(image.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise ValueError(f"its image is no base64: {error}") from None
+    if image.startswith(("http://", "https://")):
+        raise ValueError(f"its image is an address, which is not fetched: {image[:100]}")
+    return str(root / image.removeprefix("file://"))
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str]:

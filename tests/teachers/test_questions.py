@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -98,6 +99,8 @@ ODD = {
     "text only": {"conversations": [ASKED, SAID]},
     "text only, null": {"image": None, "conversations": [ASKED, SAID]},
     "no path": {"image": "", "question": "q", "answer": "a"},
+    "an address": {"image": "https://example.org/0.png", "question": "q", "answer": "a"},
+    "no base64": {"image": "data:image/png;base64,?", "question": "q", "answer": "a"},
     "two images": {"image": ["0.png", "1.png"], "conversations": [ASKED, SAID]},
     "null answer": {"image": "0.png", "question": "q", "answer": None},
     "null question": {"image": "0.png", "question": None, "answer": "a"},
@@ -133,13 +136,15 @@ def test_mostly_odd_records_are_refused(folder: Path) -> None:
 
 def test_an_image_in_a_list_or_in_a_turn_is_read(folder: Path) -> None:
     rows: list[Any] = [{"images": ["3.png"], "question": "q", "answer": "a"}]
-    for part in ({"type": "image", "image": "3.png"}, {"type": "image_url", "image_url": {"url": "3.png"}}):
+    inside = "data:image/png;base64," + base64.b64encode((folder / "3.png").read_bytes()).decode()
+    urls = ["3.png", inside, f"file://{folder / '3.png'}"]
+    for part in ({"type": "image", "image": "3.png"}, *({"type": "image_url", "image_url": {"url": u}} for u in urls)):
         asked = {"role": "user", "content": [part, {"type": "text", "text": "q"}]}
         rows.append({"messages": [asked, {"role": "assistant", "content": "a"}]})
-    found = load_all(write(folder, rows)).read([0, 1, 2])
+    found = load_all(write(folder, rows)).read(range(5))
     assert [(image.getpixel((0, 0)), question, answer) for image, question, answer in found] == [
         ((3, 0, 0), "q", "a")
-    ] * 3
+    ] * 5
 
 
 def test_broken_images_are_left_out_and_others_stand_in(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
