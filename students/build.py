@@ -92,6 +92,11 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
                 f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
                 "quota`, `dropped: stay`, `dropped: merge` and `multiple` are for images"
             )
+        if record.side_by_side and (router.kind != "layer" or spec.lora.rank):
+            raise ValueError(
+                "the blocks of this model have several attentions and MLPs side by side: it takes layer routers, which "
+                "skip whole blocks, and no low-rank corrections"
+            )
         router.of_kind.check_model(router, record, spec)
 
 

@@ -103,7 +103,8 @@ def fingerprint(model: nn.Module) -> str:
 
     config = getattr(model, "config", None)  # timm's models have none
     if config is None:
-        kind, heads = type(model).__name__.lower(), [getattr(block.attn, "num_heads", None) for block in model.blocks]
+        attentions = [getattr(block, "attn", None) or block.attns[0].attn for block in model.blocks]
+        kind, heads = type(model).__name__.lower(), [getattr(attn, "num_heads", None) for attn in attentions]
     else:
         text, kind = config.get_text_config(), config.model_type
         heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]

@@ -15,7 +15,7 @@ import yaml
 from teachers import hub
 from teachers.quiet import first_line
 
-IMAGE_MODELS = {"vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae"}
+IMAGE_MODELS = {"vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"}
 IMAGE_MODELS |= {"clip_vision_model", "siglip_vision_model", "clip", "siglip"}
 """The `model_type`s of transformers that are image models or hold one (CLIP, SigLIP)."""
 

@@ -16,9 +16,30 @@ IMAGE_MODELS: dict[str, Architecture] = {
     "dinov2": replace(_VIT, blocks="encoder.layer"),
     "dinov2_with_registers": replace(_VIT, blocks="encoder.layer", prefix=None),
     "vit_mae": _VIT,
+    "vit_msn": _VIT,
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, prefix=0, whole_heads=True),
     "VisionTransformer": _TIMM,
+    "VisionTransformerDistilled": _TIMM,
     "Eva": _TIMM,
 }
 """Keyed by the config's `model_type`, or for models of timm by the name of their class."""
+
+
+def side_by_side(record: Architecture, count: int) -> Architecture:
+    """The record of blocks of so many attentions, then so many MLPs (timm's parallel blocks, arXiv 2203.09795)."""
+
+    def each(branch: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{number}.{branch}.{name}" for number in range(count) for name in names)
+
+    return replace(
+        record,
+        attn="attns",
+        mlp="ffns",
+        attn_in=each("attn", record.attn_in),
+        attn_out=each("attn", record.attn_out),
+        mlp_in=each("mlp", record.mlp_in),
+        mlp_out=each("mlp", record.mlp_out),
+        whole_heads=True,
+        side_by_side=True,
+    )

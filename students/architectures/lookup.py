@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from students.architectures.image import IMAGE_MODELS
+from students.architectures.image import IMAGE_MODELS, side_by_side
 from students.architectures.language import LANGUAGE_MODELS, LLAMA
 from students.architectures.record import Architecture
 
@@ -37,6 +37,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
             record = replace(record, attn_in=LLAMA.attn_in)
         if hasattr(blocks[0].mlp, "fc1_g"):
             record = replace(record, mlp_in=("fc1_g", "fc1_x"))
+    if hasattr(blocks[0], "attns"):
+        record = side_by_side(record, len(blocks[0].attns))
     for block in blocks[:1]:
         names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
         names += [record.norm] if record.causal and record.prenorm else []
@@ -74,9 +76,10 @@ class Sizes:
 def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Module) -> Sizes:
     """Sizes of block `number`."""
     if not isinstance(model, PreTrainedModel):
-        attn = block.get_submodule(record.attn)
-        width = weight_of(block.get_submodule(record.linears("attn_out")[0])).shape[0]
-        return Sizes(width, attn.num_heads, attn.head_dim, attn.num_heads, None)
+        out = record.linears("attn_out")
+        attn, width = block.get_submodule(out[0].rpartition(".")[0]), weight_of(block.get_submodule(out[0])).shape[0]
+        heads = attn.num_heads * len(out)
+        return Sizes(width, heads, attn.head_dim, heads, None)
     config = model.config
     heads = config.num_attention_heads
     window = None

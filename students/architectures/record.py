@@ -39,6 +39,9 @@ class Architecture:
     """The config's name for the bound c of logits c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
     whole_heads: bool = False
     """Whether no head can be left out: queries are normalised over all heads, or attention passes no plan on."""
+    side_by_side: bool = False
+    """Whether a block has several attentions, then several MLPs, that read one input each: only whole blocks are
+    routed."""
     causal: bool = True
     """Whether a token sees only what is before it (language), or everything (images)."""
     mask: str = "attention_mask"

@@ -204,7 +204,8 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a model is configured for."""
     if isinstance(model, PreTrainedModel):
         return model.config.num_channels, *_pair(model.config.image_size)
-    return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+    first = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))  # a hybrid's is its backbone's
+    return first.in_channels, *model.patch_embed.img_size
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

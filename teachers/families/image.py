@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from teachers.data.image_set import Preprocess
 
-TIMM_MODELS = ("VisionTransformer", "Eva")
-"""timm's classes that are supported, where each block has one attention and one MLP."""
+TIMM_MODELS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+"""timm's classes that are supported, where blocks have attentions and MLPs of their own."""
 SUPPORTED = (
-    "image models that are: plain vision transformers of timm (vit_*, deit_*, eva02_*), and of transformers "
+    "image models that are: vision transformers of timm (vit_*, deit_*, eva02_*), and of transformers "
     + ", ".join(sorted(IMAGE_MODELS))
 )
 """For the user to read."""
@@ -43,8 +43,10 @@ def load(
         model, preprocess = _timm(folder, dtype)
     except Exception as error:  # timm, safetensors and torch each have their own classes
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
-    blocks = getattr(model, "blocks", ())
-    if type(model).__name__ not in TIMM_MODELS or not all(hasattr(b, "attn") and hasattr(b, "mlp") for b in blocks):
+    parts = [{name for name, _ in block.named_children()} for block in getattr(model, "blocks", ())]
+    if type(model).__name__ not in TIMM_MODELS or not all(
+        {"attn", "mlp"} <= p or {"attns", "ffns"} <= p for p in parts
+    ):
         raise ValueError(f"{name}: {config['architecture']} of timm is not supported; {SUPPORTED}")
     return model, preprocess, []
 

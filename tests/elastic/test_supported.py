@@ -34,6 +34,9 @@ IMAGE_MODELS = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
     "vit_mae": ("ViTMAEConfig", "ViTMAEModel"),
+    "vit_msn": ("ViTMSNConfig", "ViTMSNForImageClassification"),
+    "timm/vit_small_patch16_18x2_224": (),
+    "timm/deit_tiny_distilled_patch16_224": (),
     "timm/vit_tiny_patch16_224": (),
     "timm/vit_small_patch14_reg4_dinov2": (),
     "timm/vit_base_patch16_siglip_224": (),
@@ -54,7 +57,15 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 def test_every_record_of_names_is_tried() -> None:
     config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in TINY.items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "gemma"}  # in the vision-language models below
-    tried = {*config_of.values(), *inside, "clip_vision_model", "siglip_vision_model", "VisionTransformer", "Eva"}
+    tried = {
+        *config_of.values(),
+        *inside,
+        "clip_vision_model",
+        "siglip_vision_model",
+        "VisionTransformer",
+        "VisionTransformerDistilled",
+        "Eva",
+    }
     assert set(ARCHITECTURES) - tried <= {name for name in IMAGE_MODELS if "/" not in name}
     assert set(VISION_TOWERS) <= set(CONFIGS)
 
@@ -113,7 +124,7 @@ def test_a_saved_image_model(name: str, pictures: Path, tmp_path: Path) -> None:
         model(config(**_SIZES)).save_pretrained(folder)
         transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     row = distil(folder, pictures, tmp_path / "run", "data.held_out=4", "calibration.windows=8", "train.batch=4")
-    assert row["compute"] == pytest.approx(LARGE, abs=0.03)  # one patch of 16 is three hundredths
+    assert row["compute"] == pytest.approx(LARGE, abs=0.06)  # one patch of 16 is up to five hundredths
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -34,7 +34,8 @@ def _timm(name: str, fused: bool = True, **settings: object) -> Callable[[], nn.
     def make() -> nn.Module:
         model = timm.create_model(name, **{**_TIMM, **settings})
         for block in model.blocks:
-            block.attn.fused_attn = fused
+            for attention in [part.attn for part in getattr(block, "attns", [block])]:
+                attention.fused_attn = fused
         return model
 
     return make
@@ -50,13 +51,16 @@ MODELS = {
     "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
     "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
     "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),
+    "vit_msn": _transformers("ViTMSNConfig:ViTMSNForImageClassification", num_labels=7),
     "timm_fused": _timm("vit_tiny_patch16_224"),
     "timm_plain": _timm("vit_tiny_patch16_224", fused=False),
     "timm_registers": _timm("vit_small_patch14_reg4_dinov2", mlp_ratio=2),
     "timm_siglip": _timm("vit_base_patch16_siglip_224", num_classes=0),
+    "timm_distilled": _timm("deit_tiny_distilled_patch16_224", mlp_ratio=2),
     "timm_eva02": _timm("eva02_tiny_patch14_224", mlp_ratio=2),
     "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
 }
+PARALLEL = _timm("vit_small_patch16_18x2_224", mlp_ratio=2, init_values=0.5)
 SPECS = {
     "block": (RouterSpec("layer", selection="quota", kv="drop"),),
     "block stays": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),),
@@ -85,7 +89,7 @@ SPECS = {
 def make(name: str) -> nn.Module:
     """A tiny model with weights large enough that every branch matters."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name]().eval() if name in MODELS else PARALLEL().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -259,6 +263,36 @@ def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Ten
     reported = float(student.compute.ratio(decisions, valid, "prefill"))
     counted = flops(lambda: student(pixels[:1])) / dense
     assert reported == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("spec", [name for name, routers in SPECS.items() if {r.kind for r in routers} == {"layer"}])
+def test_blocks_of_several_attentions_are_skipped_as_a_whole(spec: str, pixels: Tensor, operators: None) -> None:
+    test_skipping_says_what_masks_say("parallel", spec, pixels, None)
+    test_batch_mates_change_nothing("parallel", spec, pixels)
+    test_reported_compute_is_what_torch_counts("parallel", spec, pixels, None)
+    student = elasticize(make("parallel"), StudentSpec(SPECS[spec]))
+    with torch.no_grad():
+        expected = make("parallel").requires_grad_(False)(pixels)
+        with student.teacher():
+            assert torch.equal(student(pixels)[0], expected)
+        if SPECS[spec][0].weight != "score":
+            assert torch.equal(student(pixels)[0], expected)
+
+
+@pytest.mark.parametrize("spec", ["branches", "heads and experts", "all"])
+def test_branches_that_stand_side_by_side_take_no_routers(spec: str) -> None:
+    with pytest.raises(ValueError, match="several attentions and MLPs side by side: it takes layer routers"):
+        elasticize(make("parallel"), StudentSpec(SPECS[spec]))
+
+
+def test_a_hybrids_images_have_the_channels_of_its_backbone() -> None:
+    model = timm.create_model("vit_tiny_r_s16_p8_224", **{**_TIMM, "patch_size": 1, "img_size": 64})
+    student = elasticize(model.eval(), StudentSpec(SPECS["block merges"]))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with student.teacher():
+        dense = flops(lambda: student(pixels[:1]))
+    _, whole = student.spent(pixels[:1], student(pixels[:1])[1])
+    assert float(whole) == pytest.approx(dense / 2, rel=0.01)
 
 
 OTHER_SIZES = {

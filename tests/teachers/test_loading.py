@@ -292,7 +292,7 @@ def test_weights_without_a_place_are_named(tmp_path: Path):
     assert "9 weights of the checkpoint have no place in this model, such as model.layers.2." in source
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "resnet18"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_base_patch16_xp_224", "resnet18"])
 def test_image_models_of_timm_that_are_not_supported(name: str, tmp_path: Path):
     import timm
 
