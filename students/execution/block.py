@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from students.execution.branch import RoutedBranch
+from students.execution.gates import Gates
 from students.execution.handover import BlockHandover, Exits, Gathered
 from students.execution.tokens import Chosen, take
 
@@ -33,13 +34,14 @@ class BlockGather:
             return None
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
-        gate, closed = run.decide(f"{attn.block}.layer", router, features)
-        open_ = Exits(x, [(gate, closed, None)], valid=run.call.valid).open()
+        gates = run.decide(f"{attn.block}.layer", router, features)
+        open_ = Exits(x, [(gates, None)], valid=run.call.valid).open()
         chosen = Chosen(open_, run.counted(x))
         rows = chosen.rows  # waits for the device
-        exits = Exits(x, [(gate, closed, None)], [router.spec])
+        exits = Exits(x, specs=[router.spec])
         if exits.weighted:
-            exits.gates = [(take(gate, x, rows), closed, None)]
+            gate = take(gates.gate, x, rows)
+            exits.gates = [(Gates(x.dtype, gate=gate), None)]
         self._handover.gathered = Gathered(x, chosen, exits)
         return (take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 

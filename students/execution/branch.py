@@ -108,7 +108,7 @@ class RoutedBranch(Wrapper):
                 decided, self.of_block.layer = self.of_block.layer, None
             else:
                 continue
-            exits.gates.append((*decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
+            exits.gates.append((decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
             exits.specs.append(router.spec)
         return exits
 
@@ -118,7 +118,7 @@ class RoutedBranch(Wrapper):
         if kind not in self.routers:
             return None
         run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
-        gate, _ = run.decide(key, router, features)
+        gate = run.decide(key, router, features).gate
         shared = gate.numel() == gate.shape[-1]
         if not (skip and shared and self.narrows and run.skips([router.spec])):
             self.handover.gate = gate.index_select(-1, router.members)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from students.execution.gates import Gates
 from students.execution.tokens import Chosen, Listed, scatter_rows
 from students.kernels import devices
 from students.routers import Substitute
@@ -19,8 +20,8 @@ class Exits:
 
     x: Tensor
     """The branch's input [B, T, D], which substitutes read."""
-    gates: list[tuple[Tensor, Tensor, Substitute | None]] = field(default_factory=list)
-    """(gate, closed, substitute) in turn, the first two [B, T, 1] or [B, 1, 1]: out * gate + substitute * closed."""
+    gates: list[tuple[Gates, Substitute | None]] = field(default_factory=list)
+    """[B, T, 1] or [B, 1, 1], with substitutes, in turn: out * gate + substitute * closed."""
     specs: list[RouterSpec] = field(default_factory=list)
     """Of the routers that decided them."""
     rows: Tensor | None = None
@@ -41,9 +42,9 @@ class Exits:
     def open(self, only: list[int] | None = None) -> Tensor:
         """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
         kept = self.valid
-        for number, (_, closed, _) in enumerate(self.gates):
+        for number, (gates, _) in enumerate(self.gates):
             if only is None or number in only:
-                this = closed.squeeze(-1).expand(self.x.shape[:2]) == 0
+                this = gates.open.squeeze(-1).expand(self.x.shape[:2])
                 kept = this if kept is None else kept & this
         return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
 
@@ -51,14 +52,15 @@ class Exits:
         """The branch's output as the block gets it, [B, T, D]."""
         if self.rows is not None:
             return self._scatter(out)
-        for gate, closed, substitute in self.gates:
-            out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * closed, out, gate)
+        for gates, substitute in self.gates:
+            gate = gates.gate
+            out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
         return out
 
     def pass_all(self, out: Tensor) -> Tensor:
         """As `apply`, where all gates turned out to be open."""
-        for gate, _, _ in self.gates if self.weighted else ():
-            out = out * gate
+        for gates, _ in self.gates if self.weighted else ():
+            out = out * gates.gate
         return out
 
     def _scatter(self, out: Tensor) -> Tensor:
@@ -66,15 +68,15 @@ class Exits:
 
     def _fill_all(self, out: Tensor) -> Tensor:
         """Substitutes of all tokens, since nobody waits to hear which are closed, times 0 where they are open."""
-        x, weights = self.x, [gate.expand(*self.x.shape[:2], 1) for gate, _, _ in self.gates] if self.weighted else []
-        out = out.reshape(-1, x.shape[-1])
-        for weight in weights:
-            out = out * weight.flatten(0, 1).index_select(0, self.rows)
+        x, out = self.x, out.reshape(-1, self.x.shape[-1])
+        for gates, _ in self.gates if self.weighted else ():
+            out = out * gates.gate.expand(*x.shape[:2], 1).flatten(0, 1).index_select(0, self.rows)
         total = scatter_rows(out, self.rows, x.shape[:2].numel()).view_as(x)
-        for number, (_, closed, substitute) in enumerate(self.gates):
+        for number, (gates, substitute) in enumerate(self.gates):
             if substitute is not None:
-                for gate, _, _ in self.gates[number + 1 :]:
-                    closed = closed * gate
+                closed = gates.closed
+                for later, _ in self.gates[number + 1 :]:
+                    closed = closed * later.gate
                 total.addcmul_(substitute(x), closed)
         return total
 
@@ -84,14 +86,15 @@ class Exits:
         passing = self.valid
         weight = None
         substitutes = []
-        for gate, closed, substitute in reversed(self.gates):
-            closed = closed.squeeze(-1).expand(self.x.shape[:2]) != 0
+        for gates, substitute in reversed(self.gates):
+            open_ = gates.open.squeeze(-1).expand(self.x.shape[:2])
+            closed = ~open_
             if substitute is not None:
                 chosen = (closed if passing is None else closed & passing).flatten().nonzero().squeeze(1)
                 substitutes.append((chosen, substitute, weight))
-            passing = ~closed if passing is None else passing & ~closed
+            passing = open_ if passing is None else passing & open_
             if self.weighted:
-                gate = gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
+                gate = gates.gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
                 weight = gate if weight is None else weight * gate
         out = out.reshape(-1, x.shape[-1])
         out = out if weight is None else out * weight.index_select(0, self.rows)
@@ -211,8 +214,8 @@ class BlockHandover:
     mlp: BranchHandover = field(default_factory=BranchHandover)
     sites: list[SiteHandover] = field(default_factory=list)
     """Of the block's linear layers."""
-    layer: tuple[Tensor, Tensor] | None = None
-    """Gates of a language model's layer router, and which are closed, from attention, which decides, to the MLP."""
+    layer: Gates | None = None
+    """Of a language model's layer router, from attention, which decides, to the MLP."""
     gathered: Gathered | None = None
     """The tokens that the block runs on, where it was called with more."""
 

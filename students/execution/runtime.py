@@ -13,6 +13,7 @@ from torch import Tensor
 
 from students.decisions import Decisions
 from students.execution.call import Call
+from students.execution.gates import Gates
 from students.execution.handover import BlockHandover
 from students.routers import Router, selection
 from students.spec import RouterSpec
@@ -146,19 +147,15 @@ class Runtime:
         """How many tokens of x [B, T, D] are not padding."""
         return x.shape[:2].numel() - self.call.padded
 
-    def decide(self, key: str, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates of one router for the branch input x [B, T, D], and which are closed: [B, T, N], or [B, 1, N].
-
-        The first multiplies what the gate lets through (1, or a weight, where open; 0 where closed), the second is
-        1 where closed and 0 where open and multiplies the substitute. Both in x's dtype.
-        """
+    def decide(self, key: str, router: Router, x: Tensor) -> Gates:
+        """Gates of one router for the branch input x [B, T, D]: [B, T, N], or [B, 1, N], in x's dtype."""
         dtype = x.dtype
         spec = router.spec
         if self.probed is not None:
             tokens = x.shape[1] if spec.granularity == "token" and spec.network != "static" else 1
             gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
             self.probed[key] = gate, x.detach()
-            return gate, 1 - gate
+            return Gates(dtype, gate=gate, closed=1 - gate)
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:
@@ -171,7 +168,10 @@ class Runtime:
         elif over_tokens and not self.causal:
             gate = self._patches(router, score)
         else:
-            gate = selection.threshold(score + router.shift(self.dial_of(score)))
+            raised = score + router.shift(self.dial_of(score))
+            if self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled():
+                return Gates(dtype, open=raised >= 0)  # nobody asks for more
+            gate = selection.threshold(raised)
         if self.decisions is not None or torch.is_grad_enabled():  # what is computed again is computed as it was
             self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
@@ -181,7 +181,7 @@ class Runtime:
             if corrected is not None:
                 weight = 1 + (weight - 1) * corrected
             gate, closed = gate.detach() * weight, closed.detach()
-        return gate.to(dtype), closed.to(dtype)
+        return Gates(dtype, gate=gate.to(dtype), closed=closed.to(dtype))
 
     def _patches(self, router: Router, score: Tensor) -> Tensor:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
