@@ -163,7 +163,7 @@ class TrainConfig:
     minutes: float | None = 10.0
     """Training time, turned into a number of steps after the first few. Give one of the two."""
     batch: int = 4
-    """Windows, images or questions in a micro-batch."""
+    """Windows, images or questions in a micro-batch, of all processes together where a launcher starts several."""
     window: int = 256
     """Tokens in a training window: data windows are cut into these."""
     accumulation: int = 1

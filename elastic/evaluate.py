@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from elastic import families
+from elastic import families, launch
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
 from students import Student
@@ -49,7 +50,8 @@ def measure(
     for budget in budgets:
         if budget is not None:
             student.set_compute(budget)
-        row = describe(run, student, name, families.of(config.family).evaluate(student, held_out, config, kept))
+        work = partial(families.of(config.family).evaluate, student, held_out, config, kept)
+        row = describe(run, student, name, launch.on_main(work))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
 
@@ -95,14 +97,14 @@ def measure_run(
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
         raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
-    teacher = run.teacher()
-    student = run.load_student(teacher)
+    teacher = launch.in_turn(run.teacher)
+    student = launch.together(lambda: run.load_student(teacher))
     for budget in compute:
         student.set_compute(budget)  # a mistake here should not have to wait for the data
     if data is None:
-        held_out, name = family.load(config, teacher).held_out, HELD_OUT
+        held_out, name = launch.in_turn(lambda: family.load(config, teacher)).held_out, HELD_OUT
     else:
-        held_out, name = family.load_all(data, config, teacher), data
+        held_out, name = launch.in_turn(lambda: family.load_all(data, config, teacher)), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
     kept = TeacherOutputs()
     rows = measure(run, student, name, held_out, budgets, kept)
@@ -110,7 +112,7 @@ def measure_run(
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
-        measured = family.baseline(other, student, held_out, config, spent, kept)
+        measured = launch.on_main(partial(family.baseline, other, student, held_out, config, spent, kept))
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows

@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 import teachers
-from elastic import __version__
+from elastic import __version__, launch
 from elastic.config import NAMED_DATA, RunConfig
 from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
@@ -193,6 +193,8 @@ def surroundings() -> dict[str, Any]:
     machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
+    if launch.size() > 1:
+        machine["processes"] = launch.size()
     # a checkout of Elastic needs no installation; torch's own word says which CUDA it was built for
     own = {"python": platform.python_version(), "elastic-distill": __version__, "torch": torch.__version__}
     return {"versions": {**own, **{name: version(name) for name in names}}, "machine": machine}

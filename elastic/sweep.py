@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from elastic import bench, evaluate, families, trainer
+from elastic import bench, evaluate, families, launch, trainer
 from elastic.config import RunConfig, make_config
 from elastic.files import write_text
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
@@ -77,16 +78,20 @@ def sweep(
     """
     tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
     folder = SweepFolder(output)
-    if folder.folder.is_dir() and not folder.results.exists() and any(folder.folder.iterdir()):
-        raise ValueError(f"{output} exists and is not a sweep folder: name another with --output")
-    for task in tasks:
-        _require_same(folder.run(task.name), task.config)
+
+    def begin() -> list[Row]:
+        if folder.folder.is_dir() and not folder.results.exists() and any(folder.folder.iterdir()):
+            raise ValueError(f"{output} exists and is not a sweep folder: name another with --output")
+        for task in tasks:
+            _require_same(folder.run(task.name), task.config)
+        folder.prepare()
+        return folder.rows()
+
     options = PointOptions(eval_data, timed, command)
     wanted = {
         (task.name, point): _keys(task, point[0], baselines, eval_data) for task in tasks for point in task.points
     }
-    folder.prepare()
-    finished = {key_of(row): row for row in folder.rows()}
+    finished = {key_of(row): row for row in launch.on_main(begin)}
 
     def missing(keys: list[Key]) -> list[str | None]:
         """Which rows of a point are not there: None for the student's own, or a baseline's name."""
@@ -95,14 +100,14 @@ def sweep(
 
     todo = [(task, [point for point in task.points if missing(wanted[task.name, point])]) for task in tasks]
     todo = [(task, points) for task, points in todo if points]
-    new = [task for task, _ in todo if not (folder.run(task.name) / "routers.safetensors").exists()]
+    new = [task for task, _ in todo if not launch.on_main((folder.run(task.name) / "routers.safetensors").exists)]
     clock = Clock(runs=len(new), points=sum(len(points) for _, points in todo))
     if new and new[0].config.train.minutes is not None:
         clock.expect("runs", 60 * new[0].config.train.minutes)
     failures: list[str] = []
 
     def failed(what: str, error: Exception) -> None:
-        if not finished:
+        if not finished or not launch.is_everyones(error):
             raise error
         failures.append(f"{what}: {str(error).splitlines()[0]}")
         say(f"failed: {failures[-1]}")
@@ -122,7 +127,7 @@ def sweep(
                 with clock.timing("points"):
                     kinds = missing(wanted[task.name, point])
                     for row in _measure(folder, task, point, kinds, options, failed, say):
-                        folder.append(row)
+                        launch.on_main(partial(folder.append, row))
                         finished[key_of(row)] = row
             except (ValueError, OSError) as error:
                 failed(f"{task.name} at {point[0]:g}", error)
@@ -205,9 +210,10 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 def _distil(path: Path, config: RunConfig, say: Say, progress: Callable[..., None]) -> None:
     """Make the run, continue it, or leave it as it is where it is finished."""
     try:
-        if not _started(path):
+        begun, done = launch.on_main(lambda: (_started(path), Run(path).routers.exists()))
+        if not begun:
             trainer.distill(config, path, overwrite=True, say=say, progress=progress)
-        elif not Run(path).routers.exists():
+        elif not done:
             trainer.resume(path, say=say, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
@@ -256,9 +262,9 @@ def _measure(
         }
         if baseline is None:
             if turn != 1:  # there it is the teacher, which routes nothing
-                _write(folder.details(row), routing_details(path, turn))
+                launch.on_main(partial(_write_details, folder, row, path, turn))
             if options.timed:
-                row["bench"] = bench.bench_run(path, compute=turns, say=say)
+                row["bench"] = launch.on_main(partial(bench.bench_run, path, compute=turns, say=say))
         yield row
 
 
@@ -277,9 +283,10 @@ def routing_details(path: str, turn: float | None) -> dict[str, Any]:
     return family.routing(student, sample, teacher, config)
 
 
-def _write(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(data) + "\n")
+def _write_details(folder: SweepFolder, row: Row, path: str, turn: float | None) -> None:
+    file = folder.details(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(routing_details(path, turn)) + "\n")
 
 
 class Clock:

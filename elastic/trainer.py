@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -18,15 +19,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 import teachers
-from elastic import families
+from elastic import families, launch
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
-from elastic.distillation.start import calibrate, order, set_budget, set_capacity, student_for
+from elastic.distillation.start import adopted, calibrate, order, set_budget, set_capacity, student_for
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
-from elastic.objectives.sums import Sums
+from elastic.objectives.sums import Sums, of_all
 from elastic.run import DTYPES, Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices
@@ -34,7 +36,7 @@ from students import Student
 from students.checkpoint import read_tensors, write_tensors
 from students.routers.registry import limit_parameters
 from teachers import Teacher
-from teachers.data.left_out import distinct
+from teachers.data.left_out import LeftOut, distinct
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int | None, dict[str, float]], None]
@@ -72,13 +74,13 @@ def distill(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Distil a student into the run folder `output`; returns its row of results (see `evaluate`)."""
-    _require_tracker(config)
-    Run(output).refuse_existing(overwrite)
-    teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
+    _require(config)
+    launch.on_main(lambda: Run(output).refuse_existing(overwrite))
+    teacher = launch.in_turn(lambda: teachers.load(config.model, dtype=DTYPES[config.train.precision]))
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, teacher, say)
-    student = student_for(config, teacher, data)
-    run = Run.create(output, config, teacher, overwrite)
+    student = launch.together(lambda: student_for(config, teacher, data))
+    run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite))
     return _run(run, config, student, data, say, progress)
 
 
@@ -86,14 +88,21 @@ def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda 
     """Continue an interrupted run with its own configuration, to the result of an uninterrupted one."""
     run = Run.open(folder)
     config = run.config
-    _require_tracker(config)
-    teacher = run.teacher()
+    _require(config)
+    teacher = launch.in_turn(run.teacher)
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, teacher, say)
-    return _run(run, config, student_for(config, teacher, data), data, say, progress)
+    student = launch.together(lambda: student_for(config, teacher, data))
+    return _run(run, config, student, data, say, progress)
 
 
-def _require_tracker(config: RunConfig) -> None:
+def _require(config: RunConfig) -> None:
+    """ValueError where this machine, or so many processes, cannot do it."""
+    if config.train.batch < launch.size():
+        raise ValueError(
+            f"train.batch is {config.train.batch}, and {launch.size()} processes share it: start fewer, or "
+            f"--set train.batch={launch.size()}"
+        )
     if config.train.tracker == "tensorboard" and find_spec("tensorboard") is None:
         raise ValueError("train.tracker=tensorboard needs a package that is missing: pip install tensorboard")
 
@@ -101,7 +110,7 @@ def _require_tracker(config: RunConfig) -> None:
 def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
     family = families.of(config.family)
     say(f"data: reading {config.data.source} ...")
-    data = family.load(config, teacher)
+    data = launch.in_turn(lambda: family.load(config, teacher))
     say(f"data: {family.summary(data, config)}")
     return data
 
@@ -116,17 +125,26 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
         student.checkpoint_blocks()
     started = time.monotonic()
     state = _train(run, config, student, data, accelerator, say, progress)
-    set_budget(student, data, config, state.offsets.tolist(), say)
-    student.save(run.routers)
+    adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
+    launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)
-    left_out = distinct(data.left_out)
+    left_out = _left_out(data)
     for part in left_out:
         say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
-    run.record(result=rows[0], results=rows, seconds=seconds, left_out=reasons)
+    launch.on_main(lambda: run.record(result=rows[0], results=rows, seconds=seconds, left_out=reasons))
     return rows[0]
+
+
+def _left_out(data: Any) -> list[LeftOut]:
+    """What was left out of the data, by all processes."""
+    for found in launch.gather([(part.keys, part.reasons) for part in data.left_out]):
+        for part, (keys, reasons) in zip(data.left_out, found, strict=True):
+            part.keys |= keys
+            part.reasons |= reasons
+    return distinct(data.left_out)
 
 
 def _train(
@@ -147,23 +165,35 @@ def _train(
     optimizer = _optimizer(student, train)
     if state.step:
         _restore_optimizer(run, student, optimizer)
-    distillation, optimizer = accelerator.prepare(distillation, optimizer)
     if train.tracker != "none":
         accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
     batches = family.Batches(data, config, device)
-    share = train.batch * accelerator.num_processes
-
+    own = launch.share(train.batch)
     knots = trained(budget)
     targets = torch.tensor(knots, device=device)
 
-    def first(number: int) -> int:
-        """The first sample of this process's micro-batch of this number."""
-        return number * share + train.batch * accelerator.process_index
-
     def picked(number: int) -> list[int]:
-        """What it consists of."""
-        return _picked(first(number), train.batch, len(batches), train.seed)
+        """This process's part of the micro-batch of this number."""
+        return _picked(number * train.batch + own.start, len(own), len(batches), train.seed)
 
+    def backward() -> tuple[Tensor, Sums, Tensor]:
+        """Gradients of a step, those of all processes added up; returns its loss, and of this process's rows what was
+        measured and which parts [B, K] of the budgets they are for."""
+        loss, measured, weights = torch.zeros((), device=device), None, []
+        for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
+            batch = launch.together(partial(batches.load, picked(number), following=picked(number + 1)))
+            rows = draw(knots, train.batch, train.seed * 1_000_003 + number * train.batch)[own.start : own.stop]
+            weights.append(rows.to(device))
+            if budget.ranges:
+                student.runtime.offset = tuple((rows @ state.offsets).tolist())
+            part, seen = distillation(batch, weights[-1] @ state.price)
+            (part / train.accumulation).backward()
+            loss += part.detach() / train.accumulation
+            measured = seen if measured is None else measured + seen
+        launch.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
+        return loss, measured, torch.cat(weights)
+
+    student.runtime.pool = launch.pool
     distillation.train()
     begun, since_log = state.step, 0
     clock = timer = time.monotonic()
@@ -171,26 +201,19 @@ def _train(
         while state.steps is None or state.step < state.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
-            loss, measured, weights = torch.zeros((), device=device), None, []
-            for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
-                batch = batches.load(picked(number), following=picked(number + 1))
-                rows = draw(knots, len(batch), train.seed * 1_000_003 + first(number))
-                weights.append(rows.to(device))
-                if budget.ranges:
-                    student.runtime.offset = tuple((rows @ state.offsets).tolist())
-                with accelerator.accumulate(distillation):
-                    part, seen = distillation(batch, weights[-1] @ state.price)
-                    accelerator.backward(part / train.accumulation)
-                loss += part.detach() / train.accumulation
-                measured = seen if measured is None else measured + seen
+            try:
+                loss, measured, weights = backward()
+            except (ValueError, OSError):  # what is learned is as the step before has left it
+                if state.step > begun:
+                    _save(run, student, optimizer, state)
+                raise
             for group in optimizer.param_groups:
-                accelerator.clip_grad_norm_(group["params"], train.clip)
+                clip_grad_norm_(group["params"], train.clip)
             optimizer.step()
             optimizer.zero_grad()
             if budget.control == "price":
-                parts = torch.cat(weights)
-                missed = (measured.rows["compute"].float() - parts @ targets) @ parts
-                missed, rows = accelerator.reduce(torch.stack([missed, parts.sum(0)]), "sum")
+                missed = (measured.rows["compute"].float() - weights @ targets) @ weights
+                missed, rows = launch.total(torch.stack([missed, weights.sum(0)]))
                 missed = missed / rows.clamp(min=1)
                 if budget.ranges:
                     state.price = budget_prices(state.price, missed, budget.stiffness)
@@ -206,24 +229,25 @@ def _train(
             elif state.steps is None and state.step > TIMED_STEPS:
                 loss.item()
                 per_step = (time.monotonic() - timer) / (state.step - begun - 1)
-                state.steps = max(state.step, round(train.minutes * 60 / per_step))
-                run.record(steps=state.steps)
+                state.steps = launch.gather(max(state.step, round(train.minutes * 60 / per_step)))[0]
+                launch.on_main(partial(run.record, steps=state.steps))
             done = state.step == state.steps
             if state.step % train.log_every == 0 or done:
+                measured = of_all(measured)
                 line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))
                 if budget.ranges:
-                    line["budgets"] = _by_budget(knots, torch.cat(weights), measured, state)
+                    line["budgets"] = _by_budget(knots, launch.rows(weights), measured, state)
                 clock, since_log = time.monotonic(), 0
                 if not math.isfinite(line["loss"]):
                     raise _diverged(run, state, f"the loss is {line['loss']}")
-                if accelerator.is_main_process:
+                if launch.is_main():
                     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                 accelerator.log(line, step=state.step)
                 progress(state.step, state.steps, line)
                 if state.step % train.save_every < train.log_every or done:
                     _save(run, student, optimizer, state)
-            if interrupted():
+            if launch.any_of(interrupted()):
                 _save(run, student, optimizer, state)
                 raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
     if train.tracker != "none":
@@ -238,22 +262,22 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
     set_capacity(student, data, config)
     path = run.folder / "checkpoint.safetensors"
-    if path.exists():
-        tensors, about = read_tensors(path)
+    if launch.on_main(path.exists):
+        tensors, about = launch.on_main(lambda: read_tensors(path))
         student.load_added_state(
             {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
         )
-        _cut_metrics(run, about["step"])
+        launch.on_main(lambda: _cut_metrics(run, about["step"]))
         say(f"resuming at step {about['step']}")
         multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
         return State(about["step"], steps, multiplier, price, tensors["offsets"])
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
-        start = calibrate(student, data, config, say)
+        start = adopted(student, lambda: calibrate(student, data, config, say))
         if budget.control == "price":
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
-    _cut_metrics(run, 0)
+    launch.on_main(lambda: _cut_metrics(run, 0))
     price = price.to(device)
     return State(0, steps, multiplier=price, price=price, offsets=offsets)
 
@@ -321,19 +345,21 @@ def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[parameter]}"] = moments[key]
     tensors |= {"multiplier": state.multiplier, "price": state.price, "offsets": state.offsets}
-    write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step})
+    launch.on_main(lambda: write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step}))
 
 
 def _diverged(run: Run, state: State, what: str) -> ValueError:
     kept = (run.folder / "checkpoint.safetensors").exists()
-    return ValueError(
-        f"{what} at step {state.step}: stopped; {'the last good' if kept else 'no'} checkpoint is in {run.folder}. "
-        f"Try a smaller --set train.lr (now {run.config.train.lr:g})"
+    return launch.everyones(
+        ValueError(
+            f"{what} at step {state.step}: stopped; {'the last good' if kept else 'no'} checkpoint is in {run.folder}. "
+            f"Try a smaller --set train.lr (now {run.config.train.lr:g})"
+        )
     )
 
 
 def _restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    tensors, about = read_tensors(run.folder / "checkpoint.safetensors")
+    tensors, about = launch.on_main(lambda: read_tensors(run.folder / "checkpoint.safetensors"))
     for name, parameter in student.added_parameters().items():
         if f"exp_avg.{name}" in tensors:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}

@@ -173,24 +173,32 @@ class Student(nn.Module):
         """The compute ratio if every router kept the same share of its gates; tokens: how many the model reads."""
         return self.compute.uniform(share, tokens, phase)
 
-    def save(self, path: str | Path) -> None:
-        """Write what was added to the model, and the dial, to one safetensors file."""
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Where the dial is and what it reaches, as plain data."""
         run = self.runtime
         about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
         if not run.multiples:
             about["multiples"] = False  # files of students that keep them are as those of earlier versions
-        write_tensors(Path(path), self.added_state(), about)
+        return about
 
-    def restore(self, path: str | Path) -> None:
-        """Read what `save` wrote; ValueError where the file is damaged or belongs to another student."""
-        tensors, about = read_tensors(Path(path))
-        self.load_added_state(tensors)
+    @setting.setter
+    def setting(self, about: dict[str, Any]) -> None:
         self.dial = tuple((compute, offset) for compute, offset in about["dial"])
         self.span = about["span"] and tuple(about["span"])
         offset = about["offset"]
         self.runtime.offset = tuple(offset) if isinstance(offset, list) else offset
         self.runtime.capacity = about["capacity"]
         self.runtime.multiples = about.get("multiples", True)
+
+    def save(self, path: str | Path) -> None:
+        """Write what was added to the model, and the dial, to one safetensors file."""
+        write_tensors(Path(path), self.added_state(), self.setting)
+
+    def restore(self, path: str | Path) -> None:
+        """Read what `save` wrote; ValueError where the file is damaged or belongs to another student."""
+        tensors, self.setting = read_tensors(Path(path))
+        self.load_added_state(tensors)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:

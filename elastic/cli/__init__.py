@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from elastic import launch
 from elastic.cli.parser import parser
 
 
@@ -15,35 +16,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141 where whoever reads the output closed the pipe.
     """
-    if not _works():
-        return 0
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        return options.command(options) or 0
+        if not options.shared:
+            return 0 if _left_to_the_first() else options.command(options) or 0
+        launch.join()
+        code = options.command(options) or 0
+        launch.leave()
+        return code
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, launch.Lost) as error:
         # whatever a user can mend is raised as one of these two, with one line that says how
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        print(f"elastic: error: {line}", file=sys.stderr)
+        if launch.is_said_here(error):
+            print(f"elastic: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
+        if launch.is_main():
+            print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
-def _works() -> bool:
-    """Whether this process does the command: of several that a launcher starts, the first does all of it, alone."""
-    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    if count == "1":
-        return True
-    if rank != "0":
-        print(f"elastic: one process does a command; number {rank} of {count} leaves it to number 0", file=sys.stderr)
-        return False
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    return True
+def _left_to_the_first() -> bool:
+    """Whether this is one of several processes, and not the one that does a command whose work is not shared."""
+    if launch.launched() > 1 and launch.is_main():
+        launch.forget()
+    return not launch.is_main()

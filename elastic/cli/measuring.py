@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from elastic import launch
 from elastic.cli.screen import print_rows, screen
 
 
@@ -21,6 +23,8 @@ def eval_command(options: argparse.Namespace) -> None:
         rows = measure_run(
             options.run, data=options.data, compute=options.compute, baselines=options.baselines, say=say
         )
+    if not launch.is_main():
+        return
     if options.json:
         print(json.dumps({"rows": rows}))
     else:
@@ -40,7 +44,10 @@ def _eval_tasks(options: argparse.Namespace) -> None:
 
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     with screen() as (say, _):
-        rows = score_run(options.run, names, compute=options.compute, limit=options.limit, say=say)
+        work = partial(score_run, options.run, names, compute=options.compute, limit=options.limit, say=say)
+        rows = launch.on_main(work)
+    if not launch.is_main():
+        return
     if options.json:
         print(json.dumps({"rows": rows}))
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from os.path import expanduser
 from typing import NoReturn
 
+from elastic import launch
 from elastic.cli import measuring, showing, training
 
 EXAMPLES = """examples:
@@ -22,13 +23,15 @@ EXAMPLES = """examples:
 
 BASELINES = ("random", "uniform", "static", "teal", "tome")
 """What can be measured beside a student."""
+SHARED = ("distill", "eval", "sweep")
+"""Commands of which several processes share the work."""
 
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n" if launch.is_main() else None)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, shared=name in SHARED)
         return sub
 
     distill = command(

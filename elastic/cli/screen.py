@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from elastic import launch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,7 +20,11 @@ QUIET_SECONDS = 20
 
 @contextmanager
 def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
-    """(say, progress): lines and a progress bar on stderr, so that stdout holds results only."""
+    """(say, progress): lines and a progress bar on stderr, so that stdout holds results only; the first of several
+    processes alone says anything."""
+    if not launch.is_main():
+        yield lambda _: None, lambda *_: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from elastic import launch
 from elastic.cli.screen import print_rows, screen
 
 MISSED = 3
@@ -50,6 +51,8 @@ def distill_command(options: argparse.Namespace) -> int | None:
             trainer.resume(options.resume, say=say, progress=progress)
         else:
             trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
+    if not launch.is_main():
+        return None
     folder = options.resume or output
     rows = Run.open(folder).about["results"]
     print_rows(rows)
@@ -83,6 +86,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
             train__steps=options.steps,
             train__minutes=options.minutes,
         )
+    if not launch.is_main():
+        return None
     from rich.console import Console
     from rich.table import Table
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from elastic import families
+from elastic import families, launch
 from elastic.config import RunConfig
 from elastic.distillation.dial import Say, capacity_for, lowest, set_dial, set_range
 from elastic.run import make_student
 from students import Student
 from students.calibration.price import Start
 from teachers import Teacher
+
+T = TypeVar("T")
 
 LOOKED_AT = 4
 """Windows, images or questions that the lowest compute is measured on: with all gates closed it is always the same."""
@@ -60,6 +62,20 @@ def calibrate(student: Student, data: Any, config: RunConfig, say: Say) -> Start
     start = families.of(config.family).start(student, data, shuffled, config)
     say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
     return start
+
+
+def adopted(student: Student, work: Callable[[], T]) -> T:
+    """What `work` makes of a student in the first process; the students of the others become the same."""
+    if launch.size() == 1:
+        return work()
+
+    def done() -> tuple[T, dict[str, Tensor], dict[str, Any]]:
+        made = work()
+        return made, {name: tensor.cpu() for name, tensor in student.added_state().items()}, student.setting
+
+    made, tensors, student.setting = launch.on_main(done)
+    student.load_added_state(tensors)
+    return made
 
 
 def set_budget(student: Student, data: Any, config: RunConfig, offsets: Sequence[float], say: Say) -> None:

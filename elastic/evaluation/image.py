@@ -92,7 +92,8 @@ def compare(
             for k in (1, 5):
                 key = f"{name}top{k}"
                 if key not in metrics:
-                    metrics[key] = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(pixels.device)
+                    made = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro", sync_on_compute=False)
+                    metrics[key] = made.to(pixels.device)
                 metrics[key].update(logits[known].float(), labels[known])
     if not seen:
         raise ValueError(f"none of {len(images):,} images to measure on can be used, {images.left_out.example}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from elastic import launch
 from elastic.config import BudgetConfig, DataConfig, LossConfig
 from elastic.objectives.sums import Sums, divergence_of, routing_loss
 from losses import HIDDEN_DISTANCES, per_layer
@@ -30,7 +31,7 @@ class Measured(Sums):
 
 
 class Distillation(nn.Module):
-    """Student and loss in one module, so that accelerate can wrap it whole."""
+    """Student and loss in one module; the loss is that of the images of all processes."""
 
     def __init__(self, student: ImageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
         super().__init__()
@@ -48,13 +49,14 @@ class Distillation(nn.Module):
             teacher, _ = student.features(pixels, layers)
         out, decisions = student.features(pixels, layers)
         macs, dense = student.spent(pixels, decisions)
-        total = (price * macs / dense).mean() + routing_loss(student, decisions, loss, self.budget)
+        total = launch.average(price * macs / dense)
+        total = total + routing_loss(student, decisions, loss, self.budget, len(pixels))
         kl = pixels.new_zeros(len(pixels), dtype=torch.float32)
         if out.logits is not None:
             kl = self.divergence(out.logits, teacher.logits)
-            total = total + loss.logits_weight * kl.mean()
+            total = total + loss.logits_weight * launch.average(kl)
         if loss.hidden_weight:
-            total = total + loss.hidden_weight * self._hidden_loss(out, teacher)
+            total = total + loss.hidden_weight * launch.mean_of(self._hidden_loss(out, teacher), len(pixels))
         macs, kl = macs.detach(), kl.detach()
         phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
         rows = {"kl": kl, "compute": macs / dense}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic import launch
 from elastic.accounting.language import prompt_mask
 from elastic.config import BudgetConfig, DataConfig, LossConfig
 from elastic.objectives.sums import Sums, divergence_of, routing_loss
@@ -40,7 +41,7 @@ class Measured(Sums):
 
 
 class Distillation(nn.Module):
-    """Student and loss in one module, so that accelerate can wrap it whole."""
+    """Student and loss in one module; the loss is that of the rows of all processes."""
 
     def __init__(self, student: LanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
         super().__init__()
@@ -67,12 +68,12 @@ class Distillation(nn.Module):
         dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
         price = torch.as_tensor(price, device=ids.device).expand(len(ids))
+        tokens, whole = launch.total(counted.sum()), launch.total(dense[phase])
         head, sums, rows = self._head_loss(
-            out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, dense[phase]
+            out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, (tokens, whole)
         )
-        tokens = counted.sum()
-        total = head / tokens + (price * macs[phase]).sum() / dense[phase]
-        total = total + routing_loss(student, decisions, loss, self.budget)
+        total = launch.total(head / tokens + (price * macs[phase]).sum() / whole)
+        total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]
             pairs = (
@@ -80,20 +81,28 @@ class Distillation(nn.Module):
                 if states["output_hidden_states"]
                 else ([out.last_hidden_state], [teacher.last_hidden_state])
             )
-            total = total + loss.hidden_weight * per_layer(distance, *pairs, counted)
+            apart = per_layer(distance, *pairs, counted)
+            total = total + loss.hidden_weight * launch.mean_of(apart, counted.sum())
         macs = {p: m.detach() + rows[:, 1 + i] for i, (p, m) in enumerate(macs.items())}
         each = {
             "kl": rows[:, 0] / counted.sum(1),
             "compute": macs[phase] / student.compute.dense(valid, phase).sum(1),
         }
         macs = {p: m.sum() for p, m in macs.items()}
-        return total, Measured(tokens, rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
+        return total, Measured(counted.sum(), rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
 
     def _head_loss(
-        self, hidden: Tensor, teacher_hidden: Tensor, ids: Tensor, counted: Tensor, price: Tensor, dense: Tensor
+        self,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        ids: Tensor,
+        counted: Tensor,
+        price: Tensor,
+        of: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
-        each row of the batch [B, 3]: kl, and the head's MACs in both phases.
+        each row of the batch [B, 3]: kl, and the head's MACs in both phases. of: tokens that count and the teacher's
+        MACs, in all processes.
 
         The head's compute is that of the counted tokens, scaled up to all.
         """
@@ -116,7 +125,7 @@ class Distillation(nn.Module):
             if loss.cross_entropy_weight:
                 total = total + loss.cross_entropy_weight * _nll(logits, target, follows)
             if share is not None and self.budget.control == "price":
-                total = total + (price[owner] * cost[self.budget.phase]).sum() * counted.sum() / dense
+                total = total + (price[owner] * cost[self.budget.phase]).sum() * of[0] / of[1]
             with torch.no_grad():
                 quality = [h.new_zeros(())] * 3
                 if not self.training:

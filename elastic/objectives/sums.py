@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from elastic import launch
 from elastic.config import BudgetConfig, LossConfig
 from losses import DIVERGENCES, capacity_hinge, forward_kl, load_balance, topk_bce
 from students import RouterSpec, Student
@@ -24,12 +26,27 @@ class Sums:
     other."""
 
     def __add__(self: T, other: T) -> T:
-        def add(name: str, a: Any, b: Any) -> Any:
+        def added(name: str, a: Any, b: Any) -> Any:
             if name == "rows":
                 return {key: torch.cat([a[key], b[key]]) for key in a}
             return {key: a[key] + b[key] for key in a} if isinstance(a, dict) else a + b
 
-        return type(self)(*(add(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return type(self)(*(added(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def cpu(self: T) -> T:
+        """The same on the host."""
+
+        def moved(a: Any) -> Any:
+            return {key: tensor.cpu() for key, tensor in a.items()} if isinstance(a, dict) else a.cpu()
+
+        return type(self)(*(moved(getattr(self, f.name)) for f in fields(self)))
+
+
+def of_all(measured: T | None) -> T:
+    """What all processes have measured, of which some may have had nothing to measure; on the host where there are
+    several."""
+    found = [measured] if launch.size() == 1 else launch.gather(measured and measured.cpu())
+    return reduce(add, [part for part in found if part is not None])
 
 
 def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
@@ -45,24 +62,28 @@ def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return fused.forward_kl(student, teacher) if fused.reads_once(student) else forward_kl(student, teacher)
 
 
-def routing_loss(student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig) -> Tensor | float:
-    """What presets with fixed capacities add: the hinge, top-k prediction, even use."""
+def routing_loss(
+    student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig, rows: int
+) -> Tensor | float:
+    """What presets with fixed capacities add: the hinge, top-k prediction, even use; of `rows` rows, and those of the
+    other processes."""
     total = 0.0
     capacity = student.runtime.capacity
     if budget.control == "capacity":
         free = [k for k, spec in decisions.spec.items() if spec.selection == "threshold"]
         if free:
             shares = torch.stack([decisions.share[k].mean() for k in free])
-            total = total + budget.hinge * capacity_hinge(shares, capacity)
+            total = total + budget.hinge * capacity_hinge(launch.mean_of(shares, rows), capacity)
     if loss.topk_weight:
         keys = [k for k in decisions.score if _over_tokens(decisions.spec[k])]
         if keys:
             parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
-            total = total + loss.topk_weight * torch.stack(parts).mean()
+            total = total + loss.topk_weight * launch.mean_of(torch.stack(parts).mean(), rows)
     if loss.load_balance_weight:
         keys = [k for k in decisions.score if decisions.spec[k].of_kind.over_parts]
         if keys:
-            parts = [load_balance(decisions.score[k].softmax(-1)) for k in keys]
+            sums = [decisions.score[k].softmax(-1).flatten(0, -2).float().sum(0) for k in keys]
+            parts = [load_balance(launch.total(use).unsqueeze(0)) for use in sums]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()
     return total
 

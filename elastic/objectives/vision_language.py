@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from elastic import launch
 from elastic.accounting.vision_language import spent_on
 from elastic.config import BudgetConfig, DataConfig, LossConfig
 from elastic.objectives.sums import Sums, divergence_of, routing_loss
@@ -39,7 +40,7 @@ class Measured(Sums):
 
 
 class Distillation(nn.Module):
-    """Student and loss in one module, so that accelerate can wrap it whole."""
+    """Student and loss in one module; the loss is that of the prompts of all processes."""
 
     def __init__(
         self, student: VisionLanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig
@@ -61,14 +62,15 @@ class Distillation(nn.Module):
         logits, _ = student.logits(hidden[text_rows(prompts.answers, decisions)], *student.head_tensors())
         kl = self.divergence(logits, teacher_logits)
         macs, vision, dense = spent_on(student, prompts, decisions)
-        total = loss.logits_weight * kl.mean()
+        total = loss.logits_weight * launch.average(kl)
         if not student.by_count:  # a share that is fixed has nothing to learn from a price
-            total = total + (price * macs / dense).mean()
-        total = total + routing_loss(student, decisions, loss, self.budget)
+            total = total + launch.average(price * macs / dense)
+        total = total + routing_loss(student, decisions, loss, self.budget, len(prompts))
         if loss.hidden_weight:
             text = prompts.inputs["attention_mask"].bool() & ~prompts.image
             distance = HIDDEN_DISTANCES[loss.hidden]
-            total = total + loss.hidden_weight * distance(hidden[text_rows(text, decisions)], teacher[text], None)
+            apart = distance(hidden[text_rows(text, decisions)], teacher[text], None)
+            total = total + loss.hidden_weight * launch.mean_of(apart, text.sum())
         return total, measured_on(prompts, decisions, kl.detach(), macs.detach(), vision.detach(), dense)
 
 

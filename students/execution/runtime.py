@@ -41,6 +41,8 @@ class Runtime:
     """Whether images keep multiples of patches where routers ask for them; else any number of them."""
     training: bool = False
     """Whether routers are being trained. Over the tokens of a sequence, language models choose a top-k only then."""
+    pool: selection.Pool = selection.alone
+    """Finds what other processes have of a batch, where training shares it with them."""
     causal: bool = True
     """Whether a token sees only what is before it."""
     prefix: int = 0
@@ -197,7 +199,7 @@ class Runtime:
         """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
         `patches_kept` says, which is not asked for while quotas are trained."""
         if self.training and router.spec.selection == "quota":
-            return selection.even(score, router.shift(self.dial_of(score)), here)
+            return selection.even(score, router.shift(self.dial_of(score)), here, self.pool)
         if count is None:
             return selection.threshold(score + router.shift(self.dial_of(score)))
         if here is not None:

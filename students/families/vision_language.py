@@ -198,7 +198,7 @@ class VisionLanguageStudent(LanguageStudent):
     def _follow(self) -> None:
         """Give the vision tower the student's settings."""
         if self.vision is not None:
-            for name in ("bypass", "execution", "offset", "capacity", "training"):
+            for name in ("bypass", "execution", "offset", "capacity", "training", "pool"):
                 setattr(self.vision.runtime, name, getattr(self.runtime, name))
 
     def _called(self, base_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -318,15 +318,16 @@ class VisionLanguageStudent(LanguageStudent):
         shift = door.shift(run.dial_of(score))
         if door.spec.selection == "threshold":
             return selection.threshold(score + shift)
-        have, count = image.sum(1, keepdim=True), image.sum().clamp(min=1)
+        have = image.sum(1, keepdim=True)
         best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
         limit = None
         if door.spec.selection == "topk":
             share = run.capacity if run.training else run.kept
         elif run.training and not self.by_count:  # of all image tokens of the batch, as in selection.even
             limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
-            ranked = score.detach().masked_fill(~image, -torch.inf).flatten().sort().values
-            share = ((ranked.numel() - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
+            ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
+            count = (ranked > -torch.inf).sum().clamp(min=1)
+            share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
         elif run.call.rows is None:
             share = door.quota(run.offset)
         else:

@@ -5,12 +5,20 @@ Shapes: B batch, T tokens, N gates of one router, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from students.kernels import fused
+
+Pool = Callable[[Tensor], Tensor]
+"""From what this process has of something [n] to what all that share a batch have of it [m]."""
+
+
+def alone(x: Tensor) -> Tensor:
+    """The pool of a process that shares its batches with no other."""
+    return x
 
 
 def threshold(score: Tensor) -> Tensor:
@@ -47,15 +55,16 @@ def _rank(score: Tensor) -> Tensor:
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
-def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None) -> Tensor:
+def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None, pool: Pool = alone) -> Tensor:
     """1 for the k largest scores [B, n] of each row, k being how many are >= -shift in the mean over rows, else 0.
 
     shift: one number, or [B, 1], one for each row. Gradient as in `threshold` of score + shift; here [B, n] bool: which
-    may be chosen. Nothing waits for the device.
+    may be chosen; pool: finds what other processes have of the batch. Nothing waits for the device.
     """
     limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
-    below = torch.searchsorted(score.detach().flatten().sort().values, limit.detach())
-    count = ((score.numel() - below) / len(score)).round()
+    scores = pool(score.detach().flatten()).sort().values
+    below = torch.searchsorted(scores, limit.detach())
+    count = ((len(scores) - below) / (len(scores) // score.shape[1])).round()
     ranked = score if here is None else score.masked_fill(~here, -torch.inf)
     soft = (score + shift).sigmoid()
     return (_rank(ranked) < count).to(score.dtype) + (soft - soft.detach())

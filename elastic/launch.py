@@ -1,0 +1,297 @@
+"""The processes that a launcher (accelerate launch, torchrun) starts for one command: who is who, and how they agree.
+
+All of them run the same code on the same data in the same order. A batch is shared out (`share`), sums are added up
+over all of it (`total`), and what has to happen once happens in the first process (`on_main`), which alone writes and
+speaks. Tensors are added up on their devices; what the host has to know goes through a group of its own, which waits
+for no device. A command that no launcher started is one process, and then nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other's word: one may calibrate, or measure, for hours."""
+OTHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP",
+}
+"""Ways of accelerate to spread a model that Elastic does not take, by the variable that asks for them."""
+
+_alone = False
+
+
+class Lost(RuntimeError):
+    """Another process has ended, so that this one cannot go on."""
+
+
+def launched() -> int:
+    """How many processes a launcher has started for this command, by its word alone."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def forget() -> None:
+    """Let this process be the only one, for a command whose work is not shared."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The processes after they have met."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: Any
+    group: Any
+    """What the host's words go through."""
+
+
+@functools.cache
+def _join() -> _Joined:
+    import torch
+    from accelerate import PartialState
+
+    for variable, name in OTHERS.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(f"accelerate's configuration asks for {name}, which Elastic does not take: use MULTI_GPU")
+    without = not torch.accelerator.is_available()
+    cpu = without or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=cpu)
+    if state.num_processes != launched():
+        raise ValueError(
+            f"a launcher started {launched()} processes, but on this device ({state.device.type}) they cannot talk to "
+            "each other: start one"
+        )
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _Joined(state.process_index, state.local_process_index, state.num_processes, state.device, group)
+
+
+def join() -> None:
+    """Meet the other processes, if there are any: what a command that takes several begins with."""
+    if launched() > 1:
+        _join()
+
+
+def leave() -> None:
+    """What such a command ends with when all went well."""
+    if launched() > 1:
+        import torch
+
+        with _others():
+            torch.distributed.barrier(group=_join().group)
+        torch.distributed.destroy_process_group()
+
+
+def size() -> int:
+    """How many processes share the work."""
+    return 1 if _alone or launched() == 1 else _join().size
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return 0 if size() == 1 else _join().rank
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return launched() == 1 or int(os.environ["RANK"]) == 0
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Within it the others are waited for."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(f"another of the {_join().size} processes has ended; what it said stands above") from error
+
+
+@contextmanager
+def _as_one() -> Iterator[None]:
+    """Within it this process works as if there were no others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(count: int) -> range:
+    """Which of so many rows are this process's own."""
+    return range(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def own(items: Sequence[T]) -> Sequence[T]:
+    """Which of these are this process's own: every so manieth."""
+    return items[rank() :: size()]
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes; gradients of everything made of it, added up (`add_up`), are those of one process."""
+    if size() == 1:
+        return x
+    import torch
+
+    whole = x.detach().clone()
+    with _others():
+        torch.distributed.all_reduce(whole)
+    return whole + (x - x.detach()) if x.requires_grad else whole
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of all elements of all processes."""
+    return x.mean() if size() == 1 else mean_of(x.mean(), x.numel())
+
+
+def mean_of(x: Tensor, count: int | Tensor) -> Tensor:
+    """The mean of what is, in each process, the mean of so many rows or tokens."""
+    if size() == 1:
+        return x
+    import torch
+
+    weight = torch.as_tensor(count, device=x.device, dtype=x.dtype)
+    sums = total(torch.cat([(x * weight).flatten(), weight.view(1)]))
+    return (sums[:-1] / sums[-1]).view(x.shape)
+
+
+def add_up(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over all processes; of a parameter that has one nowhere there is none."""
+    if size() == 1:
+        return
+    import torch
+
+    parameters = list(parameters)
+    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    with _others():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_join().group)
+    wanted = [p for p, there in zip(parameters, found.tolist(), strict=True) if there]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in wanted])
+    flat = total(flat)
+    for parameter, part in zip(wanted, flat.split([p.numel() for p in wanted]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def pool(x: Tensor) -> Tensor:
+    """What all processes have of something [n], of which each may have another number, where each has its own."""
+    if size() == 1:
+        return x
+    import torch
+
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size())]
+    with _others():
+        torch.distributed.all_gather(lengths, torch.tensor([len(x)]), group=_join().group)
+        most = max(map(int, lengths))
+        parts = [x.new_empty(most) for _ in lengths]
+        torch.distributed.all_gather(parts, torch.nn.functional.pad(x, (0, most - len(x))))
+    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+
+
+def rows(x: Tensor) -> Tensor:
+    """The rows [B, ...] of all processes, one after the other; on the host where there are several."""
+    import torch
+
+    return x if size() == 1 else torch.cat(gather(x.cpu()))
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in one of the processes."""
+    return flag if size() == 1 else any(gather(flag))
+
+
+def gather(x: T) -> list[T]:
+    """Everybody's, in order; plain data, and tensors on the host."""
+    if size() == 1:
+        return [x]
+    import torch
+
+    found: list[Any] = [None] * size()
+    with _others():
+        torch.distributed.all_gather_object(found, x, group=_join().group)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What the first process makes of it, alone; an error of it is everybody's. Tensors are to be on the host."""
+    if size() == 1:
+        return work()
+    import torch
+
+    word: list[Any] = [_attempt(work) if rank() == 0 else None]
+    with _others():
+        torch.distributed.broadcast_object_list(word, src=0, group=_join().group)
+    if word[0].error is not None:
+        raise word[0].error
+    return word[0].value
+
+
+def together(work: Callable[[], T]) -> T:
+    """What each process makes of it, alone; an error of one is everybody's."""
+    if size() == 1:
+        return work()
+    done = _attempt(work)
+    errors = [error for error in gather(done.error) if error is not None]
+    if errors:
+        raise done.error or errors[0]
+    return done.value
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """As `together`, the first process of each machine before the others: what it fetches they find in the cache."""
+    if size() == 1:
+        return work()
+    first = _join().local_rank == 0
+    made: list[T] = []
+    for turn in (True, False):
+        together((lambda: made.append(work())) if turn == first else (lambda: None))
+    return made[0]
+
+
+@dataclass
+class _Done:
+    """What came of some work."""
+
+    value: Any = None
+    error: ValueError | OSError | None = None
+
+
+def _attempt(work: Callable[[], Any]) -> _Done:
+    try:
+        with _as_one():
+            return _Done(work())
+    except (ValueError, OSError) as error:
+        return _Done(error=everyones(error))
+
+
+def everyones(error: E) -> E:
+    """An error that all processes raise at the same place: the first one says it for all."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_everyones(error: Exception) -> bool:
+    """Whether all processes know of an error, so that they can go on together."""
+    return size() == 1 or getattr(error, "shared", False)
+
+
+def is_said_here(error: Exception) -> bool:
+    """Whether this process is the one to report an error: the first, or whoever alone knows of it."""
+    if is_main():
+        return True
+    met = _join.cache_info().currsize > 0
+    return met and not isinstance(error, Lost) and not is_everyones(error)

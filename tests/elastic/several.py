@@ -1,0 +1,98 @@
+"""Runs by several processes: how tests have a launcher start them, what each of them does, and what has to come out.
+
+As a module this is what each process does: one run after the other, of a file with a line of JSON for each, `[folder,
+configuration]`, or `[folder, null]` for one that is to be continued.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from elastic import launch, trainer
+from elastic.config import RunConfig
+from elastic.run import Run
+from elastic.settings import from_dict, to_dict
+from students.checkpoint import read_tensors
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+LEARNED = dict(rtol=1e-3, atol=2e-5)
+"""How far parameters may be apart, where sums are rounded in another order."""
+
+
+def launched(count: int, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A module of Python with arguments, in so many processes on CPUs."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
+    command = [*LAUNCHER, str(count), "-m", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+    try:
+        out, err = launcher.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # it ends those that it has started
+        out, err = launcher.communicate()
+    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+
+
+def in_processes(count: int, runs: dict[Path, RunConfig | None], list_in: Path) -> None:
+    """Make these runs in so many processes, or continue those without a configuration."""
+    file = list_in / f"runs-{len(list(list_in.iterdir()))}.jsonl"
+    lines = [json.dumps([str(folder), config and to_dict(config)]) for folder, config in runs.items()]
+    file.write_text("\n".join(lines))
+    done = launched(count, "tests.elastic.several", file)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """The same steps, parameters, dial and results, but for rounding."""
+    for name in ("checkpoint.safetensors", "routers.safetensors"):
+        (a, about_a), (b, about_b) = (read_tensors(folder / name) for folder in (one, other))
+        assert about_a.keys() == about_b.keys() and about_a.get("span") == about_b.get("span")
+        assert {key: (x.shape, x.dtype) for key, x in a.items()} == {key: (x.shape, x.dtype) for key, x in b.items()}
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], **LEARNED, msg=lambda text, key=key: f"{key}: {text}")
+    first, second = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)
+    )
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for a, b in zip(first, second, strict=True):
+        for key in set(a) - {"steps_per_second", "budgets"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5), (a["step"], key, a[key], b[key])
+    rows = [Run.open(folder).about["results"] for folder in (one, other)]
+    assert len(rows[0]) == len(rows[1])
+    for a, b in zip(*rows, strict=True):
+        for key, value in a.items():
+            same = value == b[key] if not isinstance(value, float) else math.isclose(value, b[key], rel_tol=0.01)
+            assert same or "per_second" in key, (key, value, b[key])
+
+
+def one_and_two(configs: dict[str, RunConfig], folder: Path) -> Path:
+    """The folder, with all of these runs in it, each made by one process ("one-...") and by two ("two-...")."""
+    for name, config in configs.items():
+        trainer.distill(config, folder / f"one-{name}", say=lambda _: None)
+    in_processes(2, {folder / f"two-{name}": config for name, config in configs.items()}, folder)
+    return folder
+
+
+def _main(runs: Path) -> None:
+    torch.set_num_threads(1)
+    launch.join()
+    for line in runs.read_text(encoding="utf-8").splitlines():
+        folder, config = json.loads(line)
+        if config is None:
+            trainer.resume(folder, say=lambda _: None)
+        else:
+            trainer.distill(from_dict(RunConfig, config), folder, say=lambda _: None)
+    launch.leave()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
