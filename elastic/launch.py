@@ -284,6 +284,15 @@ def everyones(error: E) -> E:
     return error
 
 
+def before_the_end(error: Exception, work: Callable[[], object]) -> None:
+    """Let the first process do what is left to do before an error ends it: the others wait for it, or are gone."""
+    if is_everyones(error):
+        on_main(work)
+    elif is_main():
+        with _as_one():
+            work()
+
+
 def is_everyones(error: Exception) -> bool:
     """Whether all processes know of an error, so that they can go on together."""
     return size() == 1 or getattr(error, "shared", False)

@@ -203,9 +203,11 @@ def _train(
                 group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
             try:
                 loss, measured, weights = backward()
-            except (ValueError, OSError):  # what is learned is as the step before has left it
+            except (ValueError, OSError, RuntimeError) as error:  # what is learned is as the step before has left it
                 if state.step > begun:
-                    _save(run, student, optimizer, state)
+                    launch.before_the_end(error, partial(_save, run, student, optimizer, state))
+                if isinstance(error, launch.Lost):
+                    raise launch.Lost(f"{error}; continue with: elastic distill --resume {run.folder}") from error
                 raise
             for group in optimizer.param_groups:
                 clip_grad_norm_(group["params"], train.clip)
@@ -377,18 +379,22 @@ def _cut_metrics(run: Run, step: int) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within this context the first Ctrl-C is remembered instead of raised, so that a step is never cut in two."""
+    """Within this context the first Ctrl-C is remembered instead of raised, so that a step is never cut in two; so is
+    a request to end, as launchers send it where another process has ended."""
     seen = []
 
-    def remember(*_: Any) -> None:
+    def remember(number: int, _: Any) -> None:
         seen.append(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, remember)
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,22 +1,26 @@
 """Runs by several processes: how tests have a launcher start them, what each of them does, and what has to come out.
 
 As a module this is what each process does: one run after the other, of a file with a line of JSON for each, `[folder,
-configuration]`, or `[folder, null]` for one that is to be continued.
+configuration]`, or `[folder, null]` for one that is to be continued; or a command line of Elastic. FAILS says which
+process fails at which batch, and how: "1:3:refuses", "1:3:raises" or "1:3:dies".
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from elastic import launch, trainer
+from elastic import cli, launch, trainer
 from elastic.config import RunConfig
+from elastic.families import language
 from elastic.run import Run
 from elastic.settings import from_dict, to_dict
 from students.checkpoint import read_tensors
@@ -27,11 +31,11 @@ LEARNED = dict(rtol=1e-3, atol=2e-5)
 """How far parameters may be apart, where sums are rounded in another order."""
 
 
-def launched(count: int, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A module of Python with arguments, in so many processes on CPUs."""
+def launched(count: int, *arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """This module with arguments, in so many processes on CPUs."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    command = [*LAUNCHER, str(count), "-m", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **variables}
+    command = [*LAUNCHER, str(count), "-m", "tests.elastic.several", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
     try:
@@ -47,7 +51,7 @@ def in_processes(count: int, runs: dict[Path, RunConfig | None], list_in: Path) 
     file = list_in / f"runs-{len(list(list_in.iterdir()))}.jsonl"
     lines = [json.dumps([str(folder), config and to_dict(config)]) for folder, config in runs.items()]
     file.write_text("\n".join(lines))
-    done = launched(count, "tests.elastic.several", file)
+    done = launched(count, file)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -82,8 +86,24 @@ def one_and_two(configs: dict[str, RunConfig], folder: Path) -> Path:
     return folder
 
 
+def _fail(rank: str, batch: str, how: str) -> None:
+    """Let this process fail at a batch, if it is the one."""
+    if os.environ["RANK"] != rank:
+        return
+    place, name = (language.Batches, "load") if how == "refuses" else (language.Distillation, "forward")
+    work, calls = getattr(place, name), itertools.count(1)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == int(batch):
+            if how == "dies":
+                os._exit(9)
+            raise ValueError("the batch is odd")
+        return work(*args, **kwargs)
+
+    setattr(place, name, failing)
+
+
 def _main(runs: Path) -> None:
-    torch.set_num_threads(1)
     launch.join()
     for line in runs.read_text(encoding="utf-8").splitlines():
         folder, config = json.loads(line)
@@ -95,4 +115,7 @@ def _main(runs: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    if "FAILS" in os.environ:
+        _fail(*os.environ["FAILS"].split(":"))
+    sys.exit(_main(Path(sys.argv[1])) if sys.argv[1].endswith(".jsonl") else cli.main())

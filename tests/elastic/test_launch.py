@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastic import trainer
 from elastic.config import RunConfig
-from tests.elastic.several import assert_close, one_and_two
+from students.checkpoint import read_tensors
+from tests.elastic.several import assert_close, in_processes, launched, one_and_two
+from tests.pico.language import RUN_SETTINGS
 
 Configure = Callable[..., RunConfig]
 LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -32,3 +36,31 @@ def runs(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_two_processes_learn_what_one_does_of_text(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / f"two-{name}")
+
+
+@pytest.mark.parametrize(
+    ("fails", "step"),
+    [("1:4:refuses", 3), ("1:4:raises", 3), ("0:4:raises", 3), ("1:4:dies", 3)],
+    ids=["all know", "one knows", "the first knows", "none knows"],
+)
+def test_a_process_that_fails_costs_one_line_and_no_step(
+    fails: str, step: int, runs: Path, model_folder: Path, text_file: Path, tmp_path: Path
+):
+    settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+    command = ["distill", "--model", model_folder, "--data", text_file, "--target-compute", 0.8, *settings]
+    done = launched(2, *command, "--output", tmp_path / "run", FAILS=fails)
+    said = [line for line in done.stderr.splitlines() if line.startswith("elastic: ")]
+    assert done.returncode != 0 and done.stdout == ""
+    if "dies" not in fails:
+        assert sum("the batch is odd" in line for line in said) == 1, done.stderr
+    if "refuses" in fails:
+        assert said == ["elastic: error: the batch is odd"]
+    _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert about["step"] == step
+    if "dies" not in fails:
+        return
+    one, two = tmp_path / "one", tmp_path / "run"
+    shutil.copytree(two, one)
+    trainer.resume(one, say=lambda _: None)
+    in_processes(2, {two: None}, tmp_path)
+    assert_close(one, two)
