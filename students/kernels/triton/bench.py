@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="inputs at a time")
+    parser.add_argument("--gather", action="store_true", help="only what reads channels, beside cuBLAS")
     parser.add_argument("--tune", action="store_true", help="minutes of trying other launches than those in tuning.py")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -185,7 +186,9 @@ def main() -> None:
     dtype = getattr(torch, asked.dtype)
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.dtype}\n")
-    usual = itertools.chain(gather_lines(dtype, asked.rows), [""], other_lines(dtype))
+    usual = gather_lines(dtype, asked.rows)
+    if not asked.gather:
+        usual = itertools.chain(usual, [""], other_lines(dtype))
     for line in tune(dtype) if asked.tune else usual:
         print(line, flush=True)
 
