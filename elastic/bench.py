@@ -54,7 +54,7 @@ def bench_run(
     config = run.config
     workload = workload_of(config, compute, batch, tokens, new_tokens, repeats)
     teacher = run.teacher()
-    student = run.load_student(teacher, pack=False)
+    student = run.load_student(teacher, pack=False, prepare=False)  # training comes first
     data = families.of(config.family).load(config, teacher)
 
     def dense() -> nn.Module:
@@ -103,6 +103,7 @@ def measure(
         trained = [_train(student, data, config, workload.repeats)]
         student.train(False)
     model = dense()
+    student.prepare()
     models = timing.contenders(student, model)
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu or (has_room_for_two(student) and pack_linears(student.model)):

@@ -167,12 +167,15 @@ class Run:
         """Where the finished student is."""
         return self.folder / "routers.safetensors"
 
-    def load_student(self, teacher: Teacher, *, pack: bool | None = None) -> Student:
-        """The finished student; pack: as `load` has it."""
+    def load_student(self, teacher: Teacher, *, pack: bool | None = None, prepare: bool = True) -> Student:
+        """The finished student; pack: as `load` has it; prepare: lay out its weights for inference now, instead of in
+        the first call (see Student.prepare)."""
         student = make_student(teacher, self.config)
         student.restore(self.routers)
         if has_room_for_two(student) if pack is None else pack:
             pack_linears(student.model)
+        if prepare:
+            student.prepare()
         return student
 
 

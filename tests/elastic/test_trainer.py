@@ -34,6 +34,7 @@ from elastic.settings import to_dict
 from elastic.timing.passes import medians
 from students import checkpoint
 from students.checkpoint import read_tensors
+from students.execution.wrapper import Wrapper
 from teachers.load import fingerprint
 from tests.pico.language import make_tiny, make_tokenizer
 
@@ -153,6 +154,21 @@ def test_checkpoints_hold_routers_only(finished: Path):
     assert not [name for name, tensor in tensors.items() if tuple(tensor.shape) in base]
 
 
+def test_a_loaded_student_has_its_weights_laid_out(
+    finished: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    student = elastic.load(finished)
+    student.set_compute(student.dial[0][0])
+
+    def laid_out_again(self: Wrapper) -> None:
+        raise AssertionError("a call lays weights out")
+
+    for kind in {type(module) for module in student.modules() if isinstance(module, Wrapper)}:
+        monkeypatch.setattr(kind, "lay_out", laid_out_again)
+    with torch.no_grad():
+        student(tokens)
+
+
 def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
     student = elastic.load(finished)
     config = configure(LORA)
@@ -233,6 +249,7 @@ KILLED = """
 import os, signal, sys, yaml
 from elastic import trainer
 from elastic.config import RunConfig, from_dict
+from students.execution.wrapper import Wrapper
 from students import checkpoint
 
 def die():
