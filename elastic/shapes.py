@@ -74,11 +74,11 @@ def _fits(
 ) -> tuple[int, bool]:
     """(how many copies of the weights fit, whether a training step does too); ValueError where not even one does."""
     model = build(shape, dtype, "meta")
-    needs = families.of(config.family).timing.needs(model, config, workload)
-    need, free = need_of(model, needs.trunk), free_memory(device)
-    work = need.inference(max(workload.batch) * needs.longest)
-    work = max(work, need.calibration(needs.calibrated, needs.sampled))
-    step = need.backward(config.train.batch * needs.trained)
+    sizes = families.of(config.family).timing.input_sizes(model, config, workload)
+    need, free = need_of(model, sizes.trunk), free_memory(device)
+    work = need.inference(max(workload.batch) * sizes.longest)
+    work = max(work, need.calibration(sizes.calibrated, sizes.sampled))
+    step = need.backward(config.train.batch * sizes.trained)
     if need.copies(1) + work > free:
         raise ValueError(
             f"{shape.name} needs about {(need.copies(1) + work) / 1e9:.1f} GB, {need.copies(1) / 1e9:.1f} of them for "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from elastic.distillation.dial import Meter
     from elastic.evaluation.teacher import TeacherOutputs
     from elastic.timing.passes import Contender, Models, Row
-    from elastic.timing.workload import Need, TrainingBatch, Workload
+    from elastic.timing.workload import InputSizes, TrainingBatch, Workload
     from students.calibration.price import Start
     from teachers import Teacher
 
@@ -111,7 +111,7 @@ class Timing(Protocol):
     def training_batch(self, student: Any, data: Any, config: RunConfig) -> TrainingBatch:
         """A micro-batch, on the student's device."""
 
-    def needs(self, model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+    def input_sizes(self, model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
         """How much is read at once by a model with random weights, which may be on the device "meta"."""
 
 

@@ -16,11 +16,17 @@ from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
 from elastic.distillation.prefetch import Prefetched
-from elastic.evaluation.image import METRICS, chosen_pixels, compare, evaluate, lines, routing, score_correlations
+from elastic.evaluation.image import METRICS as METRICS
+from elastic.evaluation.image import chosen_pixels, compare
+from elastic.evaluation.image import evaluate as evaluate
+from elastic.evaluation.image import lines as lines
+from elastic.evaluation.image import routing as routing
+from elastic.evaluation.image import score_correlations as score_correlations
 from elastic.evaluation.teacher import TeacherOutputs
-from elastic.objectives.image import Distillation
+from elastic.families import Generation, Timing
+from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.timing import image as timing
+from elastic.timing import image as timing_image
 from students.calibration.image import calibrate_images
 from students.calibration.price import Start
 from students.families.image import ImageStudent, features_of, image_shape
@@ -31,31 +37,9 @@ from teachers.data.images import load_all as load_all_images
 from teachers.data.synthetic import SyntheticData, random_images
 from teachers.families.image import classes_of
 
-__all__ = [
-    "BASELINES",
-    "METRICS",
-    "UNIT",
-    "Batches",
-    "Distillation",
-    "baseline",
-    "compute_meter",
-    "evaluate",
-    "generation",
-    "lines",
-    "load",
-    "load_all",
-    "random_data",
-    "routing",
-    "score_correlations",
-    "start",
-    "summary",
-    "timing",
-    "tokens",
-]
-"""What is asked of a family; see elastic/families/__init__.py."""
-
-generation = None
+generation: Generation | None = None
 """Images are all that is read, and no text is written."""
+timing: Timing = timing_image
 UNIT = "images"
 """What data consists of, for the user to read."""
 CALIBRATED = 64

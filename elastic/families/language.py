@@ -15,12 +15,16 @@ from elastic.baselines import language as baselines
 from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter
-from elastic.evaluation.language import METRICS, evaluate, lines, routing
+from elastic.evaluation.language import METRICS as METRICS
+from elastic.evaluation.language import evaluate as evaluate
+from elastic.evaluation.language import lines as lines
+from elastic.evaluation.language import routing as routing
 from elastic.evaluation.teacher import TeacherOutputs
-from elastic.generation import language as generation
-from elastic.objectives.language import Distillation
+from elastic.families import Generation, Timing
+from elastic.generation import language as generation_language
+from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.timing import language as timing
+from elastic.timing import language as timing_language
 from students.calibration.language import calibrate
 from students.calibration.price import Start
 from students.families.language import LanguageStudent
@@ -29,33 +33,12 @@ from teachers.data.synthetic import random_text
 from teachers.data.text import TextData, load_text, load_windows
 from teachers.families.language import require_rows
 
-__all__ = [
-    "BASELINES",
-    "METRICS",
-    "UNIT",
-    "Batches",
-    "Distillation",
-    "baseline",
-    "compute_meter",
-    "evaluate",
-    "generation",
-    "lines",
-    "load",
-    "load_all",
-    "random_data",
-    "routing",
-    "score_correlations",
-    "start",
-    "summary",
-    "timing",
-    "tokens",
-]
-"""What is asked of a family; see elastic/families/__init__.py."""
-
+timing: Timing = timing_language
 UNIT = "windows"
 """What data consists of, for the user to read."""
 DIAL_WINDOWS = 16
 """Windows that the dial is set on."""
+generation: Generation | None = generation_language
 score_correlations = None
 """Not defined for text, whose routers decide about different things."""
 BASELINES = ("random", "uniform", "static", "teal")

@@ -17,11 +17,16 @@ from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.prefetch import Prefetched
 from elastic.evaluation.teacher import TeacherOutputs
-from elastic.evaluation.vision_language import MEASURED, METRICS, evaluate, lines, routing
-from elastic.generation import vision_language as generation
-from elastic.objectives.vision_language import Distillation
+from elastic.evaluation.vision_language import MEASURED
+from elastic.evaluation.vision_language import METRICS as METRICS
+from elastic.evaluation.vision_language import evaluate as evaluate
+from elastic.evaluation.vision_language import lines as lines
+from elastic.evaluation.vision_language import routing as routing
+from elastic.families import Generation, Timing
+from elastic.generation import vision_language as generation_vision_language
+from elastic.objectives.vision_language import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.timing import vision_language as timing
+from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
 from students.calibration.vision_language import calibrate_door
 from students.families.vision_language import VisionLanguageStudent
@@ -33,31 +38,10 @@ from teachers.data.questions import load_all as load_all_questions
 from teachers.data.synthetic import SyntheticData, random_questions
 from teachers.families.language import require_rows
 
-__all__ = [
-    "BASELINES",
-    "METRICS",
-    "UNIT",
-    "Batches",
-    "Distillation",
-    "baseline",
-    "compute_meter",
-    "evaluate",
-    "generation",
-    "lines",
-    "load",
-    "load_all",
-    "random_data",
-    "routing",
-    "score_correlations",
-    "start",
-    "summary",
-    "timing",
-    "tokens",
-]
-"""What is asked of a family; see elastic/families/__init__.py."""
-
+generation: Generation | None = generation_vision_language
 score_correlations = None
 """Not defined for questions: one router decides, and what for is another matter for each."""
+timing: Timing = timing_vision_language
 UNIT = "questions"
 """What data consists of, for the user to read."""
 CALIBRATED = 4

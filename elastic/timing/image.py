@@ -13,7 +13,7 @@ from elastic.accounting.counters import count
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, medians, row_of
-from elastic.timing.workload import Need, TrainingBatch, Workload
+from elastic.timing.workload import InputSizes, TrainingBatch, Workload
 from students.execution.capture import Forward
 from students.families.image import ImageStudent, call
 from teachers.data.image_set import ImageSet
@@ -60,10 +60,10 @@ def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) ->
     return TrainingBatch(pixels, {"pixel_values": pixels}, student.at(pixels.shape[-2:])[0])
 
 
-def needs(model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+def input_sizes(model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
     """Calibration reads all images at once; for a model of timm."""
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    return Need(model, tokens, tokens, config.calibration.windows * tokens, 0)
+    return InputSizes(model, tokens, tokens, config.calibration.windows * tokens, 0)
 
 
 def _images(images: ImageSet, count: int) -> Tensor:

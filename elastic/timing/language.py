@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import COUNTED, Contender, Models, Row, decode, prefill
-from elastic.timing.workload import PROMPT, Need, TrainingBatch, Workload
+from elastic.timing.workload import PROMPT, InputSizes, TrainingBatch, Workload
 from students.calibration.language import ROWS_PER_BATCH
 from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
@@ -72,11 +72,11 @@ def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) 
     return TrainingBatch(ids, {"input_ids": ids}, config.train.window)
 
 
-def needs(model: nn.Module, config: RunConfig, workload: Workload) -> Need:
+def input_sizes(model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
     """Calibration reads two windows at a time."""
     windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
-    return Need(model, longest, config.train.window, calibrated, sampled)
+    return InputSizes(model, longest, config.train.window, calibrated, sampled)
 
 
 def _unpadded(ids: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, decode, prefill
-from elastic.timing.workload import Need, TrainingBatch, Workload
+from elastic.timing.workload import InputSizes, TrainingBatch, Workload
 from students.execution.decoding import Decoding
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.synthetic import ANSWER, QUESTION
@@ -55,8 +55,8 @@ def training_batch(student: VisionLanguageStudent, data: Any, config: RunConfig)
     return TrainingBatch(prompts, prompts.inputs, prompts.image.shape[1])
 
 
-def needs(model: Any, config: RunConfig, workload: Workload) -> Need:
+def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Calibration reads all questions at once; for a LLaVA."""
     vision = model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + QUESTION + ANSWER
-    return Need(model.get_decoder(), tokens, tokens, config.calibration.windows * tokens, 0)
+    return InputSizes(model.get_decoder(), tokens, tokens, config.calibration.windows * tokens, 0)

@@ -40,7 +40,7 @@ class TrainingBatch(NamedTuple):
     """Tokens of a row."""
 
 
-class Need(NamedTuple):
+class InputSizes(NamedTuple):
     """How much a model with random weights reads at once."""
 
     trunk: nn.Module

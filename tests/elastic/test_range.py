@@ -180,7 +180,7 @@ def test_tasks_are_asked_at_both_ends_and_in_the_middle(
     out = capsys.readouterr().out
     assert all(budget in out for budget in ("0.600", "0.800", "1.000"))
     monkeypatch.setattr("elastic.cli.screen.QUIET_SECONDS", -1)
-    monkeypatch.setattr("elastic.tasks.BATCH_TOKENS", 1)
+    monkeypatch.setattr("elastic.harness.scorer.BATCH_TOKENS", 1)
     assert main([*command, "--json", "--compute", "0.7", "0.9"]) == 0
     out, err = capsys.readouterr()
     assert err.count("1 of 2 done") == 3

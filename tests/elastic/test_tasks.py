@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from elastic import tasks, trainer
 from elastic.cli import main
 from elastic.config import RunConfig
+from elastic.harness.questions import questions
 from students import elasticize
 from students.families.language import LanguageStudent
 from students.spec import LoraSpec, RouterSpec, StudentSpec
@@ -148,7 +149,7 @@ def test_accuracy_is_counted_by_the_preferred_choice(finished: Path, tmp_path: P
     task = tasks.load_tasks([str(file)])["own"]
     scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))
     row, preferred = tasks._ask(scorer, "own", task, 12)
-    records = tasks.questions(file)[:12]
+    records = questions(file)[:12]
     assert len(preferred) == 12
     assert row["accuracy"] == sum(a == r["answer"] for a, r in zip(preferred, records, strict=True)) / 12
     for record, choice in zip(records, preferred, strict=True):
@@ -161,12 +162,12 @@ def test_blanks_are_filled_and_what_follows_is_scored(tmp_path: Path):
     file = make_file(tmp_path / "blanks.jsonl", blank=True)
     task = tasks.load_tasks([str(file)])["blanks"]
     task.build_all_requests(limit=1)
-    record = tasks.questions(file)[0]
+    record = questions(file)[0]
     before, after = record["question"].split("_")
     assert [r.args for r in task.instances] == [(before + choice, after.rstrip()) for choice in record["choices"]]
     scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))
     row, preferred = tasks._ask(scorer, "blanks", task, None)
-    right = [a == r["answer"] for a, r in zip(preferred, tasks.questions(file), strict=True)]
+    right = [a == r["answer"] for a, r in zip(preferred, questions(file), strict=True)]
     assert row["accuracy"] == sum(right) / 20 and "accuracy_norm" not in row
 
 
@@ -225,7 +226,7 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path):
     file = make_file(tmp_path / "own.jsonl", count=2)
     file.write_text(f"{file.read_text()}\n\n{line}\n")
     with pytest.raises(ValueError, match=r"own.jsonl, line 4: a JSON object is expected") as error:
-        tasks.questions(file)
+        questions(file)
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,68 @@
+"""Tasks of the harness by name, and files of questions by path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from lm_eval.api.task import ConfigurableTask
+
+from elastic.harness.questions import file_task
+from elastic.harness.silence import silent
+from teachers import hub
+from teachers.quiet import first_line
+
+
+def load_tasks(items: Sequence[str], say: Callable[[str], None] = print) -> dict[str, ConfigurableTask]:
+    """Tasks by name, zero-shot, of names that the harness knows and of paths. ValueError for what is none of both."""
+    if not items:
+        raise ValueError(
+            "--tasks names no task: give names of the harness and paths of files, with commas between them"
+        )
+    paths = {item: Path(item).expanduser() for item in items}
+    files = {item for item, path in paths.items() if path.is_file() or path.suffix or len(path.parts) > 1}
+    found = [(paths[item].stem, file_task(paths[item])) for item in items if item in files]
+    names = [item for item in items if item not in files]
+    if names:
+        say("reading the harness's list of tasks ...")
+        found += _harness_tasks(names)
+    tasks: dict[str, ConfigurableTask] = {}
+    for name, task in found:
+        if name in tasks:
+            raise ValueError(f"two tasks are called {name}: measure them one after the other")
+        if task.OUTPUT_TYPE != "multiple_choice":
+            raise ValueError(
+                f"{name} is no multiple-choice task but one of {task.OUTPUT_TYPE}, which --tasks is not for"
+            )
+        task.set_config(key="num_fewshot", value=0)
+        tasks[name] = task
+    return tasks
+
+
+def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
+    """The harness's own tasks; a group's or tag's all."""
+    from lm_eval.tasks import TaskManager
+
+    with silent():
+        manager = TaskManager()
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"the harness has no task {name!r}: {hint}`lm-eval ls tasks` lists them; files go by path")
+    reason = hub.unreachable()
+    found = []
+    for name in names:
+        try:
+            with silent(), hub.offline() if reason else nullcontext():
+                found += manager.load([name])["tasks"].items()
+        except Exception as error:  # datasets, the HTTP library and the tasks' own code each have their classes
+            if reason:
+                raise ValueError(
+                    f"the data of {name} comes from the hub, which cannot be reached ({reason}), and is not in the "
+                    "cache; a file of questions goes by its path: --tasks FILE.jsonl"
+                ) from error
+            raise ValueError(f"the task {name} cannot be loaded: {first_line(error)}") from error
+    return found

@@ -1,0 +1,143 @@
+"""A student as a model of the harness. A request is a context and a continuation; what counts is the continuation's
+log-probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from torch import Tensor
+
+from elastic.reporting.progress import Watched
+from losses import default_chunk_rows
+from students.compute import PHASES
+from students.families.language import LanguageStudent
+from teachers.families.language import require_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 2048
+"""Tokens that are scored together."""
+LONGEST = 2048
+"""Tokens that a model reads at once where its configuration does not say."""
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""What the harness hands over: (texts, tokens of the context, tokens of the continuation)."""
+
+
+class Scorer(TemplateLM):
+    """A student as the harness sees a language model.
+
+    Texts of one length make a batch, so that nothing is padded and no decision can depend on padding; routers that
+    decide per sequence look at the context only; the LM head runs where a continuation is scored.
+    """
+
+    backend = "causal"
+
+    def __init__(self, student: LanguageStudent, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.student = student
+        self.tokenizer = tokenizer
+        config = student.model.config.get_text_config()
+        self.longest = getattr(config, "max_position_embeddings", None) or LONGEST
+        self.spent = dict.fromkeys(PHASES, 0.0)
+        """Multiply-accumulates of the student for all tokens so far, by phase."""
+        self.dense = dict.fromkeys(PHASES, 0.0)
+        """Those of the teacher."""
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text, which stands in front of a continuation without context if there is no BOS token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in front of a continuation without context."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one unless told otherwise."""
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is the most likely continuation) for each request."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[Request], **options: Any) -> list[tuple[float, bool]]:
+        numbers: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(
+                    f"nothing can be scored of {texts[1][:40]!r}: it has no token of its own in this place"
+                )
+            read = tuple((context + continuation)[-self.longest - 1 : -1])
+            given = len(read) + 1 - len(continuation)
+            if given < 1:
+                raise ValueError(f"a choice has {len(continuation)} tokens, too many for this model: {texts[1][:40]!r}")
+            # choices that differ in their last token only have the same text to be read
+            numbers.setdefault((read, given), []).append(number)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        batches = []
+        for length, same in groupby(sorted(numbers, key=lambda text: -len(text[0])), lambda text: len(text[0])):
+            texts, size = list(same), max(1, BATCH_TOKENS // length)
+            batches += [texts[first : first + size] for first in range(0, len(texts), size)]
+        for batch in Watched(batches):
+            continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
+            for text, scores in zip(batch, self._score(batch, continuations), strict=True):
+                for number, score in zip(numbers[text], scores, strict=True):
+                    answers[number] = score
+        return answers
+
+    @torch.no_grad()
+    def _score(
+        self, batch: list[tuple[tuple[int, ...], int]], continuations: list[list[list[int]]]
+    ) -> Iterator[list[tuple[float, bool]]]:
+        """For each text of one length (tokens, how many of them are context) the scores of its continuations."""
+        student = self.student
+        device = student.model.device
+        ids = torch.tensor([read for read, _ in batch], device=device)
+        require_rows(student.model, self.tokenizer, ids)
+        given = torch.tensor([given for _, given in batch], device=device)[:, None]
+        places = torch.arange(ids.shape[1], device=device)
+        out, decisions = student.features(ids, prompt=places < given)
+        rows = out.last_hidden_state[places >= given - 1]
+        # the k-th continuation of each text, row by row; those that have fewer repeat their first
+        most = max(map(len, continuations))
+        columns = [[choices[k] if k < len(choices) else choices[0] for choices in continuations] for k in range(most)]
+        targets = torch.tensor([[t for choice in column for t in choice] for column in columns], device=device).T
+        tensors = student.head_tensors()
+        size = default_chunk_rows(student.model.config.get_text_config().vocab_size, rows.dtype, device)
+        scores, hits, shares = [], [], []
+        for part, target in zip(rows.split(size), targets.split(size), strict=True):
+            logits, share = student.logits(part, *tensors)
+            logits = logits.float()
+            scores.append(logits.gather(1, target) - logits.logsumexp(1, keepdim=True))
+            hits.append(logits.argmax(1, keepdim=True) == target)
+            shares.append(share)
+        self._count(ids, decisions, None if shares[0] is None else torch.cat(shares).mean())
+        lengths = [len(choices[0]) for choices in continuations]
+        for choices, score, hit in zip(
+            continuations, torch.cat(scores).split(lengths), torch.cat(hits).split(lengths), strict=True
+        ):
+            found = zip(score.sum(0).tolist(), hit.all(0).tolist(), strict=True)
+            yield [answer for answer, _ in zip(found, choices, strict=False)]
+
+    def _count(self, ids: Tensor, decisions: Any, share: Tensor | None) -> None:
+        """Add what these texts cost; the head's cost is that of the rows it ran on, taken for all tokens."""
+        compute = self.student.compute
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        for phase in PHASES:
+            head = float(compute.routed_head(share, phase)) * ids.numel()
+            self.spent[phase] += float(compute.routed_blocks(decisions, valid, phase).sum()) + head
+            self.dense[phase] += float(compute.dense(valid, phase).sum())
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Not for multiple choice."""
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Not for multiple choice."""
+        raise NotImplementedError
