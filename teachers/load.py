@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teachers import hub, wheel
-from teachers.families import image, vision_language
-from teachers.quiet import first_line, quiet
+from teachers import families, hub, wheel
+from teachers.quiet import quiet
 from teachers.registry import ModelEntry, models, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from teachers.data.image_set import Preprocess
 
@@ -63,21 +62,16 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or preferred_dtype(device)
     with quiet():
-        if entry.family == "vit":
-            model, processor, unused = image.load(name, folder, dtype, trust_remote_code)
-        elif entry.family == "vlm":
-            model, processor, unused, more = _vision_language(name, folder, dtype, trust_remote_code)
-            source += more
-        else:
-            model, unused = _causal_lm(name, folder, dtype, trust_remote_code)
-            processor = _tokenizer(name, folder, trust_remote_code)
-    model = model.to(device).eval().requires_grad_(False)
+        found = families.of(entry.family).load(name, folder, dtype, trust_remote_code)
+    source += found.note
+    model = found.model.to(device).eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
         if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):
             raise ValueError(f"{name}: the weights are damaged: {key} holds NaN or infinity")
-    if unused:
-        source += f"; {len(unused)} weights of the checkpoint have no place in this model, such as {unused[0]}"
-    return Teacher(name, model, processor, entry.family, source, fingerprint(model))
+    if found.unused:
+        weights = f"{len(found.unused)} weights of the checkpoint have no place in this model"
+        source += f"; {weights}, such as {found.unused[0]}"
+    return Teacher(name, model, found.processor, entry.family, source, fingerprint(model))
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
@@ -147,54 +141,3 @@ def _locate(entry: ModelEntry) -> tuple[Path, str]:
         f"{entry.hub} is not in the Hugging Face cache and the hub cannot be reached ({reason}): give a local folder, "
         "set HF_HOME to a cache that holds it, or try smollm2-135m, which needs no hub"
     )
-
-
-def _vision_language(
-    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, ProcessorMixin, list[str], str]:
-    """Model, processor, unused weights, and what is to be said of the source besides the folder; some models have only
-    tower and projector in theirs."""
-    language = vision_language.language_of(folder)
-    if language is None:
-        return *vision_language.load(name, folder, dtype, trust_remote_code), ""
-    base = load(language, dtype=dtype, device="cpu")
-    return *vision_language.compose(folder, base.model, base.processor), [], f"; language model: {base.source}"
-
-
-def _causal_lm(
-    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model in `folder` and its unused weights, or a ValueError of one line that says what is wrong with it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from error
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote:
-        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        saved_as = config.architectures or ["an unnamed architecture"]
-        if isinstance(getattr(config, "image_size", None) or getattr(config, "num_channels", None), (int, list, tuple)):
-            raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {image.SUPPORTED}")
-        if known is None or (config.architectures and known.__name__ not in config.architectures):
-            raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
-    hub.require_weights(name, folder)
-    return hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
-
-
-def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        files = [file for pattern in ("*token*", "*vocab*", "*.model") for file in folder.glob(pattern)]
-        reason = (
-            first_line(error) if files else "there is none beside the weights (tokenizer.save_pretrained puts it there)"
-        )
-        raise ValueError(f"{name}: tokenizer cannot be loaded: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from teachers import families
 from teachers.quiet import quiet
 
 if TYPE_CHECKING:
@@ -53,19 +54,5 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
     import torch
 
     with torch.device(device), quiet():
-        model = _timm(shape.timm, dtype) if shape.timm is not None else _transformers(shape, dtype)
+        model = families.of(shape.family).random_model(shape.config or shape.timm or {}, dtype)
     return model.eval().requires_grad_(False)
-
-
-def _timm(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    import timm
-
-    return timm.create_model(**settings).to(dtype)
-
-
-def _transformers(shape: Shape, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    made = AutoModelForCausalLM if shape.family == "llm" else AutoModelForImageTextToText
-    assert shape.config is not None
-    return made.from_config(AutoConfig.for_model(**shape.config), dtype=dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from teachers import hub
 from teachers.data.classes import Classes, named, unnamed
 from teachers.data.pictures import standard
+from teachers.families import Loaded
 from teachers.quiet import first_line
 from teachers.registry import IMAGE_MODELS
 
@@ -30,11 +31,8 @@ SCALES = ".scale"
 """Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
 
 
-def load(
-    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[nn.Module, Preprocess, list[str]]:
-    """The image model in `folder`, its own preprocessing, and names of weights that the model has no place for;
-    ValueError of one line where something is wrong."""
+def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    """The image model in `folder` and its own preprocessing; ValueError of one line where something is wrong."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     hub.require_weights(name, folder)
     if "architecture" not in config:
@@ -48,7 +46,14 @@ def load(
         {"attn", "mlp"} <= p or {"attns", "ffns"} <= p for p in parts
     ):
         raise ValueError(f"{name}: {config['architecture']} of timm is not supported; {SUPPORTED}")
-    return model, preprocess, []
+    return Loaded(model, preprocess)
+
+
+def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model of timm with random weights."""
+    import timm
+
+    return timm.create_model(**settings).to(dtype)
 
 
 def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
@@ -72,7 +77,7 @@ def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
 
 def _transformers(
     name: str, folder: Path, config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[nn.Module, Preprocess, list[str]]:
+) -> Loaded:
     import transformers
 
     kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
@@ -101,7 +106,7 @@ def _transformers(
     # other towers, decoders and heads are left out on purpose
     parts = {key.partition(".")[0] for key in model.state_dict()}
     unused = [key for key in unused if key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in parts]
-    return model, preprocess, unused
+    return Loaded(model, preprocess, unused)
 
 
 def classes_of(model: nn.Module) -> Classes | None:

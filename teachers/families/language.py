@@ -1,10 +1,65 @@
-"""Causal language models."""
+"""Load causal language models."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from teachers import hub
+from teachers.families import Loaded
+from teachers.families.image import SUPPORTED
+from teachers.quiet import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    """The causal language model in `folder` and its tokenizer; ValueError of one line where something is wrong."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from error
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        saved_as = config.architectures or ["an unnamed architecture"]
+        if isinstance(getattr(config, "image_size", None) or getattr(config, "num_channels", None), (int, list, tuple)):
+            raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {SUPPORTED}")
+        if known is None or (config.architectures and known.__name__ not in config.architectures):
+            raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
+    hub.require_weights(name, folder)
+    model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
+    return Loaded(model, _tokenizer(name, folder, trust_remote_code), unused)
+
+
+def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        files = [file for pattern in ("*token*", "*vocab*", "*.model") for file in folder.glob(pattern)]
+        reason = (
+            first_line(error) if files else "there is none beside the weights (tokenizer.save_pretrained puts it there)"
+        )
+        raise ValueError(f"{name}: tokenizer cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model of transformers with random weights, of these settings of its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
 
 
 def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:

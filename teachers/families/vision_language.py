@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers import hub
+from teachers.families import Loaded
 from teachers.families.image import unpack
 from teachers.quiet import first_line
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 LANGUAGE = "language_model"
@@ -27,20 +29,30 @@ CHAT_TEMPLATE = (
 """Shorter than SmolLM2's own: an answer is learned sooner where it is nearer to the question."""
 
 
-def load(
-    name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, ProcessorMixin, list[str]]:
-    """The vision-language model in `folder`, its processor, and names of weights that the model has no place for;
+def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    """The vision-language model in `folder`, of which there may be tower and projector only, and its processor;
     ValueError of one line where something is wrong."""
     import transformers
 
+    from teachers.load import load as load_teacher
+
+    if (language := language_of(folder)) is not None:
+        base = load_teacher(language, dtype=dtype, device="cpu")
+        return Loaded(*compose(folder, base.model, base.processor), note=f"; language model: {base.source}")
     hub.require_weights(name, folder)
     model, unused = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(f"{name}: processor cannot be loaded: {first_line(error)}") from error
-    return model, processor, unused
+    return Loaded(model, processor, unused)
+
+
+def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model of transformers with random weights, of these settings of its configuration."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings), dtype=dtype)
 
 
 def language_of(folder: Path) -> str | None:
