@@ -46,7 +46,7 @@ class RouterSpec:
     dropped: Literal["return", "stay", "merge"] = "return"
     """layer, image models: whether a token that a block leaves out is back for the next one, or stays out until the
     last block is done (the sequence gets shorter). merge: it stays out, and the token most like it becomes the mean of
-    what it stands for and counts as so many in attention (execution/merging.py); half of them can go at a time."""
+    what it stands for and counts as so many in attention (kernels/merging.py); half of them can go at a time."""
     multiple: int = 1
     """quota, and threshold in layer routers of image models: an image keeps a multiple of so many tokens, the prefix
     included, or fewer than that; attention on some CPUs takes a third of the time for 32 tokens that it takes for 50,

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from students.flops import ATTENTION, flop_counter
+from students.kernels.ops import OPERATORS
 
-_aten, _elastic = torch.ops.aten, torch.ops.elastic
+_aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, *ATTENTION}
 
 
@@ -27,15 +28,9 @@ class _ByteCounter(TorchDispatchMode):
         packet = function.overloadpacket
         if packet in _PRODUCTS:
             self.total += sum(_bytes(x) for x in args if isinstance(x, Tensor))
-        elif packet in (_elastic.read_channels, _elastic.few_channels):
-            weight = args[2]
-            self.total += int(out[1]) * weight.shape[1] * weight.element_size()
-            self.total += sum(_bytes(x) for x in args[4:6] if x is not None)
-        elif packet is _elastic.dot_rows:
-            self.total += len(out) * args[1].shape[1] * args[1].element_size()
-        elif packet is _elastic.exact_rows:
-            head = args[1]
-            self.total += min(int(out[1].sum()), len(head)) * head.shape[1] * head.element_size()
+        elif function.namespace == "elastic":
+            read = OPERATORS[packet.__name__].read
+            self.total += 0 if read is None else read(*args, out_val=out)
         return out
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from elastic import launch
 from elastic.config import BudgetConfig, LossConfig
-from losses import DIVERGENCES, capacity_hinge, forward_kl, load_balance, topk_bce
+from losses import DIVERGENCES, capacity_hinge, load_balance, topk_bce
 from students import RouterSpec, Student
 from students.decisions import Decisions
-from students.kernels import fused
+from students.kernels.autograd import forward_kl
 
 T = TypeVar("T", bound="Sums")
 
@@ -52,14 +52,9 @@ def of_all(measured: T | None) -> T:
 def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """(student's logits, teacher's logits) -> the configured divergence of each row."""
     if loss.logits == "forward_kl" and loss.temperature == 1:
-        return _forward_kl
+        return forward_kl
     options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
     return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **options)
-
-
-def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """In one pass where there is a kernel for it."""
-    return fused.forward_kl(student, teacher) if fused.reads_once(student) else forward_kl(student, teacher)
 
 
 def routing_loss(

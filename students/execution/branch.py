@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from students.execution.attention import Packing, Plan
 from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
-from students.execution.tokens import Chosen, Listed, Rectangle, flat_index, for_tokens, gather_open, take
+from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, take
 from students.execution.wrapper import Wrapper
 from students.kernels import devices
+from students.kernels.merging import flat_index
 from students.libraries import cache_in
 from students.routers import Router, selection
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from students.execution.flow import Flow, at_places
-from students.execution.merging import NOT_NOW, Matches, match, merge, merge_below, merge_lowest
 from students.execution.runtime import Runtime
-from students.execution.tokens import flat_index, for_tokens, gather_open
+from students.execution.tokens import for_tokens, gather_open
 from students.execution.wrapper import Wrapper
 from students.kernels import ops
-from students.kernels.cpu import toolchain
+from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
 from students.routers import Router, selection
 
 TOP = 1e30
@@ -97,7 +96,7 @@ class RoutedBlock(Wrapper):
         if merges and isinstance(count, int):
             if count + self.prefix < x.shape[1]:
                 some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
-        elif merges and count is None and toolchain.native(x) is not None and not ops.observed():
+        elif merges and count is None:
             some, index, valid, stand_in = self._merge_below(x, flow, router)
         elif router is not None:
             x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
@@ -157,36 +156,26 @@ class RoutedBlock(Wrapper):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """As `_merge_some`, where each image keeps as many as have a score of at least 0; filled up, and which of the
         tokens are there (None: all). No old places where none has left."""
-        linear, tokens = router.linear, x.shape[1]
-        lengths = torch.full((len(x),), tokens) if flow.valid is None else flow.valid.sum(1)
-        shift = torch.as_tensor(router.shift(self.runtime.dial_of(x[:, 0, 0]))).float().expand(len(x))
-        some, size, score, index, into, counts = merge_below(
-            *(
-                x,
-                flow.size,
-                flow.score,
-                linear.weight[0],
-                linear.bias,
-                router.distance_weight,
-                self.top,
-                lengths,
-                shift,
-            ),
-            self.runtime.multiple(router.spec),
-        )
-        most = int(counts.max())
+        linear, tokens, device = router.linear, x.shape[1], x.device
+        lengths = torch.full((len(x),), tokens, device=device) if flow.valid is None else flow.valid.sum(1)
+        shift = torch.as_tensor(router.shift(self.runtime.dial_of(x[:, 0, 0])), device=device).float().expand(len(x))
+        given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
+        multiple = self.runtime.multiple(router.spec)
+        some, size, score, index, into, left = ops.merge_below(x, *given, lengths, shift, multiple)
+        counts, before = torch.stack([left, lengths]).tolist()  # waits for the device
+        most = max(counts)
         flow.resize(size[:, :most])
         flow.score = score[:, :most]
-        if bool((counts == lengths).all()):
+        if counts == before:
             return x, None, flow.valid, None
-        valid = torch.arange(most) < counts[:, None]
-        return some[:, :most], index[:, :most], None if bool(valid.all()) else valid, into
+        valid = None if min(counts) == most else torch.arange(most, device=device) < left[:, None]
+        return some[:, :most], index[:, :most], valid, into
 
     def _merge_some(self, x: Tensor, flow: Flow, router: Router, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
         where each of x [B, n, D] stands then [B, n]."""
         linear = router.linear
-        some, size, flow.score, index, into = merge_lowest(
+        some, size, flow.score, index, into = ops.merge_lowest(
             x, flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top, keep
         )
         flow.resize(size)

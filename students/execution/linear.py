@@ -16,7 +16,7 @@ from students.execution.handover import BlockHandover, BranchHandover, Narrow, S
 from students.execution.runtime import Runtime
 from students.execution.tokens import scatter_rows
 from students.execution.wrapper import Wrapper
-from students.kernels import fused, ops
+from students.kernels import direct, ops
 from students.kernels.packing import PackedProduct
 from students.prepared import Stamp
 from students.routers import ChannelRouter, Lora, selection
@@ -91,7 +91,7 @@ class Site:
             masked = self._mask(x)
         else:
             limit = self.limit if run.call.rows is None else first.routers["channel"].limit(first.dial_of(x), x.dtype)
-            masked, share = fused.channel_gate(x, limit)
+            masked, share = ops.channel_gate(x, limit)
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
         if len(masked) <= JOINT_ROWS:
@@ -165,8 +165,8 @@ class Site:
             limit = first.routers["channel"].limit(first.runtime.offset, dtype)
             if self._limit is None:
                 self._limit = limit
-                self._mask = fused.masker(limit, dtype)
-                self._reader = ops.reader(limit, self._whole, self._bias, self._down, self._up, self._ends)
+                self._mask = direct.channel_gate(limit, dtype)
+                self._reader = direct.read_channels(limit, self._whole, self._bias, self._down, self._up, self._ends)
             self.limit = self._limit.copy_(limit)
 
     def forget(self) -> None:

@@ -133,13 +133,6 @@ def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
     return index, None if bool(valid.all()) else valid
 
 
-def flat_index(index: Tensor, tokens: int) -> Tensor:
-    """[B * k]: where the tokens at index [B, k] are once batch and tokens [B, tokens] are one dimension."""
-    if len(index) == 1:
-        return index.flatten()
-    return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
-
-
 def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:
     """What a block of an image model is called with, for the tokens at index [B, k] only, which begins with the prefix.
 

@@ -1,25 +1,78 @@
-"""Matrix-vector products that read only what is selected, as torch operators: on CPUs a small C library where a
-compiler is present (see cpu/kernels.c), on GPUs Triton's kernels (see triton/), torch's own operators elsewhere.
+"""The operators: one table of their names and arguments, the shapes of what they return, and what they cost.
 
-They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. None has a gradient.
-The numbers of what was read are on the inputs' device, and only torch's own operators wait for it, once a call.
+They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. torch's dispatcher
+chooses what runs: on CPUs the C functions of cpu/, on GPUs Triton's kernels of triton/, and elsewhere, or for types
+that these do not know, the reference (reference.py). None has a gradient of its own (see autograd.py). Numbers of what
+was read are on the inputs' device, and only references wait for it.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from students.kernels import triton
+from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.triton import tuning
+
+Cost = Callable[..., int]
+"""What a call costs: (*arguments, out_val=what it returned) -> a number."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A row of the table."""
+
+    schema: str
+    shapes: Callable[..., Any]
+    """Empty tensors of the shapes, types and device of what is returned."""
+    flops: Cost | None
+    """None: no products, and torch counts no others."""
+    read: Cost | None
+    """Bytes that products read of weights and tokens; None as above."""
+
+
+OPERATORS: dict[str, Operator] = {}
+"""The table, by name."""
+_library = torch.library.Library("elastic", "DEF")
+
+
+def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None, read: Cost | None = None) -> Any:
+    """Define an operator, with the implementations of its name."""
+    name = _library.define(schema)
+    OPERATORS[name] = Operator(schema, shapes, flops, read)
+    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    if name in cpu.OPERATORS:
+        _library.impl(name, cpu.OPERATORS[name], "CPU")
+    if name in triton.OPERATORS and triton.available():
+        _library.impl(name, _on_gpu(name), "CUDA")
+    torch.library.register_fake(f"elastic::{name}", shapes, lib=_library)
+    packet = getattr(torch.ops.elastic, name)
+    if flops is not None:
+        register_flop_formula(packet, get_raw=True)(flops)
+    return packet.default
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    kernel, other = triton.implementation(name), getattr(reference, name)
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        return (other if first.dtype == torch.float64 else kernel)(first, *rest)
+
+    return run
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether operators run as kernels made for tensors like this one, and not as references."""
+    if x.is_cuda:
+        return triton.available() and x.dtype != torch.float64
+    return toolchain.native(x) is not None
 
 
 def observed() -> bool:
@@ -27,127 +80,170 @@ def observed() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _size(x: Tensor | None) -> int:
+    """Bytes."""
+    return 0 if x is None else x.numel() * x.element_size()
 
 
-def _layers(
-    limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
-) -> tuple[Any, ...]:
-    """Linear layers side by side, as the C functions that read channels take them between input and output."""
-    rank = 0 if up is None else len(up)
-    return (
-        *(limit.data_ptr(), weight.data_ptr(), weight.stride(0), *weight.shape, _address(bias), _address(down)),
-        *(_address(up), rank, (ctypes.c_int64 * len(ends))(*ends), len(ends)),
-    )
+def _channels_flops(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
+    _, down, up, _ = rest
+    corrections = 0 if up is None else down.numel() + up.numel()
+    rows = x.numel() // x.shape[-1]
+    return 2 * rows * (int(out_val[1]) * weight.shape[1] + corrections)
 
 
-_operators = torch.library.Library("elastic", "DEF")
+def _channels_read(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
+    _, down, up, _ = rest
+    return int(out_val[1]) * weight.shape[1] * weight.element_size() + _size(down) + _size(up)
 
 
-def operator(schema: str, fake: Any) -> Any:
-    def register(function: Any) -> Any:
-        name = _operators.define(schema)
-        _operators.impl(name, function, "CompositeExplicitAutograd")
-        if name in triton.OPERATORS and triton.available():
-            _operators.impl(name, triton.implementation(name), "CUDA")
-        torch.library.register_fake(f"elastic::{name}", fake, lib=_operators)
-        return getattr(torch.ops.elastic, name).default
-
-    return register
-
-
-def _read_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
-    kind = toolchain.native(x)
-    if kind is not None:
-        x, out = x.contiguous(), x.new_empty(weight.shape[1])
-        layers = _layers(limit, weight, bias, down, up, ends)
-        count = getattr(toolchain.loaded, f"read_channels_{kind}")(
-            x.data_ptr(), *layers, out.data_ptr(), torch.get_num_threads()
-        )
-        return out, torch.tensor(count)
-    rows = (x.abs() >= limit).nonzero().squeeze(1)
-    bag = rows.unsqueeze(0)
-    if len(rows):
-        out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
-    else:
-        out = x.new_zeros(weight.shape[1])
-    if bias is not None:
-        out = out + bias
-    if up is not None:
-        low = F.linear(x, down).view(len(ends), -1)
-        starts = [0, *ends[:-1]]
-        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(zip(starts, ends, strict=True))])
-    return out, torch.tensor(len(rows), device=x.device)
-
-
-read_channels = operator(
+read_channels = _operator(
     "read_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
     lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), x.new_empty((), dtype=torch.long)),
-)(_read_channels)
+    _channels_flops,
+    _channels_read,
+)
 """Several linear layers that read one input x [I], side by side, from the channels with |x| >= limit [I] (float32).
 
 weight [I, O], contiguous rows; bias [O]; low-rank corrections, which read every channel: down [parts * r, I], up
 [r, O]; ends: where the outputs of each layer end. Returns out [O] and the number of channels read.
 """
 
+few_channels = _operator(
+    "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
+    " -> (Tensor, Tensor)",
+    lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), x.new_empty((), dtype=torch.long)),
+    _channels_flops,
+    _channels_read,
+)
+"""As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 
-def _dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-    kind = toolchain.native(x)
-    if kind is not None:
-        x = x.contiguous()
-        out = x.new_empty(len(weight) if rows is None else len(rows))
-        getattr(toolchain.loaded, f"dot_rows_{kind}")(
-            *(x.data_ptr(), weight.data_ptr(), _address(bias), _address(rows), len(out), len(x), out.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return out
-    if rows is None:
-        return F.linear(x, weight, bias)
-    return F.linear(x, weight[rows], None if bias is None else bias[rows])
-
-
-dot_rows = operator(
+dot_rows = _operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
     lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),
-)(_dot_rows)
+    lambda x, *_, out_val: 2 * len(x) * len(out_val),
+    lambda x, weight, *_, out_val: len(out_val) * weight.shape[1] * weight.element_size(),
+)
 """A linear layer, weight [O, I] contiguous, of which some outputs are wanted, rows [n] (None: all): x [I] -> [n]."""
 
-
-def _exact_rows(
-    x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
-) -> tuple[Tensor, Tensor]:
-    kind = toolchain.native(x)
-    if kind is not None:
-        x, limit = x.contiguous(), limit.float().contiguous()
-        out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
-        getattr(toolchain.loaded, f"exact_rows_{kind}")(
-            *(x.data_ptr(), len(x), head.data_ptr(), _address(bias), len(head), x.shape[1], preview.data_ptr()),
-            *(limit.data_ptr(), float(tail), out.data_ptr(), count.data_ptr(), torch.get_num_threads()),
-        )
-        return out, count
-    needed = preview >= limit.unsqueeze(1)
-    rows = needed.any(0).nonzero().squeeze(1)
-    exact = F.linear(x, head[rows], None if bias is None else bias[rows])
-    guess = preview + tail
-    return guess.index_copy(1, rows, torch.where(needed[:, rows], exact, guess[:, rows])), needed.sum(1)
-
-
-exact_rows = operator(
+exact_rows = _operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda x, head, bias, preview, *_: (torch.empty_like(preview), x.new_empty(len(x), dtype=torch.long)),
-)(_exact_rows)
+    lambda x, *_, out_val: 2 * int(out_val[1].sum()) * x.shape[1],
+    lambda x, head, *_, out_val: min(int(out_val[1].sum()), len(head)) * head.shape[1] * head.element_size(),
+)
 """The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
+
+channel_gate = _operator(
+    "channel_gate(Tensor x, Tensor limit) -> (Tensor, Tensor)",
+    lambda x, limit: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
+)
+"""x [..., C] with 0 where |x| < limit, which is float32 [C], or [B, 1, C] for x [B, T, C]; the share kept [...]."""
+
+channel_gate_grad = _operator(
+    "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
+    " -> (Tensor, Tensor)",
+    lambda grad_out, grad_share, x, limit, *_: (torch.empty_like(x), torch.empty_like(limit)),
+)
+"""Gradients of `channel_gate` by x and log(limit), the latter from the channels with low <= |x| < high."""
+
+row_gate = _operator(
+    "row_gate(Tensor exact, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
+    lambda exact, *_: (torch.empty_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),
+)
+"""exact [..., V] where preview >= limit [..., 1], float32, else preview + tail []; the share of exact ones [...]."""
+
+row_gate_grad = _operator(
+    "row_gate_grad(Tensor grad_out, Tensor grad_share, Tensor exact, Tensor preview, Tensor limit, Tensor tail)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_out, grad_share, exact, preview, limit, tail: tuple(
+        torch.empty_like(x) for x in (exact, preview, limit, tail)
+    ),
+)
+"""Gradients of `row_gate` by exact, preview, limit (from the rows within half a nat of it) and tail."""
+
+
+def _kl_shapes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty(len(student), dtype=wide), student.new_empty(2, len(student), dtype=wide)
+
+
+forward_kl = _operator("forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)", _kl_shapes)
+"""KL(teacher || student) [N] of logits [N, V] in nats, and the logarithms of each row's sum of exponentials [2, N]."""
+
+forward_kl_grad = _operator(
+    "forward_kl_grad(Tensor student, Tensor teacher, Tensor logs, Tensor grad) -> Tensor",
+    lambda student, *_: torch.empty_like(student),
+)
+"""The gradient of `forward_kl` by the student's logits, for the gradient [N] by the divergences."""
+
+softmax_grad = _operator("softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None)
+"""Scores [..., T, K], contiguous as grad is, become their softmax, and gradients by that softmax those by the scores.
+
+tokens: T where the first of T tokens sees one key, the next two and so on; 0 where all see all.
+"""
+
+rms_norm = _operator(
+    "rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: torch.empty_like(x)
+)
+"""x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D] (arXiv 1910.07467), with the sums in torch's order.
+
+kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
+factor is 1 + weight.
+"""
+
+rms_norm_grad = _operator(
+    "rms_norm_grad(Tensor grad, Tensor x, Tensor weight, float epsilon, int kind) -> Tensor",
+    lambda grad, x, *_: torch.empty_like(x),
+)
+"""The gradient of `rms_norm` by x."""
+
+
+def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
+    top, chosen = rest[5], rest[6:]
+    batch, n, width = x.shape
+    lengths = [n] * batch if len(chosen) == 1 else chosen[0].tolist()
+    patches = [length - len(top) for length in lengths]
+    return 2 * width * (sum(lengths) + sum(k // 2 * ((k + 1) // 2) for k in patches))
+
+
+def _merged_shapes(x: Tensor, keep: int) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty(len(x), keep, x.shape[-1]),
+        *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),
+        *(x.new_empty(len(x), count, dtype=torch.long) for count in (keep, x.shape[1])),
+    )
+
+
+merge_lowest = _operator(
+    "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
+    " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, *rest: _merged_shapes(x, rest[-1]),
+    _merge_flops,
+    lambda x, *_, out_val: _size(x),
+)
+"""Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image.
+
+size [B, n]: what each stands for (None: 1). before [B, n]: the lowest score it had so far (None: infinity). Scores are
+those of `stream_score` with weight [D] and bias [1], plus `distance_weight` [] times the distance; top: those of the
+prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of
+the n tokens stands then [B, n]. (See merging.py.)
+"""
+
+merge_below = _operator(
+    "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
+    " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, *_: (*_merged_shapes(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),
+    _merge_flops,
+    lambda x, *_, out_val: _size(x),
+)
+"""As `merge_lowest`, where the tokens with a score below -shift are taken in, as far as `multiple` allows (see
+`merging.in_multiples`), and each image has its own length [B] and shift [B], float32.
+
+What is left comes first, then what has left; also returned is how many are left [B].
+"""
 
 
 def exact_together(x: Tensor) -> int:
@@ -157,94 +253,14 @@ def exact_together(x: Tensor) -> int:
 
 
 def reads_few(weight: Tensor, ends: list[int]) -> bool:
-    """Whether `few_channels` runs here: on a GPU with Triton, or in bfloat16 on a CPU with products of it, and outputs
-    in multiples of 32."""
-    if weight.is_cuda:
-        return triton.available()
-    return (
-        toolchain.native(weight) == "bf16"
-        and hasattr(toolchain.loaded, "few_channels_bf16")
-        and not any(end % 32 for end in ends)
-    )
-
-
-def _few_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
-    if not weight.is_cuda and reads_few(weight, ends):
-        x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
-        layers, threads = _layers(limit, weight, bias, down, up, ends), torch.get_num_threads()
-        count = toolchain.loaded.few_channels_bf16(x.data_ptr(), len(x), *layers, out.data_ptr(), threads)
-        return out, torch.tensor(count)
-    needed = x.abs() >= limit
-    rows = needed.any(0).nonzero().squeeze(1)
-    out = (x * needed)[:, rows] @ weight[rows]
-    if bias is not None:
-        out = out + bias
-    if up is not None:
-        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        low = F.linear(x, down).chunk(len(ends), 1)
-        out = out + torch.cat([part @ to for part, to in zip(low, up.split(sizes, 1), strict=True)], 1)
-    return out, torch.tensor(len(rows), device=x.device)
-
-
-few_channels = operator(
-    "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
-    " -> (Tensor, Tensor)",
-    lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), x.new_empty((), dtype=torch.long)),
-)(_few_channels)
-"""As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
-
-
-def reader(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
-    """`read_channels` for one set of weights and many inputs x [I]: what the C function is told is put together once.
-
-    The operator itself is called where somebody counts or compiles, and where there is no C library.
-    """
-    outputs, dtype = weight.shape[1], weight.dtype
-    function = getattr(toolchain.loaded, f"read_channels_{toolchain.native(weight)}", None)
-    layers = _layers(limit, weight, *rest)
-
-    def read(x: Tensor) -> tuple[Tensor, int | Tensor]:
-        if function is None or x.dtype != dtype or observed():
-            return read_channels(x.flatten(), limit, weight, *rest)
-        x, out = x.contiguous(), torch.empty(outputs, dtype=dtype)
-        return out, function(x.data_ptr(), *layers, out.data_ptr(), torch.get_num_threads())
-
-    return read
-
-
-@register_flop_formula(torch.ops.elastic.read_channels, get_raw=True)
-def _read_channels_flops(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
-    _, down, up, _ = rest
-    corrections = 0 if up is None else down.numel() + up.numel()
-    return 2 * (int(out_val[1]) * weight.shape[1] + corrections)
-
-
-@register_flop_formula(torch.ops.elastic.dot_rows, get_raw=True)
-def _dot_rows_flops(x: Tensor, *rest: Any, out_val: Tensor) -> int:
-    return 2 * len(x) * len(out_val)
-
-
-@register_flop_formula(torch.ops.elastic.exact_rows, get_raw=True)
-def _exact_rows_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
-    return 2 * int(out_val[1].sum()) * x.shape[1]
-
-
-@register_flop_formula(torch.ops.elastic.few_channels, get_raw=True)
-def _few_channels_flops(x: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
-    return len(x) * _read_channels_flops(x, *rest, out_val=out_val)
+    """Whether `few_channels` has a kernel for such a weight: on a GPU with Triton; on a CPU that multiplies bfloat16,
+    in that type, where outputs come in multiples of 32."""
+    return triton.available() if weight.is_cuda else cpu.reads_few(weight, ends)
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
     rows, columns = shapes[-2]  # mv(matrix, vector), addmv(start, matrix, vector)
-    return 2 * rows * columns
+    return int(2 * rows * columns)
 
 
 for _product in (torch.ops.aten.mv, torch.ops.aten.addmv):

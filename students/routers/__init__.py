@@ -4,8 +4,7 @@ from students.routers.base import Router
 from students.routers.channel import OPEN, ChannelRouter
 from students.routers.image_token import ImageRouter
 from students.routers.lora import Lora
-from students.routers.scoring import stream_score
 from students.routers.substitute import Substitute
 from students.routers.vocab import VocabRouter
 
-__all__ = ["OPEN", "ChannelRouter", "ImageRouter", "Lora", "Router", "Substitute", "VocabRouter", "stream_score"]
+__all__ = ["OPEN", "ChannelRouter", "ImageRouter", "Lora", "Router", "Substitute", "VocabRouter"]

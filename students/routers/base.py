@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.kernels.scoring import per_size, stream_score
 from students.prepared import InPrecision, Stamp
-from students.routers.scoring import per_size, stream_score
 
 if TYPE_CHECKING:
     from students.spec import RouterSpec

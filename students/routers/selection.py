@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from students.kernels import fused
+from students.kernels import autograd
 
 Pool = Callable[[Tensor], Tensor]
 """From what this process has of something [n] to what all that share a batch have of it [m]."""
@@ -78,26 +78,6 @@ def score_weight(score: Tensor, over_gates: bool) -> Tensor:
     return score.shape[-1] * score.softmax(-1) if over_gates else 2 * score.sigmoid()
 
 
-class _ChannelGate(torch.autograd.Function):
-    """x where |x| >= limit, else 0, and the share of channels kept; written out because it runs at every linear layer.
-
-    The surrogate gradient of the hard comparison is that of a ramp in log|x| - log(limit), of slope 1 on [-1/2, 1/2]:
-    channels near their limit learn, the others cost nothing. The limit's gradient is taken for log(limit).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, log_limit)
-        return fused.channel_gate(x, log_limit.exp())
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, log_limit = ctx.saved_tensors
-        limits = [(log_limit + shift).exp() for shift in (0.0, -0.5, 0.5)]
-        grad_x, grad_limit = fused.channel_gate_grad(grad_out, grad_share, x, *limits)
-        return grad_x, grad_limit if ctx.needs_input_grad[1] else None
-
-
 def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
     """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit); also the share kept [...], float32.
 
@@ -105,26 +85,12 @@ def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
 
     Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
     """
-    return _ChannelGate.apply(x, log_limit)
-
-
-class _RowGate(torch.autograd.Function):
-    """Written out because it runs on [rows, V]. Surrogate gradient: a ramp of slope 1, half a nat to either side."""
-
-    @staticmethod
-    def forward(ctx, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(exact, preview, limit, tail)
-        return fused.row_gate(exact, preview, limit, tail)
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor | None, ...]:
-        grads = fused.row_gate_grad(grad_out, grad_share, *ctx.saved_tensors)
-        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
+    return autograd.ChannelGate.apply(x, log_limit)
 
 
 def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """exact [..., V] where preview >= limit [..., 1], else preview + tail []; also the share of exact rows [...]."""
-    return _RowGate.apply(exact, preview, limit, tail)
+    return autograd.RowGate.apply(exact, preview, limit, tail)
 
 
 def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.execution.image_block import similar_lengths
-from students.execution.merging import match, merge
 from students.families.image import call
+from students.kernels.merging import match, merge
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 _IMAGE = dict(image_size=16, patch_size=4, num_channels=3)

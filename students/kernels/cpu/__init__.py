@@ -1,1 +1,5 @@
-"""C sources of the operators on CPUs, and what compiles them."""
+"""The operators on CPUs: C sources, what compiles them, and what calls them."""
+
+from students.kernels.cpu.operators import OPERATORS, reads_few
+
+__all__ = ["OPERATORS", "reads_few"]

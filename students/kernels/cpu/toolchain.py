@@ -20,6 +20,7 @@ _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-f
 # sums keep their order in what has to have torch's bits
 _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_COUNT = {"read_channels", "few_channels"}
 loaded: ctypes.CDLL | None = None
 
 
@@ -53,19 +54,6 @@ def build(folder: Path) -> bool:
         library = ctypes.CDLL(str(final))
     except (OSError, subprocess.CalledProcessError):
         return False
-    pointer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    layers = [pointer] * 2 + [number] * 3 + [pointer] * 3 + [number, pointer, number]
-    for kind in _KINDS.values():
-        read = getattr(library, f"read_channels_{kind}")
-        read.argtypes, read.restype = [pointer, *layers, pointer, count], number
-        dot = getattr(library, f"dot_rows_{kind}")
-        dot.argtypes = [pointer] * 4 + [number] * 2 + [pointer, count]
-        exact = getattr(library, f"exact_rows_{kind}")
-        exact.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, ctypes.c_float]
-        exact.argtypes += [pointer, pointer, count]
-    if hasattr(library, "few_channels_bf16"):
-        few = library.few_channels_bf16
-        few.argtypes, few.restype = [pointer, number, *layers, pointer, count], number
     loaded = library
     return True
 
@@ -88,16 +76,21 @@ def native(x: Tensor) -> str | None:
     return _KINDS.get(x.dtype) if loaded is not None and x.device.type == "cpu" else None
 
 
-def function(name: str, *arguments: Tensor | int | float | None) -> Any:
-    """The C function of fused.c, merging.c or norms.c for the type of the first argument; threads are its last one."""
+def function(name: str, *arguments: Any) -> Any:
+    """The C function for the type of the first argument, which takes such arguments and the number of threads."""
     found = getattr(loaded, f"{name}_{native(arguments[0])}")
     if found.argtypes is None:
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        found.restype = ctypes.c_int64 if name in _COUNT else None
         found.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in arguments), ctypes.c_int]
     return found
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C function of fused.c, merging.c or norms.c; tensors are contiguous."""
-    found = function(name, *arguments)
-    found(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
+def addresses(*arguments: Any) -> list[Any]:
+    """What C sees of arguments: tensors, which are contiguous, by where they are."""
+    return [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a C function; those that count return a number."""
+    return function(name, *arguments)(*addresses(*arguments), torch.get_num_threads())

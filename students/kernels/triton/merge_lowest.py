@@ -1,4 +1,4 @@
-"""Patches that leave are taken in by the patch most like them (see execution/merging.py): two launches for up to 256
+"""Patches that leave are taken in by the patch most like them (see merging.py): two launches for up to 256
 patches an image, three for more.
 
 Of the patches, every other one may go (goers, counted g), to one of the others (takers, counted t). The first launch
@@ -18,7 +18,7 @@ WHOLE = 128
 """Goers of an image up to which one program has all of them."""
 NOBODY: tl.constexpr = tl.constexpr(2**30)
 NOT_NOW: tl.constexpr = tl.constexpr(1e29)
-"""The score of a patch that others may merge into (see execution/merging.py)."""
+"""The score of a patch that others may merge into (see merging.py)."""
 
 
 @triton.jit

@@ -39,5 +39,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lib
         interpreter.mend(monkeypatch)
         with torch.library._scoped_library("elastic", "IMPL") as operators:
             for name in triton.OPERATORS:
-                operators.impl(name, triton.implementation(name), "CPU")
+                operators.impl(name, triton.implementation(name), "CPU", allow_override=True)
             yield torch.device("cpu")

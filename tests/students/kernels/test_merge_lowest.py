@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from students.execution.merging import match, merge, merge_lowest
-from students.routers import stream_score
+from students.kernels.merging import match, merge
+from students.kernels.ops import merge_lowest
+from students.kernels.scoring import stream_score
 from tests.students.kernels.conftest import DTYPES
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from students.kernels import norms, triton
+from students.kernels import norms, ops, triton
 from students.kernels.norms import fuse_norms
 from tests.students.kernels import interpreter
 
@@ -94,7 +94,7 @@ def test_norms_of_models_have_their_bits_on_a_gpu(norm: type[nn.Module], dtype: 
         for rows in (1, 3, 7, 8, 300):
             x = torch.randn(2, rows, width).to("cuda", dtype)[:1]
             assert torch.equal(model(x), plain(x))
-        exact, near = model[0].trial.recipes(model[0].plain)
+        exact, near = model[0].trial.recipes(model[0].plain, model[0].weight)
         assert (exact is None) != (near is None)
         model[0].routing = SimpleNamespace(rounds=True)
         with torch.no_grad():
@@ -107,8 +107,9 @@ def test_norms_round_otherwise_only_where_they_may(monkeypatch: pytest.MonkeyPat
     plain, x = LlamaRMSNorm(100, eps=1e-5).requires_grad_(False), torch.randn(3, 100)
     model = nn.Sequential(plain)
     fuse_norms(model)
-    monkeypatch.setattr(norms, "_has_kernel", lambda x: True)
-    monkeypatch.setattr(model[0].trial, "recipes", lambda norm: norms.Recipes(near=lambda x, weight: x + weight))
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    near = norms.Recipe(0, lambda x, weight: x + weight)
+    monkeypatch.setattr(model[0].trial, "recipes", lambda *_: norms.Recipes(near=near))
     assert torch.equal(model(x), plain(x))
     for rounds in (False, True):
         norms.let_round(model, SimpleNamespace(rounds=rounds))

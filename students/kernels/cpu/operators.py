@@ -1,0 +1,196 @@
+"""The operators on CPUs: calls of the C library. Where it is not there, or does not know a tensor's type, the reference
+runs. Arguments and results are explained in ../ops.py."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students.kernels import reference
+from students.kernels.cpu import toolchain
+from students.kernels.merging import NOT_NOW
+
+OPERATORS: dict[str, Callable[..., Any]] = {}
+"""By name, what torch's dispatcher calls for tensors on a CPU."""
+
+
+def _in_c(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the reference of the same name for what the C library does not take."""
+    other = getattr(reference, function.__name__)
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        return (other if toolchain.native(first) is None else function)(first, *rest)
+
+    OPERATORS[function.__name__] = run
+    return function
+
+
+def layers(
+    limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
+) -> tuple[Any, ...]:
+    """Linear layers side by side, as the C functions that read channels take them between input and output."""
+    rank, where = 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)
+    return limit, weight, weight.stride(0), *weight.shape, bias, down, up, rank, where, len(ends)
+
+
+@_in_c
+def read_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    x, out = x.contiguous(), x.new_empty(weight.shape[1])
+    return out, torch.tensor(toolchain.call("read_channels", x, *layers(limit, weight, *rest), out))
+
+
+def reads_few(weight: Tensor, ends: Sequence[int]) -> bool:
+    """Whether there is a C function for `few_channels`: in bfloat16, where the CPU has products of it."""
+    return (
+        toolchain.native(weight) == "bf16"
+        and hasattr(toolchain.loaded, "few_channels_bf16")
+        and not any(end % 32 for end in ends)
+    )
+
+
+@_in_c
+def few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if not reads_few(weight, rest[-1]):
+        return reference.few_channels(x, limit, weight, *rest)
+    x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
+    return out, torch.tensor(toolchain.call("few_channels", x, len(x), *layers(limit, weight, *rest), out))
+
+
+@_in_c
+def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(len(weight) if rows is None else len(rows))
+    toolchain.call("dot_rows", x, weight, bias, rows, len(out), len(x), out)
+    return out
+
+
+@_in_c
+def exact_rows(
+    x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, limit = x.contiguous(), limit.float().contiguous()
+    out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
+    toolchain.call("exact_rows", x, len(x), head, bias, *head.shape, preview, limit, float(tail), out, count)
+    return out, count
+
+
+@_in_c
+def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    x, limit = x.contiguous(), limit.contiguous()
+    out, share = torch.empty_like(x), torch.empty(x.shape[:-1])
+    toolchain.call("channel_gate", x, share.numel(), x.shape[-1], limit, _each(x, limit), out, share)
+    return out, share
+
+
+def _each(x: Tensor, limit: Tensor) -> int:
+    """How many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
+    return max(1, x.numel() // limit.numel())
+
+
+@_in_c
+def channel_gate_grad(
+    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, grad_out, grad_share = x.contiguous(), grad_out.contiguous(), grad_share.contiguous()
+    limit, low, high = limit.contiguous(), low.contiguous(), high.contiguous()
+    grad_x, grad_limit = torch.empty_like(x), torch.zeros_like(limit)
+    limits = limit, low, high, _each(x, limit)
+    toolchain.call(
+        "channel_gate_grad", grad_out, x, grad_share.numel(), x.shape[-1], *limits, grad_share, grad_x, grad_limit
+    )
+    return grad_x, grad_limit
+
+
+@_in_c
+def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
+    out, share = torch.empty_like(exact), torch.empty(exact.shape[:-1])
+    added = float(tail.to(exact.dtype))
+    toolchain.call("row_gate", exact, preview, share.numel(), exact.shape[-1], limit, added, out, share)
+    return out, share
+
+
+@_in_c
+def row_gate_grad(
+    grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
+    grad_out, grad_share = grad_out.contiguous(), grad_share.contiguous()
+    grad_exact, grad_preview = torch.empty_like(exact), torch.empty_like(preview)
+    grad_limit, grad_tail = torch.empty_like(limit), torch.empty_like(limit)
+    shape, settings = (grad_share.numel(), exact.shape[-1]), (limit, float(tail.to(exact.dtype)), grad_share)
+    grads = grad_exact, grad_preview, grad_limit, grad_tail
+    toolchain.call("row_gate_grad", grad_out, exact, preview, *shape, *settings, *grads)
+    return grad_exact, grad_preview, grad_limit, grad_tail.sum()
+
+
+@_in_c
+def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = student.contiguous(), teacher.contiguous()
+    value, logs = torch.empty(len(student)), torch.empty(2, len(student))
+    toolchain.call("forward_kl", student, teacher, *student.shape, value, logs)
+    return value, logs
+
+
+@_in_c
+def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
+    student, teacher = student.contiguous(), teacher.contiguous()
+    out = torch.empty_like(student)
+    toolchain.call("forward_kl_grad", student, teacher, *student.shape, logs, grad.contiguous(), out)
+    return out
+
+
+@_in_c
+def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
+    keys = score.shape[-1]
+    toolchain.call("softmax_grad", score, grad, score.numel() // keys, keys, tokens)
+
+
+@_in_c
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    toolchain.call("rms_norm", x, x.numel() // width, width, weight.contiguous(), epsilon, kind, out)
+    return out
+
+
+@_in_c
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
+    x, gain = x.contiguous(), weight.float() + (kind == 2)
+    out = torch.empty_like(x)
+    toolchain.call("rms_norm_grad", grad.contiguous(), x, x.numel() // len(gain), len(gain), gain, epsilon, out)
+    return out
+
+
+@_in_c
+def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *given, top, keep = rest
+    reference.must_leave_pairs(x.shape[1], len(top), keep)
+    return _merge("merge_lowest", x, (*given, top), (len(top), keep), keep)
+
+
+@_in_c
+def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *given, top, lengths, shift, multiple = rest
+    scalars = len(top), lengths.contiguous(), shift.contiguous(), multiple
+    counts = torch.empty(len(x), dtype=torch.long)
+    return _merge("merge_below", x, (*given, top), scalars, x.shape[1], counts)
+
+
+def _merge(
+    name: str, x: Tensor, given: Sequence[Tensor | None], scalars: Sequence[Tensor | int], length: int, *more: Tensor
+) -> tuple[Tensor, ...]:
+    """What a C function finds for tokens x [B, n, D]: tokens, sizes, scores and old places of `length` of each image,
+    and where each of the n stands then; and `more`, which it fills as well."""
+    batch, n, width = x.shape
+    out = x.new_empty(batch, length, width)
+    sizes, scores = (torch.empty(batch, length) for _ in range(2))
+    index, into = (torch.empty(batch, count, dtype=torch.long) for count in (length, n))
+    given = [None if t is None else t.contiguous() for t in given]
+    found = out, sizes, scores, index, into, *more
+    toolchain.call(name, x.contiguous(), *x.shape, *given, NOT_NOW, *scalars, *found)
+    return found

@@ -1,0 +1,68 @@
+"""Operators with all arguments but the input given beforehand, for calls so short that the dispatcher's microseconds
+show: what a C function is told is put together once.
+
+The operator itself is called where somebody counts or compiles, and where there is no such function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students.kernels import ops
+from students.kernels.cpu import toolchain
+from students.kernels.cpu.operators import layers
+
+
+def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
+    """`ops.read_channels` for one set of weights and many inputs x, each [I]."""
+    outputs, dtype, function = weight.shape[1], weight.dtype, None
+    if toolchain.native(weight) is not None:
+        given = layers(limit, weight, *rest)
+        function = toolchain.function("read_channels", weight, *given, weight)
+        given = tuple(toolchain.addresses(*given))
+
+    def read(x: Tensor) -> tuple[Tensor, int | Tensor]:
+        if function is None or x.dtype != dtype or ops.observed():
+            return ops.read_channels(x.flatten(), limit, weight, *rest)
+        x, out = x.contiguous(), torch.empty(outputs, dtype=dtype)
+        return out, function(x.data_ptr(), *given, out.data_ptr(), torch.get_num_threads())
+
+    return read
+
+
+def channel_gate(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The first output of `ops.channel_gate` for one limit [C] and many inputs."""
+    probe, size, place = torch.empty(0, dtype=dtype, device=limit.device), len(limit), limit.data_ptr()
+    native = toolchain.native(probe) is not None
+    function = toolchain.function("channel_gate", probe, 0, 0, limit, 0, probe, None) if native else None
+
+    def mask(x: Tensor) -> Tensor:
+        if function is None or x.dtype != dtype or ops.observed():
+            return ops.channel_gate(x, limit)[0]
+        x = x.contiguous()
+        out, rows = torch.empty_like(x), x.numel() // size
+        function(x.data_ptr(), rows, size, place, rows, out.data_ptr(), None, torch.get_num_threads())
+        return out
+
+    return mask
+
+
+def rms_norm(dtype: torch.dtype, device: torch.device, epsilon: float, kind: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """`ops.rms_norm` for inputs and weights of one type on one device."""
+    probe = torch.empty(0, dtype=dtype, device=device)
+    if toolchain.native(probe) is None:
+        return lambda x, weight: ops.rms_norm(x, weight, epsilon, kind)
+    function = toolchain.function("rms_norm", probe, 0, 0, probe, epsilon, kind, probe)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        x, width = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        settings = weight.data_ptr(), epsilon, kind
+        function(x.data_ptr(), x.numel() // width, width, *settings, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    return norm

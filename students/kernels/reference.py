@@ -1,0 +1,243 @@
+"""What every operator computes, in torch's own, on any device and in any type: the implementation where there is no
+other, and what the others are tested against. Arguments and results are explained in ops.py.
+
+Where the number of rows or channels that are read is not known before, these wait for the device, once a call.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples, match, merge
+from students.kernels.scoring import stream_score
+
+
+def read_channels(
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    rows = (x.abs() >= limit).nonzero().squeeze(1)
+    bag = rows.unsqueeze(0)
+    if len(rows):
+        out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
+    else:
+        out = x.new_zeros(weight.shape[1])
+    if bias is not None:
+        out = out + bias
+    if down is not None and up is not None:
+        low = F.linear(x, down).view(len(ends), -1)
+        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(pairwise([0, *ends]))])
+    return out, torch.tensor(len(rows), device=x.device)
+
+
+def few_channels(
+    x: Tensor,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    needed = x.abs() >= limit
+    rows = needed.any(0).nonzero().squeeze(1)
+    out = (x * needed)[:, rows] @ weight[rows]
+    if bias is not None:
+        out = out + bias
+    if down is not None and up is not None:
+        low = F.linear(x, down).chunk(len(ends), 1)
+        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(pairwise([0, *ends]))], 1)
+    return out, torch.tensor(len(rows), device=x.device)
+
+
+def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight[rows], None if bias is None else bias[rows])
+
+
+def exact_rows(
+    x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor]:
+    needed = preview >= limit.unsqueeze(1)
+    rows = needed.any(0).nonzero().squeeze(1)
+    exact = F.linear(x, head[rows], None if bias is None else bias[rows])
+    guess = preview + tail
+    return guess.index_copy(1, rows, torch.where(needed[:, rows], exact, guess[:, rows])), needed.sum(1)
+
+
+def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    keep = _reaches(x.abs(), limit)
+    return x * keep, keep.mean(-1, dtype=torch.float32)
+
+
+def channel_gate_grad(
+    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    size = x.abs()
+    near = _reaches(size, low) - _reaches(size, high)
+    slope = _sum_tokens(None, (grad_out * x).mul_(near), limit.shape)
+    slope += _sum_tokens(grad_share, near, limit.shape) / x.shape[-1]
+    return grad_out * _reaches(size, limit), -slope
+
+
+def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    keep = _reaches(preview, limit)
+    guess = preview + tail.to(preview.dtype)
+    # both products are exact, and one of them is zero
+    return torch.addcmul(guess * (1 - keep), exact, keep), keep.mean(-1, dtype=torch.float32)
+
+
+def row_gate_grad(
+    grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_exact = grad_out * _reaches(preview, limit)
+    near = _reaches(preview, limit - 0.5) - _reaches(preview, limit + 0.5)
+    guess = preview + tail.to(preview.dtype)
+    grad_limit = -((exact - guess).mul_(grad_out).mul_(near)).sum(-1, keepdim=True, dtype=torch.float32)
+    grad_limit -= grad_share.unsqueeze(-1) * near.mean(-1, keepdim=True, dtype=torch.float32)
+    grad_tail = grad_out.sum(dtype=torch.float32) - grad_exact.sum(dtype=torch.float32)
+    return grad_exact, grad_out - grad_exact, grad_limit, grad_tail
+
+
+def _reaches(x: Tensor, limit: Tensor) -> Tensor:
+    """1 where x >= limit, else 0, in x's dtype: on CPUs faster than a boolean, and so are products with it."""
+    return torch.ge(x, limit.to(x.dtype), out=torch.empty_like(x))
+
+
+def _sum_tokens(weight: Tensor | None, x: Tensor, shape: torch.Size) -> Tensor:
+    """sum_n weight[n] x[n, C] as a matrix product, over all tokens (shape [C]) or those of each row ([B, 1, C]).
+
+    x [..., C], weight [...]; None: all ones.
+    """
+    weight = x.new_ones(x.shape[:-1]) if weight is None else weight.to(x.dtype)
+    if len(shape) == 1:
+        x, weight = x.flatten(0, -2), weight.flatten()
+    return (weight.unsqueeze(-2) @ x).float().view(shape)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    s, t = _wide(student), _wide(teacher)
+    logs = torch.stack([s.logsumexp(1), t.logsumexp(1)])
+    return torch.linalg.vecdot((t - logs[1, :, None]).exp(), t - s) - (logs[1] - logs[0]), logs
+
+
+def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
+    q, p = ((_wide(x) - log.unsqueeze(1)).exp_() for x, log in zip((student, teacher), logs, strict=True))
+    return q.sub_(p).mul_(grad.unsqueeze(1)).to(student.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
+    if tokens:
+        hidden = torch.ones(tokens, score.shape[-1], dtype=torch.bool, device=score.device).triu(1)
+        score.masked_fill_(hidden, torch.finfo(score.dtype).min)
+    weight = score.softmax(-1)
+    grad.copy_(torch._softmax_backward_data(grad, weight, -1, score.dtype))
+    score.copy_(weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
+    wide = _wide(x)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if kind == 0:
+        return wide.to(x.dtype) * weight
+    return (wide * (_wide(weight) + (kind == 2))).to(x.dtype)
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
+    wide, slope = _wide(x), _wide(grad) * (_wide(weight) + (kind == 2))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    back = (wide * slope).mean(-1, keepdim=True) * scale.pow(3)
+    return (scale * slope - back * wide).to(x.dtype)
+
+
+def merge_lowest(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, prefix = x.shape[1], len(top)
+    must_leave_pairs(n, prefix, keep)
+    matches = match(x, prefix)
+    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    order = score.masked_fill(~matches.may_go, NOT_NOW).topk(n, dim=1).indices
+    index, gone = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
+    into = torch.arange(n, device=x.device).repeat(len(x), 1).scatter(1, gone, matches.target.gather(1, gone))
+    x, total = merge(x, size, torch.zeros_like(score).scatter(1, gone, 1.0), matches.target)
+    return _at(x, index), total.gather(1, index), score.gather(1, index), index, into
+
+
+def merge_below(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+    lengths: Tensor,
+    shift: Tensor,
+    multiple: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, prefix = x.shape[1], len(top)
+    own = torch.arange(n, device=x.device).repeat(len(x), 1)
+    here = own < lengths[:, None]
+    matches = match(x, prefix, lengths=lengths)
+    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    fine = (score + shift[:, None] >= 0) | ~matches.may_go
+    wanted = (fine & here)[:, prefix:].sum(1)
+    leaving = lengths - in_multiples(wanted, lengths, prefix, multiple)
+    order = score.masked_fill(~matches.may_go, torch.inf).argsort(dim=1, stable=True)
+    gone = (order.argsort(dim=1) < leaving[:, None]) & matches.may_go
+    merged, total = merge(x, size, gone.float(), matches.target)
+    stays = here & ~gone
+    counts = stays.sum(1)
+    index = stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    left = own < counts[:, None]
+    sizes = torch.where(left, total.gather(1, index), 1.0)
+    scores = torch.where(left, score.gather(1, index), -torch.inf)
+    return _at(merged, index), sizes, scores, index, torch.where(gone, matches.target, own), counts
+
+
+def must_leave_pairs(n: int, prefix: int, keep: int) -> None:
+    if keep < n - (n - prefix + 1) // 2:
+        raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
+
+
+def _scores(
+    x: Tensor,
+    matches: Matches,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+) -> Tensor:
+    """[B, n]: what decides who goes; the lowest so far, far up where a token may not go."""
+    score = stream_score(x, weight, bias) + distance_weight * matches.distance
+    score = score.masked_fill(~matches.may_go, NOT_NOW)
+    score[:, : len(top)] = top
+    return score if before is None else torch.minimum(score, before)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of x [B, n, D] at index [B, k]."""
+    return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, -1)
