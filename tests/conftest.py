@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from elastic.config import RunConfig, make_config
 from students.kernels.cpu import toolchain
+from tests.backends import BACKENDS, running_on
 from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
@@ -81,13 +82,24 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=["native", "torch"], scope="module")
-def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Both ways to run the operators of students.kernels."""
-    if request.param == "native" and not toolchain.build(tmp_path_factory.mktemp("kernels")):
-        pytest.skip("no C compiler")
-    before = toolchain.loaded
-    if request.param == "torch":
-        toolchain.loaded = None
-    yield
-    toolchain.loaded = before
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The C library, None where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "loaded", None)
+        toolchain.build(tmp_path_factory.mktemp("library"))
+        return toolchain.loaded
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, library: object) -> Iterator[torch.device]:
+    """Every backend that there is, one after the other: where tensors have to be for operators to run on it."""
+    with running_on(request.param, library) as device:
+        yield device
+
+
+@pytest.fixture(params=["c", "reference"], scope="module")
+def operators(request: pytest.FixtureRequest, library: object) -> Iterator[None]:
+    """Those of them that run whole models on a CPU in no time."""
+    with running_on(request.param, library):
+        yield

@@ -51,7 +51,7 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
     if name in cpu.OPERATORS:
         _library.impl(name, cpu.OPERATORS[name], "CPU")
     if name in triton.OPERATORS and triton.available():
-        _library.impl(name, _on_gpu(name), "CUDA")
+        _library.impl(name, on_gpu(name), "CUDA")
     torch.library.register_fake(f"elastic::{name}", shapes, lib=_library)
     packet = getattr(torch.ops.elastic, name)
     if flops is not None:
@@ -59,7 +59,8 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
     return packet.default
 
 
-def _on_gpu(name: str) -> Callable[..., Any]:
+def on_gpu(name: str) -> Callable[..., Any]:
+    """Triton's kernel, and the reference for what it does not take."""
     kernel, other = triton.implementation(name), getattr(reference, name)
 
     def run(first: Tensor, *rest: Any) -> Any:
@@ -78,6 +79,11 @@ def compiled(x: Tensor) -> bool:
 def observed() -> bool:
     """Whether somebody counts operations or compiles them, and has to see torch's own."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _like(x: Tensor) -> Tensor:
+    """What is returned is contiguous, whatever is given."""
+    return x.new_empty(x.shape)
 
 
 def _size(x: Tensor | None) -> int:
@@ -129,7 +135,7 @@ dot_rows = _operator(
 
 exact_rows = _operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
-    lambda x, head, bias, preview, *_: (torch.empty_like(preview), x.new_empty(len(x), dtype=torch.long)),
+    lambda x, head, bias, preview, *_: (_like(preview), x.new_empty(len(x), dtype=torch.long)),
     lambda x, *_, out_val: 2 * int(out_val[1].sum()) * x.shape[1],
     lambda x, head, *_, out_val: min(int(out_val[1].sum()), len(head)) * head.shape[1] * head.element_size(),
 )
@@ -138,29 +144,27 @@ exact_rows = _operator(
 
 channel_gate = _operator(
     "channel_gate(Tensor x, Tensor limit) -> (Tensor, Tensor)",
-    lambda x, limit: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
+    lambda x, limit: (_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )
 """x [..., C] with 0 where |x| < limit, which is float32 [C], or [B, 1, C] for x [B, T, C]; the share kept [...]."""
 
 channel_gate_grad = _operator(
     "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
     " -> (Tensor, Tensor)",
-    lambda grad_out, grad_share, x, limit, *_: (torch.empty_like(x), torch.empty_like(limit)),
+    lambda grad_out, grad_share, x, limit, *_: (_like(x), _like(limit)),
 )
 """Gradients of `channel_gate` by x and log(limit), the latter from the channels with low <= |x| < high."""
 
 row_gate = _operator(
     "row_gate(Tensor exact, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
-    lambda exact, *_: (torch.empty_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),
+    lambda exact, *_: (_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),
 )
 """exact [..., V] where preview >= limit [..., 1], float32, else preview + tail []; the share of exact ones [...]."""
 
 row_gate_grad = _operator(
     "row_gate_grad(Tensor grad_out, Tensor grad_share, Tensor exact, Tensor preview, Tensor limit, Tensor tail)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_out, grad_share, exact, preview, limit, tail: tuple(
-        torch.empty_like(x) for x in (exact, preview, limit, tail)
-    ),
+    lambda grad_out, grad_share, exact, preview, limit, tail: tuple(_like(x) for x in (exact, preview, limit, tail)),
 )
 """Gradients of `row_gate` by exact, preview, limit (from the rows within half a nat of it) and tail."""
 
@@ -175,7 +179,7 @@ forward_kl = _operator("forward_kl(Tensor student, Tensor teacher) -> (Tensor, T
 
 forward_kl_grad = _operator(
     "forward_kl_grad(Tensor student, Tensor teacher, Tensor logs, Tensor grad) -> Tensor",
-    lambda student, *_: torch.empty_like(student),
+    lambda student, *_: _like(student),
 )
 """The gradient of `forward_kl` by the student's logits, for the gradient [N] by the divergences."""
 
@@ -185,9 +189,7 @@ softmax_grad = _operator("softmax_grad(Tensor(a!) score, Tensor(b!) grad, int to
 tokens: T where the first of T tokens sees one key, the next two and so on; 0 where all see all.
 """
 
-rms_norm = _operator(
-    "rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: torch.empty_like(x)
-)
+rms_norm = _operator("rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: _like(x))
 """x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D] (arXiv 1910.07467), with the sums in torch's order.
 
 kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
@@ -196,7 +198,7 @@ factor is 1 + weight.
 
 rms_norm_grad = _operator(
     "rms_norm_grad(Tensor grad, Tensor x, Tensor weight, float epsilon, int kind) -> Tensor",
-    lambda grad, x, *_: torch.empty_like(x),
+    lambda grad, x, *_: _like(x),
 )
 """The gradient of `rms_norm` by x."""
 

@@ -1,5 +1,5 @@
 """What every operator computes, in torch's own, on any device and in any type: the implementation where there is no
-other, and what the others are tested against. Arguments and results are explained in ops.py.
+other, and what the others are tested against. Arguments and results are explained in ops.py; results are contiguous.
 
 Where the number of rows or channels that are read is not known before, these wait for the device, once a call.
 """
@@ -76,6 +76,7 @@ def exact_rows(
 
 
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
     keep = _reaches(x.abs(), limit)
     return x * keep, keep.mean(-1, dtype=torch.float32)
 
@@ -83,6 +84,7 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
+    x, grad_out = x.contiguous(), grad_out.contiguous()
     size = x.abs()
     near = _reaches(size, low) - _reaches(size, high)
     slope = _sum_tokens(None, (grad_out * x).mul_(near), limit.shape)
@@ -91,6 +93,7 @@ def channel_gate_grad(
 
 
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    exact, preview = exact.contiguous(), preview.contiguous()
     keep = _reaches(preview, limit)
     guess = preview + tail.to(preview.dtype)
     # both products are exact, and one of them is zero
@@ -100,6 +103,7 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
 def row_gate_grad(
     grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact, preview, grad_out = exact.contiguous(), preview.contiguous(), grad_out.contiguous()
     grad_exact = grad_out * _reaches(preview, limit)
     near = _reaches(preview, limit - 0.5) - _reaches(preview, limit + 0.5)
     guess = preview + tail.to(preview.dtype)
@@ -132,7 +136,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    q, p = ((_wide(x) - log.unsqueeze(1)).exp_() for x, log in zip((student, teacher), logs, strict=True))
+    q, p = ((_wide(x.contiguous()) - log.unsqueeze(1)).exp_() for x, log in zip((student, teacher), logs, strict=True))
     return q.sub_(p).mul_(grad.unsqueeze(1)).to(student.dtype)
 
 
@@ -150,7 +154,7 @@ def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    wide = _wide(x)
+    wide = _wide(x.contiguous())
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     if kind == 0:
         return wide.to(x.dtype) * weight
@@ -158,7 +162,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    wide, slope = _wide(x), _wide(grad) * (_wide(weight) + (kind == 2))
+    wide, slope = _wide(x.contiguous()), _wide(grad) * (_wide(weight) + (kind == 2))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     back = (wide * slope).mean(-1, keepdim=True) * scale.pow(3)
     return (scale * slope - back * wide).to(x.dtype)

@@ -69,6 +69,7 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
         }                                                                                                              \
         for (int64_t g = 0; g < going; g++) {                                                                          \
             int64_t partner = 0, i = prefix + 2 * g;                                                                   \
+            if (!taking) { rank[i] = never; break; } /* there is nobody to go to */                                    \
             float best = most_alike(unit + 2 * g * D, unit + D, taking, 2 * D, D, &partner);                           \
             rank[i] += unlike * logf(fmaxf(1 - best, 1e-3f));                                                          \
             into[i] = prefix + 2 * partner + 1;                                                                        \

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from students.kernels import triton
-from tests.students.kernels import interpreter
+from tests import interpreter
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from students.kernels import ops
-from tests.students.kernels.conftest import DTYPES
+from tests.backends import DTYPES
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from students.kernels import ops
 from students.routers import selection
-from tests.students.kernels.conftest import DTYPES
+from tests.backends import DTYPES
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
 CLOSE[torch.float16] = dict(atol=4e-3, rtol=4e-3)

@@ -8,7 +8,7 @@ import torch
 from students.kernels.merging import match, merge
 from students.kernels.ops import merge_lowest
 from students.kernels.scoring import stream_score
-from tests.students.kernels.conftest import DTYPES
+from tests.backends import DTYPES
 
 
 @torch.no_grad()

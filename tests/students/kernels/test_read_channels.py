@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from students.kernels import direct, ops, triton
-from tests.students.kernels.conftest import DTYPES
+from tests.backends import DTYPES
 
 CLOSE = {torch.float32: dict(atol=1e-4, rtol=1e-4), torch.bfloat16: dict(atol=0.3, rtol=0.02)}
 CLOSE[torch.float16] = dict(atol=0.05, rtol=0.01)

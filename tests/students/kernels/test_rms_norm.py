@@ -1,4 +1,4 @@
-"""RMS norms on GPUs: their gradient, and sums in the order that torch has there."""
+"""RMS norms: values and gradients, and on GPUs sums in the order that torch has there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from students.kernels import norms, ops, triton
 from students.kernels.norms import fuse_norms
-from tests.students.kernels import interpreter
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests import interpreter
+from tests.backends import DTYPES
 
 
 @pytest.fixture
@@ -64,20 +63,18 @@ def test_sums_are_in_torch_s_order(rows: int, width: int, interpreted: None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("norm", "kind"), [(LlamaRMSNorm, 0), (Gemma3RMSNorm, 2)])
-def test_values_and_gradients(norm: type[nn.Module], kind: int, dtype: torch.dtype, interpreted: None):
-    from students.kernels.triton import rms_norm
-
+def test_values_and_gradients(norm: type[nn.Module], kind: int, dtype: torch.dtype, backend: torch.device):
     torch.manual_seed(0)
     for width in (16, 100, 576):
-        model = norm(width, eps=1e-3).to(dtype).requires_grad_(False)
+        model = norm(width, eps=1e-3).to(backend, dtype).requires_grad_(False)
         model.weight.normal_()
-        x, by = (torch.randn(5, 3, width).to(dtype).transpose(0, 1) for _ in range(2))
+        x, by = (torch.randn(5, 3, width).to(backend, dtype).transpose(0, 1) for _ in range(2))
         expected = model(x.requires_grad_())
         close = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.02, rtol=0.02)
         with torch.no_grad():
-            torch.testing.assert_close(rms_norm.rms_norm(x, model.weight, 1e-3, kind), expected, **close)
+            torch.testing.assert_close(ops.rms_norm(x, model.weight, 1e-3, kind), expected, **close)
         (slope,) = torch.autograd.grad((expected * by).sum(), x)
-        found = rms_norm.rms_norm_grad(by, x.detach(), model.weight, 1e-3, kind)
+        found = ops.rms_norm_grad(by, x.detach(), model.weight, 1e-3, kind)
         torch.testing.assert_close(found, slope, **close)
 
 

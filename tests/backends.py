@@ -1,0 +1,38 @@
+"""Where operators run: as their references, in C, in Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from students.kernels import ops, triton
+from students.kernels.cpu import toolchain
+from tests import interpreter
+
+BACKENDS = ["reference", "c", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def running_on(name: str, library: object) -> Iterator[torch.device]:
+    """Within it operators run on this backend, for tensors on the device that it yields; skips the test where there is
+    none. library: the C library, None where there is no compiler."""
+    if name == "c" and library is None:
+        pytest.skip("no C compiler")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if name == "interpreter" and (not triton.available() or torch.cuda.is_available()):
+        pytest.skip("Triton is not installed, or runs on a GPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "loaded", library if name == "c" else None)
+        if name != "interpreter":
+            yield torch.device("cuda" if name == "cuda" else "cpu")
+            return
+        interpreter.mend(patch)
+        with torch.library._scoped_library("elastic", "IMPL") as operators:
+            for operator in triton.OPERATORS:
+                operators.impl(operator, ops.on_gpu(operator), "CPU", allow_override=True)
+            yield torch.device("cpu")

@@ -1,0 +1,143 @@
+"""Arguments for every operator: odd sizes, everything that can be left out both there and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = tuple[Any, ...]
+Samples = Callable[["Draw"], Iterator[Arguments]]
+
+
+class Draw:
+    """Random tensors of one type, or in float32, on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return self.single(*shape).to(self.dtype)
+
+    def single(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(self.device)
+
+    def limit(self, *shape: int) -> Tensor:
+        """Limits in the precision of what is compared with them."""
+        return self.single(*shape).abs().to(self.dtype).float()
+
+
+def channels(draw: Draw, rows: int) -> Iterator[Arguments]:
+    for inputs, outputs in ((77, 160), (64, 31)):
+        x = draw(rows, inputs) if rows > 1 else draw(inputs)
+        limit, weight = draw.limit(inputs), draw(inputs, outputs)
+        yield x, limit, weight, None, None, None, [outputs]
+        ends = [32, outputs] if outputs > 32 else [outputs]
+        yield x, limit, weight, draw(outputs), draw(3 * len(ends), inputs), draw(3, outputs), ends
+    yield x, torch.full_like(limit, torch.inf), weight, None, None, None, [outputs]
+
+
+def dot_rows(draw: Draw) -> Iterator[Arguments]:
+    rows = torch.tensor([89, 0, 7, 7]).to(draw.device)
+    yield draw(70), draw(90, 70), draw(90), rows
+    yield draw(70), draw(90, 70), None, rows[:0]
+    yield draw(33), draw(5, 33), draw(5), None
+
+
+def exact_rows(draw: Draw) -> Iterator[Arguments]:
+    for rows in (1, 3):
+        yield draw(rows, 40), draw(301, 40), draw(301), draw(rows, 301), draw(rows), draw()
+        yield draw(rows, 40), draw(301, 40), None, draw(rows, 301), draw(rows) + 9, draw()
+
+
+def channel_gate(draw: Draw) -> Iterator[Arguments]:
+    for shape in ((77,), (3, 1, 77)):
+        yield draw(3, 5, 77), draw.limit(*shape)
+
+
+def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
+    for x, limit in channel_gate(draw):
+        yield draw(3, 5, 77), draw.single(3, 5), x, limit, 0.6 * limit, 1.6 * limit
+
+
+def row_gate(draw: Draw) -> Iterator[Arguments]:
+    yield draw(5, 301), draw(5, 301), draw.single(5, 1), draw.single()
+
+
+def row_gate_grad(draw: Draw) -> Iterator[Arguments]:
+    for arguments in row_gate(draw):
+        yield draw(5, 301), draw.single(5), *arguments
+
+
+def forward_kl(draw: Draw) -> Iterator[Arguments]:
+    yield 3 * draw(7, 1234), 4 * draw(7, 1234)
+
+
+def forward_kl_grad(draw: Draw) -> Iterator[Arguments]:
+    wide = torch.promote_types(draw.dtype, torch.float32)
+    for student, teacher in forward_kl(draw):
+        logs = torch.stack([student.to(wide).logsumexp(1), teacher.to(wide).logsumexp(1)])
+        yield student, teacher, logs, draw.single(7)
+
+
+def softmax_grad(draw: Draw) -> Iterator[Arguments]:
+    for tokens in (0, 11):
+        yield draw(2, 3, 11, 13), draw(2, 3, 11, 13), tokens
+
+
+def rms_norm(draw: Draw) -> Iterator[Arguments]:
+    for width, kind in ((16, 0), (100, 1), (576, 2)):
+        yield draw(7, 3, width).transpose(0, 1), draw(width), 1e-3, kind
+
+
+def rms_norm_grad(draw: Draw) -> Iterator[Arguments]:
+    for x, *rest in rms_norm(draw):
+        yield draw(*x.shape), x, *rest
+
+
+def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
+    for prefix, patches, sized in ((0, 6, False), (1, 16, True), (5, 31, True)):
+        n = prefix + patches
+        size = draw.single(3, n).abs().ceil() if sized else None
+        before = draw.single(3, n) if sized else None
+        top = 1e30 * torch.arange(prefix, 0, -1).to(draw.device)
+        yield draw(3, n, 24), size, before, draw.single(24), draw.single(1), draw.single(), top
+
+
+def merge_lowest(draw: Draw) -> Iterator[Arguments]:
+    for arguments in merging(draw):
+        n, prefix = arguments[0].shape[1], len(arguments[-1])
+        for keep in (n, n - (n - prefix) // 3):
+            yield *arguments, keep
+
+
+def merge_below(draw: Draw) -> Iterator[Arguments]:
+    for multiple in (1, 4):
+        for arguments in merging(draw):
+            n, shift = arguments[0].shape[1], draw.single(3)
+            lengths = torch.tensor([n, n - 2, n - 5]).to(draw.device)
+            yield *arguments, lengths, shift, multiple
+
+
+SAMPLES: dict[str, Samples] = {
+    "read_channels": lambda draw: channels(draw, 1),
+    "few_channels": lambda draw: channels(draw, 3),
+    "dot_rows": dot_rows,
+    "exact_rows": exact_rows,
+    "channel_gate": channel_gate,
+    "channel_gate_grad": channel_gate_grad,
+    "row_gate": row_gate,
+    "row_gate_grad": row_gate_grad,
+    "forward_kl": forward_kl,
+    "forward_kl_grad": forward_kl_grad,
+    "softmax_grad": softmax_grad,
+    "rms_norm": rms_norm,
+    "rms_norm_grad": rms_norm_grad,
+    "merge_lowest": merge_lowest,
+    "merge_below": merge_below,
+}
+"""By operator, what makes calls' arguments."""

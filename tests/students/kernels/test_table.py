@@ -1,0 +1,77 @@
+"""Every operator of the table: values like the reference's on every backend, shapes, costs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from students.kernels import reference
+from students.kernels.ops import OPERATORS
+from tests.backends import DTYPES
+from tests.students.kernels.samples import SAMPLES, Draw
+
+CLOSE = {
+    torch.float64: dict(atol=1e-9, rtol=1e-6),
+    torch.float32: dict(atol=1e-4, rtol=1e-4),
+    torch.float16: dict(atol=0.05, rtol=0.02),
+    torch.bfloat16: dict(atol=0.3, rtol=0.05),
+}
+
+
+def test_every_operator_has_samples():
+    assert SAMPLES.keys() == OPERATORS.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_values_are_the_reference_s(name: str, dtype: torch.dtype, backend: torch.device):
+    operator, other = getattr(torch.ops.elastic, name), getattr(reference, name)
+    for arguments in SAMPLES[name](Draw(dtype, backend)):
+        same = copy.deepcopy(arguments)
+        found, expected = operator(*arguments), other(*same)
+        if found is None:  # what it is given is written to
+            found, expected = arguments[:2], same[:2]
+        pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
+        for one, two in pairs:
+            torch.testing.assert_close(one, two, **(CLOSE[dtype] if two.is_floating_point() else {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_is_written_to_and_shapes_are_as_declared(name: str, dtype: torch.dtype, operators: None):
+    operator = getattr(torch.ops.elastic, name).default
+    for arguments in SAMPLES[name](Draw(dtype, torch.device("cpu"))):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAMPLES)
+def test_costs_are_counted(name: str, operators: None):
+    row = OPERATORS[name]
+    assert (row.flops is None) == (row.read is None)
+    counted = expected = read = 0
+    for arguments in SAMPLES[name](Draw(torch.float32, torch.device("cpu"))):
+        with FlopCounterMode(display=False) as counter:
+            out = getattr(torch.ops.elastic, name)(*arguments)
+        counted += counter.get_total_flops()
+        expected += 0 if row.flops is None else row.flops(*arguments, out_val=out)
+        read += 0 if row.read is None else row.read(*arguments, out_val=out)
+    assert counted == expected and (row.flops is None) == (expected == 0) == (read == 0)
+
+
+@torch.no_grad()
+def test_merging_counts_scores_and_pairs():
+    """Patches that may go are compared with those that may not, of as many as an image has."""
+    for *arguments, lengths, shift, multiple in SAMPLES["merge_below"](Draw(torch.float32, torch.device("cpu"))):
+        out = torch.ops.elastic.merge_below(*arguments, lengths, shift, multiple)
+        prefix, width = len(arguments[-1]), arguments[0].shape[2]
+        patches = [length - prefix for length in lengths.tolist()]
+        pairs = sum((k // 2) * (k - k // 2) for k in patches)
+        expected = 2 * width * (int(lengths.sum()) + pairs)
+        assert OPERATORS["merge_below"].flops(*arguments, lengths, shift, multiple, out_val=out) == expected
