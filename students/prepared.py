@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +34,17 @@ class InPrecision:
 
     def __init__(self) -> None:
         self._stamp = Stamp()
-        self._kept: list[Tensor | None] = []
+        self._kept: list[Tensor] = []
 
-    def __call__(self, dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-        """The parameters in this precision; None stays None."""
+    def __call__(self, dtype: torch.dtype, *parameters: Tensor) -> list[Tensor]:
+        """The parameters in this precision."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return [x if x is None else x.to(dtype) for x in parameters]
-        if self._stamp.renew([x for x in parameters if x is not None], dtype):
-            self._kept = [x if x is None else x.detach().to(dtype) for x in parameters]
+            return [x.to(dtype) for x in parameters]
+        if self._stamp.renew(parameters, dtype):
+            self._kept = [x.detach().to(dtype) for x in parameters]
         return self._kept
 
-    def __deepcopy__(self, memo: dict) -> InPrecision:
+    def __deepcopy__(self, memo: dict[int, Any]) -> InPrecision:
         return InPrecision()
 
 

@@ -47,9 +47,10 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    options: dict[str, Any] = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     size = query.shape[:-1].numel() * key.shape[-2] * query.element_size()
     learns = any(x is not None and x.requires_grad for x in (query, key, value, attn_mask))
     if not learns or dropout_p or query.ndim != 4 or size > LARGEST:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    return Attention.apply(query, key, value, attn_mask, options)
+    out: Tensor = Attention.apply(query, key, value, attn_mask, options)
+    return out

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from students.kernels import ops
 
+Norm = Callable[[Tensor, Tensor], Tensor]
+
 
 class ChannelGate(torch.autograd.Function):
     """x where |x| >= limit, else 0, and the share of channels kept; written out because it runs at every linear layer.
@@ -62,14 +64,15 @@ class ForwardKL(torch.autograd.Function):
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) [N] of logits [N, V] in nats; the teacher's are fixed."""
-    return ForwardKL.apply(student, teacher)
+    value: Tensor = ForwardKL.apply(student, teacher)
+    return value
 
 
 class RMSNorm(torch.autograd.Function):
     """`ops.rms_norm` with the gradient by its input; the weight is frozen. run: the operator with its settings."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, run: Any, epsilon: float, kind: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = epsilon, kind
         return run(x, weight)
@@ -80,11 +83,10 @@ class RMSNorm(torch.autograd.Function):
         return ops.rms_norm_grad(grad, x, weight, *ctx.settings), None, None, None, None
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, run: Callable[[Tensor, Tensor], Tensor], epsilon: float, kind: int
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) -> Tensor:
     """`ops.rms_norm`, called through `run`, which has the other settings."""
-    return RMSNorm.apply(x, weight, run, epsilon, kind)
+    out: Tensor = RMSNorm.apply(x, weight, run, epsilon, kind)
+    return out
 
 
 class Attention(torch.autograd.Function):

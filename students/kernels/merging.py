@@ -56,7 +56,7 @@ def match(
         distance[:, prefix::2] = torch.where(goes, _distance(best), 0.0)
         return Matches(may_go, target, distance)
     cosine = unit @ unit.transpose(1, 2)
-    if every:
+    if every or here is None:
         goes = takes = torch.ones(cosine.shape[:2], dtype=torch.bool, device=x.device)
         cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     else:

@@ -21,6 +21,8 @@ from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.triton import tuning
 
+One = Callable[..., Tensor]
+Pair = Callable[..., tuple[Tensor, Tensor]]
 Cost = Callable[..., int]
 """What a call costs: (*arguments, out_val=what it returned) -> a number."""
 
@@ -103,7 +105,7 @@ def _channels_read(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val
     return int(out_val[1]) * weight.shape[1] * weight.element_size() + _size(down) + _size(up)
 
 
-read_channels = _operator(
+read_channels: Pair = _operator(
     "read_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
     lambda x, limit, weight, *_: (x.new_empty(weight.shape[1]), x.new_empty((), dtype=torch.long)),
@@ -116,7 +118,7 @@ weight [I, O], contiguous rows; bias [O]; low-rank corrections, which read every
 [r, O]; ends: where the outputs of each layer end. Returns out [O] and the number of channels read.
 """
 
-few_channels = _operator(
+few_channels: Pair = _operator(
     "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
     " -> (Tensor, Tensor)",
     lambda x, limit, weight, *_: (x.new_empty(len(x), weight.shape[1]), x.new_empty((), dtype=torch.long)),
@@ -125,7 +127,7 @@ few_channels = _operator(
 )
 """As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 
-dot_rows = _operator(
+dot_rows: One = _operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
     lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),
     lambda x, *_, out_val: 2 * len(x) * len(out_val),
@@ -133,7 +135,7 @@ dot_rows = _operator(
 )
 """A linear layer, weight [O, I] contiguous, of which some outputs are wanted, rows [n] (None: all): x [I] -> [n]."""
 
-exact_rows = _operator(
+exact_rows: Pair = _operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda x, head, bias, preview, *_: (_like(preview), x.new_empty(len(x), dtype=torch.long)),
     lambda x, *_, out_val: 2 * int(out_val[1].sum()) * x.shape[1],
@@ -142,26 +144,26 @@ exact_rows = _operator(
 """The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
 [B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
 
-channel_gate = _operator(
+channel_gate: Pair = _operator(
     "channel_gate(Tensor x, Tensor limit) -> (Tensor, Tensor)",
     lambda x, limit: (_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )
 """x [..., C] with 0 where |x| < limit, which is float32 [C], or [B, 1, C] for x [B, T, C]; the share kept [...]."""
 
-channel_gate_grad = _operator(
+channel_gate_grad: Pair = _operator(
     "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
     " -> (Tensor, Tensor)",
     lambda grad_out, grad_share, x, limit, *_: (_like(x), _like(limit)),
 )
 """Gradients of `channel_gate` by x and log(limit), the latter from the channels with low <= |x| < high."""
 
-row_gate = _operator(
+row_gate: Pair = _operator(
     "row_gate(Tensor exact, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda exact, *_: (_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),
 )
 """exact [..., V] where preview >= limit [..., 1], float32, else preview + tail []; the share of exact ones [...]."""
 
-row_gate_grad = _operator(
+row_gate_grad: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "row_gate_grad(Tensor grad_out, Tensor grad_share, Tensor exact, Tensor preview, Tensor limit, Tensor tail)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_out, grad_share, exact, preview, limit, tail: tuple(_like(x) for x in (exact, preview, limit, tail)),
@@ -174,29 +176,33 @@ def _kl_shapes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.new_empty(len(student), dtype=wide), student.new_empty(2, len(student), dtype=wide)
 
 
-forward_kl = _operator("forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)", _kl_shapes)
+forward_kl: Pair = _operator("forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)", _kl_shapes)
 """KL(teacher || student) [N] of logits [N, V] in nats, and the logarithms of each row's sum of exponentials [2, N]."""
 
-forward_kl_grad = _operator(
+forward_kl_grad: One = _operator(
     "forward_kl_grad(Tensor student, Tensor teacher, Tensor logs, Tensor grad) -> Tensor",
     lambda student, *_: _like(student),
 )
 """The gradient of `forward_kl` by the student's logits, for the gradient [N] by the divergences."""
 
-softmax_grad = _operator("softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None)
+softmax_grad: Callable[..., None] = _operator(
+    "softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None
+)
 """Scores [..., T, K], contiguous as grad is, become their softmax, and gradients by that softmax those by the scores.
 
 tokens: T where the first of T tokens sees one key, the next two and so on; 0 where all see all.
 """
 
-rms_norm = _operator("rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: _like(x))
+rms_norm: One = _operator(
+    "rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: _like(x)
+)
 """x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D] (arXiv 1910.07467), with the sums in torch's order.
 
 kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
 factor is 1 + weight.
 """
 
-rms_norm_grad = _operator(
+rms_norm_grad: One = _operator(
     "rms_norm_grad(Tensor grad, Tensor x, Tensor weight, float epsilon, int kind) -> Tensor",
     lambda grad, x, *_: _like(x),
 )
@@ -219,7 +225,7 @@ def _merged_shapes(x: Tensor, keep: int) -> tuple[Tensor, ...]:
     )
 
 
-merge_lowest = _operator(
+merge_lowest: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
     "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *rest: _merged_shapes(x, rest[-1]),
@@ -234,7 +240,7 @@ prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places 
 the n tokens stands then [B, n]. (See merging.py.)
 """
 
-merge_below = _operator(
+merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
     "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *_: (*_merged_shapes(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),

@@ -8,6 +8,8 @@ CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,9 +52,10 @@ class PackedProduct:
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
         if self._packed is None:
             return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        return out
 
-    def __deepcopy__(self, memo: dict) -> PackedProduct:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedProduct:
         return PackedProduct()  # what is packed cannot be copied
 
 

@@ -136,7 +136,8 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    q, p = ((_wide(x.contiguous()) - log.unsqueeze(1)).exp_() for x, log in zip((student, teacher), logs, strict=True))
+    q: Tensor = (_wide(student.contiguous()) - logs[0].unsqueeze(1)).exp_()
+    p = (_wide(teacher) - logs[1].unsqueeze(1)).exp_()
     return q.sub_(p).mul_(grad.unsqueeze(1)).to(student.dtype)
 
 

@@ -17,5 +17,5 @@ def stream_score(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def per_size(x: Tensor) -> Tensor:
     """One over the root mean square of tokens x [B, T, D]: [B, T], float32."""
-    size = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
-    return x.shape[-1] ** 0.5 / size.clamp(min=1e-6)
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+    return float(x.shape[-1] ** 0.5) / size.clamp(min=1e-6)

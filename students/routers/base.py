@@ -27,11 +27,11 @@ class ThinLinear(nn.Linear):
         self._precise = InPrecision()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._precise(x.dtype, self.weight, self.bias)
+        weight, *bias = self._precise(x.dtype, self.weight, *([] if self.bias is None else [self.bias]))
         if self.out_features > 1:
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight, *bias)
         score = (x @ weight[0]).unsqueeze(-1)  # faster than a product with a thin matrix
-        return score if bias is None else score + bias
+        return score + bias[0] if bias else score
 
 
 class Router(nn.Module):
@@ -39,6 +39,9 @@ class Router(nn.Module):
 
     members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).
     """
+
+    members: Tensor | None
+    levels: Tensor | None
 
     def __init__(
         self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None, gains: bool = False
@@ -58,16 +61,15 @@ class Router(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         if spec.network == "mlp":
-            self.mlp = nn.Sequential(
-                ThinLinear(width, spec.hidden), nn.GELU(), ThinLinear(spec.hidden, gates, bias=False)
-            )
-            nn.init.zeros_(self.mlp[-1].weight)
+            last = ThinLinear(spec.hidden, gates, bias=False)
+            self.mlp = nn.Sequential(ThinLinear(width, spec.hidden), nn.GELU(), last)
+            nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
-        score = self.linear(x)
+        score: Tensor = self.linear(x)
         if self.spec.network == "mlp":
             score = score + self.mlp(x)
         return score.float()
@@ -78,16 +80,17 @@ class Router(nn.Module):
         distance [B, T]: of each token to the one that would take it in, where tokens merge.
         """
         if self.spec.network == "mlp":
-            score = self(x * per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
+            score: Tensor = self(x * per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
         else:
             score = stream_score(x, self.linear.weight[0], self.linear.bias)
-        return score if distance is None else score + self.distance_weight * distance
+        return score if distance is None or self.distance_weight is None else score + self.distance_weight * distance
 
     def share(self, gate: Tensor) -> Tensor:
         """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""
         if self.members is None or len(self.members) % self.gates == 0:
             return gate.mean(-1)
-        return gate @ (self.members.bincount(minlength=self.gates) / len(self.members))
+        sizes: Tensor = self.members.bincount(minlength=self.gates) / len(self.members)
+        return gate @ sizes
 
     def shift(self, dial: float | Tensor) -> float | Tensor:
         """What the dial adds to the scores."""
@@ -97,17 +100,19 @@ class Router(nn.Module):
     def open_by(self, offset: float) -> None:
         """Raise all scores as far as the dial would at this offset; for routers with a linear map."""
         rise = self.shift(offset)
-        self.linear.bias += rise
-        if self.levels is not None:
-            self.levels += rise
+        for raised in (self.linear.bias, self.levels):
+            if raised is not None:
+                raised.add_(rise)
 
     def set_quota(self, scores: Tensor) -> None:
         """Take the distribution of scores [N] as the one that `quota` answers for."""
+        assert self.levels is not None, "only a router with quota has levels"
         steps = torch.linspace(0, 1, LEVELS, device=scores.device)
         self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
 
     def quota(self, offset: float) -> float:
         """The share of scores that are at least as large as the dial asks, between 0 and 1."""
+        assert self.levels is not None, "only a router with quota has levels"
         if self._stamp.renew([x for x in (self.levels, self.log_gain) if x is not None], offset):
             with torch.no_grad():
                 self._quota = self._quota_at(float(self.shift(offset)), self.levels.tolist())

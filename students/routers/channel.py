@@ -80,7 +80,8 @@ class ChannelKind(Kind):
         from students.calibration.observe import PRICED_ROWS
         from students.calibration.price import Choice
 
-        router: ChannelRouter = block.linears(site)[0].routers["channel"]
+        router = block.linears(site)[0].get_submodule("routers.channel")
+        assert isinstance(router, ChannelRouter)
         static = router.spec.network == "static"
         cost, importance, saving = (
             block.column_cost(site)[:PRICED_ROWS],

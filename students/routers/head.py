@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from students.routers.registry import GATED, Kind
 
@@ -19,7 +19,7 @@ class HeadKind(Kind):
 
     name = "head"
     order = 20
-    fields = GATED
+    fields: ClassVar[tuple[str, ...]] = GATED
     over_parts = True
     branch = "attn"
 

@@ -76,7 +76,9 @@ class LayerKind(TokenKind):
     @staticmethod
     def _attach_in_front(spec: RouterSpec, place: BlockPlace) -> None:
         if place.branch == "mlp":
-            place.wrapper.block_router = (place.wrappers["attn"].routers["layer"],)
+            router = place.wrappers["attn"].routers["layer"]
+            assert isinstance(router, Router)
+            place.wrapper.block_router = (router,)
             return
         place.add_router(spec, "layer")
         place.add_substitute(spec, "layer")
@@ -92,8 +94,9 @@ class LayerKind(TokenKind):
         block = place.enclose(spec.dropped)
         if spec.on(place.number):
             width = place.sizes.width
-            block.routers["layer"] = place.like(Router(spec, width, 1, gains=place.spec.gains))
-            place.costs["layer"] = block.routers["layer"].macs(width)
+            router = Router(spec, width, 1, gains=place.spec.gains)
+            block.routers["layer"] = place.like(router)
+            place.costs["layer"] = router.macs(width)
             if spec.dropped == "merge":
                 place.costs["match"] = width
 
@@ -102,7 +105,7 @@ class LayerKind(TokenKind):
         cost.inside = cost.inside * share
         if spec.kv == "drop" or spec.dropped != "return":
             cost.written = cost.written * share
-        here = 1.0
+        here: torch.Tensor | float = 1.0
         if cost.number and cost.image and spec.dropped != "return":  # those that earlier blocks let through
             here = cost.decisions.share[f"{cost.number - 1}.layer"]
         cost.scored["layer"] = here

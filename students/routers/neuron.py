@@ -68,7 +68,8 @@ class NeuronKind(Kind):
 
         if not self.saves(spec, block.phase):
             return []
-        router: ChannelRouter = block.block.get_submodule(self._activation(block.record)).routers["neuron"]
+        router = block.block.get_submodule(f"{self._activation(block.record)}.routers.neuron")
+        assert isinstance(router, ChannelRouter)
         up, down = block.linears("mlp_in")[1], block.linears("mlp_out")[0]
         activation = block.seen(self._activation(block.record)).y
         weight = block.importance("mlp_out") * block.seen(block.record.linears("mlp_in")[1]).y.pow(2).mean(0)

@@ -85,12 +85,14 @@ def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
 
     Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
     """
-    return autograd.ChannelGate.apply(x, log_limit)
+    out: tuple[Tensor, Tensor] = autograd.ChannelGate.apply(x, log_limit)
+    return out
 
 
 def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """exact [..., V] where preview >= limit [..., 1], else preview + tail []; also the share of exact rows [...]."""
-    return autograd.RowGate.apply(exact, preview, limit, tail)
+    out: tuple[Tensor, Tensor] = autograd.RowGate.apply(exact, preview, limit, tail)
+    return out
 
 
 def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:

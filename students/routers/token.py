@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from students.architectures.record import BRANCHES
 from students.routers.registry import GATED, Kind
@@ -21,8 +21,8 @@ class TokenKind(Kind):
 
     name = "token"
     order = 10
-    fields = (*GATED, "kv", "substitute")
-    sites = BRANCHES
+    fields: ClassVar[tuple[str, ...]] = (*GATED, "kv", "substitute")
+    sites: ClassVar[tuple[str, ...]] = BRANCHES
     over_tokens = True
     may_keep_quota = True
 

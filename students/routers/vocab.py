@@ -26,6 +26,10 @@ class VocabRouter(nn.Module):
     the map is fitted to hidden states, in closed form, and stays as fitted; spread and tail are trained.
     """
 
+    down: Tensor
+    up: Tensor
+    slope: Tensor
+
     def __init__(self, width: int, rank: int, gains: bool = False) -> None:
         super().__init__()
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
@@ -49,7 +53,8 @@ class VocabRouter(nn.Module):
         Zero parameters open every row.
         """
         features = features.float()
-        return (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * dial
+        limit: Tensor = (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * dial
+        return limit
 
 
 class VocabKind(Kind):
@@ -72,7 +77,7 @@ class VocabKind(Kind):
     def attach(self, spec: RouterSpec, place: HeadPlace) -> None:
         from students.execution.head import RoutedHead
 
-        vocabulary, width = place.head.weight.shape
+        vocabulary, width = place.head.get_parameter("weight").shape
         rank = spec.rank or width // 4
         place.replace(RoutedHead(place.head, place.runtime, VocabRouter(width, rank, place.gains), spec))
         place.macs += rank * (width + vocabulary + 1)

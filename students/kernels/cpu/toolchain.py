@@ -51,10 +51,10 @@ def build(folder: Path) -> bool:
                 # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
                 _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
                 library.replace(final)
-        library = ctypes.CDLL(str(final))
+        found = ctypes.CDLL(str(final))
     except (OSError, subprocess.CalledProcessError):
         return False
-    loaded = library
+    loaded = found
     return True
 
 
