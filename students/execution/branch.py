@@ -120,7 +120,8 @@ class RoutedBranch(Wrapper):
             return None
         run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
         gate = run.decide(key, router, features).gate
-        shared = gate.numel() == gate.shape[-1]
+        by_token = router.spec.granularity == "token" and router.spec.network != "static"
+        shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare
         if not (skip and shared and self.narrows and run.skips([router.spec])):
             self.handover.gate = gate.index_select(-1, router.members)
             return None
@@ -149,7 +150,7 @@ class RoutedBranch(Wrapper):
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """An MLP on the tokens that need it."""
-        chosen = Chosen(exits.open(), self.runtime.counted(exits.x))
+        chosen = self._chosen(exits)
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows = chosen.rows
@@ -161,6 +162,13 @@ class RoutedBranch(Wrapper):
         if gate is not None:
             handover.gate = take(gate, exits.x, rows)
         return self._leave(self.base_layer(packed, *args, **kwargs), exits)
+
+    def _chosen(self, exits: Exits) -> Chosen | Listed:
+        """The tokens that need the branch."""
+        count, tokens = exits.count, exits.x.shape[1]
+        if count is None:
+            return Chosen(exits.open(), self.runtime.counted(exits.x))
+        return Listed(flat_index(gather_open(exits.open(), count)[0], tokens), every=count == tokens)
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the tokens that need it, to the tokens that have a key."""
@@ -220,7 +228,7 @@ class RoutedBranch(Wrapper):
     def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention among the tokens of an image that need it."""
         run, x = self.runtime, exits.x
-        index, valid = gather_open(exits.open())
+        index, valid = gather_open(exits.open(), exits.count)
         if index.shape[1] == x.shape[1] and valid is None:
             if plan is not None:
                 kwargs["routed"] = plan

@@ -75,7 +75,7 @@ class Forward:
     """A forward pass on images through recordings, of which there is one for each shape.
 
     run: what is recorded, of pixels [B, C, H, W]. state: as of Decoding, of the pixels. recorder: None for the device's
-    own; where nothing records, or `state` raises ValueError, the pass runs as ever.
+    own; where nothing records, or `state` raises ValueError, the pass runs as ever, and the latter is said once.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Forward:
     ) -> None:
         self.recorder = recorder
         self.kept = Recordings()
+        self._said: set[str] = set()
         self._run = run
         self._state = state
 
@@ -98,8 +99,11 @@ class Forward:
         record = self.recorder or recorder_for(pixels.device)
         try:
             key = None if record is None else (pixels.shape, pixels.dtype, pixels.device, self._state(pixels))
-        except ValueError:
+        except ValueError as reason:
             key = None
+            if str(reason) not in self._said:
+                self._said.add(str(reason))
+                warnings.warn(f"images without recorded passes: {reason}", stacklevel=3)
         if key is None:
             return self._run(pixels)
 

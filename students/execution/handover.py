@@ -39,6 +39,11 @@ class Exits:
         """The numbers of the gates whose closed tokens write no key."""
         return [number for number, spec in enumerate(self.specs) if spec.kv == "drop"]
 
+    @property
+    def count(self) -> int | None:
+        """How many tokens of each row are open, where that is settled beforehand."""
+        return self.gates[0][0].count if len(self.gates) == 1 and self.valid is None else None
+
     def open(self, only: list[int] | None = None) -> Tensor:
         """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
         kept = self.valid

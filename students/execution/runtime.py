@@ -162,13 +162,13 @@ class Runtime:
             score = self._score_prompt(key, router, x)
         else:
             score = router(x)
-        over_tokens = spec.of_kind.over_tokens
+        over_tokens, count = spec.of_kind.over_tokens, None
         if spec.selection == "topk" and not over_tokens:
             gate = selection.topk(score, self.kept, dim=-1)
         elif spec.selection == "topk" and self.causal and self.training:
             gate = selection.topk(score, self.capacity, dim=1)
         elif over_tokens and not self.causal:
-            gate = self._patches(router, score)
+            gate, count = self._patches(router, score)
         else:
             raised = score + router.shift(self.dial_of(score))
             if self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled():
@@ -183,15 +183,18 @@ class Runtime:
             if corrected is not None:
                 weight = 1 + (weight - 1) * corrected
             gate, closed = gate.detach() * weight, closed.detach()
-        return Gates(dtype, gate=gate.to(dtype), closed=closed.to(dtype))
+        return Gates(dtype, count, gate=gate.to(dtype), closed=closed.to(dtype))
 
-    def _patches(self, router: Router, score: Tensor) -> Tensor:
-        """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them."""
+    def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
+        """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them. Also how
+        many tokens of each image are open, where that is settled beforehand."""
         if score.shape[1] == 1:  # one decision for all tokens
-            return selection.threshold(score + router.shift(self.dial_of(score)))
+            return selection.threshold(score + router.shift(self.dial_of(score))), None
         score = score[:, self.prefix :].squeeze(-1)
-        gate = self.choose(router, score, self.patches_kept(router, score.shape[1]))
-        return F.pad(gate, (self.prefix, 0), value=1.0).unsqueeze(-1)
+        count = self.patches_kept(router, score.shape[1])
+        gate = F.pad(self.choose(router, score, count), (self.prefix, 0), value=1.0).unsqueeze(-1)
+        settled = isinstance(count, int) and not (self.training and router.spec.selection == "quota")
+        return gate, self.prefix + count if settled else None
 
     def choose(
         self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None

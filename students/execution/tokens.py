@@ -123,9 +123,14 @@ def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
     return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)
 
 
-def gather_open(open_: Tensor) -> tuple[Tensor, Tensor | None]:
+def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Where the open tokens of open_ [B, T] are: index [B, k], k the most that any row has (at least 1), the open ones
-    first; and which of them are open [B, k], None where all are."""
+    first; and which of them are open [B, k], None where all are. count: how many each row has, if that is known; then
+    nothing waits."""
+    if count is not None:
+        table = torch.empty(len(open_), count + 1, dtype=torch.long, device=open_.device)
+        places = torch.arange(open_.shape[1], device=open_.device).expand(open_.shape)
+        return table.scatter_(1, open_.cumsum(1) * open_, places)[:, 1:], None  # the closed ones meet in the first
     counts = open_.sum(1)
     most = max(1, int(counts.max()))  # waits for the device
     index = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]

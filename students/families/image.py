@@ -19,6 +19,7 @@ from students.execution.capture import Forward
 from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.routers import Router
+from students.spec import RouterSpec
 from students.student import Student
 
 INTERPOLATES_ANYWAY = ("dinov2", "dinov2_with_registers")
@@ -77,13 +78,12 @@ class ImageStudent(Student):
         run = self.runtime
         if run.bypass:
             return "teacher", self._frozen.data_ptr()
-        routers = self.spec.routers
-        fixed = all((r.kind, r.selection) == ("layer", "quota") or r.network == "static" for r in routers)
+        fixed = all(r.selection == "quota" if r.of_kind.over_tokens else has_fixed_shapes(r) for r in self.spec.routers)
         if not fixed or run.execution != "skip" or isinstance(run.offset, tuple):
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
         levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
-        return self._layouts, run.offset, run.multiples, levels
+        return self._layouts, run.offset, run.capacity, run.multiples, levels
 
     @torch.no_grad()
     def at(self, size: Sequence[int]) -> tuple[int, ComputeModel]:
@@ -183,6 +183,11 @@ class ImageStudent(Student):
         if not self.runtime.bypass:
             pixels = args[0] if args else kwargs["pixel_values"]
             self._enter(0, len(pixels), pixels.device)
+
+
+def has_fixed_shapes(router: RouterSpec) -> bool:
+    """Whether a router of heads, groups or channels leaves no shape to the images: it masks, or is the same for all."""
+    return router.network == "static" or router.granularity == "token"
 
 
 def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:

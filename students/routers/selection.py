@@ -46,6 +46,8 @@ def best(score: Tensor, count: int | Sequence[int], dim: int) -> Tensor:
     else:
         hard = (_rank(score) < torch.tensor(count, device=score.device)[:, None]).to(score.dtype)
     hard = hard * (score > -torch.inf)
+    if not torch.is_grad_enabled():
+        return hard
     soft = score.sigmoid()
     return hard + (soft - soft.detach())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from students import RouterSpec
 from students.execution.capture import Forward
 from students.families.image import ImageStudent, call
+from students.kernels import devices
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_image import MODELS, SPECS, routed
 
-QUOTAS = [name for name, routers in SPECS.items() if {(r.kind, r.selection) for r in routers} == {("layer", "quota")}]
+OVER_TOKENS = {name: [r for r in routers if r.kind in ("layer", "token")] for name, routers in SPECS.items()}
+QUOTAS = [name for name, routers in OVER_TOKENS.items() if {r.selection for r in routers} <= {"quota"}]
 # whose embeddings set a slice to a number, which takes a copy on CPUs
 RECORDED = sorted({*MODELS} - {"vit_mae"})
 
@@ -63,6 +67,17 @@ def test_recorded_passes_say_what_the_model_says(name: str, spec: str, pixels: T
         assert torch.equal(first(student.predict(pixels)), first(call(student.model, pixels)))
 
 
+@pytest.mark.parametrize("name", ["timm_fused", "timm_eva02", "siglip"])
+def test_substitutes_where_the_host_runs_ahead(name: str, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPECS, "substitutes", (RouterSpec("token", selection="quota", kv="drop", substitute=3),))
+    student = student_for(name, "substitutes", pixels)
+    plain = first(call(student.model, pixels))
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    student._recorded.recorder = Tape
+    torch.testing.assert_close(first(student.predict(pixels)), plain, rtol=1e-3, atol=1e-3)
+    assert len(student._recorded.kept) == 1
+
+
 def test_new_quotas_are_recorded_anew(pixels: Tensor) -> None:
     student = student_for("timm_fused", "block merges", pixels)
     student._recorded.recorder = Tape
@@ -77,10 +92,15 @@ def test_new_quotas_are_recorded_anew(pixels: Tensor) -> None:
 def test_what_depends_on_the_images_runs_as_ever(spec: str, pixels: Tensor) -> None:
     student = student_for("timm_fused", spec, pixels)
     student._recorded.recorder, before = Tape, Tape.made
-    assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
+    with pytest.warns(UserWarning, match="depends on the images"):
+        student.predict(pixels)
+    with warnings.catch_warnings():  # said once
+        warnings.simplefilter("error")
+        assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
     student = student_for("timm_fused", "block merges", pixels)
     student._recorded.recorder, student.runtime.offset = Tape, (0.0, 0.5, 1.0)
-    assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
+    with pytest.warns(UserWarning, match="differs between them"):
+        assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
 
 
 def test_a_frozen_model_and_no_recorder(pixels: Tensor) -> None:
