@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -320,7 +321,7 @@ class RoutedBlock(Wrapper):
             # a key counts in proportion to its gate; a closed one very little, so that it learns whether it is missed
             weight = torch.log(gate * (1 - LEAK) + LEAK)
             weight = weight if flow.size is None else weight + flow.size.log()
-            mask = weight.to(x.dtype)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+            mask = repeat(weight.to(x.dtype), "b k -> b 1 q k", q=x.shape[1])
         else:
             mask = selection.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
             bias = flow.bias(x.dtype)
@@ -352,7 +353,7 @@ class RoutedBlock(Wrapper):
         self.runtime.probed[f"{self.number}.layer"] = gate, features
         flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
-        mask = weight[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        mask = repeat(weight, "b k -> b 1 q k", q=x.shape[1])
         out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
         return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
 

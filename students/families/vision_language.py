@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -355,8 +356,9 @@ def _shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
     if mask is None or mask.ndim == 2:
         return here.to(torch.long)
     mask = mask.expand(len(index), -1, -1, -1)
-    rows = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-    columns = index[:, None, None, :].expand(-1, mask.shape[1], index.shape[1], -1)
+    heads, queries, keys = mask.shape[1], index.shape[1], mask.shape[3]
+    rows = repeat(index, "b q -> b h q k", h=heads, k=keys)
+    columns = repeat(index, "b k -> b h q k", h=heads, q=queries)
     return selection.hide_closed_keys(mask.gather(2, rows).gather(3, columns), here, mask.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from students.kernels import ops
@@ -107,8 +108,12 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        shape, matrices = (*query.shape[:-1], key.shape[2]), key.shape[0] * key.shape[1]
-        q, out, k, v = (x.reshape(matrices, -1, x.shape[-1]) for x in (query * ctx.scale, grad, key, value))
+        batch, heads, tokens, _ = key.shape
+        shape = (*query.shape[:-1], tokens)
+        # the query heads that share a key head follow each other, as rows of one matrix
+        q, out, k, v = (
+            rearrange(x, "b (h g) t d -> (b h) (g t) d", h=heads) for x in (query * ctx.scale, grad, key, value)
+        )
         score = torch.bmm(q, k.transpose(1, 2)).view(shape)
         if mask is not None:
             least = torch.finfo(score.dtype).min
@@ -116,8 +121,10 @@ class Attention(torch.autograd.Function):
         weight, slope = score.contiguous(), torch.bmm(out, v.transpose(1, 2)).view(shape)
         ops.softmax_grad(weight, slope, shape[-2] if ctx.causal else 0)
         grad_mask = slope.sum_to_size(mask.shape).to(mask.dtype) if ctx.needs_input_grad[3] else None
-        slope, weight = slope.view(len(q), -1, shape[-1]), weight.view(len(q), -1, shape[-1])
+        slope, weight = (rearrange(x, "b (h g) t k -> (b h) (g t) k", h=heads) for x in (slope, weight))
         grad_query = torch.bmm(slope, k).mul_(ctx.scale).view(query.shape)
-        grad_key = torch.bmm(slope.transpose(1, 2), q).view(key.shape)
-        grad_value = torch.bmm(weight.transpose(1, 2), out).view(value.shape)
+        grad_key, grad_value = (
+            rearrange(torch.bmm(by.transpose(1, 2), x), "(b h) k d -> b h k d", b=batch)
+            for by, x in ((slope, q), (weight, out))
+        )
         return grad_query, grad_key, grad_value, grad_mask, None
