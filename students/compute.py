@@ -20,7 +20,7 @@ not next to channel routers (channels are chosen there), nor where an architectu
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,10 @@ class BlockShape:
         def mine(key: str) -> bool:
             return key.startswith("mlp") == (branch == "mlp")
 
-        sizes = {n: getattr(self, n) * mine(n) for n in ("q", "kv", "o", "per_key", "mlp_in", "mlp_out")}
-        added = {n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")}
+        sizes: Any = {n: getattr(self, n) * mine(n) for n in ("q", "kv", "o", "per_key", "mlp_in", "mlp_out")}
+        added: Any = {
+            n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")
+        }
         return replace(self, **sizes, **added)
 
 
@@ -117,12 +119,13 @@ class ComputeModel:
         spent, dense = [], []
         for number, block in enumerate(self.blocks):
             for part in map(block.only, BRANCHES):
-                whole = part.q + part.kv + part.o + part.mlp_in + part.mlp_out
-                whole = whole + part.per_key * _keys(valid, phase, part.window)
+                products = part.q + part.kv + part.o + part.mlp_in + part.mlp_out
+                whole = products + part.per_key * _keys(valid, phase, part.window)
                 routed = whole if decisions.bypassed else self._block(number, part, decisions, valid, phase)
                 dense.append(whole * valid)
                 spent.append(routed * valid)
-        return tuple(torch.stack(x).unflatten(0, (-1, len(BRANCHES))) for x in (spent, dense))
+        one, other = (torch.stack(x).unflatten(0, (-1, len(BRANCHES))) for x in (spent, dense))
+        return one, other
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""
@@ -217,7 +220,7 @@ class BlockCost:
         return total
 
 
-class _Uniform(dict):
+class _Uniform(dict[str, Tensor]):
     """A dictionary that has the same value under every key."""
 
     def __init__(self, value: Tensor) -> None:

@@ -60,7 +60,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             operator = getattr(torch.ops.aten, name + "_backward" * backward, None)
             if operator is not None:
                 names = [argument.name for argument in operator.default._schema.arguments]
-                formula = partial(_attention, names, skips, backward)
+                formula: Any = partial(_attention, names, skips, backward)
                 formula._get_raw = True  # it is called with tensors, not with their shapes
                 found[operator] = formula
     return found

@@ -142,6 +142,6 @@ class _Differs(Exception):
 
 def some_tokens(model: PreTrainedModel) -> Tensor:
     """Token ids [1, TOKENS] of a language model, drawn for the purpose; none of them stands for an image."""
-    vocabulary, draw = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, TOKENS), generator=draw)
+    embeddings, draw = model.get_input_embeddings().get_parameter("weight"), torch.Generator().manual_seed(0)
+    ids = torch.randint(len(embeddings), (1, TOKENS), generator=draw)
     return ids.masked_fill(ids == getattr(model.config, "image_token_id", -1), 0).to(model.device)

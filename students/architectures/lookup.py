@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,8 +31,10 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     record = ARCHITECTURES[kind]
     if record.prefix is None:
         registers = getattr(getattr(model, "config", None), "num_register_tokens", None)
-        record = replace(record, prefix=model.num_prefix_tokens if registers is None else 1 + registers)
-    blocks = list(_get(trunk_of(model), record.blocks, type(model).__name__))
+        prefix: Any = model.num_prefix_tokens if registers is None else 1 + registers
+        record = replace(record, prefix=prefix)
+    container: Any = _get(trunk_of(model), record.blocks, type(model).__name__)
+    blocks = list(container)
     if kind == "Eva":  # whose layers differ from model to model
         if getattr(blocks[0].attn, "qkv", None) is None:
             record = replace(record, attn_in=LLAMA.attn_in)
@@ -77,7 +80,8 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
     """Sizes of block `number`."""
     if not isinstance(model, PreTrainedModel):
         out = record.linears("attn_out")
-        attn, width = block.get_submodule(out[0].rpartition(".")[0]), weight_of(block.get_submodule(out[0])).shape[0]
+        attn: Any = block.get_submodule(out[0].rpartition(".")[0])
+        width = weight_of(block.get_submodule(out[0])).shape[0]
         heads = attn.num_heads * len(out)
         return Sizes(width, heads, attn.head_dim, heads, None)
     config = model.config
@@ -109,5 +113,6 @@ def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
 
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in], whichever way the layer stores it, wrapped or not."""
-    linear = getattr(linear, "base_layer", linear)
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    base: Any = getattr(linear, "base_layer", linear)
+    weight: Tensor = base.weight
+    return weight.T if isinstance(base, Conv1D) else weight

@@ -72,11 +72,13 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
     first metric, so that |f| measures how far a token's previewed logits spread.
     """
-    router: VocabRouter = head.routers["vocab"]
-    weight = head.base_layer.weight
+    router, weight = head.routers["vocab"], head.base_layer.get_parameter("weight")
+    assert isinstance(router, VocabRouter)
     hidden = hidden.float()
-    gram = sum(part.float().T @ part.float() for part in weight.split(8192)).double()
-    left, left_inverse = _roots(gram)
+    gram = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for part in weight.split(8192):
+        gram += part.float().T @ part.float()
+    left, left_inverse = _roots(gram.double())
     right, right_inverse = _roots((hidden.T @ hidden / len(hidden)).double())
     u, s, v = torch.linalg.svd(left @ right)
     rank = router.down.shape[0]

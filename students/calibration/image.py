@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from students.calibration.price import Choice, Curve, Start, gated_choice, log_likelihood, start_at
-from students.families.image import ImageStudent, Placed
+from students.families.image import Features, ImageStudent, Placed
 
 DRAWS = 4
 """Outcomes y that are drawn for each image."""
@@ -45,7 +45,8 @@ def _observe(
     student: ImageStudent, batches: Sequence[Tensor], generator: torch.Generator
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens."""
-    run, seen = student.runtime, {}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    run = student.runtime
     before = run.execution
     run.execution = "mask"
     try:
@@ -75,15 +76,17 @@ def _observe(
     finally:
         run.probed, run.execution = None, before
         run.drop()
-    return {key: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for key, parts in seen.items()}
+    read, costs = ({key: torch.cat([each[n] for each in parts]) for key, parts in seen.items()} for n in (0, 1))
+    return {key: (read[key], costs[key]) for key in seen}
 
 
-def _log_likelihood(features: object, generator: torch.Generator) -> Tensor:
+def _log_likelihood(features: Features, generator: torch.Generator) -> Tensor:
     """Sum over images of log p(y), y drawn from the model's own distribution."""
     if features.logits is None:
         pooled = features.pooled.float()
         noise = torch.randn(pooled.shape, generator=generator).to(pooled.device)
-        return (pooled / pooled.detach().norm(dim=-1, keepdim=True) * noise).sum()
+        unit: Tensor = pooled / pooled.detach().norm(dim=-1, keepdim=True)
+        return (unit * noise).sum()
     return log_likelihood(features.logits, generator)
 
 

@@ -14,6 +14,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,9 @@ def calibrate(
     choices = []
     for number in range(len(student.blocks)):
         block = BlockStart(student, number, seen, dense, keys, phase)
-        for router in student.spec.at("block"):
-            if router.on(number):
-                choices += router.of_kind.start(router, block)
+        for spec in student.spec.at("block"):
+            if spec.on(number):
+                choices += spec.of_kind.start(spec, block)
     compute = student.compute.uniform(1.0, valid.shape[1], phase)
     curve = Curve(choices)
     head = student.model.get_output_embeddings()
@@ -68,7 +69,8 @@ def calibrate(
 
     best = [min(fits, key=lambda fit: lost(fit, target)) for target in targets]
     start = start_at(choices, curve, [compute - whole * (1 - fit.share) for fit in best], targets)
-    router: VocabRouter = head.routers["vocab"]
+    router = head.routers["vocab"]
+    assert isinstance(router, VocabRouter)
     spreads, offsets = torch.tensor([fit.spread for fit in best]), torch.tensor(start.offsets)
     apart = len(set(start.offsets)) > 1  # the same for all where nothing but the head has to save
     slope = float(torch.stack([offsets, spreads]).cov()[0, 1] / offsets.var()) if apart else 0.0
@@ -88,10 +90,10 @@ def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: tor
     def look(place: Observed, at: Watch) -> None:
         waiting: list[Tensor] = []
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
             waiting.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, 1))
 
-        def leave(module: nn.Module, args: tuple, out: object) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
             y.register_hook(lambda grad: _add_fisher(place, grad))
             y = y.detach().flatten(0, 1)

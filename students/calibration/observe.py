@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from students.calibration.price import Choice, gated_choice
 from students.compute import BlockShape, Phase
 from students.execution.branch import RoutedBranch
 from students.families.language import LanguageStudent
+from students.routers import Router, Substitute
 from students.spec import RouterSpec
 
 PRICED_ROWS = 256
@@ -44,6 +46,7 @@ class Observed:
     @property
     def sensitivity(self) -> Tensor:
         """Mean squared gradient [D_out] of -log p(y) with respect to the outputs."""
+        assert self.fisher is not None, "nothing was seen"
         return self.fisher / self.tokens
 
 
@@ -119,7 +122,15 @@ class BlockStart:
 
     def branch(self, branch: str) -> RoutedBranch:
         """What stands in front of a branch."""
-        return self.block.get_submodule(getattr(self.record, branch))
+        wrapper = self.block.get_submodule(getattr(self.record, branch))
+        assert isinstance(wrapper, RoutedBranch)
+        return wrapper
+
+    def router(self, branch: str, kind: str) -> Router:
+        """A router of a branch."""
+        router = self.branch(branch).routers[kind]
+        assert isinstance(router, Router)
+        return router
 
     def gated(self, branch: str) -> float:
         """What a token that skips a branch saves, its key aside."""
@@ -131,7 +142,8 @@ class BlockStart:
         if site not in self._importance:
             weights = [weight_of(linear).float() for linear in self.linears(site)]
             places = [self.seen(name) for name in self.record.linears(site)]
-            self._importance[site] = sum(p.sensitivity @ w.pow(2) for p, w in zip(places, weights, strict=True))
+            parts = [p.sensitivity @ w.pow(2) for p, w in zip(places, weights, strict=True)]
+            self._importance[site] = reduce(torch.add, parts)
         return self._importance[site]
 
     def column_cost(self, site: str) -> Tensor:
@@ -150,15 +162,17 @@ class BlockStart:
         x, missing, wrapper = read.x, skipped.y, self.branch(branch)
         if spec.kind in wrapper.substitutes:
             substitute = wrapper.substitutes[spec.kind]
+            assert isinstance(substitute, Substitute)
             fit_substitute(substitute, moments(x, missing / scale) if skipped.moments is None else skipped.moments)
             saved -= substitute.macs()
             missing = missing - scale * substitute(x)
         cost = (missing.pow(2) @ skipped.sensitivity / 2).unsqueeze(-1)
-        return gated_choice(wrapper.routers[spec.kind], self._features(x), cost, saved / self.dense)
+        return gated_choice(self.router(branch, spec.kind), self._features(x), cost, saved / self.dense)
 
     def narrowing(self, spec: RouterSpec, branch: str) -> list[Choice]:
         """A router of heads or groups, which costs what their channels cost."""
-        router, columns = self.branch(branch).routers[spec.kind], self.column_cost(f"{branch}_out")
+        router, columns = self.router(branch, spec.kind), self.column_cost(f"{branch}_out")
+        assert router.members is not None
         cost = torch.zeros(len(columns), router.gates, device=router.members.device)
         cost.index_add_(1, router.members, columns)
         saved = self.gated(branch) / router.gates / self.dense
@@ -166,7 +180,8 @@ class BlockStart:
 
     def regroup(self, branch: str, kind: str) -> None:
         """Put the channels in front of a branch's last linear layer into groups that are active together."""
-        router = self.branch(branch).routers[kind]
+        router = self.router(branch, kind)
+        assert router.members is not None
         router.members.copy_(cluster_neurons(self.seen(self.record.linears(f"{branch}_out")[0]).x, router.gates))
 
     def _features(self, x: Tensor) -> Tensor:

@@ -104,16 +104,14 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
     static = router.spec.network == "static"
     if static:
         logs = cost.mean(0, keepdim=True).clamp(min=1e-12).log()
-        weight, predicted = None, logs
-    else:
-        weight = ridge(x, logs)
-        predicted = x @ weight[:-1] + weight[-1]
+    weight = logs if static else ridge(x, logs)
+    predicted = logs if static else x @ weight[:-1] + weight[-1]
 
     @torch.no_grad()
     def apply(price: float) -> None:
         threshold = torch.tensor(price * saving).log()
         if static:
-            router.score.copy_(logs[0] - threshold)
+            router.score.copy_(weight[0] - threshold)
         else:
             maps = weight[:-1]
             if router.distance_weight is not None:

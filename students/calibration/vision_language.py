@@ -50,5 +50,6 @@ def calibrate_door(
         run.drop()
     x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
     compute = student.uniform(1.0, tokens, "prefill")
+    assert student.door is not None
     choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
     return start_at([choice], Curve([choice]), [compute] * len(targets), targets)

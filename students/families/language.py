@@ -22,6 +22,8 @@ from students.student import Student
 class LanguageStudent(Student):
     """A frozen causal language model and its routers."""
 
+    model: PreTrainedModel
+
     def __init__(self, *parts: Any, trunk: PreTrainedModel) -> None:
         super().__init__(*parts)
         self.__dict__["trunk"] = trunk  # the module that holds the blocks; it is in the model already
