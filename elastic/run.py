@@ -29,7 +29,7 @@ from elastic.config import NAMED_DATA, RunConfig
 from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
-from students.kernels.cpu import toolchain
+from students.kernels import cpu
 from students.kernels.packing import pack_linears
 from teachers import Teacher
 from teachers.cache import cache_folder
@@ -181,7 +181,7 @@ class Run:
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:
     """A student of this teacher, as the configuration has it and not trained, on kernels where they can be compiled."""
-    toolchain.build(cache_folder())
+    cpu.build(cache_folder())
     return elasticize(teacher.model, config.student)
 
 

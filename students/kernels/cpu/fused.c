@@ -1,7 +1,7 @@
 // One pass over activations, scores or logits where torch's operators would make ten: gates, divergences and gradients
 // of a training step.
 //
-// Compiled with kernels.c (see kernels.py). Arithmetic is in float32; limits are rounded to the tensors' own type first,
+// Compiled with kernels.c (see toolchain.py). Arithmetic is in float32; limits are rounded to the tensors' own type first,
 // as torch would compare them.
 
 #include <math.h>

@@ -1,6 +1,6 @@
 // Decoding one token reads only what is selected: matrix-vector products over some rows of a weight, no copies made.
 //
-// Compiled once for this machine by kernels.py, for float32 and bfloat16 (see numbers.h). Accumulation is in float32.
+// Compiled once for this machine by toolchain.py, for float32 and bfloat16 (see numbers.h). Accumulation is in float32.
 // Every thread takes a contiguous part of the selected rows.
 
 #include <math.h>

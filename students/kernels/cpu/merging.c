@@ -1,4 +1,4 @@
-// Patches that leave an image model are taken in by those most like them (see merging.py), each image on its own.
+// Patches that leave an image model are taken in by those most like them (see ../merging.py), each image on its own.
 
 #include <math.h>
 #include <stdint.h>
@@ -40,12 +40,12 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
 }
 
 // x [n, D], behind a prefix every other patch of which may go: those n - keep with the lowest scores do, or, where keep
-// is negative, those with a score below -shift, as far as multiples allow. weight [D], bias and unlike are the router's;
-// top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes, scores and old places of those that
-// stay, in order, and where each of the n stands then; returns how many stay.
+// is negative, those with a score below -shift, as far as multiples allow. weight [D], bias and apart (the distance's
+// weight) are the router's; top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes, scores and
+// old places of those that stay, in order, and where each of the n stands then; returns how many stay.
 #define MERGE_ONE(S, T)                                                                                                \
     static int64_t merge_one_##S(const T *x, int64_t n, int64_t D, const float *size, const float *before,             \
-                                 const float *weight, float bias, float unlike, const float *top, float never,         \
+                                 const float *weight, float bias, float apart, const float *top, float never,          \
                                  int64_t prefix, int64_t keep, float shift, int64_t multiple, T *out, float *out_size, \
                                  float *out_score, int64_t *index, int64_t *into) {                                    \
         int64_t patches = n - prefix, going = (patches + 1) / 2, taking = patches / 2;                                 \
@@ -71,7 +71,7 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
             int64_t partner = 0, i = prefix + 2 * g;                                                                   \
             if (!taking) { rank[i] = never; break; } /* there is nobody to go to */                                    \
             float best = most_alike(unit + 2 * g * D, unit + D, taking, 2 * D, D, &partner);                           \
-            rank[i] += unlike * logf(fmaxf(1 - best, 1e-3f));                                                          \
+            rank[i] += apart * logf(fmaxf(1 - best, 1e-3f));                                                           \
             into[i] = prefix + 2 * partner + 1;                                                                        \
         }                                                                                                              \
         if (before)                                                                                                    \
@@ -117,16 +117,16 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
         return place;                                                                                                  \
     }
 
-// All of the above for B images; bias and unlike are where the router keeps them
+// All of the above for B images; bias and apart are where the router keeps them
 #define MERGE_LOWEST(S, T)                                                                                             \
     void merge_lowest_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,         \
-                          const float *weight, const float *bias, const float *unlike, const float *top, float never,  \
+                          const float *weight, const float *bias, const float *apart, const float *top, float never,   \
                           int64_t prefix, int64_t keep, T *out, float *out_size, float *out_score, int64_t *index,     \
                           int64_t *into, int threads) {                                                                \
         _Pragma("omp parallel for num_threads(threads) if (B > 1)")                                                    \
         for (int64_t b = 0; b < B; b++)                                                                                \
             merge_one_##S(x + b * n * D, n, D, size ? size + b * n : NULL, before ? before + b * n : NULL, weight,     \
-                          *bias, *unlike, top, never, prefix, keep, 0, 1, out + b * keep * D, out_size + b * keep,     \
+                          *bias, *apart, top, never, prefix, keep, 0, 1, out + b * keep * D, out_size + b * keep,      \
                           out_score + b * keep, index + b * keep, into + b * n);                                       \
     }
 
@@ -134,14 +134,14 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
 // distance, and filled up with those that left. count: how many stay
 #define MERGE_BELOW(S, T)                                                                                              \
     void merge_below_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,          \
-                         const float *weight, const float *bias, const float *unlike, const float *top, float never,   \
+                         const float *weight, const float *bias, const float *apart, const float *top, float never,    \
                          int64_t prefix, const int64_t *length, const float *shift, int64_t multiple, T *out,          \
                          float *out_size, float *out_score, int64_t *index, int64_t *into, int64_t *count,             \
                          int threads) {                                                                                \
         _Pragma("omp parallel for num_threads(threads) if (B > 1)")                                                    \
         for (int64_t b = 0; b < B; b++) {                                                                              \
             int64_t s = b * n, kept = merge_one_##S(                                                                   \
-                x + s * D, length[b], D, size ? size + s : NULL, before ? before + s : NULL, weight, *bias, *unlike,   \
+                x + s * D, length[b], D, size ? size + s : NULL, before ? before + s : NULL, weight, *bias, *apart,    \
                 top, never, prefix, -1, shift[b], multiple, out + s * D, out_size + s, out_score + s, index + s,       \
                 into + s);                                                                                             \
             count[b] = kept;                                                                                           \

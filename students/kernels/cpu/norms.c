@@ -1,6 +1,6 @@
 // RMS norms in one pass over their input, with the bits that torch's own operators give.
 //
-// Compiled without leave to reorder sums or to fuse products into them (see kernels.py).
+// Compiled without leave to reorder sums or to fuse products into them (see toolchain.py).
 
 #include <math.h>
 #include <stdint.h>

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from students.kernels import reference
+from students.kernels import cpu, reference, triton
+from students.kernels.cpu import toolchain
 from students.kernels.ops import OPERATORS
 from tests.backends import DTYPES
 from tests.students.kernels.samples import SAMPLES, Draw
@@ -22,8 +24,14 @@ CLOSE = {
 }
 
 
-def test_every_operator_has_samples():
-    assert SAMPLES.keys() == OPERATORS.keys()
+def test_every_operator_has_samples_and_every_implementation_an_operator():
+    assert SAMPLES.keys() == OPERATORS.keys() == cpu.OPERATORS.keys() >= triton.OPERATORS.keys()
+
+
+def test_every_c_function_is_called_by_an_operator():
+    sources = "".join(source.read_text() for source in toolchain.SOURCES)
+    defined = set(re.findall(r"^ *(?:void|int64_t) (\w+?)_(?:##S|bf16)\(", sources, re.MULTILINE))
+    assert defined == OPERATORS.keys()
 
 
 @torch.no_grad()
