@@ -103,6 +103,7 @@ class Student(nn.Module):
     def checkpoint_blocks(self) -> None:
         """Recompute each block's activations in backward instead of keeping them (non-reentrant)."""
         self.recompute = True
+        block: Any
         for block in self.blocks:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

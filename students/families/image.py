@@ -160,7 +160,8 @@ class ImageStudent(Student):
     def set_quotas(self, batches: Iterable[Tensor], offset: float = 0.0) -> None:
         """Let every router with quota take, from now on, the shares that its threshold keeps of these images; offset:
         where the dial is when what reaches later blocks is looked at."""
-        run, seen = self.runtime, {}
+        seen: dict[str, list[Tensor]] = {}
+        run = self.runtime
         before = run.training, run.execution, run.offset
         run.training, run.execution, run.offset = True, "mask", offset
         try:
@@ -209,8 +210,9 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a model is configured for."""
     if isinstance(model, PreTrainedModel):
         return model.config.num_channels, *_pair(model.config.image_size)
-    first = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))  # a hybrid's is its backbone's
-    return first.in_channels, *model.patch_embed.img_size
+    patches: Any = model.patch_embed
+    first = next(m for m in patches.modules() if isinstance(m, nn.Conv2d))  # a hybrid's is its backbone's
+    return first.in_channels, *patches.img_size
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -240,7 +242,7 @@ def reads_prefix_only(model: nn.Module) -> bool:
     """Whether nobody sees what a model makes of its patches: it classifies by its class token, and returns no more."""
     if isinstance(model, PreTrainedModel):
         return False  # asked for its hidden states, it returns them
-    return model.global_pool == "token" and model.num_prefix_tokens > 0
+    return model.global_pool == "token" and bool(model.num_prefix_tokens)
 
 
 def classifier_of(model: nn.Module) -> nn.Module | None:

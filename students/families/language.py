@@ -23,6 +23,7 @@ class LanguageStudent(Student):
     """A frozen causal language model and its routers."""
 
     model: PreTrainedModel
+    trunk: PreTrainedModel
 
     def __init__(self, *parts: Any, trunk: PreTrainedModel) -> None:
         super().__init__(*parts)
