@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from elastic.harness.silence import silent
+from teachers.data.records import as_text
 from teachers.quiet import first_line
 
 _BLANK = re.compile(r"(?<![^\W_])_+(?![^\W_])")
@@ -80,7 +81,7 @@ def questions(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"no such file of questions: {path}")
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold the other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     for number, line in enumerate(lines, 1):
@@ -88,16 +89,18 @@ def questions(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            question, choices, answer = (record[key] for key in ("question", "choices", "answer"))
+            question, answer, given = (record[key] for key in ("question", "answer", "choices"))
+            choices = [as_text(choice).strip() for choice in given] if isinstance(given, list) else None
         except (ValueError, TypeError, KeyError):
-            question = choices = answer = None
-        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-        right = texts and type(answer) is int and 0 <= answer < len(choices)
+            question = answer = choices = None
+        right = choices and len(choices) > 1 and all(choices) and type(answer) is int and 0 <= answer < len(choices)
         if not (isinstance(question, str) and question.strip() and right):
             raise ValueError(
                 f"{path}, line {number}: a JSON object is expected with `question` (text), `choices` (two texts or "
                 "more) and `answer` (the number of the right one, from 0)"
             )
+        if len(set(choices)) < len(choices):
+            raise ValueError(f"{path}, line {number}: two of its choices are the same: {', '.join(choices)[:200]}")
         records.append({"question": question, "choices": choices, "answer": answer})
     if not records:
         raise ValueError(f"{path} holds no questions")

@@ -217,7 +217,12 @@ def test_words_with_underscores_are_no_blanks(question: str, tmp_path: Path):
         '{"question": "q", "choices": ["a", "b"]}',
         '{"question": "q", "choices": ["a"], "answer": 0}',
         '{"question": "q", "choices": ["a", ""], "answer": 0}',
+        '{"question": "q", "choices": ["a", " "], "answer": 0}',
+        '{"question": "q", "choices": ["a", null], "answer": 0}',
+        '{"question": "q", "choices": "ab", "answer": 0}',
         '{"question": "q", "choices": ["a", "b"], "answer": 2}',
+        '{"question": "q", "choices": ["a", "b"], "answer": -1}',
+        '{"question": "q", "choices": ["a", "b"], "answer": true}',
         '{"question": "q", "choices": ["a", "b"], "answer": "a"}',
         '{"question": " ", "choices": ["a", "b"], "answer": 1}',
     ],
@@ -228,6 +233,24 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"own.jsonl, line 4: a JSON object is expected") as error:
         questions(file)
     assert "\n" not in str(error.value)
+
+
+def test_choices_that_are_the_same_are_refused(tmp_path: Path):
+    """Which of them is right would be decided by their order."""
+    (tmp_path / "own.jsonl").write_text('{"question": "q", "choices": ["a", "b", "a "], "answer": 0}')
+    with pytest.raises(ValueError, match=r"own.jsonl, line 1: two of its choices are the same: a, b, a"):
+        questions(tmp_path / "own.jsonl")
+
+
+def test_choices_are_read_as_they_are_meant(tmp_path: Path):
+    rows = [
+        '\ufeff{"question": "q\u2028", "choices": [1, 2.5], "answer": 1}',
+        "",
+        '{"question": "q", "choices": ["a ", " b"], "answer": 0}\r',
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    read = questions(tmp_path / "own.jsonl")
+    assert [record["choices"] for record in read] == [["1", "2.5"], ["a", "b"]]
 
 
 def test_tasks_of_the_harness_need_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
