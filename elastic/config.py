@@ -161,7 +161,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; None: as many as `minutes` allow."""
     minutes: float | None = 10.0
-    """Training time, turned into a number of steps after the first few. Give one of the two."""
+    """Training time, turned into a number of steps after the first few, which a few later looks at the clock change.
+    Give one of the two."""
     batch: int = 4
     """Windows, images or questions in a micro-batch, of all processes together where a launcher starts several."""
     window: int = 256

@@ -25,6 +25,7 @@ import teachers
 from elastic import families, launch
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
+from elastic.distillation.schedule import Schedule
 from elastic.distillation.start import adopted, calibrate, order, set_budget, set_capacity, student_for
 from elastic.evaluate import HELD_OUT, measure
 from elastic.files import write_text
@@ -44,8 +45,6 @@ Progress = Callable[[int, int | None, dict[str, float]], None]
 
 REASONS = 1000
 """Samples that elastic.json names, of those that were left out."""
-TIMED_STEPS = 4
-"""Steps that are timed to turn minutes into a number of steps (after one that is not)."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,7 +56,6 @@ class State:
     """What changes while training, besides parameters; all of it is in a checkpoint."""
 
     step: int
-    steps: int | None
     multiplier: Tensor
     """[K], as are the two below: of each of the budgets that are trained for (see elastic/distillation/budgets.py)."""
     price: Tensor
@@ -193,14 +191,21 @@ def _train(
         launch.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
         return loss, measured, torch.cat(weights)
 
+    schedule = Schedule(train, run.about, state.step)
+
+    def save() -> None:
+        _save(run, student, optimizer, state)
+        if train.steps is None:
+            launch.on_main(lambda: run.record(trained=schedule.seconds))
+
     student.runtime.pool = launch.pool
     distillation.train()
     begun, since_log = state.step, 0
-    clock = timer = time.monotonic()
+    clock = time.monotonic()
     with _interruptible() as interrupted:
-        while state.steps is None or state.step < state.steps:
+        while (steps := schedule.steps(state.step)) is None or state.step < steps:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(state.step, state.steps, train.warmup)
+                group["lr"] = group["peak"] * schedule.rate(state.step)
             try:
                 loss, measured, weights = backward()
             except (ValueError, OSError, RuntimeError) as error:  # what is learned is as the step before has left it
@@ -225,15 +230,10 @@ def _train(
             state.step += 1
             since_log += 1
 
-            if state.step == begun + 1:  # a process's first step is slower than the others
-                loss.item()
-                timer = time.monotonic()
-            elif state.steps is None and state.step > TIMED_STEPS:
-                loss.item()
-                per_step = (time.monotonic() - timer) / (state.step - begun - 1)
-                state.steps = launch.gather(max(state.step, round(train.minutes * 60 / per_step)))[0]
-                launch.on_main(partial(run.record, steps=state.steps))
-            done = state.step == state.steps
+            if schedule.look(state.step, loss.item):
+                launch.on_main(lambda: run.record(**schedule.decided))
+            steps = schedule.steps(state.step)
+            done = state.step == steps
             if state.step % train.log_every == 0 or done:
                 measured = of_all(measured)
                 line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))
@@ -246,11 +246,11 @@ def _train(
                     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                 accelerator.log(line, step=state.step)
-                progress(state.step, state.steps, line)
+                progress(state.step, steps, line)
                 if state.step % train.save_every < train.log_every or done:
-                    _save(run, student, optimizer, state)
+                    save()
             if launch.any_of(interrupted()):
-                _save(run, student, optimizer, state)
+                save()
                 raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
     if train.tracker != "none":
         accelerator.end_training()
@@ -261,7 +261,6 @@ def _train(
 def _start(run: Run, config: RunConfig, student: Student, data: Any, device: torch.device, say: Say) -> State:
     """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
     budget = config.budget
-    steps = config.train.steps if config.train.steps is not None else run.about.get("steps")
     set_capacity(student, data, config)
     path = run.folder / "checkpoint.safetensors"
     if launch.on_main(path.exists):
@@ -272,7 +271,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
         launch.on_main(lambda: _cut_metrics(run, about["step"]))
         say(f"resuming at step {about['step']}")
         multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
-        return State(about["step"], steps, multiplier, price, tensors["offsets"])
+        return State(about["step"], multiplier, price, tensors["offsets"])
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
@@ -281,7 +280,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
     launch.on_main(lambda: _cut_metrics(run, 0))
     price = price.to(device)
-    return State(0, steps, multiplier=price, price=price, offsets=offsets)
+    return State(0, multiplier=price, price=price, offsets=offsets)
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
@@ -290,17 +289,6 @@ def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
         (limits if parameter in alone else maps).append(parameter)
     groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
-
-
-def _schedule(step: int, steps: int | None, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine decay to zero.
-
-    The decay waits until minutes have become a number of steps, so that a resumed run, which knows it, does the same.
-    """
-    start = max(warmup, 1 + TIMED_STEPS)
-    if step < start or steps is None:
-        return min(1.0, (step + 1) / max(1, warmup))
-    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
 def _picked(first: int, count: int, pieces: int, seed: int) -> list[int]:

@@ -451,21 +451,6 @@ def test_missing_tensorboard_is_an_error(configure: Configure, tmp_path: Path, m
     assert files(tmp_path) == []
 
 
-def test_minutes_become_steps_that_resuming_keeps(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    clock = count()
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: 0.01 * next(clock))
-    config = configure("train.steps=null", "train.minutes=0.001", "train.log_every=50")
-    with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted):
-        on_step(patch, 7, interrupt)
-        distill(config, tmp_path / "run")
-    planned = Run.open(tmp_path / "run").about["steps"]
-    assert planned > 7
-    resume(tmp_path / "run")
-    assert metrics(tmp_path / "run")[-1]["step"] == planned == Run.open(tmp_path / "run").about["steps"]
-
-
 def test_data_that_training_sees_is_a_function_of_the_step():
     pieces = [trainer._picked(first, 3, 7, seed=0) for first in range(0, 21, 3)]
     seen = [piece for micro in pieces for piece in micro]
