@@ -56,6 +56,7 @@ class Student(nn.Module):
         self._layouts = 0
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
+        vars(model).update(save_pretrained=_keep_frozen)
 
     @contextmanager
     def teacher(self) -> Iterator[Student]:
@@ -242,3 +243,11 @@ class Student(nn.Module):
                 along = (compute - below) / (above - below) if above > below else 0.0
                 return offset + along * (following - offset)
         return points[0][1]
+
+
+def _keep_frozen(*args: Any, **kwargs: Any) -> None:
+    """In the place of a model's save_pretrained, which would write the frozen weights under the wrappers' names."""
+    raise ValueError(
+        "a student's model is not saved: its weights are as they were. Save what was added to them with "
+        "student.save(FILE), or open the folder of its run with elastic.load"
+    )

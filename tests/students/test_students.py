@@ -245,6 +245,12 @@ def test_a_saved_student_is_as_readable_as_any_new_file(llama, tmp_path):
     assert (tmp_path / "saved.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_students_model_says_how_it_is_saved(llama, tmp_path):
+    with pytest.raises(ValueError, match=r"student\.save\(FILE\)"):
+        elasticize(llama, MIXED).model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_of_earlier_versions_name_parameters_otherwise(tmp_path):
     former = {
         "routers.score.bend.0.weight": torch.zeros(2),
