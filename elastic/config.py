@@ -7,7 +7,7 @@ image models, and `vlm:` for vision-language models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,8 @@ class BudgetConfig:
     """Weight of the capacity hinge (control: capacity)."""
 
     def __post_init__(self) -> None:
+        if self.stiffness < 0 or self.hinge < 0:
+            raise ValueError(f"budget.stiffness ({self.stiffness}) and budget.hinge ({self.hinge}) cannot be negative")
         try:
             low, high = self.span
         except ValueError:
@@ -112,6 +114,8 @@ class DataConfig:
             )
         if self.prompt < 1 or (self.max_tokens is not None and self.max_tokens < 1):
             raise ValueError(f"data.prompt ({self.prompt}) and data.max_tokens ({self.max_tokens}) must be at least 1")
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"data.max_images is {self.max_images}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,16 @@ class LossConfig:
     """Weight of even use of experts and heads (top-k routers)."""
     topk_weight: float = 0.0
     """Weight of teaching scores to predict the top-k choice of their sequence (top-k token and layer routers)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 <= self.beta <= 1 or self.k < 1:
+            raise ValueError(
+                f"loss.temperature ({self.temperature}) must be above 0, loss.beta ({self.beta}) between 0 and 1, and "
+                f"loss.k ({self.k}) at least 1"
+            )
+        for part in fields(self):
+            if part.name.endswith("_weight") and getattr(self, part.name) < 0:
+                raise ValueError(f"loss.{part.name} is {getattr(self, part.name)}; it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -198,6 +212,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if (self.steps is not None and self.steps < 0) or (self.minutes is not None and self.minutes <= 0):
             raise ValueError("train.steps cannot be negative and train.minutes must be above 0")
+        if self.seed >= 2**32:
+            raise ValueError(f"train.seed is {self.seed}; it must be below 2 ** 32")
         if min(self.lr, self.limit_lr, self.warmup, self.seed) < 0 or self.clip <= 0:
             raise ValueError("train.lr, limit_lr, warmup and seed cannot be negative, and train.clip must be above 0")
 
