@@ -47,7 +47,7 @@ def generate_text(
         raise ValueError(f"{run.config.model} is an image model: it generates no text (elastic eval measures it)")
     picture = generation.read_image(run.config.model, image)
     teacher = run.teacher()
-    student = run.load_student(teacher)
+    student: Any = run.load_student(teacher)
     if compute is not None:
         student.set_compute(compute)
     inputs, tokenizer = generation.inputs(teacher.processor, prompt, picture)

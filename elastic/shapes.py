@@ -27,7 +27,8 @@ def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) 
     """The configuration of a model with random weights, by the name of its shape; the rest as `make_config` has it."""
     shape = find_shape(name)
     entry = ModelEntry(name, family=shape.family, data="random")
-    return make_config(entry=entry, settings=settings, model=name, **families.of(shape.family).timing.RANDOM, **flags)
+    random: dict[str, Any] = dict(families.of(shape.family).timing.RANDOM)
+    return make_config(entry=entry, settings=settings, model=name, **random, **flags)
 
 
 def bench_shape(

@@ -45,9 +45,9 @@ def score_run(
         raise ValueError(f"--tasks are for language models; {config.model} is none")
     loaded = load_tasks(tasks, say)
     teacher = run.teacher()
-    student = run.load_student(teacher)
-    for budget in compute:
-        student.set_compute(budget)  # a mistake here should not have to wait for the teacher
+    student: Any = run.load_student(teacher)
+    for asked in compute:
+        student.set_compute(asked)  # a mistake here should not have to wait for the teacher
     rows = []
     for name, task in loaded.items():
         say(f"{name}: asking the teacher ...")

@@ -41,7 +41,7 @@ class Student(nn.Module):
         compute: ComputeModel,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.record = record
         self.blocks = tuple(blocks)
         self.spec = spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teachers import families, hub, wheel
 from teachers.quiet import quiet
@@ -13,10 +13,7 @@ from teachers.registry import ModelEntry, models, resolve
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-    from teachers.data.image_set import Preprocess
 
 LOCAL = "local folder "
 """What the source of a model in a folder of the user's begins with."""
@@ -29,9 +26,9 @@ class Teacher:
 
     name: str
     """What the user asked for: short name, hub id or folder."""
-    model: nn.Module
+    model: Any
     """The model, of transformers or timm; no parameter requires a gradient."""
-    processor: PreTrainedTokenizerBase | ProcessorMixin | Preprocess | None
+    processor: Any
     """What turns raw inputs into the model's: a tokenizer, a processor of images and text, an image model's
     preprocessing; None where weights are random, and so is what is read."""
     family: str
@@ -87,7 +84,7 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """A name for architecture and weights, such as "llama-1f0c...": the same however the model was loaded.
 
     Hashes every parameter's name and shape and 64 of its values, rounded to bfloat16, so that loading a checkpoint in

@@ -39,5 +39,6 @@ def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
     rows = hidden.flatten(0, 1)
     owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
     parts = zip(rows.split(128), owners.split(128), strict=True)
-    share = torch.cat([student.logits(part, *tensors, owner=owner)[1] for part, owner in parts]).view(hidden.shape[:2])
+    shares = [share for part, owner in parts if (share := student.logits(part, *tensors, owner=owner)[1]) is not None]
+    share = torch.cat(shares).view(hidden.shape[:2])
     return torch.as_tensor(student.compute.routed_head(share, phase)).expand(hidden.shape[:2])

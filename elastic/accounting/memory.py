@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
 from students.architectures import architecture_of, sizes_of, weight_of
-from students.spec import LINEAR_SITES
+from students.architectures.record import LINEAR_SITES
 
 ADDED = 0.06
 """What routers and their previews add to the weights."""
@@ -48,7 +49,7 @@ class Need:
         return round(SLACK * tokens * (self.kept + 2 * self.passing))
 
 
-def need_of(model: nn.Module, trunk: nn.Module) -> Need:
+def need_of(model: Any, trunk: nn.Module) -> Need:
     """What a model takes, which may be on the device "meta"; trunk: the part that holds its blocks."""
     size = next(model.parameters()).element_size()
     record, blocks = architecture_of(trunk)

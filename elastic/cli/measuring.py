@@ -70,6 +70,32 @@ def _eval_tasks(options: argparse.Namespace) -> None:
 
 
 def bench_command(options: argparse.Namespace) -> None:
+    _check_bench(options)
+    from datetime import date
+
+    from elastic.bench import bench_run
+    from elastic.run import surroundings
+    from elastic.shapes import bench_shape, shape_config
+
+    work = {name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats")}
+    with screen() as (say, _):
+        if options.model is None:
+            rows = bench_run(options.run, **work, say=say)
+        else:
+            config = shape_config(
+                options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
+            )
+            rows = bench_shape(config, **work, say=say)
+    timed = options.run or f"{options.model}, random weights"
+    about = {"date": date.today().isoformat(), "timed": timed, **surroundings()}
+    if options.json:
+        print(json.dumps({**about, "rows": rows}))
+    else:
+        _print_timings(rows, about)
+
+
+def _check_bench(options: argparse.Namespace) -> None:
+    """ValueError where options contradict each other."""
     for name in ("batch", "tokens", "repeats"):
         given = getattr(options, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:
@@ -87,26 +113,10 @@ def bench_command(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--model {options.model} would be timed without training it: add --random-weights, or distill a run first"
         )
-    from datetime import date
 
-    from elastic.bench import bench_run
-    from elastic.run import surroundings
-    from elastic.shapes import bench_shape, shape_config
 
-    work = {name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats")}
-    with screen() as (say, _):
-        if options.model is None:
-            rows = bench_run(options.run, **work, say=say)
-        else:
-            config = shape_config(
-                options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
-            )
-            rows = bench_shape(config, **work, say=say)
-    about = {"date": date.today().isoformat(), "timed": options.run or f"{options.model}, random weights"}
-    about |= surroundings()
-    if options.json:
-        print(json.dumps({**about, "rows": rows}))
-        return
+def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """A table of timings, and the machine that they are of."""
     from rich.console import Console
     from rich.table import Table
 
@@ -122,8 +132,8 @@ def bench_command(options: argparse.Namespace) -> None:
         + ", ".join(f"{name} {versions[name]}" for name in names)
     )
     columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"
-    columns += "student ms", "tuned ms", "dense ms", "cache MB", "dense MB", "peak GB", "dense GB"
-    table = Table(*columns, box=None, pad_edge=False)
+    sizes = "student ms", "tuned ms", "dense ms", "cache MB", "dense MB", "peak GB", "dense GB"
+    table = Table(*columns, *sizes, box=None, pad_edge=False)
     for r in rows:
         caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
         speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))

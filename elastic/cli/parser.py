@@ -35,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    """All commands with their options: a list, however long, in the order of --help."""
     root = _Parser(
         prog="elastic",
         description="Make a pretrained transformer elastic: frozen weights, tiny routers, one dial for compute.",

@@ -67,5 +67,7 @@ def models_command(options: argparse.Namespace) -> None:
     print("Any other hub id or local folder of a supported architecture works too.")
 
 
-def _count(number: float) -> str:
+def _count(number: float | None) -> str:
+    if number is None:
+        return ""
     return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"

@@ -87,4 +87,4 @@ def set_budget(student: Student, data: Any, config: RunConfig, offsets: Sequence
     if config.budget.ranges:
         set_range(student, config.budget.span, offsets, meter, say)
     else:
-        set_dial(student, config.budget.target, meter, say)
+        set_dial(student, config.budget.span[0], meter, say)

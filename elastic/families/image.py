@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import teachers
 from elastic.accounting.image import measured_compute
@@ -64,7 +64,7 @@ def load(config: RunConfig, teacher: Teacher) -> ImageData:
     )
 
 
-def random_data(config: RunConfig, model: nn.Module) -> SyntheticData:
+def random_data(config: RunConfig, model: Any) -> SyntheticData:
     """Images of normal noise: as many to train on as are calibrated on."""
     counts = max(1, config.calibration.windows), config.data.held_out
     return random_images(image_shape(model), counts, config.train.seed, next(model.parameters()).dtype)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import teachers
 from elastic.accounting.language import measured_compute
@@ -63,7 +63,7 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
     return data
 
 
-def random_data(config: RunConfig, model: nn.Module) -> TextData:
+def random_data(config: RunConfig, model: Any) -> TextData:
     """Windows of random tokens: as many to train on as are calibrated on."""
     vocabulary = model.config.get_text_config().vocab_size
     counts = max(1, config.calibration.windows), config.data.held_out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.accounting.vision_language import measured_compute
 from elastic.baselines import image as baselines
@@ -69,11 +69,11 @@ def load(config: RunConfig, teacher: Teacher) -> Data:
     read: QuestionData = load_questions(
         data.source, held_out=data.held_out, seed=config.train.seed, max_images=data.max_images
     )
-    parts = (_prompts(teacher, part) for part in (read.train, read.held_out))
-    return Data(*parts, read.description, read.left_out)
+    train, held_out = (_prompts(teacher, part) for part in (read.train, read.held_out))
+    return Data(train, held_out, read.description, read.left_out)
 
 
-def random_data(config: RunConfig, model: nn.Module) -> SyntheticData:
+def random_data(config: RunConfig, model: Any) -> SyntheticData:
     """Random questions about random images, for a LLaVA: as many to train on as are calibrated on."""
     vision, counts = model.config.vision_config, (max(1, config.calibration.windows), config.data.held_out)
     shape = vision.num_channels, vision.image_size, vision.image_size

@@ -26,7 +26,9 @@ class ClozeTask(ConfigurableTask):
     """
 
     def construct_requests(self, doc: dict[str, Any], ctx: Any, **options: Any) -> list[Instance]:
-        before, after = _around_blank(doc["question"])
+        parts = _around_blank(doc["question"])
+        assert parts is not None  # or the task is none of this kind
+        before, after = parts
         context = before.rstrip()
         if any(letter.isalnum() for letter in after):
             pairs = [(before + choice, after.rstrip()) for choice in doc["choices"]]

@@ -59,7 +59,7 @@ class Scorer(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts around one unless told otherwise."""
+        """Token ids of a text, with the special tokens that the tokenizer puts around one unless asked not to."""
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -82,8 +82,8 @@ class Scorer(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = []
         for length, same in groupby(sorted(numbers, key=lambda text: -len(text[0])), lambda text: len(text[0])):
-            texts, size = list(same), max(1, BATCH_TOKENS // length)
-            batches += [texts[first : first + size] for first in range(0, len(texts), size)]
+            group, size = list(same), max(1, BATCH_TOKENS // length)
+            batches += [group[first : first + size] for first in range(0, len(group), size)]
         for batch in Watched(batches):
             continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
             for text, scores in zip(batch, self._score(batch, continuations), strict=True):
@@ -116,8 +116,9 @@ class Scorer(TemplateLM):
             logits = logits.float()
             scores.append(logits.gather(1, target) - logits.logsumexp(1, keepdim=True))
             hits.append(logits.argmax(1, keepdim=True) == target)
-            shares.append(share)
-        self._count(ids, decisions, None if shares[0] is None else torch.cat(shares).mean())
+            if share is not None:
+                shares.append(share)
+        self._count(ids, decisions, torch.cat(shares).mean() if shares else None)
         lengths = [len(choices[0]) for choices in continuations]
         for choices, score, hit in zip(
             continuations, torch.cat(scores).split(lengths), torch.cat(hits).split(lengths), strict=True

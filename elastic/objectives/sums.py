@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial, reduce
 from operator import add
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from students.kernels.autograd import forward_kl
 T = TypeVar("T", bound="Sums")
 
 
+@dataclass
 class Sums:
     """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field; of `rows`, one follows the
     other."""
@@ -53,8 +54,8 @@ def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """(student's logits, teacher's logits) -> the configured divergence of each row."""
     if loss.logits == "forward_kl" and loss.temperature == 1:
         return forward_kl
-    options = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}.get(loss.logits, {})
-    return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **options)
+    own: dict[str, dict[str, Any]] = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}
+    return partial(DIVERGENCES[loss.logits], temperature=loss.temperature, **own.get(loss.logits, {}))
 
 
 def routing_loss(
@@ -62,7 +63,7 @@ def routing_loss(
 ) -> Tensor | float:
     """What presets with fixed capacities add: the hinge, top-k prediction, even use; of `rows` rows, and those of the
     other processes."""
-    total = 0.0
+    total: Tensor | float = 0.0
     capacity = student.runtime.capacity
     if budget.control == "capacity":
         free = [k for k, spec in decisions.spec.items() if spec.selection == "threshold"]

@@ -292,14 +292,15 @@ def _lines(series: Sequence[Series], pairs: Sequence[list[list[tuple[float, floa
         columns = [[list(column) for column in zip(*at, strict=True)] for at in budgets if at]
         points = sorted((mean(x), mean(y), min(y), max(y)) for x, y in columns)
         if points:
-            values = [list(column) for column in zip(*points, strict=True)]
-            lines.append(plots.Line(one.label, *values, style=one.style, dashed=one.baseline))
+            x, y, low, high = (list(column) for column in zip(*points, strict=True))
+            lines.append(plots.Line(one.label, x, y, low, high, style=one.style, dashed=one.baseline))
     return lines
 
 
 def spent(row: Row) -> float:
     """Measured compute in the phase that the budget speaks of."""
-    return row.get(f"compute_{row['phase']}", row["compute"])
+    key = f"compute_{row['phase']}"
+    return float(row[key] if key in row else row["compute"])
 
 
 def benched(row: Row) -> dict[str, dict[str, Any]]:

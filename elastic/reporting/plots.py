@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ LIGHT = ["#0067b9", "#c8460e", "#00805a", "#a83d8b", "#8a6500", "#2e8bc0", "#6a5
 DARK = ["#58a9f0", "#ff8f5c", "#3cc996", "#e48fcf", "#dfb13f", "#86cdf5", "#b0a0ff", "#a9b4bf"]
 """Of the series on light and on dark pages."""
 MARKERS = "osD^vPX*"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "elastic",
     "font.size": 10,
@@ -84,21 +85,26 @@ def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
         columns = max(1, min(4, len(labels), int(14 * width / (max(map(len, labels), default=0) + 8))))
         figure = Figure(figsize=(width, 2.8 + 0.2 * -(-len(labels) // columns)))
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
-        handles: dict[str, object] = {}
+        handles: dict[str, Any] = {}
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _axes(axes, panel, handles)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9)
         return _svg(figure, alt, alone)
 
 
-def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, object]) -> None:
+def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, Any]) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", pad=9)
     axes.patch.set_alpha(0)
     for line in panel.lines:
         colour, marker = SERIES[line.style % len(SERIES)], MARKERS[line.style % len(MARKERS)]
         face = "none" if line.dashed else colour
-        style = {"color": colour, "marker": marker, "markerfacecolor": face, "linestyle": "--" if line.dashed else "-"}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markerfacecolor": face,
+            "linestyle": "--" if line.dashed else "-",
+        }
         (handles[line.label],) = axes.plot(line.x, line.y, **style)
         if line.low != line.high:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,9 @@ from students.families.image import ImageStudent, call
 from teachers.data.image_set import ImageSet
 from teachers.data.images import ImageData
 
-OPTIONS = ()
-BATCHES = (1, 8, 64)
-RANDOM = {"calibration__windows": 32}
+OPTIONS: tuple[str, ...] = ()
+BATCHES: tuple[int, ...] = (1, 8, 64)
+RANDOM: Mapping[str, int] = {"calibration__windows": 32}
 IMAGES = 64
 """So many are timed, in batches, or one larger batch."""
 
@@ -60,7 +60,7 @@ def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) ->
     return TrainingBatch(pixels, {"pixel_values": pixels}, student.at(pixels.shape[-2:])[0])
 
 
-def input_sizes(model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
+def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Calibration reads all images at once; for a model of timm."""
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     return InputSizes(model, tokens, tokens, config.calibration.windows * tokens, 0)

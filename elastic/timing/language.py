@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
@@ -20,9 +20,9 @@ from students.families.language import LanguageStudent
 from teachers.data.text import TextData
 from teachers.families.language import most_tokens
 
-OPTIONS = ("tokens", "new_tokens")
-BATCHES = (1,)
-RANDOM = {"calibration__windows": 2, "data__window": 256}
+OPTIONS: tuple[str, ...] = ("tokens", "new_tokens")
+BATCHES: tuple[int, ...] = (1,)
+RANDOM: Mapping[str, int] = {"calibration__windows": 2, "data__window": 256}
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
@@ -72,7 +72,7 @@ def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) 
     return TrainingBatch(ids, {"input_ids": ids}, config.train.window)
 
 
-def input_sizes(model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
+def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Calibration reads two windows at a time."""
     windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH

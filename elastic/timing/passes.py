@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastic.accounting.counters import count
@@ -33,7 +33,7 @@ COUNTED = 4
 class Contender:
     """A model, and how it is run: as transformers' `generate`, or images to the model's output."""
 
-    model: nn.Module
+    model: Any
     run: Callable[..., Any]
 
 
@@ -42,7 +42,7 @@ Models = dict[str, Contender]
 packed: what the student does to run fast, without routers."""
 
 
-def medians(works: dict[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
+def medians(works: Mapping[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
     """Median seconds of each piece of work, all in turn, after one turn to warm up; the most memory, in bytes, that was
     in use in the last turn of each."""
     seconds: dict[Any, list[float]] = {name: [] for name in works}
@@ -103,7 +103,8 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
         works.pop("tuned")  # which differs from the dense one in decoding only
     timed = medians(works, repeats, device)
     both = works["student"], works["dense"]
-    row = row_of("prefill", *inputs["input_ids"].shape, [count(work) for work in both], *timed)
+    batch, tokens = inputs["input_ids"].shape
+    row = row_of("prefill", batch, tokens, [count(work) for work in both], *timed)
     sizes = [cache_bytes(cache_of(work())) for work in both]
     return {**row, "cache_bytes": sizes[0], "dense_cache_bytes": sizes[1]}
 
@@ -137,7 +138,7 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
         return model(last, **with_cache(model, {"use_cache": True}, cache)).logits[:, -1:].argmax(-1)
 
     for _ in range(COUNTED):
-        for n, number in enumerate(count(lambda x=last: step(x, copy.deepcopy(cache)))):
+        for n, number in enumerate(count(partial(step, last, copy.deepcopy(cache)))):
             totals[n] += number
         last = step(last, cache)
     return totals[0], totals[1]

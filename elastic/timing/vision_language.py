@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from elastic.config import RunConfig
@@ -13,9 +13,9 @@ from students.execution.decoding import Decoding
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.synthetic import ANSWER, QUESTION
 
-OPTIONS = ("new_tokens",)
-BATCHES = (1, 8)
-RANDOM = {"calibration__windows": 4}
+OPTIONS: tuple[str, ...] = ("new_tokens",)
+BATCHES: tuple[int, ...] = (1, 8)
+RANDOM: Mapping[str, int] = {"calibration__windows": 4}
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:

@@ -84,7 +84,8 @@ def random_images(shape: tuple[int, int, int], counts: tuple[int, int], seed: in
     """Images of normal noise; shape: channels, height, width."""
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(sum(counts), *shape, generator=draw).to(dtype)
-    return SyntheticData(*map(RandomImages, pixels.split(counts)), "random images")
+    train, held_out = map(RandomImages, pixels.split(counts))
+    return SyntheticData(train, held_out, "random images")
 
 
 def random_questions(
@@ -102,4 +103,5 @@ def random_questions(
     tokens = torch.cat([torch.full((total, image_tokens), image_token), words], 1)
     pixels = torch.randn(total, *shape, generator=draw).to(dtype)
     parts = zip(tokens.split(counts), pixels.split(counts), strict=True)
-    return SyntheticData(*(RandomQuestions(*part, image_token) for part in parts), "random questions")
+    train, held_out = (RandomQuestions(*part, image_token) for part in parts)
+    return SyntheticData(train, held_out, "random questions")

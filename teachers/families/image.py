@@ -109,15 +109,15 @@ def _transformers(
     return Loaded(model, preprocess, unused)
 
 
-def classes_of(model: nn.Module) -> Classes | None:
+def classes_of(model: Any) -> Classes | None:
     """The classes that an image model tells apart, by the names that its configuration has; None without classifier."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         if not any(hasattr(model, name) for name in ("classifier", "cls_classifier")):
             return None
-        labels = {int(number): [str(name)] for number, name in model.config.id2label.items()}
-        for name, number in model.config.label2id.items():
+        labels = {int(number): [str(name)] for number, name in (model.config.id2label or {}).items()}
+        for name, number in (model.config.label2id or {}).items():
             labels.setdefault(int(number), []).append(str(name))
         return named(labels)
     if not model.num_classes:

@@ -28,7 +28,7 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote:
-        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         saved_as = config.architectures or ["an unnamed architecture"]
         if isinstance(getattr(config, "image_size", None) or getattr(config, "num_channels", None), (int, list, tuple)):
             raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {SUPPORTED}")
@@ -74,7 +74,7 @@ def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:
         )
 
 
-def most_tokens(trunk: nn.Module) -> int | None:
+def most_tokens(trunk: Any) -> int | None:
     """How many tokens a model can read, where every position has learned numbers of its own; None: any number."""
     most, words = getattr(trunk.config, "max_position_embeddings", None), trunk.get_input_embeddings()
     tables = (m for m in trunk.modules() if isinstance(m, nn.Embedding) and m is not words)

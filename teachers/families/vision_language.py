@@ -67,7 +67,7 @@ def compose(
     from safetensors.torch import load_file
 
     dtype = next(language.parameters()).dtype
-    model = assemble(json.loads((folder / "config.json").read_text("utf-8")), language, tokenizer)
+    model: Any = assemble(json.loads((folder / "config.json").read_text("utf-8")), language, tokenizer)
     model.load_state_dict(unpack(load_file(folder / "model.safetensors")), strict=False)
     return model.to(dtype), processor_for(model, tokenizer)
 
@@ -82,7 +82,7 @@ def assemble(
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     settings = {key: value for key, value in settings.items() if key not in (LANGUAGE, "model_type")}
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = LlavaConfig(text_config=language.config.to_dict(), image_token_index=image, **settings)
     config.tie_word_embeddings = language.config.tie_word_embeddings
     with torch.device("meta"):

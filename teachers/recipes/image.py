@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,32 @@ def pretrain(
     model.load_state_dict(unpack(state))
     test, answers = _all(load_all(source, _as_bytes))
     accuracy = top1(model, normalise(test, mean, std), answers)
-    config = {
+    with published(final) as workshop:
+        folder = workshop / final.name
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(
+            json.dumps(_config(train.classes, classes, arguments, mean, std), indent=2) + "\n", encoding="utf-8"
+        )
+    part.unlink(missing_ok=True)
+    return accuracy
+
+
+def _config(
+    names: Sequence[str] | None,
+    classes: int,
+    arguments: dict[str, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, Any]:
+    """config.json as timm reads it; names: of the classes, where they have some."""
+    return {
         "architecture": ARCHITECTURE,
         "num_classes": classes,
-        **({"label_names": train.classes} if train.classes else {}),
+        **({"label_names": names} if names else {}),
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [channels, height, width],
+            "input_size": [arguments["in_chans"], arguments["img_size"], arguments["img_size"]],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
@@ -97,13 +116,6 @@ def pretrain(
             "classifier": "head",
         },
     }
-    with published(final) as workshop:
-        folder = workshop / final.name
-        folder.mkdir()
-        save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part.unlink(missing_ok=True)
-    return accuracy
 
 
 def _as_bytes(image: Image) -> Tensor:
@@ -153,19 +165,9 @@ def train_vit(
         block.attn.fused_attn = False  # on CPUs the fused kernel's backward takes half of the step
     mean, std = channel_statistics(images)
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    optimizers = _optimizers([name for name, _ in model.named_parameters()], masters)
     work = model.train().to(torch.bfloat16)
     parameters = list(work.parameters())
-    names = [name for name, _ in work.named_parameters()]
-    hidden = [m for m, n in zip(masters, names, strict=True) if n.startswith("blocks.") and m.ndim == 2]
-    others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
-    decayed = [m for m in others if m.ndim > 1]
-    plain = [m for m in others if m.ndim <= 1]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, weight_decay=WEIGHT_DECAY
-        ),
-    ]
     peak = PEAK_LR / 2 if again else PEAK_LR
     batch = min(BATCH, len(images))
     steps = len(images) // batch * epochs
@@ -205,6 +207,20 @@ def train_vit(
     work.float().eval()
     work.patch_drop = nn.Identity()
     _take_over(work.parameters(), masters)
+
+
+def _optimizers(names: Sequence[str], masters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices in blocks, AdamW for all other parameters, vectors without weight decay."""
+    hidden = [m for m, n in zip(masters, names, strict=True) if n.startswith("blocks.") and m.ndim == 2]
+    others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
+    decayed = [m for m in others if m.ndim > 1]
+    plain = [m for m in others if m.ndim <= 1]
+    return [
+        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, weight_decay=WEIGHT_DECAY
+        ),
+    ]
 
 
 @torch.no_grad()
