@@ -67,8 +67,7 @@ class LanguageStudent(Student):
         if run.bypass:
             return "teacher", self._frozen.data_ptr()
         for router in self.spec.routers:
-            fixed = router.kind in ("head", "expert") and router.network == "static"
-            if router.kind not in ("channel", "vocab") and not fixed:
+            if not router.of_kind.fixes_shapes(router):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
         static = any(router.network == "static" for router in self.spec.routers)
         return self._layouts, isinstance(run.offset, tuple), (run.offset, run.capacity) if static else None

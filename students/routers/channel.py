@@ -67,6 +67,9 @@ class ChannelKind(Kind):
         for site in spec.where:
             cost.read[site] = cost.share(spec, f"{site}.channel", missing=0.0)  # no token entered this branch
 
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return True
+
     def watch(self, spec: RouterSpec, block: Watched) -> None:
         for site in spec.where:
             block.linears(site)

@@ -35,6 +35,9 @@ class HeadKind(Kind):
         if cost.shape.narrows.get(self.branch, True):
             cost.parts[self.branch] = cost.share(spec, f"{self.branch}.{self.name}")
 
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return spec.network == "static"
+
     def watch(self, spec: RouterSpec, block: Watched) -> None:
         block.linears(f"{self.branch}_out")
         block.branch(self.branch)

@@ -76,6 +76,11 @@ class Kind:
         other, a BlockPlace."""
         raise NotImplementedError
 
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        """Whether steps of decoding have the same shapes whatever it decides, so that they can be recorded (see
+        students/execution/fixed.py)."""
+        return False
+
     def saves(self, spec: RouterSpec, phase: Phase) -> bool:
         """Whether a closed gate makes this phase cheaper (see students/compute.py)."""
         return phase == "decode" or spec.granularity == "sequence" or spec.network == "static"

@@ -74,6 +74,9 @@ class VocabKind(Kind):
         """In prefill all rows are computed, and the preview too, for it says which of them count."""
         return phase == "decode"
 
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return True
+
     def attach(self, spec: RouterSpec, place: HeadPlace) -> None:
         from students.execution.head import RoutedHead
 
