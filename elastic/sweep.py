@@ -74,7 +74,8 @@ def sweep(
     the budgets of a model, preset and seed, or each has a run of its own (per_budget). eval_data: what is measured on,
     None being each run's held-out data; timed: whether speed is measured; command: what a row says it was made by;
     settings and flags: as for `make_config`. A point that fails is reported and left out; ValueError at the end then,
-    or at once where nothing has been finished yet.
+    or at once where nothing has been finished yet. (One function, as what is missing, the clock and the failures are
+    needed at each step.)
     """
     tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
     folder = SweepFolder(output)

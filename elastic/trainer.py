@@ -154,7 +154,7 @@ def _train(
     say: Say,
     progress: Progress,
 ) -> State:
-    """The loop; returns its last state. The host waits for the device only where it logs."""
+    """The loop, whole, to be read from top to bottom; returns its last state. The host waits only where it logs."""
     train, budget = config.train, config.budget
     family = families.of(config.family)
     device = accelerator.device

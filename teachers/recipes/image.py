@@ -157,7 +157,7 @@ def train_vit(
     part: where snapshots go, described by `told`.
 
     Hidden matrices by Muon (Jordan et al., 2024), everything else by AdamW; weights are kept in float32 and multiplied
-    in bfloat16.
+    in bfloat16. The loop stands here whole, to be read from top to bottom.
     """
     from timm.layers import PatchDropout
 
