@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,32 @@ from elastic.settings import from_dict, to_dict
 from students.checkpoint import read_tensors
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+"""Each of the launchers takes the number of processes next."""
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+    *("--config_file", ROOT / "configs/accelerate/one-machine.yaml", "--num_processes"),
+)
 LEARNED = dict(rtol=1e-3, atol=2e-5)
 """How far parameters may be apart, where sums are rounded in another order."""
 
 
-def launched(count: int, *arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+def launched(
+    count: int, *arguments: object, launcher: Sequence[object] = TORCHRUN, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """This module with arguments, in so many processes on CPUs."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **variables}
-    command = [*LAUNCHER, str(count), "-m", "tests.elastic.several", *map(str, arguments)]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    environment = {**os.environ, **settings, **variables}
+    command = [*map(str, launcher), str(count), "-m", "tests.elastic.several", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     try:
-        out, err = launcher.communicate(timeout=180)
+        out, err = started.communicate(timeout=180)
     except subprocess.TimeoutExpired:
-        launcher.terminate()  # it ends those that it has started
-        out, err = launcher.communicate()
-    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+        started.terminate()  # it ends those that it has started
+        out, err = started.communicate()
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def in_processes(count: int, runs: dict[Path, RunConfig | None], list_in: Path) -> None:

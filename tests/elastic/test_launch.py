@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from elastic import trainer
 from elastic.config import RunConfig
 from students.checkpoint import read_tensors
-from tests.elastic.several import assert_close, in_processes, launched, one_and_two
+from tests.elastic.several import ACCELERATE, assert_close, in_processes, launched, one_and_two
 from tests.pico.language import RUN_SETTINGS
 
 Configure = Callable[..., RunConfig]
@@ -64,3 +65,22 @@ def test_a_process_that_fails_costs_one_line_and_no_step(
     trainer.resume(one, say=lambda _: None)
     in_processes(2, {two: None}, tmp_path)
     assert_close(one, two)
+
+
+def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
+    model_folder: Path, text_file: Path, tmp_path: Path
+):
+    settings = [part for setting in RUN_SETTINGS for part in ("--set", setting) if setting != "train.steps=6"]
+    command = ["sweep", "--model", model_folder, "--data", text_file, "--target-compute", 0.7, 0.9, "--steps", 3]
+    command += ["--baselines", "random", "--no-bench", "--output", tmp_path / "sweep"]
+    done = launched(2, *command, *settings, launcher=ACCELERATE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
+    assert [(row["compute_target"], row["baseline"]) for row in rows] == [
+        *((budget, baseline) for budget in (0.9, 0.7) for baseline in (None, "random"))
+    ]
+    assert {row["machine"]["processes"] for row in rows} == {2} and done.stdout.count("4 points") == 1
+    (run,) = (tmp_path / "sweep" / "runs").iterdir()
+    measured = launched(2, "eval", run, "--data", text_file, "--json")
+    (row,) = json.loads(measured.stdout)["rows"][:1]
+    assert row["tokens"] == 4000
