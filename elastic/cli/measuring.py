@@ -154,6 +154,38 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
         )
 
 
+def plan_command(options: argparse.Namespace) -> None:
+    from elastic.plan import plan, plan_config
+
+    config = plan_config(options.model, preset=options.preset, settings=options.set)
+    found = plan(config, **{name: getattr(options, name) for name in ("gpus", "memory", "tokens", "peak", "share")})
+    if options.json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_row("model, preset", f"{found['model']}, {found['preset']}")
+    table.add_row("parameters", f"{found['parameters']:,}, of routers {found['trainable_parameters']:,}")
+    for name, what in (
+        ("weights", "frozen weights, bfloat16"),
+        ("routers", "routers, gradients, Adam"),
+        ("activations", "a step's activations"),
+        ("calibration", "or calibration's"),
+        ("needed", f"needed of {options.memory:g} GB"),
+    ):
+        table.add_row(what, f"{found[name] / 1e9:,.2f} GB a GPU")
+    spread = f"{found['shard_bytes'] / 1e9:.1f} GB of weights a GPU if they were spread over {options.gpus}"
+    table.add_row("fits", "yes" if found["fits"] else f"no: every GPU has all weights ({spread})")
+    table.add_row("a step", f"{found['batch']} windows of {found['window']}, {found['rows']} a GPU")
+    table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
+    reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
+    table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
+    table.add_row(f"{options.tokens:.3g} tokens", f"{found['steps']:,} steps, {found['days']:.3g} days")
+    Console(soft_wrap=True, markup=False).print(table)
+
+
 def compare_command(options: argparse.Namespace) -> None:
     from elastic.evaluate import compare_runs
 

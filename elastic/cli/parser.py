@@ -119,6 +119,19 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
+    plan = command(
+        "plan", measuring.plan_command, "estimate on paper what distilling a model of some shape would take on GPUs"
+    )
+    plan.add_argument("--model", metavar="SHAPE", required=True, help="such as llama3-70b; see configs/shapes.yaml")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="a process on each (default 1)")
+    plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of one GPU (default 80)")
+    plan.add_argument("--tokens", type=float, default=1e8, metavar="T", help="to train on (default 1e8)")
+    plan.add_argument("--peak", type=float, default=989, metavar="TFLOPS", help="of one GPU (default 989, an H100's)")
+    plan.add_argument("--share", type=float, default=0.4, metavar="S", help="of that peak, as reached (default 0.4)")
+    plan.add_argument("--preset", help="as for distill")
+    plan.add_argument("--set", action="append", metavar="A.B=C", help="as for distill, such as train.batch=64")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
     sweep = command(
         "sweep", training.sweep_command, "distil, measure and time models at many budgets into one folder, for a report"
     )
