@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import teachers
 from elastic import families
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
-from elastic.run import DTYPES, Run, has_room_for_two
+from elastic.run import Run, has_room_for_two, load_teacher, share_weights
 from elastic.timing.passes import Row, medians
 from elastic.timing.workload import Workload
 from students import Student
@@ -57,10 +55,7 @@ def bench_run(
     student = run.load_student(teacher, pack=False, prepare=False)  # training comes first
     data = families.of(config.family).load(config, teacher)
 
-    def dense() -> nn.Module:
-        return teachers.load(config.model, dtype=DTYPES[config.train.precision]).model
-
-    return measure(student, dense, data, config, workload, True, say)
+    return measure(student, lambda: load_teacher(config).model, data, config, workload, True, say)
 
 
 def workload_of(
@@ -118,11 +113,6 @@ def measure(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model on the same weights."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def _tuned(dense: nn.Module) -> nn.Module:

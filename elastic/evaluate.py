@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from elastic import families, launch
+from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
 from students import Student
@@ -77,13 +78,16 @@ def measure_run(
     data: str | None = None,
     compute: Sequence[float] = (),
     baselines: Sequence[str] = (),
+    session: Session | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 
     Returns a row for each compute that the dial is turned to (none: as training left it, and of a run for a range one
     at either end and one in the middle), and one of each of `baselines` (see BASELINES of the family) at the same.
+    session: what has been loaded, asked and calibrated before.
     """
+    session = session or Session()
     run = Run.open(folder, finished=True)
     config = run.config
     for budget in compute:
@@ -97,22 +101,20 @@ def measure_run(
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
         raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
-    teacher = launch.in_turn(run.teacher)
-    student = launch.together(lambda: run.load_student(teacher))
+    student = launch.in_turn(lambda: session.student(run))
     for budget in compute:
         student.set_compute(budget)  # a mistake here should not have to wait for the data
     if data is None:
-        held_out, name = launch.in_turn(lambda: family.load(config, teacher)).held_out, HELD_OUT
+        held_out, name = launch.in_turn(lambda: session.data(config)).held_out, HELD_OUT
     else:
-        held_out, name = launch.in_turn(lambda: family.load_all(data, config, teacher)), data
+        held_out, name = launch.in_turn(lambda: session.all_of(data, config)), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
-    kept = TeacherOutputs()
-    rows = measure(run, student, name, held_out, budgets, kept)
+    rows = measure(run, student, name, held_out, budgets, session.kept(held_out))
     row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
-        measured = launch.on_main(partial(family.baseline, other, student, held_out, config, spent, kept))
+        measured = launch.on_main(partial(family.baseline, other, student, held_out, config, spent, session))
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows

@@ -9,9 +9,11 @@ routers.safetensors        the finished student: routers only, with its dial
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -146,15 +148,16 @@ class Run:
         about = self.about if (self.folder / "elastic.json").exists() else {}
         write_text(self.folder / "elastic.json", json.dumps(about | entries, indent=2) + "\n")
 
-    def teacher(self) -> Teacher:
-        """The run's teacher; ValueError where its weights are not those that the run was made with."""
+    def teacher(self, load: Callable[[RunConfig], Teacher] | None = None) -> Teacher:
+        """The run's teacher; ValueError where its weights are not those that the run was made with. load: where it
+        comes from, if not from the disk."""
         config, about = self.config, self.about
         if about["source"].startswith(LOCAL) and not Path(config.model).is_dir():
             raise ValueError(
                 f"{self.folder} was made for the model in {config.model}, which is not there any more: put it back, or "
                 f"write where it is behind `model:` in {self.folder / 'config.yaml'}"
             )
-        teacher = teachers.load(config.model, dtype=DTYPES[config.train.precision])
+        teacher = (load or load_teacher)(config)
         if teacher.identity != about["identity"]:
             raise ValueError(
                 f"{self.folder} was made for other weights: {config.model} was {about['identity']} "
@@ -177,6 +180,16 @@ class Run:
         if prepare:
             student.prepare()
         return student
+
+
+def load_teacher(config: RunConfig) -> Teacher:
+    """The teacher of a configuration."""
+    return teachers.load(config.model, dtype=DTYPES[config.train.precision])
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model on the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:

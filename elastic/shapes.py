@@ -11,11 +11,11 @@ from torch import nn
 
 from elastic import families
 from elastic.accounting.memory import free_memory, need_of
-from elastic.bench import measure, share_weights, workload_of
+from elastic.bench import measure, workload_of
 from elastic.config import RunConfig, make_config
 from elastic.distillation.start import calibrate, set_budget, set_capacity, student_for
 from elastic.reporting.progress import Say
-from elastic.run import DTYPES
+from elastic.run import DTYPES, share_weights
 from elastic.timing.workload import Workload
 from teachers import Teacher
 from teachers.load import preferred_dtype

@@ -16,6 +16,7 @@ from typing import Any
 
 from elastic import bench, evaluate, families, launch, trainer
 from elastic.config import RunConfig, make_config
+from elastic.evaluation.session import Session
 from elastic.files import write_text
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
@@ -88,7 +89,7 @@ def sweep(
         folder.prepare()
         return folder.rows()
 
-    options = PointOptions(eval_data, timed, command)
+    options, session = PointOptions(eval_data, timed, command), Session()
     wanted = {
         (task.name, point): _keys(task, point[0], baselines, eval_data) for task in tasks for point in task.points
     }
@@ -117,7 +118,7 @@ def sweep(
         say(f"[{clock}] {task.name}: {', '.join(f'{budget:g}' for budget, _ in points)}")
         try:
             with clock.timing("runs", counts=task in new):
-                _distil(folder.run(task.name), task.config, say, progress)
+                _distil(folder.run(task.name), task.config, session, say, progress)
         except (ValueError, OSError) as error:
             clock.skip("points", len(points))
             failed(task.name, error)
@@ -127,7 +128,7 @@ def sweep(
             try:
                 with clock.timing("points"):
                     kinds = missing(wanted[task.name, point])
-                    for row in _measure(folder, task, point, kinds, options, failed, say):
+                    for row in _measure(folder, task, point, kinds, options, session, failed, say):
                         launch.on_main(partial(folder.append, row))
                         finished[key_of(row)] = row
             except (ValueError, OSError) as error:
@@ -208,14 +209,14 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _distil(path: Path, config: RunConfig, say: Say, progress: Callable[..., None]) -> None:
+def _distil(path: Path, config: RunConfig, session: Session, say: Say, progress: Callable[..., None]) -> None:
     """Make the run, continue it, or leave it as it is where it is finished."""
     try:
         begun, done = launch.on_main(lambda: (_started(path), Run(path).routers.exists()))
         if not begun:
-            trainer.distill(config, path, overwrite=True, say=say, progress=progress)
+            trainer.distill(config, path, overwrite=True, session=session, say=say, progress=progress)
         elif not done:
-            trainer.resume(path, say=say, progress=progress)
+            trainer.resume(path, session=session, say=say, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
 
@@ -226,6 +227,7 @@ def _measure(
     point: tuple[float, float | None],
     kinds: Sequence[str | None],
     options: PointOptions,
+    session: Session,
     failed: Callable[[str, Exception], None],
     say: Say,
 ) -> Iterator[Row]:
@@ -234,13 +236,14 @@ def _measure(
     path = str(folder.run(task.name))
     baselines = [kind for kind in kinds if kind is not None]
     turns = () if turn is None else (turn,)
+    what: dict[str, Any] = {"data": options.data, "compute": turns, "session": session, "say": say}
     try:
-        measured = evaluate.measure_run(path, data=options.data, compute=turns, baselines=baselines, say=say)
+        measured = evaluate.measure_run(path, baselines=baselines, **what)
     except ValueError as error:
         if not baselines:
             raise
         failed(f"{task.name} at {budget:g}, baselines {', '.join(baselines)}", error)
-        measured, baselines = evaluate.measure_run(path, data=options.data, compute=turns, say=say), []
+        measured, baselines = evaluate.measure_run(path, **what), []
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS
     for row, baseline in zip(measured, (None, *baselines), strict=True):
@@ -263,31 +266,29 @@ def _measure(
         }
         if baseline is None:
             if turn != 1:  # there it is the teacher, which routes nothing
-                launch.on_main(partial(_write_details, folder, row, path, turn))
+                launch.on_main(partial(_write_details, folder, row, path, turn, session))
             if options.timed:
                 row["bench"] = launch.on_main(partial(bench.bench_run, path, compute=turns, say=say))
         yield row
 
 
-def routing_details(path: str, turn: float | None) -> dict[str, Any]:
+def routing_details(path: str, turn: float | None, session: Session | None = None) -> dict[str, Any]:
     """Where the compute of a finished run goes, the dial turned to `turn` (see elastic/accounting/routing.py).
 
     What is looked at is the same for every seed, so that runs can be compared: what seed 0 holds out.
     """
-    run = Run.open(path, finished=True)
-    config, teacher = run.config, run.teacher()
-    student = run.load_student(teacher)
+    session, run = session or Session(), Run.open(path, finished=True)
+    config, student = run.config, session.student(run)
     if turn is not None:
         student.set_compute(turn)
-    family = families.of(config.family)
-    sample = family.load(replace(config, train=replace(config.train, seed=0)), teacher).held_out
-    return family.routing(student, sample, teacher, config)
+    sample = session.data(replace(config, train=replace(config.train, seed=0))).held_out
+    return families.of(config.family).routing(student, sample, session.loaded(config), config)
 
 
-def _write_details(folder: SweepFolder, row: Row, path: str, turn: float | None) -> None:
+def _write_details(folder: SweepFolder, row: Row, path: str, turn: float | None, session: Session) -> None:
     file = folder.details(row)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(routing_details(path, turn)) + "\n")
+    write_text(file, json.dumps(routing_details(path, turn, session)) + "\n")
 
 
 class Clock:

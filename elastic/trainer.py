@@ -21,22 +21,21 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-import teachers
 from elastic import families, launch
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.schedule import Schedule
 from elastic.distillation.start import adopted, calibrate, order, set_budget, set_capacity, student_for
 from elastic.evaluate import HELD_OUT, measure
+from elastic.evaluation.session import Session
 from elastic.files import write_text
 from elastic.objectives.sums import Sums, of_all
-from elastic.run import DTYPES, Run
+from elastic.run import Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
 from students.routers.registry import limit_parameters
-from teachers import Teacher
 from teachers.data.left_out import LeftOut, distinct
 
 Say = Callable[[str], None]
@@ -68,30 +67,38 @@ def distill(
     output: str | Path,
     *,
     overwrite: bool = False,
+    session: Session | None = None,
     say: Say = print,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Distil a student into the run folder `output`; returns its row of results (see `evaluate`)."""
+    """Distil a student into the run folder `output`; returns its row of results (see `evaluate`).
+
+    session: what other runs have in common with this one.
+    """
+    session = session or Session()
     _require(config)
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
-    teacher = launch.in_turn(lambda: teachers.load(config.model, dtype=DTYPES[config.train.precision]))
+    teacher = launch.in_turn(lambda: session.teacher(config))
     say(f"teacher: {teacher.name}, {teacher.source}")
-    data = _data(config, teacher, say)
+    data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
     run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite))
-    return _run(run, config, student, data, say, progress)
+    return _run(run, config, student, data, session, say, progress)
 
 
-def resume(folder: str | Path, *, say: Say = print, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def resume(
+    folder: str | Path, *, session: Session | None = None, say: Say = print, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """Continue an interrupted run with its own configuration, to the result of an uninterrupted one."""
+    session = session or Session()
     run = Run.open(folder)
     config = run.config
     _require(config)
-    teacher = launch.in_turn(run.teacher)
+    teacher = launch.in_turn(lambda: run.teacher(session.teacher))
     say(f"teacher: {teacher.name}, {teacher.source}")
-    data = _data(config, teacher, say)
+    data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
-    return _run(run, config, student, data, say, progress)
+    return _run(run, config, student, data, session, say, progress)
 
 
 def _require(config: RunConfig) -> None:
@@ -105,16 +112,19 @@ def _require(config: RunConfig) -> None:
         raise ValueError("train.tracker=tensorboard needs a package that is missing: pip install tensorboard")
 
 
-def _data(config: RunConfig, teacher: Teacher, say: Say) -> Any:
+def _data(config: RunConfig, session: Session, say: Say) -> Any:
     family = families.of(config.family)
     say(f"data: reading {config.data.source} ...")
-    data = launch.in_turn(lambda: family.load(config, teacher))
+    data = launch.in_turn(lambda: session.data(config))
     say(f"data: {family.summary(data, config)}")
     return data
 
 
-def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, progress: Progress) -> dict[str, Any]:
+def _run(
+    run: Run, config: RunConfig, student: Student, data: Any, session: Session, say: Say, progress: Progress
+) -> dict[str, Any]:
     family = families.of(config.family)
+    session.turn_to(student)
     accelerator = Accelerator(
         log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
     )
@@ -126,7 +136,7 @@ def _run(run: Run, config: RunConfig, student: Student, data: Any, say: Say, pro
     adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
     launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
-    rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured)
+    rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, session.kept(data.held_out))
     left_out = _left_out(data)
     for part in left_out:
         say(f"data: {part}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ class _FixedScores(nn.Module):
         return self.scores(x)
 
 
-@torch.no_grad()
-def drop_patches(student: ImageStudent, kind: str, batches: Sequence[Tensor], seed: int = 0) -> None:
-    """Let the student drop as many patches as it does in the mean over batches of pixels [B, C, H, W], but at random or
-    at even distances ("random", "uniform").
+@contextmanager
+def dropping_patches(
+    student: ImageStudent, kind: str, batches: Iterable[Tensor], seed: int = 0
+) -> Iterator[ImageStudent]:
+    """Within this context the student drops as many patches as it did in the mean over batches of pixels
+    [B, C, H, W], but at random or at even distances ("random", "uniform").
 
     ValueError where it has no layer routers whose numbers could be taken over.
     """
@@ -67,26 +70,41 @@ def drop_patches(student: ImageStudent, kind: str, batches: Sequence[Tensor], se
             f"the baseline {kind} drops as many patches as layer routers with `selection: quota` or threshold: this "
             "run has none"
         )
-    shares = [student(pixels)[1].share for pixels in batches]
-    scores, whole = _scores_without_content(kind, seed), student.at(batches[0].shape[-2:])[0] if student.shortens else 0
+    scores, whole, shares = _scores_without_content(kind, seed), 0, []
+    with torch.no_grad():
+        for pixels in batches:
+            shares.append(student(pixels)[1].share)
+            whole = student.at(pixels.shape[-2:])[0] if student.shortens else 0
+    before = []
     for number, block in enumerate(student.blocks):
         if isinstance(block, RoutedBlock) and "layer" in block.routers:
             here = torch.cat([share[f"{number}.layer"] for share in shares])
             kept = float(here[:, student.runtime.prefix :].mean())
+            before.append((block, block.routers["layer"], block.merges))
             block.routers["layer"] = _FixedScores(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
             block.merges = False
+    try:
+        yield student
+    finally:
+        for block, router, merges in before:
+            block.routers["layer"], block.merges = router, merges
 
 
-def keep_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 0) -> None:
-    """Let as many image tokens through the door as before, but at random or at even distances ("random", "uniform").
+@contextmanager
+def keeping_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 0) -> Iterator[VisionLanguageStudent]:
+    """Within this context as many image tokens pass the door as before, but at random or at even distances ("random",
+    "uniform").
 
     ValueError where there is no image router with quota, whose number could be taken over.
     """
     if student.door is None or student.door.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    student.trunk.door.routers["image"] = _FixedScores(
-        student.door, student.door.quota, _scores_without_content(kind, seed)
-    )
+    routers, router = student.trunk.door.routers, student.door
+    routers["image"] = _FixedScores(router, router.quota, _scores_without_content(kind, seed))
+    try:
+        yield student
+    finally:
+        routers["image"] = router
 
 
 def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:

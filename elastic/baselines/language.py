@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for
 from students import elasticize
-from students.calibration.language import calibrate
+from students.calibration.language import Seen, calibrate
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
 from students.execution.linear import RoutedLinear
@@ -37,89 +37,98 @@ ROWS = 64
 """Tokens of a calibration batch that they are taken of."""
 HEAD_NUMBERS = 2**23
 """Previewed logits of a batch that they are taken of."""
+REFERENCE = 0.7
+"""The compute that calibration starts limits at, before they move to wherever they are wanted."""
 TOLERANCE = 0.001
 """How near to the student's measured compute has to come before the search ends."""
 
 
-def calibrated(
-    name: str,
-    student: LanguageStudent,
-    model: nn.Module,
-    config: RunConfig,
-    compute: float,
-    batches: Sequence[Tensor],
-    meter: Callable[[LanguageStudent], float],
-) -> LanguageStudent:
-    """`uniform`, `static` or `teal` at this share of the teacher's compute, made of a frozen model.
+class SameShares:
+    """`uniform`, `static` or `teal`, made of a frozen model: every site keeps the same share of its channels.
 
-    batches: calibration text, token ids [B, T]. meter: measures a student's compute. ValueError where the choice saves
-    nothing in the run's phase, or cannot save so much.
-    """
-    phase = config.budget.phase
-    if phase == "prefill" and name != "static":
-        raise ValueError(
-            f"the baseline {name} chooses channels token by token, which saves nothing in prefill, this run's phase; "
-            "static does"
-        )
-    vocab = student.spec.find("vocab") if name == "uniform" else None
-    channels = RouterSpec("channel", network="static" if name == "static" else "linear")
-    other = elasticize(model, StudentSpec((channels, vocab) if vocab else (channels,)))
-    lowest = other.compute.uniform(0.0, batches[0].shape[1], phase)
-    if compute < lowest:
-        raise ValueError(
-            f"the baseline {name} cannot run at {compute:.3f}: with every channel closed {lowest:.3f} is left"
-        )
-    if name != "teal":
-        calibrate(other, batches, compute, phase, config.train.seed)
-    keep_equal_shares(other, config, compute, batches, meter)
-    return other
-
-
-def keep_equal_shares(
-    student: LanguageStudent,
-    config: RunConfig,
-    compute: float,
-    batches: Sequence[Tensor],
-    meter: Callable[[LanguageStudent], float],
-) -> None:
-    """Move the limits of each site, all of a site by the same, until every site keeps the same share of its channels on
-    calibration text, the one at which measured compute is `compute`.
+    vocab: the student's router of the LM head, for `uniform` where it has one. frozen: makes the model. batches:
+    calibration text, token ids [B, T], which is looked at once, whatever the budgets. seen: what calibration sees of
+    it, which is the same for all names. ValueError where the choice saves nothing in the run's phase.
 
     The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
-    same for every token and add up.
+    same for every token and add up. Only the limits' differences within a site are taken over from it.
     """
-    levels = _levels(student, batches)
-    limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
-    shapes = {key: limit.detach().clone() for key, limit in limits.items()}
-    head = student.model.get_output_embeddings()
+
+    def __init__(
+        self,
+        name: str,
+        vocab: RouterSpec | None,
+        frozen: Callable[[], nn.Module],
+        config: RunConfig,
+        batches: Sequence[Tensor],
+        seen: Callable[[LanguageStudent], Seen | None] = lambda _: None,
+    ) -> None:
+        self.name = name
+        self.phase = config.budget.phase
+        if self.phase == "prefill" and name != "static":
+            raise ValueError(
+                f"the baseline {name} chooses channels token by token, which saves nothing in prefill, this run's "
+                "phase; static does"
+            )
+        channels = RouterSpec("channel", network="static" if name == "static" else "linear")
+        self.student = elasticize(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
+        self._batches, self._seed, self._seen = batches, config.train.seed, seen
+        self._limits: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        """Of each site, and what its channels' limits were when `_levels` were taken."""
+
+    def at(self, compute: float, meter: Callable[[LanguageStudent], float]) -> LanguageStudent:
+        """The student at this share of the teacher's compute: the limits of each site move together until the meter,
+        which measures a student's compute, says so. ValueError where so much cannot be saved."""
+        student, tokens, phase = self.student, self._batches[0].shape[1], self.phase
+        lowest = student.compute.uniform(0.0, tokens, phase)
+        if compute < lowest:
+            raise ValueError(
+                f"the baseline {self.name} cannot run at {compute:.3f}: with every channel closed {lowest:.3f} is left"
+            )
+        if not self._limits:
+            self._look()
+        share = capacity_for(student, tokens, compute, phase)
+        slope = student.compute.uniform(1.0, tokens, phase) - lowest
+        for _ in range(6):
+            self._keep(share)
+            missing = compute - meter(student)
+            if abs(missing) <= TOLERANCE:
+                break
+            share = min(1.0, max(0.0, share + missing / slope))
+        return student
+
+    def _look(self) -> None:
+        """Calibrate, and see how the limits divide the calibration text."""
+        student = self.student
+        if self.name != "teal":
+            calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student))
+        self._levels = _levels(student, self._batches)
+        limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
+        self._limits = {key: (limit, limit.detach().clone()) for key, limit in limits.items()}
 
     @torch.no_grad()
-    def keep(share: float) -> None:
+    def _keep(self, share: float) -> None:
+        """Let every site keep this share of its channels on the calibration text."""
         place = (1 - share) * (LEVELS - 1)
-        for key, limit in limits.items():
-            limit.copy_(shapes[key] + _between(levels[key], place))
+        for key, (limit, shape) in self._limits.items():
+            limit.copy_(shape + _between(self._levels[key], place))
+        head = self.student.model.get_output_embeddings()
         if isinstance(head, RoutedHead):
-            head.routers["vocab"].spread.fill_(_between(levels["vocab"], place))
-
-    tokens, phase = batches[0].shape[1], config.budget.phase
-    share = capacity_for(student, tokens, compute, phase)
-    slope = student.compute.uniform(1.0, tokens, phase) - student.compute.uniform(0.0, tokens, phase)
-    for _ in range(6):
-        keep(share)
-        missing = compute - meter(student)
-        if abs(missing) <= TOLERANCE:
-            break
-        share = min(1.0, max(0.0, share + missing / slope))
+            head.routers["vocab"].spread.fill_(_between(self._levels["vocab"], place))
 
 
 def at_random(
-    student: LanguageStudent, model: nn.Module, config: RunConfig, compute: float, batches: Sequence[Tensor]
+    student: LanguageStudent,
+    frozen: Callable[[], nn.Module],
+    config: RunConfig,
+    compute: float,
+    batches: Sequence[Tensor],
 ) -> LanguageStudent:
     """The student's channels and rows drawn at random, made of a frozen model, at this share of its compute.
 
-    batches: token ids [B, T] on which the student says how much it opens at each site. The odds of all sites are
-    multiplied by one number, so that what the student pays for low-rank corrections may be spent on channels.
-    ValueError where the student has routers of other kinds, or runs as the teacher.
+    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site. The
+    odds of all sites are multiplied by one number, so that what the student pays for low-rank corrections may be spent
+    on channels. ValueError where the student has routers of other kinds, or runs as the teacher.
     """
     odd = sorted({r.kind for r in student.spec.routers if r.kind not in ("channel", "vocab")})
     if odd or config.budget.phase == "prefill" or student.runtime.bypass:
@@ -129,7 +138,7 @@ def at_random(
     routers = tuple(
         RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
     )
-    other = elasticize(model, StudentSpec(routers, gains=student.spec.gains))
+    other = elasticize(frozen(), StudentSpec(routers, gains=student.spec.gains))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
 
     def shares_at(offset: float) -> dict[str, Tensor]:

@@ -71,24 +71,24 @@ def compare(
     sums = dict.fromkeys(("compute", "kl", "agreement", "cosine"), 0.0)
     seen, labelled, spent, metrics, classifies = 0, 0, 0.0, {}, False
     for number, (pixels, labels) in enumerate(_batches(student, images)):
-        target = kept.of(number, partial(_teacher_features, student, pixels))
+        target = kept.of(number, partial(_teacher_outputs, student, pixels), pixels.device)
         started = time.perf_counter()
         out, compute = run(pixels)
         spent += time.perf_counter() - started
         seen += len(pixels)
         sums["compute"] += len(pixels) * compute
-        sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, target.pooled)))
+        sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, target["pooled"])))
         if out.logits is None:
             continue
         classifies = True
-        sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, target.logits).sum())
-        sums["agreement"] += float((out.logits.argmax(-1) == target.logits.argmax(-1)).sum())
+        sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, target["logits"]).sum())
+        sums["agreement"] += float((out.logits.argmax(-1) == target["logits"].argmax(-1)).sum())
         known = labels >= 0
         labelled += int(known.sum())
         if not known.any():
             continue
         classes = out.logits.shape[-1]
-        for name, logits in (("", out.logits), ("teacher_", target.logits)):
+        for name, logits in (("", out.logits), ("teacher_", target["logits"])):
             for k in (1, 5):
                 key = f"{name}top{k}"
                 if key not in metrics:
@@ -106,9 +106,10 @@ def compare(
     return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": images.broken}
 
 
-def _teacher_features(student: ImageStudent, pixels: Tensor) -> Features:
+def _teacher_outputs(student: ImageStudent, pixels: Tensor) -> dict[str, Any]:
     with student.teacher():
-        return student.features(pixels)[0]
+        features = student.features(pixels)[0]
+    return {"pooled": features.pooled, "logits": features.logits}
 
 
 def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:

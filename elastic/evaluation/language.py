@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +40,9 @@ def evaluate(
 
     Keys: compute (decode phase) and compute_prefill, both as shares of the teacher's; perplexity, teacher_perplexity
     and their ratio; kl, in nats per token, of the student to the teacher; agreement of the most likely next token;
-    tokens. Where a router decides per sequence, quality is that of the tokens after the prompt. The teacher is asked
-    beside the student; nothing is kept.
+    tokens. Where a router decides per sequence, quality is that of the tokens after the prompt.
     """
-    total = _measure(student, windows, config)
+    total = _measure(student, windows, config, kept or TeacherOutputs())
     nll, teacher_nll = (float(x / total.predicted) for x in (total.nll, total.teacher_nll))
     compute = {p: float(total.macs[p] / total.dense[p]) for p in PHASES}
     return {
@@ -58,14 +58,22 @@ def evaluate(
 
 
 @torch.no_grad()
-def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig) -> Measured:
+def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept: TeacherOutputs) -> Measured:
     module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
     total = None
     device = next(student.parameters()).device
-    for batch in Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1]))):
-        _, measured = module(batch.to(device))
+    for number, batch in enumerate(Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))):
+        ids = batch.to(device)
+        taught = kept.of(number, partial(_final_states, student, ids), device)["hidden"]
+        _, measured = module(ids, taught=taught)
         total = measured if total is None else total + measured
     return total
+
+
+def _final_states(student: LanguageStudent, ids: Tensor) -> dict[str, Any]:
+    """The teacher's, in front of the LM head: logits would be many times as large, and cost little once more."""
+    with student.teacher():
+        return {"hidden": student.features(ids)[0].last_hidden_state}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from elastic.reporting.progress import Watched
 from losses import DIVERGENCES
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
-from teachers.data.prompts import PromptSet, answer_text, call, prompt_text, token_ids
+from teachers.data.prompts import Prompts, PromptSet, answer_text, call, prompt_text, token_ids
 from teachers.data.questions import QuestionSet
 
 MEASURED = 16
@@ -47,22 +47,20 @@ def evaluate(
     answers (by the first token that they differ in), else what is generated, ignoring case and a full stop; agreement
     of the two's answers; kl, in nats per token of the answer, of the student to the teacher; compute, as a share of the
     teacher's, of prompt and answer in one pass; compute_vision, the part of that in vision tower and projector;
-    image_tokens_kept, as a share; questions, and how many more were broken. The teacher is asked beside the student;
-    nothing is kept.
+    image_tokens_kept, as a share; questions, and how many more were broken.
     """
-    questions, processor = held_out.questions, held_out.processor
+    questions, processor, kept = held_out.questions, held_out.processor, kept or TeacherOutputs()
     first = _first_tokens(processor, questions)
-    total, right, agreed, seen = None, {"": 0, "teacher_": 0}, 0, 0
+    total, right, agreed, seen, number = None, {"": 0, "teacher_": 0}, 0, 0, 0
     for begin in Watched(range(0, len(questions), MEASURED)):
         read = held_out.read_readable(range(begin, min(begin + MEASURED, len(questions))))
         if read is None:
             continue
         prompts, samples = read[0].to(student.model.device), read[1]
         seen += len(samples)
-        found, hidden = {}, {}
-        with student.teacher():
-            out, _ = student.features(**prompts.inputs)
-            hidden["teacher_"] = student.logits(out.last_hidden_state[prompts.answers])[0]
+        ask = partial(_teacher_outputs, student, prompts, None if first is not None else (processor, samples))
+        target, number = kept.of(number, ask, student.model.device), number + 1
+        found, hidden = {}, {"teacher_": target["logits"]}
         out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         rows = out.last_hidden_state[text_rows(prompts.answers, decisions)]
         hidden[""] = student.logits(rows, *student.head_tensors())[0]
@@ -75,8 +73,7 @@ def evaluate(
                 best = logits[starts][:, torch.tensor(list(first.values()), device=logits.device)].argmax(-1)
                 found[name] = [list(first)[number] for number in best.tolist()]
             else:
-                with student.teacher() if name else nullcontext():
-                    found[name] = answers(student, processor, samples)
+                found[name] = target["answers"] if name else answers(student, processor, samples)
             right[name] += sum(
                 _same_answer(one, answer) for one, (_, _, answer) in zip(found[name], samples, strict=True)
             )
@@ -96,6 +93,16 @@ def evaluate(
         "questions": seen,
         "broken": questions.broken,
     }
+
+
+def _teacher_outputs(
+    student: VisionLanguageStudent, prompts: Prompts, asked: tuple[Any, Sequence[tuple[Any, str, str]]] | None
+) -> dict[str, Any]:
+    """Logits of the answers' tokens and, where asked with (processor, samples), the answers that it would give."""
+    with student.teacher():
+        out, _ = student.features(**prompts.inputs)
+        logits = student.logits(out.last_hidden_state[prompts.answers])[0]
+        return {"logits": logits, "answers": None if asked is None else answers(student, *asked)}
 
 
 def _first_tokens(processor: Any, questions: QuestionSet) -> dict[str, int] | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from elastic.config import RunConfig
     from elastic.distillation.dial import Meter
+    from elastic.evaluation.session import Session
     from elastic.evaluation.teacher import TeacherOutputs
     from elastic.timing.passes import Contender, Models, Row
     from elastic.timing.workload import InputSizes, TrainingBatch, Workload
@@ -185,9 +186,9 @@ class Family(Protocol):
         held_out: Any,
         config: RunConfig,
         compute: float,
-        kept: TeacherOutputs | None = None,
+        session: Session | None = None,
     ) -> dict[str, Any]:
-        """As `evaluate`, for something untrained at this compute. May change the student for good."""
+        """As `evaluate`, for something untrained at this compute; session: with what has been found out before."""
 
     def routing(self, student: Any, held_out: Any, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
         """Where compute goes, and examples (see accounting/routing.py)."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import teachers
 from elastic.accounting.image import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
@@ -22,7 +21,7 @@ from elastic.evaluation.image import evaluate as evaluate
 from elastic.evaluation.image import lines as lines
 from elastic.evaluation.image import routing as routing
 from elastic.evaluation.image import score_correlations as score_correlations
-from elastic.evaluation.teacher import TeacherOutputs
+from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
@@ -141,13 +140,14 @@ def baseline(
     images: ImageSet,
     config: RunConfig,
     compute: float,
-    kept: TeacherOutputs | None = None,
+    session: Session | None = None,
 ) -> dict[str, Any]:
-    """As `evaluate`, for a baseline at the student's compute. `random` and `uniform` change the student for good."""
+    """As `evaluate`, for a baseline at the student's compute."""
+    session = session or Session()
+    kept = session.kept(images)
     if name == "tome":
-        model = teachers.load(config.model, dtype=next(student.model.parameters()).dtype).model
-        merged, share = baselines.merging(model, images.load([0])[0], compute)
+        merged, share = baselines.merging(session.teacher(config).model, images.load([0])[0], compute)
         return compare(student, images, lambda pixels: (features_of(merged, pixels), share), kept)
     some = range(min(DIAL_IMAGES, len(images)))
-    baselines.drop_patches(student, name, list(chosen_pixels(student, images, some)), config.train.seed)
-    return evaluate(student, images, config, kept)
+    with baselines.dropping_patches(student, name, chosen_pixels(student, images, some), config.train.seed):
+        return evaluate(student, images, config, kept)

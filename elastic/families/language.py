@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import teachers
 from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import RunConfig
@@ -19,13 +18,13 @@ from elastic.evaluation.language import METRICS as METRICS
 from elastic.evaluation.language import evaluate as evaluate
 from elastic.evaluation.language import lines as lines
 from elastic.evaluation.language import routing as routing
-from elastic.evaluation.teacher import TeacherOutputs
+from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.generation import language as generation_language
 from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Watched
 from elastic.timing import language as timing_language
-from students.calibration.language import calibrate
+from students.calibration.language import Seen, calibrate, observe
 from students.calibration.price import Start
 from students.families.language import LanguageStudent
 from teachers import Teacher
@@ -125,24 +124,39 @@ def baseline(
     windows: Tensor,
     config: RunConfig,
     compute: float,
-    kept: TeacherOutputs | None = None,
+    session: Session | None = None,
 ) -> dict[str, Any]:
     """As `evaluate`, for a baseline (see elastic/baselines/language.py) at the student's compute in the run's phase.
 
     Compute is matched on the first of the windows; calibration looks at training windows.
     """
-    frozen = student.model
-    teacher = teachers.load(config.model, device=frozen.device, dtype=frozen.dtype)
-    first = windows[:DIAL_WINDOWS].to(frozen.device)
-    if name == "random":
-        other = baselines.at_random(student, teacher.model, config, compute, first.split(2))
-    else:
-        train = load(config, teacher).train
+    session = session or Session()
+    first = windows[:DIAL_WINDOWS].to(student.model.device)
+
+    def frozen() -> nn.Module:
+        return session.teacher(config).model
+
+    def meter(other: LanguageStudent) -> float:
+        return measured_compute(other, first, config.budget.phase, config.data.prompt)
+
+    def same_shares() -> baselines.SameShares:
+        train = session.data(config).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
         looked_at = train[order[:DIAL_WINDOWS]].to(first.device).split(2)
 
-        def meter(other: LanguageStudent) -> float:
-            return measured_compute(other, first, config.budget.phase, config.data.prompt)
+        def seen(other: LanguageStudent) -> Seen:
+            return session.once(("seen", *key[3:5]), lambda: observe(other, looked_at, config.train.seed))
 
-        other = baselines.calibrated(name, student, teacher.model, config, compute, looked_at, meter)
-    return evaluate(other, windows, config, kept)
+        return baselines.SameShares(name, vocab, frozen, config, looked_at, seen)
+
+    vocab = student.spec.find("vocab") if name == "uniform" else None
+    key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
+    session.turn_to(student)
+    if name == "random":
+        other = baselines.at_random(student, frozen, config, compute, first.split(2))
+        session.turn_to(other)
+    else:
+        same = session.once(key, same_shares)
+        session.turn_to(same.student)
+        other = same.at(compute, meter)
+    return evaluate(other, windows, config, session.kept(windows))

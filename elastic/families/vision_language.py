@@ -16,7 +16,7 @@ from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.prefetch import Prefetched
-from elastic.evaluation.teacher import TeacherOutputs
+from elastic.evaluation.session import Session
 from elastic.evaluation.vision_language import MEASURED
 from elastic.evaluation.vision_language import METRICS as METRICS
 from elastic.evaluation.vision_language import evaluate as evaluate
@@ -164,8 +164,9 @@ def baseline(
     questions: PromptSet,
     config: RunConfig,
     compute: float,
-    kept: TeacherOutputs | None = None,
+    session: Session | None = None,
 ) -> dict[str, Any]:
-    """As `evaluate`, for as many image tokens as the student keeps, but any of them. Changes the student for good."""
-    baselines.keep_image_tokens(student, name, config.train.seed)
-    return evaluate(student, questions, config, kept)
+    """As `evaluate`, for as many image tokens as the student keeps, but any of them."""
+    session = session or Session()
+    with baselines.keeping_image_tokens(student, name, config.train.seed):
+        return evaluate(student, questions, config, session.kept(questions))

@@ -52,15 +52,20 @@ class Distillation(nn.Module):
         self.divergence = divergence_of(loss)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
 
-    def forward(self, ids: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]. Returns the loss and
-        what was measured."""
+    def forward(
+        self, ids: Tensor, price: Tensor | float = 0.0, taught: Tensor | None = None
+    ) -> tuple[Tensor, Measured]:
+        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; taught [B, T, D]: the
+        teacher's final states, where it has been asked. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
         prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
         states = {"output_hidden_states": loss.hidden_weight > 0 and loss.hidden_layers == "all"}
-        with student.teacher(), torch.no_grad():
-            teacher, _ = student.features(ids, **states)
+        layers: list[Tensor] = []
+        if taught is None:
+            with student.teacher(), torch.no_grad():
+                teacher, _ = student.features(ids, **states)
+            taught, layers = teacher.last_hidden_state, teacher.hidden_states
         out, decisions = student.features(ids, prompt=prompt, **states)
 
         valid = torch.ones_like(prompt)
@@ -69,17 +74,15 @@ class Distillation(nn.Module):
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
         price = torch.as_tensor(price, device=ids.device).expand(len(ids))
         tokens, whole = launch.total(counted.sum()), launch.total(dense[phase])
-        head, sums, rows = self._head_loss(
-            out.last_hidden_state, teacher.last_hidden_state, ids, counted, price, (tokens, whole)
-        )
+        head, sums, rows = self._head_loss(out.last_hidden_state, taught, ids, counted, price, (tokens, whole))
         total = launch.total(head / tokens + (price * macs[phase]).sum() / whole)
         total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]
             pairs = (
-                (out.hidden_states[1:], teacher.hidden_states[1:])
+                (out.hidden_states[1:], layers[1:])
                 if states["output_hidden_states"]
-                else ([out.last_hidden_state], [teacher.last_hidden_state])
+                else ([out.last_hidden_state], [taught])
             )
             apart = per_layer(distance, *pairs, counted)
             total = total + loss.hidden_weight * launch.mean_of(apart, counted.sum())

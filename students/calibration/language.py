@@ -30,21 +30,28 @@ from students.routers import VocabRouter
 
 ROWS_PER_BATCH = 256
 """Tokens of a batch whose activations are kept."""
+Seen = dict[str, Observed]
+"""What was seen of a model: by number of the block and name of the place, and of the final "hidden" states."""
 LEAST_GAIN = 0.05
 """Of the LM head's rows, where one limit seems best for all budgets."""
 
 
 def calibrate(
-    student: LanguageStudent, batches: Sequence[Tensor], target: float | Sequence[float], phase: Phase, seed: int = 0
+    student: LanguageStudent,
+    batches: Sequence[Tensor],
+    target: float | Sequence[float],
+    phase: Phase,
+    seed: int = 0,
+    seen: Seen | None = None,
 ) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
     batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
-    router with the gain at which one dial reaches all of them.
+    router with the gain at which one dial reaches all of them. seen: what `observe` saw in the same batches, with the
+    same seed and on behalf of the same routers.
     """
     targets = [target] if isinstance(target, float) else target
-    generator = torch.Generator().manual_seed(seed)
-    seen = _observe(student, batches, generator)
+    seen = observe(student, batches, seed) if seen is None else seen
     valid = torch.ones_like(batches[0], dtype=torch.bool)
     dense = float(student.compute.dense(valid, phase).sum() / valid.sum())
     keys = valid.shape[1] if phase == "prefill" else (valid.shape[1] + 1) / 2
@@ -81,9 +88,10 @@ def calibrate(
     return start
 
 
-def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: torch.Generator) -> dict[str, Observed]:
+def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0) -> Seen:
     """Run the frozen model forward and backward over the batches and keep what calibration needs."""
-    seen: dict[str, Observed] = {}
+    generator = torch.Generator().manual_seed(seed)
+    seen: Seen = {}
     rows = torch.empty(0, dtype=torch.long)
     handles = []
 
@@ -99,8 +107,10 @@ def _observe(student: LanguageStudent, batches: Sequence[Tensor], generator: tor
             y = y.detach().flatten(0, 1)
             if at.residual:
                 y = y - x
-            place.inputs.append(x[rows])
-            place.outputs.append(y[rows])
+            if at.inputs:
+                place.inputs.append(x[rows])
+            if at.outputs:
+                place.outputs.append(y[rows])
             if at.moments:
                 moment = moments(x, y)
                 place.moments = moment if place.moments is None else place.moments + moment

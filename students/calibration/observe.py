@@ -52,10 +52,13 @@ class Observed:
 
 @dataclass
 class Watch:
-    """A place to look at: inputs of `module`, outputs of `end` (itself, or the post-norm behind it)."""
+    """A place to look at: gradients of what `end` puts out (`module` itself, or the post-norm behind it), and of some
+    tokens what goes in and comes out."""
 
     module: nn.Module
     end: nn.Module
+    inputs: bool = False
+    outputs: bool = False
     moments: bool = False
     residual: bool = False
     """Whether the output is what the module adds to its input."""
@@ -68,27 +71,28 @@ class Watched:
         self.record, self.number, self.block = student.record, number, student.blocks[number]
         self.places: dict[str, Watch] = {}
 
-    def linears(self, site: str) -> None:
-        """The linear layers of a site."""
-        for name in self.record.linears(site):
-            self.module(name)
+    def linears(self, site: str, outputs: bool = False) -> None:
+        """The linear layers of a site, and the input that they share."""
+        for place, name in enumerate(self.record.linears(site)):
+            self.module(name, inputs=place == 0, outputs=outputs)
 
-    def module(self, name: str) -> None:
+    def module(self, name: str, inputs: bool = False, outputs: bool = False) -> None:
         """A module of the block, by its path."""
         module = self.block.get_submodule(name)
-        self.places[f"{self.number}.{name}"] = Watch(module, module)
+        place = self.places.setdefault(f"{self.number}.{name}", Watch(module, module))
+        place.inputs, place.outputs = place.inputs or inputs, place.outputs or outputs
 
     def branch(self, branch: str, moments: bool = False) -> None:
         """A branch, with its post-norm; moments: also what least squares need, of all tokens."""
         module, late = self.block.get_submodule(getattr(self.record, branch)), getattr(self.record, f"{branch}_exit")
         place = self.places.setdefault(
-            f"{self.number}.{branch}", Watch(module, self.block.get_submodule(late) if late else module)
+            f"{self.number}.{branch}", Watch(module, self.block.get_submodule(late) if late else module, True, True)
         )
         place.moments = place.moments or moments
 
     def whole(self) -> None:
         """What the block adds to the residual stream."""
-        self.places[f"{self.number}.layer"] = Watch(self.block, self.block, residual=True)
+        self.places[f"{self.number}.layer"] = Watch(self.block, self.block, outputs=True, residual=True)
 
 
 class BlockStart:
@@ -146,9 +150,9 @@ class BlockStart:
             self._importance[site] = reduce(torch.add, parts)
         return self._importance[site]
 
-    def column_cost(self, site: str) -> Tensor:
-        """What leaving out each channel of a site would cost each token, in nats: [rows, C]."""
-        return self.seen(self.record.linears(site)[0]).x.pow(2) * self.importance(site) / 2
+    def column_cost(self, site: str, rows: int | None = None) -> Tensor:
+        """What leaving out each channel of a site would cost each of so many tokens, or all, in nats: [rows, C]."""
+        return self.seen(self.record.linears(site)[0]).x[:rows].pow(2) * self.importance(site) / 2
 
     def outputs(self, site: str) -> int:
         """What a channel of a site costs: one multiplication for each output."""

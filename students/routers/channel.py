@@ -87,7 +87,7 @@ class ChannelKind(Kind):
         assert isinstance(router, ChannelRouter)
         static = router.spec.network == "static"
         cost, importance, saving = (
-            block.column_cost(site)[:PRICED_ROWS],
+            block.column_cost(site, PRICED_ROWS),
             block.importance(site),
             block.outputs(site) / block.dense,
         )

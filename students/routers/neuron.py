@@ -57,9 +57,9 @@ class NeuronKind(Kind):
         cost.left["mlp_out"] = share
 
     def watch(self, spec: RouterSpec, block: Watched) -> None:
-        block.linears("mlp_in")
+        block.linears("mlp_in", outputs=True)
         block.linears("mlp_out")
-        block.module(self._activation(block.record))
+        block.module(self._activation(block.record), outputs=True)
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         """A neuron's output is expected to be its activation times the root mean square of `up`."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import teachers
 from elastic import trainer
-from elastic.baselines.image import drop_patches, merge, merging, spread
+from elastic.baselines.image import dropping_patches, merge, merging, spread
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, make_config
@@ -107,7 +107,7 @@ def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> Non
     assert -1 <= row["cosine"] < 1
 
 
-def test_evaluating_again_gives_the_same(finished: Path, image_folder: Path) -> None:
+def test_evaluating_again_gives_the_same_answer(finished: Path, image_folder: Path) -> None:
     (row,) = measure_run(str(finished), say=silent)
     told = Run.open(finished).about["result"]
     same = ("compute", "top1", "top5", "agreement", "kl", "cosine")
@@ -297,8 +297,7 @@ def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder:
         student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
         for number, block in enumerate(student.blocks):  # the first keeps all, the others half
             block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
-        drop_patches(student, kind, [pixels])
-        with torch.no_grad():
+        with dropping_patches(student, kind, [pixels]), torch.no_grad():
             _, decisions = student.features(pixels)
         assert bool((decisions.share["0.layer"] == 1).all())
         kept.append(decisions.share["2.layer"])

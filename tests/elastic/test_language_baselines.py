@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from elastic import trainer
 from elastic.accounting.language import measured_compute
@@ -63,10 +64,10 @@ def test_a_row_for_each_baseline_at_the_students_compute(finished: Path):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma2"])
 def test_uniform_and_teal_keep_the_same_share_everywhere(name: str, ids: Tensor):
     config = make_config(model="smollm2-135m")
-    routed = elasticize(make_tiny(name), config.student)
     for kind in ("uniform", "teal"):
-        options = config, 0.75, ids.split(2), decode_meter(ids)
-        student = baselines.calibrated(kind, routed, make_tiny(name), *options)
+        vocab = config.student.find("vocab") if kind == "uniform" else None
+        same = baselines.SameShares(kind, vocab, lambda: make_tiny(name), config, ids.split(2))
+        student = same.at(0.75, decode_meter(ids))
         open_ = shares(student, ids)
         assert ("vocab" in open_) == (kind == "uniform")
         assert max(open_.values()) - min(open_.values()) < 0.06
@@ -78,12 +79,11 @@ def test_uniform_and_teal_keep_the_same_share_everywhere(name: str, ids: Tensor)
 
 def test_static_reads_the_same_channels_for_every_token(ids: Tensor):
     config = make_config(model="smollm2-135m", budget__phase="prefill")
-    routed = elasticize(make_tiny("llama"), config.student)
 
     def meter(student: LanguageStudent) -> float:
         return measured_compute(student, ids, "prefill", 4)
 
-    student = baselines.calibrated("static", routed, make_tiny("llama"), config, 0.75, ids.split(2), meter)
+    student = baselines.SameShares("static", None, lambda: make_tiny("llama"), config, ids.split(2)).at(0.75, meter)
     with torch.no_grad():
         _, decisions = student(ids)
     channels = [share for key, share in decisions.share.items() if key.endswith("channel")]
@@ -99,7 +99,7 @@ def test_random_opens_as_much_as_the_student(name: str, ids: Tensor):
     student = elasticize(make_tiny(name), config.student)
     baselines.calibrate(student, ids.split(2), 0.75, "decode")
     compute = decode_meter(ids)(student)
-    other = baselines.at_random(student, make_tiny(name), config, compute, ids.split(2))
+    other = baselines.at_random(student, lambda: make_tiny(name), config, compute, ids.split(2))
     assert decode_meter(ids)(other) == pytest.approx(compute, abs=0.01)
     own, drawn = shares(student, ids), shares(other, ids)
     assert own.keys() == drawn.keys()
@@ -130,18 +130,21 @@ def test_what_makes_no_sense_is_refused_in_one_line(ids: Tensor):
     decode = make_config(model="smollm2-135m")
     experts = make_config(model="smollm2-135m", preset="elastiformer")
     student = elasticize(make_tiny("llama"), decode.student)
-    options = ids.split(2), decode_meter(ids)
+
+    def frozen() -> PreTrainedModel:
+        return make_tiny("llama")
+
     for name in ("uniform", "teal"):
         with pytest.raises(ValueError, match=f"{name} chooses channels token by token.*static does"):
-            baselines.calibrated(name, student, make_tiny("llama"), prefill, 0.7, *options)
+            baselines.SameShares(name, None, frozen, prefill, ids.split(2))
     with pytest.raises(ValueError, match=r"teal cannot run at 0.100"):
-        baselines.calibrated("teal", student, make_tiny("llama"), decode, 0.1, *options)
+        baselines.SameShares("teal", None, frozen, decode, ids.split(2)).at(0.1, decode_meter(ids))
     other = elasticize(make_tiny("llama"), experts.student)
     with pytest.raises(ValueError, match="this one has expert, head, token routers"):
-        baselines.at_random(other, make_tiny("llama"), experts, 0.7, ids.split(2))
+        baselines.at_random(other, frozen, experts, 0.7, ids.split(2))
     student.set_compute(1.0)
     with pytest.raises(ValueError, match="this one routes nothing"):
-        baselines.at_random(student, make_tiny("llama"), decode, 1.0, ids.split(2))
+        baselines.at_random(student, frozen, decode, 1.0, ids.split(2))
 
 
 def test_merging_is_for_images(finished: Path):
