@@ -1,0 +1,99 @@
+"""What is measured together is loaded, asked and calibrated once, and comes to what it comes to alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import teachers
+from elastic import trainer
+from elastic.config import RunConfig
+from elastic.evaluate import measure_run
+from elastic.evaluation.session import Session
+from elastic.evaluation.teacher import TeacherOutputs
+from elastic.families import language
+from elastic.run import Run
+from students import selfcheck
+from students.families.language import LanguageStudent
+
+BUDGETS = 0.9, 0.75, 0.7
+
+
+def silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def ranged(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run for a range of budgets."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.distill(configure("data.held_out=16", budget__target="0.7:0.9"), folder, say=silent)
+    return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often models were loaded, data was read, calibration looked, and the teacher passed text on to the head."""
+    seen: Counter[str] = Counter()
+    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it asks the teacher as well
+
+    def watch(owner: object, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: object, **options: object) -> object:
+            seen[name] += counts(*args)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    watch(teachers, "load")
+    watch(language, "load")
+    watch(language, "observe")
+    watch(LanguageStudent, "features", lambda self, *_: self.runtime.bypass and not torch.is_grad_enabled())
+    return seen
+
+
+def test_a_session_asks_once_and_says_what_runs_alone_say(ranged: str, asked: Counter[str]):
+    def measured(budget: float, session: Session | None) -> list[dict]:
+        return measure_run(ranged, compute=[budget], baselines=language.BASELINES, session=session, say=silent)
+
+    alone = [measured(budget, None) for budget in BUDGETS]
+    each = len(BUDGETS)
+    assert asked["load"] == 2 * each and asked["observe"] == each  # a model and its data
+    once, shared = Counter(asked), Session()
+    together = [measured(budget, shared) for budget in BUDGETS]
+    assert together == alone
+    for name in ("load", "observe", "features"):
+        assert asked[name] - once[name] == once[name] / each
+    assert [rows[0] for rows in reversed(together)] == [
+        measure_run(ranged, compute=[b], say=silent)[0] for b in BUDGETS[::-1]
+    ]
+
+
+def test_another_model_ends_what_is_known(ranged: str, configure: Callable[..., RunConfig]):
+    session, config = Session(), configure()
+    first = session.teacher(config)
+    again = session.teacher(config)
+    assert first.model is not again.model
+    assert all(a is b for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    other = session.teacher(configure("train.precision=bfloat16"))
+    assert next(other.model.parameters()).dtype == torch.bfloat16
+    assert session.once("key", lambda: 1) == session.once("key", lambda: 2) == 1
+    session.teacher(config)
+    assert session.once("key", lambda: 2) == 2
+    assert session.student(Run.open(ranged)).runtime.bypass is False
+
+
+def test_outputs_come_back_from_a_file_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    made = [{"hidden": torch.randn(2, 5, 8).to(torch.bfloat16).transpose(1, 2), "said": ["a", "b"]} for _ in range(4)]
+    kept = TeacherOutputs(room=2 * 80 * 2)  # for two of them
+    for _ in range(2):
+        for number, outputs in enumerate(made):
+            found = kept.of(number, lambda number=number: made[number])
+            assert torch.equal(found["hidden"], outputs["hidden"]) and found["said"] == ["a", "b"]
+    assert (tmp_path / "cache").exists() and not list((tmp_path / "cache").iterdir())  # nothing to be cleaned up
