@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -90,10 +91,11 @@ def routed_attention(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     if routed is None:
         runtime = module.runtime
-        free = base == "sdpa" and (runtime is None or (runtime.call.skipping and not runtime.bypass))
+        plain = all(kwargs.get(name) is None for name in ("softcap", "position_bias")) and not kwargs.get("dropout")
+        free = base == "sdpa" and plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
         if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and shared:
-            return _from_one_token(attend, module, query, key, value, attention_mask, **kwargs), None
+            return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
         return attend(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)
 
@@ -117,21 +119,13 @@ def routed_attention(
     return _selected(run, query, key, value, attention_mask, routed), None
 
 
-def _from_one_token(
-    attend: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> Tensor:
+def _from_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attention of query [B, H, 1, d] to all keys: heads that share keys are rows of one product, which reads the keys
     once instead of once a head."""
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
-    out = attend(_OneKeyPerHead(module), query, key, value, mask, **{**kwargs, "is_causal": False})[0]
-    return out.transpose(1, 2).reshape(batch, 1, heads, -1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, -1)
 
 
 class _OneKeyPerHead:

@@ -21,9 +21,6 @@ from students.kernels.packing import PackedProduct
 from students.prepared import Stamp
 from students.routers import ChannelRouter, Lora, selection
 
-FEW_ROWS = 4
-"""Up to so many tokens at once, reading weights costs more than arithmetic: only what one of them needs is read. More
-of them need nearly everything, which is then faster read as a whole."""
 JOINT_ROWS = 2048
 """Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
 
@@ -75,7 +72,7 @@ class Site:
         if call.alone:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
-        elif call.rows is None and call.tokens <= FEW_ROWS and ops.reads_few(self._whole, self._ends):
+        elif call.rows is None and ops.reads_few(call.tokens, self._whole, self._ends):
             self._note(lambda: (x.abs() >= self.limit).float().mean(-1))
             flat = x.flatten(0, -2)
             out, _ = ops.few_channels(flat, self.limit, self._whole, self._bias, self._down, self._up, self._ends)

@@ -260,10 +260,17 @@ def exact_together(x: Tensor) -> int:
     return tuning.MOST_ROWS if x.is_cuda and triton.available() else 4
 
 
-def reads_few(weight: Tensor, ends: list[int]) -> bool:
-    """Whether `few_channels` has a kernel for such a weight: on a GPU with Triton; on a CPU that multiplies bfloat16,
-    in that type, where outputs come in multiples of 32."""
-    return triton.available() if weight.is_cuda else cpu.reads_few(weight, ends)
+FEW_ROWS = 4
+"""For so many inputs on a CPU, reading weights costs more than arithmetic; on GPUs the table of launches says it."""
+
+
+def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
+    """Whether `few_channels` is the faster way for so many inputs (more of them need nearly everything, which is then
+    faster read as a whole), and has a kernel for such a weight: on a GPU with Triton; on a CPU that multiplies
+    bfloat16, in that type, where outputs come in multiples of 32."""
+    if weight.is_cuda:
+        return triton.available() and tuning.gather(weight.device, rows, weight.shape[1]) is not None
+    return rows <= FEW_ROWS and cpu.reads_few(weight, ends)
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:

@@ -1,0 +1,91 @@
+"""Where nothing is saved, a student launches hardly more than the dense model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from students import LoraSpec, RouterSpec, StudentSpec
+from students.execution.decoding import Decoding
+from students.families.language import LanguageStudent
+from students.kernels import ops
+from students.libraries import cache_of
+from tests.pico.language import make_tiny
+from tests.students.host_waits import Launches
+from tests.students.test_execution import CLOSE, make
+
+DEFAULT = (RouterSpec("channel"), RouterSpec("vocab", rank=5))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def student_of(*routers: RouterSpec, lora: int = 0, blocks: int = 3) -> LanguageStudent:
+    student = make("llama", StudentSpec(routers, LoraSpec(lora)), num_hidden_layers=blocks)
+    assert isinstance(student, LanguageStudent)
+    return student
+
+
+def of_a_block(make_decoding: object, rows: int) -> Counter[str]:
+    """What one block more launches in a decoding step of so many rows."""
+    counted = []
+    for blocks in (2, 3):
+        decoding: Decoding = make_decoding(blocks)
+        tokens = torch.randint(3, 120, (rows, 7), generator=torch.Generator().manual_seed(0))
+        cache = cache_of(decoding.model(tokens, use_cache=True))
+        step, run = decoding._begin(cache, None, 1)
+        step.advance(tokens[:, 0])
+        run()
+        step.advance(tokens[:, 0])
+        with Launches() as launches:
+            run()
+        assert not launches.waits
+        counted.append(launches.launched)
+    return counted[1] - counted[0]
+
+
+def dense(blocks: int) -> Decoding:
+    model = make_tiny("llama", num_hidden_layers=blocks)
+    return Decoding(model, model.model, recorder=lambda work: work)
+
+
+def routed(blocks: int, *routers: RouterSpec, lora: int = 0, bypass: bool = False) -> Decoding:
+    student = student_of(*routers, lora=lora, blocks=blocks)
+    student.runtime.bypass = bypass
+    student._decoding.recorder = lambda work: work
+    return student._decoding
+
+
+def test_an_open_student_launches_what_the_dense_model_does() -> None:
+    assert of_a_block(lambda n: routed(n, *DEFAULT, bypass=True), 2) == of_a_block(dense, 2)
+
+
+def test_where_all_weights_are_read_only_masks_are_more() -> None:
+    many, plain = of_a_block(lambda n: routed(n, *DEFAULT), 16), of_a_block(dense, 16)
+    more, less = many - plain, plain - many
+    assert more == {"elastic.channel_gate.default": 4} and sum(less.values()) >= 3
+    assert "aten.mm.default" in less, "layers that read the same channels are one product"
+
+
+def test_so_many_rows_as_the_table_says_read_what_one_of_them_needs(
+    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_of(*DEFAULT, lora=2)
+    batch = tokens.view(8, 3)
+    cache = cache_of(student.model(batch[:, :2], use_cache=True))
+    ran = []
+    few = ops.few_channels
+    monkeypatch.setattr(ops, "few_channels", lambda x, *rest: ran.append(len(x)) or few(x, *rest))
+    monkeypatch.setattr(ops, "reads_few", lambda rows, *_: rows <= 8)
+    some = student(batch[:, 2:], use_cache=True, past_key_values=cache)[0].logits
+    assert ran and set(ran) == {8}
+    student.runtime.execution = "mask"
+    whole = student.model(batch, use_cache=False).logits[:, 2:]
+    torch.testing.assert_close(whole, some, **CLOSE)
