@@ -154,3 +154,20 @@ def test_no_row_and_no_query_is_launched_for_alone() -> None:
             student.model(ids, use_cache=True)
             launches.append([dict(block) for block in of_blocks(student, ids, use_cache=True)[1]])
         assert launches[0] == launches[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [DROPPED, KEPT, BOTH, CORRECTED])
+def test_on_a_gpu_blocks_wait_for_nothing_but_what_they_ask(spec: StudentSpec, tokens: Tensor) -> None:
+    student = make("llama", spec).to("cuda")
+    for batch in (tokens.cuda(), tokens[:1].cuda()):
+        masked, skipped = in_both_ways(student, batch)
+        torch.testing.assert_close(masked, skipped, **CLOSE)
+        hooks = []
+        for block in student.blocks:
+            enter = block.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"), prepend=True)
+            leave = block.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"), always_call=True)
+            hooks += [enter, leave]
+        student.model(batch, use_cache=True)  # waiting for an event, as `Fetched` does, is no error
+        for hook in hooks:
+            hook.remove()
