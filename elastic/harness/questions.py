@@ -92,10 +92,10 @@ def questions(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             question, answer, given = (record[key] for key in ("question", "answer", "choices"))
-            choices = [as_text(choice).strip() for choice in given] if isinstance(given, list) else None
+            choices = [as_text(choice).strip() for choice in given] if isinstance(given, list) else []
         except (ValueError, TypeError, KeyError):
-            question = answer = choices = None
-        right = choices and len(choices) > 1 and all(choices) and type(answer) is int and 0 <= answer < len(choices)
+            question, answer, choices = None, None, []
+        right = len(choices) > 1 and all(choices) and type(answer) is int and 0 <= answer < len(choices)
         if not (isinstance(question, str) and question.strip() and right):
             raise ValueError(
                 f"{path}, line {number}: a JSON object is expected with `question` (text), `choices` (two texts or "

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
-from students.execution.fixed import DecodeStep
+from students.execution.fixed import DecodeStep, windows_of
 from students.execution.kv_cache import memory_of
 from students.libraries import CACHE_NAMES, cache_of
 
@@ -107,6 +107,8 @@ class Decoding:
             raise ValueError("attentions and hidden states are not kept")
         if hasattr(self.model.base_model, "rope_deltas"):
             raise ValueError(f"{type(self.model).__name__} counts positions in three dimensions")
+        if self.trunk is not self.model.base_model and len(set(windows_of(self.trunk))) > 1:
+            raise ValueError(f"{type(self.model).__name__} takes one mask for layers with and without a window")
         self._state()
         return True
 

@@ -18,6 +18,12 @@ from students.execution.call import Memory
 from students.libraries import with_cache
 
 
+def windows_of(trunk: nn.Module) -> list[int | None]:
+    """How many tokens each block of a trunk sees; None: all."""
+    record, blocks = architecture_of(trunk)
+    return [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+
+
 class FixedLayer(CacheLayerMixin):
     """Keys and values [B, H, L, d] of one layer; a step writes those of its token at `slot` [1], the same for all."""
 
@@ -72,8 +78,7 @@ class DecodeStep:
         self.length = length
         self.used = 0
         """Slots that are taken."""
-        record, blocks = architecture_of(trunk)
-        self._windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+        self._windows = windows_of(trunk)
         self._kinds = getattr(trunk.config, "layer_types", None)
         first = like.layers[0].keys
         batch, device, self._dtype = len(first), first.device, model.dtype
