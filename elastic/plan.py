@@ -66,7 +66,7 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     what weights would take if they were spread over all GPUs; batch and rows, a step's windows in all and on one GPU;
     flops_per_token, step_flops, step_seconds, steps and days.
     """
-    if config.family != "llm":
+    if not families.TRAITS[config.family].tasks:
         raise ValueError(f"{config.model} is {families.TRAITS[config.family].noun}; plan knows language models alone")
     if min(gpus, memory, tokens, peak) <= 0 or not 0 < share <= 1:
         raise ValueError("--gpus, --memory, --tokens and --peak must be above 0, and --share above 0 and at most 1")

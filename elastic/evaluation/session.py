@@ -75,7 +75,7 @@ class Session:
 
     def student(self, run: Run) -> Student:
         """The student of a finished run, its dial where training left it."""
-        self.loaded(run.config)
+        run.teacher(self.loaded)  # which says where it is gone, or another
         folder = str(run.folder.absolute())
         if self._loaded is None or self._loaded[0] != folder:
             self._loaded = None  # its packed weights go before those of the next one come

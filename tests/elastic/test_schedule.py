@@ -27,10 +27,10 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> C
     now, steps = [0.0], count(1)
     forward = language.Distillation.forward
 
-    def patched(self: language.Distillation, *args: object) -> object:
+    def patched(self: language.Distillation, *args: object, **kwargs: object) -> object:
         if self.training:
             now[0] += seconds(next(steps))
-        return forward(self, *args)
+        return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(language.Distillation, "forward", patched)
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
