@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -103,6 +105,12 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
 def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:
     trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
     record, blocks = architecture_of(trunk)
+    windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+    if any(windows) and Version(metadata.version("transformers")) < Version("5.24"):
+        raise ValueError(  # before, cached decoding of fewer image tokens differs from the full pass
+            f"{type(model).__name__} with a language model of sliding windows ({trunk.config.model_type}) needs "
+            "transformers 5.24 or later: pip install -U transformers"
+        )
     language, inside = spec.of("language"), spec.of("vision")
     if inside.routers:
         tower_record, tower_blocks = architecture_of(tower)

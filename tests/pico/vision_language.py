@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -89,6 +90,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
+if Version(transformers.__version__) < Version("5.24"):
+    del CONFIGS["paligemma2"]  # which is refused (see students/build.py)
 
 
 def make_vlm(name: str) -> PreTrainedModel:

@@ -97,6 +97,13 @@ def test_batch_mates_and_padding_change_nothing(name: str) -> None:
         torch.testing.assert_close(alone.logits[0], together.logits[row][here], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("paligemma2" not in CONFIGS, reason="transformers before 5.24")
+def test_sliding_windows_need_a_transformers_that_masks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("students.build.metadata.version", lambda name: "5.23.0")
+    with pytest.raises(ValueError, match=r"gemma2\) needs transformers 5.24"):
+        student_of("paligemma2")
+
+
 @torch.no_grad()
 def test_decoding_with_a_cache_is_the_full_pass(name: str) -> None:
     student = student_of(name)
