@@ -16,6 +16,18 @@ from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples,
 from students.kernels.scoring import stream_score
 
 
+def _with_rest(
+    out: Tensor, x: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
+) -> Tensor:
+    """Products out [..., O] with channels of x [..., I], and biases and low-rank corrections."""
+    if bias is not None:
+        out = out + bias
+    if down is not None and up is not None:
+        low = F.linear(x, down).chunk(len(ends), -1)
+        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(pairwise([0, *ends]))], -1)
+    return out
+
+
 def read_channels(
     x: Tensor,
     limit: Tensor,
@@ -31,12 +43,7 @@ def read_channels(
         out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
     else:
         out = x.new_zeros(weight.shape[1])
-    if bias is not None:
-        out = out + bias
-    if down is not None and up is not None:
-        low = F.linear(x, down).view(len(ends), -1)
-        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(pairwise([0, *ends]))])
-    return out, torch.tensor(len(rows), device=x.device)
+    return _with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
 
 
 def few_channels(
@@ -51,12 +58,7 @@ def few_channels(
     needed = x.abs() >= limit
     rows = needed.any(0).nonzero().squeeze(1)
     out = (x * needed)[:, rows] @ weight[rows]
-    if bias is not None:
-        out = out + bias
-    if down is not None and up is not None:
-        low = F.linear(x, down).chunk(len(ends), 1)
-        out = out + torch.cat([low[p] @ up[:, a:b] for p, (a, b) in enumerate(pairwise([0, *ends]))], 1)
-    return out, torch.tensor(len(rows), device=x.device)
+    return _with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
 
 
 def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -58,17 +58,28 @@ def waits(function: Any, args: Any, kwargs: Any) -> bool:
     return packet in WAITS or boolean or (repeats and kwargs.get("output_size") is None)
 
 
-class NoHostWaits(TorchDispatchMode):
-    """Raises HostWait at what would wait for a device, whatever device it runs on."""
+class _Watch(TorchDispatchMode):
+    """A dispatch mode beside a function mode, for what reads a tensor with no operator."""
 
-    def __enter__(self) -> NoHostWaits:
-        self._reads = _NoReads()
+    def reads(self) -> TorchFunctionMode:
+        """The function mode."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        self._reads = self.reads()
         self._reads.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._reads.__exit__(*error)
+
+
+class NoHostWaits(_Watch):
+    """Raises HostWait at what would wait for a device, whatever device it runs on."""
+
+    def reads(self) -> TorchFunctionMode:
+        return _NoReads()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,7 +101,7 @@ class _CountReads(TorchFunctionMode):
         return out
 
 
-class Launches(TorchDispatchMode):
+class Launches(_Watch):
     """Counts operators that would launch something on a GPU, and waits of the host for it."""
 
     def __init__(self) -> None:
@@ -98,14 +109,8 @@ class Launches(TorchDispatchMode):
         self.launched: Counter[str] = Counter()
         self.waits: list[str] = []
 
-    def __enter__(self) -> Launches:
-        self._reads = _CountReads(self)
-        self._reads.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._reads.__exit__(*error)
+    def reads(self) -> TorchFunctionMode:
+        return _CountReads(self)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
