@@ -16,12 +16,29 @@
 
 #include "numbers.h"
 
-// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; eight rows at a time, a cache
-// line of each, while the same line of the next eight is on its way
+// Memory of the calling thread, 64-byte aligned, until its next call: fresh memory would have to be mapped every time.
+static void *scratch(size_t size) {
+    static _Thread_local void *kept;
+    static _Thread_local size_t held;
+    if (size > held) free(kept), held = (size + 63) / 64 * 64, kept = aligned_alloc(64, held);
+    return kept;
+}
+
+// How many bytes of each of eight rows are on their way while those before are multiplied: what one core can have in
+// flight, in one piece, as memory likes it. Of rows that are shorter, the next eight are.
+#define AHEAD 1024
+
+#define OF_EIGHT(S) (v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j]) + v[3] * up_##S(r[3][j])  \
+                   + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j]) + v[6] * up_##S(r[6][j]) + v[7] * up_##S(r[7][j]))
+
+// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; a cache line of eight rows at a
+// time
 #define ADD_ROWS(S, T)                                                                                                 \
     static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,        \
                              int64_t n, float *restrict acc) {                                                         \
-        int64_t k = 0, line = 64 / sizeof(T);                                                                          \
+        enum { line = 64 / sizeof(T) };                                                                                \
+        int64_t k = 0, whole = width / line * line, ahead = AHEAD / sizeof(T);                                         \
+        if (ahead > whole) ahead = whole;                                                                              \
         for (; k + 8 <= n; k += 8) {                                                                                   \
             const T *r[8], *next[8];                                                                                   \
             for (int i = 0; i < 8; i++) {                                                                              \
@@ -29,14 +46,12 @@
                 next[i] = k + 8 + i < n ? w + row[k + 8 + i] * stride : r[i];                                          \
             }                                                                                                          \
             const float *v = value + k;                                                                                \
-            for (int64_t from = 0; from < width; from += line) {                                                       \
-                int64_t to = from + line < width ? from + line : width;                                                \
-                for (int i = 0; i < 8; i++) __builtin_prefetch(next[i] + from);                                        \
-                for (int64_t j = from; j < to; j++)                                                                    \
-                    acc[j] += v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j])                 \
-                            + v[3] * up_##S(r[3][j]) + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j])                 \
-                            + v[6] * up_##S(r[6][j]) + v[7] * up_##S(r[7][j]);                                         \
+            for (int64_t from = 0; from < whole; from += line) {                                                       \
+                int64_t at = from + ahead;                                                                             \
+                for (int i = 0; i < 8; i++) __builtin_prefetch(at < width ? r[i] + at : next[i] + (at - width));       \
+                for (int64_t j = from; j < from + line; j++) acc[j] += OF_EIGHT(S);                                    \
             }                                                                                                          \
+            for (int64_t j = whole; j < width; j++) acc[j] += OF_EIGHT(S);                                             \
         }                                                                                                              \
         for (; k < n; k++)                                                                                             \
             for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);                   \
@@ -54,27 +69,30 @@
 // up [r, O], where layer p writes outputs ends[p - 1] to ends[p]. bias, down and up may be NULL. Returns how many
 // channels were read.
 #define READ_CHANNELS(S, T)                                                                                       \
-    int64_t read_channels_##S(const T *x, const float *limit, const T *w, int64_t stride, int64_t I, int64_t O,    \
-                              const T *bias, const T *down, const T *up, int64_t r, const int64_t *ends,           \
+    int64_t read_channels_##S(const T *x, const float *limit, const T *w, int64_t stride, int64_t I, int64_t O,   \
+                              const T *bias, const T *down, const T *up, int64_t r, const int64_t *ends,          \
                               int64_t parts, T *out, int threads) {                                               \
-        float *values = malloc(sizeof(float) * (2 * I + parts * r + threads * O));                                \
-        int64_t *rows = malloc(sizeof(int64_t) * (I + r)), *each = rows + I, n = 0;                               \
-        float *kept = values + I, *low = kept + I, *sums = low + parts * r;                                       \
+        int64_t lane = (O + 15) / 16 * 16, *rows, *each, n = 0;                                                   \
+        float *sums = scratch(sizeof(float) * (threads * lane + 2 * I + parts * r) + sizeof(int64_t) * (I + r + 1));\
+        float *values = sums + threads * lane, *kept = values + I, *low = kept + I;                               \
+        rows = (int64_t *)(((uintptr_t)(low + parts * r) + 7) / 8 * 8), each = rows + I;                          \
         for (int64_t i = 0; i < I; i++) values[i] = up_##S(x[i]);                                                 \
-        for (int64_t i = 0; i < I; i++)                                                                           \
-            if (fabsf(values[i]) >= limit[i]) { rows[n] = i; kept[n++] = values[i]; }                             \
+        for (int64_t i = 0; i < I; i++) {                                                                         \
+            rows[n] = i, kept[n] = values[i];                                                                     \
+            n += fabsf(values[i]) >= limit[i];                                                                    \
+        }                                                                                                         \
         for (int64_t i = 0; i < r; i++) each[i] = i;                                                              \
         _Pragma("omp parallel num_threads(threads)") {                                                            \
             int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                      \
             int64_t from = me * n / team, to = (me + 1) * n / team;                                               \
-            memset(sums + me * O, 0, sizeof(float) * O);                                                          \
-            add_rows_##S(w, stride, O, rows + from, kept + from, to - from, sums + me * O);                       \
+            memset(sums + me * lane, 0, sizeof(float) * O);                                                       \
+            add_rows_##S(w, stride, O, rows + from, kept + from, to - from, sums + me * lane);                    \
             for (int64_t i = me * parts * r / team; i < (me + 1) * parts * r / team; i++)                         \
                 low[i] = dot_##S(down + i * I, values, I);                                                        \
             _Pragma("omp barrier")                                                                                \
             from = me * O / team, to = (me + 1) * O / team;                                                       \
             for (int64_t t = 1; t < team; t++)                                                                    \
-                for (int64_t j = from; j < to; j++) sums[j] += sums[t * O + j];                                   \
+                for (int64_t j = from; j < to; j++) sums[j] += sums[t * lane + j];                                \
             for (int64_t p = 0; r && p < parts; p++) {                                                            \
                 int64_t a = p ? ends[p - 1] : 0, b = ends[p];                                                     \
                 if (a < from) a = from;                                                                           \
@@ -83,8 +101,6 @@
             }                                                                                                     \
             for (int64_t j = from; j < to; j++) out[j] = down_##S(sums[j] + (bias ? up_##S(bias[j]) : 0));        \
         }                                                                                                         \
-        free(values);                                                                                             \
-        free(rows);                                                                                               \
         return n;                                                                                                 \
     }
 
@@ -92,7 +108,7 @@
 #define DOT_ROWS(S, T)                                                                                         \
     void dot_rows_##S(const T *x, const T *w, const T *bias, const int64_t *rows, int64_t n, int64_t I, T *out, \
                       int threads) {                                                                           \
-        float *values = malloc(sizeof(float) * I);                                                             \
+        float *values = scratch(sizeof(float) * I);                                                            \
         for (int64_t i = 0; i < I; i++) values[i] = up_##S(x[i]);                                              \
         _Pragma("omp parallel num_threads(threads)") {                                                         \
             int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                   \
@@ -101,7 +117,6 @@
                 out[k] = down_##S(dot_##S(w + row * I, values, I) + (bias ? up_##S(bias[row]) : 0));           \
             }                                                                                                  \
         }                                                                                                      \
-        free(values);                                                                                          \
     }
 
 // out[b][v] = head[v, :] . x[b] + bias[v] where preview[b][v] reaches limit[b], else preview + tail; head [V, D],
@@ -109,8 +124,8 @@
 #define EXACT_ROWS(S, T)                                                                                        \
     void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,               \
                         const T *preview, const float *limit, float tail, T *out, int64_t *count, int threads) { \
-        float *values = malloc(sizeof(float) * B * D);                                                          \
-        int64_t *chosen = malloc(sizeof(int64_t) * V);                                                          \
+        int64_t *chosen = scratch(sizeof(int64_t) * V + sizeof(float) * B * D);                                 \
+        float *values = (float *)(chosen + V);                                                                  \
         for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                           \
         for (int64_t b = 0; b < B; b++) count[b] = 0;                                                           \
         _Pragma("omp parallel num_threads(threads)") {                                                          \
@@ -141,8 +156,6 @@
                 }                                                                                               \
             }                                                                                                   \
         }                                                                                                       \
-        free(values);                                                                                           \
-        free(chosen);                                                                                           \
     }
 
 #define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
@@ -157,15 +170,17 @@ KERNELS(bf16, uint16_t)
 // pairs[b][n / 2] holds two neighbouring values. Within 32 outputs sums are in the order that unpacking leaves.
 static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int64_t *row, int64_t n,
                          const uint32_t *pairs, int64_t wide, int64_t B, float *sums) {
+    int64_t ahead = AHEAD / 2 / sizeof(uint16_t) < O ? AHEAD / 2 / sizeof(uint16_t) : O;
     for (int64_t k = 0; k < n; k += 16) {
-        const uint16_t *r[16], *next[16];
+        const uint16_t *r[16], *next[16];  // half of AHEAD of each: as much in all
         for (int i = 0; i < 16; i++) {
             r[i] = w + row[k + i] * stride;
             next[i] = k + 16 < n ? w + row[k + 16 + i] * stride : r[i];
         }
         for (int64_t from = 0; from < O; from += 32) {
             __m512i low[8], high[8];
-            for (int i = 0; i < 16; i++) __builtin_prefetch(next[i] + from);
+            int64_t at = from + ahead;
+            for (int i = 0; i < 16; i++) __builtin_prefetch(at < O ? r[i] + at : next[i] + (at - O));
             for (int i = 0; i < 8; i++) {
                 __m512i a = _mm512_loadu_si512(r[2 * i] + from), b = _mm512_loadu_si512(r[2 * i + 1] + from);
                 low[i] = _mm512_unpacklo_epi16(a, b), high[i] = _mm512_unpackhi_epi16(a, b);
@@ -206,15 +221,11 @@ static void gather_32(const float *sums, int64_t apart, int64_t team, float *who
 int64_t few_channels_bf16(const uint16_t *x, int64_t B, const float *limit, const uint16_t *w, int64_t stride, int64_t I,
                           int64_t O, const uint16_t *bias, const uint16_t *down, const uint16_t *up, int64_t r,
                           const int64_t *ends, int64_t parts, uint16_t *out, int threads) {
-    static _Thread_local void *scratch;  // kept: memory fresh from the system would have to be mapped at every call
-    static _Thread_local size_t held;
     int64_t wide = (I + 17) / 2 * 2, n = 0, needed, ranks = parts * r;
-    size_t floats = B * (I + ranks) + threads * B * O, shorts = 2 * B * wide + I, longs = I + 16;
-    size_t size = 8 * longs + 4 * floats + 2 * shorts;
-    if (size > held) free(scratch), scratch = malloc(size), held = size;
-    int64_t *rows = scratch;
-    float *values = (float *)(rows + longs), *low = values + B * I, *sums = low + B * ranks;
-    uint16_t *masked = (uint16_t *)(values + floats), *kept = masked + B * wide, *open = kept + B * wide;
+    size_t floats = (B * (I + ranks) + threads * B * O + 1) / 2 * 2, shorts = 2 * B * wide + I, longs = I + 16;
+    float *sums = scratch(8 * longs + 4 * floats + 2 * shorts), *values = sums + threads * B * O, *low = values + B * I;
+    int64_t *rows = (int64_t *)(sums + floats);
+    uint16_t *masked = (uint16_t *)(rows + longs), *kept = masked + B * wide, *open = kept + B * wide;
     memset(open, 0, sizeof(uint16_t) * I);
     for (int64_t b = 0; b < B; b++) {
         for (int64_t i = 0; i < I; i++) masked[b * wide + i] = reaches_bf16(x[b * I + i], limit[i]) ? x[b * I + i] : 0;
