@@ -158,14 +158,16 @@ def plan(
             f"--target-compute is {' '.join(f'{b:g}' for b in budgets)}; it takes budgets above 0 and at most 1, "
             "one of them below 1"
         )
+    runs: list[tuple[str, float | str, tuple[tuple[float, float | None], ...]]]
     if per_budget or len(below) == 1:  # at 1.0 every run is the teacher
         runs = [(f"{budget}", budget, ((budget, None),)) for budget in below]
         if budgets[0] == 1:
-            runs[0] = *runs[0][:2], ((1.0, 1.0), *runs[0][2])
+            target, value, points = runs[0]
+            runs[0] = target, value, ((1.0, 1.0), *points)
     else:
         target = f"{budgets[-1]}:{budgets[0]}"
         runs = [(target, target, tuple((budget, budget) for budget in budgets))]
-    tasks = []
+    tasks: list[Task] = []
     for model, preset, seed, (target, value, points) in product(
         dict.fromkeys(models), dict.fromkeys(presets), dict.fromkeys(seeds), runs
     ):
@@ -322,6 +324,6 @@ class Clock:
     def __str__(self) -> str:
         """Such as "3/12 points, about 25 min left"."""
         each = {k: mean(s) if s else self._expected.get(k) for k, s in self._seconds.items() if self.left[k]}
-        known = all(seconds is not None for seconds in each.values())
-        left = f", about {sum(s * self.left[k] for k, s in each.items()) / 60:.0f} min left" if known else ""
+        known = {k: seconds * self.left[k] for k, seconds in each.items() if seconds is not None}
+        left = f", about {sum(known.values()) / 60:.0f} min left" if len(known) == len(each) else ""
         return f"{self.points - self.left['points']}/{self.points} points{left}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from packaging.version import Version
@@ -17,6 +17,8 @@ from students.architectures import (
     LINEAR_SITES,
     VISION_TOWERS,
     Architecture,
+    Branch,
+    Linear,
     Sizes,
     architecture_of,
     kind_of,
@@ -37,10 +39,12 @@ from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import Door, VisionLanguageStudent
 from students.kernels.norms import fuse_norms, let_round
-from students.routers import ImageRouter, Lora, Router, Substitute
+from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.spec import RouterSpec, StudentSpec
 from students.student import Student
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
@@ -63,6 +67,7 @@ def _self_check(model: nn.Module) -> SelfCheck:
     language = kind_of(model) in VISION_TOWERS or architecture_of(model)[0].causal
     model.requires_grad_(False).eval()  # gradients alone can change torch's order of sums
     if language:
+        assert isinstance(model, PreTrainedModel), "records of language models are for transformers' own"
         return SelfCheck(model, model, some_tokens(model), language=True)
     parameter = next(model.parameters())
     images = torch.randn(2, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(parameter)
@@ -70,7 +75,7 @@ def _self_check(model: nn.Module) -> SelfCheck:
 
 
 def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
-    if kind_of(model) in VISION_TOWERS:
+    if kind_of(model) in VISION_TOWERS and isinstance(model, PreTrainedModel):
         return _elasticize_vision_language(model, spec)
     record, blocks = architecture_of(model)
     for router in spec.routers:
@@ -78,7 +83,9 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
     _freeze(model)
-    return (_elasticize_language if record.causal else _elasticize_image)(model, record, blocks, spec)
+    if record.causal and isinstance(model, PreTrainedModel):
+        return _elasticize_language(model, record, blocks, spec)
+    return _elasticize_image(model, record, blocks, spec)
 
 
 def _freeze(model: nn.Module) -> None:
@@ -133,20 +140,20 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
 def _elasticize_language(
     model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> LanguageStudent:
-    trunk = model.base_model
+    trunk: Any = model.base_model
     return LanguageStudent(
         model, record, blocks, spec, *_language_parts(model, trunk, record, blocks, spec), trunk=trunk
     )
 
 
 def _language_parts(
-    model: PreTrainedModel, trunk: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
+    model: PreTrainedModel, trunk: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> tuple[Runtime, ComputeModel]:
     """Routers in the blocks of a language model and in front of its head."""
     runtime = Runtime()
     shapes = _elasticize_blocks(trunk, record, blocks, spec, runtime)
     place = HeadPlace(model, runtime, spec.gains)
-    macs = place.head.weight.numel()
+    macs = weight_of(place.head).numel()
     for router in spec.at("head"):
         router.of_kind.attach(router, place)
     let_round(trunk, runtime)
@@ -156,18 +163,19 @@ def _language_parts(
 def _elasticize_image(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> ImageStudent:
-    runtime = Runtime(causal=False, prefix=record.prefix)
+    prefix = record.prefix or 0
+    runtime = Runtime(causal=False, prefix=prefix)
     shapes = _elasticize_blocks(model, record, blocks, spec, runtime)
-    return ImageStudent(
-        model, record, blocks, spec, runtime, ComputeModel(spec, shapes, 0, 0, image=True, prefix=record.prefix)
-    )
+    compute = ComputeModel(spec, shapes, 0, 0, image=True, prefix=prefix)
+    return ImageStudent(model, record, blocks, spec, runtime, compute)
 
 
 def _elasticize_blocks(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec, runtime: Runtime
 ) -> tuple[BlockShape, ...]:
     """Put the routers of branches and linear layers into all blocks, and around them; `blocks` follows."""
-    parent, shapes = trunk_of(model).get_submodule(record.blocks), []
+    parent: Any = trunk_of(model).get_submodule(record.blocks)
+    shapes = []
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
         place = BlockPlace(spec, record, sizes_of(model, record, number, block), runtime, number, block, last)
@@ -202,7 +210,8 @@ class HeadPlace:
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
 
     def replace(self, head: nn.Module) -> None:
         self.model.set_output_embeddings(_like(self.head, head))
@@ -231,9 +240,9 @@ class BlockPlace:
         self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
         self.neurons = self.inputs("mlp_out")
         self.own_q = len(record.attn_in) == 3
-        self.branch = ""
+        self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
-        self.channels: dict[str, nn.Module] = {}
+        self.channels: dict[str, ChannelRouter] = {}
         """Routers of channels by site."""
         self.parts: set[str] = set()
         """Branches with gates among their parts."""
@@ -259,9 +268,10 @@ class BlockPlace:
         """What stands in front of the branch."""
         return self.wrappers[self.branch]
 
-    def linears(self, site: str) -> list[nn.Module]:
+    def linears(self, site: str) -> list[Linear]:
         """The linear layers at a site."""
-        return [self.block.get_submodule(name) for name in self.record.linears(site)]
+        layers: list[Any] = [self.block.get_submodule(name) for name in self.record.linears(site)]
+        return layers
 
     def inputs(self, site: str) -> int:
         """Channels that a site's linear layers read."""
@@ -288,19 +298,19 @@ class BlockPlace:
             self.opens.add(self.branch)
         self.add_router(spec, f"{self.branch}.{spec.kind}", gates, torch.arange(channels) * gates // channels)
 
-    def add_channels(self, site: str, router: nn.Module) -> None:
+    def add_channels(self, site: str, router: ChannelRouter) -> None:
         """A router of the channels that a site's linear layers read."""
         self.channels[site] = _like(self.linears(site)[0], router)
 
     def enclose(self, dropped: str) -> RoutedBlock:
         """A wrapper around the block that hands it only some tokens."""
         routed = RoutedBlock(
-            self.block, self.runtime, self.number, self.record.prefix, self.record.mask, dropped, last=self.last
+            self.block, self.runtime, self.number, self.record.prefix or 0, self.record.mask, dropped, last=self.last
         )
         self.around = _like(self.block, routed)
-        return self.around
+        return routed
 
-    def like(self, added: nn.Module) -> nn.Module:
+    def like(self, added: M) -> M:
         """An added module where the block is."""
         return _like(self.block, added)
 
@@ -368,6 +378,7 @@ class BlockPlace:
             first = linear is linears[0]
             per_query = asks and (end == "out" or (self.own_q and first))
             narrowed = gated and self.narrows[branch] and (branch == "mlp" or first)
+            part: Literal["inputs", "outputs", ""]
             part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
             part = self.narrowed.get(name, part)
             early = asks and self.own_q and end == "in"  # see RoutedLinear.forward
@@ -387,7 +398,7 @@ class BlockPlace:
                 self._correct(routed, linear, site, first)
             self.block.set_submodule(name, routed)
 
-    def _correct(self, routed: RoutedLinear, linear: nn.Module, site: str, first: bool) -> None:
+    def _correct(self, routed: RoutedLinear, linear: Linear, site: str, first: bool) -> None:
         """Add a low-rank correction, and count it: the side that heads or groups narrow apart from the other."""
         rank = self.spec.lora.rank
         outputs, inputs = weight_of(linear).shape
@@ -400,6 +411,6 @@ class BlockPlace:
         self.lora[f"{cost}_open"] = self.lora.get(f"{cost}_open", 0) + rank * narrowed
 
 
-def _like(place: nn.Module, added: nn.Module) -> nn.Module:
+def _like(place: nn.Module, added: M) -> M:
     """Put a new module on the device of the module it serves (its parameters stay float32)."""
     return added.to(next(place.parameters()).device)

@@ -97,7 +97,8 @@ def _llama() -> LlamaForCausalLM:
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
     )
     with torch.random.fork_rng(devices=[]):
-        return LlamaForCausalLM(config).eval()
+        model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 def _names_caches() -> bool:
@@ -158,9 +159,14 @@ def _has_cache_layers() -> bool:
 def _masks_by_first_layer() -> bool:
     model, cache = _llama(), DynamicCache(config=_llama().config)
     asked = []
-    layer = cache.layers[0]
+    layer: Any = cache.layers[0]
     sizes = layer.get_mask_sizes
-    layer.get_mask_sizes = lambda query_length: asked.append(query_length) or sizes(query_length)  # type: ignore[method-assign]
+
+    def ask(query_length: int) -> Any:
+        asked.append(query_length)
+        return sizes(query_length)
+
+    layer.get_mask_sizes = ask
     tokens, mask = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0, 1, 1]])
     model(tokens, attention_mask=mask, **with_cache(model, {}, cache))
     return asked == [3]
@@ -169,12 +175,13 @@ def _masks_by_first_layer() -> bool:
 @torch.no_grad()
 def _dispatches_attention() -> bool:
     model, seen = _llama(), []
+    functions: Any = ALL_ATTENTION_FUNCTIONS
 
     def attend(
         module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, routed: Any = None, **rest: Any
     ) -> Any:
         seen.append((routed, query.shape, key.shape))
-        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(module, query, key, value, mask, **rest)
+        return functions.get_interface("sdpa", None)(module, query, key, value, mask, **rest)
 
     attention = model.model.layers[0].self_attn
     ALL_ATTENTION_FUNCTIONS.register("elastic_assumption", attend)
@@ -213,10 +220,15 @@ def _calls_branches() -> bool:
 
 
 def _recomputes_blocks() -> bool:
-    block = _llama().model.layers[0].train()
+    block: Any = _llama().model.layers[0].train()
     ran = []
+
+    def recompute(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(1)
+        return x
+
     block.gradient_checkpointing = True
-    block._gradient_checkpointing_func = lambda function, *args, **kwargs: ran.append(1) or args[0]
+    block._gradient_checkpointing_func = recompute
     block(torch.ones(1, 2, 8))
     return ran == [1]
 
@@ -238,7 +250,7 @@ def _has_timm_blocks() -> bool:
     from timm.models.vision_transformer import Block, VisionTransformer
 
     model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=2)
-    attention = model.blocks[0].attn
+    attention: Any = model.blocks[0].attn
     sizes = attention.num_heads, attention.head_dim, model.num_prefix_tokens, tuple(model.patch_embed.img_size)
     masks = all("attn_mask" in inspect.signature(block.forward).parameters for block in (Block, EvaBlock))
     return sizes == (2, 4, 1, (8, 8)) and masks and "rope" in inspect.signature(EvaBlock.forward).parameters

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class _FixedScores(nn.Module):
         return self.scores(x)
 
 
+def _constant(share: float, offset: float) -> float:
+    return share
+
+
 @contextmanager
 def dropping_patches(
     student: ImageStudent, kind: str, batches: Iterable[Tensor], seed: int = 0
@@ -81,7 +86,7 @@ def dropping_patches(
             here = torch.cat([share[f"{number}.layer"] for share in shares])
             kept = float(here[:, student.runtime.prefix :].mean())
             before.append((block, block.routers["layer"], block.merges))
-            block.routers["layer"] = _FixedScores(block.routers["layer"], lambda _, kept=kept: kept, scores, whole)
+            block.routers["layer"] = _FixedScores(block.routers["layer"], partial(_constant, kept), scores, whole)
             block.merges = False
     try:
         yield student
@@ -99,12 +104,12 @@ def keeping_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 
     """
     if student.door is None or student.door.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    routers, router = student.trunk.door.routers, student.door
-    routers["image"] = _FixedScores(router, router.quota, _scores_without_content(kind, seed))
+    router = student.door
+    student.put_at_door(_FixedScores(router, router.quota, _scores_without_content(kind, seed)))
     try:
         yield student
     finally:
-        routers["image"] = router
+        student.put_at_door(router)
 
 
 def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
@@ -133,13 +138,13 @@ class MergingBlock(nn.Module):
     state: shared by the blocks of a model: how many patches each token stands for, [B, n, 1]; None: one each.
     """
 
-    def __init__(self, block: nn.Module, pairs: int, prefix: int, state: dict[str, Tensor | None]) -> None:
+    def __init__(self, block: Any, pairs: int, prefix: int, state: dict[str, Tensor | None]) -> None:
         super().__init__()
         self.block = block
         self.pairs = pairs
         self.prefix = prefix
         self.state = state
-        self._keys: Tensor | None = None
+        self._keys = torch.empty(0)
         block.attn.qkv.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: Any, out: Tensor) -> None:
@@ -198,11 +203,11 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
     if blocks is None or not all(hasattr(b, "ls1") and hasattr(b.attn, "qkv") for b in blocks):
         raise ValueError("the baseline tome is for timm's VisionTransformer")
     dense, _ = count(lambda: model(pixels))
-    merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    merged: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     state: dict[str, Tensor | None] = {}
     merged.register_forward_pre_hook(lambda module, args: state.update(size=None))
     for number, block in enumerate(merged.blocks):
-        merged.blocks[number] = MergingBlock(block, 0, model.num_prefix_tokens, state)
+        merged.blocks[number] = MergingBlock(block, 0, merged.num_prefix_tokens, state)
     share, total = 1.0, 0
     while share > target:
         total += 1

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for
 from students import elasticize
+from students.architectures import LINEAR_SITES
 from students.calibration.language import Seen, calibrate
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
 from students.execution.linear import RoutedLinear
 from students.families.language import LanguageStudent
 from students.routers import OPEN
-from students.spec import LINEAR_SITES, RouterSpec, StudentSpec
+from students.spec import RouterSpec, StudentSpec
 
 LEVELS = 513
 """Quantiles that are kept of what a limit is compared with."""
@@ -71,7 +72,7 @@ class SameShares:
                 "phase; static does"
             )
         channels = RouterSpec("channel", network="static" if name == "static" else "linear")
-        self.student = elasticize(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
+        self.student = _elasticized(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
         self._batches, self._seed, self._seen = batches, config.train.seed, seen
         self._limits: dict[str, tuple[nn.Parameter, Tensor]] = {}
         """Of each site, and what its channels' limits were when `_levels` were taken."""
@@ -134,15 +135,15 @@ def at_random(
     if odd or config.budget.phase == "prefill" or student.runtime.bypass:
         why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
         raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
-    shares = _shares(student, batches)
+    opened = _shares(student, batches)
     routers = tuple(
         RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
     )
-    other = elasticize(frozen(), StudentSpec(routers, gains=student.spec.gains))
+    other = _elasticized(frozen(), StudentSpec(routers, gains=student.spec.gains))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)
 
     def shares_at(offset: float) -> dict[str, Tensor]:
-        return {key: (share.logit() + offset).sigmoid().view(1, 1) for key, share in shares.items()}
+        return {key: (share.logit() + offset).sigmoid().view(1, 1) for key, share in opened.items()}
 
     low, high = -20.0, 20.0
     for _ in range(40):
@@ -155,13 +156,15 @@ def at_random(
         layer.register_forward_pre_hook(_keep_at_random(shares[f"{key}.channel"], generator))
     head = other.model.get_output_embeddings()
     if isinstance(head, RoutedHead):
-        router = head.routers["vocab"]
-        router.load_state_dict(student.model.get_output_embeddings().routers["vocab"].state_dict())
-        drawn = _RandomRows(
-            head.base_layer, head.runtime, router, head.spec, share=shares["vocab"], generator=generator
-        )
-        other.model.set_output_embeddings(drawn)
+        head.routers["vocab"].load_state_dict(student.model.get_output_embeddings().routers["vocab"].state_dict())
+        other.model.set_output_embeddings(_RandomRows(head, shares["vocab"], generator))
     return other
+
+
+def _elasticized(model: nn.Module, spec: StudentSpec) -> LanguageStudent:
+    student = elasticize(model, spec)
+    assert isinstance(student, LanguageStudent), "baselines of text are of language models"
+    return student
 
 
 def _keep_at_random(
@@ -181,15 +184,22 @@ def _keep_at_random(
 class _RandomRows(RoutedHead):
     """The LM head, exact for rows drawn at random and previewed for the rest."""
 
-    def __init__(self, *parts: object, share: float, generator: torch.Generator) -> None:
-        super().__init__(*parts)
+    def __init__(self, head: RoutedHead, share: float, generator: torch.Generator) -> None:
+        super().__init__(head.base_layer, head.runtime, head.routers["vocab"], head.spec)
         self.share = share
         self.generator = generator
 
-    def routed_logits(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        router, (_, _, preview_weight, _) = self.routers["vocab"], tensors
+    def routed_logits(
+        self,
+        hidden: Tensor,
+        spread: Tensor,
+        tail: Tensor,
+        preview_weight: Tensor,
+        log_gain: Tensor,
+        owner: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         exact = self.base_layer(hidden)
-        guess = F.linear(router.features(hidden), preview_weight) + router.tail.to(hidden.dtype)
+        guess = F.linear(self.routers["vocab"].features(hidden), preview_weight) + tail.to(hidden.dtype)
         open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
         return torch.where(open_, exact, guess), open_.float().mean(-1)
 
@@ -203,9 +213,10 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
         f"{number}.{site}": block.get_submodule(student.record.linears(site)[0])
         for number, block in enumerate(student.blocks)
         for site in LINEAR_SITES
-        if student.spec.find("channel", number, site)
     }
-    return layers
+    return {
+        key: layer for key, layer in layers.items() if isinstance(layer, RoutedLinear) and "channel" in layer.routers
+    }
 
 
 @torch.no_grad()
@@ -223,7 +234,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
             router = layer.routers["channel"]
             size = _sample(args[0], ROWS).abs().float().log().clamp(min=OPEN)
-            add(key, (0.0 if router.spec.network == "static" else size) - router.log_limit)
+            add(key, -router.log_limit if router.spec.network == "static" else size - router.log_limit)
 
         return layer.register_forward_pre_hook(hook)
 
@@ -266,8 +277,10 @@ def _shares(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
         shares = dict(decisions.share)
         if tensors := student.head_tensors():
             rows = out.last_hidden_state.flatten(0, 1).split(128)
-            shares["vocab"] = torch.cat([student.logits(part, *tensors)[1] for part in rows])
+            exact = (student.logits(part, *tensors)[1] for part in rows)
+            shares["vocab"] = torch.cat([share for share in exact if share is not None])
         for key, share in shares.items():
-            sums[key] = sums.get(key, 0.0) + share.double().mean() * len(ids)
+            part = share.double().mean() * len(ids)
+            sums[key] = sums[key] + part if key in sums else part
     total = sum(len(ids) for ids in batches)
     return {key: (value / total).float().cpu() for key, value in sums.items()}

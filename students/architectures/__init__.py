@@ -2,6 +2,7 @@
 
 from students.architectures.lookup import (
     ARCHITECTURES,
+    Linear,
     Sizes,
     architecture_of,
     kind_of,
@@ -9,7 +10,7 @@ from students.architectures.lookup import (
     trunk_of,
     weight_of,
 )
-from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture
+from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
 from students.architectures.vision_language import VISION_TOWERS
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "LINEAR_SITES",
     "VISION_TOWERS",
     "Architecture",
+    "Branch",
+    "Linear",
     "Sizes",
     "architecture_of",
     "kind_of",

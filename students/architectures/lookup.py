@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from students.architectures.image import IMAGE_MODELS, side_by_side
 from students.architectures.language import LANGUAGE_MODELS, LLAMA
 from students.architectures.record import Architecture
+
+Linear: TypeAlias = nn.Linear | Conv1D
 
 ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
 """Keyed by the config's `model_type`, or for models of timm by the name of their class."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-BRANCHES = ("attn", "mlp")
+Branch = Literal["attn", "mlp"]
+BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
 LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 """The four places of a block where linear layers read one input: q/k/v, o, gate/up, down."""
 

@@ -65,17 +65,18 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None) -> None:
 
     runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan.
     """
-    base = module.config._attn_implementation or "eager"
-    module.runtime = runtime
+    attention: Any = module
+    base = attention.config._attn_implementation or "eager"
+    attention.runtime = runtime
     name = f"elastic_{base}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
-    module.config = copy.copy(module.config)
-    module.config._attn_implementation = name
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = name
 
 
 def routed_attention(
     base: str,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -87,7 +88,7 @@ def routed_attention(
 
     Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open.
     """
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     if routed is None:
         runtime = module.runtime
@@ -96,7 +97,8 @@ def routed_attention(
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
         if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        out: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
+        return out
     kwargs.pop("position_ids", None)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,17 +108,19 @@ def routed_attention(
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         if routed.heads is None:
-            return attend(module, q, k, v, mask, **kwargs)[0]
+            out: Tensor = attend(module, q, k, v, mask, **kwargs)[0]
+            return out
         if len(routed.heads) == 0:  # torch before 2.14 divides by their number
             return q.new_zeros(len(q), q.shape[2], 0, v.shape[-1])
         of = routed.heads // getattr(module, "num_key_value_groups", 1)
-        return attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
+        out = attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
+        return out
 
     if routed.packing is not None:
-        return _packed(run, query, key, value, routed), None
+        return _packed(run, query, key, value, routed, routed.packing), None
     if routed.queries is None:
         return run(query, key, value, attention_mask), None
-    return _selected(run, query, key, value, attention_mask, routed), None
+    return _selected(run, query, key, value, attention_mask, routed.queries, routed.counts), None
 
 
 def _from_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
@@ -141,19 +145,25 @@ class _OneKeyPerHead:
 
 
 def _selected(
-    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan
+    run: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    queries: Tensor,
+    counts: tuple[int, ...],
 ) -> Tensor:
-    """Every token has its key; only some are queries."""
+    """Every token has its key; only some are queries (see Plan)."""
     batch, heads, tokens, _ = query.shape
-    shape, rows = (batch, tokens, heads, value.shape[-1]), plan.queries
-    if len(rows) == 0:
+    shape = batch, tokens, heads, value.shape[-1]
+    if len(queries) == 0:
         return query.new_zeros(shape)
     if tokens == 1:
-        some = mask if mask is None or len(mask) == 1 else mask[rows]
-        return scatter_rows(run(*(x.index_select(0, rows) for x in (query, key, value)), some), rows, batch)
+        some = mask if mask is None or len(mask) == 1 else mask[queries]
+        return scatter_rows(run(*(x.index_select(0, queries) for x in (query, key, value)), some), queries, batch)
     parts, start = [], 0
-    for b, count in enumerate(plan.counts):
-        rows, start = plan.queries[start : start + count], start + count
+    for b, count in enumerate(counts):
+        rows, start = queries[start : start + count], start + count
         for part in rows.split(BLOCK) if count else ():
             places = part - b * tokens
             if mask is None:  # as transformers has it: causal, from the first key on
@@ -164,12 +174,13 @@ def _selected(
                 k, v = key[b : b + 1], value[b : b + 1]
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
             parts.append(run(query[b : b + 1].index_select(2, places), k, v, visible)[0])
-    return scatter_rows(torch.cat(parts), plan.queries, batch * tokens).view(shape)
+    return scatter_rows(torch.cat(parts), queries, batch * tokens).view(shape)
 
 
-def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+def _packed(
+    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan, packing: Packing
+) -> Tensor:
     """Tokens that are not here have no key either."""
-    packing = plan.packing
     if packing.rectangle is not None:
         return _in_rectangle(run, query, key, value, packing, packing.rectangle)
     layer, window = packing.layer, packing.window
@@ -181,11 +192,11 @@ def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
             return out.unsqueeze(0)
         rows, places = packing.batch[queries], packing.index[queries]
         kept = layer.index[rows]
-        visible = (kept >= 0) if window is None else (kept >= 0) & (kept > (places - window)[:, None])
+        here = (kept >= 0) if window is None else (kept >= 0) & (kept > (places - window)[:, None])
         q = query[0].index_select(1, queries).transpose(0, 1).unsqueeze(2)
         every = len(rows) == len(layer.keys)
         k, v = (x if every else x.index_select(0, rows) for x in (layer.keys, layer.values))
-        return out.index_copy_(0, queries, run(q, k, v, visible[:, None, None])[:, 0]).unsqueeze(0)
+        return out.index_copy_(0, queries, run(q, k, v, here[:, None, None])[:, 0]).unsqueeze(0)
     first = begin = 0
     for b, count in enumerate(counts):
         rows, first = queries[first : first + count], first + count

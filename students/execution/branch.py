@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.architectures import Branch
 from students.execution.attention import Packing, Plan
 from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, take
-from students.execution.wrapper import Wrapper
+from students.execution.wrapper import Named, Wrapper
 from students.kernels import devices
 from students.kernels.merging import flat_index
 from students.libraries import cache_in
-from students.routers import Router, selection
+from students.routers import Router, Substitute, selection
 
 
 class RoutedBranch(Wrapper):
@@ -33,7 +34,7 @@ class RoutedBranch(Wrapper):
         base_layer: nn.Module,
         runtime: Runtime,
         block: int,
-        branch: Literal["attn", "mlp"],
+        branch: Branch,
         handover: BlockHandover,
         *,
         prenorm: bool,
@@ -52,8 +53,8 @@ class RoutedBranch(Wrapper):
         self.late_exit = late_exit
         self.narrows = narrows
         self.window = window
-        self.routers = nn.ModuleDict()
-        self.substitutes = nn.ModuleDict()
+        self.routers = Named[Router]()
+        self.substitutes = Named[Substitute]()
         self.block_router: tuple[Router, ...] = ()
         self._standing: tuple[Narrow, Tensor] | None = None
 
@@ -105,11 +106,12 @@ class RoutedBranch(Wrapper):
                 if kind == "layer":
                     self.of_block.layer = decided
             elif kind == "layer" and self.block_router:
-                router = self.block_router[0]
-                decided, self.of_block.layer = self.of_block.layer, None
+                router, handed = self.block_router[0], self.of_block.layer
+                assert handed is not None, "attention decides first"
+                decided, self.of_block.layer = handed, None
             else:
                 continue
-            exits.gates.append((decided, self.substitutes[kind] if kind in self.substitutes else None))  # noqa: SIM401
+            exits.gates.append((decided, self.substitutes.get(kind)))
             exits.specs.append(router.spec)
         return exits
 
@@ -123,7 +125,7 @@ class RoutedBranch(Wrapper):
         by_token = router.spec.granularity == "token" and router.spec.network != "static"
         shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare
         if not (skip and shared and self.narrows and run.skips([router.spec])):
-            self.handover.gate = gate.index_select(-1, router.members)
+            self.handover.gate = gate.index_select(-1, router.of_channel)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())
         self.handover.narrow = narrow
@@ -138,17 +140,18 @@ class RoutedBranch(Wrapper):
         if memory is not None and key in memory.narrow:
             return memory.narrow[key]
         open_ = gate != 0
-        channels = open_[router.members].nonzero().squeeze(1)
-        weight = gate[router.members[channels]] if router.spec.weight == "score" else None
+        members = router.of_channel
+        channels = open_[members].nonzero().squeeze(1)
+        weight = gate[members[channels]] if router.spec.weight == "score" else None
         keep = static or router.spec.granularity == "sequence"
-        result = Narrow(channels, len(router.members), weight, keep), open_.nonzero().squeeze(1)
+        result = Narrow(channels, len(members), weight, keep), open_.nonzero().squeeze(1)
         if static:
             self._standing = result if run.call.skipping else None
         elif keep and memory is not None:
             memory.narrow[key] = result
         return result
 
-    def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
         """An MLP on the tokens that need it."""
         chosen = self._chosen(exits)
         if chosen.every:
@@ -264,7 +267,7 @@ class RoutedBranch(Wrapper):
         if cache is not None:
             layer = cache.layers[self.base_layer.layer_idx]
             index = index + layer.get_seq_length()
-        if devices.runs_ahead(x.device) and tokens > 1 and (layer is None or layer.index is None):
+        if devices.runs_ahead(x.device) and tokens > 1 and (layer is None or not layer.is_initialized):
             rectangle = Rectangle.of(kept, batch)
         if layer is not None:
             layer.expect(batch, index, kept.counts, tokens, rectangle)
@@ -294,8 +297,9 @@ class RoutedExit(Wrapper):
         self.handover = handover
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
+        out: Tensor = self.base_layer(x)
         if self.runtime.bypass:
             return out
         leaving, self.handover.exit = self.handover.exit, None
+        assert leaving is not None, "its branch has run"
         return leaving.exits.pass_all(out) if leaving.all_open else leaving.exits.apply(out)

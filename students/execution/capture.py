@@ -6,12 +6,14 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from students.kernels.triton import counters
+
+T = TypeVar("T")
 
 WARM_UP = 2
 """Runs before the recorded one, in which libraries take their workspaces and kernels are compiled."""
@@ -58,10 +60,10 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaGraph if device.type == "cuda" else None
 
 
-class Recordings(OrderedDict[Hashable, Any]):
+class Recordings(OrderedDict[Hashable, T], Generic[T]):
     """What was recorded, by what it was recorded for."""
 
-    def take(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def take(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is kept under a key, or made now."""
         if key not in self:
             self[key] = make()
@@ -85,12 +87,12 @@ class Forward:
         recorder: Recorder | None = None,
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings()
+        self.kept = Recordings[tuple[Tensor, Callable[[], Any]]]()
         self._said: set[str] = set()
         self._run = run
         self._state = state
 
-    def __deepcopy__(self, memo: dict) -> Forward:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return Forward(copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo), self.recorder)
 
     @torch.no_grad()
@@ -104,7 +106,7 @@ class Forward:
             if str(reason) not in self._said:
                 self._said.add(str(reason))
                 warnings.warn(f"images without recorded passes: {reason}", stacklevel=3)
-        if key is None:
+        if record is None or key is None:
             return self._run(pixels)
 
         def make() -> tuple[Tensor, Callable[[], Any]]:

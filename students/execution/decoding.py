@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
+from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
 from students.execution.fixed import DecodeStep, windows_of
-from students.execution.kv_cache import memory_of
+from students.execution.kv_cache import keys_and_values, memory_of
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
@@ -53,17 +53,18 @@ class Decoding:
         settle: Callable[[int, torch.device], None] = lambda batch, device: None,
         recorder: Recorder | None = None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.trunk = trunk
         self.recorder = recorder
         self._state = state
         self._settle = settle
-        self._steps = Recordings()
+        self._steps = Recordings[tuple[DecodeStep, Callable[[], Tensor]]]()
         self._said: set[str] = set()
 
-    def __deepcopy__(self, memo: dict) -> Decoding:
-        parts = (copy.deepcopy(part, memo) for part in (self.model, self.trunk, self._state, self._settle))
-        return Decoding(*parts, self.recorder)  # what is recorded cannot be copied
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
+        model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
+        state, settle = copy.deepcopy(self._state, memo), copy.deepcopy(self._settle, memo)
+        return Decoding(model, trunk, state, settle, self.recorder)  # what is recorded cannot be copied
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
@@ -114,7 +115,7 @@ class Decoding:
 
     def _decode(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -132,7 +133,8 @@ class Decoding:
         out = model._prefill(input_ids, config, model_kwargs)
         logits, cache = out.logits[:, -1].float(), cache_of(out)
         del out
-        step = replay = None
+        step: DecodeStep | None = None
+        replay: Callable[[], Tensor] | None = None
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         while True:
             scores = logits_processor(input_ids, logits.to(input_ids.device, copy=True))
@@ -150,7 +152,7 @@ class Decoding:
             unfinished = unfinished & ~stopping_criteria(input_ids, seen)
             fetched = Fetched(torch.stack([tokens, unfinished]))
             if input_ids.shape[1] < config.max_length:  # begun before anybody knows whether it is needed
-                if step is None:
+                if step is None or replay is None:
                     step, replay = self._begin(cache, valid, input_ids.shape[1] - prompt)
                 elif step.full:
                     step, replay = self._grow(step)
@@ -165,19 +167,21 @@ class Decoding:
             words_to.end()
         if not config.return_dict_in_generate:
             return input_ids
-        made = {name: tuple(tensors) for name, tensors in kept.items() if asked[name]}
+        made: dict[str, Any] = {name: tuple(tensors) for name, tensors in kept.items() if asked[name]}
         name = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
         made[name] = cache if step is None else self._as_cache(step, cache, input_ids.shape[1] - prompt - 1)
-        return GenerateDecoderOnlyOutput(sequences=input_ids, **made)
+        made["sequences"] = input_ids
+        return GenerateDecoderOnlyOutput(**made)
 
     def _begin(self, cache: DynamicCache, valid: Tensor | None, new: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
         """The step that goes on behind the prompt that a cache of the model's own has seen; valid [B, T]: as of the
         call."""
         memory, used = memory_of(cache), cache.get_seq_length()
-        if memory.held is not None:  # the door let only some tokens through
+        if memory.held is not None and memory.next is not None:  # the door let only some tokens through
             valid, positions = memory.held, memory.next.flatten().expand(len(memory.held))
         elif valid is None:
-            positions = torch.full((len(cache.layers[0].keys),), used, device=cache.layers[0].keys.device)
+            keys, _ = keys_and_values(cache)[0]
+            positions = torch.full((len(keys),), used, device=keys.device)
         else:
             positions = valid.sum(1)
         step, replay = self._step(cache, slots_for(used + 1))
@@ -189,15 +193,16 @@ class Decoding:
         larger.take_over(step)
         return larger, replay
 
-    def _step(self, like: Any, slots: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
+    def _step(self, like: Cache, slots: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
         """A recorded step for a batch such as this cache's."""
-        keys = like.layers[0].keys
+        keys, _ = keys_and_values(like)[0]
         self._settle(len(keys), keys.device)
         key = len(keys), slots, keys.device, keys.dtype, self._state()
 
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
             record = self.recorder or recorder_for(keys.device)
+            assert record is not None, "`_possible` has asked"
             try:
                 return step, record(step.run)
             except RuntimeError as error:  # the model waits for the device, or leaves too little memory
@@ -210,7 +215,7 @@ class Decoding:
         """What a step holds of the prompt and of so many new tokens, as a cache of the model's own."""
         used = prompt.get_seq_length() + new
         cache, memory = step.dynamic(used), replace(memory_of(prompt))
-        if memory.held is not None:
+        vars(cache).update(elastic=memory)
+        if memory.held is not None and memory.next is not None:
             memory.held, memory.next = step.open[:, :used].clone(), memory.next + new
-        cache.elastic = memory
         return cache

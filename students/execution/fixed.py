@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from students.architectures import architecture_of, sizes_of
 from students.execution.call import Memory
+from students.execution.kv_cache import keys_and_values
 from students.libraries import with_cache
 
 
@@ -29,9 +30,11 @@ class FixedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.keys, self.values, self.slot = keys, values, slot
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -49,8 +52,8 @@ class FixedLayer(CacheLayerMixin):
         """All slots."""
         return self.keys.shape[2], 0
 
-    def get_seq_length(self) -> Tensor:
-        """Tokens that came before, on the device."""
+    def get_seq_length(self) -> Any:
+        """Tokens that came before: a tensor [], on the device."""
         return self.slot[0]
 
     def get_max_length(self) -> int:
@@ -62,7 +65,7 @@ class FixedCache(Cache):
     """The cache of a step of fixed shape."""
 
     def __init__(self, layers: list[FixedLayer]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
         self.elastic = Memory()
 
 
@@ -79,19 +82,19 @@ class DecodeStep:
         self.used = 0
         """Slots that are taken."""
         self._windows = windows_of(trunk)
-        self._kinds = getattr(trunk.config, "layer_types", None)
-        first = like.layers[0].keys
-        batch, device, self._dtype = len(first), first.device, model.dtype
+        self._kinds: Any = getattr(trunk.config, "layer_types", None)
+        held = keys_and_values(like)
+        batch, device, self._dtype = len(held[0][0]), held[0][0].device, model.dtype
         with torch.inference_mode(False):  # they are written in calls of either kind
             self.slot = torch.zeros(1, dtype=torch.long, device=device)
             self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
             self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
             self._places = torch.arange(length, device=device)
-            self.cache = FixedCache([self._layer(layer.keys, layer.values) for layer in like.layers])
+            self.cache = FixedCache([self._layer(keys, values) for keys, values in held])
 
     def _layer(self, keys: Tensor, values: Tensor) -> FixedLayer:
-        made = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
-        return FixedLayer(*made, self.slot)
+        made_keys, made_values = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+        return FixedLayer(made_keys, made_values, self.slot)
 
     @property
     def full(self) -> bool:
@@ -101,9 +104,9 @@ class DecodeStep:
     def load(self, cache: Cache, used: int, valid: Tensor | None, positions: Tensor) -> None:
         """Begin behind what a cache holds, `used` tokens of each row, of which those at valid [B, used] count (None:
         all); positions [B]: of the next ones. Layers with a sliding window may hold the newest tokens only."""
-        for own, layer in zip(self.cache.layers, cache.layers, strict=True):
-            held = min(layer.keys.shape[2], used)
-            for into, kept in ((own.keys, layer.keys), (own.values, layer.values)):
+        for mine, theirs in zip(keys_and_values(self.cache), keys_and_values(cache), strict=True):
+            held = min(theirs[0].shape[2], used)
+            for into, kept in zip(mine, theirs, strict=True):
                 into[:, :, used - held : used] = kept[:, :, :held]
                 into[:, :, used:] = 0
         self.open[:, :used] = True if valid is None else valid.bool()
@@ -126,7 +129,7 @@ class DecodeStep:
         self.open.index_fill_(1, self.slot, True)
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self._masks()}
         inputs = with_cache(self.model, inputs | {"use_cache": True, "logits_to_keep": 1}, self.cache)
-        logits = self.model(**inputs).logits[:, -1].float()
+        logits: Tensor = self.model(**inputs).logits[:, -1].float()
         self.slot.add_(1)
         self.positions.add_(1)
         return logits
@@ -147,6 +150,6 @@ class DecodeStep:
     def dynamic(self, used: int) -> DynamicCache:
         """The first `used` tokens as a cache of the model's own, copied."""
         cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[:, :, :used].clone(), layer.values[:, :, :used].clone(), number)
+        for number, (keys, values) in enumerate(keys_and_values(self.cache)):
+            cache.update(keys[:, :, :used].clone(), values[:, :, :used].clone(), number)
         return cache

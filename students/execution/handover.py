@@ -56,7 +56,7 @@ class Exits:
     def apply(self, out: Tensor) -> Tensor:
         """The branch's output as the block gets it, [B, T, D]."""
         if self.rows is not None:
-            return self._scatter(out)
+            return self._scatter(out, self.rows)
         for gates, substitute in self.gates:
             gate = gates.gate
             out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
@@ -68,15 +68,15 @@ class Exits:
             out = out * gates.gate
         return out
 
-    def _scatter(self, out: Tensor) -> Tensor:
-        return (self._fill_all if devices.runs_ahead(out.device) else self._fill_closed)(out)
+    def _scatter(self, out: Tensor, rows: Tensor) -> Tensor:
+        return (self._fill_all if devices.runs_ahead(out.device) else self._fill_closed)(out, rows)
 
-    def _fill_all(self, out: Tensor) -> Tensor:
+    def _fill_all(self, out: Tensor, rows: Tensor) -> Tensor:
         """Substitutes of all tokens, since nobody waits to hear which are closed, times 0 where they are open."""
         x, out = self.x, out.reshape(-1, self.x.shape[-1])
         for gates, _ in self.gates if self.weighted else ():
-            out = out * gates.gate.expand(*x.shape[:2], 1).flatten(0, 1).index_select(0, self.rows)
-        total = scatter_rows(out, self.rows, x.shape[:2].numel()).view_as(x)
+            out = out * gates.gate.expand(*x.shape[:2], 1).flatten(0, 1).index_select(0, rows)
+        total = scatter_rows(out, rows, x.shape[:2].numel()).view_as(x)
         for number, (gates, substitute) in enumerate(self.gates):
             if substitute is not None:
                 closed = gates.closed
@@ -85,12 +85,12 @@ class Exits:
                 total.addcmul_(substitute(x), closed)
         return total
 
-    def _fill_closed(self, out: Tensor) -> Tensor:
+    def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:
         """Substitutes of the tokens that are closed."""
         x = self.x.flatten(0, 1)
         passing = self.valid
-        weight = None
-        substitutes = []
+        weight: Tensor | None = None
+        substitutes: list[tuple[Tensor, Substitute, Tensor | None]] = []
         for gates, substitute in reversed(self.gates):
             open_ = gates.open.squeeze(-1).expand(self.x.shape[:2])
             closed = ~open_
@@ -102,8 +102,8 @@ class Exits:
                 gate = gates.gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
                 weight = gate if weight is None else weight * gate
         out = out.reshape(-1, x.shape[-1])
-        out = out if weight is None else out * weight.index_select(0, self.rows)
-        total = scatter_rows(out, self.rows, len(x))
+        out = out if weight is None else out * weight.index_select(0, rows)
+        total = scatter_rows(out, rows, len(x))
         for chosen, substitute, later in substitutes:
             if len(chosen):
                 stand_in = substitute(x.index_select(0, chosen))
@@ -227,5 +227,7 @@ class BlockHandover:
     def clear(self) -> None:
         """Leave nothing."""
         self.layer = self.gathered = None
-        for part in (self.attn, self.mlp, *self.sites):
-            part.clear()
+        for branch in (self.attn, self.mlp):
+            branch.clear()
+        for site in self.sites:
+            site.clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from students.execution.runtime import Runtime
-from students.execution.wrapper import Wrapper
+from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.packing import PackedProduct
 from students.prepared import Stamp
@@ -17,9 +17,11 @@ from students.spec import RouterSpec
 class RoutedHead(Wrapper):
     """The LM head, exact for the rows a token needs and previewed for the rest."""
 
+    base_layer: nn.Linear
+
     def __init__(self, base_layer: nn.Module, runtime: Runtime, router: VocabRouter, spec: RouterSpec) -> None:
         super().__init__(base_layer, runtime)
-        self.routers = nn.ModuleDict({"vocab": router})
+        self.routers = Named[VocabRouter]({"vocab": router})
         self.spec = spec
         self._preview: Tensor | None = None
         self._stamp = Stamp()
@@ -45,17 +47,18 @@ class RoutedHead(Wrapper):
         router, weight = self.routers["vocab"], self.base_layer.weight
         if torch.compiler.is_compiling() and self._preview is not None:
             return self._preview
-        if self._stamp.renew([router.up, weight]):
+        if self._stamp.renew([router.up, weight]) or self._preview is None:
             self._preview = router.preview_weight(weight.detach())
         return self._preview
 
     def forward(self, hidden: Tensor) -> Tensor:
         run = self.runtime
         if run.bypass:
-            return self.base_layer(hidden)
+            out: Tensor = self.base_layer(hidden)
+            return out
         if run.call.skipping and hidden.shape[:-1].numel() <= ops.exact_together(hidden):
             dial = run.dial_of(hidden)
-            if run.call.rows is not None:
+            if run.call.rows is not None and isinstance(dial, Tensor):
                 dial = dial.expand(*hidden.shape[:-1], 1).flatten(0, -2)
             logits, share = self._some_rows(hidden.flatten(0, -2), dial)
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])

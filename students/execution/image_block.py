@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from students.execution.flow import Flow, at_places
 from students.execution.runtime import Runtime
 from students.execution.tokens import for_tokens, gather_open
-from students.execution.wrapper import Wrapper
+from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
 from students.routers import Router, selection
@@ -43,21 +43,22 @@ class RoutedBlock(Wrapper):
         self.shortens = dropped != "return"
         self.merges = dropped == "merge"
         self.last = last
-        self.routers = nn.ModuleDict()
+        self.routers = Named[Router]()
         # scores of the prefix: above all others, and in its order
         self.register_buffer("top", torch.arange(prefix, 0, -1) * TOP, persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run = self.runtime
         if run.bypass:
-            return self.base_layer(x, *args, **kwargs)
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
         if args:  # vision towers of transformers hand their mask, which is None, on by its place
             kwargs[self.mask], args = args[0], args[1:]
         flow = run.call.flow
         if flow is None:
             flow = Flow(x.shape[1])
             run.call.flow = flow if self.shortens and not self.last else None
-        router: Router | None = self.routers["layer"] if "layer" in self.routers else None  # noqa: SIM401
+        router = self.routers.get("layer")
         if run.execution == "skip" and not torch.is_grad_enabled():
             x = self._skip(x, args, kwargs, flow, router)
             if self.last and self.shortens and run.restores:
@@ -90,27 +91,27 @@ class RoutedBlock(Wrapper):
 
     def _skip(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
-        some = index = rows = stand_in = weight = None
+        some: Tensor | None = None
+        index = rows = stand_in = weight = None
         valid = flow.valid
         count = self._count(flow, router)
-        merges = router is not None and self.merges and router.spec.network == "linear"
-        if merges and isinstance(count, int):
-            if count + self.prefix < x.shape[1]:
-                some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
-        elif merges and count is None:
-            some, index, valid, stand_in = self._merge_below(x, flow, router)
-        elif router is not None:
+        if router is not None and (not self.merges or router.spec.network != "linear" or isinstance(count, tuple)):
             x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
+        elif router is not None and count is None:
+            some, index, valid, stand_in = self._merge_below(x, flow, router)
+        elif router is not None and isinstance(count, int) and count + self.prefix < x.shape[1]:
+            some, index, stand_in = self._merge_some(x, flow, router, count + self.prefix)
         if index is None:
             some = x
         else:
-            if some is None or run.restores:
-                rows = flat_index(index, x.shape[1])
             if some is None:
+                rows = flat_index(index, x.shape[1])
                 some = x.flatten(0, 1).index_select(0, rows).view(*index.shape, x.shape[-1])
+            elif run.restores:
+                rows = flat_index(index, x.shape[1])
             if self.shortens:
                 flow.valid = valid
-                if run.restores:
+                if run.restores and rows is not None:
                     flow.left.append((x, rows, stand_in))
         places = self._places(flow, index, kwargs)
         if places is not None:
@@ -126,7 +127,7 @@ class RoutedBlock(Wrapper):
             out = some + weight * (out - some)
         if run.decisions is not None and (router is not None or self.shortens):
             self._note(x, flow, places, valid, router)
-        if index is None or self.shortens:
+        if rows is None or self.shortens:
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
@@ -209,7 +210,8 @@ class RoutedBlock(Wrapper):
             index, valid = gather_open(open_ if valid is None else open_ & valid)
             if matches is not None:
                 x, stand_in = self._take_in(x, flow, matches, gone)
-                flow.resize(flow.size.gather(1, index))
+                if flow.size is not None:
+                    flow.resize(flow.size.gather(1, index))
         elif count + prefix < x.shape[1]:
             index = rank.topk(count + prefix, dim=1).indices
         flow.score = score if index is None else score.gather(1, index)
@@ -264,7 +266,9 @@ class RoutedBlock(Wrapper):
         """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
         if count is None or router.spec.weight == "score":
             return False
-        return count >= patches if choosing is None else not bool(choosing.any())
+        if choosing is not None:
+            return not bool(choosing.any())
+        return isinstance(count, int) and count >= patches
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
@@ -285,7 +289,7 @@ class RoutedBlock(Wrapper):
     def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
         if run.probed is not None and router is not None:
-            return self._probe(x, args, kwargs, flow)
+            return self._probe(x, args, kwargs, flow, run.probed)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
         patches = flow.tokens - self.prefix
         count, choosing = None if run.training else self._count(flow, router), None
@@ -335,11 +339,16 @@ class RoutedBlock(Wrapper):
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The block, whose activations are kept for backward or not."""
+        out: Tensor
         if self.runtime.recompute and torch.is_grad_enabled():
-            return checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
-        return self.base_layer(x, *args, **kwargs)
+            out = checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        return out
 
-    def _probe(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow) -> Tensor:
+    def _probe(
+        self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, probed: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """All gates open, each with its gradient: on the token's change, and as a key of others, here and wherever it
         would be missed later."""
         gate = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=True)
@@ -350,11 +359,11 @@ class RoutedBlock(Wrapper):
             features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
             x, size = merge(x, flow.size, 1 - gate, matches.target)
             flow.resize(size)
-        self.runtime.probed[f"{self.number}.layer"] = gate, features
+        probed[f"{self.number}.layer"] = gate, features
         flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
         mask = repeat(weight, "b k -> b 1 q k", q=x.shape[1])
-        out = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        out: Tensor = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
         return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:

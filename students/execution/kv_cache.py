@@ -23,14 +23,15 @@ class DroppedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    keys: Tensor
+    values: Tensor
+    lengths: list[int]
+    index: Tensor
+    incoming: tuple[Tensor, Tensor, list[int], Rectangle | None] | None
 
     def __init__(self, window: int | None = None) -> None:
-        super().__init__()
         self.window = window
-        self.seen = 0
-        self.lengths: list[int] = []
-        self.index: Tensor | None = None
-        self.incoming: tuple[Tensor, Tensor, list[int], Rectangle | None] | None = None
+        self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty row for each row of the batch, which `expect` has counted."""
@@ -48,7 +49,7 @@ class DroppedLayer(CacheLayerMixin):
         counts: how many in each row; rectangle: how the first ones lie. Where there are any, the next `update` brings
         their keys and values."""
         if self.window is not None and self.is_initialized:
-            self._forget()
+            self._forget(self.window)
         self.incoming = batch, index, counts, rectangle
         self.seen += tokens
         if not self.lengths:
@@ -62,8 +63,8 @@ class DroppedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         (batch, index, counts, rectangle), self.incoming = self.incoming, None
         if rectangle is not None:
-            both = (rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
-            self.keys, self.values = both
+            laid = (rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+            self.keys, self.values = laid
             self.index, self.lengths = rectangle.lay(index, fill=-1), counts
         elif len(self.lengths) == 1:
             self.keys = torch.cat([self.keys, key_states], 2)
@@ -84,9 +85,9 @@ class DroppedLayer(CacheLayerMixin):
             self.index[batch, slots] = index
         return key_states, value_states
 
-    def _forget(self) -> None:
+    def _forget(self, window: int) -> None:
         """Drop the leading slots that have left the window in every row."""
-        gone = min(((self.index >= 0) & (self.index <= self.seen - self.window)).sum(1).tolist())
+        gone = min(((self.index >= 0) & (self.index <= self.seen - window)).sum(1).tolist())
         if gone:
             self._select(lambda x, dim: x.narrow(dim, gone, x.shape[dim] - gone))
             self.lengths = [length - gone for length in self.lengths]
@@ -118,7 +119,11 @@ class DroppedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.window)
+        CacheLayerMixin.__init__(self)
+        self.seen = 0
+        self.lengths = []
+        self.index = torch.zeros(0, 0, dtype=torch.long)
+        self.incoming = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -149,13 +154,18 @@ class RoutedCache(DynamicCache):
             self.layers[number] = DroppedLayer(window)
 
 
-def memory_of(cache: Cache | None) -> Memory | None:
+def memory_of(cache: Any) -> Memory:
     """What a student remembers with this cache, wherever it came from: an attribute, which is copied with the cache."""
-    if cache is None:
-        return None
     if not hasattr(cache, "elastic"):
         cache.elastic = Memory()
-    return cache.elastic
+    memory: Memory = cache.elastic
+    return memory
+
+
+def keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Those of all layers [B, H, L, d], of a cache that has seen a prompt."""
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def cache_bytes(cache: Any) -> int:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from students.architectures import weight_of
+from students.architectures import Linear, weight_of
 from students.execution.handover import BlockHandover, BranchHandover, Narrow, SiteHandover
 from students.execution.runtime import Runtime
 from students.execution.tokens import scatter_rows
-from students.execution.wrapper import Wrapper
+from students.execution.wrapper import Named, Wrapper
 from students.kernels import direct, ops
 from students.kernels.packing import PackedProduct
 from students.prepared import Stamp
@@ -23,6 +24,20 @@ from students.routers import ChannelRouter, Lora, selection
 
 JOINT_ROWS = 2048
 """Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
+
+
+@dataclass
+class SideBySide:
+    """What the layers of a site hold, put together."""
+
+    whole: Tensor
+    """[I, outputs side by side]: weights, of which the layers' own are views."""
+    product: PackedProduct
+    """With them."""
+    bias: Tensor | None = None
+    down: Tensor | None = None
+    """[ranks, I]: low-rank corrections; up: [rank, outputs]."""
+    up: Tensor | None = None
 
 
 class Site:
@@ -47,35 +62,42 @@ class Site:
 
     def _drop(self) -> None:
         """Hold nothing that is prepared."""
-        self._whole: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._down: Tensor | None = None
-        self._up: Tensor | None = None
+        self._laid: SideBySide | None = None
         self.limit: Tensor | None = None
         """[I]: what a channel has to reach (see ChannelRouter.limit); None: it differs between rows."""
         self._limit: Tensor | None = None
         """The limit that was made last, written in place: recorded steps read it (execution/fixed.py)."""
-        self._product = self._mask = self._reader = None
+        self._mask: Callable[[Tensor], Tensor] | None = None
+        self._reader: Callable[[Tensor], tuple[Tensor, int | Tensor]] | None = None
         self._stamp.reset()
+
+    @property
+    def laid(self) -> SideBySide:
+        """What `lay_out` has put together."""
+        assert self._laid is not None, "Student.prepare comes first"
+        return self._laid
 
     def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
         waiting = self.handover.outputs
-        if not waiting or waiting[layer.place] is None:
-            waiting = self.handover.outputs = self.outputs(x)
-        out, waiting[layer.place] = waiting[layer.place], None
+        out = waiting[layer.place] if waiting else None
+        if out is None:
+            made = self.outputs(x)
+            out, waiting = made[layer.place], [*made]
+            self.handover.outputs = waiting
+        waiting[layer.place] = None
         return out
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers for x [..., I]."""
-        call = self.layers[0].runtime.call
-        if call.alone:  # read only what the token selects
+        call, limit = self.layers[0].runtime.call, self.limit
+        if call.alone and self._reader is not None:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
-        elif call.rows is None and ops.reads_few(call.tokens, self._whole, self._ends):
-            self._note(lambda: (x.abs() >= self.limit).float().mean(-1))
-            flat = x.flatten(0, -2)
-            out, _ = ops.few_channels(flat, self.limit, self._whole, self._bias, self._down, self._up, self._ends)
+        elif limit is not None and call.rows is None and ops.reads_few(call.tokens, self.laid.whole, self._ends):
+            self._note(lambda: (x.abs() >= limit).float().mean(-1))
+            laid, flat = self.laid, x.flatten(0, -2)
+            out, _ = ops.few_channels(flat, limit, laid.whole, laid.bias, laid.down, laid.up, self._ends)
         else:
             return self._many(x)
         out = out.view(*x.shape[:-1], -1)
@@ -83,24 +105,26 @@ class Site:
 
     def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""
-        first, run = self.layers[0], self.layers[0].runtime
-        if run.call.rows is None and run.decisions is None:
+        first, run, laid = self.layers[0], self.layers[0].runtime, self.laid
+        if run.call.rows is None and run.decisions is None and self._mask is not None:
             masked = self._mask(x)
         else:
-            limit = self.limit if run.call.rows is None else first.routers["channel"].limit(first.dial_of(x), x.dtype)
+            limit = self.limit if run.call.rows is None else None
+            if limit is None:
+                limit = first.routers["channel"].limit(first.dial_of(x), x.dtype)
             masked, share = ops.channel_gate(x, limit)
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
         if len(masked) <= JOINT_ROWS:
-            outs = self._product(masked, self._whole.T, self._bias, like=first.base_layer).split(self._sizes, 1)
+            outs = laid.product(masked, laid.whole.T, laid.bias, like=first.base_layer).split(self._sizes, 1)
         else:
             outs = [layer.base_layer(masked) for layer in self.layers]
-        if self._down is not None:
-            low = F.linear(x.flatten(0, -2), self._down)
+        if laid.down is not None and laid.up is not None:
+            low = F.linear(x.flatten(0, -2), laid.down)
             corrected = first.corrected(x)
             if corrected is not None:
                 low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
-            parts = zip(outs, low.chunk(len(outs), 1), self._up.split(self._sizes, 1), strict=True)
+            parts = zip(outs, low.chunk(len(outs), 1), laid.up.split(self._sizes, 1), strict=True)
             for out, part, up in parts:
                 torch.addmm(out, part, up, out=out)
         return [out.view(*x.shape[:-1], -1) for out in outs]
@@ -108,11 +132,12 @@ class Site:
     def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The output of one layer only, for a token x [1, 1, I] on its own."""
         part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
-        down, up = self._down, self._up
-        if down is not None:
-            down, up = down.chunk(len(self.layers))[layer.place], up[:, part].contiguous()
-        bias = None if self._bias is None else self._bias[part]
-        out, count = ops.read_channels(x.flatten(), self.limit, self._whole[:, part], bias, down, up, [layer.outputs])
+        laid, limit = self.laid, self.limit
+        assert limit is not None, "a token on its own has one budget"
+        down = None if laid.down is None else laid.down.chunk(len(self.layers))[layer.place]
+        up = None if laid.up is None else laid.up[:, part].contiguous()
+        bias = None if laid.bias is None else laid.bias[part]
+        out, count = ops.read_channels(x.flatten(), limit, laid.whole[:, part], bias, down, up, [layer.outputs])
         layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
         return out.view(*x.shape[:-1], -1)
 
@@ -121,7 +146,7 @@ class Site:
         layer = self.layers[0]
         full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
         limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
-        out, _ = ops.read_channels(full, limit, self._whole, layer.base_layer.bias, None, None, self._ends)
+        out, _ = ops.read_channels(full, limit, self.laid.whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
 
     def _note(self, share: Callable[[], Tensor]) -> None:
@@ -137,38 +162,39 @@ class Site:
         lora = [layer.lora for layer in self.layers if layer.lora is not None]
         bases = [layer.base_layer for layer in self.layers]
         weights = [base.weight for base in bases]
-        if self._stamp.renew(weights):
+        if self._stamp.renew(weights) or self._laid is None:
             columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
-            self._whole = torch.cat([part.detach() for part in columns], 1)
-            for base, part in zip(bases, self._whole.split(self._sizes, 1), strict=True):
+            whole = torch.cat([part.detach() for part in columns], 1)
+            for base, part in zip(bases, whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
-            self._product = PackedProduct()
+            self._laid = SideBySide(whole, PackedProduct())
             self._stamp.renew(weights)
-        self._bias = self._down = self._up = self._limit = None
+        laid = self._laid
+        laid.bias = laid.down = laid.up = self._limit = None
         if any(base.bias is not None for base in bases):
             biases = [base.bias for base in bases]
-            zeros = [self._whole.new_zeros(size) for size in self._sizes]
-            self._bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+            zeros = [laid.whole.new_zeros(size) for size in self._sizes]
+            laid.bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
         if lora:
-            dtype = self._whole.dtype
-            self._down = torch.cat([part.down.detach() for part in lora]).to(dtype)
-            self._up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
+            dtype = laid.whole.dtype
+            laid.down = torch.cat([part.down.detach() for part in lora]).to(dtype)
+            laid.up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
 
     def set_dial(self) -> None:
         """Limits, where all rows of a batch share them."""
         first, self.limit = self.layers[0], None
         if "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
-            dtype = self._whole.dtype
-            limit = first.routers["channel"].limit(first.runtime.offset, dtype)
+            laid = self.laid
+            limit = first.routers["channel"].limit(first.runtime.offset, laid.whole.dtype)
             if self._limit is None:
                 self._limit = limit
-                self._mask = direct.channel_gate(limit, dtype)
-                self._reader = direct.read_channels(limit, self._whole, self._bias, self._down, self._up, self._ends)
+                self._mask = direct.channel_gate(limit, laid.whole.dtype)
+                self._reader = direct.read_channels(limit, laid.whole, laid.bias, laid.down, laid.up, self._ends)
             self.limit = self._limit.copy_(limit)
 
     def forget(self) -> None:
         """Give every layer a weight of its own again, as the model had it."""
-        if self._whole is None:
+        if self._laid is None:
             return
         for layer in self.layers:
             layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
@@ -184,9 +210,11 @@ class RoutedLinear(Wrapper):
     output is wanted only for tokens that attend (q, o).
     """
 
+    base_layer: Linear
+
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Linear,
         runtime: Runtime,
         site: Site,
         branch: BranchHandover,
@@ -200,7 +228,7 @@ class RoutedLinear(Wrapper):
         self.part = part
         self.per_query = per_query
         self.outputs, self.inputs = weight_of(base_layer).shape
-        self.routers = nn.ModuleDict()
+        self.routers = Named[ChannelRouter]()
         self.lora: Lora | None = None
         self.place = len(site.layers)
         self.selects = False  # set by add_channels
@@ -246,7 +274,8 @@ class RoutedLinear(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
         if run.bypass:
-            return self.base_layer(x)
+            out: Tensor = self.base_layer(x)
+            return out
         if run.call.skipping and self.selects:
             return self.site.take(self, x)
         queries = self.branch.queries
@@ -307,7 +336,7 @@ class RoutedLinear(Wrapper):
         if run.decisions is None or (asked and not ends):  # keys and values read for more tokens
             return
         here = None if rows is None or rows.all else rows.queries if ends else rows.keys
-        if here is not None:
+        if here is not None and rows is not None:
             full = share.new_zeros(rows.shape.numel())
             share = full.index_copy_(0, here, share.flatten()).view(rows.shape)
         run.note(f"{self.site.name}.channel", self.routers["channel"].spec, share)
@@ -319,8 +348,9 @@ class RoutedLinear(Wrapper):
         call = self.runtime.call
         if not call.skipping or call.rows is not None:
             return out + self._only_corrected(self.lora(x), x)
-        flat = out.view(-1, self.outputs)
-        torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), self._low[0]), self._low[1], out=flat)
+        assert self._low is not None, "Student.prepare comes first"
+        flat, (down, up) = out.view(-1, self.outputs), self._low
+        torch.addmm(flat, F.linear(x.reshape(-1, self.inputs), down), up, out=flat)
         return out
 
     def _only_corrected(self, low: Tensor, x: Tensor) -> Tensor:
@@ -331,7 +361,7 @@ class RoutedLinear(Wrapper):
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
         """x without the channels that stay closed; the first layer of a site chooses for all."""
         passed = self.site.handover
-        if together and passed.left:
+        if together and passed.masked is not None:
             masked, passed.left = passed.masked, passed.left - 1
             if not passed.left:
                 passed.masked = None
@@ -345,6 +375,7 @@ class RoutedLinear(Wrapper):
     def _read_static(self, x: Tensor) -> Tensor:
         """The same channels for every token: a smaller matrix product."""
         channels, weight = self._slice
+        assert channels is not None, "Student.prepare comes first"
         self.note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
         return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from students.execution.handover import BranchHandover, Narrow
 from students.execution.linear import read_channels
 from students.execution.runtime import Runtime
-from students.execution.wrapper import Wrapper
+from students.execution.wrapper import Named, Wrapper
 from students.routers import ChannelRouter
 
 
@@ -22,18 +22,18 @@ class RoutedActivation(Wrapper):
         self, base_layer: nn.Module, runtime: Runtime, router: ChannelRouter, block: int, branch: BranchHandover
     ) -> None:
         super().__init__(base_layer, runtime)
-        self.routers = nn.ModuleDict({"neuron": router})
+        self.routers = Named[ChannelRouter]({"neuron": router})
         self.key = f"{block}.mlp.neuron"
         self.branch = branch
 
     def forward(self, x: Tensor) -> Tensor:
-        out, call = self.base_layer(x), self.runtime.call
+        out: Tensor = self.base_layer(x)
         if self.runtime.bypass:
             return out
         out, share = read_channels(self.routers["neuron"], out, self.runtime.dial_of(x, self._owner()))
         self._note(share)
         self.branch.narrow = None
-        if not (call.alone and x.shape[:-1].numel() == 1):
+        if not (self.runtime.call.alone and x.shape[:-1].numel() == 1):
             return out
         open_ = out.flatten().nonzero().squeeze(1)
         self.branch.narrow = Narrow(open_, out.shape[-1], weight=None, keep=False)

@@ -79,7 +79,13 @@ class Runtime:
         """The share of gates that top-k head and expert routers keep: the capacity, turned by the dial."""
         if self.offset == 0.0 or not 0 < self.capacity < 1:
             return self.capacity
-        return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.offset))
+        return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.one_offset))
+
+    @property
+    def one_offset(self) -> float:
+        """The offset, where all rows share it."""
+        assert not isinstance(self.offset, tuple), "rows have offsets of their own"
+        return self.offset
 
     def begin(self, batch: int, device: torch.device, tokens: int = 0) -> Call:
         """A new call, for so many rows and tokens (0: it does not matter). ValueError as in `offsets`."""
@@ -102,14 +108,7 @@ class Runtime:
 
     def offsets(self, batch: int, device: torch.device) -> Tensor | None:
         """[B]: the offset of each row, where they have their own. ValueError where there are not as many."""
-        if not isinstance(self.offset, tuple):
-            return None
-        if batch % len(self.offset):
-            raise ValueError(
-                f"this batch has {batch} rows, and budgets were set for {len(self.offset)}: call set_compute with one "
-                "budget for all rows, or one for each"
-            )
-        return torch.tensor(self.offset, device=device).repeat_interleave(batch // len(self.offset))
+        return _each(self.offset, batch, device) if isinstance(self.offset, tuple) else None
 
     def _offsets(self, batch: int, device: torch.device, skipping: bool) -> Tensor | None:
         """As `offsets`, in place of the last ones where no gradient asks for those."""
@@ -118,7 +117,7 @@ class Runtime:
             return self.offsets(batch, device)
         if self._rows_at != at:
             with torch.inference_mode(False):
-                rows = self.offsets(batch, device)
+                rows = _each(self.offset, batch, device)
             self._rows, self._rows_at = overwritten(self._rows, rows), at
         return self._rows
 
@@ -129,16 +128,17 @@ class Runtime:
         owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
         """
         rows = self.call.rows
-        if rows is None:
-            return self.dial if self.call.skipping and self._dial_at == self.offset else self.offset
-        if owner is None:
-            return rows.view(-1, *[1] * (x.ndim - 1))
-        return rows[owner].view(*x.shape[:-1], 1)
+        if rows is not None:
+            return _for_tokens(rows, x, owner)
+        if self.dial is not None and self.call.skipping and self._dial_at == self.offset:
+            return self.dial
+        return self.one_offset
 
     def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
         """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
         teacher's: shapes as in `dial_of`, in x's dtype; None: all are."""
-        return None if self.call.rows is None else (self.dial_of(x, owner) < math.inf).to(x.dtype)
+        rows = self.call.rows
+        return None if rows is None else (_for_tokens(rows, x, owner) < math.inf).to(x.dtype)
 
     @property
     def rounds(self) -> bool:
@@ -193,8 +193,8 @@ class Runtime:
         score = score[:, self.prefix :].squeeze(-1)
         count = self.patches_kept(router, score.shape[1])
         gate = F.pad(self.choose(router, score, count), (self.prefix, 0), value=1.0).unsqueeze(-1)
-        settled = isinstance(count, int) and not (self.training and router.spec.selection == "quota")
-        return gate, self.prefix + count if settled else None
+        settled = not (self.training and router.spec.selection == "quota")
+        return gate, self.prefix + count if settled and isinstance(count, int) else None
 
     def choose(
         self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None
@@ -224,7 +224,7 @@ class Runtime:
         if spec.selection == "topk":
             return self._whole(spec, self.kept, patches)
         rows = self.call.rows
-        offsets = [self.offset] if rows is None else rows.tolist()
+        offsets: list[float] = [self.one_offset] if rows is None else rows.tolist()
         shares = [router.quota(offset) for offset in offsets]
         before = so_far or [(0.0, patches)] * len(shares)
         counts = [
@@ -273,7 +273,7 @@ class Runtime:
         memory, prompt = self.call.memory, self.call.prompt
         if memory is not None and key in memory.scores:
             return memory.scores[key]
-        score = router(x.mean(1, keepdim=True) if prompt is None else selection.prompt_mean(x, prompt))
+        score: Tensor = router(x.mean(1, keepdim=True) if prompt is None else selection.prompt_mean(x, prompt))
         if memory is not None:
             memory.scores[key] = score
         return score
@@ -287,6 +287,23 @@ class Runtime:
                 self.decisions.spec[key] = spec
             if score is not None:
                 self.decisions.score[key] = score
+
+
+def _each(offsets: tuple[float, ...], batch: int, device: torch.device) -> Tensor:
+    """[B]: the offset of each row. ValueError where there are not as many."""
+    if batch % len(offsets):
+        raise ValueError(
+            f"this batch has {batch} rows, and budgets were set for {len(offsets)}: call set_compute with one "
+            "budget for all rows, or one for each"
+        )
+    return torch.tensor(offsets, device=device).repeat_interleave(batch // len(offsets))
+
+
+def _for_tokens(rows: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:
+    """Offsets rows [B] as Runtime.dial_of has them for x."""
+    if owner is None:
+        return rows.view(-1, *[1] * (x.ndim - 1))
+    return rows[owner].view(*x.shape[:-1], 1)
 
 
 def overwritten(old: Tensor | None, new: Tensor) -> Tensor:

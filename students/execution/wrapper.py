@@ -5,11 +5,25 @@ Each executes in two ways (see Runtime.execution) that agree: as masks, and by l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
 from students.execution.runtime import Runtime
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Named(nn.ModuleDict, Generic[M]):
+    """Modules of one type, by name."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> M: ...
+
+    def get(self, key: str) -> M | None:
+        """The module of this name, or None."""
+        return self[key] if key in self else None  # noqa: SIM401
 
 
 class Wrapper(nn.Module):

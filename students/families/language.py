@@ -160,7 +160,7 @@ class LanguageStudent(Student):
             call.prompt = torch.ones_like(tokens, dtype=torch.bool) if call.valid is None else call.valid
         cache = self._cache_for(kwargs)
         kwargs = with_cache(trunk, kwargs, cache)
-        call.memory = memory_of(cache)
+        call.memory = None if cache is None else memory_of(cache)
         return args, kwargs
 
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:

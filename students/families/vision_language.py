@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.kv_cache import memory_of
+from students.execution.wrapper import Named
 from students.families.image import ImageStudent
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
@@ -38,7 +39,7 @@ class Door(nn.Module):
 
     def __init__(self, router: ImageRouter) -> None:
         super().__init__()
-        self.routers = nn.ModuleDict({"image": router})
+        self.routers = Named[ImageRouter]({"image": router})
 
 
 @dataclass
@@ -72,7 +73,13 @@ class VisionLanguageStudent(LanguageStudent):
     @property
     def door(self) -> ImageRouter | None:
         """The router of image tokens."""
-        return self.trunk.door.routers["image"] if hasattr(self.trunk, "door") else None
+        place: Door | None = getattr(self.trunk, "door", None)
+        return None if place is None else place.routers["image"]
+
+    def put_at_door(self, router: nn.Module) -> None:
+        """Let another module, with the methods of an ImageRouter that are asked for, take the place of its router."""
+        place: Any = self.trunk.door
+        place.routers["image"] = router
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -126,9 +133,10 @@ class VisionLanguageStudent(LanguageStudent):
         """What the door would decide of prompts with image tokens at image [B, T], as far as numbers go."""
         if self.runtime.bypass:
             return Decisions(bypassed=True)
+        assert self.door is not None, "only the door can decide by numbers"
         self.runtime.call.rows = self.runtime.offsets(len(image), image.device)
         order = -torch.arange(image.shape[1], device=image.device).float()
-        gate = self._choose(order.expand(image.shape), image)
+        gate = self._choose(self.door, order.expand(image.shape), image)
         return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
 
     def uniform(self, share: float, tokens: Any, phase: str) -> float:
@@ -187,7 +195,7 @@ class VisionLanguageStudent(LanguageStudent):
         """Count, once, what the frozen vision tower and projector cost for one image token."""
         if self.vision_macs is not None or kwargs.get("pixel_values") is None:
             return
-        base = self.model.base_model
+        base: Any = self.model.base_model
         takes = inspect.signature(base.get_image_features).parameters
         images = {name: value for name, value in kwargs.items() if name in takes}
         with self.teacher(), flop_counter() as flops:
@@ -213,8 +221,9 @@ class VisionLanguageStudent(LanguageStudent):
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
         self.runtime.begin(len(ids), ids.device)
         mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
-        valid = mask[:, -ids.shape[1] :].bool() if flat else torch.ones_like(ids, dtype=torch.bool)
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask[:, -ids.shape[1] :].bool()
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         image = ids == self.model.config.image_token_id
         self._prompted = Prompted(image if shown else None, valid)
@@ -237,7 +246,7 @@ class VisionLanguageStudent(LanguageStudent):
         if prompted.image is None:
             self._continue(prompted, kwargs)
         else:
-            kept = self._shorten(prompted, kwargs)
+            kept = self._shorten(self.door, prompted.image & prompted.valid, prompted.valid, kwargs)
         before = self._prompt
         if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
             self._prompt = None if before is None else before.gather(1, self.runtime.decisions.index)
@@ -253,22 +262,22 @@ class VisionLanguageStudent(LanguageStudent):
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
         """Tokens behind a prompt that was shortened: their places in the cache, and their positions."""
-        memory = memory_of(cache_in(kwargs))
-        if memory is None or memory.held is None:
+        cache = cache_in(kwargs)
+        memory = None if cache is None else memory_of(cache)
+        if memory is None or memory.held is None or memory.next is None:
             return
         count = prompted.valid.shape[1]
         kwargs["position_ids"] = memory.next + torch.arange(count, device=memory.next.device)
         memory.append(prompted.valid)
         memory.next = memory.next + count
 
-    def _shorten(self, prompted: Prompted, kwargs: dict[str, Any]) -> Tensor | None:
+    def _shorten(self, door: ImageRouter, image: Tensor, valid: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
 
-        Returns which tokens [B, L] of what is now in kwargs are more than filling; None where nothing was changed.
+        image, valid [B, T] bool: places of image tokens, and of all that is not padding. Returns which tokens [B, L] of
+        what is now in kwargs are more than filling; None where nothing was changed.
         """
-        run, door = self.runtime, self.door
-        x, image, valid = kwargs["inputs_embeds"], prompted.image & prompted.valid, prompted.valid
-        cache = cache_in(kwargs)
+        run, x, cache = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs)
         question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
         score = door.at_door(x, question)
         if run.probed is not None:
@@ -276,7 +285,7 @@ class VisionLanguageStudent(LanguageStudent):
             run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
             kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
             return valid
-        gate = torch.where(image, self._choose(score, image), valid.to(score.dtype))
+        gate = torch.where(image, self._choose(door, score, image), valid.to(score.dtype))
         run.note("image", door.spec, gate, score.unsqueeze(-1))
         if torch.is_grad_enabled():
             if run.decisions is not None:
@@ -288,7 +297,7 @@ class VisionLanguageStudent(LanguageStudent):
         if not (valid & ~kept).any():  # waits for the device: how long the sequence is now depends on the data
             return None
         positions = _positions(kwargs, x)
-        memory = memory_of(cache)
+        memory = None if cache is None else memory_of(cache)
         if memory is not None:
             if not isinstance(cache, DynamicCache):
                 raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
@@ -313,15 +322,16 @@ class VisionLanguageStudent(LanguageStudent):
         kwargs["attention_mask"] = _shorter_mask(kwargs.get("attention_mask"), index, here)
         return here
 
-    def _choose(self, score: Tensor, image: Tensor) -> Tensor:
+    def _choose(self, door: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
         """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
-        run, door = self.runtime, self.door
+        run = self.runtime
         shift = door.shift(run.dial_of(score))
         if door.spec.selection == "threshold":
             return selection.threshold(score + shift)
         have = image.sum(1, keepdim=True)
         best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
-        limit = None
+        limit: Tensor | None = None
+        share: float | Tensor
         if door.spec.selection == "topk":
             share = run.capacity if run.training else run.kept
         elif run.training and not self.by_count:  # of all image tokens of the batch, as in selection.even
@@ -330,7 +340,7 @@ class VisionLanguageStudent(LanguageStudent):
             count = (ranked > -torch.inf).sum().clamp(min=1)
             share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
         elif run.call.rows is None:
-            share = door.quota(run.offset)
+            share = door.quota(run.one_offset)
         else:
             share = torch.tensor([[door.quota(offset)] for offset in run.call.rows.tolist()], device=score.device)
         most = (share * have).round().clamp(min=1)

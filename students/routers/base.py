@@ -85,6 +85,12 @@ class Router(nn.Module):
             score = stream_score(x, self.linear.weight[0], self.linear.bias)
         return score if distance is None or self.distance_weight is None else score + self.distance_weight * distance
 
+    @property
+    def of_channel(self) -> Tensor:
+        """`members` of a head or expert router."""
+        assert self.members is not None, "its gates are among no channels"
+        return self.members
+
     def share(self, gate: Tensor) -> Tensor:
         """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""
         if self.members is None or len(self.members) % self.gates == 0:

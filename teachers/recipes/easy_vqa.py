@@ -62,13 +62,13 @@ def sort_by_kind(questions: QuestionSet) -> ImagesByKind:
         shape, color = _kind_of(pairs)
         if shape is not None and color is not None:
             rows.setdefault((shape, color), []).append(row)
-    pairs = {}
+    sorted_pairs = {}
     for kind, members in sorted(rows.items()):
-        groups: tuple[list[Pair], ...] = ([], [], [])
+        groups: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
         for pair in (pair for row in members for pair in about[row]):
             groups[(True, False, None).index(_affirmed(*pair))].append(pair)
-        pairs[kind] = groups
-    return ImagesByKind({kind: pixels[members] for kind, members in sorted(rows.items())}, pairs)
+        sorted_pairs[kind] = groups
+    return ImagesByKind({kind: pixels[members] for kind, members in sorted(rows.items())}, sorted_pairs)
 
 
 def _affirmed(question: str, answer: str) -> bool | None:

@@ -64,7 +64,7 @@ def pretrain(
     _, channels, height, width = images.shape
     if height != width or height % PATCH:
         raise ValueError(f"{source} has images of {width} x {height}; squares are needed whose side {PATCH} divides")
-    arguments = {"img_size": height, "patch_size": PATCH, "in_chans": channels}
+    arguments: dict[str, Any] = {"img_size": height, "patch_size": PATCH, "in_chans": channels}
     classes = len(train.classes) if train.classes else int(labels.max()) + 1
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, num_classes=classes, **arguments)
@@ -161,7 +161,8 @@ def train_vit(
     """
     from timm.layers import PatchDropout
 
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         block.attn.fused_attn = False  # on CPUs the fused kernel's backward takes half of the step
     mean, std = channel_statistics(images)
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
@@ -189,6 +190,7 @@ def train_vit(
         lr = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             for parameter, master in zip(parameters, masters, strict=True):
+                assert parameter.grad is not None, "the loss depends on all parameters"
                 master.grad, parameter.grad = parameter.grad.float(), None
             nn.utils.clip_grad_norm_(masters, 1.0)
             for optimizer in optimizers:
@@ -215,11 +217,10 @@ def _optimizers(names: Sequence[str], masters: Sequence[nn.Parameter]) -> list[t
     others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
     decayed = [m for m in others if m.ndim > 1]
     plain = [m for m in others if m.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, weight_decay=WEIGHT_DECAY
-        ),
+        torch.optim.AdamW(groups, lr=PEAK_LR, weight_decay=WEIGHT_DECAY),
     ]
 
 

@@ -39,7 +39,7 @@ class Reader:
         model, dtype = self.model, self.model.lm_head.weight.dtype
         start = len(self.before) + image.shape[1]
         ids, places, numbers, targets = (
-            nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=filling)
+            nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_value=filling)
             for part, filling in zip(
                 zip(*(self._row(pairs, start) for pairs in questions), strict=True), (0, 0, -1, -100), strict=True
             )
@@ -61,7 +61,8 @@ class Reader:
 
     def _row(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, positions, numbers of the questions and tokens to be said, of one image's questions."""
-        ids, places, numbers, targets = [], [], [], []
+        parts: tuple[list[int], list[int], list[int], list[int]] = [], [], [], []
+        ids, places, numbers, targets = parts
         for number, (question, answer) in enumerate(pairs):
             _, prompt = self._ids(question)
             text = answer_text(prompt_text(self.processor, question), answer) + self.tokenizer.eos_token
@@ -70,4 +71,4 @@ class Reader:
             places += range(start, start + len(prompt) + len(answer_ids) - 1)
             numbers += [number + 1] * (len(prompt) + len(answer_ids) - 1)
             targets += [-100] * (len(prompt) - 1) + answer_ids
-        return tuple(torch.tensor(part) for part in (ids, places, numbers, targets))
+        return torch.tensor(ids), torch.tensor(places), torch.tensor(numbers), torch.tensor(targets)

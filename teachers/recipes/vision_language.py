@@ -185,7 +185,10 @@ class Loops:
 
 
 def _learn(*modules: nn.Module) -> list[nn.Parameter]:
-    return [p.requires_grad_() for module in modules for p in module.parameters()]
+    parameters = [p for module in modules for p in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return parameters
 
 
 def _states(tower: nn.Module, pixels: Tensor) -> Tensor:
@@ -197,14 +200,16 @@ def _name(tower: nn.Module, by_kind: ImagesByKind, loops: Loops) -> None:
     """The tower learns shape and colour from the mean of its tokens."""
     images, kinds = _listed(by_kind)
     sizes = [len(words) for words in WORDS]
-    head = nn.Linear(tower.config.hidden_size, sum(sizes))
+    config: Any = tower.config
+    head = nn.Linear(config.hidden_size, sum(sizes))
     steps = TOWER_EPOCHS * len(images) // TOWER_BATCH
     for take in loops([{"params": _learn(tower, head), "lr": 1e-3}], steps, 100):
         rows = torch.randint(len(images), (TOWER_BATCH,))
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(_states(tower, augmented(images[rows])).mean(1))
         parts = zip(logits.float().split(sizes, 1), kinds[rows].unbind(1), strict=True)
-        take(sum(F.cross_entropy(part, target) for part, target in parts))
+        shape, color = (F.cross_entropy(part, target) for part, target in parts)
+        take(shape + color)
 
 
 def _listed(by_kind: ImagesByKind) -> tuple[Tensor, Tensor]:
@@ -229,6 +234,8 @@ def inner(side: int) -> Tensor:
 class KindTokens(nn.Module):
     """What stands for an image of each kind: in the middle learned tokens, changed by its shape and by its colour,
     and around them one that is always the same."""
+
+    inner: Tensor
 
     def __init__(self, side: int, words: Sequence[Tensor]) -> None:
         """side: tokens along an image. words: [W, D] for shape and for colour; every other token starts as the one, the
@@ -284,7 +291,7 @@ def _groups(
     tower: nn.Module, projector: nn.Module, lr: float, projector_lr: float, scale: float
 ) -> list[dict[str, Any]]:
     """Parameters and learning rates; the layer that reads states of this scale learns in steps that much smaller."""
-    first = projector.linear_1.weight
+    first = projector.get_parameter("linear_1.weight")
     others = [p for p in _learn(projector) if p is not first]
     return [
         {"params": _learn(tower), "lr": lr},

@@ -49,7 +49,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = 10) -> fl
         for call in calls:
             call()
 
-    graph, times = CudaGraph(work), []
+    graph, times = CudaGraph(work), list[float]()
     graph()
     for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,7 +120,7 @@ def other_lines(dtype: torch.dtype) -> Iterator[str]:
         x, preview, tail = make(rows, TOKENS[1], dtype=dtype), make(rows, vocabulary, dtype=dtype), make()
         limit = preview.float().sort(descending=True).values[:, round(share * vocabulary)].contiguous()
         read = int((preview >= limit[:, None]).any(0).sum())
-        call = partial(exact_rows, x, head, None, preview, limit, tail)
+        call: Callable[[], object] = partial(exact_rows, x, head, None, preview, limit, tail)
         moved = read * head.shape[1] * size
         yield line(f"exact_rows, {rows} of {read / vocabulary:.2f}", moved, call, partial(F.linear, x, head))
     x, tokens, limit = make(*TOKENS, dtype=dtype), make(TOKENS[0]), make(TOKENS[1]).abs()
@@ -155,7 +155,9 @@ def tune(dtype: torch.dtype, keep: float = 0.6) -> Iterator[str]:
     for (kind, count), (width, shape) in itertools.product((("one", 1), ("few", 4)), SHAPES.items()):
         x, matrices = make(count, shape[0], dtype=dtype), weights(*shape, dtype)
         limit, times = limits(x, keep), {}
-        for plan in _neighbours(tuning.gather(DEVICE, count, shape[1])):
+        usual = tuning.gather(DEVICE, count, shape[1])
+        assert usual is not None, "there are launches for so few inputs"
+        for plan in _neighbours(usual):
             try:
                 times[plan] = microseconds(reading(partial(launch, plan), x, limit, matrices), replays=4)
             except OutOfResources as problem:

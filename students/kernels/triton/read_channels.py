@@ -7,6 +7,8 @@ takes. Ranges' sums meet in memory, where the program that comes last adds them 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,7 @@ def launch(
     return out, count
 
 
-def read_channels(x: Tensor, *rest: Tensor | list[int] | None) -> tuple[Tensor, Tensor]:
+def read_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """As `ops.read_channels`: out [O] for x [I], and how many channels it needs."""
     out, count = few_channels(x.unsqueeze(0), *rest)
     return out.squeeze(0), count
@@ -249,7 +251,7 @@ def _all_channels(
     """The same from a product with all of the weight."""
     out = channel_gate(x, limit)[0] @ weight
     out = out if bias is None else out + bias
-    if up is not None:
+    if down is not None and up is not None:
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         low = (x @ down.T).chunk(len(ends), 1)
         out += torch.cat([part @ to for part, to in zip(low, up.split(sizes, 1), strict=True)], 1)

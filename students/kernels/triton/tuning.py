@@ -33,7 +33,7 @@ class Gather:
         """Into how many ranges the inputs are cut: programs in as few full waves as there can be."""
         wave = self.resident * multiprocessors
         most = max(1, min(MOST_RANGES, inputs // (4 * self.step)))
-        idle = {}
+        idle: dict[int, float] = {}
         for split in range(1, most + 1):
             waves = -(-strips * split // wave)
             if waves > MOST_WAVES and idle:
