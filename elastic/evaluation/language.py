@@ -64,16 +64,10 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
     device = next(student.parameters()).device
     for number, batch in enumerate(Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))):
         ids = batch.to(device)
-        taught = kept.of(number, partial(_final_states, student, ids), device)["hidden"]
+        taught = kept.of(number, partial(module.teach, ids), device)
         _, measured = module(ids, taught=taught)
         total = measured if total is None else total + measured
     return total
-
-
-def _final_states(student: LanguageStudent, ids: Tensor) -> dict[str, Any]:
-    """The teacher's, in front of the LM head: logits would be many times as large, and cost little once more."""
-    with student.teacher():
-        return {"hidden": student.features(ids)[0].last_hidden_state}
 
 
 @torch.no_grad()

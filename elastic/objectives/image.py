@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elastic import launch
 from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, divergence_of, routing_loss
+from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
 from losses import HIDDEN_DISTANCES, per_layer
 from students.families.image import Features, ImageStudent
 
@@ -39,34 +39,47 @@ class Distillation(nn.Module):
         self.loss = loss
         self.budget = budget
         self.divergence = divergence_of(loss)
+        self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
 
-    def forward(self, pixels: Tensor, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]. Returns the loss and what was
-        measured."""
+    @torch.no_grad()
+    def teach(self, pixels: Tensor) -> Taught:
+        """The teacher's "logits" [B, classes], where there are classes, and the states that the loss compares."""
+        with self.student.teacher():
+            features, _ = self.student.features(pixels, self.layers)
+        return {**({} if features.logits is None else {"logits": features.logits}), **self._compared(features)}
+
+    def lengths(self, pixels: Tensor) -> list[int]:
+        """How many rows of what `teach` returns each image has."""
+        return [1] * len(pixels)
+
+    def forward(
+        self, pixels: Tensor, price: Tensor | float = 0.0, taught: Taught | None = None
+    ) -> tuple[Tensor, Measured]:
+        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]; taught: what `teach` returns,
+        where it is known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
-        layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
-        with student.teacher(), torch.no_grad():
-            teacher, _ = student.features(pixels, layers)
-        out, decisions = student.features(pixels, layers)
+        taught = self.teach(pixels) if taught is None else taught
+        out, decisions = student.features(pixels, self.layers)
         macs, dense = student.spent(pixels, decisions)
         total = launch.average(price * macs / dense)
         total = total + routing_loss(student, decisions, loss, self.budget, len(pixels))
         kl = pixels.new_zeros(len(pixels), dtype=torch.float32)
         if out.logits is not None:
-            kl = self.divergence(out.logits, teacher.logits)
+            kl = self.divergence(out.logits, taught["logits"])
             total = total + loss.logits_weight * launch.average(kl)
         if loss.hidden_weight:
-            total = total + loss.hidden_weight * launch.mean_of(self._hidden_loss(out, teacher), len(pixels))
+            compared = self._compared(out)
+            pairs = list(compared.values()), [taught[name] for name in compared]
+            apart = per_layer(HIDDEN_DISTANCES[loss.hidden], *pairs)
+            total = total + loss.hidden_weight * launch.mean_of(apart, len(pixels))
         macs, kl = macs.detach(), kl.detach()
         phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
         rows = {"kl": kl, "compute": macs / dense}
         return total, Measured(torch.tensor(len(pixels), device=pixels.device), kl.sum(), *phases, rows)
 
-    def _hidden_loss(self, out: Features, teacher: Features) -> Tensor:
-        """Distance of what the classifier reads, or after every block of the tokens that are always there."""
-        distance = HIDDEN_DISTANCES[self.loss.hidden]
-        if self.loss.hidden_layers == "final":
-            return distance(out.pooled, teacher.pooled)
-        prefix = self.student.record.prefix or None
-        pairs = ([x[:, :prefix] for x in features.layers] for features in (out, teacher))
-        return per_layer(distance, *pairs)
+    def _compared(self, features: Features) -> Taught:
+        """What the classifier reads, or after every block the tokens that are always there, if the loss compares it."""
+        if self.layers:
+            prefix = self.student.record.prefix or None
+            return {f"layer.{number}": x[:, :prefix] for number, x in enumerate(features.layers)}
+        return {"pooled": features.pooled} if self.loss.hidden_weight else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from elastic import launch
 from elastic.accounting.language import prompt_mask
 from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, divergence_of, routing_loss
+from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
 from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer
 from students.compute import PHASES, Phase
 from students.families.language import LanguageStudent
@@ -51,22 +52,31 @@ class Distillation(nn.Module):
         self.prompt = data.prompt
         self.divergence = divergence_of(loss)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
+        self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
+
+    @torch.no_grad()
+    def teach(self, ids: Tensor) -> Taught:
+        """The teacher's "hidden" states [B * T, D] in front of the LM head, as logits would be many times as large and
+        cost little once more, and those behind each block where the loss compares them."""
+        with self.student.teacher():
+            out, _ = self.student.features(ids, output_hidden_states=self.layers)
+        states = {"hidden": out.last_hidden_state, **self._compared(out)}
+        return {name: x.flatten(0, 1) for name, x in states.items()}
+
+    def lengths(self, ids: Tensor) -> list[int]:
+        """How many rows of what `teach` returns each window has."""
+        return [ids.shape[1]] * len(ids)
 
     def forward(
-        self, ids: Tensor, price: Tensor | float = 0.0, taught: Tensor | None = None
+        self, ids: Tensor, price: Tensor | float = 0.0, taught: Taught | None = None
     ) -> tuple[Tensor, Measured]:
-        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; taught [B, T, D]: the
-        teacher's final states, where it has been asked. Returns the loss and what was measured."""
+        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; taught: what `teach`
+        returns, where it is known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
         prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
-        states = {"output_hidden_states": loss.hidden_weight > 0 and loss.hidden_layers == "all"}
-        layers: list[Tensor] = []
-        if taught is None:
-            with student.teacher(), torch.no_grad():
-                teacher, _ = student.features(ids, **states)
-            taught, layers = teacher.last_hidden_state, teacher.hidden_states
-        out, decisions = student.features(ids, prompt=prompt, **states)
+        taught = self.teach(ids) if taught is None else taught
+        out, decisions = student.features(ids, prompt=prompt, output_hidden_states=self.layers)
 
         valid = torch.ones_like(prompt)
         phase = self.budget.phase
@@ -74,16 +84,14 @@ class Distillation(nn.Module):
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
         price = torch.as_tensor(price, device=ids.device).expand(len(ids))
         tokens, whole = launch.total(counted.sum()), launch.total(dense[phase])
-        head, sums, rows = self._head_loss(out.last_hidden_state, taught, ids, counted, price, (tokens, whole))
+        hidden = out.last_hidden_state
+        head, sums, rows = self._head_loss(hidden, taught["hidden"], ids, counted, price, (tokens, whole))
         total = launch.total(head / tokens + (price * macs[phase]).sum() / whole)
         total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]
-            pairs = (
-                (out.hidden_states[1:], layers[1:])
-                if states["output_hidden_states"]
-                else ([out.last_hidden_state], [taught])
-            )
+            compared = self._compared(out)
+            pairs = list(compared.values()), [taught[name].view_as(hidden) for name in compared]
             apart = per_layer(distance, *pairs, counted)
             total = total + loss.hidden_weight * launch.mean_of(apart, counted.sum())
         macs = {p: m.detach() + rows[:, 1 + i] for i, (p, m) in enumerate(macs.items())}
@@ -93,6 +101,12 @@ class Distillation(nn.Module):
         }
         macs = {p: m.sum() for p, m in macs.items()}
         return total, Measured(counted.sum(), rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
+
+    def _compared(self, out: Any) -> Taught:
+        """Final states, or those behind each block, as the loss compares them: [B, T, D]."""
+        if self.layers:
+            return {f"layer.{number}": layer for number, layer in enumerate(out.hidden_states[1:])}
+        return {"hidden": out.last_hidden_state}
 
     def _head_loss(
         self,
@@ -104,8 +118,8 @@ class Distillation(nn.Module):
         of: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
-        each row of the batch [B, 3]: kl, and the head's MACs in both phases. of: tokens that count and the teacher's
-        MACs, in all processes.
+        each row of the batch [B, 3]: kl, and the head's MACs in both phases. hidden [B, T, D], teacher_hidden
+        [B * T, D]; of: tokens that count and the teacher's MACs, in all processes.
 
         The head's compute is that of the counted tokens, scaled up to all.
         """
@@ -139,7 +153,7 @@ class Distillation(nn.Module):
                 each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
-        rows = [*(x.flatten(0, 1) for x in (hidden, teacher_hidden, targets, follows)), owners]
+        rows = [hidden.flatten(0, 1), teacher_hidden, targets.flatten(), follows.flatten(), owners]
         vocabulary = student.model.config.vocab_size
         total, sums = chunked(
             chunk_loss,

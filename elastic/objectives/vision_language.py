@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elastic import launch
 from elastic.accounting.vision_language import spent_on
 from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, divergence_of, routing_loss
+from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
 from losses import HIDDEN_DISTANCES
 from students.decisions import Decisions
 from students.families.vision_language import VisionLanguageStudent
@@ -51,12 +51,30 @@ class Distillation(nn.Module):
         self.budget = budget
         self.divergence = divergence_of(loss)
 
-    def forward(self, prompts: Prompts, price: Tensor | float = 0.0) -> tuple[Tensor, Measured]:
-        """price: loss per unit of compute, for all prompts or each [B]. Returns the loss and what was measured."""
+    @torch.no_grad()
+    def teach(self, prompts: Prompts) -> Taught:
+        """The teacher's "hidden" states [rows, D] in front of the LM head, of the tokens that the loss looks at."""
+        with self.student.teacher():
+            hidden = self.student.features(**prompts.inputs)[0].last_hidden_state
+        return {"hidden": hidden[self._looked_at(prompts)]}
+
+    def lengths(self, prompts: Prompts) -> list[int]:
+        """How many rows of what `teach` returns each prompt has."""
+        return self._looked_at(prompts).sum(1).tolist()
+
+    def _looked_at(self, prompts: Prompts) -> Tensor:
+        """Tokens [B, T] bool of answers, and where states are compared all text."""
+        return prompts.answers | _text(prompts) if self.loss.hidden_weight else prompts.answers
+
+    def forward(
+        self, prompts: Prompts, price: Tensor | float = 0.0, taught: Taught | None = None
+    ) -> tuple[Tensor, Measured]:
+        """price: loss per unit of compute, for all prompts or each [B]; taught: what `teach` returns, where it is known.
+        Returns the loss and what was measured."""
         student, loss = self.student, self.loss
+        teacher, looked_at = (self.teach(prompts) if taught is None else taught)["hidden"], self._looked_at(prompts)
         with student.teacher(), torch.no_grad():
-            teacher = student.features(**prompts.inputs)[0].last_hidden_state
-            teacher_logits = student.logits(teacher[prompts.answers])[0]
+            teacher_logits = student.logits(teacher[prompts.answers[looked_at]])[0]
         out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         hidden = out.last_hidden_state
         logits, _ = student.logits(hidden[text_rows(prompts.answers, decisions)], *student.head_tensors())
@@ -67,11 +85,15 @@ class Distillation(nn.Module):
             total = total + launch.average(price * macs / dense)
         total = total + routing_loss(student, decisions, loss, self.budget, len(prompts))
         if loss.hidden_weight:
-            text = prompts.inputs["attention_mask"].bool() & ~prompts.image
-            distance = HIDDEN_DISTANCES[loss.hidden]
-            apart = distance(hidden[text_rows(text, decisions)], teacher[text], None)
+            text, distance = _text(prompts), HIDDEN_DISTANCES[loss.hidden]
+            apart = distance(hidden[text_rows(text, decisions)], teacher[text[looked_at]], None)
             total = total + loss.hidden_weight * launch.mean_of(apart, text.sum())
         return total, measured_on(prompts, decisions, kl.detach(), macs.detach(), vision.detach(), dense)
+
+
+def _text(prompts: Prompts) -> Tensor:
+    """Tokens [B, T] bool that are of no image."""
+    return prompts.inputs["attention_mask"].bool() & ~prompts.image
 
 
 def text_rows(chosen: Tensor, decisions: Decisions) -> Tensor:
