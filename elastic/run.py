@@ -50,8 +50,11 @@ class Run:
         self.folder = Path(folder).expanduser()
 
     @classmethod
-    def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool) -> Run:
-        """Make the folder and write what defines the run. ValueError where it exists and is not to be overwritten."""
+    def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool, **entries: Any) -> Run:
+        """Make the folder and write what defines the run. ValueError where it exists and is not to be overwritten.
+
+        entries: what else elastic.json is to say.
+        """
         run = cls(folder)
         run.refuse_existing(overwrite)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +68,7 @@ class Run:
                 source=teacher.source,
                 beside=run._relative_paths(config),
                 **surroundings(),
+                **entries,
             )
         except OSError:
             run._clear()

@@ -63,6 +63,7 @@ def sweep(
     per_budget: bool = False,
     eval_data: str | None = None,
     timed: bool = True,
+    teacher_cache: str | Path | None = None,
     command: str = "",
     say: Say = print,
     progress: Callable[..., None] = lambda *_: None,
@@ -73,10 +74,10 @@ def sweep(
 
     A point is a run at a budget, or a baseline there; what is finished already is not done again. One run serves all
     the budgets of a model, preset and seed, or each has a run of its own (per_budget). eval_data: what is measured on,
-    None being each run's held-out data; timed: whether speed is measured; command: what a row says it was made by;
-    settings and flags: as for `make_config`. A point that fails is reported and left out; ValueError at the end then,
-    or at once where nothing has been finished yet. (One function, as what is missing, the clock and the failures are
-    needed at each step.)
+    None being each run's held-out data; timed: whether speed is measured; teacher_cache: as for `distill`; command:
+    what a row says it was made by; settings and flags: as for `make_config`. A point that fails is reported and left
+    out; ValueError at the end then, or at once where nothing has been finished yet. (One function, as what is missing,
+    the clock and the failures are needed at each step.)
     """
     tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
     folder = SweepFolder(output)
@@ -118,7 +119,7 @@ def sweep(
         say(f"[{clock}] {task.name}: {', '.join(f'{budget:g}' for budget, _ in points)}")
         try:
             with clock.timing("runs", counts=task in new):
-                _distil(folder.run(task.name), task.config, session, say, progress)
+                _distil(folder.run(task.name), task.config, session, teacher_cache, say, progress)
         except (ValueError, OSError) as error:
             clock.skip("points", len(points))
             failed(task.name, error)
@@ -211,14 +212,22 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _distil(path: Path, config: RunConfig, session: Session, say: Say, progress: Callable[..., None]) -> None:
+def _distil(
+    path: Path,
+    config: RunConfig,
+    session: Session,
+    teacher_cache: str | Path | None,
+    say: Say,
+    progress: Callable[..., None],
+) -> None:
     """Make the run, continue it, or leave it as it is where it is finished."""
+    common: dict[str, Any] = {"teacher_cache": teacher_cache, "session": session, "say": say, "progress": progress}
     try:
         begun, done = launch.on_main(lambda: (_started(path), Run(path).routers.exists()))
         if not begun:
-            trainer.distill(config, path, overwrite=True, session=session, say=say, progress=progress)
+            trainer.distill(config, path, overwrite=True, **common)
         elif not done:
-            trainer.resume(path, session=session, say=say, progress=progress)
+            trainer.resume(path, **common)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,8 +21,11 @@ from torch.nn.utils import clip_grad_norm_
 from elastic import families, launch
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
+from elastic.distillation.interrupt import interruptible
+from elastic.distillation.lessons import lessons_of, picked
 from elastic.distillation.schedule import Schedule
-from elastic.distillation.start import adopted, calibrate, order, set_budget, set_capacity, student_for
+from elastic.distillation.start import adopted, calibrate, set_budget, set_capacity, student_for
+from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
 from elastic.files import write_text
@@ -67,38 +67,57 @@ def distill(
     output: str | Path,
     *,
     overwrite: bool = False,
+    teacher_cache: str | Path | None = None,
     session: Session | None = None,
     say: Say = print,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Distil a student into the run folder `output`; returns its row of results (see `evaluate`).
 
+    teacher_cache: folder that what the teacher makes of the training data is kept in for other runs, and read from;
     session: what other runs have in common with this one.
     """
     session = session or Session()
     _require(config)
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
+    kept = _cache(teacher_cache)
     teacher = launch.in_turn(lambda: session.teacher(config))
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
-    run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite))
+    run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite, **kept))
     return _run(run, config, student, data, session, say, progress)
 
 
 def resume(
-    folder: str | Path, *, session: Session | None = None, say: Say = print, progress: Progress = lambda *_: None
+    folder: str | Path,
+    *,
+    teacher_cache: str | Path | None = None,
+    session: Session | None = None,
+    say: Say = print,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Continue an interrupted run with its own configuration, to the result of an uninterrupted one."""
+    """Continue an interrupted run with its own configuration, to the result of an uninterrupted one.
+
+    teacher_cache: as in `distill`; None: the one that the run has used so far, if any.
+    """
     session = session or Session()
     run = Run.open(folder)
     config = run.config
     _require(config)
+    kept = _cache(teacher_cache)
     teacher = launch.in_turn(lambda: run.teacher(session.teacher))
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
+    if kept:
+        launch.on_main(lambda: run.record(**kept))
     return _run(run, config, student, data, session, say, progress)
+
+
+def _cache(folder: str | Path | None) -> dict[str, Any]:
+    """What elastic.json says of a cache of the teacher's outputs; ValueError where the folder is something else."""
+    return {} if folder is None else {"teacher_cache": {"folder": str(launch.on_main(lambda: require_cache(folder)))}}
 
 
 def _require(config: RunConfig) -> None:
@@ -168,33 +187,35 @@ def _train(
     train, budget = config.train, config.budget
     family = families.of(config.family)
     device = accelerator.device
-    state = _start(run, config, student, data, device, say)
     distillation = family.Distillation(student, config.loss, budget, config.data)
+    lessons = lessons_of(run, config, data, distillation, device, say)
+    own = launch.share(train.batch)
+
+    def part_of(number: int) -> list[int]:
+        """This process's samples of the micro-batch of this number."""
+        return picked(number * train.batch + own.start, len(own), len(lessons), train.seed)
+
+    lessons.announce(part_of(0), train.steps and train.steps * train.accumulation * train.batch)
+    state = _start(run, config, student, data, device, say)
     optimizer = _optimizer(student, train)
     if state.step:
         _restore_optimizer(run, student, optimizer)
     if train.tracker != "none":
         accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
-    batches = family.Batches(data, config, device)
-    own = launch.share(train.batch)
     knots = trained(budget)
     targets = torch.tensor(knots, device=device)
-
-    def picked(number: int) -> list[int]:
-        """This process's part of the micro-batch of this number."""
-        return _picked(number * train.batch + own.start, len(own), len(batches), train.seed)
 
     def backward() -> tuple[Tensor, Sums, Tensor]:
         """Gradients of a step, those of all processes added up; returns its loss, and of this process's rows what was
         measured and which parts [B, K] of the budgets they are for."""
         loss, measured, weights = torch.zeros((), device=device), None, []
         for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
-            batch = launch.together(partial(batches.load, picked(number), following=picked(number + 1)))
+            lesson = launch.together(partial(lessons.load, part_of(number), following=part_of(number + 1)))
             rows = draw(knots, train.batch, train.seed * 1_000_003 + number * train.batch)[own.start : own.stop]
             weights.append(rows.to(device))
             if budget.ranges:
                 student.runtime.offset = tuple((rows @ state.offsets).tolist())
-            part, seen = distillation(batch, weights[-1] @ state.price)
+            part, seen = distillation(lesson.batch, weights[-1] @ state.price, lessons.taught(lesson))
             (part / train.accumulation).backward()
             loss += part.detach() / train.accumulation
             measured = seen if measured is None else measured + seen
@@ -205,6 +226,7 @@ def _train(
 
     def save() -> None:
         _save(run, student, optimizer, state)
+        lessons.flush()
         if train.steps is None:
             launch.on_main(lambda: run.record(trained=schedule.seconds))
 
@@ -212,7 +234,7 @@ def _train(
     distillation.train()
     begun, since_log = state.step, 0
     clock = time.monotonic()
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         while (steps := schedule.steps(state.step)) is None or state.step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule.rate(state.step)
@@ -264,6 +286,7 @@ def _train(
                 raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
     if train.tracker != "none":
         accelerator.end_training()
+    lessons.record(run)
     distillation.eval()
     return state
 
@@ -299,16 +322,6 @@ def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
         (limits if parameter in alone else maps).append(parameter)
     groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
-
-
-def _picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
-    """Which samples the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
-
-    A function of the step alone, so that a resumed run sees the same data.
-    """
-    samples = range(first, first + count)
-    orders = {epoch: order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}
-    return [int(orders[s // pieces][s % pieces]) for s in samples]
 
 
 def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, float]:
@@ -373,26 +386,3 @@ def _cut_metrics(run: Run, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_text(path, "".join(kept))
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within this context the first Ctrl-C is remembered instead of raised, so that a step is never cut in two; so is
-    a request to end, as launchers send it where another process has ended."""
-    seen = []
-
-    def remember(number: int, _: Any) -> None:
-        seen.append(1)
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield lambda: False
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

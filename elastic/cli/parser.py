@@ -70,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=expanduser, metavar="RUN", help="continue an interrupted run with its own configuration"
     )
     distill.add_argument("--overwrite", action="store_true", help="replace a run folder that exists")
+    distill.add_argument(
+        "--teacher-cache",
+        type=expanduser,
+        metavar="DIR",
+        help="keep what the teacher makes of the training data here, for whichever runs name it too",
+    )
 
     measure = command("eval", measuring.eval_command, "measure a finished run against its teacher")
     measure.add_argument("run", type=expanduser, metavar="RUN")
@@ -154,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--eval-data", metavar="DATA", help="what to measure on (default: each run's held-out data)")
     sweep.add_argument("--steps", type=int, help="optimizer steps of each run")
     sweep.add_argument("--minutes", type=float, help="training time of each run, instead of steps (default 10)")
+    sweep.add_argument("--teacher-cache", type=expanduser, metavar="DIR", help="as for distill")
     sweep.add_argument("--no-bench", action="store_true", help="do not time anything")
     sweep.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for distill")
     sweep.add_argument(

@@ -48,9 +48,10 @@ def distill_command(options: argparse.Namespace) -> int | None:
 
     with screen() as (say, progress):
         if options.resume:
-            trainer.resume(options.resume, say=say, progress=progress)
+            trainer.resume(options.resume, teacher_cache=options.teacher_cache, say=say, progress=progress)
         else:
-            trainer.distill(config, output, overwrite=options.overwrite, say=say, progress=progress)
+            common: dict[str, Any] = {"teacher_cache": options.teacher_cache, "say": say, "progress": progress}
+            trainer.distill(config, output, overwrite=options.overwrite, **common)
     if not launch.is_main():
         return None
     folder = options.resume or output
@@ -78,6 +79,7 @@ def sweep_command(options: argparse.Namespace) -> int | None:
             per_budget=options.per_budget,
             eval_data=options.eval_data,
             timed=not options.no_bench,
+            teacher_cache=options.teacher_cache,
             command=shlex.join(options.line),
             say=say,
             progress=progress,

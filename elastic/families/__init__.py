@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from elastic.config import RunConfig
@@ -160,12 +159,14 @@ class Family(Protocol):
         """What the model reads at once, as `student.uniform` takes it: tokens of text; of text and of the image; an
         image's height and width."""
 
-    def Batches(self, data: Any, config: RunConfig, device: torch.device) -> Any:
-        """Training batches by number: len(), load(chosen, following)."""
+    def Batches(self, data: Any, config: RunConfig) -> Any:
+        """Training batches by number, on the host: len(), read(chosen), and keyed(chosen), which says too by what a
+        cache of the teacher's outputs knows each sample: 16 bytes that stand for all that the model reads of it."""
 
     def Distillation(self, student: Any, loss: Any, budget: Any, data: Any) -> nn.Module:
-        """(batch, price, one for all rows or each [B]) -> (loss, Measured), Measured.rows being "kl" and "compute" of
-        each row."""
+        """(batch, price, one for all rows or each [B], taught) -> (loss, Measured), Measured.rows being "kl" and
+        "compute" of each row. It asks the teacher itself where `taught` is not given: teach(batch), of which each
+        sample has as many rows as lengths(batch) says; `keeps` names what that is."""
 
     def start(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Start:
         """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training

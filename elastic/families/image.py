@@ -14,7 +14,7 @@ from elastic.baselines import image as baselines
 from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
-from elastic.distillation.prefetch import Prefetched
+from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.image import METRICS as METRICS
 from elastic.evaluation.image import chosen_pixels, compare
 from elastic.evaluation.image import evaluate as evaluate
@@ -86,14 +86,23 @@ def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> tuple[i
     return height, width
 
 
-class Batches(Prefetched):
-    """Training images [B, C, H, W] by number."""
+class Batches:
+    """Training images by number."""
 
-    def __init__(self, data: ImageData, config: RunConfig, device: torch.device) -> None:
-        super().__init__(data.train, device)
+    def __init__(self, data: ImageData, config: RunConfig) -> None:
+        self.images = data.train
 
-    def _read(self, chosen: Sequence[int]) -> Tensor:
-        return self.samples.load(chosen)[0]
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        """The images [B, C, H, W] with these numbers."""
+        return self.images.load(chosen)[0]
+
+    def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
+        """As `read`, and by what each image is known."""
+        pixels = self.read(chosen)
+        return pixels, [digest(image) for image in pixels]
 
 
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:

@@ -14,6 +14,7 @@ from elastic.baselines import language as baselines
 from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter
+from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.language import METRICS as METRICS
 from elastic.evaluation.language import evaluate as evaluate
 from elastic.evaluation.language import lines as lines
@@ -90,15 +91,20 @@ def tokens(student: LanguageStudent, data: TextData, config: RunConfig) -> int:
 class Batches:
     """Training windows [N, T], by number."""
 
-    def __init__(self, data: TextData, config: RunConfig, device: torch.device) -> None:
-        self.pieces = data.train.to(device).reshape(-1, config.train.window)
+    def __init__(self, data: TextData, config: RunConfig) -> None:
+        self.pieces = data.train.reshape(-1, config.train.window)
 
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Tensor:
-        """The windows [B, T] with these numbers; following: those that come next."""
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        """The windows [B, T] with these numbers."""
         return self.pieces[torch.tensor(chosen)]
+
+    def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
+        """As `read`, and by what each window is known."""
+        windows = self.read(chosen)
+        return windows, [digest(window) for window in windows]
 
 
 def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:

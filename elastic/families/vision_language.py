@@ -15,7 +15,7 @@ from elastic.baselines import image as baselines
 from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter, exact_start
-from elastic.distillation.prefetch import Prefetched
+from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.session import Session
 from elastic.evaluation.vision_language import MEASURED
 from elastic.evaluation.vision_language import METRICS as METRICS
@@ -110,11 +110,28 @@ def tokens(student: VisionLanguageStudent, data: Data, config: RunConfig) -> tup
     return round(whole - image), round(image)
 
 
-class Batches(Prefetched):
+class Batches:
     """Training prompts by number."""
 
-    def __init__(self, data: Data, config: RunConfig, device: torch.device) -> None:
-        super().__init__(data.train, device)
+    def __init__(self, data: Data, config: RunConfig) -> None:
+        self.prompts = data.train
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def read(self, chosen: Sequence[int]) -> Prompts:
+        """The prompts with these numbers."""
+        return self.prompts.load(chosen)
+
+    def keyed(self, chosen: Sequence[int]) -> tuple[Prompts, list[bytes]]:
+        """As `read`, and by what each prompt is known: its tokens, its image, and how the processor reads images."""
+        prompts, samples = self.prompts.read(chosen)
+        inputs, how = prompts.inputs, self.prompts.processor.image_processor.to_json_string()
+        texts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        pairs = zip(texts, samples, strict=True)
+        return prompts, [
+            digest(ids, answer, how, str(image.size), image.tobytes()) for ids, (image, _, answer) in pairs
+        ]
 
 
 def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Start:

@@ -48,6 +48,11 @@ class Distillation(nn.Module):
             features, _ = self.student.features(pixels, self.layers)
         return {**({} if features.logits is None else {"logits": features.logits}), **self._compared(features)}
 
+    @property
+    def keeps(self) -> str:
+        """What it is that `teach` returns."""
+        return "layers" if self.layers else "features" if self.loss.hidden_weight else "logits"
+
     def lengths(self, pixels: Tensor) -> list[int]:
         """How many rows of what `teach` returns each image has."""
         return [1] * len(pixels)

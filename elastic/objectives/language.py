@@ -63,6 +63,11 @@ class Distillation(nn.Module):
         states = {"hidden": out.last_hidden_state, **self._compared(out)}
         return {name: x.flatten(0, 1) for name, x in states.items()}
 
+    @property
+    def keeps(self) -> str:
+        """What it is that `teach` returns."""
+        return "layers" if self.layers else "final-states"
+
     def lengths(self, ids: Tensor) -> list[int]:
         """How many rows of what `teach` returns each window has."""
         return [ids.shape[1]] * len(ids)

@@ -21,8 +21,8 @@ from students.kernels.autograd import forward_kl
 T = TypeVar("T", bound="Sums")
 
 Taught = dict[str, Tensor]
-"""What a loss needs of the teacher, by name: of each sample as many rows [r, ...] as `lengths` of the objective says, one
-sample behind the other."""
+"""What a loss needs of the teacher, by name: of each sample as many rows [r, ...] as `lengths` of the objective says,
+one sample behind the other."""
 
 
 @dataclass

@@ -58,6 +58,11 @@ class Distillation(nn.Module):
             hidden = self.student.features(**prompts.inputs)[0].last_hidden_state
         return {"hidden": hidden[self._looked_at(prompts)]}
 
+    @property
+    def keeps(self) -> str:
+        """What it is that `teach` returns."""
+        return "text-states" if self.loss.hidden_weight else "answer-states"
+
     def lengths(self, prompts: Prompts) -> list[int]:
         """How many rows of what `teach` returns each prompt has."""
         return self._looked_at(prompts).sum(1).tolist()
@@ -69,8 +74,8 @@ class Distillation(nn.Module):
     def forward(
         self, prompts: Prompts, price: Tensor | float = 0.0, taught: Taught | None = None
     ) -> tuple[Tensor, Measured]:
-        """price: loss per unit of compute, for all prompts or each [B]; taught: what `teach` returns, where it is known.
-        Returns the loss and what was measured."""
+        """price: loss per unit of compute, for all prompts or each [B]; taught: what `teach` returns, where it is
+        known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
         teacher, looked_at = (self.teach(prompts) if taught is None else taught)["hidden"], self._looked_at(prompts)
         with student.teacher(), torch.no_grad():

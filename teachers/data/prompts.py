@@ -34,12 +34,17 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.image)
 
-    def to(self, device: torch.device) -> Prompts:
+    def to(self, device: torch.device, non_blocking: bool = True) -> Prompts:
         """The same on another device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Prompts(
-            inputs, *(mask.to(device, non_blocking=True) for mask in (self.answers, self.prompt, self.image))
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Prompts:
+        """The same in memory that a GPU copies from while it works."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, made: Callable[[torch.Tensor], torch.Tensor]) -> Prompts:
+        inputs = {name: made(tensor) for name, tensor in self.inputs.items()}
+        return Prompts(inputs, *(made(mask) for mask in (self.answers, self.prompt, self.image)))
 
 
 def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prompts:

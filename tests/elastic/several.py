@@ -1,8 +1,8 @@
 """Runs by several processes: how tests have a launcher start them, what each of them does, and what has to come out.
 
 As a module this is what each process does: one run after the other, of a file with a line of JSON for each, `[folder,
-configuration]`, or `[folder, null]` for one that is to be continued; or a command line of Elastic. FAILS says which
-process fails at which batch, and how: "1:3:refuses", "1:3:raises" or "1:3:dies".
+configuration, teacher's cache or null]`, or `[folder, null, null]` for one that is to be continued; or a command line
+of Elastic. FAILS says which process fails at which batch, and how: "1:3:refuses", "1:3:raises" or "1:3:dies".
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,10 +56,16 @@ def launched(
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
-def in_processes(count: int, runs: dict[Path, RunConfig | None], list_in: Path) -> None:
-    """Make these runs in so many processes, or continue those without a configuration."""
+def in_processes(
+    count: int, runs: dict[Path, RunConfig | None], list_in: Path, caches: Mapping[Path, Path] = MappingProxyType({})
+) -> None:
+    """Make these runs in so many processes, or continue those without a configuration; caches: of those that have one
+    of what the teacher says."""
     file = list_in / f"runs-{len(list(list_in.iterdir()))}.jsonl"
-    lines = [json.dumps([str(folder), config and to_dict(config)]) for folder, config in runs.items()]
+    known = {folder: str(cache) for folder, cache in caches.items()}
+    lines = [
+        json.dumps([str(folder), config and to_dict(config), known.get(folder)]) for folder, config in runs.items()
+    ]
     file.write_text("\n".join(lines))
     done = launched(count, file)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -87,11 +94,16 @@ def assert_close(one: Path, other: Path) -> None:
             assert same or "per_second" in key, (key, value, b[key])
 
 
-def one_and_two(configs: dict[str, RunConfig], folder: Path) -> Path:
-    """The folder, with all of these runs in it, each made by one process ("one-...") and by two ("two-...")."""
+def one_and_two(configs: dict[str, RunConfig], folder: Path, caches: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """The folder, with all of these runs in it, each made by one process ("one-...") and by two ("two-...").
+
+    caches: the folders in it that some of them keep what the teacher says in.
+    """
+    kept = {folder / name: folder / cache for name, cache in caches.items()}
     for name, config in configs.items():
-        trainer.distill(config, folder / f"one-{name}", say=lambda _: None)
-    in_processes(2, {folder / f"two-{name}": config for name, config in configs.items()}, folder)
+        run = folder / f"one-{name}"
+        trainer.distill(config, run, teacher_cache=kept.get(run), say=lambda _: None)
+    in_processes(2, {folder / f"two-{name}": config for name, config in configs.items()}, folder, kept)
     return folder
 
 
@@ -99,7 +111,7 @@ def _fail(rank: str, batch: str, how: str) -> None:
     """Let this process fail at a batch, if it is the one."""
     if os.environ["RANK"] != rank:
         return
-    place, name = (language.Batches, "load") if how == "refuses" else (language.Distillation, "forward")
+    place, name = (language.Batches, "read") if how == "refuses" else (language.Distillation, "forward")
     work, calls = getattr(place, name), itertools.count(1)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -115,11 +127,11 @@ def _fail(rank: str, batch: str, how: str) -> None:
 def _main(runs: Path) -> None:
     launch.join()
     for line in runs.read_text(encoding="utf-8").splitlines():
-        folder, config = json.loads(line)
+        folder, config, cache = json.loads(line)
         if config is None:
             trainer.resume(folder, say=lambda _: None)
         else:
-            trainer.distill(from_dict(RunConfig, config), folder, say=lambda _: None)
+            trainer.distill(from_dict(RunConfig, config), folder, teacher_cache=cache, say=lambda _: None)
     launch.leave()
 
 

@@ -37,6 +37,7 @@ from teachers.families.image import classes_of, pack, unpack
 from teachers.recipes import image as recipe
 from teachers.recipes.image import pretrain
 from teachers.registry import models
+from tests.elastic.cached import assert_a_cache_changes_nothing
 
 SETTINGS = [
     *("data.held_out=8", "calibration.windows=16", "train.batch=4", "train.steps=4", "train.precision=float32"),
@@ -96,6 +97,10 @@ def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer.distill(configure(), folder, say=silent)
     return folder
+
+
+def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
+    assert_a_cache_changes_nothing(shutil.copytree(finished, tmp_path / "run"), samples=16)
 
 
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:

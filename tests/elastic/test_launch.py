@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from elastic import trainer
 from elastic.config import RunConfig
+from elastic.run import Run
 from students.checkpoint import read_tensors
 from tests.elastic.several import ACCELERATE, assert_close, in_processes, launched, one_and_two
 from tests.pico.language import RUN_SETTINGS
@@ -31,12 +33,25 @@ LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def runs(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs = {name: configure(*settings, **flags) for name, (settings, flags) in LANGUAGE.items()}
-    return one_and_two(configs, tmp_path_factory.mktemp("runs"))
+    caches = {"one-price": "cache", "two-price": "cache", "two-range": "cache", "two-accumulation": "layers"}
+    return one_and_two(configs, tmp_path_factory.mktemp("runs"), caches)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_two_processes_learn_what_one_does_of_text(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / f"two-{name}")
+
+
+def test_several_processes_share_what_the_teacher_says(runs: Path):
+    seen = {name: Run.open(runs / f"two-{name}").about["teacher_cache"] for name in ("price", "range", "accumulation")}
+    assert {name: (about["found"], about["asked"]) for name, about in seen.items()} == {
+        "price": (18, 0),  # by one process
+        "range": (18, 6),  # of a batch of 4 instead of 3
+        "accumulation": (0, 24),
+    }
+    (kept,) = (path for path in (runs / "cache").iterdir() if path.is_dir())
+    keys = [key.numpy().tobytes() for file in kept.iterdir() for key in load_file(file)["keys"]]
+    assert len(keys) == len(set(keys)) == 24
 
 
 @pytest.mark.parametrize(

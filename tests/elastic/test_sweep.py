@@ -249,10 +249,13 @@ def test_the_command_line(model_folder: Path, text_file: Path, tmp_path: Path, c
     arguments = ["sweep", "--model", str(model_folder), "--data", str(text_file), "--eval-data", str(text_file)]
     arguments += [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     arguments += ["--target-compute", "0.8", "--no-bench", "--output", str(folder)]
+    arguments += ["--teacher-cache", str(tmp_path / "cache")]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert "0.800" in out and f"elastic report {folder} -o report.html" in out and "0/1 points" in err
     (row,) = SweepFolder.open(folder).rows()
     assert row["command"].startswith(f"elastic sweep --model {model_folder}") and row["data"] == str(text_file)
     assert row["tokens"] == 4000 // 32 * 32 and key_of(row)[2] is None
+    cache = json.loads((folder / row["run"] / "elastic.json").read_text())["teacher_cache"]
+    assert cache == {"folder": str(tmp_path / "cache"), "found": 0, "asked": 12}
     assert main([*arguments, "--steps", "1", "--minutes", "1"]) == 2

@@ -27,6 +27,7 @@ from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig, presets
 from elastic.distillation import dial
+from elastic.distillation.lessons import picked
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import Run
@@ -452,11 +453,11 @@ def test_missing_tensorboard_is_an_error(configure: Configure, tmp_path: Path, m
 
 
 def test_data_that_training_sees_is_a_function_of_the_step():
-    pieces = [trainer._picked(first, 3, 7, seed=0) for first in range(0, 21, 3)]
+    pieces = [picked(first, 3, 7, seed=0) for first in range(0, 21, 3)]
     seen = [piece for micro in pieces for piece in micro]
     assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
     assert seen[:7] != seen[7:14]
-    assert trainer._picked(5, 4, 7, seed=0) == seen[5:9]
+    assert picked(5, 4, 7, seed=0) == seen[5:9]
 
 
 def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from teachers.recipes.easy_vqa import WORDS, _kind_of
 from teachers.recipes.reader import Reader
 from teachers.recipes.vision_language import _states, accuracy
 from teachers.registry import models
+from tests.elastic.cached import assert_a_cache_changes_nothing
 from tests.elastic.test_budgets import check_lowest_budget
 
 SETTINGS = [
@@ -121,6 +123,10 @@ def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer.distill(configure(), folder, say=silent)
     return folder
+
+
+def test_training_on_questions_from_a_cache(finished: Path, tmp_path: Path):
+    assert_a_cache_changes_nothing(shutil.copytree(finished, tmp_path / "run"), samples=16)
 
 
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:

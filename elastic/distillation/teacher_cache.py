@@ -1,0 +1,151 @@
+"""What the teacher made of training samples, on disk for later runs.
+
+A cache is a folder with one folder in it for each teacher and each kind of thing that losses need of it. Samples are
+known by a digest of what the model reads, so that any data, window, order, seed or number of processes finds what it
+has in common with earlier ones. They come in safetensors files, each written under a temporary name and then renamed:
+whatever a kill leaves is whole, and several processes and runs may fill one cache at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elastic.files import write_text
+from elastic.objectives.sums import Taught
+from students.checkpoint import write_tensors
+
+MARK = "teacher-cache.json"
+"""The file that tells a cache from other folders."""
+SHARD = 128 * 2**20
+"""Bytes that wait in memory to be written to one file, at most."""
+RESERVE = 2**30
+"""Bytes of the disk that are left to others."""
+ABANDONED = 3600
+"""Seconds after which nobody is writing a file any more."""
+
+
+def digest(*parts: Any) -> bytes:
+    """A name of 16 bytes for tensors on the host, bytes and texts."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            part = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+        elif isinstance(part, str):
+            part = part.encode()
+        found.update(f"{len(part)} ".encode())
+        found.update(part)
+    return found.digest()
+
+
+def require_cache(folder: str | Path) -> Path:
+    """The folder, made if it is not there; ValueError where it is something else."""
+    path = Path(folder).expanduser().absolute()
+    if path.is_file():
+        raise ValueError(f"{folder} is a file: name a folder with --teacher-cache")
+    if not (path / MARK).exists():
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"{folder} exists and is not a teacher cache: name another folder with --teacher-cache")
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / MARK, json.dumps({"format": 1}) + "\n")
+    return path
+
+
+class TeacherCache:
+    """What one teacher made of samples. `find` may run in a thread beside the others."""
+
+    def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
+        """about: which teacher, and what is kept of it. ValueError where a file is damaged, or of something else."""
+        self.about = about
+        self.folder = require_cache(folder) / "-".join(str(value) for value in about.values())
+        self.folder.mkdir(exist_ok=True)
+        self.size = 0
+        """Bytes on disk."""
+        self._shards: list[Any] = []
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        """Of each sample: number of the file, first and last row in it."""
+        self._waiting: dict[bytes, Taught] = {}
+        self._bytes = 0
+        for part in self.folder.glob(".*.part"):
+            with suppress(OSError):  # another process was quicker
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self._open(file)
+
+    def __len__(self) -> int:
+        """Samples that there are."""
+        return len(self._places)
+
+    @property
+    def free(self) -> int:
+        """Bytes that the disk has room for."""
+        return max(0, shutil.disk_usage(self.folder).free - RESERVE)
+
+    def _open(self, file: Path) -> None:
+        try:
+            shard = safe_open(file, "pt")
+            about = json.loads((shard.metadata() or {})["elastic"])
+            keys, lengths = shard.get_tensor("keys"), shard.get_tensor("lengths")
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and the teacher is asked again") from None
+        if about != self.about:
+            raise ValueError(f"{file} is of {_listed(about)}, this is {_listed(self.about)}: delete it")
+        number, ends = len(self._shards), lengths.cumsum(0).tolist()
+        self._shards.append(shard)
+        for key, start, end in zip(keys.numpy(), [0, *ends], ends, strict=False):
+            self._places[key.tobytes()] = number, start, end
+        self.size += file.stat().st_size
+
+    def find(self, key: bytes) -> Taught | None:
+        """What there is of a sample, on the host."""
+        if key not in self._places:
+            return None
+        number, start, end = self._places[key]
+        shard = self._shards[number]
+        names = set(shard.keys()) - {"keys", "lengths"}
+        return {name: shard.get_slice(name)[start:end] for name in names}
+
+    def add(self, keys: Sequence[bytes], taught: Taught, lengths: Sequence[int]) -> None:
+        """Keep what the teacher made of these samples, from the next `flush` on; a GPU is not waited for until then."""
+        host = {name: x.detach().to("cpu", non_blocking=True) for name, x in taught.items()}
+        parts = {name: x.split(list(lengths)) for name, x in host.items()}
+        for number, key in enumerate(keys):
+            if key not in self._places:
+                self._waiting[key] = {name: part[number] for name, part in parts.items()}
+        self._bytes = sum(x.numel() * x.element_size() for sample in self._waiting.values() for x in sample.values())
+        if self._bytes >= SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; OSError where the disk is full, and then nothing waits any more."""
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        if not waiting:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        samples = list(waiting.values())
+        tensors = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+        if sum(x.numel() * x.element_size() for x in tensors.values()) > self.free:
+            raise OSError(f"the disk of {self.folder} is full")
+        tensors["keys"] = torch.frombuffer(bytearray(b"".join(waiting)), dtype=torch.uint8).view(-1, 16)
+        tensors["lengths"] = torch.tensor([len(next(iter(sample.values()))) for sample in samples])
+        file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        write_tensors(file, tensors, self.about)
+        self._open(file)
+
+
+def _listed(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items())

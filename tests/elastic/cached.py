@@ -1,0 +1,45 @@
+"""What has to come out of runs that keep what the teacher says, and read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from elastic import families, trainer
+from elastic.run import Run
+from students.checkpoint import read_tensors
+
+
+def assert_learned(one: Path, other: Path, **how: float) -> None:
+    """The same routers and optimizer, bit for bit where nothing else is said."""
+    (a, _), (b, _) = (read_tensors(folder / "checkpoint.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], **(how or {"rtol": 0, "atol": 0}))
+
+
+def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
+    """Two more runs like the one in this folder, which looked at so many samples: one that fills a cache, and one that
+    reads it. Returns what they say."""
+    config, cache, said = Run.open(without).config, without.parent / "cache", []
+    objective = families.of(config.family).Distillation
+    teach, asked = objective.teach, []
+
+    def noted(self: Any, batch: Any) -> Any:
+        asked.extend([len(batch)] if self.training else [])
+        return teach(self, batch)
+
+    with patch.object(objective, "teach", noted):
+        for name in ("fills", "reads"):
+            trainer.distill(config, without.parent / name, teacher_cache=cache, say=said.append)
+            assert_learned(without, without.parent / name)
+            if name == "fills":
+                assert 0 < sum(asked) <= samples  # less where some are alike
+                asked.clear()
+    assert not asked
+    about = Run.open(without.parent / "reads").about
+    assert about["teacher_cache"] == {"folder": str(cache), "found": samples, "asked": 0}
+    return [line.replace(str(cache), "") for line in said if line.startswith("teacher cache: ")]
