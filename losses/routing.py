@@ -70,5 +70,5 @@ def topk_bce(scores: Tensor, share: float, mask: Tensor | None = None) -> Tensor
     rank = order.argsort(dim=1)
     k = (mask.sum(1, keepdim=True) * share).ceil()
     chosen = (rank < k).to(scores.dtype)
-    losses = F.binary_cross_entropy_with_logits(scores[mask], chosen[mask], reduction="sum")
-    return losses / mask.sum().clamp(min=1)
+    losses = F.binary_cross_entropy_with_logits(scores, chosen, reduction="none")
+    return losses.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -20,6 +20,7 @@ not next to channel routers (channels are chosen there), nor where an architectu
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -89,10 +90,11 @@ class ComputeModel:
 
     def dense(self, valid: Tensor, phase: Phase) -> Tensor:
         """Cost [B, T] of the frozen model for tokens valid [B, T] (bool; padding costs nothing)."""
-        total = torch.full(valid.shape, float(self.head), device=valid.device)
-        for block in self.blocks:
-            total = total + block.q + block.kv + block.o + block.mlp_in + block.mlp_out
-            total = total + block.per_key * _keys(valid, phase, block.window)
+        products = sum(block.q + block.kv + block.o + block.mlp_in + block.mlp_out for block in self.blocks)
+        total = torch.full(valid.shape, float(self.head + products), device=valid.device)
+        for window in {block.window for block in self.blocks}:
+            per_key = sum(block.per_key for block in self.blocks if block.window == window)
+            total = total + per_key * _keys(valid, phase, window)
         return (total + self.outside / valid.sum(1, keepdim=True)) * valid
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
@@ -101,9 +103,26 @@ class ComputeModel:
         if decisions.bypassed:
             return self.dense(valid, phase) - self.head * valid
         total = self.outside / valid.sum(1, keepdim=True)
-        for number, block in enumerate(self.blocks):
-            total = total + self._block(number, block, decisions, valid, phase)
+        for numbers in self._alike:
+            cost = self._cost(numbers, self.blocks[numbers[0]], decisions, valid, phase)
+            total = total + (cost.sum(0) if cost.ndim > valid.ndim else len(numbers) * cost)
         return total * valid
+
+    @cached_property
+    def _alike(self) -> list[tuple[int, ...]]:
+        """The numbers of blocks that cost the same if the same is decided, together: for all of them it is a few
+        operations then. In image models a block's cost depends on the one before."""
+        if self.image:
+            return [(number,) for number in range(len(self.blocks))]
+        found: list[tuple[Any, list[int]]] = []
+        for number, block in enumerate(self.blocks):
+            kind = block, [router.of_kind.concerns(router, number) for router in self.spec.at("block")]
+            same = next((numbers for other, numbers in found if other == kind), None)
+            if same is None:
+                found.append((kind, [number]))
+            else:
+                same.append(number)
+        return [tuple(numbers) for _, numbers in found]
 
     def routed_head(self, share: Tensor | None, phase: Phase) -> Tensor | float:
         """Cost of the LM head for tokens whose exact rows have this share; None: no vocab router.
@@ -121,7 +140,7 @@ class ComputeModel:
             for part in map(block.only, BRANCHES):
                 products = part.q + part.kv + part.o + part.mlp_in + part.mlp_out
                 whole = products + part.per_key * _keys(valid, phase, part.window)
-                routed = whole if decisions.bypassed else self._block(number, part, decisions, valid, phase)
+                routed = whole if decisions.bypassed else self._cost((number,), part, decisions, valid, phase)
                 dense.append(whole * valid)
                 spent.append(routed * valid)
         one, other = (torch.stack(x).unflatten(0, (-1, len(BRANCHES))) for x in (spent, dense))
@@ -148,19 +167,23 @@ class ComputeModel:
             shares = torch.cat([torch.ones(1, self.prefix), shares.expand(1, tokens - self.prefix)], 1)
         return Decisions(share=_Uniform(shares))
 
-    def _block(self, number: int, block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
-        cost = BlockCost(number, block, decisions, valid, phase, self.image, self.prefix)
+    def _cost(
+        self, numbers: tuple[int, ...], block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase
+    ) -> Tensor:
+        """Cost of blocks of one shape: [B, T], or [blocks, B, T] where it differs between them."""
+        cost = BlockCost(numbers, block, decisions, valid, phase, self.image, self.prefix)
         for router in self.spec.at("block"):
-            if router.of_kind.concerns(router, number):
+            if router.of_kind.concerns(router, numbers[0]):
                 router.of_kind.cost(router, cost)
         return cost.total()
 
 
 @dataclass
 class BlockCost:
-    """What is open of one block: shares [B, T], [B, 1] or numbers, to which each kind of router adds its own."""
+    """What is open of a block: shares [B, T], [B, 1] or numbers, to which each kind of router adds its own; of several
+    blocks, [blocks, B, T] and so on where it differs between them."""
 
-    number: int
+    numbers: tuple[int, ...]
     shape: BlockShape
     decisions: Decisions
     valid: Tensor
@@ -187,13 +210,18 @@ class BlockCost:
         after the block's number; missing: what to take where it decided nothing."""
         if not spec.of_kind.saves(spec, self.phase):
             return 1.0
-        key = f"{self.number}.{key}"
-        if missing is not None and key not in self.decisions.share:
-            return missing
-        return self.decisions.share[key]
+        shares, keys = self.decisions.share, [f"{number}.{key}" for number in self.numbers]
+        if missing is None:
+            found = [shares[key] for key in keys]
+        else:
+            some = next((shares[key] for key in keys if key in shares), None)
+            if some is None:
+                return missing
+            found = [shares[key] if key in shares else torch.full_like(some, missing) for key in keys]
+        return found[0] if len(found) == 1 else torch.stack(found)
 
     def total(self) -> Tensor:
-        """Cost [B, T] of the block."""
+        """Cost [B, T] of the block, or [blocks, B, T]."""
         block, lora, read = self.shape, self.shape.lora, self.read
         attn, mlp = (self.inside * self.open[branch] for branch in BRANCHES)
         head, neurons = (self.parts[branch] for branch in BRANCHES)
@@ -238,11 +266,11 @@ class _Uniform(dict[str, Tensor]):
 
 
 def _keys(valid: Tensor, phase: Phase, window: int | None, written: Tensor | float = 1.0) -> Tensor:
-    """How many keys each token attends to, [B, T], if a share `written` of each token's keys exists."""
+    """How many keys each token attends to, [..., B, T], if a share `written` of each token's keys exists."""
     present = valid.float() * written
     if phase == "prefill":
-        return present.sum(1, keepdim=True).expand(valid.shape)
-    keys = present.cumsum(1)
-    if window is None or window >= keys.shape[1]:
+        return present.sum(-1, keepdim=True).expand(present.shape)
+    keys = present.cumsum(-1)
+    if window is None or window >= keys.shape[-1]:
         return keys
-    return keys - F.pad(keys[:, :-window], (window, 0))
+    return keys - F.pad(keys[..., :-window], (window, 0))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, masking_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,6 +65,19 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         base.rope_deltas = before
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Within it transformers takes every row of a batch for one sequence where nobody gives positions; else it reads
+    those that it has just made itself, and the host waits for the device."""
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,13 @@ def _masks_by_first_layer() -> bool:
     tokens, mask = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0, 1, 1]])
     model(tokens, attention_mask=mask, **with_cache(model, {}, cache))
     return asked == [3]
+
+
+@torch.no_grad()
+def _looks_for_packed_rows() -> bool:
+    tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # of which nobody can ask for numbers
+    with one_sequence_a_row():
+        return bool(_llama().to("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 8))
 
 
 @torch.no_grad()
@@ -294,6 +314,12 @@ ASSUMPTIONS = (
         "takes a mask's length from the first layer of the cache",
         "students/execution/kv_cache.py (DroppedLayer.get_mask_sizes)",
         _masks_by_first_layer,
+    ),
+    Assumption(
+        "transformers",
+        "looks for several sequences in a row in one place",
+        "one_sequence_a_row",
+        _looks_for_packed_rows,
     ),
     Assumption(
         "transformers",

@@ -130,19 +130,17 @@ class Distillation(nn.Module):
         """
         student, loss = self.student, self.loss
         targets = ids.roll(-1, dims=1)
-        follows = torch.ones_like(ids, dtype=torch.bool)
-        follows[:, -1] = False
-        scale = counted.numel() / counted.sum()
+        follows = (torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - 1).expand(ids.shape)
+        scale = (counted.numel() / counted.sum()).expand(ids.numel())
         tensors = student.head_tensors()
-        owners = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+        owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape).flatten()
 
         def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             logits, share = student.logits(h, *tensors, owner=owner)
             with torch.no_grad():
                 teacher_logits, _ = student.logits(t)
             kl = self.divergence(logits, teacher_logits)
-            costs = {p: torch.as_tensor(student.compute.routed_head(share, p), device=h.device) for p in PHASES}
-            cost = {p: c.expand(len(h)) * scale for p, c in costs.items()}
+            cost = {p: student.compute.routed_head(share, p) * scale[: len(h)] for p in PHASES}
             total = loss.logits_weight * kl.sum()
             if loss.cross_entropy_weight:
                 total = total + loss.cross_entropy_weight * _nll(logits, target, follows)

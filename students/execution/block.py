@@ -35,9 +35,9 @@ class BlockGather:
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
         gates = run.decide(f"{attn.block}.layer", router, features)
-        open_ = Exits(x, [(gates, None)], valid=run.call.valid).open()
-        chosen = Chosen(open_, run.counted(x))
-        rows = chosen.rows  # waits for the device
+        decided = Exits(x, [(gates, None)], valid=run.call.valid)
+        chosen = Chosen(decided.open(), run.counted(x), decided.count)
+        rows = chosen.rows  # waits for the device, where it is not known beforehand how many there are
         exits = Exits(x, specs=[router.spec])
         if exits.weighted:
             gate = take(gates.gate, x, rows)

@@ -176,7 +176,7 @@ class RoutedBranch(Wrapper):
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the tokens that need it, to the tokens that have a key."""
         x, handover = exits.x, self.handover
-        chosen = Chosen(exits.open(), self.runtime.counted(x))
+        chosen = Chosen(exits.open(), self.runtime.counted(x), exits.count)
         if exits.drops:
             return self._attend_kept(exits, chosen, plan or Plan(), args, kwargs)
         for_all = devices.runs_ahead(x.device) and x.shape[1] > 1  # attention is cheap there, and finding out is not

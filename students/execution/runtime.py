@@ -167,6 +167,7 @@ class Runtime:
             gate = selection.topk(score, self.kept, dim=-1)
         elif spec.selection == "topk" and self.causal and self.training:
             gate = selection.topk(score, self.capacity, dim=1)
+            count = selection.how_many(score.shape[1], self.capacity) if score.shape[1] == x.shape[1] else None
         elif over_tokens and not self.causal:
             gate, count = self._patches(router, score)
         else:

@@ -30,17 +30,20 @@ class Chosen:
     """The open tokens of a batch [B, T]: which they are the device knows; how many, the host is told when it first asks
     for any of this, and until then what is launched can run.
 
-    of: how many tokens there are, padding aside.
+    of: how many tokens there are, padding aside. count: how many each row has, if that is known; then nothing waits.
     """
 
-    def __init__(self, open_: Tensor, of: int) -> None:
+    def __init__(self, open_: Tensor, of: int, count: int | None = None) -> None:
         self._open = open_
         self._of = of
+        self._ahead = devices.runs_ahead(open_.device)
         self._fetched: Fetched | None = None
-        if devices.runs_ahead(open_.device):
+        if count is not None:
+            self.counts = [count] * len(open_)
+        if self._ahead:
             self._upto = open_.flatten().cumsum(0)
             self._ends = self._upto[open_.shape[1] - 1 :: open_.shape[1]]
-            self._fetched = Fetched(self._ends)
+            self._fetched = Fetched(self._ends) if count is None else None
 
     @property
     def pending(self) -> bool:
@@ -59,15 +62,15 @@ class Chosen:
     def rows(self) -> Tensor:
         """[N]: their flat indices, ascending."""
         flat = self._open.flatten()
-        if self._fetched is None:
+        if not self._ahead:
             return flat.nonzero().squeeze(1)
-        table = self._upto.new_empty(sum(self.counts) + 1)  # the closed ones meet in its first place
+        table = self._upto.new_zeros(sum(self.counts) + 1)  # the closed ones meet in its first place
         return table.scatter_(0, self._upto * flat, torch.arange(len(flat), device=flat.device))[1:]
 
     @property
     def every(self) -> bool:
         """Whether they are all that there are."""
-        return (len(self.rows) if self._fetched is None else sum(self.counts)) == self._of
+        return (sum(self.counts) if self._ahead else len(self.rows)) == self._of
 
     def begins(self) -> Tensor:
         """[B]: the number of the first one of each row."""

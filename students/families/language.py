@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from students.execution.decoding import Decoding
 from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
-from students.libraries import cache_in, with_cache
+from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
 
@@ -81,7 +81,8 @@ class LanguageStudent(Student):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
         """As `forward`, up to the LM head: the base model's output, whose last_hidden_state `logits` takes."""
-        with self._deciding_from(prompt) as decisions:
+        alone = attention_mask is None and kwargs.get("position_ids") is None
+        with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 

@@ -106,8 +106,9 @@ class LayerKind(TokenKind):
         if spec.kv == "drop" or spec.dropped != "return":
             cost.written = cost.written * share
         here: torch.Tensor | float = 1.0
-        if cost.number and cost.image and spec.dropped != "return":  # those that earlier blocks let through
-            here = cost.decisions.share[f"{cost.number - 1}.layer"]
+        number = cost.numbers[0]
+        if number and cost.image and spec.dropped != "return":  # those that earlier blocks let through
+            here = cost.decisions.share[f"{number - 1}.layer"]
         cost.scored["layer"] = here
         if "match" in cost.shape.routers:
             cost.scored["match"] = self._matched(here, share, cost)

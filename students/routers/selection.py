@@ -32,8 +32,12 @@ def threshold(score: Tensor) -> Tensor:
 
 def topk(score: Tensor, share: float, dim: int) -> Tensor:
     """1 for the round(share * size) largest scores along `dim` (at least one), else 0; gradient as in `threshold`."""
-    size = score.shape[dim]
-    return best(score, min(size, max(1, round(share * size))), dim)
+    return best(score, how_many(score.shape[dim], share), dim)
+
+
+def how_many(size: int, share: float) -> int:
+    """How many of so many `topk` chooses."""
+    return min(size, max(1, round(share * size)))
 
 
 def best(score: Tensor, count: int | Sequence[int], dim: int) -> Tensor:

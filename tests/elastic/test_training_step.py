@@ -1,0 +1,51 @@
+"""What a training step asks of a device: no waits, and little beside the products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic.config import RunConfig
+from elastic.objectives.language import Distillation
+from elastic.plan import plan_config
+from students import elasticize
+from students.kernels import devices
+from tests.pico.language import make_tiny
+from tests.students.host_waits import NoHostWaits
+
+PRESETS = {
+    "default": [],
+    "default, prefill": ["budget.phase=prefill"],
+    "default, a range": ["budget.target=0.6:0.9", "student.gains=true"],
+    "mixture-of-depths": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device is one that the host runs ahead of."""
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+
+
+def configured(preset: str) -> RunConfig:
+    return plan_config("llama3-8b", preset=preset.partition(",")[0], settings=PRESETS[preset])
+
+
+def objective(preset: str, **sizes: int) -> Distillation:
+    config = configured(preset)
+    student = elasticize(make_tiny("llama", **sizes).requires_grad_(False), config.student)
+    student.runtime.capacity = 0.5
+    return Distillation(student, config.loss, config.budget, config.data).train()
+
+
+def step(distillation: Distillation) -> None:
+    ids = torch.randint(3, 100, (2, 32), generator=torch.Generator().manual_seed(0))
+    distillation(ids, torch.ones(2))[0].backward()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_host_waits_for_nothing(preset: str):
+    distillation = objective(preset)
+    step(distillation)
+    with NoHostWaits():
+        step(distillation)
