@@ -25,9 +25,11 @@ OPERATORS = {
     "row_gate_grad": "row_gate",
     "forward_kl": "forward_kl",
     "forward_kl_grad": "forward_kl",
+    "softmax_grad": "softmax_grad",
     "rms_norm": "rms_norm",
     "rms_norm_grad": "rms_norm",
     "merge_lowest": "merge_lowest",
+    "merge_below": "merge_lowest",
 }
 """Where each operator is: the name of the file, in which a function has the operator's name and arguments."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _rescale(most, values):
+def rescale(most, values):
     """The largest so far with these values, and the factor that sums of exponentials up to here shrink by."""
     new = tl.maximum(most, tl.max(values, 0))
     safe = tl.where(new == float("-inf"), 0.0, new)  # nothing finite yet
@@ -27,8 +27,8 @@ def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.const
         here = token < vocabulary
         s = tl.load(student + row * vocabulary + token, mask=here, other=float("-inf")).to(tl.float32)
         t = tl.load(teacher + row * vocabulary + token, mask=here, other=float("-inf")).to(tl.float32)
-        most_s, safe_s, shrink_s = _rescale(most_s, s)
-        most_t, safe_t, shrink_t = _rescale(most_t, t)
+        most_s, safe_s, shrink_s = rescale(most_s, s)
+        most_t, safe_t, shrink_t = rescale(most_t, t)
         weight = tl.exp(t - safe_t)
         sum_s = sum_s * shrink_s + tl.exp(s - safe_s)
         sum_t = sum_t * shrink_t + weight

@@ -8,115 +8,21 @@ finds each goer's partner and rank, and, where one program sees a whole image, w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.reference import must_leave_pairs
+from students.kernels.triton.leaving import NOBODY, NOT_NOW, choose
+
 WHOLE = 128
 """Goers of an image up to which one program has all of them."""
-NOBODY: tl.constexpr = tl.constexpr(2**30)
-NOT_NOW: tl.constexpr = tl.constexpr(1e29)
-"""The score of a patch that others may merge into (see merging.py)."""
 
 
-@triton.jit
-def _choose(
-    image,
-    size,
-    before,
-    top,
-    rank,
-    partner,
-    leaves,
-    first,
-    following,
-    total,
-    out_size,
-    out_score,
-    index,
-    into,
-    tokens,
-    prefix,
-    going,
-    keep,
-    GOERS: tl.constexpr,
-    TILE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Who of an image's goers leaves: those with the lowest ranks, of equals the first.
-
-    rank, partner, leaves, first, following and total are [B, going]: of goers, but first (the first goer that a taker
-    takes in) and total (its size then) of takers; following: the next goer with the same partner.
-    """
-    own = image * going
-    g = tl.arange(0, GOERS)
-    here = g < going
-    key = _in_order(tl.load(rank + own + g, mask=here, other=0.0))
-    to = tl.load(partner + own + g, mask=here, other=-1)
-    place = tl.zeros([GOERS], tl.int32)
-    for start in range(0, going, TILE):
-        other = start + tl.arange(0, TILE)
-        there = other < going
-        key_o = _in_order(tl.load(rank + own + other, mask=there, other=0.0))[None, :]
-        lower = (key_o < key[:, None]) | ((key_o == key[:, None]) & (other[None, :] < g[:, None]))
-        place += tl.sum((lower & there[None, :]).to(tl.int32), 1)
-    goes = here & (place < tokens - keep)
-    tl.store(leaves + own + g, goes.to(tl.int32), mask=here)
-    tl.debug_barrier()
-    next_one, first_one = tl.full([GOERS], NOBODY, tl.int32), tl.full([GOERS], NOBODY, tl.int32)
-    heavier = tl.zeros([GOERS], tl.float32)
-    for start in range(0, going, TILE):
-        other = start + tl.arange(0, TILE)
-        there = other < going
-        leaving = (tl.load(leaves + own + other, mask=there, other=0) > 0)[None, :]
-        to_o = tl.load(partner + own + other, mask=there, other=-1)[None, :]
-        mine = leaving & (to_o == g[:, None])
-        after = leaving & (to_o == to[:, None]) & (other[None, :] > g[:, None])
-        next_one = tl.minimum(next_one, tl.min(tl.where(after, other[None, :], NOBODY), 1))
-        first_one = tl.minimum(first_one, tl.min(tl.where(mine, other[None, :], NOBODY), 1))
-        weight = tl.full([TILE], 1.0, tl.float32)
-        if size is not None:
-            weight = tl.load(size + image * tokens + prefix + 2 * other, mask=there, other=0.0)
-        heavier += tl.sum(tl.where(mine, weight[None, :], 0.0), 1)
-    tl.store(following + own + g, next_one, mask=here)
-    tl.store(first + own + g, first_one, mask=here)
-    tl.store(total + own + g, heavier, mask=here)
-    tl.debug_barrier()
-    i = tl.arange(0, TOKENS)
-    exists = i < tokens
-    patch = exists & (i >= prefix)
-    pair = (i - prefix) // 2
-    goer = patch & ((i - prefix) % 2 == 0)
-    taker = patch & ((i - prefix) % 2 == 1)
-    left = tl.load(leaves + own + pair, mask=goer, other=0) > 0
-    remains = exists & ~left
-    weight = tl.full([TOKENS], 1.0, tl.float32)
-    if size is not None:
-        weight = tl.load(size + image * tokens + i, mask=exists, other=1.0)
-    weight += tl.load(total + own + pair, mask=taker, other=0.0)
-    score = tl.full([TOKENS], NOT_NOW, tl.float32)
-    score = tl.where(i < prefix, tl.load(top + i, mask=i < prefix, other=0.0), score)
-    if before is not None:
-        score = tl.minimum(score, tl.load(before + image * tokens + i, mask=exists, other=0.0))
-    score = tl.where(goer, tl.load(rank + own + pair, mask=goer, other=0.0), score)
-    at = image * keep + tl.cumsum(remains.to(tl.int32), 0) - 1
-    tl.store(index + at, i.to(tl.int64), mask=remains)
-    tl.store(out_size + at, weight, mask=remains)
-    tl.store(out_score + at, score, mask=remains)
-    where = tl.where(left, prefix + 1 + 2 * tl.load(partner + own + pair, mask=goer, other=0), i)
-    tl.store(into + image * tokens + i, where.to(tl.int64), mask=exists)
-
-
-@triton.jit
-def _in_order(score):
-    """Integers in the order of float32 numbers, NaNs at the ends, so that exactly as many leave as should."""
-    bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
+@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
 def _match(
     x,
     size,
@@ -135,11 +41,15 @@ def _match(
     out_score,
     index,
     into,
+    lengths,
+    shift,
+    counts,
     tokens,
     width,
     prefix,
     going,
     keep,
+    multiple,
     root,
     GOERS: tl.constexpr,
     TILE: tl.constexpr,
@@ -150,10 +60,13 @@ def _match(
 ):
     """The rank and the partner of the TILE goers of a program; WHOLE: and who goes, TILE being all of an image."""
     image = tl.program_id(0)
-    taking = (tokens - prefix) // 2
+    length_here = tokens
+    if lengths is not None:
+        length_here = tl.load(lengths + image).to(tl.int32)
+    taking = (length_here - prefix) // 2
     lane = tl.arange(0, WIDTH)
     g = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    here = g < going
+    here = g < (length_here - prefix + 1) // 2
     from_x = x + image.to(tl.int64) * tokens * width
     row = from_x + (prefix + 2 * g)[:, None] * width
     square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
@@ -183,13 +96,14 @@ def _match(
         best = tl.maximum(most, best)
     score = score * root / tl.maximum(length, 1e-6) + tl.load(bias).to(tl.float32)
     score += tl.load(distance_weight).to(tl.float32) * tl.log(tl.maximum(1.0 - best, 1e-3))
+    score = tl.where(taking > 0, score, NOT_NOW)  # there is nobody to go to
     if before is not None:
         score = tl.minimum(score, tl.load(before + image * tokens + prefix + 2 * g, mask=here, other=0.0))
     tl.store(rank + image * going + g, score, mask=here)
     tl.store(partner + image * going + g, where, mask=here)
     if WHOLE:
         tl.debug_barrier()
-        _choose(
+        choose(
             image,
             size,
             before,
@@ -204,17 +118,21 @@ def _match(
             out_score,
             index,
             into,
+            lengths,
+            shift,
+            counts,
             tokens,
             prefix,
             going,
             keep,
+            multiple,
             GOERS,
             32,
             TOKENS,
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
+@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
 def _choose_alone(
     size,
     before,
@@ -229,15 +147,19 @@ def _choose_alone(
     out_score,
     index,
     into,
+    lengths,
+    shift,
+    counts,
     tokens,
     prefix,
     going,
     keep,
+    multiple,
     GOERS: tl.constexpr,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    _choose(
+    choose(
         tl.program_id(0),
         size,
         before,
@@ -252,10 +174,14 @@ def _choose_alone(
         out_score,
         index,
         into,
+        lengths,
+        shift,
+        counts,
         tokens,
         prefix,
         going,
         keep,
+        multiple,
         GOERS,
         TILE,
         TOKENS,
@@ -288,7 +214,21 @@ def _take_in(x, size, first, following, index, out_size, out, tokens, width, pre
     tl.store(out + me.to(tl.int64) * width + lane, mean.to(out.dtype.element_ty), mask=here)
 
 
-def merge_lowest(
+def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """As `ops.merge_lowest`."""
+    *given, top, keep = rest
+    n, prefix = x.shape[1], len(top)
+    must_leave_pairs(n, prefix, keep)
+    return _merge(x, *given, top, keep, None, None, 1)[:-1]
+
+
+def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """As `ops.merge_below`."""
+    *given, lengths, shift, multiple = rest
+    return _merge(x, *given, x.shape[1], lengths, shift, multiple)
+
+
+def _merge(
     x: Tensor,
     size: Tensor | None,
     before: Tensor | None,
@@ -297,28 +237,31 @@ def merge_lowest(
     distance_weight: Tensor,
     top: Tensor,
     keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `merging.merge_lowest`."""
+    lengths: Tensor | None,
+    shift: Tensor | None,
+    multiple: int,
+) -> tuple[Tensor, ...]:
+    """Both; keep: how many tokens of each image are written, of which fewer may be left where there are lengths."""
     x, (batch, tokens, width), prefix = x.contiguous(), x.shape, len(top)
-    going = (tokens - prefix + 1) // 2
-    if keep < tokens - going:
-        raise ValueError(f"of {tokens - prefix} patches every other may go, which does not leave {keep - prefix}")
+    going = max(1, (tokens - prefix + 1) // 2)
     given = [None if t is None else t.contiguous() for t in (size, before)]
     weight, top = weight.contiguous(), top.contiguous()
     rank, total = (x.new_empty(batch, going, dtype=torch.float32) for _ in range(2))
     partner, leaves, first, following = (x.new_empty(batch, going, dtype=torch.int32) for _ in range(4))
     sizes, scores = (x.new_empty(batch, keep, dtype=torch.float32) for _ in range(2))
     index, into = (x.new_empty(batch, count, dtype=torch.int64) for count in (keep, tokens))
-    out = x.new_empty(batch, keep, width)
+    out, counts = x.new_empty(batch, keep, width), x.new_empty(batch, dtype=torch.int64)
     if not out.numel():
-        return out, sizes, scores, index, into.copy_(torch.arange(tokens, device=x.device))
-    found = rank, partner, leaves, first, following, total, sizes, scores, index, into
+        return out, sizes, scores, index, into.copy_(torch.arange(tokens, device=x.device)), counts.fill_(0)
+    own = [None if t is None else t.contiguous() for t in (lengths, shift)]
+    found = rank, partner, leaves, first, following, total, sizes, scores, index, into, *own, counts
     goers, whole = max(16, triton.next_power_of_2(going)), going <= WHOLE
     wide = x.element_size() > 2  # no tensor cores: registers are what there is least of
     block, padded = 32 if wide else 64, triton.next_power_of_2(tokens)
     tile = goers if whole else block
+    counted = prefix, going, keep, multiple
     _match[(batch, max(1, triton.cdiv(going, tile)))](
-        *(x, *given, weight, bias, distance_weight, top, *found, tokens, width, prefix, going, keep, math.sqrt(width)),
+        *(x, *given, weight, bias, distance_weight, top, *found, tokens, width, *counted, math.sqrt(width)),
         GOERS=goers,
         TILE=tile,
         TAKERS=block,
@@ -330,7 +273,7 @@ def merge_lowest(
     )
     if not whole:
         _choose_alone[(batch,)](
-            *(*given, top, *found, tokens, prefix, going, keep), GOERS=goers, TILE=32, TOKENS=padded, num_warps=16
+            *(*given, top, *found, tokens, *counted), GOERS=goers, TILE=32, TOKENS=padded, num_warps=16
         )
     lanes = triton.next_power_of_2(width)
     _take_in[(batch * keep,)](
@@ -338,4 +281,4 @@ def merge_lowest(
         WIDTH=lanes,
         num_warps=max(1, min(8, lanes // 256)),
     )
-    return out, sizes, scores, index, into
+    return out, sizes, scores, index, into, counts

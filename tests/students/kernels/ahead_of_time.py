@@ -55,6 +55,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     def call(name: str, *arguments: object) -> Callable[[], object]:
         def run() -> None:
             found, expected = implementation(name)(*arguments), getattr(torch.ops.elastic, name)(*arguments)
+            if found is None and expected is None:  # what it is given is written to
+                return
             for x, y in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, expected)), strict=True):
                 assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device), (name, x, y)
 
@@ -87,6 +89,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     for tall in (make(8, 197, 768), make(8, 577, 1024)):
         router = make(tall.shape[2], kind=single), make(1, kind=single), scalar, make(1, kind=single)
         yield call("merge_lowest", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40)
+        lengths, shift = make(8, kind=torch.int64), make(8, kind=single)
+        yield call("merge_below", tall, make(8, tall.shape[1], kind=single), None, *router, lengths, shift, 4)
+    yield call("softmax_grad", make(2, 8, 1000, 1000), make(2, 8, 1000, 1000), 1000)
     for count in (1, 4, 4096):
         yield call("rms_norm", make(count, narrow), make(narrow), 1e-6, 0)
     yield call("rms_norm_grad", make(8, narrow), make(8, narrow), make(narrow), 1e-6, 0)

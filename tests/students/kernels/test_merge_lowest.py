@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from students.kernels import reference
 from students.kernels.merging import match, merge
-from students.kernels.ops import merge_lowest
+from students.kernels.ops import merge_below, merge_lowest
 from students.kernels.scoring import stream_score
 from tests.backends import DTYPES
 
@@ -73,3 +74,27 @@ def test_images_that_are_not_numbers_keep_as_many_tokens_as_others(backend: torc
     zero = torch.zeros(1).to(backend)
     index = merge_lowest(x, None, None, torch.ones(8).to(backend), zero, zero[0], 1e30 + zero, 6)[3]
     assert all(sorted(set(row)) == row and row[0] >= 0 and row[-1] < 9 for row in index.tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("prefix", "n", "lengths"), [(1, 19, [19, 1, 2, 3, 12]), (0, 9, [9, 0, 1, 4]), (1, 300, [300])]
+)
+def test_images_of_their_own_lengths_merge_as_alone(
+    prefix: int, n: int, lengths: list[int], backend: torch.device
+) -> None:
+    draw = torch.Generator().manual_seed(n)
+    batch = len(lengths)
+    x, size = torch.randn(batch, n, 8, generator=draw), torch.randint(1, 4, (batch, n), generator=draw).float()
+    before, shift = (torch.randn(shape, generator=draw) for shape in ((batch, n), (batch,)))
+    weight, bias = (torch.randn(count, generator=draw).to(backend) for count in (8, 1))
+    router = weight, bias, torch.tensor(0.7).to(backend), 1e30 * torch.arange(prefix, 0, -1).to(backend)
+    x, size, before, shift = (t.to(backend) for t in (x, size, before, shift))
+    for multiple in (1, 4):
+        rest = torch.tensor(lengths).to(backend), shift, multiple
+        found, expected = (run(x, size, before, *router, *rest) for run in (merge_below, reference.merge_below))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert sorted(found[3][0].tolist()) == list(range(n))
+        again = merge_below(x, size, before, *router, *rest)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
