@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from elastic import families, launch
+from elastic import families, launch, sharding
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
@@ -52,7 +52,7 @@ def measure(
         if budget is not None:
             student.set_compute(budget)
         work = partial(families.of(config.family).evaluate, student, held_out, config, kept)
-        row = describe(run, student, name, launch.on_main(work))
+        row = describe(run, student, name, launch.computed(work))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
 
@@ -101,7 +101,10 @@ def measure_run(
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
         raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
-    student = launch.in_turn(lambda: session.student(run))
+    if baselines:
+        sharding.refuse("baselines")
+    launch.in_turn(lambda: run.teacher(session.loaded))
+    student = launch.together(lambda: session.student(run))
     for budget in compute:
         student.set_compute(budget)  # a mistake here should not have to wait for the data
     if data is None:

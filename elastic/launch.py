@@ -25,11 +25,10 @@ E = TypeVar("E", bound=Exception)
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other's word: one may calibrate, or measure, for hours."""
 OTHERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which brings an optimizer and a training step of its own",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which brings models of its own",
 }
-"""Ways of accelerate to spread a model that Elastic does not take, by the variable that asks for them."""
+"""Ways of accelerate to spread a model that Elastic does not take, and why, by the variable that asks for them."""
 
 _alone = False
 
@@ -41,6 +40,16 @@ class Lost(RuntimeError):
 def launched() -> int:
     """How many processes a launcher has started for this command, by its word alone."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def spreads() -> bool:
+    """Whether frozen weights are to be spread over the processes (see elastic/sharding.py)."""
+    return launched() > 1 and asks("ACCELERATE_USE_FSDP")
+
+
+def asks(variable: str, otherwise: str = "false") -> bool:
+    """What accelerate's configuration says, by the environment variable that it becomes."""
+    return os.environ.get(variable, otherwise).lower() in ("1", "true", "yes")
 
 
 def forget() -> None:
@@ -67,10 +76,12 @@ def _join() -> _Joined:
     from accelerate import PartialState
 
     for variable, name in OTHERS.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ValueError(f"accelerate's configuration asks for {name}, which Elastic does not take: use MULTI_GPU")
+        if asks(variable):
+            raise ValueError(
+                f"accelerate's configuration asks for {name}: Elastic takes MULTI_GPU, or FSDP with fsdp_version: 2"
+            )
     without = not torch.accelerator.is_available()
-    cpu = without or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    cpu = without or asks("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu)
     if state.num_processes != launched():
         raise ValueError(
@@ -152,6 +163,25 @@ def total(x: Tensor) -> Tensor:
     with _others():
         torch.distributed.all_reduce(whole)
     return whole + (x - x.detach()) if x.requires_grad else whole
+
+
+def part() -> tuple[int, int, Any]:
+    """Which of how many parts of spread weights this process keeps, and the device that it computes on."""
+    joined = _join()
+    return joined.rank, joined.size, joined.device
+
+
+def fill(buffer: Tensor) -> None:
+    """Fill a buffer, of which each process has put its own part in place, with all of them."""
+    import torch
+
+    joined = _join()
+    with _others():
+        if buffer.device.type == "cpu":  # gloo would gather into a second buffer
+            for rank, own in enumerate(buffer.chunk(joined.size)):
+                torch.distributed.broadcast(own, rank)
+        else:
+            torch.distributed.all_gather_into_tensor(buffer, buffer.chunk(joined.size)[joined.rank])
 
 
 def average(x: Tensor) -> Tensor:
@@ -238,6 +268,14 @@ def on_main(work: Callable[[], T]) -> T:
     if word[0].error is not None:
         raise word[0].error
     return word[0].value
+
+
+def computed(work: Callable[[], T]) -> T:
+    """As `on_main`, for work that runs the model: where its weights are spread over the processes, all do it alike."""
+    if not spreads():
+        return on_main(work)
+    made = together(work)
+    return on_main(lambda: made)
 
 
 def together(work: Callable[[], T]) -> T:

@@ -26,7 +26,7 @@ import yaml
 from torch import nn
 
 import teachers
-from elastic import __version__, launch
+from elastic import __version__, launch, sharding
 from elastic.config import NAMED_DATA, RunConfig
 from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
@@ -179,6 +179,8 @@ class Run:
         the first call (see Student.prepare)."""
         student = make_student(teacher, self.config)
         student.restore(self.routers)
+        if launch.spreads():
+            return student
         if has_room_for_two(student) if pack is None else pack:
             pack_linears(student.model)
         if prepare:
@@ -188,7 +190,10 @@ class Run:
 
 def load_teacher(config: RunConfig) -> Teacher:
     """The teacher of a configuration."""
-    return teachers.load(config.model, dtype=DTYPES[config.train.precision])
+    if launch.spreads():
+        sharding.require(config.family)
+    place = sharding.spread if launch.spreads() else None
+    return teachers.load(config.model, dtype=DTYPES[config.train.precision], place=place)
 
 
 def share_weights(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from elastic import bench, evaluate, families, launch, trainer
+from elastic import bench, evaluate, families, launch, sharding, trainer
 from elastic.config import RunConfig, make_config
 from elastic.evaluation.session import Session
 from elastic.files import write_text
@@ -79,6 +79,7 @@ def sweep(
     out; ValueError at the end then, or at once where nothing has been finished yet. (One function, as what is missing,
     the clock and the failures are needed at each step.)
     """
+    sharding.refuse("sweeps")
     tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
     folder = SweepFolder(output)
 

@@ -147,7 +147,8 @@ def _run(
     accelerator = Accelerator(
         log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
     )
-    student.to(accelerator.device)
+    if not launch.spreads():  # else the weights are where they are gathered
+        student.to(accelerator.device)
     if config.train.checkpointing:
         student.checkpoint_blocks()
     started = time.monotonic()

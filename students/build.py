@@ -41,6 +41,7 @@ from students.families.vision_language import Door, VisionLanguageStudent
 from students.kernels.norms import fuse_norms, let_round
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.selfcheck import SelfCheck, must_check, some_tokens
+from students.shards import are_spread
 from students.spec import RouterSpec, StudentSpec
 from students.student import Student
 
@@ -58,6 +59,8 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         raise ValueError("this model has routers already; load a fresh one")
     check = _self_check(model) if must_check(model, spec) else None
     student = _elasticize(model, spec).train(False)
+    if are_spread(model):
+        student.runtime.execution = "mask"
     if check is not None:
         check.compare(student)
     return student

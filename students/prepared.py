@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from students.shards import unit_of
+
 
 class Stamp:
     """What prepared state was made of: it is stale once one of these tensors has been written to, moved or replaced, or
@@ -18,7 +20,7 @@ class Stamp:
 
     def renew(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
         """Whether what was prepared last is stale. From now on it is what is made of these."""
-        made_of = (*((x.data_ptr(), None if x.is_inference() else x._version) for x in tensors), *settings)
+        made_of = (*((_place(x), None if x.is_inference() else x._version) for x in tensors), *settings)
         if made_of == self._made_of:
             return False
         self._made_of = made_of
@@ -27,6 +29,11 @@ class Stamp:
     def reset(self) -> None:
         """Nothing is prepared."""
         self._made_of = None
+
+
+def _place(x: Tensor) -> Hashable:
+    """Where a tensor is: in memory, or the weight of a unit that comes and goes."""
+    return x.data_ptr() if unit_of(x) is None else id(x)
 
 
 class InPrecision:

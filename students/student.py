@@ -22,6 +22,7 @@ from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients
 from students.prepared import Stamp, writes
+from students.shards import are_spread
 from students.spec import StudentSpec
 
 ADDED = {"routers", "substitutes", "lora"}
@@ -119,6 +120,8 @@ class Student(nn.Module):
         self._prepare()
 
     def _prepare(self) -> None:
+        if are_spread(self.model):
+            raise ValueError("weights that are spread over processes are not laid out for skipping: execute as masks")
         run, written = self.runtime, writes(self._added)
         moved = self._laid_out.renew([self._frozen], written)
         if not self._dialled.renew([self._frozen], written, run.offset, run.capacity):

@@ -73,7 +73,7 @@ def adopted(student: Student, work: Callable[[], T]) -> T:
         made = work()
         return made, {name: tensor.cpu() for name, tensor in student.added_state().items()}, student.setting
 
-    made, tensors, student.setting = launch.on_main(done)
+    made, tensors, student.setting = launch.computed(done)
     student.load_added_state(tensors)
     return made
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from students.execution.head import RoutedHead
 from students.routers import Substitute, VocabRouter
+from students.shards import open_unit
 
 
 def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
@@ -72,6 +73,7 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
     first metric, so that |f| measures how far a token's previewed logits spread.
     """
+    open_unit(head)
     router, weight = head.routers["vocab"], head.base_layer.get_parameter("weight")
     assert isinstance(router, VocabRouter)
     hidden = hidden.float()

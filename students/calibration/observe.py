@@ -16,6 +16,7 @@ from students.compute import BlockShape, Phase
 from students.execution.branch import RoutedBranch
 from students.families.language import LanguageStudent
 from students.routers import Router, Substitute
+from students.shards import open_unit
 from students.spec import RouterSpec
 
 PRICED_ROWS = 256
@@ -144,6 +145,7 @@ class BlockStart:
     def importance(self, site: str) -> Tensor:
         """Sum [C] over a site's outputs of their sensitivity to a channel's weight, squared."""
         if site not in self._importance:
+            open_unit(self.block)
             weights = [weight_of(linear).float() for linear in self.linears(site)]
             places = [self.seen(name) for name in self.record.linears(site)]
             parts = [p.sensitivity @ w.pow(2) for p, w in zip(places, weights, strict=True)]

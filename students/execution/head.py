@@ -11,6 +11,7 @@ from students.kernels import ops
 from students.kernels.packing import PackedProduct
 from students.prepared import Stamp
 from students.routers import VocabRouter, selection
+from students.shards import open_unit
 from students.spec import RouterSpec
 
 
@@ -48,6 +49,7 @@ class RoutedHead(Wrapper):
         if torch.compiler.is_compiling() and self._preview is not None:
             return self._preview
         if self._stamp.renew([router.up, weight]) or self._preview is None:
+            open_unit(self.base_layer)
             self._preview = router.preview_weight(weight.detach())
         return self._preview
 

@@ -30,9 +30,12 @@ from students.checkpoint import read_tensors
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 """Each of the launchers takes the number of processes next."""
-ACCELERATE = (
-    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-    *("--config_file", ROOT / "configs/accelerate/one-machine.yaml", "--num_processes"),
+ACCELERATE, FSDP2 = (
+    (
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", ROOT / f"configs/accelerate/{name}.yaml", "--num_processes"),
+    )
+    for name in ("one-machine", "fsdp2")
 )
 LEARNED = dict(rtol=1e-3, atol=2e-5)
 """How far parameters may be apart, where sums are rounded in another order."""
@@ -57,7 +60,11 @@ def launched(
 
 
 def in_processes(
-    count: int, runs: dict[Path, RunConfig | None], list_in: Path, caches: Mapping[Path, Path] = MappingProxyType({})
+    count: int,
+    runs: dict[Path, RunConfig | None],
+    list_in: Path,
+    caches: Mapping[Path, Path] = MappingProxyType({}),
+    launcher: Sequence[object] = TORCHRUN,
 ) -> None:
     """Make these runs in so many processes, or continue those without a configuration; caches: of those that have one
     of what the teacher says."""
@@ -67,7 +74,7 @@ def in_processes(
         json.dumps([str(folder), config and to_dict(config), known.get(folder)]) for folder, config in runs.items()
     ]
     file.write_text("\n".join(lines))
-    done = launched(count, file)
+    done = launched(count, file, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from elastic import trainer
 from elastic.config import RunConfig
 from elastic.run import Run
 from students.checkpoint import read_tensors
-from tests.elastic.several import ACCELERATE, assert_close, in_processes, launched, one_and_two
+from tests.elastic.several import ACCELERATE, FSDP2, assert_close, in_processes, launched, one_and_two
 from tests.pico.language import RUN_SETTINGS
 
 Configure = Callable[..., RunConfig]
@@ -52,6 +53,31 @@ def test_several_processes_share_what_the_teacher_says(runs: Path):
     (kept,) = (path for path in (runs / "cache").iterdir() if path.is_dir())
     keys = [key.numpy().tobytes() for file in kept.iterdir() for key in load_file(file)["keys"]]
     assert len(keys) == len(set(keys)) == 24
+
+
+def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: Configure, runs: Path, tmp_path: Path):
+    stopped, names = tmp_path / "stopped", ("price", "hinge", "topk", "sequence")
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    configs = {name: configure(*LANGUAGE[name][0], **LANGUAGE[name][1]) for name in names}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.distill(configs["price"], stopped, progress=stop, say=lambda _: None)
+    spread: dict[Path, RunConfig | None] = {tmp_path / name: config for name, config in configs.items()}
+    in_processes(2, {**spread, stopped: None}, tmp_path, launcher=FSDP2)
+    for name in names:
+        assert_close(runs / f"one-{name}", tmp_path / name)
+    assert_close(runs / "one-price", stopped)
+    for name in ("hinge", "sequence"):  # the others' weights lie in another order where they are whole
+        folders = runs / f"two-{name}", tmp_path / name
+        whole, parts = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in folders)
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    command = ["eval", tmp_path / "price", "--json"]
+    done = launched(2, *command, launcher=FSDP2, FSDP_OFFLOAD_PARAMS="true")
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["kl"] == pytest.approx(Run.open(tmp_path / "price").about["result"]["kl"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""What of accelerate's configuration of FSDP is taken, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastic import launch, sharding
+
+
+@pytest.fixture
+def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **asked}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_the_second_version_is_taken_for_language_models(fsdp: pytest.MonkeyPatch):
+    sharding.require("llm")
+    assert launch.spreads()
+    with pytest.raises(ValueError, match="spreads language models alone"):
+        sharding.require("vit")
+    with pytest.raises(ValueError, match="baselines run in one process"):
+        sharding.refuse("baselines")
+    launch.forget()
+    sharding.refuse("baselines")
+    assert not launch.spreads()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("FSDP_VERSION", "1", "say fsdp_version: 2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "keeps all weights in every process"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "has no effect"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "train.checkpointing=true"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(fsdp: pytest.MonkeyPatch, variable: str, value: str, said: str):
+    fsdp.setenv(variable, value)
+    with pytest.raises(ValueError, match=said):
+        sharding.require("llm")
