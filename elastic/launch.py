@@ -218,7 +218,8 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def pool(x: Tensor) -> Tensor:
-    """What all processes have of something [n], of which each may have another number, where each has its own."""
+    """The rows that all processes have of something [n, ...], of which each may have another number, where each has its
+    own."""
     if size() == 1:
         return x
     import torch
@@ -227,8 +228,8 @@ def pool(x: Tensor) -> Tensor:
     with _others():
         torch.distributed.all_gather(lengths, torch.tensor([len(x)]), group=_join().group)
         most = max(map(int, lengths))
-        parts = [x.new_empty(most) for _ in lengths]
-        torch.distributed.all_gather(parts, torch.nn.functional.pad(x, (0, most - len(x))))
+        parts = [x.new_empty(most, *x.shape[1:]) for _ in lengths]
+        torch.distributed.all_gather(parts, torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]))
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
 
@@ -287,6 +288,15 @@ def together(work: Callable[[], T]) -> T:
     if errors:
         raise done.error or errors[0]
     return done.value
+
+
+def in_step(work: Callable[[], T]) -> T:
+    """What all processes make of it, each of its share, but in step, so that a ValueError of one is everybody's."""
+    try:
+        return work()
+    except ValueError as error:
+        everyones(error)
+        raise
 
 
 def in_turn(work: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elastic.shares import sums, turns
 from students.compute import Phase
 from students.families.language import LanguageStudent
 
@@ -19,15 +20,17 @@ def prompt_mask(ids: Tensor, length: int) -> Tensor:
 
 @torch.no_grad()
 def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, prompt: int, after: int = 0) -> float:
-    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality; after: of
-    the tokens after so many only."""
+    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality, by all
+    processes; after: of the tokens after so many only."""
     spent = whole = 0.0
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    for turn in turns(len(windows), max(1, BATCH_TOKENS // windows.shape[1])):
+        batch = windows[turn.rows]
         valid = torch.ones_like(batch, dtype=torch.bool)
         out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
         head = head_cost(student, out.last_hidden_state, phase)
-        spent += float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
-        whole += float(student.compute.dense(valid, phase)[:, after:].sum())
+        spent += turn.counts * float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
+        whole += turn.counts * float(student.compute.dense(valid, phase)[:, after:].sum())
+    spent, whole = sums(spent, whole)
     return spent / whole
 
 

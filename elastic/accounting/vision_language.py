@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from elastic.shares import sums
+from students.calibration.share import Share
 from students.decisions import Decisions
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.prompts import Prompts
@@ -19,14 +21,15 @@ def spent_on(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisi
 
 
 @torch.no_grad()
-def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts]) -> float:
-    """The compute ratio on batches of prompts."""
+def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts], share: Share | None = None) -> float:
+    """The compute ratio on batches of prompts of all processes; share: what of them these are (None: all)."""
     spent = whole = 0.0
-    for prompts in batches:
+    for prompts, look in (share or Share()).looks(batches):
         if student.by_count:
             decisions = student.passing(prompts.image, prompts.inputs["attention_mask"].bool())
         else:
             _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         macs, _, dense = spent_on(student, prompts, decisions)
-        spent, whole = spent + float(macs.sum()), whole + float(dense.sum())
+        spent, whole = spent + look.counts * float(macs.sum()), whole + look.counts * float(dense.sum())
+    spent, whole = sums(spent, whole)
     return spent / whole

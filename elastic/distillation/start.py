@@ -65,12 +65,12 @@ def calibrate(student: Student, data: Any, config: RunConfig, say: Say) -> Start
 
 
 def adopted(student: Student, work: Callable[[], T]) -> T:
-    """What `work` makes of a student in the first process; the students of the others become the same."""
+    """What `work`, which all processes do together, makes of a student; all take it from the first, to the last bit."""
+    made = launch.in_step(work)
     if launch.size() == 1:
-        return work()
+        return made
 
     def done() -> tuple[T, dict[str, Tensor], dict[str, Any]]:
-        made = work()
         return made, {name: tensor.cpu() for name, tensor in student.added_state().items()}, student.setting
 
     made, tensors, student.setting = launch.computed(done)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
+from elastic.shares import Turn, sums, tell, turns
 from losses import DIVERGENCES, cosine_distance
 from students.families.image import Features, ImageStudent
 from teachers import Teacher
 from teachers.data.image_set import ImageSet
 
+P = TypeVar("P")
 T = TypeVar("T")
 MEASURED = 256
 """Images that are measured together."""
@@ -39,13 +44,13 @@ METRICS = (
 def evaluate(
     student: ImageStudent, images: ImageSet, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on images.
+    """Measure a student on images, all processes together.
 
     Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
     classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
     similarity of the features that the classifier reads; images, how many more were broken, and how many are labelled;
     unlabelled, why classes of the data have no number; images_per_second and teacher_images_per_second, which is of the
-    time when the teacher was asked.
+    time when the teacher was asked, both of all processes together.
     """
 
     def run(pixels: Tensor) -> tuple[Features, float]:
@@ -65,45 +70,50 @@ def compare(
 ) -> dict[str, Any]:
     """As `evaluate`, for anything that makes features of pixels, at a share of the teacher's compute; kept: what the
     teacher made of the same images before."""
-    from torchmetrics.classification import MulticlassAccuracy
-
     kept = kept or TeacherOutputs()
-    sums = dict.fromkeys(("compute", "kl", "agreement", "cosine"), 0.0)
-    seen, labelled, spent, metrics, classifies = 0, 0, 0.0, {}, False
-    for number, (pixels, labels) in enumerate(_batches(student, images)):
+    own: list[dict[str, float]] = []
+    spent = 0.0
+    for number, (pixels, labels, counted) in enumerate(_batches(student, images)):
         target = kept.of(number, partial(_teacher_outputs, student, pixels), pixels.device)
         started = time.perf_counter()
         out, compute = run(pixels)
         spent += time.perf_counter() - started
-        seen += len(pixels)
-        sums["compute"] += len(pixels) * compute
-        sums["cosine"] += len(pixels) * (1 - float(cosine_distance(out.pooled, target["pooled"])))
-        if out.logits is None:
-            continue
-        classifies = True
-        sums["kl"] += float(DIVERGENCES["forward_kl"](out.logits, target["logits"]).sum())
-        sums["agreement"] += float((out.logits.argmax(-1) == target["logits"].argmax(-1)).sum())
-        known = labels >= 0
-        labelled += int(known.sum())
-        if not known.any():
-            continue
-        classes = out.logits.shape[-1]
-        for name, logits in (("", out.logits), ("teacher_", target["logits"])):
-            for k in (1, 5):
-                key = f"{name}top{k}"
-                if key not in metrics:
-                    made = MulticlassAccuracy(classes, top_k=min(k, classes), average="micro", sync_on_compute=False)
-                    metrics[key] = made.to(pixels.device)
-                metrics[key].update(logits[known].float(), labels[known])
+        if counted:
+            own.append(_sums(out, target, labels) | {"compute": len(pixels) * compute})
+    found: defaultdict[str, float] = defaultdict(int)
+    for batch in chain.from_iterable(launch.gather(own)):
+        for key, value in batch.items():
+            found[key] += value
+    tell([images.left_out])
+    seen, known = found["images"], found["labelled"]
     if not seen:
         raise ValueError(f"none of {len(images):,} images to measure on can be used, {images.left_out.example}")
-    row: dict[str, Any] = {"compute": sums["compute"] / seen}
-    row |= {name: float(metric.compute()) for name, metric in metrics.items()}
-    if classifies:
-        row |= {"agreement": sums["agreement"] / seen, "kl": sums["kl"] / seen, "labelled": labelled}
+    row: dict[str, Any] = {"compute": found["compute"] / seen}
+    if known:
+        row |= {key: found[key] / known for key in (f"{whose}top{k}" for whose in ("", "teacher_") for k in (1, 5))}
+    if "agreement" in found:
+        row |= {"agreement": found["agreement"] / seen, "kl": found["kl"] / seen, "labelled": known}
         row |= {"unlabelled": images.unlabelled} if images.unlabelled else {}
-    row |= {"images_per_second": seen / spent, "teacher_images_per_second": seen / kept.seconds}
-    return {**row, "cosine": sums["cosine"] / seen, "images": seen, "broken": images.broken}
+    each_spent, each_asked = (seconds / launch.size() for seconds in sums(spent, kept.seconds))
+    row |= {"images_per_second": seen / each_spent, "teacher_images_per_second": seen / each_asked}
+    return {**row, "cosine": found["cosine"] / seen, "images": seen, "broken": images.broken}
+
+
+def _sums(out: Features, target: dict[str, Any], labels: Tensor) -> dict[str, float]:
+    """Over the images of a batch, and over those with a label [B]; without a classifier there is but the cosine."""
+    cosine = 1 - float(cosine_distance(out.pooled, target["pooled"]))
+    found = {"images": len(labels), "cosine": len(labels) * cosine}
+    if out.logits is None:
+        return found
+    found["kl"] = float(DIVERGENCES["forward_kl"](out.logits, target["logits"]).sum())
+    found["agreement"] = int((out.logits.argmax(-1) == target["logits"].argmax(-1)).sum())
+    known = labels >= 0
+    found["labelled"] = int(known.sum())
+    for whose, logits in (("", out.logits), ("teacher_", target["logits"])):
+        for k in (1, 5):
+            best = logits[known].float().topk(min(k, logits.shape[-1]), dim=-1).indices
+            found[f"{whose}top{k}"] = int((best == labels[known].unsqueeze(1)).sum())
+    return found
 
 
 def _teacher_outputs(student: ImageStudent, pixels: Tensor) -> dict[str, Any]:
@@ -112,28 +122,33 @@ def _teacher_outputs(student: ImageStudent, pixels: Tensor) -> dict[str, Any]:
     return {"pooled": features.pooled, "logits": features.logits}
 
 
-def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels and labels of all images that can be used, in order, on the student's device."""
+def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Pixels and labels of this process's share of the images that can be used, on the student's device, and whether
+    they count."""
     device = next(student.parameters()).device
-    for found in _ahead(images.load_readable, range(len(images))):
-        if found is not None:
-            yield found[0].to(device), found[1].to(device)
+
+    def read(turn: Turn) -> tuple[Tensor, Tensor, bool]:
+        found = images.load_readable(turn.samples) if turn.counts else None
+        return (*(found or images.load(turn.samples[:1])), found is not None)
+
+    for pixels, labels, counts in _ahead(read, turns(len(images), MEASURED)):
+        yield pixels.to(device), labels.to(device), counts
 
 
-def chosen_pixels(student: ImageStudent, images: ImageSet, chosen: Sequence[int]) -> Iterator[Tensor]:
-    """Pixels of as many images as are chosen, on the student's device."""
+def chosen_pixels(student: ImageStudent, images: ImageSet, chosen: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Pixels of as many images as are chosen, batch by batch, on the student's device."""
     device = next(student.parameters()).device
     for pixels, _ in _ahead(images.load, chosen):
         yield pixels.to(device)
 
 
-def _ahead(read: Callable[[Sequence[int]], T], numbers: Sequence[int]) -> Iterator[T]:
-    """What is read of so many images at a time, the next ones while these are worked on."""
-    parts = [numbers[first : first + MEASURED] for first in range(0, len(numbers), MEASURED)]
+def _ahead(read: Callable[[P], T], parts: Sequence[P]) -> Iterator[T]:
+    """What is read of each of these parts of the images, the next one while this one is worked on; an error of one
+    process is everybody's, which all have as many parts."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, parts[0])
         for following in Watched([*parts[1:], None]):
-            found = ahead.result()
+            found = launch.together(ahead.result)
             if following is not None:
                 ahead = pool.submit(read, following)
             yield found
@@ -146,7 +161,9 @@ def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageS
     from torchmetrics.functional import spearman_corrcoef
 
     seen: dict[str, list[list[Tensor]]] = {}
-    for pixels, _ in _batches(first, images):
+    for pixels, _, counts in _batches(first, images):
+        if not counts:
+            continue
         for place, student in enumerate((first, second)):
             student.runtime.execution, student.runtime.training = "mask", True  # where all routers have a say
             _, decisions = student(pixels)

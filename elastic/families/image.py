@@ -15,8 +15,8 @@ from elastic.config import RunConfig
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
 from elastic.distillation.teacher_cache import digest
+from elastic.evaluation.image import MEASURED, chosen_pixels, compare
 from elastic.evaluation.image import METRICS as METRICS
-from elastic.evaluation.image import chosen_pixels, compare
 from elastic.evaluation.image import evaluate as evaluate
 from elastic.evaluation.image import lines as lines
 from elastic.evaluation.image import routing as routing
@@ -25,6 +25,7 @@ from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
+from elastic.shares import deal, divide
 from elastic.timing import image as timing_image
 from students.calibration.image import calibrate_images
 from students.calibration.price import Start
@@ -107,16 +108,18 @@ class Batches:
 
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training images, shuffled."""
-    batches = chosen_pixels(student, data.train, order[: config.calibration.windows].tolist())
-    flat = [part for pixels in batches for part in pixels.split(CALIBRATED)]
+    batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
+    own, share = deal(batches)
+    looked_at = Watched(list(chosen_pixels(student, data.train, own)))
     targets = trained(config.budget)
-    start = calibrate_images(student, Watched(flat), targets, config.train.seed)
+    start = calibrate_images(student, looked_at, targets, config.train.seed, share)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start
+    first = list(chosen_pixels(student, data.train, batches[:1]))  # which every process looks at whole
     student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
     try:
-        return exact_start(start, student, merging, targets, lambda _: measured_compute(student, flat[:1]))
+        return exact_start(start, student, merging, targets, lambda _: measured_compute(student, first))
     finally:
         student.runtime.training, student.runtime.execution = False, "skip"
 
@@ -124,22 +127,25 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
 @torch.no_grad()
 def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
-    batches = list(chosen_pixels(student, data.train, order[:DIAL_IMAGES].tolist()))
+    chosen = [part.tolist() for part in order[:DIAL_IMAGES].split(MEASURED)]
+    own, counts = divide(chosen)
+    batches = list(chosen_pixels(student, data.train, own))
     student.at(batches[0].shape[-2:])  # a size that the model cannot take is to be refused before it is tried
-    student.set_quotas(batches)
+    student.set_quotas(batches, share=counts)
+
+    def meter(share: float) -> float:
+        some = max(1, math.ceil(share * len(batches)))
+        return measured_compute(student, batches[:some], counts.first(some))
+
     target = config.budget.span[0]
     if student.shortens and any(router.selection == "quota" for router in student.spec.routers):
         # patches that found no other to merge with keep their place in a quota, however far the dial is turned
         offset = -0.25
-        while offset > -SPREAD and lowest(student, lambda _: measured_compute(student, batches[:1])) > target:
-            student.set_quotas(batches, offset)
+        while offset > -SPREAD and lowest(student, lambda _: meter(0.0)) > target:
+            student.set_quotas(batches, offset, counts)
             offset *= 2
     if student.stepwise:
         batches = [batches[0][:1]]  # by quota every image costs the same
-
-    def meter(share: float) -> float:
-        return measured_compute(student, batches[: math.ceil(share * len(batches))])
-
     return meter
 
 
@@ -157,6 +163,6 @@ def baseline(
     if name == "tome":
         merged, share = baselines.merging(session.teacher(config).model, images.load([0])[0], compute)
         return compare(student, images, lambda pixels: (features_of(merged, pixels), share), kept)
-    some = range(min(DIAL_IMAGES, len(images)))
+    some = [part.tolist() for part in torch.arange(min(DIAL_IMAGES, len(images))).split(MEASURED)]
     with baselines.dropping_patches(student, name, chosen_pixels(student, images, some), config.train.seed):
         return evaluate(student, images, config, kept)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic import launch
 from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import RunConfig
@@ -24,6 +25,7 @@ from elastic.families import Generation, Timing
 from elastic.generation import language as generation_language
 from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Watched
+from elastic.shares import deal
 from elastic.timing import language as timing_language
 from students.calibration.language import Seen, calibrate, observe
 from students.calibration.price import Start
@@ -36,6 +38,8 @@ from teachers.families.language import require_rows
 timing: Timing = timing_language
 UNIT = "windows"
 """What data consists of, for the user to read."""
+CALIBRATED = 2
+"""Windows that are looked at together in calibration."""
 DIAL_WINDOWS = 16
 """Windows that the dial is set on."""
 generation: Generation | None = generation_language
@@ -109,8 +113,10 @@ class Batches:
 
 def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:
     """Calibrate; order: the training windows, shuffled."""
-    picked = data.train[order[: config.calibration.windows]].to(next(student.parameters()).device)
-    return calibrate(student, Watched(picked.split(2)), trained(config.budget), config.budget.phase, config.train.seed)
+    own, share = deal(order[: config.calibration.windows].split(CALIBRATED))
+    windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
+    budget, seed = config.budget, config.train.seed
+    return calibrate(student, windows, trained(budget), budget.phase, seed, share=share)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:
@@ -146,7 +152,7 @@ def baseline(
         return measured_compute(other, first, config.budget.phase, config.data.prompt)
 
     def same_shares() -> baselines.SameShares:
-        train = session.data(config).train
+        train = launch.in_turn(lambda: session.data(config)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
         looked_at = train[order[:DIAL_WINDOWS]].to(first.device).split(2)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic import launch
 from elastic.accounting.vision_language import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
@@ -26,6 +28,7 @@ from elastic.families import Generation, Timing
 from elastic.generation import vision_language as generation_vision_language
 from elastic.objectives.vision_language import Distillation as Distillation
 from elastic.reporting.progress import Watched
+from elastic.shares import deal, divide, pooled
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
 from students.calibration.vision_language import calibrate_door
@@ -138,12 +141,14 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     """Calibrate; order: the training questions, shuffled."""
     if student.door is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
+    own, share = deal([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
     batches = [
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
-        for prompts in _batches(student, data.train, order[: config.calibration.windows].tolist(), CALIBRATED)
+        for prompts in _batches(student, data.train, own)
     ]
-    targets = trained(config.budget)
-    start = calibrate_door(student, Watched(batches), targets, tokens(student, data, config), config.train.seed)
+    targets, seed = trained(config.budget), config.train.seed
+    read = tokens(student, data, config)
+    start = calibrate_door(student, Watched(batches), targets, read, seed, share)
     if not student.by_count:
         return start
     return exact_start(start, student, [student.door], targets, compute_meter(student, data, order, config))
@@ -153,26 +158,28 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
 def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; sets the door's share first. order: training questions,
     shuffled."""
-    batches = list(_batches(student, data.train, order[:DIAL_QUESTIONS].tolist(), MEASURED))
-    scores = []
-    for prompts in batches:
+    parts = [part.tolist() for part in order[:DIAL_QUESTIONS].split(MEASURED)]
+    own, counts = divide(parts)
+    batches, scores = list(_batches(student, data.train, own)), []
+    for prompts, look in counts.looks(batches):
         _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         if "image" in decisions.score:
-            scores.append(decisions.score["image"].squeeze(-1)[prompts.image])
-    student.set_quotas(scores)
+            scores.append(look.counted(decisions.score["image"].squeeze(-1)[prompts.image]))
+    student.set_quotas([pooled(scores)] if scores else [])
 
     def meter(share: float) -> float:
-        return measured_compute(student, batches[: math.ceil(share * len(batches))])
+        some = math.ceil(share * len(batches))
+        return measured_compute(student, batches[:some], counts.first(some))
 
     return meter
 
 
 def _batches(
-    student: VisionLanguageStudent, questions: PromptSet, chosen: Sequence[int], size: int
+    student: VisionLanguageStudent, questions: PromptSet, chosen: Sequence[Sequence[int]]
 ) -> Iterator[Prompts]:
-    """Prompts of as many questions as are chosen, on the student's device."""
-    for first in range(0, len(chosen), size):
-        yield questions.load(chosen[first : first + size]).to(student.model.device)
+    """Prompts of as many questions as are chosen, batch by batch, on the student's device."""
+    for part in chosen:
+        yield launch.together(partial(questions.load, part)).to(student.model.device)
 
 
 def baseline(

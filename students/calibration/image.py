@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from students.calibration.price import Choice, Curve, Start, gated_choice, log_likelihood, start_at
+from students.calibration.share import Share, drawing
 from students.families.image import Features, ImageStudent, Placed
 
 DRAWS = 4
@@ -24,12 +25,18 @@ ROWS_PER_BATCH = 1024
 
 
 def calibrate_images(
-    student: ImageStudent, batches: Sequence[Tensor], target: float | Sequence[float], seed: int = 0
+    student: ImageStudent,
+    batches: Sequence[Tensor],
+    target: float | Sequence[float],
+    seed: int = 0,
+    share: Share | None = None,
 ) -> Start:
-    """Start all routers at the price that reaches `target`, or between several. batches: pixels [B, C, H, W]."""
+    """Start all routers at the price that reaches `target`, or between several.
+
+    batches: pixels [B, C, H, W]; share: what of the batches of all processes they are (None: all).
+    """
     targets = [target] if isinstance(target, float) else target
-    generator = torch.Generator().manual_seed(seed)
-    seen = _observe(student, batches, generator)
+    seen = _observe(student, batches, seed, share or Share())
     size = batches[0].shape[-2:]
     tokens, compute = student.at(size)
     dense = float(compute.dense(torch.ones(1, tokens, dtype=torch.bool), "prefill").sum()) / tokens
@@ -42,15 +49,16 @@ def calibrate_images(
 
 
 def _observe(
-    student: ImageStudent, batches: Sequence[Tensor], generator: torch.Generator
+    student: ImageStudent, batches: Sequence[Tensor], seed: int, share: Share
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens."""
+    """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens of all processes."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     run = student.runtime
     before = run.execution
     run.execution = "mask"
     try:
-        for pixels in batches:
+        for pixels, look in share.looks(batches):
+            generator = drawing(seed, look.number)
             run.probed = {}
             with torch.enable_grad():
                 features, _ = student.features(pixels)
@@ -67,17 +75,19 @@ def _observe(
                 cost = cost.unsqueeze(-1) if cost.ndim == 2 else cost
                 x, cost = (part[:, run.prefix if part.shape[1] > 1 else 0 :] for part in (x, cost))
                 if cost.shape[1] == 1:  # one decision for all tokens
-                    x = x.mean(1, keepdim=True)
-                    seen.setdefault(key, []).append((x[:, 0].float(), cost[:, 0]))
-                    continue
-                if picked is None:
-                    picked = torch.randperm(x.shape[:2].numel(), generator=generator)[:ROWS_PER_BATCH].to(x.device)
-                seen.setdefault(key, []).append((x.flatten(0, 1)[picked].float(), cost.flatten(0, 1)[picked]))
+                    read, cost = x.mean(1).float(), cost[:, 0]
+                else:
+                    if picked is None:
+                        picked = torch.randperm(x.shape[:2].numel(), generator=generator)[:ROWS_PER_BATCH].to(x.device)
+                    read, cost = x.flatten(0, 1)[picked].float(), cost.flatten(0, 1)[picked]
+                seen.setdefault(key, []).append((look.counted(read), look.counted(cost)))
     finally:
         run.probed, run.execution = None, before
         run.drop()
-    read, costs = ({key: torch.cat([each[n] for each in parts]) for key, parts in seen.items()} for n in (0, 1))
-    return {key: (read[key], costs[key]) for key in seen}
+    return {
+        key: (share.pool([read for read, _ in parts]), share.pool([cost for _, cost in parts]))
+        for key, parts in seen.items()
+    }
 
 
 def _log_likelihood(features: Features, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from students.calibration.fit import VocabFit, fit_vocab
 from students.calibration.observe import BlockStart, Observed, Watch, Watched, moments
 from students.calibration.price import Curve, Start, start_at
+from students.calibration.share import Look, Share, drawing
 from students.compute import Phase
 from students.execution.head import RoutedHead
 from students.families.language import LanguageStudent
@@ -43,21 +44,25 @@ def calibrate(
     phase: Phase,
     seed: int = 0,
     seen: Seen | None = None,
+    share: Share | None = None,
 ) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
     batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
     router with the gain at which one dial reaches all of them. seen: what `observe` saw in the same batches, with the
-    same seed and on behalf of the same routers.
+    same seed and on behalf of the same routers. share: what of the batches of all processes these are (None: all); each
+    process then makes the same of what all of them saw, of one block after the other.
     """
     targets = [target] if isinstance(target, float) else target
-    seen = observe(student, batches, seed) if seen is None else seen
+    share = share or Share()
+    seen = observe(student, batches, seed, share) if seen is None else seen
     valid = torch.ones_like(batches[0], dtype=torch.bool)
     dense = float(student.compute.dense(valid, phase).sum() / valid.sum())
     keys = valid.shape[1] if phase == "prefill" else (valid.shape[1] + 1) / 2
     choices = []
     for number in range(len(student.blocks)):
-        block = BlockStart(student, number, seen, dense, keys, phase)
+        here = {key: place.of_all(share) for key, place in seen.items() if key.startswith(f"{number}.")}
+        block = BlockStart(student, number, here, dense, keys, phase)
         for spec in student.spec.at("block"):
             if spec.on(number):
                 choices += spec.of_kind.start(spec, block)
@@ -66,7 +71,7 @@ def calibrate(
     head = student.model.get_output_embeddings()
     if not isinstance(head, RoutedHead):
         return start_at(choices, curve, [compute] * len(targets), targets)
-    hidden = torch.cat(seen["hidden"].inputs)
+    hidden = share.pool(seen["hidden"].inputs)
     fits = fit_vocab(head, hidden, scale=student.logit_scale)
     whole = student.compute.head / dense if phase == "decode" else 0.0
 
@@ -88,14 +93,15 @@ def calibrate(
     return start
 
 
-def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0) -> Seen:
-    """Run the frozen model forward and backward over the batches and keep what calibration needs."""
-    generator = torch.Generator().manual_seed(seed)
+def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, share: Share | None = None) -> Seen:
+    """Run the frozen model forward and backward over the batches, this process's share, and keep what calibration
+    needs."""
     seen: Seen = {}
     rows = torch.empty(0, dtype=torch.long)
+    look = Look(0, True)
     handles = []
 
-    def look(place: Observed, at: Watch) -> None:
+    def watch(place: Observed, at: Watch) -> None:
         waiting: list[Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
@@ -103,8 +109,8 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0) 
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
-            y.register_hook(lambda grad: _add_fisher(place, grad))
-            y = y.detach().flatten(0, 1)
+            y.register_hook(lambda grad: _add_fisher(place, look.counted(grad.flatten(0, -2))))
+            x, y = look.counted(x), look.counted(y.detach().flatten(0, 1))
             if at.residual:
                 y = y - x
             if at.inputs:
@@ -124,16 +130,18 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0) 
             if router.on(number):
                 router.of_kind.watch(router, watched)
         for key, at in watched.places.items():
-            look(seen.setdefault(key, Observed()), at)
+            watch(seen.setdefault(key, Observed()), at)
     embeddings = student.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     final = seen.setdefault("hidden", Observed())
     try:
         with student.teacher(), torch.enable_grad():
-            for ids in batches:
-                rows = torch.randperm(ids.numel(), generator=generator)[:ROWS_PER_BATCH].to(ids.device)
+            for ids, look in (share or Share()).looks(batches):
+                generator = drawing(seed, look.number)
+                rows = torch.randperm(ids.numel() if look.counts else 0, generator=generator)[:ROWS_PER_BATCH]
+                rows = rows.to(ids.device)
                 hidden = student.features(ids)[0].last_hidden_state.flatten(0, 1)
-                final.inputs.append(hidden.detach())
+                final.inputs.append(look.counted(hidden.detach()))
                 _backward_fisher(student, hidden, generator)
     finally:
         for handle in handles:
@@ -154,7 +162,7 @@ def _backward_fisher(student: LanguageStudent, hidden: Tensor, generator: torch.
 
 
 def _add_fisher(place: Observed, grad: Tensor) -> None:
-    grad = grad.detach().flatten(0, -2)
-    square = grad.float().square().sum(0)
+    """grad [n, D_out]: of so many tokens."""
+    square = grad.detach().float().square().sum(0)
     place.fisher = square if place.fisher is None else place.fisher + square
     place.tokens += grad.shape[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from students.calibration.price import Curve, Start, gated_choice, log_likelihood, start_at
+from students.calibration.share import Share, drawing
 from students.families.vision_language import VisionLanguageStudent
 
 DRAWS = 2
@@ -25,16 +26,17 @@ def calibrate_door(
     targets: Sequence[float],
     tokens: tuple[int, int],
     seed: int = 0,
+    share: Share | None = None,
 ) -> Start:
     """Start the door's router at the price that reaches the middle of the targets, one or several, ascending.
 
     batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
-    bool). tokens: (text, image) of a prompt.
+    bool). tokens: (text, image) of a prompt. share: what of the batches of all processes these are (None: all).
     """
-    generator = torch.Generator().manual_seed(seed)
-    run, seen = student.runtime, []
+    run, seen, share = student.runtime, [], share or Share()
     try:
-        for inputs, answers, image in batches:
+        for (inputs, answers, image), look in share.looks(batches):
+            generator = drawing(seed, look.number)
             run.probed = {}
             with torch.enable_grad():
                 logits, _ = student.logits(student.features(**inputs)[0].last_hidden_state[answers])
@@ -44,11 +46,11 @@ def calibrate_door(
                     for _ in range(DRAWS)
                 ]
             cost = torch.stack(draws).float().square().mean(0) / 2
-            seen.append((x[image].float(), cost[image].unsqueeze(-1)))
+            seen.append((look.counted(x[image].float()), look.counted(cost[image].unsqueeze(-1))))
     finally:
         run.probed = None
         run.drop()
-    x, cost = (torch.cat(part) for part in zip(*seen, strict=True))
+    x, cost = (share.pool(part) for part in zip(*seen, strict=True))
     compute = student.uniform(1.0, tokens, "prefill")
     assert student.door is not None
     choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures import BRANCHES, trunk_of
+from students.calibration.share import Look, Share
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
 from students.execution.capture import Forward
@@ -157,33 +158,40 @@ class ImageStudent(Student):
                         yield Placed(router, number, branch)
 
     @torch.no_grad()
-    def set_quotas(self, batches: Iterable[Tensor], offset: float = 0.0) -> None:
+    def set_quotas(self, batches: Sequence[Tensor], offset: float = 0.0, share: Share | None = None) -> None:
         """Let every router with quota take, from now on, the shares that its threshold keeps of these images; offset:
-        where the dial is when what reaches later blocks is looked at."""
+        where the dial is when what reaches later blocks is looked at; share: what other processes have of each batch
+        (None: nothing)."""
         seen: dict[str, list[Tensor]] = {}
-        run = self.runtime
-        before = run.training, run.execution, run.offset
+        run, share = self.runtime, share or Share()
+        before = run.training, run.execution, run.offset, run.pool
         run.training, run.execution, run.offset = True, "mask", offset
         try:
-            for pixels in batches:
+            for pixels, look in share.looks(batches):
+                run.pool = partial(_pooled, share, look)
                 _, decisions = self(pixels)
                 for placed in self.routers():
                     if placed.router.levels is None:
                         continue
                     score = decisions.score[placed.key].squeeze(-1)
                     tail = score if placed.router.spec.kind == "layer" else score[:, run.prefix :]
-                    seen.setdefault(placed.key, []).append(tail.flatten())
+                    seen.setdefault(placed.key, []).append(look.counted(tail.flatten()))
         finally:
-            run.training, run.execution, run.offset = before
+            run.training, run.execution, run.offset, run.pool = before
         for placed in self.routers():
             if placed.router.levels is not None:
-                placed.router.set_quota(torch.cat(seen[placed.key]))
+                placed.router.set_quota(share.pool(seen[placed.key]))
 
     def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
         if not self.runtime.bypass:
             pixels = args[0] if args else kwargs["pixel_values"]
             self._enter(0, len(pixels), pixels.device)
+
+
+def _pooled(share: Share, look: Look, x: Tensor) -> Tensor:
+    """What all processes have of something [n] in a batch that they share."""
+    return share.pool([look.counted(x)])
 
 
 def has_fixed_shapes(router: RouterSpec) -> bool:
