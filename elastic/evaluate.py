@@ -45,14 +45,15 @@ def measure(
     budgets: Sequence[float | None],
     kept: TeacherOutputs | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each budget, on data of this name; None: as the dial is. kept: what the teacher made of the data."""
+    """A row for each budget, on data of this name, by all processes; None: as the dial is. kept: what the teacher made
+    of this process's share of the data."""
     kept = kept or TeacherOutputs()
     config, rows = run.config, []
     for budget in budgets:
         if budget is not None:
             student.set_compute(budget)
         work = partial(families.of(config.family).evaluate, student, held_out, config, kept)
-        row = describe(run, student, name, launch.computed(work))
+        row = describe(run, student, name, launch.in_step(work))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
 
@@ -106,7 +107,7 @@ def measure_run(
     launch.in_turn(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
     for budget in compute:
-        student.set_compute(budget)  # a mistake here should not have to wait for the data
+        launch.in_step(partial(student.set_compute, budget))  # a mistake here should not have to wait for the data
     if data is None:
         held_out, name = launch.in_turn(lambda: session.data(config)).held_out, HELD_OUT
     else:
@@ -117,7 +118,7 @@ def measure_run(
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
-        measured = launch.on_main(partial(family.baseline, other, student, held_out, config, spent, session))
+        measured = launch.in_step(partial(family.baseline, other, student, held_out, config, spent, session))
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows

@@ -278,7 +278,8 @@ def _measure(
         }
         if baseline is None:
             if turn != 1:  # there it is the teacher, which routes nothing
-                launch.on_main(partial(_write_details, folder, row, path, turn, session))
+                details = launch.together(partial(routing_details, path, turn, session))
+                launch.on_main(partial(_write_details, folder, row, details))
             if options.timed:
                 row["bench"] = launch.on_main(partial(bench.bench_run, path, compute=turns, say=say))
         yield row
@@ -297,10 +298,10 @@ def routing_details(path: str, turn: float | None, session: Session | None = Non
     return families.of(config.family).routing(student, sample, session.loaded(config), config)
 
 
-def _write_details(folder: SweepFolder, row: Row, path: str, turn: float | None, session: Session) -> None:
+def _write_details(folder: SweepFolder, row: Row, details: dict[str, Any]) -> None:
     file = folder.details(row)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(routing_details(path, turn, session)) + "\n")
+    write_text(file, json.dumps(details) + "\n")
 
 
 class Clock:

@@ -32,11 +32,12 @@ from elastic.files import write_text
 from elastic.objectives.sums import Sums, of_all
 from elastic.run import Run
 from elastic.settings import to_dict
+from elastic.shares import tell
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
 from students.routers.registry import limit_parameters
-from teachers.data.left_out import LeftOut, distinct
+from teachers.data.left_out import distinct
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int | None, dict[str, float]], None]
@@ -157,22 +158,14 @@ def _run(
     launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, session.kept(data.held_out))
-    left_out = _left_out(data)
+    tell(data.left_out)
+    left_out = distinct(data.left_out)
     for part in left_out:
         say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
     launch.on_main(lambda: run.record(result=rows[0], results=rows, seconds=seconds, left_out=reasons))
     return rows[0]
-
-
-def _left_out(data: Any) -> list[LeftOut]:
-    """What was left out of the data, by all processes."""
-    for found in launch.gather([(part.keys, part.reasons) for part in data.left_out]):
-        for part, (keys, reasons) in zip(data.left_out, found, strict=True):
-            part.keys |= keys
-            part.reasons |= reasons
-    return distinct(data.left_out)
 
 
 def _train(

@@ -73,7 +73,7 @@ def adopted(student: Student, work: Callable[[], T]) -> T:
     def done() -> tuple[T, dict[str, Tensor], dict[str, Any]]:
         return made, {name: tensor.cpu() for name, tensor in student.added_state().items()}, student.setting
 
-    made, tensors, student.setting = launch.computed(done)
+    made, tensors, student.setting = launch.on_main(done)
     student.load_added_state(tensors)
     return made
 

@@ -16,7 +16,9 @@ from elastic.accounting.routing import routing_profile
 from elastic.config import LossConfig, RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.language import Distillation, Measured
+from elastic.objectives.sums import of_all
 from elastic.reporting.progress import Watched
+from elastic.shares import turns
 from students.compute import PHASES
 from students.families.language import LanguageStudent
 from teachers import Teacher
@@ -36,7 +38,7 @@ METRICS = (
 def evaluate(
     student: LanguageStudent, windows: Tensor, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on token windows [N, T].
+    """Measure a student on token windows [N, T], all processes together.
 
     Keys: compute (decode phase) and compute_prefill, both as shares of the teacher's; perplexity, teacher_perplexity
     and their ratio; kl, in nats per token, of the student to the teacher; agreement of the most likely next token;
@@ -62,12 +64,13 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
     module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
     total = None
     device = next(student.parameters()).device
-    for number, batch in enumerate(Watched(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))):
-        ids = batch.to(device)
+    for number, turn in enumerate(Watched(turns(len(windows), max(1, BATCH_TOKENS // windows.shape[1])))):
+        ids = windows[turn.rows].to(device)
         taught = kept.of(number, partial(module.teach, ids), device)
         _, measured = module(ids, taught=taught)
-        total = measured if total is None else total + measured
-    return total
+        if turn.counts:
+            total = measured if total is None else total + measured
+    return of_all(total)
 
 
 @torch.no_grad()

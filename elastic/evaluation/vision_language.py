@@ -8,19 +8,23 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import TeacherOutputs
-from elastic.objectives.vision_language import measured_on, text_rows
+from elastic.objectives.sums import of_all
+from elastic.objectives.vision_language import Measured, measured_on, text_rows
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
+from elastic.shares import Turn, sums, tell, turns
 from losses import DIVERGENCES
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
-from teachers.data.prompts import Prompts, PromptSet, answer_text, call, prompt_text, token_ids
+from teachers.data.prompts import Example, Prompts, PromptSet, answer_text, call, prompt_text, token_ids
 from teachers.data.questions import QuestionSet
 
 MEASURED = 16
@@ -41,7 +45,7 @@ METRICS = (
 def evaluate(
     student: VisionLanguageStudent, held_out: PromptSet, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on questions.
+    """Measure a student on questions, all processes together.
 
     Keys: accuracy and teacher_accuracy, the share of answers that are exactly right: the likeliest of a closed set of
     answers (by the first token that they differ in), else what is generated, ignoring case and a full stop; agreement
@@ -51,48 +55,64 @@ def evaluate(
     """
     questions, processor, kept = held_out.questions, held_out.processor, kept or TeacherOutputs()
     first = _first_tokens(processor, questions)
-    total, right, agreed, seen, number = None, {"": 0, "teacher_": 0}, 0, 0, 0
-    for begin in Watched(range(0, len(questions), MEASURED)):
-        read = held_out.read_readable(range(begin, min(begin + MEASURED, len(questions))))
-        if read is None:
-            continue
-        prompts, samples = read[0].to(student.model.device), read[1]
-        seen += len(samples)
+    device, total = student.model.device, None
+    counts = [0, 0, 0, 0]  # right answers, the teacher's, those that are the same, questions
+    for number, turn in enumerate(Watched(turns(len(questions), MEASURED))):
+        prompts, samples, counted = launch.together(partial(_read, held_out, turn))
+        prompts = prompts.to(device)
         ask = partial(_teacher_outputs, student, prompts, None if first is not None else (processor, samples))
-        target, number = kept.of(number, ask, student.model.device), number + 1
-        found, hidden = {}, {"teacher_": target["logits"]}
-        out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
-        rows = out.last_hidden_state[text_rows(prompts.answers, decisions)]
-        hidden[""] = student.logits(rows, *student.head_tensors())[0]
-        kl = DIVERGENCES["forward_kl"](hidden[""], hidden["teacher_"])
-        measured = measured_on(prompts, decisions, kl, *spent_on(student, prompts, decisions))
-        total = measured if total is None else total + measured
-        starts = prompts.answers.sum(1).cumsum(0) - prompts.answers.sum(1)
-        for name, logits in hidden.items():
-            if first is not None:
-                best = logits[starts][:, torch.tensor(list(first.values()), device=logits.device)].argmax(-1)
-                found[name] = [list(first)[number] for number in best.tolist()]
-            else:
-                found[name] = target["answers"] if name else answers(student, processor, samples)
-            right[name] += sum(
-                _same_answer(one, answer) for one, (_, _, answer) in zip(found[name], samples, strict=True)
-            )
-        agreed += sum(_same_answer(one, other) for one, other in zip(found[""], found["teacher_"], strict=True))
-    if total is None:
+        target = kept.of(number, ask, device)
+        logits, measured = _measure(student, prompts, target["logits"])
+        if first is None:
+            said, known = answers(student, processor, samples), target["answers"]
+        else:
+            said, known = (_likeliest(part, prompts, first) for part in (logits, target["logits"]))
+        if counted:
+            total = measured if total is None else total + measured
+            right = [answer for _, _, answer in samples]
+            same = (sum(map(_same_answer, *both)) for both in ((said, right), (known, right), (said, known)))
+            counts = [a + b for a, b in zip(counts, (*same, len(samples)), strict=True)]
+    own, teachers_own, agreed, seen = sums(*counts)
+    tell([questions.left_out])
+    if not seen:
         raise ValueError(
             f"none of {len(questions):,} questions to measure on can be used, {questions.left_out.example}"
         )
-    dense = float(total.dense["prefill"])
+    whole = of_all(total)
+    dense = float(whole.dense["prefill"])
     return {
-        "compute": float(total.macs["prefill"]) / dense,
-        "compute_vision": float(total.vision) / dense,
-        "image_tokens_kept": float(total.kept / total.image),
-        **{f"{name}accuracy": count / seen for name, count in right.items()},
+        "compute": float(whole.macs["prefill"]) / dense,
+        "compute_vision": float(whole.vision) / dense,
+        "image_tokens_kept": float(whole.kept / whole.image),
+        "accuracy": own / seen,
+        "teacher_accuracy": teachers_own / seen,
         "agreement": agreed / seen,
-        "kl": float(total.kl / total.tokens),
+        "kl": float(whole.kl / whole.tokens),
         "questions": seen,
         "broken": questions.broken,
     }
+
+
+def _read(held_out: PromptSet, turn: Turn) -> tuple[Prompts, list[Example], bool]:
+    """Prompts of a turn's questions, what they consist of, and whether they count."""
+    found = held_out.read_readable(turn.samples) if turn.counts else None
+    return (*(found or held_out.read(turn.samples[:1])), found is not None)
+
+
+def _measure(student: VisionLanguageStudent, prompts: Prompts, target: Tensor) -> tuple[Tensor, Measured]:
+    """Logits of the answers' tokens, and what was measured against the teacher's."""
+    out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
+    rows = out.last_hidden_state[text_rows(prompts.answers, decisions)]
+    logits = student.logits(rows, *student.head_tensors())[0]
+    kl = DIVERGENCES["forward_kl"](logits, target)
+    return logits, measured_on(prompts, decisions, kl, *spent_on(student, prompts, decisions))
+
+
+def _likeliest(logits: Tensor, prompts: Prompts, first: dict[str, int]) -> list[str]:
+    """Of a closed set of answers, with the first token of each, the likeliest by logits of the answers' tokens."""
+    starts = prompts.answers.sum(1).cumsum(0) - prompts.answers.sum(1)
+    best = logits[starts][:, torch.tensor(list(first.values()), device=logits.device)].argmax(-1)
+    return [list(first)[number] for number in best.tolist()]
 
 
 def _teacher_outputs(
@@ -129,12 +149,13 @@ def answers(
     processor: Any,
     samples: Sequence[tuple[Any, str, str]],
 ) -> list[str]:
-    """What the model says to (image, question, anything), greedily."""
+    """What the model says to (image, question, anything), greedily; every process takes as many steps as the others."""
     texts = [prompt_text(processor, question) for _, question, _ in samples]
     inputs = call(processor, texts, [image for image, _, _ in samples], "left")
     inputs = {name: tensor.to(student.model.device) for name, tensor in inputs.items()}
     padding = processor.tokenizer.pad_token_id
-    out = student.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False, pad_token_id=padding)
+    settings = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "pad_token_id": padding}
+    out = student.generate(**inputs, **settings, synced_gpus=launch.size() > 1)
     return processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
