@@ -2,203 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from students.architectures import Linear, weight_of
-from students.execution.handover import BlockHandover, BranchHandover, Narrow, SiteHandover
+from students.execution.handover import BranchHandover, Narrow
 from students.execution.runtime import Runtime
+from students.execution.site import Site
 from students.execution.tokens import scatter_rows
 from students.execution.wrapper import Named, Wrapper
-from students.kernels import direct, ops
-from students.kernels.packing import PackedProduct
-from students.prepared import Stamp
+from students.kernels import ops
 from students.routers import ChannelRouter, Lora, selection
-
-JOINT_ROWS = 2048
-"""Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
-
-
-@dataclass
-class SideBySide:
-    """What the layers of a site hold, put together."""
-
-    whole: Tensor
-    """[I, outputs side by side]: weights, of which the layers' own are views."""
-    product: PackedProduct
-    """With them."""
-    bias: Tensor | None = None
-    down: Tensor | None = None
-    """[ranks, I]: low-rank corrections; up: [rank, outputs]."""
-    up: Tensor | None = None
-
-
-class Site:
-    """The linear layers of a block that read one input through one selection of channels, without gradients.
-
-    Their weights are put together (see Student.prepare): [inputs, outputs side by side], of which the layers' own
-    become views, so that there is one copy.
-
-    name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. opens: whether a
-    token on its own chooses heads or groups, which are then left out of this side of them. handover: the block's.
-    """
-
-    def __init__(self, name: str, ends: bool, opens: bool, handover: BlockHandover) -> None:
-        self.name = name
-        self.ends = ends
-        self.opens = opens
-        self.layers: list[RoutedLinear] = []
-        self.handover = SiteHandover()
-        handover.sites.append(self.handover)
-        self._stamp = Stamp()
-        self._drop()
-
-    def _drop(self) -> None:
-        """Hold nothing that is prepared."""
-        self._laid: SideBySide | None = None
-        self.limit: Tensor | None = None
-        """[I]: what a channel has to reach (see ChannelRouter.limit); None: it differs between rows."""
-        self._limit: Tensor | None = None
-        """The limit that was made last, written in place: recorded steps read it (execution/fixed.py)."""
-        self._mask: Callable[[Tensor], Tensor] | None = None
-        self._reader: Callable[[Tensor], tuple[Tensor, int | Tensor]] | None = None
-        self._stamp.reset()
-
-    @property
-    def laid(self) -> SideBySide:
-        """What `lay_out` has put together."""
-        assert self._laid is not None, "Student.prepare comes first"
-        return self._laid
-
-    def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
-        """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
-        waiting = self.handover.outputs
-        out = waiting[layer.place] if waiting else None
-        if out is None:
-            made = self.outputs(x)
-            out, waiting = made[layer.place], [*made]
-            self.handover.outputs = waiting
-        waiting[layer.place] = None
-        return out
-
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        """Outputs of all layers for x [..., I]."""
-        call, limit = self.layers[0].runtime.call, self.limit
-        if call.alone and self._reader is not None:  # read only what the token selects
-            out, count = self._reader(x)
-            self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
-        elif limit is not None and call.rows is None and ops.reads_few(call.tokens, self.laid.whole, self._ends):
-            self._note(lambda: (x.abs() >= limit).float().mean(-1))
-            laid, flat = self.laid, x.flatten(0, -2)
-            out, _ = ops.few_channels(flat, limit, laid.whole, laid.bias, laid.down, laid.up, self._ends)
-        else:
-            return self._many(x)
-        out = out.view(*x.shape[:-1], -1)
-        return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
-
-    def _many(self, x: Tensor) -> list[Tensor]:
-        """Many tokens: nothing is saved by leaving channels out, so they are masked."""
-        first, run, laid = self.layers[0], self.layers[0].runtime, self.laid
-        if run.call.rows is None and run.decisions is None and self._mask is not None:
-            masked = self._mask(x)
-        else:
-            limit = self.limit if run.call.rows is None else None
-            if limit is None:
-                limit = first.routers["channel"].limit(first.dial_of(x), x.dtype)
-            masked, share = ops.channel_gate(x, limit)
-            self._note(lambda: share)
-        masked = masked.flatten(0, -2)
-        if len(masked) <= JOINT_ROWS:
-            outs = laid.product(masked, laid.whole.T, laid.bias, like=first.base_layer).split(self._sizes, 1)
-        else:
-            outs = [layer.base_layer(masked) for layer in self.layers]
-        if laid.down is not None and laid.up is not None:
-            low = F.linear(x.flatten(0, -2), laid.down)
-            corrected = first.corrected(x)
-            if corrected is not None:
-                low = (low.view(*x.shape[:-1], -1) * corrected).flatten(0, -2)
-            parts = zip(outs, low.chunk(len(outs), 1), laid.up.split(self._sizes, 1), strict=True)
-            for out, part, up in parts:
-                torch.addmm(out, part, up, out=out)
-        return [out.view(*x.shape[:-1], -1) for out in outs]
-
-    def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
-        """The output of one layer only, for a token x [1, 1, I] on its own."""
-        part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
-        laid, limit = self.laid, self.limit
-        assert limit is not None, "a token on its own has one budget"
-        down = None if laid.down is None else laid.down.chunk(len(self.layers))[layer.place]
-        up = None if laid.up is None else laid.up[:, part].contiguous()
-        bias = None if laid.bias is None else laid.bias[part]
-        out, count = ops.read_channels(x.flatten(), limit, laid.whole[:, part], bias, down, up, [layer.outputs])
-        layer.note(torch.as_tensor(count / layer.inputs).expand(x.shape[:-1]))
-        return out.view(*x.shape[:-1], -1)
-
-    def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
-        """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
-        layer = self.layers[0]
-        full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
-        limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
-        out, _ = ops.read_channels(full, limit, self.laid.whole, layer.base_layer.bias, None, None, self._ends)
-        return out.view(*x.shape[:-1], -1)
-
-    def _note(self, share: Callable[[], Tensor]) -> None:
-        if self.layers[0].runtime.decisions is not None:
-            self.layers[0].note(share())
-
-    def lay_out(self) -> None:
-        """Put weights, biases and corrections of all layers side by side, where a token reads only some inputs."""
-        if not (self.ends and self.opens) and "channel" not in self.layers[0].routers:
-            return
-        self._sizes = [layer.outputs for layer in self.layers]
-        self._ends = list(itertools.accumulate(self._sizes))
-        lora = [layer.lora for layer in self.layers if layer.lora is not None]
-        bases = [layer.base_layer for layer in self.layers]
-        weights = [base.weight for base in bases]
-        if self._stamp.renew(weights) or self._laid is None:
-            columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
-            whole = torch.cat([part.detach() for part in columns], 1)
-            for base, part in zip(bases, whole.split(self._sizes, 1), strict=True):
-                base.weight.data = part if isinstance(base, Conv1D) else part.T
-            self._laid = SideBySide(whole, PackedProduct())
-            self._stamp.renew(weights)
-        laid = self._laid
-        laid.bias = laid.down = laid.up = self._limit = None
-        if any(base.bias is not None for base in bases):
-            biases = [base.bias for base in bases]
-            zeros = [laid.whole.new_zeros(size) for size in self._sizes]
-            laid.bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
-        if lora:
-            dtype = laid.whole.dtype
-            laid.down = torch.cat([part.down.detach() for part in lora]).to(dtype)
-            laid.up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
-
-    def set_dial(self) -> None:
-        """Limits, where all rows of a batch share them."""
-        first, self.limit = self.layers[0], None
-        if "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
-            laid = self.laid
-            limit = first.routers["channel"].limit(first.runtime.offset, laid.whole.dtype)
-            if self._limit is None:
-                self._limit = limit
-                self._mask = direct.channel_gate(limit, laid.whole.dtype)
-                self._reader = direct.read_channels(limit, laid.whole, laid.bias, laid.down, laid.up, self._ends)
-            self.limit = self._limit.copy_(limit)
-
-    def forget(self) -> None:
-        """Give every layer a weight of its own again, as the model had it."""
-        if self._laid is None:
-            return
-        for layer in self.layers:
-            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
-        self._drop()
 
 
 class RoutedLinear(Wrapper):

@@ -11,10 +11,10 @@ from students.architectures.record import LINEAR_SITES
 from students.routers.registry import Kind
 
 if TYPE_CHECKING:
-    from students.build import BlockPlace
     from students.calibration.observe import BlockStart, Watched
     from students.calibration.price import Choice
     from students.compute import BlockCost
+    from students.places import BlockPlace
     from students.spec import RouterSpec
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from students.routers.head import HeadKind
 
 if TYPE_CHECKING:
-    from students.build import BlockPlace
     from students.calibration.observe import BlockStart
     from students.calibration.price import Choice
+    from students.places import BlockPlace
     from students.spec import RouterSpec
 
 

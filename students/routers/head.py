@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 from students.routers.registry import GATED, Kind
 
 if TYPE_CHECKING:
-    from students.build import BlockPlace
     from students.calibration.observe import BlockStart, Watched
     from students.calibration.price import Choice
     from students.compute import BlockCost
+    from students.places import BlockPlace
     from students.spec import RouterSpec
 
 

@@ -12,7 +12,7 @@ from students.routers.base import Router, ThinLinear
 from students.routers.registry import Kind
 
 if TYPE_CHECKING:
-    from students.build import DoorPlace
+    from students.places import DoorPlace
     from students.spec import RouterSpec
 
 

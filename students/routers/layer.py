@@ -14,12 +14,12 @@ from students.routers.token import TokenKind
 
 if TYPE_CHECKING:
     from students.architectures import Architecture
-    from students.build import BlockPlace
     from students.calibration.image import ImageStart
     from students.calibration.observe import BlockStart, Watched
     from students.calibration.price import Choice
     from students.compute import BlockCost
     from students.families.image import Placed
+    from students.places import BlockPlace
     from students.spec import RouterSpec, StudentSpec
 
 

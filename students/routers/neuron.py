@@ -12,10 +12,10 @@ from students.routers.registry import Kind
 
 if TYPE_CHECKING:
     from students.architectures import Architecture
-    from students.build import BlockPlace
     from students.calibration.observe import BlockStart, Watched
     from students.calibration.price import Choice
     from students.compute import BlockCost
+    from students.places import BlockPlace
     from students.spec import RouterSpec, StudentSpec
 
 

@@ -72,7 +72,7 @@ class Kind:
         return spec.on(block)
 
     def attach(self, spec: RouterSpec, place: Any) -> None:
-        """Put a router in its place: a students.build.HeadPlace or DoorPlace, or, for one branch of a block after the
+        """Put a router in its place: a students.places.HeadPlace or DoorPlace, or, for one branch of a block after the
         other, a BlockPlace."""
         raise NotImplementedError
 

@@ -9,10 +9,10 @@ from students.routers.registry import GATED, Kind
 
 if TYPE_CHECKING:
     from students.architectures import Architecture
-    from students.build import BlockPlace
     from students.calibration.observe import BlockStart, Watched
     from students.calibration.price import Choice
     from students.compute import BlockCost, Phase
+    from students.places import BlockPlace
     from students.spec import RouterSpec, StudentSpec
 
 

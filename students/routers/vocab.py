@@ -12,8 +12,8 @@ from students.routers.registry import Kind
 
 if TYPE_CHECKING:
     from students.architectures import Architecture
-    from students.build import HeadPlace
     from students.compute import Phase
+    from students.places import HeadPlace
     from students.spec import RouterSpec, StudentSpec
 
 

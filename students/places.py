@@ -1,0 +1,265 @@
+"""Places of a frozen model where routers are put in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from students.architectures import (
+    BRANCHES,
+    LINEAR_SITES,
+    Architecture,
+    Branch,
+    Linear,
+    Sizes,
+    weight_of,
+)
+from students.compute import BlockShape
+from students.execution.attention import route_attention
+from students.execution.block import BlockGather
+from students.execution.branch import RoutedBranch, RoutedExit
+from students.execution.handover import BlockHandover
+from students.execution.image_block import RoutedBlock
+from students.execution.linear import RoutedLinear
+from students.execution.runtime import Runtime
+from students.execution.site import Site
+from students.families.vision_language import Door
+from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
+from students.spec import RouterSpec, StudentSpec
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class DoorPlace:
+    """Where image tokens enter a language model."""
+
+    trunk: PreTrainedModel
+    beside: nn.Module
+    width: int
+    gains: bool
+
+    def add_router(self, router: ImageRouter) -> None:
+        self.trunk.door = _like(self.beside, Door(router))
+
+
+@dataclass
+class HeadPlace:
+    """The LM head of a model."""
+
+    model: PreTrainedModel
+    runtime: Runtime
+    gains: bool
+    macs: int = 0
+    """Cost of what was added, for one token."""
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    def replace(self, head: nn.Module) -> None:
+        self.model.set_output_embeddings(_like(self.head, head))
+
+
+class BlockPlace:
+    """A block whose routers are being put in, and what they cost.
+
+    Kinds are asked for one branch after the other: `branch` says which, `wrapper` is what stands in front of it.
+    """
+
+    def __init__(
+        self,
+        spec: StudentSpec,
+        record: Architecture,
+        sizes: Sizes,
+        runtime: Runtime,
+        number: int,
+        block: nn.Module,
+        last: bool,
+    ) -> None:
+        self.spec, self.record, self.sizes, self.runtime = spec, record, sizes, runtime
+        self.number, self.block, self.last = number, block, last
+        self.handover = BlockHandover()
+        runtime.handovers.append(self.handover)
+        self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
+        self.neurons = self.inputs("mlp_out")
+        self.own_q = len(record.attn_in) == 3
+        self.branch: Branch = BRANCHES[0]
+        self.wrappers: dict[str, RoutedBranch] = {}
+        self.channels: dict[str, ChannelRouter] = {}
+        """Routers of channels by site."""
+        self.parts: set[str] = set()
+        """Branches with gates among their parts."""
+        self.opens: set[str] = set()
+        """Those where a token on its own chooses parts, which its linear layers leave out."""
+        self.narrowed: dict[str, Literal["inputs", "outputs"]] = {}
+        """Linear layers, by path, of which other gates leave out inputs or outputs."""
+        self.around: RoutedBlock | None = None
+        """What stands around the block."""
+        self.gathers = False
+        """Whether the block may run on the tokens that its layer router lets through, norms and all."""
+        self.costs: dict[str, int] = {}
+        self.substitutes: dict[str, int] = {}
+        self.lora: dict[str, int] = {}
+        channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
+        self.narrows = {
+            "attn": self.own_q and not record.whole_heads and "attn" not in channels,
+            "mlp": "mlp" not in channels,
+        }
+
+    @property
+    def wrapper(self) -> RoutedBranch:
+        """What stands in front of the branch."""
+        return self.wrappers[self.branch]
+
+    def linears(self, site: str) -> list[Linear]:
+        """The linear layers at a site."""
+        layers: list[Any] = [self.block.get_submodule(name) for name in self.record.linears(site)]
+        return layers
+
+    def inputs(self, site: str) -> int:
+        """Channels that a site's linear layers read."""
+        return weight_of(self.linears(site)[0]).shape[1]
+
+    def add_router(self, spec: RouterSpec, key: str, gates: int = 1, members: Tensor | None = None) -> None:
+        """Let the branch ask a router; key: of its decisions, after the block's number."""
+        router = Router(spec, self.sizes.width, gates, members, self.spec.gains)
+        self.wrapper.routers[spec.kind] = _like(self.wrapper.base_layer, router)
+        if spec.granularity == "token":
+            self.costs[key] = router.macs(self.sizes.width)
+
+    def add_substitute(self, spec: RouterSpec, key: str) -> None:
+        """What stands in for closed tokens, if the router has it."""
+        if spec.substitute:
+            substitute = Substitute(self.sizes.width, min(self.sizes.width, spec.substitute))
+            self.wrapper.substitutes[spec.kind] = _like(self.wrapper.base_layer, substitute)
+            self.substitutes[key] = substitute.macs()
+
+    def add_parts(self, spec: RouterSpec, gates: int, channels: int) -> None:
+        """Gates among the parts of the branch, which share the channels in front of its last linear layer."""
+        self.parts.add(self.branch)
+        if self.narrows[self.branch] and spec.granularity == "token" and spec.network != "static":
+            self.opens.add(self.branch)
+        self.add_router(spec, f"{self.branch}.{spec.kind}", gates, torch.arange(channels) * gates // channels)
+
+    def add_channels(self, site: str, router: ChannelRouter) -> None:
+        """A router of the channels that a site's linear layers read."""
+        self.channels[site] = _like(self.linears(site)[0], router)
+
+    def enclose(self, dropped: str) -> RoutedBlock:
+        """A wrapper around the block that hands it only some tokens."""
+        routed = RoutedBlock(
+            self.block, self.runtime, self.number, self.record.prefix or 0, self.record.mask, dropped, last=self.last
+        )
+        self.around = _like(self.block, routed)
+        return routed
+
+    def like(self, added: M) -> M:
+        """An added module where the block is."""
+        return _like(self.block, added)
+
+    def elasticize(self) -> BlockShape:
+        """Put everything in; returns what the block costs."""
+        record, sizes = self.record, self.sizes
+        macs = {site: sum(linear.weight.numel() for linear in self.linears(site)) for site in LINEAR_SITES}
+        for self.branch in BRANCHES:
+            self._elasticize_branch()
+        if self.gathers:
+            norm = self.block.get_submodule(record.norm) if record.prenorm else None
+            BlockGather(self.block, self.wrappers["attn"], norm, self.handover)
+        kv_share = 2 * sizes.groups / (sizes.heads + 2 * sizes.groups)
+        return BlockShape(
+            q=round(macs["attn_in"] * (1 - kv_share)),
+            kv=round(macs["attn_in"] * kv_share),
+            o=macs["attn_out"],
+            mlp_in=macs["mlp_in"],
+            mlp_out=macs["mlp_out"],
+            per_key=2 * sizes.heads * sizes.size,
+            window=sizes.window,
+            own_q=self.own_q,
+            narrows=self.narrows,
+            lora=self.lora,
+            routers=self.costs,
+            substitutes=self.substitutes,
+        )
+
+    def _elasticize_branch(self) -> None:
+        branch, record = self.branch, self.record
+        path, late = getattr(record, branch), getattr(record, f"{branch}_exit")
+        wrapper = self.wrappers[branch] = RoutedBranch(
+            self.block.get_submodule(path),
+            self.runtime,
+            self.number,
+            branch,
+            self.handover,
+            prenorm=record.prenorm,
+            late_exit=late is not None,
+            narrows=self.narrows[branch],
+            window=self.sizes.window,
+            mask=record.mask,
+        )
+        for router in self.routers:
+            router.of_kind.attach(router, self)
+        for end in ("in", "out"):
+            self._elasticize_site(end)
+        if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
+            route_attention(wrapper.base_layer, self.runtime)  # timm's attention is no function by name
+        if wrapper.routers or wrapper.block_router:
+            self.block.set_submodule(path, wrapper)
+            if late is not None:
+                exit_ = self.block.get_submodule(late)
+                self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.handover))
+
+    def _elasticize_site(self, end: str) -> None:
+        """Wrap the linear layers of which only a part is computed, or that are corrected."""
+        branch, site = self.branch, f"{self.branch}_{end}"
+        linears, channel = self.linears(site), self.channels.get(site)
+        corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
+        skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
+        asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
+        shared = Site(f"{self.number}.{site}", end == "out", branch in self.opens, self.handover)
+        for name, linear in zip(self.record.linears(site), linears, strict=True):
+            first = linear is linears[0]
+            per_query = asks and (end == "out" or (self.own_q and first))
+            narrowed = gated and self.narrows[branch] and (branch == "mlp" or first)
+            part: Literal["inputs", "outputs", ""]
+            part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
+            part = self.narrowed.get(name, part)
+            early = asks and self.own_q and end == "in"  # see RoutedLinear.forward
+            if channel is None and not corrected and not part and not per_query and not early:
+                continue
+            routed = RoutedLinear(
+                linear,
+                self.runtime,
+                shared,
+                self.wrappers[branch].handover,
+                part=part,
+                per_query=per_query,
+            )
+            if channel is not None:
+                routed.add_channels(channel)
+            if corrected:
+                self._correct(routed, linear, site, first)
+            self.block.set_submodule(name, routed)
+
+    def _correct(self, routed: RoutedLinear, linear: Linear, site: str, first: bool) -> None:
+        """Add a low-rank correction, and count it: the side that heads or groups narrow apart from the other."""
+        rank = self.spec.lora.rank
+        outputs, inputs = weight_of(linear).shape
+        routed.lora = _like(linear, Lora(inputs, outputs, rank))
+        cost = site if site != "attn_in" else "q" if first and self.own_q else "kv"
+        always, narrowed = (inputs, outputs) if site.endswith("in") else (outputs, inputs)
+        if cost == "kv":
+            always, narrowed = inputs + outputs, 0
+        self.lora[cost] = self.lora.get(cost, 0) + rank * always
+        self.lora[f"{cost}_open"] = self.lora.get(f"{cost}_open", 0) + rank * narrowed
+
+
+def _like(place: nn.Module, added: M) -> M:
+    """Put a new module on the device of the module it serves (its parameters stay float32)."""
+    return added.to(next(place.parameters()).device)
