@@ -30,6 +30,7 @@ from students.kernels.norms import fuse_norms, let_round
 from students.places import BlockPlace, DoorPlace, HeadPlace
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.shards import are_spread
+from students.spec import StudentSpec
 from students.student import Student
 
 
@@ -89,7 +90,7 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
                 f"a {router.kind} router of a language model decides without looking at later tokens: `selection: "
                 "quota`, `dropped: stay`, `dropped: merge` and `multiple` are for images"
             )
-        if record.side_by_side and (router.kind != "layer" or spec.lora.rank):
+        if record.side_by_side and (not router.of_kind.over_blocks or spec.lora.rank):
             raise ValueError(
                 "the blocks of this model have several attentions and MLPs side by side: it takes layer routers, which "
                 "skip whole blocks, and no low-rank corrections"

@@ -148,8 +148,8 @@ class ComputeModel:
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
         """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""
-        share = decisions.share.get("vocab") if self.spec.find("vocab") else None
-        head = self.routed_head(share, phase) * valid
+        shares = [decisions.share.get(router.kind) for router in self.spec.at("head")]
+        head = self.routed_head(shares[0] if shares else None, phase) * valid
         return (self.routed_blocks(decisions, valid, phase) + head).sum() / self.dense(valid, phase).sum()
 
     def uniform(self, share: float, tokens: int, phase: Phase) -> float:
@@ -243,7 +243,7 @@ class BlockCost:
         for key, cost in block.routers.items():
             total = total + cost * self.scored.get(key, self.inside if self.image else 1.0)
         for key, cost in block.substitutes.items():
-            closed = 1 - self.inside if key == "layer" else self.inside * (1 - self.open[key])
+            closed = self.inside * (1 - self.open[key]) if key in self.open else 1 - self.inside
             total = total + cost * closed
         return total
 

@@ -101,12 +101,13 @@ class BlockPlace:
         """Linear layers, by path, of which other gates leave out inputs or outputs."""
         self.around: RoutedBlock | None = None
         """What stands around the block."""
-        self.gathers = False
-        """Whether the block may run on the tokens that its layer router lets through, norms and all."""
+        self.gathers: Router | None = None
+        """The router on whose open tokens alone the block may run, norms and all."""
         self.costs: dict[str, int] = {}
         self.substitutes: dict[str, int] = {}
         self.lora: dict[str, int] = {}
-        channels = {site.split("_")[0] for site in LINEAR_SITES if spec.find("channel", number, site)}
+        chosen = (site for router in self.routers if router.of_kind.over_channels for site in router.where)
+        channels = {site.split("_")[0] for site in chosen}
         self.narrows = {
             "attn": self.own_q and not record.whole_heads and "attn" not in channels,
             "mlp": "mlp" not in channels,
@@ -151,11 +152,10 @@ class BlockPlace:
         """A router of the channels that a site's linear layers read."""
         self.channels[site] = _like(self.linears(site)[0], router)
 
-    def enclose(self, dropped: str) -> RoutedBlock:
+    def enclose(self, spec: RouterSpec) -> RoutedBlock:
         """A wrapper around the block that hands it only some tokens."""
-        routed = RoutedBlock(
-            self.block, self.runtime, self.number, self.record.prefix or 0, self.record.mask, dropped, last=self.last
-        )
+        key, prefix = spec.of_kind.key(self.number, self.branch), self.record.prefix or 0
+        routed = RoutedBlock(self.block, self.runtime, key, prefix, self.record.mask, spec.dropped, last=self.last)
         self.around = _like(self.block, routed)
         return routed
 
@@ -169,9 +169,9 @@ class BlockPlace:
         macs = {site: sum(linear.weight.numel() for linear in self.linears(site)) for site in LINEAR_SITES}
         for self.branch in BRANCHES:
             self._elasticize_branch()
-        if self.gathers:
+        if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
-            BlockGather(self.block, self.wrappers["attn"], norm, self.handover)
+            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.handover)
         kv_share = 2 * sizes.groups / (sizes.heads + 2 * sizes.groups)
         return BlockShape(
             q=round(macs["attn_in"] * (1 - kv_share)),
@@ -209,7 +209,7 @@ class BlockPlace:
             self._elasticize_site(end)
         if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
             route_attention(wrapper.base_layer, self.runtime)  # timm's attention is no function by name
-        if wrapper.routers or wrapper.block_router:
+        if wrapper.routers or wrapper.decided:
             self.block.set_submodule(path, wrapper)
             if late is not None:
                 exit_ = self.block.get_submodule(late)

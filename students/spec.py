@@ -152,6 +152,11 @@ class StudentSpec:
         """The routers in a model's blocks, at its head or at its door (see Kind.place), in the order of their kinds."""
         return sorted((r for r in self.routers if r.of_kind.place == place), key=lambda router: router.of_kind.order)
 
+    @property
+    def over_blocks(self) -> RouterSpec | None:
+        """The router of whole blocks, or None."""
+        return next((router for router in self.routers if router.of_kind.over_blocks), None)
+
     def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
         """The router of this kind at this block and site, or None."""
         for router in self.routers:

@@ -69,7 +69,7 @@ def dropping_patches(
 
     ValueError where it has no layer routers whose numbers could be taken over.
     """
-    layer = student.spec.find("layer")
+    layer = student.spec.over_blocks
     if layer is None or layer.selection == "topk":
         raise ValueError(
             f"the baseline {kind} drops as many patches as layer routers with `selection: quota` or threshold: this "
@@ -81,18 +81,19 @@ def dropping_patches(
             shares.append(student(pixels)[1].share)
             whole = student.at(pixels.shape[-2:])[0] if student.shortens else 0
     before = []
-    for number, block in enumerate(student.blocks):
-        if isinstance(block, RoutedBlock) and "layer" in block.routers:
-            here = torch.cat([share[f"{number}.layer"] for share in shares])
+    for block in student.blocks:
+        if isinstance(block, RoutedBlock) and block.router is not None:
+            name, router = block.router.spec.kind, block.router
+            here = torch.cat([share[block.key] for share in shares])
             kept = float(here[:, student.runtime.prefix :].mean())
-            before.append((block, block.routers["layer"], block.merges))
-            block.routers["layer"] = _FixedScores(block.routers["layer"], partial(_constant, kept), scores, whole)
+            before.append((block, name, router, block.merges))
+            block.routers[name] = _FixedScores(router, partial(_constant, kept), scores, whole)
             block.merges = False
     try:
         yield student
     finally:
-        for block, router, merges in before:
-            block.routers["layer"], block.merges = router, merges
+        for block, name, router, merges in before:
+            block.routers[name], block.merges = router, merges
 
 
 @contextmanager

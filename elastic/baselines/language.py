@@ -131,13 +131,14 @@ def at_random(
     odds of all sites are multiplied by one number, so that what the student pays for low-rank corrections may be spent
     on channels. ValueError where the student has routers of other kinds, or runs as the teacher.
     """
-    odd = sorted({r.kind for r in student.spec.routers if r.kind not in ("channel", "vocab")})
+    drawn = [r for r in student.spec.routers if r.of_kind.over_channels or r.of_kind.place == "head"]
+    odd = sorted({r.kind for r in student.spec.routers if r not in drawn})
     if odd or config.budget.phase == "prefill" or student.runtime.bypass:
         why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
         raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
     opened = _shares(student, batches)
     routers = tuple(
-        RouterSpec("channel", r.sites, r.blocks) if r.kind == "channel" else r for r in student.spec.routers
+        RouterSpec(r.kind, r.sites, r.blocks) if r.of_kind.over_channels else r for r in student.spec.routers
     )
     other = _elasticized(frozen(), StudentSpec(routers, gains=student.spec.gains))
     whole = torch.ones(1, batches[0].shape[1], dtype=torch.bool)

@@ -161,7 +161,7 @@ def baseline(
 
         return baselines.SameShares(name, vocab, frozen, config, looked_at, seen)
 
-    vocab = student.spec.find("vocab") if name == "uniform" else None
+    vocab = next(iter(student.spec.at("head")), None) if name == "uniform" else None
     key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
     session.turn_to(student)
     if name == "random":

@@ -11,30 +11,34 @@ from students.execution.branch import RoutedBranch
 from students.execution.gates import Gates
 from students.execution.handover import BlockHandover, Exits, Gathered
 from students.execution.tokens import Chosen, take
+from students.routers import Router
 
 
 class BlockGather:
     """Hooks that let a language model's block run on the tokens that its layer router lets through, and on no others.
 
     For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
-    shrink with the rest. attn: the branch that has the router; norm: the one in front of it. handover: the block's.
+    shrink with the rest. attn: the branch that the router stands in front of; norm: the one in front of both.
+    handover: the block's.
     """
 
-    def __init__(self, block: nn.Module, attn: RoutedBranch, norm: nn.Module | None, handover: BlockHandover) -> None:
+    def __init__(
+        self, block: nn.Module, attn: RoutedBranch, router: Router, norm: nn.Module | None, handover: BlockHandover
+    ) -> None:
         self._attn = attn
+        self._router = router
         self._norm = norm
         self._handover = handover
         block.register_forward_pre_hook(self._gather, with_kwargs=True)
         block.register_forward_hook(self._scatter, always_call=True)
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        attn, run = self._attn, self._attn.runtime
-        router = attn.routers["layer"]
+        attn, router, run = self._attn, self._router, self._attn.runtime
         if run.bypass or not run.skips([router.spec]):
             return None
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
-        gates = run.decide(f"{attn.block}.layer", router, features)
+        gates = run.decide(router.spec.of_kind.key(attn.block, attn.branch), router, features)
         decided = Exits(x, [(gates, None)], valid=run.call.valid)
         chosen = Chosen(decided.open(), run.counted(x), decided.count)
         rows = chosen.rows  # waits for the device, where it is not known beforehand how many there are

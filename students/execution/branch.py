@@ -55,7 +55,8 @@ class RoutedBranch(Wrapper):
         self.window = window
         self.routers = Named[Router]()
         self.substitutes = Named[Substitute]()
-        self.block_router: tuple[Router, ...] = ()
+        self.decided: tuple[Router, ...] = ()
+        """Routers of the whole block, which stand in front of the branch before."""
         self._standing: tuple[Narrow, Tensor] | None = None
 
     def set_dial(self) -> None:
@@ -96,31 +97,29 @@ class RoutedBranch(Wrapper):
             self.handover.release()
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
-        """Token and layer gates. A layer gate is decided in front of attention and handed on to the MLP."""
+        """Gates of tokens. Those of whole blocks are decided in front of attention and handed on to the MLP."""
         exits = Exits(x)
-        for kind in ("token", "layer"):
-            key = f"{self.block}.layer" if kind == "layer" else f"{self.block}.{self.branch}.{kind}"
-            if kind in self.routers:
-                router = self.routers[kind]
-                decided = self.runtime.decide(key, router, features)
-                if kind == "layer":
-                    self.of_block.layer = decided
-            elif kind == "layer" and self.block_router:
-                router, handed = self.block_router[0], self.of_block.layer
-                assert handed is not None, "attention decides first"
-                decided, self.of_block.layer = handed, None
-            else:
-                continue
-            exits.gates.append((decided, self.substitutes.get(kind)))
+        for name, router in self.routers.items():
+            kind = router.spec.of_kind
+            if kind.over_tokens:
+                gates = self.runtime.decide(kind.key(self.block, self.branch), router, features)
+                if kind.over_blocks:
+                    self.of_block.gates = gates
+                exits.gates.append((gates, self.substitutes.get(name)))
+                exits.specs.append(router.spec)
+        for router in self.decided:
+            handed, self.of_block.gates = self.of_block.gates, None
+            assert handed is not None, "attention decides first"
+            exits.gates.append((handed, None))
             exits.specs.append(router.spec)
         return exits
 
     def _pass_parts(self, features: Tensor, skip: bool) -> Plan | None:
         """Decide heads or expert groups and hand them to the linear layers; the plan for attention, if it shrinks."""
-        kind = "head" if self.branch == "attn" else "expert"
-        if kind not in self.routers:
+        router = next((router for router in self.routers.values() if router.spec.of_kind.over_parts), None)
+        if router is None:
             return None
-        run, router, key = self.runtime, self.routers[kind], f"{self.block}.{self.branch}.{kind}"
+        run, key = self.runtime, router.spec.of_kind.key(self.block, self.branch)
         gate = run.decide(key, router, features).gate
         by_token = router.spec.granularity == "token" and router.spec.network != "static"
         shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare

@@ -219,14 +219,14 @@ class BlockHandover:
     mlp: BranchHandover = field(default_factory=BranchHandover)
     sites: list[SiteHandover] = field(default_factory=list)
     """Of the block's linear layers."""
-    layer: Gates | None = None
-    """Of a language model's layer router, from attention, which decides, to the MLP."""
+    gates: Gates | None = None
+    """Of a router of the whole block, from attention, in front of which it stands, to the MLP."""
     gathered: Gathered | None = None
     """The tokens that the block runs on, where it was called with more."""
 
     def clear(self) -> None:
         """Leave nothing."""
-        self.layer = self.gathered = None
+        self.gates = self.gathered = None
         for branch in (self.attn, self.mlp):
             branch.clear()
         for site in self.sites:

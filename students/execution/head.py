@@ -66,7 +66,7 @@ class RoutedHead(Wrapper):
             logits, share = logits.view(*hidden.shape[:-1], -1), share.view(hidden.shape[:-1])
         else:
             logits, share = self.routed_logits(hidden, *self.tensors())
-        run.note("vocab", self.spec, share)
+        run.note(self.spec.kind, self.spec, share)
         return logits
 
     def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,15 @@ CALL = 2**26
 class RoutedBlock(Wrapper):
     """A block that runs on the tokens that its router lets through, which are all it sees.
 
-    number: of the block. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
+    key: of what is decided. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
     dropped: as in RouterSpec. last: whether this is the last block.
     """
 
     def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, number: int, prefix: int, mask: str, dropped: str, last: bool
+        self, base_layer: nn.Module, runtime: Runtime, key: str, prefix: int, mask: str, dropped: str, last: bool
     ) -> None:
         super().__init__(base_layer, runtime)
-        self.number = number
+        self.key = key
         self.prefix = prefix
         self.mask = mask
         self.shortens = dropped != "return"
@@ -46,6 +46,11 @@ class RoutedBlock(Wrapper):
         self.routers = Named[Router]()
         # scores of the prefix: above all others, and in its order
         self.register_buffer("top", torch.arange(prefix, 0, -1) * TOP, persistent=False)
+
+    @property
+    def router(self) -> Router | None:
+        """The block's own; None where tokens that stay away are missing alone."""
+        return next(iter(self.routers.values()), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run = self.runtime
@@ -58,7 +63,7 @@ class RoutedBlock(Wrapper):
         if flow is None:
             flow = Flow(x.shape[1])
             run.call.flow = flow if self.shortens and not self.last else None
-        router = self.routers.get("layer")
+        router = self.router
         if run.execution == "skip" and not torch.is_grad_enabled():
             x = self._skip(x, args, kwargs, flow, router)
             if self.last and self.shortens and run.restores:
@@ -284,7 +289,7 @@ class RoutedBlock(Wrapper):
         share = torch.ones(len(x), flow.tokens, device=x.device)
         if places is not None:
             share = torch.zeros_like(share).scatter(1, places, 1.0 if valid is None else valid.float())
-        self.runtime.note(f"{self.number}.layer", None if router is None else router.spec, share)
+        self.runtime.note(self.key, None if router is None else router.spec, share)
 
     def _mask(self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, router: Router | None) -> Tensor:
         run = self.runtime
@@ -312,11 +317,10 @@ class RoutedBlock(Wrapper):
                 leaving = 1 - gate if there is None else (1 - gate) * there
                 x, moved = self._take_in(x, flow, matches, leaving)
                 flow.stand_in = moved if flow.stand_in is None or moved is None else moved.gather(1, flow.stand_in)
-        if "layer" in self.routers or self.shortens:
+        if self.router is not None or self.shortens:
             share = x.new_ones(x.shape[:2], dtype=torch.float32) if gate is None else gate
             noted = None if router is None else score[:, self.prefix :].unsqueeze(-1)
-            spec = self.routers["layer"].spec if "layer" in self.routers else None
-            run.note(f"{self.number}.layer", spec, share, noted)
+            run.note(self.key, None if self.router is None else self.router.spec, share, noted)
         if gate is None or (not torch.is_grad_enabled() and bool((gate == 1).all())):
             weighs = router is not None and router.spec.weight == "score"
             out = self._run(x, args, kwargs)
@@ -359,7 +363,7 @@ class RoutedBlock(Wrapper):
             features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
             x, size = merge(x, flow.size, 1 - gate, matches.target)
             flow.resize(size)
-        probed[f"{self.number}.layer"] = gate, features
+        probed[self.key] = gate, features
         flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
         mask = repeat(weight, "b k -> b 1 q k", q=x.shape[1])

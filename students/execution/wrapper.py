@@ -5,6 +5,7 @@ Each executes in two ways (see Runtime.execution) that agree: as masks, and by l
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, ValuesView
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
@@ -20,6 +21,8 @@ class Named(nn.ModuleDict, Generic[M]):
     if TYPE_CHECKING:
 
         def __getitem__(self, key: str) -> M: ...
+        def items(self) -> ItemsView[str, M]: ...
+        def values(self) -> ValuesView[M]: ...
 
     def get(self, key: str) -> M | None:
         """The module of this name, or None."""

@@ -51,8 +51,7 @@ class Placed:
     @property
     def key(self) -> str:
         """Of its decisions."""
-        branch = f"{self.branch}." if self.branch else ""
-        return f"{self.block}.{branch}{self.router.spec.kind}"
+        return self.router.spec.of_kind.key(self.block, self.branch)
 
 
 class ImageStudent(Student):
@@ -138,15 +137,15 @@ class ImageStudent(Student):
 
     def checkpoint_blocks(self) -> None:
         """Compute activations of blocks with layer routers again in backward instead of keeping them."""
-        if self.spec.find("layer") is None:
+        if self.spec.over_blocks is None:
             raise ValueError("train.checkpointing: image models recompute blocks with layer routers; there are none")
         self.runtime.recompute = True
 
     @property
     def shortens(self) -> bool:
         """Whether tokens that a block drops stay away from all later ones."""
-        layer = self.spec.find("layer")
-        return layer is not None and layer.dropped != "return"
+        over_blocks = self.spec.over_blocks
+        return over_blocks is not None and over_blocks.dropped != "return"
 
     def routers(self) -> Iterator[Placed]:
         """Routers that score tokens, heads or groups, block by block."""
@@ -174,7 +173,7 @@ class ImageStudent(Student):
                     if placed.router.levels is None:
                         continue
                     score = decisions.score[placed.key].squeeze(-1)
-                    tail = score if placed.router.spec.kind == "layer" else score[:, run.prefix :]
+                    tail = score if placed.router.spec.of_kind.over_blocks else score[:, run.prefix :]
                     seen.setdefault(placed.key, []).append(look.counted(tail.flatten()))
         finally:
             run.training, run.execution, run.offset, run.pool = before

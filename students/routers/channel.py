@@ -54,6 +54,7 @@ class ChannelKind(Kind):
     order = 30
     fields = ("network", "blocks", "part")
     sites = LINEAR_SITES
+    over_channels = True
     in_vision_tower = False
     limits = ("log_limit", "log_gain")
 

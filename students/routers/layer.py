@@ -35,6 +35,7 @@ class LayerKind(TokenKind):
     order = 40
     fields = (*TokenKind.fields, "dropped")
     sites = ()
+    over_blocks = True
     in_vision_tower = False
 
     def check(self, spec: RouterSpec) -> None:
@@ -73,25 +74,23 @@ class LayerKind(TokenKind):
         elif place.branch == "attn":
             self._attach_around(spec, place)
 
-    @staticmethod
-    def _attach_in_front(spec: RouterSpec, place: BlockPlace) -> None:
+    def _attach_in_front(self, spec: RouterSpec, place: BlockPlace) -> None:
         if place.branch == "mlp":
-            router = place.wrappers["attn"].routers["layer"]
-            assert isinstance(router, Router)
-            place.wrapper.block_router = (router,)
+            place.wrapper.decided = (place.wrappers["attn"].routers["layer"],)
             return
         place.add_router(spec, "layer")
         place.add_substitute(spec, "layer")
         alone = not any(
             kind.over_tokens or kind.over_parts  # which decide for all tokens
             for kind in kinds().values()
-            if kind.name != "layer" and place.spec.find(kind.name, place.number)
+            if kind is not self and place.spec.find(kind.name, place.number)
         )
-        place.gathers = spec.kv == "drop" and not spec.substitute and alone
+        if spec.kv == "drop" and not spec.substitute and alone:
+            place.gathers = place.wrapper.routers["layer"]
 
     @staticmethod
     def _attach_around(spec: RouterSpec, place: BlockPlace) -> None:
-        block = place.enclose(spec.dropped)
+        block = place.enclose(spec)
         if spec.on(place.number):
             width = place.sizes.width
             router = Router(spec, width, 1, gains=place.spec.gains)

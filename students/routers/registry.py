@@ -44,14 +44,22 @@ class Kind:
     """In the blocks of a model, at the LM head, or where image tokens enter a language model."""
     over_tokens: ClassVar[bool] = False
     """Whether a gate leaves out a branch or block for one token."""
+    over_blocks: ClassVar[bool] = False
+    """Whether one decision, in front of attention, is for the whole block."""
     over_parts: ClassVar[bool] = False
     """Whether gates are among the parts of one branch, of which a token may have any number."""
+    over_channels: ClassVar[bool] = False
+    """Whether gates are among the channels that the linear layers of a site read."""
     may_keep_quota: ClassVar[bool] = False
     """Whether it decides between tokens, so that every image can keep its best ones."""
     in_vision_tower: ClassVar[bool] = True
     """Whether it may stand in the vision tower of a vision-language model."""
     limits: ClassVar[tuple[str, ...]] = ("score", "log_gain")
     """Parameters of the router that learn at `train.limit_lr`: numbers that gates are compared with, not maps."""
+
+    def key(self, block: int, branch: str) -> str:
+        """Of what it decides in front of a branch of a block."""
+        return f"{block}.{self.name}" if self.over_blocks else f"{block}.{branch}.{self.name}"
 
     def check(self, spec: RouterSpec) -> None:
         """ValueError where settings contradict each other."""
