@@ -9,7 +9,9 @@ from losses.divergence import (
     mean_divergence,
     next_token_cross_entropy,
     reverse_kl,
+    top_of,
     topk_kl,
+    topk_kl_to,
 )
 from losses.hidden import HIDDEN_DISTANCES, cosine_distance, mse, per_layer, relative_mse
 from losses.routing import budget_price, budget_prices, capacity_hinge, load_balance, topk_bce
@@ -32,6 +34,8 @@ __all__ = [
     "per_layer",
     "relative_mse",
     "reverse_kl",
+    "top_of",
     "topk_bce",
     "topk_kl",
+    "topk_kl_to",
 ]

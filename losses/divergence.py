@@ -22,8 +22,9 @@ RowLoss = Callable[..., Tensor]
 ChunkLoss = Callable[..., tuple[Tensor, Tensor]]
 """Sums over one chunk of rows: (*inputs [n, ...]) -> (loss [], to be differentiated; statistics [K], only reported)."""
 
-ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(log q [n, V], log p [n, V]) -> (divergence [n], its derivative [n, V] by the logits of q); may overwrite both."""
+ValueAndSlope = Callable[..., tuple[Tensor, Tensor]]
+"""(log q [n, V], what is known of p) -> (divergence [n], its derivative [n, V] by the logits of q); may overwrite log
+q, and log p [n, V] where that is what is known."""
 
 
 def chunked(
@@ -130,12 +131,11 @@ class _RowDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, rule: ValueAndSlope) -> Tensor:
+    def forward(ctx: Any, student: Tensor, temperature: float, rule: ValueAndSlope, *teacher: Tensor) -> Tensor:
         values = student.new_empty(len(student), dtype=_wide(student.dtype))
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(student), _block_rows(student), mask=None):
-            log_q, log_p = (_log_softmax(x[rows], temperature) for x in (student, teacher))
-            values[rows], slope = rule(log_q, log_p)
+            values[rows], slope = rule(_log_softmax(student[rows], temperature), *(x[rows] for x in teacher))
             if gradient is not None:
                 gradient[rows] = slope if temperature == 1 else slope.mul_(temperature)
         ctx.save_for_backward(gradient)
@@ -146,7 +146,8 @@ class _RowDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In the gradient's own dtype: a wider factor would make PyTorch widen all rows at once.
-        return gradient.mul_(grad_values.to(gradient.dtype).unsqueeze(1)), None, None, None
+        slope = gradient.mul_(grad_values.to(gradient.dtype).unsqueeze(1))
+        return slope, *(None for _ in ctx.needs_input_grad[1:])
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -157,10 +158,18 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 def _row_divergence(student: Tensor, teacher: Tensor, temperature: float, rule: ValueAndSlope) -> Tensor:
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(f"need student and teacher logits of one shape [N, V], got {student.shape}, {teacher.shape}")
+    _require_positive(temperature)
+
+    def on_logits(log_q: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return rule(log_q, _log_softmax(logits, temperature))
+
+    values: Tensor = _RowDivergence.apply(student, temperature, on_logits, teacher)
+    return values
+
+
+def _require_positive(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    values: Tensor = _RowDivergence.apply(student, teacher, temperature, rule)
-    return values
 
 
 def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -201,6 +210,26 @@ def topk_kl(student: Tensor, teacher: Tensor, *, k: int = 64, temperature: float
     return _row_divergence(student, teacher, temperature, partial(_topk_kl, k=k))
 
 
+@torch.no_grad()
+def top_of(teacher: Tensor, *, k: int = 64, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return all that `topk_kl` needs of logits [N, V]: log p of the k likeliest tokens and of all others together
+    [N, k + 1], and which they are [N, k], in int32."""
+    _require_positive(temperature)
+    parts = [
+        _top_of(_log_softmax(teacher[rows], temperature), k)
+        for rows in _chunks(len(teacher), _block_rows(teacher), None)
+    ]
+    masses, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    return masses, tokens.int()
+
+
+def topk_kl_to(student: Tensor, masses: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the same as `topk_kl`, of student logits [N, V] and what `top_of` returns at this temperature."""
+    _require_positive(temperature)
+    values: Tensor = _RowDivergence.apply(student, temperature, _kl_to_top, masses, tokens)
+    return values
+
+
 def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     value = torch.linalg.vecdot(p, log_p.sub_(log_q))
@@ -225,13 +254,22 @@ def _jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, 
 
 
 def _topk_kl(log_q: Tensor, log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _kl_to_top(log_q, *_top_of(log_p, k))
+
+
+def _top_of(log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     top_log_p, top = log_p.topk(min(k, log_p.shape[1]), dim=1)
+    tiny = torch.finfo(log_p.dtype).tiny  # an empty bucket has mass zero: a finite logarithm makes it count nothing
+    rest = log_p.exp_().scatter_(1, top, 0).sum(1, keepdim=True).clamp_(min=tiny).log_()
+    return torch.cat([top_log_p, rest], dim=1), top
+
+
+def _kl_to_top(log_q: Tensor, masses: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    top, top_log_p, rest_log_p = tokens.long(), masses[:, :-1], masses[:, -1]
     top_log_q = log_q.gather(1, top)
-    top_p, top_q = top_log_p.exp(), top_log_q.exp()
-    tiny = torch.finfo(log_q.dtype).tiny  # an empty bucket has mass zero: a finite logarithm makes it count nothing
-    rest_p = log_p.exp_().scatter_(1, top, 0).sum(1).clamp_(min=tiny)
-    rest_q = log_q.exp_().scatter_(1, top, 0).sum(1).clamp_(min=tiny)
-    value = torch.linalg.vecdot(top_p, top_log_p - top_log_q) + rest_p * (rest_p.log() - rest_q.log())
+    top_p, top_q, rest_p = top_log_p.exp(), top_log_q.exp(), rest_log_p.exp()
+    rest_q = log_q.exp_().scatter_(1, top, 0).sum(1).clamp_(min=torch.finfo(log_q.dtype).tiny)
+    value = torch.linalg.vecdot(top_p, top_log_p - top_log_q) + rest_p * (rest_log_p - rest_q.log())
     slope = log_q.mul_((1 - rest_p / rest_q).unsqueeze(1)).scatter_(1, top, top_q - top_p)
     return value, slope
 

@@ -13,7 +13,7 @@ from elastic import launch
 from elastic.accounting.language import prompt_mask
 from elastic.config import BudgetConfig, DataConfig, LossConfig
 from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
-from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer
+from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer, top_of, topk_kl_to
 from students.compute import PHASES, Phase
 from students.families.language import LanguageStudent
 
@@ -53,19 +53,33 @@ class Distillation(nn.Module):
         self.divergence = divergence_of(loss)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
         self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
+        self.likeliest = loss.logits == "topk_kl" and not loss.hidden_weight
+        """Whether a few of the teacher's tokens are all that training needs."""
 
     @torch.no_grad()
     def teach(self, ids: Tensor) -> Taught:
         """The teacher's "hidden" states [B * T, D] in front of the LM head, as logits would be many times as large and
-        cost little once more, and those behind each block where the loss compares them."""
+        cost little once more, and those behind each block where the loss compares them; or, in training, the "masses"
+        and "tokens" of `top_of`, where it compares no more."""
         with self.student.teacher():
             out, _ = self.student.features(ids, output_hidden_states=self.layers)
         states = {"hidden": out.last_hidden_state, **self._compared(out)}
-        return {name: x.flatten(0, 1) for name, x in states.items()}
+        taught = {name: x.flatten(0, 1) for name, x in states.items()}
+        if not (self.likeliest and self.training):
+            return taught
+        options = {"k": self.loss.k, "temperature": self.loss.temperature}
+        parts = [top_of(self.student.logits(x)[0], **options) for x in taught["hidden"].split(self._chunk_rows(ids))]
+        return {n: torch.cat(part) for n, part in zip(("masses", "tokens"), zip(*parts, strict=True), strict=True)}
+
+    def _chunk_rows(self, ids: Tensor) -> int:
+        model = self.student.model
+        return default_chunk_rows(model.config.vocab_size, model.get_input_embeddings().weight.dtype, ids.device)
 
     @property
     def keeps(self) -> str:
         """What it is that `teach` returns."""
+        if self.likeliest:
+            return f"top{self.loss.k}-at{self.loss.temperature:g}"
         return "layers" if self.layers else "final-states"
 
     def lengths(self, ids: Tensor) -> list[int]:
@@ -90,7 +104,7 @@ class Distillation(nn.Module):
         price = torch.as_tensor(price, device=ids.device).expand(len(ids))
         tokens, whole = launch.total(counted.sum()), launch.total(dense[phase])
         hidden = out.last_hidden_state
-        head, sums, rows = self._head_loss(hidden, taught["hidden"], ids, counted, price, (tokens, whole))
+        head, sums, rows = self._head_loss(hidden, taught, ids, counted, price, (tokens, whole))
         total = launch.total(head / tokens + (price * macs[phase]).sum() / whole)
         total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
@@ -116,15 +130,15 @@ class Distillation(nn.Module):
     def _head_loss(
         self,
         hidden: Tensor,
-        teacher_hidden: Tensor,
+        taught: Taught,
         ids: Tensor,
         counted: Tensor,
         price: Tensor,
         of: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
-        each row of the batch [B, 3]: kl, and the head's MACs in both phases. hidden [B, T, D], teacher_hidden
-        [B * T, D]; of: tokens that count and the teacher's MACs, in all processes.
+        each row of the batch [B, 3]: kl, and the head's MACs in both phases. hidden [B, T, D]; of: tokens that count
+        and the teacher's MACs, in all processes.
 
         The head's compute is that of the counted tokens, scaled up to all.
         """
@@ -135,11 +149,18 @@ class Distillation(nn.Module):
         tensors = student.head_tensors()
         owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape).flatten()
 
-        def chunk_loss(h: Tensor, t: Tensor, target: Tensor, follows: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        likeliest = "tokens" in taught
+
+        def chunk_loss(
+            h: Tensor, target: Tensor, follows: Tensor, owner: Tensor, *taught: Tensor
+        ) -> tuple[Tensor, Tensor]:
             logits, share = student.logits(h, *tensors, owner=owner)
-            with torch.no_grad():
-                teacher_logits, _ = student.logits(t)
-            kl = self.divergence(logits, teacher_logits)
+            if likeliest:
+                kl = topk_kl_to(logits, *taught, temperature=loss.temperature)
+            else:
+                with torch.no_grad():
+                    teacher_logits, _ = student.logits(*taught)
+                kl = self.divergence(logits, teacher_logits)
             cost = {p: student.compute.routed_head(share, p) * scale[: len(h)] for p in PHASES}
             total = loss.logits_weight * kl.sum()
             if loss.cross_entropy_weight:
@@ -156,13 +177,13 @@ class Distillation(nn.Module):
                 each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
-        rows = [hidden.flatten(0, 1), teacher_hidden, targets.flatten(), follows.flatten(), owners]
-        vocabulary = student.model.config.vocab_size
+        known = [taught[name] for name in (("masses", "tokens") if likeliest else ("hidden",))]
+        rows = [hidden.flatten(0, 1), targets.flatten(), follows.flatten(), owners, *known]
         total, sums = chunked(
             chunk_loss,
             rows,
             tensors,
-            chunk_rows=default_chunk_rows(vocabulary, hidden.dtype, hidden.device),
+            chunk_rows=self._chunk_rows(ids),
             mask=counted.flatten() if self.sequence_level else None,
         )
         return total, sums[:3], sums[3:].view(len(ids), 3)

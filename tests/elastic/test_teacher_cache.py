@@ -38,16 +38,23 @@ def filled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("settings", "flags"), [((), {}), (LAYERS, {"budget__target": "0.6:1.0"})], ids=["final states", "layers, a range"]
+    ("settings", "flags", "kind", "row"),
+    [
+        ((), {}, "final-states", 32 * 4),
+        (LAYERS, {"budget__target": "0.6:1.0"}, "layers", 4 * 32 * 4),
+        (("loss.logits=topk_kl", "loss.k=5", "loss.temperature=2"), {}, "top5-at2", (6 + 5) * 4),
+    ],
+    ids=["final states", "layers, a range", "likeliest tokens"],
 )
-def test_training_on_text_from_a_cache(settings: tuple[str, ...], flags: dict, configure: Configure, tmp_path: Path):
+def test_training_on_text_from_a_cache(
+    settings: tuple[str, ...], flags: dict, kind: str, row: int, configure: Configure, tmp_path: Path
+):
     trainer.distill(configure(*settings, "train.batch=3", **flags), tmp_path / "run", say=silent)
     said = assert_a_cache_changes_nothing(tmp_path / "run", samples=18)
-    size = 18 * 16 * 32 * 4 * (4 if settings else 1) / 1e6
     first, second = (re.sub(r"/llama-\w+|, and the disk.*", "", line) for line in said if "holds" in line)
-    kind = "-float32-layers" if settings else "-float32-final-states"
-    assert first == f"teacher cache: {kind} holds 0 samples (0.00 MB); this run's take up to {size:.2f} MB"
-    assert second.startswith(f"teacher cache: {kind} holds 18 samples")
+    size = 18 * 16 * row / 1e6
+    assert first == f"teacher cache: -float32-{kind} holds 0 samples (0.00 MB); this run's take up to {size:.2f} MB"
+    assert second.startswith(f"teacher cache: -float32-{kind} holds 18 samples")
 
 
 def test_a_run_that_is_killed_fills_on(filled: Path, configure: Configure, tmp_path: Path):

@@ -26,8 +26,10 @@ from losses import (
     next_token_cross_entropy,
     per_layer,
     reverse_kl,
+    top_of,
     topk_bce,
     topk_kl,
+    topk_kl_to,
 )
 
 KINDS = pytest.mark.parametrize("kind", DIVERGENCES)
@@ -445,3 +447,21 @@ def test_topk_bce_chooses_exactly_k_among_equals() -> None:
     scores = torch.zeros(2, 8, requires_grad=True)
     topk_bce(scores, 0.25).backward()
     assert ((scores.grad < 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("k", [1, 4, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_kl_to_what_was_kept_of_the_teacher(k: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 11, generator=draw, dtype=torch.float32).to(dtype) for _ in range(2))
+    both = student.clone().requires_grad_(), student.clone().requires_grad_()
+    masses, tokens = top_of(teacher, k=k, temperature=2.0)
+    assert masses.shape == (7, min(k, 11) + 1) and tokens.dtype == torch.int32 and masses.dtype == torch.float32
+    torch.testing.assert_close(masses.exp().sum(1), torch.ones(7))
+    values = topk_kl(both[0], teacher, k=k, temperature=2.0), topk_kl_to(both[1], masses, tokens, temperature=2.0)
+    assert torch.equal(*values)
+    for value in values:
+        value.sum().backward()
+    assert torch.equal(both[0].grad, both[1].grad)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        topk_kl_to(student, masses, tokens, temperature=0.0)
