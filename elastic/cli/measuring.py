@@ -150,7 +150,8 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     if last["phase"] == "train":
         print(
             f"training: against a teacher forward; a step costs {last['teacher_forwards']:.2f} of them, ideal "
-            f"{last['ideal_teacher_forwards']:.2f}; weights {last['weight_bytes'] / 1e9:.2f} GB"
+            f"{last['ideal_teacher_forwards']:.2f}, from a teacher cache {last['cached_teacher_forwards']:.2f}; "
+            f"weights {last['weight_bytes'] / 1e9:.2f} GB"
         )
 
 

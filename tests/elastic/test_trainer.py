@@ -492,6 +492,7 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
     assert decode["compute"] < pair["compute"]  # several sequences share what is read: nothing is left out
     assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
     assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
+    assert 0 < train["cached_teacher_forwards"] < 1000
     assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
 
 
