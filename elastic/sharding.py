@@ -12,10 +12,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic import launch
 from students.architectures import architecture_of
-from students.shards import Shards, unit_of
+from students.shards import Shards, part_of, unit_of
 
 
 def require(family: str) -> None:
@@ -43,8 +44,8 @@ def refuse(what: str) -> None:
         )
 
 
-def spread(model: Any) -> Any:
-    """Leave this process its part of a frozen language model's weights, on its device; the model may be on the host."""
+def spread(model: Any) -> dict[str, Tensor]:
+    """Leave this process its part of a frozen language model's weights, which may be on the host; returns that part."""
     rank, size, device = launch.part()
     kept_on = torch.device("cpu") if launch.asks("FSDP_OFFLOAD_PARAMS") else device
     shards = Shards(rank, size, launch.fill, device, kept_on)
@@ -55,4 +56,4 @@ def spread(model: Any) -> Any:
     for tensor in chain(model.parameters(), model.buffers()):
         if unit_of(tensor) is None:
             tensor.data = tensor.to(device)
-    return model
+    return {name: part_of(weight) for name, weight in model.named_parameters()}

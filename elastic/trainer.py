@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from elastic import families, launch
+from elastic.accounting.memory import peak_memory
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.interrupt import interruptible
@@ -164,7 +165,9 @@ def _run(
         say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
-    launch.on_main(lambda: run.record(result=rows[0], results=rows, seconds=seconds, left_out=reasons))
+    peaks = launch.gather(peak_memory(accelerator.device))
+    about = {"seconds": seconds, "peak_memory": peaks, "left_out": reasons}
+    launch.on_main(lambda: run.record(result=rows[0], results=rows, **about))
     return rows[0]
 
 

@@ -61,6 +61,8 @@ class Unit:
             starts.append(_up(starts[-1] + weight.numel() * weight.element_size(), ALIGNED))
         self._part = _up(starts[-1], ALIGNED * shards.size) // shards.size
         """Bytes of a part."""
+        self.parts: dict[Tensor, Tensor] = {}
+        """What of each weight is in this process's part, flat."""
         self._kept = self._cut(weights, starts)
         self.whole = torch.empty(self._part * shards.size, dtype=torch.uint8, device=shards.device)
         for weight, start in zip(weights, starts, strict=False):
@@ -84,9 +86,10 @@ class Unit:
         first = shards.rank * self._part
         for weight, start in zip(weights, starts, strict=False):
             data = weight.detach().contiguous().view(-1).view(torch.uint8)
-            begin, end = max(start, first), min(start + len(data), first + self._part)
-            if begin < end:
-                kept[begin - first : end - first] = data[begin - start : end - start].to(shards.kept_on)
+            begin = min(max(start, first), start + len(data))
+            end = max(begin, min(start + len(data), first + self._part))
+            here = kept[begin - first : end - first] if begin < end else kept[:0]
+            self.parts[weight] = here.copy_(data[begin - start : end - start]).view(weight.dtype)
         return kept
 
     def open(self) -> None:
@@ -131,6 +134,12 @@ def open_unit(module: nn.Module) -> None:
 def unit_of(weight: Tensor) -> Unit | None:
     """The unit that a weight belongs to; None where it is not spread."""
     return getattr(weight, UNIT, None)
+
+
+def part_of(weight: Tensor) -> Tensor:
+    """What this process keeps of a weight, flat; all of it where it is not spread."""
+    unit = unit_of(weight)
+    return weight if unit is None else unit.parts[weight]
 
 
 def are_spread(model: nn.Module) -> bool:

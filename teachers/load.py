@@ -14,6 +14,7 @@ from teachers.registry import ModelEntry, models, resolve
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 LOCAL = "local folder "
@@ -46,15 +47,15 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
-    place: Callable[[Any], Any] | None = None,
+    place: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> Teacher:
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
     `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
-    it, else float32. `place` puts the model where it is to be, instead of onto the device, after a look at the weights
-    on the host, where they are the file's own, mapped and not copied, if their type is. Raises ValueError for an
-    unknown name or a model that is neither a language model, an image model nor a vision-language model, OSError where
-    no source of the weights can be reached; both with one line.
+    it, else float32. `place` puts the model where it is to be, instead of onto the device, and returns what of its
+    weights is there; before, they are the file's own, mapped and not copied, if the file has them in `dtype`. Raises
+    ValueError for an unknown name or a model that is neither a language model, an image model nor a vision-language
+    model, OSError where no source of the weights can be reached; both with one line.
     """
     import torch
 
@@ -66,14 +67,14 @@ def load(
         found = families.of(entry.family).load(name, folder, dtype, trust_remote_code)
     source += found.note
     model = (found.model.to(device) if place is None else found.model).eval().requires_grad_(False)
-    for key, parameter in model.named_parameters():
-        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):
+    identity = fingerprint(model)
+    for key, weight in (dict(model.named_parameters()) if place is None else place(model)).items():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
             raise ValueError(f"{name}: the weights are damaged: {key} holds NaN or infinity")
     if found.unused:
         weights = f"{len(found.unused)} weights of the checkpoint have no place in this model"
         source += f"; {weights}, such as {found.unused[0]}"
-    identity = fingerprint(model)
-    return Teacher(name, place(model) if place else model, found.processor, entry.family, source, identity)
+    return Teacher(name, model, found.processor, entry.family, source, identity)
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students import RouterSpec, Student, StudentSpec, elasticize
-from students.shards import Shards, are_spread, open_unit
+from students.shards import Shards, are_spread, open_unit, part_of
 from tests.pico.language import make_tiny
 
 CPU = torch.device("cpu")
@@ -99,13 +99,15 @@ def test_parts_of_all_processes_are_the_weights(size: int):
         return parts.requires_grad_(False)
 
     found: list[Tensor] = []
+    pieces = [weight.new_empty(0) for weight in make().parameters()]
     for rank in range(size):
         model = make()
         shards = Shards(rank, size, lambda buffer, rank=rank: found.append(buffer.chunk(size)[rank].clone()), CPU, CPU)
         shards.spread([model])
         open_unit(model)
+        pieces = [torch.cat(pair) for pair in zip(pieces, map(part_of, model.parameters()), strict=True)]
     shards.gather = lambda buffer: buffer.copy_(torch.cat(found))
     shards.close()
     open_unit(model)
-    for (name, weight), expected in zip(model.named_parameters(), make().parameters(), strict=True):
-        assert torch.equal(weight, expected), name
+    for weight, piece, expected in zip(model.parameters(), pieces, make().parameters(), strict=True):
+        assert torch.equal(weight, expected) and torch.equal(piece, expected.flatten())
