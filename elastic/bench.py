@@ -46,7 +46,8 @@ def bench_run(
     Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
     on CPUs packed weights, fused norms and the student's attention from one token (packing.py and norms.py of
     students/kernels, attention.py of students/execution), where a second copy of the weights fits into half of the free
-    memory; on GPUs that attention, and tokens and images through CUDA graphs (execution/decoding.py and capture.py).
+    memory; on GPUs that attention, and tokens, images and prompts with images through CUDA graphs (decoding.py,
+    capture.py and prompt.py of students/execution).
     peak_bytes and dense_peak_bytes: the most memory that was in use while the one or the other ran, with all of these
     models loaded.
     """

@@ -35,6 +35,8 @@ class Contender:
 
     model: Any
     run: Callable[..., Any]
+    reader: Callable[..., Work] | None = None
+    """From a prompt to what reads it through recorded passes, where something does."""
 
 
 Models = dict[str, Contender]
@@ -98,11 +100,15 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
     """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
     device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    works = {n: partial(m.model, **inputs, use_cache=True, logits_to_keep=1) for n, m in models.items()}
+    works: dict[str, Work] = {}
+    for name, contender in models.items():
+        works[name] = partial(contender.model, **inputs, use_cache=True, logits_to_keep=1)
+    both: Any = works["student"], works["dense"]
     if device.type == "cuda":
-        works.pop("tuned")  # which differs from the dense one in decoding only
+        works |= {name: m.reader(**inputs) for name, m in models.items() if m.reader is not None}
+        if models["tuned"].reader is None:  # it differs from the dense one in decoding only
+            works.pop("tuned")
     timed = medians(works, repeats, device)
-    both = works["student"], works["dense"]
     batch, tokens = inputs["input_ids"].shape
     row = row_of("prefill", batch, tokens, [count(work) for work in both], *timed)
     sizes = [cache_bytes(cache_of(work())) for work in both]

@@ -30,12 +30,14 @@ def fitted(student: VisionLanguageStudent, workload: Workload) -> Workload:
 
 def contenders(student: VisionLanguageStudent, dense: Any) -> dict[str, Contender]:
     """Both as they generate."""
-    return {"student": Contender(student.model, student.generate), "dense": Contender(dense, dense.generate)}
+    routed = Contender(student.model, student.generate, student.reader)
+    return {"student": routed, "dense": Contender(dense, dense.generate)}
 
 
 def recorded(model: Any) -> Contender:
-    """A dense model that decodes as students do."""
-    return Contender(model, Decoding(model, model.get_decoder()).generate)
+    """A dense model that reads prompts and decodes as students do."""
+    decoding = Decoding(model, model.get_decoder())
+    return Contender(model, decoding.generate, decoding.reader)
 
 
 def inference(student: VisionLanguageStudent, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:

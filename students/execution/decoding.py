@@ -1,8 +1,9 @@
 """transformers' `generate` through recorded steps: greedy and sampled, stopped and streamed as ever.
 
-The prompt runs as the model runs it. From then on every token is one replay of a step of fixed shape (see
-execution/fixed.py), of which there is one for each batch size and number of slots; where the slots are taken, the next
-larger one goes on. What was recorded stays right when the dial turns.
+The prompt runs as the model runs it, or, with images, through recorded passes (see execution/prompt.py). From then on
+every token is one replay of a step of fixed shape (see execution/fixed.py), of which there is one for each batch size
+and number of slots; where the slots are taken, the next larger one goes on. What was recorded stays right when the dial
+turns.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
 from students.execution.fixed import DecodeStep, windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
+from students.execution.prompt import Doorway, Prompts, Read, following
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
@@ -52,6 +55,7 @@ class Decoding:
         state: Callable[[], Any] = lambda: None,
         settle: Callable[[int, torch.device], None] = lambda batch, device: None,
         recorder: Recorder | None = None,
+        doorway: Doorway | None = None,
     ) -> None:
         self.model: Any = model
         self.trunk = trunk
@@ -59,12 +63,16 @@ class Decoding:
         self._state = state
         self._settle = settle
         self._steps = Recordings[tuple[DecodeStep, Callable[[], Tensor]]]()
+        self._prompts: Prompts | None = None
+        if hasattr(model.base_model, "get_image_features"):
+            self._prompts = Prompts(model, doorway or Doorway(trunk), settle)
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
         state, settle = copy.deepcopy(self._state, memo), copy.deepcopy(self._settle, memo)
-        return Decoding(model, trunk, state, settle, self.recorder)  # what is recorded cannot be copied
+        doorway = None if self._prompts is None else copy.deepcopy(self._prompts.doorway, memo)
+        return Decoding(model, trunk, state, settle, self.recorder, doorway)  # what is recorded cannot be copied
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
@@ -76,6 +84,9 @@ class Decoding:
             possible = False
         if not possible:
             return self.model.generate(*args, **kwargs)
+        if self._prompts is not None:
+            with torch.no_grad():
+                kwargs = self._prompts.seen(kwargs, self.recorder)
         strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
         if strings is not None:
             mine = [StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)]
@@ -83,10 +94,46 @@ class Decoding:
         # transformers keeps the streamer from a callable of ours, but for the prompt, unless it has another name
         return self.model.generate(*args, custom_generate=self._decode, words_to=kwargs.get("streamer"), **kwargs)
 
-    def _warn(self, reason: str) -> None:
+    def reader(self, **inputs: Any) -> Callable[[], Read]:
+        """What reads this prompt, again and again, as `generate` does before it decodes."""
+        prepared: list[Any] = []
+
+        def take(
+            model: Any, ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **rest: Any
+        ) -> Tensor:
+            prepared.extend([ids, generation_config, {n: x for n, x in rest.items() if n not in CACHE_NAMES}])
+            return ids
+
+        self.model.generate(**inputs, custom_generate=take, max_new_tokens=1)
+        ids, config, kwargs = prepared
+
+        def read() -> Read:
+            with torch.no_grad():
+                seen = {} if self._prompts is None else self._prompts.seen(inputs, self.recorder)
+                images = {name: seen[name] for name in ("mm_encoder_outputs",) if name in seen}
+                return self._read(ids, config, {**kwargs, **images, "use_cache": True})
+
+        return read
+
+    def _read(self, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Read:
+        """Read a prompt that `generate` has prepared."""
+        read = positions = None
+        if self._prompts is not None and config.prefill_chunk_size is None:
+            inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+            read = self._prompts.read(
+                inputs, self.recorder, partial(self._warn, what="prompts without recorded passes")
+            )
+            if inputs.get("position_ids") is not None:
+                positions = following(inputs["position_ids"])
+        if read is None:
+            out = self.model._prefill(ids, config, kwargs)
+            read = Read(out.logits[:, -1].float(), cache_of(out))
+        return read._replace(positions=positions)
+
+    def _warn(self, reason: str, what: str = "decoding without recorded steps") -> None:
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"decoding without recorded steps: {reason}", stacklevel=4)
+            warnings.warn(f"{what}: {reason}", stacklevel=4)
 
     def _possible(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call decodes through recorded steps; ValueError where it might have, and cannot."""
@@ -106,8 +153,6 @@ class Decoding:
             return False
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("attentions and hidden states are not kept")
-        if hasattr(self.model.base_model, "rope_deltas"):
-            raise ValueError(f"{type(self.model).__name__} counts positions in three dimensions")
         if self.trunk is not self.model.base_model and len(set(windows_of(self.trunk))) > 1:
             raise ValueError(f"{type(self.model).__name__} takes one mask for layers with and without a window")
         self._state()
@@ -130,9 +175,8 @@ class Decoding:
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         asked = {"scores": config.output_scores, "logits": config.output_logits}
         valid = model_kwargs.get("attention_mask")
-        out = model._prefill(input_ids, config, model_kwargs)
-        logits, cache = out.logits[:, -1].float(), cache_of(out)
-        del out
+        read = self._read(input_ids, config, model_kwargs)
+        logits = read.logits
         step: DecodeStep | None = None
         replay: Callable[[], Tensor] | None = None
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -153,7 +197,7 @@ class Decoding:
             fetched = Fetched(torch.stack([tokens, unfinished]))
             if input_ids.shape[1] < config.max_length:  # begun before anybody knows whether it is needed
                 if step is None or replay is None:
-                    step, replay = self._begin(cache, valid, input_ids.shape[1] - prompt)
+                    step, replay = self._begin(read, valid)
                 elif step.full:
                     step, replay = self._grow(step)
                 step.advance(tokens)
@@ -169,19 +213,20 @@ class Decoding:
             return input_ids
         made: dict[str, Any] = {name: tuple(tensors) for name, tensors in kept.items() if asked[name]}
         name = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
-        made[name] = cache if step is None else self._as_cache(step, cache, input_ids.shape[1] - prompt - 1)
+        made[name] = read.owned() if step is None else self._as_cache(step, read, input_ids.shape[1] - prompt - 1)
         made["sequences"] = input_ids
         return GenerateDecoderOnlyOutput(**made)
 
-    def _begin(self, cache: DynamicCache, valid: Tensor | None, new: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
-        """The step that goes on behind the prompt that a cache of the model's own has seen; valid [B, T]: as of the
-        call."""
-        memory, used = memory_of(cache), cache.get_seq_length()
+    def _begin(self, read: Read, valid: Tensor | None) -> tuple[DecodeStep, Callable[[], Tensor]]:
+        """The step that goes on behind a prompt; valid [B, T]: as of the call."""
+        cache, used = read.cache, read.used
+        memory, rows = memory_of(cache), len(keys_and_values(cache)[0][0])
         if memory.held is not None and memory.next is not None:  # the door let only some tokens through
-            valid, positions = memory.held, memory.next.flatten().expand(len(memory.held))
+            valid, positions = memory.held[:, :used], following(memory.next - read.fill - 1).expand(rows)
+        elif read.positions is not None:
+            positions = read.positions.expand(rows)
         elif valid is None:
-            keys, _ = keys_and_values(cache)[0]
-            positions = torch.full((len(keys),), used, device=keys.device)
+            positions = torch.full((rows,), used, device=self.model.device)
         else:
             positions = valid.sum(1)
         step, replay = self._step(cache, slots_for(used + 1))
@@ -211,11 +256,11 @@ class Decoding:
 
         return self._steps.take(key, make)
 
-    def _as_cache(self, step: DecodeStep, prompt: DynamicCache, new: int) -> DynamicCache:
+    def _as_cache(self, step: DecodeStep, read: Read, new: int) -> DynamicCache:
         """What a step holds of the prompt and of so many new tokens, as a cache of the model's own."""
-        used = prompt.get_seq_length() + new
-        cache, memory = step.dynamic(used), replace(memory_of(prompt))
+        used = read.used + new
+        cache, memory = step.dynamic(used), replace(memory_of(read.cache))
         vars(cache).update(elastic=memory)
         if memory.held is not None and memory.next is not None:
-            memory.held, memory.next = step.open[:, :used].clone(), memory.next + new
+            memory.held, memory.next = step.open[:, :used].clone(), memory.next - read.fill + new
         return cache

@@ -15,6 +15,7 @@ from students.execution.decoding import Decoding
 from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
+from students.execution.prompt import Doorway
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
@@ -37,7 +38,11 @@ class LanguageStudent(Student):
         }
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
-        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle)
+        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, doorway=self._doorway())
+
+    def _doorway(self) -> Doorway | None:
+        """What stands in front of the trunk."""
+        return None
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any

@@ -8,20 +8,20 @@ the tokens that go through keep their positions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
+from students.execution.capture import Fetched
 from students.execution.kv_cache import memory_of
-from students.execution.wrapper import Named
+from students.execution.prompt import Doorway, Prompted, Read, Room, masked
+from students.families.door import Door, StudentDoorway, hidden_keys, positions_of, shorter_mask
 from students.families.image import ImageStudent
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
@@ -32,24 +32,6 @@ LEAK = 1e-8
 """Weight of a closed image token while routers are trained: even one that all others attend to must not be heard."""
 VISION = "vision."
 """What keys of decisions in the vision tower begin with."""
-
-
-class Door(nn.Module):
-    """Holds the router of image tokens, inside the language model."""
-
-    def __init__(self, router: ImageRouter) -> None:
-        super().__init__()
-        self.routers = Named[ImageRouter]({"image": router})
-
-
-@dataclass
-class Prompted:
-    """What the model was called with, as far as the door has to know."""
-
-    image: Tensor | None
-    """[B, T] bool: places of image tokens; None: no image came with this call."""
-    valid: Tensor
-    """[B, T] bool: tokens of this call that are not padding."""
 
 
 class VisionLanguageStudent(LanguageStudent):
@@ -67,8 +49,12 @@ class VisionLanguageStudent(LanguageStudent):
         self.vision_macs: float | None = None
         """What the frozen vision tower and projector cost, for one image token at the door; counted when first run."""
         self._prompted: Prompted | None = None
+        self.foretold: Prompted | None = None
+        """What the next call is about, where embeddings do not say it (see StudentDoorway)."""
         self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._returned, always_call=True)
+        if vision is not None:  # which `generate` calls by itself
+            vision.model.register_forward_pre_hook(self._follow, prepend=True)
 
     @property
     def door(self) -> ImageRouter | None:
@@ -80,6 +66,13 @@ class VisionLanguageStudent(LanguageStudent):
         """Let another module, with the methods of an ImageRouter that are asked for, take the place of its router."""
         place: Any = self.trunk.door
         place.routers["image"] = router
+
+    def reader(self, **inputs: Any) -> Callable[[], Read]:
+        """What reads a prompt as `generate` does before it decodes, on GPUs through recorded passes; for timing."""
+        return self._decoding.reader(**inputs)
+
+    def _doorway(self) -> Doorway:
+        return StudentDoorway(self)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -204,7 +197,7 @@ class VisionLanguageStudent(LanguageStudent):
         parts = made if isinstance(made, (list, tuple)) else [made]
         self.vision_macs = flops.get_total_flops() / 2 / sum(part.shape[:-1].numel() for part in parts)
 
-    def _follow(self) -> None:
+    def _follow(self, *called: Any) -> None:
         """Give the vision tower the student's settings."""
         if self.vision is not None:
             for name in ("bypass", "execution", "offset", "capacity", "training", "pool"):
@@ -214,6 +207,10 @@ class VisionLanguageStudent(LanguageStudent):
         """Look at what the whole model is called with: image places, padding, and a cache that was shortened."""
         self._follow()
         self._prompted = None
+        if self.foretold is not None:
+            self.runtime.begin(len(self.foretold.valid), self.foretold.valid.device)
+            self._prompted = self.foretold
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         if self.runtime.bypass or self.door is None:
             return None
@@ -225,8 +222,10 @@ class VisionLanguageStudent(LanguageStudent):
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -ids.shape[1] :].bool()
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
-        image = ids == self.model.config.image_token_id
+        image = (ids == self.model.config.image_token_id) & valid
         self._prompted = Prompted(image if shown else None, valid)
+        if shown and self.counts and not torch.is_grad_enabled():  # on their way while the images are looked at
+            self._prompted.counts = Fetched(torch.stack([image.sum(1), valid.sum(1)]))
         held = None if cache is None else memory_of(cache).held
         if held is not None:  # the cache has fewer places than the caller knows of
             kwargs["attention_mask"] = torch.cat([held, valid], 1).to(torch.long)
@@ -242,11 +241,11 @@ class VisionLanguageStudent(LanguageStudent):
             return super()._before(trunk, args, kwargs)
         kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
         prompted, self._prompted = self._prompted, None
-        kept = None
+        kept, padded = None, 0
         if prompted.image is None:
             self._continue(prompted, kwargs)
         else:
-            kept = self._shorten(self.door, prompted.image & prompted.valid, prompted.valid, kwargs)
+            kept, padded = self._shorten(self.door, prompted.image & prompted.valid, prompted, kwargs)
         before = self._prompt
         if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
             self._prompt = None if before is None else before.gather(1, self.runtime.decisions.index)
@@ -255,9 +254,8 @@ class VisionLanguageStudent(LanguageStudent):
         finally:
             self._prompt = before
         mask = kwargs.get("attention_mask")
-        if kept is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            self.runtime.call.valid = kept
-            self.runtime.call.padded = int(kept.numel() - kept.sum())
+        if kept is not None and padded and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            self.runtime.call.valid, self.runtime.call.padded = kept, padded
         return out
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
@@ -271,32 +269,37 @@ class VisionLanguageStudent(LanguageStudent):
         memory.append(prompted.valid)
         memory.next = memory.next + count
 
-    def _shorten(self, door: ImageRouter, image: Tensor, valid: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    def _shorten(
+        self, door: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, int]:
         """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
 
-        image, valid [B, T] bool: places of image tokens, and of all that is not padding. Returns which tokens [B, L] of
-        what is now in kwargs are more than filling; None where nothing was changed.
+        image [B, T] bool: places of image tokens that are no padding. Returns which tokens [B, L] of what is now in
+        kwargs are more than filling, and how many are not; None where nothing was changed.
         """
-        run, x, cache = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs)
+        run, x, cache, valid = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs), prompted.valid
         question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
+        if prompted.asked is not None:
+            question = question & prompted.asked
         score = door.at_door(x, question)
         if run.probed is not None:
             gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
             run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
-            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
-            return valid
+            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
+            return valid, int(valid.numel() - valid.sum())
         gate = torch.where(image, self._choose(door, score, image), valid.to(score.dtype))
         run.note("image", door.spec, gate, score.unsqueeze(-1))
         if torch.is_grad_enabled():
             if run.decisions is not None:
                 run.decisions.valid = gate
             bias = torch.log(gate * (1 - LEAK) + LEAK)
-            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
-            return valid
+            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
+            return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
-        if not (valid & ~kept).any():  # waits for the device: how long the sequence is now depends on the data
-            return None
-        positions = _positions(kwargs, x)
+        room = self._room(door, prompted, kept)
+        if not room.fewer:
+            return None, 0
+        positions = positions_of(kwargs, x)
         memory = None if cache is None else memory_of(cache)
         if memory is not None:
             if not isinstance(cache, DynamicCache):
@@ -307,11 +310,10 @@ class VisionLanguageStudent(LanguageStudent):
                 run.decisions.valid = kept
             if memory is not None:
                 memory.append(kept)
-            kwargs["attention_mask"] = _hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
-            return kept
-        longest = int(kept.sum(1).max())
+            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
+            return kept, kept.numel() - room.kept
         # what is kept moves to the right end, so that every row's last token is in the last column
-        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]
+        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
         here = kept.gather(1, index)
         if run.decisions is not None:
             run.decisions.index, run.decisions.valid = index, here
@@ -319,8 +321,45 @@ class VisionLanguageStudent(LanguageStudent):
             memory.append(here)
         kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
-        kwargs["attention_mask"] = _shorter_mask(kwargs.get("attention_mask"), index, here)
-        return here
+        mask, padded = shorter_mask(kwargs.get("attention_mask"), index, here), here.numel() - room.kept
+        if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:  # without, gaps of positions part texts
+            if not padded:
+                mask = None
+            elif prompted.room is not None:
+                mask = masked(None, here, x.dtype)
+        kwargs["attention_mask"] = mask
+        return here, padded
+
+    def _room(self, door: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
+        """What a prompt takes of which kept [B, T] passes, as numbers: asked for where nobody knows yet."""
+        if prompted.room is not None:
+            return prompted.room
+        if prompted.counts is not None:
+            return self.room(door, *prompted.counts.wait().tolist())
+        return Room.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
+
+    @property
+    def counts(self) -> bool:
+        """Whether numbers alone say how many image tokens pass."""
+        if self.door is None or self.door.spec.selection == "threshold":
+            return False
+        return self.door.spec.selection == "topk" or not self.runtime.training or self.by_count
+
+    def room(self, door: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
+        """What prompts take with so many image tokens and so many tokens in all, row by row, where numbers say it."""
+        passing = [
+            min(have, max(1, round(share * have)))  # as of `_choose`
+            for have, share in zip(image, self._shares(door, len(image)), strict=True)
+        ]
+        return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
+
+    def _shares(self, door: ImageRouter, rows: int) -> list[float]:
+        """What share of each row's image tokens passes, where numbers say it."""
+        run = self.runtime
+        if door.spec.selection == "topk":
+            return [run.capacity if run.training else run.kept] * rows
+        offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
+        return [door.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
 
     def _choose(self, door: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
         """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
@@ -331,61 +370,19 @@ class VisionLanguageStudent(LanguageStudent):
         have = image.sum(1, keepdim=True)
         best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
         limit: Tensor | None = None
-        share: float | Tensor
-        if door.spec.selection == "topk":
-            share = run.capacity if run.training else run.kept
-        elif run.training and not self.by_count:  # of all image tokens of the batch, as in selection.even
+        if door.spec.selection == "quota" and run.training and not self.by_count:
+            # of all image tokens of the batch, as in selection.even
             limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
             ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
             count = (ranked > -torch.inf).sum().clamp(min=1)
             share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
-        elif run.call.rows is None:
-            share = door.quota(run.one_offset)
+            most = (share * have).round().clamp(min=1)
         else:
-            share = torch.tensor([[door.quota(offset)] for offset in run.call.rows.tolist()], device=score.device)
-        most = (share * have).round().clamp(min=1)
+            shares = self._shares(door, len(score))
+            alike = len(set(shares)) == 1
+            each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
+            most = (each * have.double()).round().clamp(min=1)
         if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
             limit = best.detach().gather(1, (most - 1).long())
         soft = (score - limit).sigmoid()
         return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
-
-
-def _positions(kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Positions [..., B, T] that the language model would use."""
-    positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
-    if positions is None:
-        start = 0 if cache is None else cache.get_seq_length()
-        positions = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
-    return positions.expand(*positions.shape[:-2], len(x), -1)
-
-
-def _shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
-    """The model's mask for the tokens at index [B, L], of which here [B, L] are no filling; masks may come by kind."""
-    if isinstance(mask, dict):
-        return {kind: _shorter_mask(one, index, here) for kind, one in mask.items()}
-    if mask is None or mask.ndim == 2:
-        return here.to(torch.long)
-    mask = mask.expand(len(index), -1, -1, -1)
-    heads, queries, keys = mask.shape[1], index.shape[1], mask.shape[3]
-    rows = repeat(index, "b q -> b h q k", h=heads, k=keys)
-    columns = repeat(index, "b k -> b h q k", h=heads, q=queries)
-    return selection.hide_closed_keys(mask.gather(2, rows).gather(3, columns), here, mask.dtype)
-
-
-def _hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """Masks [B, 1, T, T] under which only kept [B, T] tokens are attended to; bias [B, T]: added to their scores, which
-    then includes what is not kept, unless the model's own mask hides it."""
-    if isinstance(mask, dict):
-        return {kind: _hidden_keys(one, kept, bias, dtype) for kind, one in mask.items()}
-    own = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
-    seen = kept if bias is None else torch.ones_like(kept)
-    if bias is not None and own is None and isinstance(mask, Tensor):
-        seen = mask.bool()
-    allowed = selection.hide_closed_keys(own, seen, dtype)
-    if bias is None:
-        return allowed
-    if allowed.dtype == torch.bool:
-        allowed = torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-    return allowed + bias.to(dtype)[:, None, None, :]

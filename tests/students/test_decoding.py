@@ -23,11 +23,9 @@ from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
 from students.libraries import cache_of, with_cache
 from tests.pico.language import TINY, make_tiny, make_tokenizer
-from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 from tests.students.host_waits import HostWait, NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_execution import make
-from tests.students.test_vision_language import DOOR, student_of
 
 DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)))
 CORRECTED = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
@@ -90,31 +88,6 @@ def test_the_dense_model(name: str, padded: dict[str, Tensor]) -> None:
     model = make_tiny(name)
     recorded = Decoding(model, model.base_model, recorder=Tape).generate(**padded, **SIX)
     assert torch.equal(recorded, model.generate(**padded, **SIX))
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_questions_about_images(name: str) -> None:
-    student = student_of(name, DOOR, RouterSpec("channel"))
-    inputs = make_prompts(student.model, (1, 1), left=True)
-    plain = student.model.generate(**inputs, **SIX)
-    student._decoding.recorder, before = Tape, Tape.made
-    why = "three dimensions" if name.startswith("qwen") else "one mask" if name == "paligemma2" else None
-    if why is not None:
-        with pytest.warns(UserWarning, match=why):
-            assert torch.equal(student.generate(**inputs, **SIX), plain)
-        assert Tape.made == before
-        return
-    out = student.generate(**inputs, **SIX, return_dict_in_generate=True)
-    assert torch.equal(out.sequences, plain) and Tape.made == before + 1
-    held = cache_of(out).elastic.held
-    assert held.shape[1] == cache_of(out).get_seq_length() < plain.shape[1] - 1
-
-
-def test_a_frozen_model_with_images() -> None:
-    model = make_vlm("llava")
-    inputs = make_prompts(model, (2, 1), left=True)
-    recorded = Decoding(model, model.get_decoder(), recorder=Tape).generate(**inputs, **SIX)
-    assert torch.equal(recorded, model.generate(**inputs, **SIX))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])

@@ -1,0 +1,117 @@
+"""The door in front of a language model: the router of image tokens, and what is left of a prompt behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from students.execution.prompt import Doorway, Prompted, Room
+from students.execution.wrapper import Named
+from students.libraries import cache_in
+from students.routers import ImageRouter, selection
+
+if TYPE_CHECKING:
+    from students.families.vision_language import VisionLanguageStudent
+
+
+class Door(nn.Module):
+    """Holds the router of image tokens, inside the language model."""
+
+    def __init__(self, router: ImageRouter) -> None:
+        super().__init__()
+        self.routers = Named[ImageRouter]({"image": router})
+
+
+class StudentDoorway(Doorway):
+    """What a student's door lets through, as far as numbers say."""
+
+    def __init__(self, student: VisionLanguageStudent) -> None:
+        super().__init__(student.trunk)
+        self._student = student
+
+    def tower_state(self, pixels: Tensor) -> Hashable:
+        """See Doorway."""
+        student = self._student
+        if student.vision is None:
+            return None
+        student._follow()
+        made: Hashable = student.vision._recorded_for(pixels)
+        return made
+
+    def state(self) -> Hashable:
+        """See Doorway."""
+        student, run = self._student, self._student.runtime
+        language: Hashable = student._recorded_for()
+        if run.bypass or student.door is None:
+            return language
+        if isinstance(run.offset, tuple) or not student.counts:
+            raise ValueError("how many image tokens pass depends on the images, or differs between them")
+        shares = (student.door.levels, student.door.log_gain)
+        return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
+
+    def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
+        """See Doorway."""
+        student = self._student
+        if student.runtime.bypass or student.door is None:
+            return super().room(image, valid, tokens)
+        return student.room(student.door, image, valid)
+
+    @contextmanager
+    def told(self, prompted: Prompted) -> Iterator[None]:
+        """See Doorway."""
+        student = self._student
+        if student.runtime.bypass or student.door is None:
+            with super().told(prompted):
+                yield
+            return
+        student.foretold = prompted
+        try:
+            yield
+        finally:
+            student.foretold = None
+
+
+def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    """Positions [..., B, T] that the language model would use."""
+    positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
+    if positions is None:
+        start = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
+    return positions.expand(*positions.shape[:-2], len(x), -1)
+
+
+def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
+    """The model's mask for the tokens at index [B, L], of which here [B, L] are no filling; masks may come by kind."""
+    if isinstance(mask, dict):
+        return {kind: shorter_mask(one, index, here) for kind, one in mask.items()}
+    if mask is None or mask.ndim == 2:
+        return here.to(torch.long)
+    mask = mask.expand(len(index), -1, -1, -1)
+    heads, queries, keys = mask.shape[1], index.shape[1], mask.shape[3]
+    rows = repeat(index, "b q -> b h q k", h=heads, k=keys)
+    columns = repeat(index, "b k -> b h q k", h=heads, q=queries)
+    return selection.hide_closed_keys(mask.gather(2, rows).gather(3, columns), here, mask.dtype)
+
+
+def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """Masks [B, 1, T, T] under which only kept [B, T] tokens are attended to; bias [B, T]: added to their scores, which
+    then includes what is not kept, unless the model's own mask hides it."""
+    if isinstance(mask, dict):
+        return {kind: hidden_keys(one, kept, bias, dtype) for kind, one in mask.items()}
+    own = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    seen = kept if bias is None else torch.ones_like(kept)
+    if bias is not None and own is None and isinstance(mask, Tensor):
+        seen = mask.bool()
+    allowed = selection.hide_closed_keys(own, seen, dtype)
+    if bias is None:
+        return allowed
+    if allowed.dtype == torch.bool:
+        allowed = torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+    return allowed + bias.to(dtype)[:, None, None, :]
