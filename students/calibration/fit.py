@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor
 from students.execution.head import RoutedHead
 from students.routers import Substitute, VocabRouter
 from students.shards import open_unit
+
+EXTRA = 16
+"""Vectors that the iteration carries along beyond those that are asked for."""
+ROUNDS = 5
+"""Of the iteration."""
+FEW = 8
+"""So many times as many columns are worth iterating for."""
 
 
 def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
@@ -40,18 +48,62 @@ def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
     cov = moments[:width, :width] / count - mean_x.outer(mean_x)
     cross = moments[:width, width + 1 :] / count - mean_x.outer(mean_y)
     cov.diagonal().add_(1e-4 * cov.diagonal().mean())
-    inverse_root = _roots(cov)[1]
-    u, s, v = torch.linalg.svd(inverse_root @ cross, full_matrices=False)
-    substitute.down.copy_((inverse_root @ u[:, :rank]).T)
-    substitute.up.copy_((s[:rank, None] * v[:rank]).T)
-    substitute.bias.copy_(mean_y - mean_x @ inverse_root @ u[:, :rank] @ (s[:rank, None] * v[:rank]))
+    root = _root(cov)
+
+    def times(v: Tensor) -> Tensor:
+        """Of the map from whitened inputs to outputs."""
+        out: Tensor = torch.linalg.solve_triangular(root, cross @ v, upper=False)
+        return out
+
+    def back(u: Tensor) -> Tensor:
+        return cross.T @ _unwhitened(root, u)
+
+    v = _leading(times, back, cross.shape[1], rank, cross.device)
+    u, r = torch.linalg.qr(times(v))
+    down, up = _unwhitened(root, u), r @ v.T
+    substitute.down.copy_(down.T)
+    substitute.up.copy_(up.T)
+    substitute.bias.copy_(mean_y - mean_x @ down @ up)
 
 
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a positive matrix, and its inverse."""
-    values, vectors = torch.linalg.eigh(matrix)
-    roots = values.clamp(min=values.max() * 1e-10).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+def _root(matrix: Tensor) -> Tensor:
+    """Lower triangular root of a positive matrix, with as little more on its diagonal as rounding asks for."""
+    more = 1e-12 * matrix.diagonal().mean()
+    root: Tensor
+    while True:
+        root, failed = torch.linalg.cholesky_ex(matrix + more * torch.eye(len(matrix), device=matrix.device))
+        if not failed:
+            return root
+        more = 10 * more
+
+
+def _unwhitened(root: Tensor, u: Tensor) -> Tensor:
+    """The inverse of the root's transpose, times u."""
+    out: Tensor = torch.linalg.solve_triangular(root.T, u, upper=True)
+    return out
+
+
+def _leading(
+    times: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], columns: int, rank: int, device: torch.device
+) -> Tensor:
+    """The first `rank` right singular vectors [columns, rank] of a matrix of float64, the largest first.
+
+    times and back: the matrix times some columns, and its transpose. Few are found by block Krylov iteration (arXiv
+    1504.05477), many from the eigenvectors of the matrix's square.
+    """
+    size = rank + EXTRA
+    if FEW * size >= columns:
+        whole = torch.eye(columns, dtype=torch.double, device=device)
+        vectors: Tensor = torch.linalg.eigh(back(times(whole))).eigenvectors
+        return vectors.flip(1)[:, :rank]
+    basis = torch.randn(columns, size, dtype=torch.double, generator=torch.Generator().manual_seed(0)).to(device)
+    blocks = []
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(back(times(basis))).Q
+        blocks.append(basis)
+    basis = torch.linalg.qr(torch.cat(blocks, 1)).Q
+    turned: Tensor = torch.linalg.eigh(basis.T @ back(times(basis))).eigenvectors
+    return basis @ turned.flip(1)[:, :rank]
 
 
 @dataclass(frozen=True)
@@ -80,13 +132,19 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     gram = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
     for part in weight.split(8192):
         gram += part.float().T @ part.float()
-    left, left_inverse = _roots(gram.double())
-    right, right_inverse = _roots((hidden.T @ hidden / len(hidden)).double())
-    u, s, v = torch.linalg.svd(left @ right)
+    root, rows_of = _root(gram.double()), hidden.double()
+
+    def times(v: Tensor) -> Tensor:
+        return rows_of @ (root @ v)
+
+    def back(u: Tensor) -> Tensor:
+        return root.T @ (rows_of.T @ u)
+
     rank = router.down.shape[0]
+    v = _leading(times, back, len(gram), rank, gram.device)
     size = len(weight) ** 0.5  # so that the mean square of a token's preview is |f|^2
-    router.up.copy_(left_inverse @ u[:, :rank] * size)
-    router.down.copy_(s[:rank, None] * v[:rank] @ right_inverse / size)
+    router.up.copy_(_unwhitened(root, v) * size)
+    router.down.copy_((root @ v).T / size)
     preview_weight = router.preview_weight(weight).float()
     router.slope.copy_(preview_weight.mean(0))
     fits = []

@@ -174,6 +174,19 @@ def test_substitute_of_lower_rank_is_the_best_there_is():
     assert fitted == pytest.approx(float((centred @ full @ outputs.T @ outputs - target).norm()), rel=1e-3)
 
 
+def test_a_wide_substitute_is_the_best_there_is():
+    """Where few of many directions are looked for, by iteration."""
+    x = draw(600, 200) * torch.logspace(0, 2, 200)
+    y = x @ draw(200, 200, seed=1) + 100 * draw(600, 200, seed=2)
+    substitute = Substitute(200, 4)
+    fit_substitute(substitute, moments_of(x.double(), y.double()))
+    centred, target = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+    full = torch.linalg.lstsq(centred, target).solution
+    outputs = torch.linalg.svd(centred @ full).Vh[:4]
+    fitted = float((substitute(x) - y).norm().detach())
+    assert fitted == pytest.approx(float((centred @ full @ outputs.T @ outputs - target).norm()), rel=1e-3)
+
+
 def test_ridge_recovers_a_linear_map():
     x, weight = draw(500, 6) + 2, draw(6, 3, seed=1)
     fitted = ridge(x, x @ weight + 5, strength=1e-6)
