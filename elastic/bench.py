@@ -133,11 +133,11 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
     """A training step in forward passes of the teacher.
 
     Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
-    step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward. Cached:
-    a step that has been told what the teacher says.
+    step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward.
+    Cached: a step that has been told what the teacher says.
     """
     family = families.of(config.family)
-    module = family.Distillation(student, config.loss, config.budget, config.data).train()
+    module: Any = family.Distillation(student, config.loss, config.budget, config.data).train()
     sample, inputs, tokens = family.timing.training_batch(student, data, config)
     spent: list[Tensor] = []
 
@@ -152,7 +152,11 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
         student.zero_grad()
         spent.append(measured.macs["prefill"] / measured.dense["prefill"])
 
-    works = {"forward": forward, "step": partial(step, None), "cached": partial(step, module.teach(sample))}
+    works: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "step": partial(step, None),
+        "cached": partial(step, module.teach(sample)),
+    }
     seconds, peaks = medians(works, repeats, next(student.parameters()).device)
     compute = float(spent[-1])
     ideal, cost = 1 + 2 * compute, seconds["step"] / seconds["forward"]

@@ -23,7 +23,6 @@ from students.architectures import (
 from students.compute import BlockShape, ComputeModel
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
-from students.families.door import Door
 from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import VisionLanguageStudent

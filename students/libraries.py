@@ -105,11 +105,11 @@ def broken_assumptions() -> list[str]:
     return [sentence for assumption in ASSUMPTIONS if (sentence := assumption.broken()) is not None]
 
 
-def _llama() -> LlamaForCausalLM:
+def _llama(device: str = "cpu") -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
     return model
 
@@ -189,7 +189,7 @@ def _masks_by_first_layer() -> bool:
 def _looks_for_packed_rows() -> bool:
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # of which nobody can ask for numbers
     with one_sequence_a_row():
-        return bool(_llama().to("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 8))
+        return bool(_llama("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 8))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear
 from students.execution.runtime import Runtime
 from students.execution.site import Site
-from students.families.vision_language import Door
+from students.families.door import Door
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.spec import RouterSpec, StudentSpec
 

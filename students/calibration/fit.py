@@ -103,7 +103,8 @@ def _leading(
         blocks.append(basis)
     basis = torch.linalg.qr(torch.cat(blocks, 1)).Q
     turned: Tensor = torch.linalg.eigh(basis.T @ back(times(basis))).eigenvectors
-    return basis @ turned.flip(1)[:, :rank]
+    leading: Tensor = basis @ turned.flip(1)[:, :rank]
+    return leading
 
 
 @dataclass(frozen=True)

@@ -216,32 +216,28 @@ def _take_in(x, size, first, following, index, out_size, out, tokens, width, pre
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `ops.merge_lowest`."""
-    *given, top, keep = rest
-    n, prefix = x.shape[1], len(top)
-    must_leave_pairs(n, prefix, keep)
-    return _merge(x, *given, top, keep, None, None, 1)[:-1]
+    keep: int = rest[-1]
+    must_leave_pairs(x.shape[1], len(rest[-2]), keep)
+    return _merge(x, rest[:-1], keep, None, None, 1)[:-1]
 
 
 def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `ops.merge_below`."""
-    *given, lengths, shift, multiple = rest
-    return _merge(x, *given, x.shape[1], lengths, shift, multiple)
+    lengths, shift, multiple = rest[-3:]
+    return _merge(x, rest[:-3], x.shape[1], lengths, shift, multiple)
 
 
 def _merge(
     x: Tensor,
-    size: Tensor | None,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
+    router: tuple[Any, ...],
     keep: int,
     lengths: Tensor | None,
     shift: Tensor | None,
     multiple: int,
 ) -> tuple[Tensor, ...]:
-    """Both; keep: how many tokens of each image are written, of which fewer may be left where there are lengths."""
+    """Both; router: what both take between x and where they end; keep: how many tokens of each image are written, of
+    which fewer may be left where there are lengths."""
+    size, before, weight, bias, distance_weight, top = router
     x, (batch, tokens, width), prefix = x.contiguous(), x.shape, len(top)
     going = max(1, (tokens - prefix + 1) // 2)
     given = [None if t is None else t.contiguous() for t in (size, before)]
