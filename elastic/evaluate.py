@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from elastic import families, launch, sharding
+from elastic import families, launch
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
@@ -102,8 +102,6 @@ def measure_run(
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
         raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
-    if baselines:
-        sharding.refuse("baselines")
     launch.in_turn(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
     for budget in compute:

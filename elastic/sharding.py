@@ -36,12 +36,10 @@ def require(family: str) -> None:
         raise ValueError("accelerate's configuration asks for FSDP, which spreads language models alone: use MULTI_GPU")
 
 
-def refuse(what: str) -> None:
-    """ValueError for what needs whole weights in one process, where they are spread."""
+def refuse_timing() -> None:
+    """ValueError where weights are spread: no process can time a student on its own."""
     if launch.spreads():
-        raise launch.everyones(
-            ValueError(f"{what} run in one process, which FSDP leaves only a part of the weights: use MULTI_GPU")
-        )
+        raise launch.everyones(ValueError("students are timed whole, which FSDP leaves nowhere: say --no-bench"))
 
 
 def spread(model: Any) -> dict[str, Tensor]:

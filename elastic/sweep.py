@@ -79,7 +79,8 @@ def sweep(
     out; ValueError at the end then, or at once where nothing has been finished yet. (One function, as what is missing,
     the clock and the failures are needed at each step.)
     """
-    sharding.refuse("sweeps")
+    if timed:
+        sharding.refuse_timing()
     tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
     folder = SweepFolder(output)
 

@@ -73,10 +73,11 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
     folders = runs / "two-hinge", tmp_path / "hinge"  # where channels are chosen, whole weights lie in another order
     whole, parts = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in folders)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    command = ["eval", tmp_path / "price", "--json"]
+    command = ["eval", tmp_path / "price", "--json", "--baselines", "teal"]
     done = launched(2, *command, launcher=FSDP2, FSDP_OFFLOAD_PARAMS="true")
-    (row,) = json.loads(done.stdout)["rows"]
+    row, baseline = json.loads(done.stdout)["rows"]
     assert row["kl"] == pytest.approx(Run.open(tmp_path / "price").about["result"]["kl"], rel=1e-5)
+    assert baseline["compute"] == pytest.approx(row["compute"], abs=0.01)
 
 
 @pytest.mark.parametrize(

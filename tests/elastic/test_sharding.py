@@ -20,10 +20,10 @@ def test_the_second_version_is_taken_for_language_models(fsdp: pytest.MonkeyPatc
     assert launch.spreads()
     with pytest.raises(ValueError, match="spreads language models alone"):
         sharding.require("vit")
-    with pytest.raises(ValueError, match="baselines run in one process"):
-        sharding.refuse("baselines")
+    with pytest.raises(ValueError, match="say --no-bench"):
+        sharding.refuse_timing()
     launch.forget()
-    sharding.refuse("baselines")
+    sharding.refuse_timing()
     assert not launch.spreads()
 
 
