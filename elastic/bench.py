@@ -20,6 +20,7 @@ from students import Student
 from students.execution.attention import route_attention
 from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears
+from teachers.quantize import kept_bytes
 
 
 def bench_run(
@@ -114,6 +115,8 @@ def measure(
         rows += [{**row, "compute_target": asked} for row in timing.inference(student, models, data, workload, say)]
     rows += [{**row, "compute_target": config.budget.span[0]} for row in trained]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if config.quantization != "none":
+        dtype += f", {config.quantization}"
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
 
@@ -173,7 +176,7 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
         "teacher_forwards": cost,
         "cached_teacher_forwards": seconds["cached"] / seconds["forward"],
         "ideal_teacher_forwards": ideal,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in student.parameters()),
+        "weight_bytes": kept_bytes(student),
         "peak_bytes": peaks["step"],
         "dense_peak_bytes": peaks["forward"],
     }

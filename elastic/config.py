@@ -226,6 +226,9 @@ class RunConfig:
     """Short name (see `elastic models`), hub id or local folder."""
     family: Literal["llm", "vit", "vlm"] = "llm"
     """What kind of model that is: a causal language model, an image model or a vision-language model."""
+    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    """What the frozen linear layers of the blocks are kept in, the teacher's as well: int8 and int4 need torchao, nf4
+    bitsandbytes."""
     preset: str = "default"
     """Where `student`, `loss` and `budget` start from; see configs/presets."""
     student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))

@@ -68,6 +68,8 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     """
     if not families.TRAITS[config.family].tasks:
         raise ValueError(f"{config.model} is {families.TRAITS[config.family].noun}; plan knows language models alone")
+    if config.quantization != "none":
+        raise ValueError(f"plan counts weights in bfloat16: leave quantization={config.quantization} away")
     if min(gpus, memory, tokens, peak) <= 0 or not 0 < share <= 1:
         raise ValueError("--gpus, --memory, --tokens and --peak must be above 0, and --share above 0 and at most 1")
     shape, train = find_shape(config.model), config.train

@@ -36,6 +36,7 @@ from students.kernels.packing import pack_linears
 from teachers import Teacher
 from teachers.cache import cache_folder
 from teachers.load import LOCAL
+from teachers.quantize import kept_bytes
 from teachers.registry import models
 
 FORMAT = 1
@@ -193,7 +194,8 @@ def load_teacher(config: RunConfig) -> Teacher:
     if launch.spreads():
         sharding.require(config.family)
     place = sharding.spread if launch.spreads() else None
-    return teachers.load(config.model, dtype=DTYPES[config.train.precision], place=place)
+    dtype = DTYPES[config.train.precision]
+    return teachers.load(config.model, dtype=dtype, place=place, quantization=config.quantization)
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -209,7 +211,7 @@ def make_student(teacher: Teacher, config: RunConfig) -> Student:
 
 def has_room_for_two(model: nn.Module) -> bool:
     """Whether a second copy of the weights takes at most half of the memory that is free."""
-    return 2 * sum(p.numel() * p.element_size() for p in model.parameters()) <= psutil.virtual_memory().available
+    return 2 * kept_bytes(model) <= psutil.virtual_memory().available
 
 
 def surroundings() -> dict[str, Any]:

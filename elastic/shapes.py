@@ -19,6 +19,7 @@ from elastic.run import DTYPES, share_weights
 from elastic.timing.workload import Workload
 from teachers import Teacher
 from teachers.load import preferred_dtype
+from teachers.quantize import quantize
 from teachers.registry import ModelEntry
 from teachers.shapes import Shape, build, find_shape
 
@@ -54,7 +55,10 @@ def bench_shape(
 
     def build_model() -> nn.Module:
         torch.manual_seed(config.train.seed)
-        return build(shape, dtype, device)
+        model = build(shape, dtype, device)
+        if config.quantization != "none":
+            quantize(model, config.quantization, device)
+        return model
 
     model = build_model()
     shared = None if copies == 2 else share_weights(model)

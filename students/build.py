@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -16,10 +17,11 @@ from students.architectures import (
     Architecture,
     architecture_of,
     kind_of,
+    shape_of,
     sizes_of,
     trunk_of,
-    weight_of,
 )
+from students.checks import check_head, check_place
 from students.compute import BlockShape, ComputeModel
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
@@ -43,6 +45,7 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
+    check_place(model)
     check = _self_check(model) if must_check(model, spec) else None
     student = _elasticize(model, spec).train(False)
     if are_spread(model):
@@ -101,6 +104,7 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
 def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:
     trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
     record, blocks = architecture_of(trunk)
+    check_head(model, spec)
     windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
     if any(windows) and Version(metadata.version("transformers")) < Version("5.24"):
         raise ValueError(  # before, cached decoding of fewer image tokens differs from the full pass
@@ -129,6 +133,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
 def _elasticize_language(
     model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> LanguageStudent:
+    check_head(model, spec)
     trunk: Any = model.base_model
     return LanguageStudent(
         model, record, blocks, spec, *_language_parts(model, trunk, record, blocks, spec), trunk=trunk
@@ -142,7 +147,7 @@ def _language_parts(
     runtime = Runtime()
     shapes = _elasticize_blocks(trunk, record, blocks, spec, runtime)
     place = HeadPlace(model, runtime, spec.gains)
-    macs = weight_of(place.head).numel()
+    macs = math.prod(shape_of(place.head))
     for router in spec.at("head"):
         router.of_kind.attach(router, place)
     let_round(trunk, runtime)

@@ -58,6 +58,8 @@ class BlockShape:
     routers: dict[str, int]
     """Cost of a router that decides token by token, by the key of its decision."""
     substitutes: dict[str, int]
+    opaque: frozenset[str] = frozenset()
+    """Sites whose linear layers cannot be read in part: choices of channels save nothing there."""
 
     def only(self, branch: str) -> BlockShape:
         """One branch alone, "attn" or "mlp"; what belongs to neither, such as a router of the block, is attention's."""

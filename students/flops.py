@@ -1,7 +1,7 @@
-"""FLOPs counted while something runs, whatever kernel attends: the one table of formulas for attention.
+"""FLOPs counted while something runs, whatever kernel attends: formulas for what torch's own counter does not know.
 
-torch's own counter knows the kernels of CUDA alone, takes causal attention for full, and in many versions refuses
-fewer key heads than query heads.
+It knows attention kernels of CUDA alone, takes causal attention for full, and in many versions refuses fewer key heads
+than query heads; and it knows no products with packed weights.
 """
 
 from __future__ import annotations
@@ -70,6 +70,20 @@ ATTENTION = _formulas()
 """FLOP formulas of attention operators."""
 
 
+def _packed_flops(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any, **options: Any) -> int:
+    """A product of x [..., I] with a weight of this shape, [O, I]."""
+    return 2 * x.numel() * shape[0]
+
+
+_packed_flops._get_raw = True  # type: ignore[attr-defined]
+
+
+def packed_products() -> dict[Any, Callable[..., int]]:
+    """FLOP formulas of products with packed weights, of the libraries that are imported."""
+    found = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    return {} if found is None else {found: _packed_flops}
+
+
 def flop_counter() -> FlopCounterMode:
     """torch's counter, with the formulas above: within it everything is counted that runs."""
-    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    return FlopCounterMode(display=False, custom_mapping={**ATTENTION, **packed_products()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +17,8 @@ from students.architectures import (
     Branch,
     Linear,
     Sizes,
-    weight_of,
+    can_be_read_in_part,
+    shape_of,
 )
 from students.compute import BlockShape
 from students.execution.attention import route_attention
@@ -108,9 +110,12 @@ class BlockPlace:
         self.lora: dict[str, int] = {}
         chosen = (site for router in self.routers if router.of_kind.over_channels for site in router.where)
         channels = {site.split("_")[0] for site in chosen}
+        self.opaque = {site for site in LINEAR_SITES if not all(map(can_be_read_in_part, self.linears(site)))}
+        """Sites with layers of which no part can be read: gates are masks there."""
+        stay = channels | {site.split("_")[0] for site in self.opaque}
         self.narrows = {
-            "attn": self.own_q and not record.whole_heads and "attn" not in channels,
-            "mlp": "mlp" not in channels,
+            "attn": self.own_q and not record.whole_heads and "attn" not in stay,
+            "mlp": "mlp" not in stay,
         }
 
     @property
@@ -125,7 +130,7 @@ class BlockPlace:
 
     def inputs(self, site: str) -> int:
         """Channels that a site's linear layers read."""
-        return weight_of(self.linears(site)[0]).shape[1]
+        return shape_of(self.linears(site)[0])[1]
 
     def add_router(self, spec: RouterSpec, key: str, gates: int = 1, members: Tensor | None = None) -> None:
         """Let the branch ask a router; key: of its decisions, after the block's number."""
@@ -166,7 +171,7 @@ class BlockPlace:
     def elasticize(self) -> BlockShape:
         """Put everything in; returns what the block costs."""
         record, sizes = self.record, self.sizes
-        macs = {site: sum(linear.weight.numel() for linear in self.linears(site)) for site in LINEAR_SITES}
+        macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
         for self.branch in BRANCHES:
             self._elasticize_branch()
         if self.gathers is not None:
@@ -183,6 +188,7 @@ class BlockPlace:
             window=sizes.window,
             own_q=self.own_q,
             narrows=self.narrows,
+            opaque=frozenset(self.opaque),
             lora=self.lora,
             routers=self.costs,
             substitutes=self.substitutes,
@@ -222,7 +228,8 @@ class BlockPlace:
         corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
         skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
         asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
-        shared = Site(f"{self.number}.{site}", end == "out", branch in self.opens, self.handover)
+        opens, opaque = branch in self.opens, site in self.opaque
+        shared = Site(f"{self.number}.{site}", self.handover, ends=end == "out", opens=opens, opaque=opaque)
         for name, linear in zip(self.record.linears(site), linears, strict=True):
             first = linear is linears[0]
             per_query = asks and (end == "out" or (self.own_q and first))
@@ -250,7 +257,7 @@ class BlockPlace:
     def _correct(self, routed: RoutedLinear, linear: Linear, site: str, first: bool) -> None:
         """Add a low-rank correction, and count it: the side that heads or groups narrow apart from the other."""
         rank = self.spec.lora.rank
-        outputs, inputs = weight_of(linear).shape
+        outputs, inputs = shape_of(linear)
         routed.lora = _like(linear, Lora(inputs, outputs, rank))
         cost = site if site != "attn_in" else "q" if first and self.own_q else "kv"
         always, narrowed = (inputs, outputs) if site.endswith("in") else (outputs, inputs)

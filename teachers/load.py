@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers import families, hub, wheel
+from teachers.quantize import keep_differentiable, kept_bytes, plain_parts, quantize, quantized_by, require
 from teachers.quiet import quiet
 from teachers.registry import ModelEntry, models, resolve
 
@@ -47,34 +48,83 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "none",
     place: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> Teacher:
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
     `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
-    it, else float32. `place` puts the model where it is to be, instead of onto the device, and returns what of its
-    weights is there; before, they are the file's own, mapped and not copied, if the file has them in `dtype`. Raises
-    ValueError for an unknown name or a model that is neither a language model, an image model nor a vision-language
-    model, OSError where no source of the weights can be reached; both with one line.
+    it, else float32. quantization: what its linear layers are kept in (see teachers/quantize.py); a model that is
+    quantized already is read as it is. `place` puts the model where it is to be, instead of onto the device, and
+    returns what of its weights is there; before, they are the file's own, mapped and not copied, if the file has them
+    in `dtype`.
+
+    Raises ValueError for an unknown name or a model that is neither a language model, an image model nor a
+    vision-language model, OSError where no source of the weights can be reached; both with one line.
     """
     import torch
 
+    if quantization != "none":
+        require(quantization)
     entry = resolve(name)
     folder, source = _locate(entry)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or preferred_dtype(device)
     with quiet():
+        already = quantized_by(name, folder)
+        if already and quantization != "none":
+            raise ValueError(f"{name} is quantized already: leave quantization={quantization} away")
+        if place is not None and (already or quantization != "none"):
+            raise ValueError(f"{name}: quantized weights are not spread over processes (FSDP): use MULTI_GPU")
         found = families.of(entry.family).load(name, folder, dtype, trust_remote_code)
     source += found.note
-    model = (found.model.to(device) if place is None else found.model).eval().requires_grad_(False)
-    identity = fingerprint(model)
-    for key, weight in (dict(model.named_parameters()) if place is None else place(model)).items():
-        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
-            raise ValueError(f"{name}: the weights are damaged: {key} holds NaN or infinity")
+    model = found.model.eval().requires_grad_(False)
+    if quantization != "none":
+        _must_be_finite(name, dict(model.named_parameters()))
+        identity = f"{fingerprint(model)}-{quantization}"
+        quantize(model, quantization, device)
+        source += f"; linear layers in {quantization}"
+    else:
+        if already:
+            keep_differentiable(model)
+            source += f"; quantized by {already}"
+        identity = fingerprint(model)
+    if place is not None:
+        _must_be_finite(name, place(model))
+    else:
+        _must_fit(name, model, device)
+        model = model.to(device)
+        if quantization == "none":
+            _must_be_finite(name, dict(model.named_parameters()))
     if found.unused:
         weights = f"{len(found.unused)} weights of the checkpoint have no place in this model"
         source += f"; {weights}, such as {found.unused[0]}"
     return Teacher(name, model, found.processor, entry.family, source, identity)
+
+
+def _must_fit(name: str, model: Any, device: torch.device) -> None:
+    """ValueError where a GPU has no room for what of the model is not there yet."""
+    need, free = kept_bytes(model, besides=device.type), free_bytes(device)
+    if free is not None and need > free:
+        raise ValueError(
+            f"{name} takes {need / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: a student reads single rows "
+            "of its weights, so they are not spread over devices (device_map) or offloaded; quantization=int8 takes "
+            "half of bfloat16, nf4 a quarter"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None elsewhere, where models are loaded first."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _must_be_finite(name: str, weights: dict[str, Tensor]) -> None:
+    for key, weight in weights.items():
+        for part in plain_parts(weight):
+            if part.numel() and not all(bound.isfinite() for bound in part.aminmax()):
+                raise ValueError(f"{name}: the weights are damaged: {key} holds NaN or infinity")
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
@@ -108,9 +158,10 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(f"{kind} {heads}".encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, len(values) // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
-        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        for part in plain_parts(parameter.detach()):
+            values = part.reshape(-1)
+            sample = values[:: max(1, len(values) // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
+            digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return f"{kind}-{digest.hexdigest()[:16]}"
 
 

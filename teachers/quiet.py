@@ -4,13 +4,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LOUD = ("transformers", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree")
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers and datasets log nothing and loading shows no progress bar."""
+    """Within the block libraries log nothing and loading shows no progress bar."""
     from transformers.utils import logging as transformers_logging
 
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("transformers", "datasets")}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOUD}
     bars = transformers_logging.is_progress_bar_enabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

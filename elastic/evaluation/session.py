@@ -26,7 +26,7 @@ class Session:
     def __init__(self) -> None:
         self._forget(None)
 
-    def _forget(self, model: tuple[str, str] | None) -> None:
+    def _forget(self, model: tuple[str, ...] | None) -> None:
         self._model = model
         self._found: dict[Hashable, Any] = {}
         self._kept: list[tuple[Any, TeacherOutputs]] = []
@@ -48,7 +48,7 @@ class Session:
 
     def loaded(self, config: RunConfig) -> Teacher:
         """The one that the others are copies of, which never runs."""
-        model = config.model, config.train.precision
+        model = config.model, config.train.precision, config.quantization
         if model != self._model:
             self._forget(model)
         return self.once("teacher", lambda: load_teacher(config))

@@ -5,9 +5,12 @@ from students.architectures.lookup import (
     Linear,
     Sizes,
     architecture_of,
+    can_be_read_in_part,
     kind_of,
+    shape_of,
     sizes_of,
     trunk_of,
+    values_of,
     weight_of,
 )
 from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
@@ -23,8 +26,11 @@ __all__ = [
     "Linear",
     "Sizes",
     "architecture_of",
+    "can_be_read_in_part",
     "kind_of",
+    "shape_of",
     "sizes_of",
     "trunk_of",
+    "values_of",
     "weight_of",
 ]

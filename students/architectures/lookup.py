@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -83,7 +84,7 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
     if not isinstance(model, PreTrainedModel):
         out = record.linears("attn_out")
         attn: Any = block.get_submodule(out[0].rpartition(".")[0])
-        width = weight_of(block.get_submodule(out[0])).shape[0]
+        width = shape_of(block.get_submodule(out[0]))[0]
         heads = attn.num_heads * len(out)
         return Sizes(width, heads, attn.head_dim, heads, None)
     config = model.config
@@ -118,3 +119,31 @@ def weight_of(linear: nn.Module) -> Tensor:
     base: Any = getattr(linear, "base_layer", linear)
     weight: Tensor = base.weight
     return weight.T if isinstance(base, Conv1D) else weight
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, also where its weight is packed."""
+    base: Any = getattr(linear, "base_layer", linear)
+    if isinstance(base, Conv1D):
+        inputs, outputs = base.weight.shape
+        return outputs, inputs
+    return base.out_features, base.in_features
+
+
+def can_be_read_in_part(linear: nn.Module) -> bool:
+    """Whether single rows and columns of a linear layer's weight can be read: not where it is quantized, in a way that
+    only its own library knows."""
+    base: Any = getattr(linear, "base_layer", linear)
+    return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+
+
+@torch.no_grad()
+def values_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer [out, in] in float32, also where it is packed: then it is the layer's answer to each
+    input on its own."""
+    if can_be_read_in_part(linear):
+        return weight_of(linear).float()
+    base: Any = getattr(linear, "base_layer", linear)
+    like = base.weight if base.weight.is_floating_point() else torch.empty(0, device=base.weight.device)
+    out: Tensor = base(torch.eye(base.in_features, dtype=like.dtype, device=like.device)).float()
+    return (out if base.bias is None else out - base.bias.float()).T

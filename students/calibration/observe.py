@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import weight_of
+from students.architectures import shape_of, values_of
 from students.calibration.fit import cluster_neurons, fit_substitute
 from students.calibration.price import Choice, gated_choice
 from students.calibration.share import Share
@@ -156,7 +156,7 @@ class BlockStart:
         """Sum [C] over a site's outputs of their sensitivity to a channel's weight, squared."""
         if site not in self._importance:
             open_unit(self.block)
-            weights = [weight_of(linear).float() for linear in self.linears(site)]
+            weights = [values_of(linear) for linear in self.linears(site)]
             places = [self.seen(name) for name in self.record.linears(site)]
             parts = [p.sensitivity @ w.pow(2) for p, w in zip(places, weights, strict=True)]
             self._importance[site] = reduce(torch.add, parts)
@@ -168,7 +168,7 @@ class BlockStart:
 
     def outputs(self, site: str) -> int:
         """What a channel of a site costs: one multiplication for each output."""
-        return sum(weight_of(linear).shape[0] for linear in self.linears(site))
+        return sum(shape_of(linear)[0] for linear in self.linears(site))
 
     def skipping(
         self, spec: RouterSpec, branch: str, read: Observed, skipped: Observed, saved: float, scale: float = 1.0

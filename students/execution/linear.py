@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.architectures import Linear, weight_of
+from students.architectures import Linear, shape_of, weight_of
 from students.execution.handover import BranchHandover, Narrow
 from students.execution.runtime import Runtime
 from students.execution.site import Site
@@ -45,7 +45,7 @@ class RoutedLinear(Wrapper):
         self.branch = branch
         self.part = part
         self.per_query = per_query
-        self.outputs, self.inputs = weight_of(base_layer).shape
+        self.outputs, self.inputs = shape_of(base_layer)
         self.routers = Named[ChannelRouter]()
         self.lora: Lora | None = None
         self.place = len(site.layers)
@@ -62,7 +62,7 @@ class RoutedLinear(Wrapper):
             self.site.lay_out()
         if self.part == "outputs" and self.site.opens and not weight_of(base).is_contiguous():
             base.weight.data = base.weight.data.T.contiguous().T
-        if self.lora is not None and not self.selects:
+        if self.lora is not None and not self.selects and not self.site.opaque:
             dtype = base.weight.dtype
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
 
@@ -81,13 +81,15 @@ class RoutedLinear(Wrapper):
         self._slice, self._low = (None, None), None
         if self.place == 0:
             self.site.forget()
-        self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
+        if not self.site.opaque:
+            self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
 
     def add_channels(self, router: ChannelRouter) -> None:
         """Choose the channels that are read with this router, which all layers of the site share."""
         self.routers["channel"] = router
+        apart = any(layer.part or layer.per_query for layer in self.site.layers)
         for layer in self.site.layers:  # one runs for all where all run on the same tokens, and whole
-            layer.selects = router.spec.network != "static" and not any(x.part or x.per_query for x in self.site.layers)
+            layer.selects = not (apart or self.site.opaque or router.spec.network == "static")
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
@@ -122,7 +124,7 @@ class RoutedLinear(Wrapper):
         if self._alone(x):
             return self.site.take(self, x) if together else self.site.one(self, x)
         call = self.runtime.call
-        if call.skipping and router.spec.network == "static" and call.rows is None:
+        if call.skipping and not self.site.opaque and router.spec.network == "static" and call.rows is None:
             return self._read_static(x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
@@ -145,7 +147,7 @@ class RoutedLinear(Wrapper):
 
     def _alone(self, x: Tensor) -> bool:
         """Whether this is one token, decoded on its own: then reading less is faster."""
-        return self.runtime.call.alone and x.shape[:-1].numel() == 1
+        return self.runtime.call.alone and not self.site.opaque and x.shape[:-1].numel() == 1
 
     def note(self, share: Tensor) -> None:
         """Record the share of channels that was read; 0 for tokens that are not here."""
@@ -164,7 +166,7 @@ class RoutedLinear(Wrapper):
         if self.lora is None:
             return out
         call = self.runtime.call
-        if not call.skipping or call.rows is not None:
+        if not call.skipping or call.rows is not None or self.site.opaque:
             return out + self._only_corrected(self.lora(x), x)
         assert self._low is not None, "Student.prepare comes first"
         flat, (down, up) = out.view(-1, self.outputs), self._low

@@ -15,16 +15,25 @@ class RoutedActivation(Wrapper):
     """The activation of an MLP's gate: where it stays below a neuron's limit, the rest of the neuron is left out.
 
     A token on its own hands on which neurons are open, and their activations alone: `up` then computes their rows and
-    `down` reads their channels (see RoutedLinear.part). More tokens are masked. block: the block's number.
+    `down` reads their channels (see RoutedLinear.part). More tokens are masked, and all where no part of these
+    layers can be read. block: the block's number.
     """
 
     def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, router: ChannelRouter, block: int, branch: BranchHandover
+        self,
+        base_layer: nn.Module,
+        runtime: Runtime,
+        router: ChannelRouter,
+        block: int,
+        branch: BranchHandover,
+        *,
+        opaque: bool,
     ) -> None:
         super().__init__(base_layer, runtime)
         self.routers = Named[ChannelRouter]({"neuron": router})
         self.key = f"{block}.mlp.neuron"
         self.branch = branch
+        self.opaque = opaque
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
@@ -33,7 +42,7 @@ class RoutedActivation(Wrapper):
         out, share = read_channels(self.routers["neuron"], out, self.runtime.dial_of(x, self._owner()))
         self._note(share)
         self.branch.narrow = None
-        if not (self.runtime.call.alone and x.shape[:-1].numel() == 1):
+        if self.opaque or not (self.runtime.call.alone and x.shape[:-1].numel() == 1):
             return out
         open_ = out.flatten().nonzero().squeeze(1)
         self.branch.narrow = Narrow(open_, out.shape[-1], weight=None, keep=False)

@@ -45,13 +45,15 @@ class Site:
     become views, so that there is one copy.
 
     name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. opens: whether a
-    token on its own chooses heads or groups, which are then left out of this side of them. handover: the block's.
+    token on its own chooses heads or groups, which are then left out of this side of them. opaque: whether weights
+    are only read whole, and inputs masked. handover: the block's.
     """
 
-    def __init__(self, name: str, ends: bool, opens: bool, handover: BlockHandover) -> None:
+    def __init__(self, name: str, handover: BlockHandover, *, ends: bool, opens: bool, opaque: bool) -> None:
         self.name = name
         self.ends = ends
         self.opens = opens
+        self.opaque = opaque
         self.layers: list[RoutedLinear] = []
         self.handover = SiteHandover()
         handover.sites.append(self.handover)
@@ -153,7 +155,7 @@ class Site:
 
     def lay_out(self) -> None:
         """Put weights, biases and corrections of all layers side by side, where a token reads only some inputs."""
-        if not (self.ends and self.opens) and "channel" not in self.layers[0].routers:
+        if self.opaque or not ((self.ends and self.opens) or "channel" in self.layers[0].routers):
             return
         self._sizes = [layer.outputs for layer in self.layers]
         self._ends = list(itertools.accumulate(self._sizes))
@@ -181,7 +183,7 @@ class Site:
     def set_dial(self) -> None:
         """Limits, where all rows of a batch share them."""
         first, self.limit = self.layers[0], None
-        if "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
+        if not self.opaque and "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
             laid = self.laid
             limit = first.routers["channel"].limit(first.runtime.offset, laid.whole.dtype)
             if self._limit is None:

@@ -80,4 +80,5 @@ def pack_linears(model: nn.Module) -> bool:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS
+    plain = type(weight) in (Tensor, nn.Parameter)  # and not quantized
+    return plain and weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS

@@ -65,7 +65,7 @@ class ChannelKind(Kind):
 
     def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
         """Channels of closed heads and groups are closed channels already, and not counted twice."""
-        for site in spec.where:
+        for site in set(spec.where) - cost.shape.opaque:
             cost.read[site] = cost.share(spec, f"{site}.channel", missing=0.0)  # no token entered this branch
 
     def fixes_shapes(self, spec: RouterSpec) -> bool:
@@ -78,7 +78,7 @@ class ChannelKind(Kind):
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         if not self.saves(spec, block.phase):
             return []
-        return [self._start_at(block, site) for site in spec.where]
+        return [self._start_at(block, site) for site in spec.where if site not in block.shape.opaque]
 
     def _start_at(self, block: BlockStart, site: str) -> Choice:
         from students.calibration.observe import PRICED_ROWS

@@ -43,7 +43,8 @@ class HeadKind(Kind):
         block.branch(self.branch)
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
-        return block.narrowing(spec, self.branch) if self.saves(spec, block.phase) else []
+        opaque = any(site.startswith(self.branch) for site in block.shape.opaque)
+        return block.narrowing(spec, self.branch) if self.saves(spec, block.phase) and not opaque else []
 
 
 KIND = HeadKind()

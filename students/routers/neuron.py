@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from students.architectures import weight_of
+from students.architectures import shape_of
 from students.routers.channel import OPEN, ChannelRouter
 from students.routers.registry import Kind
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from students.compute import BlockCost
     from students.places import BlockPlace
     from students.spec import RouterSpec, StudentSpec
+
+
+MLP = ("mlp_in", "mlp_out")
 
 
 class NeuronKind(Kind):
@@ -43,15 +46,20 @@ class NeuronKind(Kind):
         if place.branch != "mlp":
             return
         router, name = ChannelRouter(spec, place.neurons, place.spec.gains), self._activation(place.record)
+        opaque = not place.opaque.isdisjoint(MLP)
         routed = RoutedActivation(
-            place.block.get_submodule(name), place.runtime, router, place.number, place.wrapper.handover
+            place.block.get_submodule(name), place.runtime, router, place.number, place.wrapper.handover, opaque=opaque
         )
         place.block.set_submodule(name, place.like(routed))
+        if opaque:
+            return
         place.opens.add("mlp")
         place.narrowed |= {place.record.linears("mlp_in")[1]: "outputs", place.record.linears("mlp_out")[0]: "inputs"}
 
     def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
         """Half of what reads the MLP's input is the gate, which is always computed."""
+        if not cost.shape.opaque.isdisjoint(MLP):
+            return
         share = cost.share(spec, "mlp.neuron", missing=0.0)  # no token entered this branch
         cost.left["mlp_in"] = (1 + share) / 2
         cost.left["mlp_out"] = share
@@ -66,14 +74,14 @@ class NeuronKind(Kind):
         from students.calibration.observe import PRICED_ROWS
         from students.calibration.price import Choice
 
-        if not self.saves(spec, block.phase):
+        if not self.saves(spec, block.phase) or not block.shape.opaque.isdisjoint(MLP):
             return []
         router = block.block.get_submodule(f"{self._activation(block.record)}.routers.neuron")
         assert isinstance(router, ChannelRouter)
         up, down = block.linears("mlp_in")[1], block.linears("mlp_out")[0]
         activation = block.seen(self._activation(block.record)).y
         weight = block.importance("mlp_out") * block.seen(block.record.linears("mlp_in")[1]).y.pow(2).mean(0)
-        saving = (weight_of(up).shape[1] + weight_of(down).shape[0]) / block.dense
+        saving = (shape_of(up)[1] + shape_of(down)[0]) / block.dense
 
         @torch.no_grad()
         def apply(price: float) -> None:

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.execution import linear
+from students.flops import flop_counter
 from students.libraries import cache_of
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
@@ -147,7 +147,7 @@ def test_norms_run_on_what_a_layer_router_lets_through_alone(name: str, tokens: 
 
 def spent(student: Student, **inputs: object) -> tuple[int, object]:
     """(FLOPs that torch counts in a forward pass, what it decided)."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         _, decisions = student(**inputs)
     return counter.get_total_flops(), decisions
 
@@ -160,8 +160,11 @@ def eager(name: str, spec: StudentSpec) -> Student:
 @pytest.mark.parametrize("kind", sorted(SPECS))
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "olmo2"])
 def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: torch.Tensor, operators: None):
-    student = eager(name, SPECS[kind])
-    row = tokens[:1]
+    assert_counted(eager(name, SPECS[kind]), tokens[:1])
+
+
+def assert_counted(student: Student, row: torch.Tensor) -> None:
+    """What is reported for row [1, T] is what torch counts, in prefill and of its last token in decoding."""
     student(row)  # what is made once (the preview of the head) is made
     valid = torch.ones_like(row, dtype=torch.bool)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -286,6 +288,15 @@ def test_the_dial_turns_top_k_shares_too(llama, tokens):
     assert set(shares[1]) == {0.5} and all(low < 0.5 < high for low, high in zip(shares[0], shares[2], strict=True))
     run.capacity = 1.0
     assert run.kept == 1.0
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloaded_models_are_refused(offload: str, llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Their weights come to the device while a layer's own forward runs, and a student reads them elsewhere."""
+    where = () if offload == "cpu_offload" else (tmp_path,)
+    getattr(accelerate, offload)(llama, *where, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="device_map"):
+        elasticize(llama, MIXED)
 
 
 def test_unsupported_architecture_says_what_was_looked_for():

@@ -1,0 +1,139 @@
+"""Runs on quantized bases: made, resumed, opened and measured; and checkpoints that were quantized before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import elastic
+import teachers
+from elastic.bench import bench_run
+from elastic.config import RunConfig
+from elastic.evaluate import measure_run
+from elastic.generate import generate_text
+from elastic.run import Run
+from elastic.trainer import Interrupted, distill, resume
+from students.architectures import can_be_read_in_part
+from teachers import quantize
+from tests.pico.language import make_tiny, make_tokenizer
+
+
+def test_a_run_on_an_int8_base(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    settings = "quantization=int8", "budget.phase=prefill", "budget.target=0.9"
+    result = distill(configure(*settings), tmp_path / "run", say=lambda _: None)
+    run = Run.open(tmp_path / "run", finished=True)
+    assert run.config.quantization == "int8" and run.about["identity"].endswith("-int8")
+    assert run.about["source"].endswith("linear layers in int8")
+    student = elastic.load(tmp_path / "run")
+    assert not can_be_read_in_part(student.blocks[0].get_submodule("mlp.down_proj"))
+    assert sum(p.numel() for p in student.added_parameters().values()) > 0
+    again = measure_run(tmp_path / "run", say=lambda _: None)[0]
+    assert again["compute_prefill"] == pytest.approx(result["compute_prefill"]) and result["compute_prefill"] < 0.95
+    assert generate_text(str(tmp_path / "run"), "w1 w2 w3", max_new_tokens=3)["tokens"] == 3
+    rows = bench_run(str(tmp_path / "run"), tokens=[8], new_tokens=2, repeats=1, say=lambda _: None)
+    assert {row["phase"] for row in rows} == {"prefill", "decode", "train"}
+
+    def stop(step: int, *_: object) -> None:
+        if step == 3:
+            raise Interrupted
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(configure(*settings), tmp_path / "stopped", say=lambda _: None, progress=stop)
+    resume(tmp_path / "stopped", say=lambda _: None)
+    before, after = (elastic.load(tmp_path / name).added_state() for name in ("run", "stopped"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("quantization: int8", "quantization: none"))
+    with pytest.raises(ValueError, match="made for other weights"):
+        elastic.load(tmp_path / "run")
+
+
+def test_a_budget_of_choices_that_save_nothing_is_refused(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = configure("quantization=int8", "student.routers=[{kind: channel}]")
+    with pytest.raises(ValueError, match="they save nothing, so route otherwise"):
+        distill(config, tmp_path / "run", say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="quantization=nf4 needs a package that is missing: pip install bitsandbytes"):
+        teachers.load(str(model_folder), quantization="nf4")
+
+
+def saved(folder: Path, method: str) -> str:
+    """A tiny Llama that transformers has quantized, as `save_pretrained` leaves it."""
+    import transformers
+
+    make_tiny("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder / "dense")
+    if method == "torchao":
+        config = transformers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+    else:
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=config)
+    model.save_pretrained(folder / method)
+    make_tokenizer(words=117).save_pretrained(folder / method)
+    return str(folder / method)
+
+
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes"])
+def test_what_is_quantized_already_is_read_as_it_is(method: str, tmp_path: Path) -> None:
+    pytest.importorskip(method)
+    name = saved(tmp_path, method)
+    teacher = teachers.load(name, dtype=torch.float32)
+    assert not can_be_read_in_part(teacher.model.model.layers[0].mlp.down_proj)
+    assert teacher.identity == teachers.load(name, dtype=torch.float32).identity
+    dense = teachers.load(str(tmp_path / method), dtype=torch.float32).model
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(teacher.model(ids).logits, dense(ids).logits)
+    with pytest.raises(ValueError, match="is quantized already: leave quantization=int8 away"):
+        teachers.load(name, quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("about", "problem"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "is quantized by gptq, which is not read"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "llm_int8_threshold is 6.0"),
+    ],
+)
+def test_what_is_quantized_otherwise_is_refused(
+    about: dict[str, object], problem: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "find_spec", lambda name: name)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
+    with pytest.raises(ValueError, match=problem):
+        teachers.load(str(folder))
+
+
+def test_image_models_too(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    teacher = teachers.load("vit-fashion", quantization="int8")
+    assert not can_be_read_in_part(teacher.model.blocks[3].attn.qkv) and teacher.identity.endswith("-int8")
+    with torch.no_grad():
+        logits = [
+            model(torch.ones(1, 1, 28, 28) * torch.linspace(-1, 1, 28)).float().softmax(-1)
+            for model in (teacher.model.float(), teachers.load("vit-fashion", dtype=torch.float32).model)
+        ]
+    torch.testing.assert_close(*logits, atol=0.02, rtol=0.1)
+
+
+def test_a_model_that_has_no_room_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = import_module("teachers.load")
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(loading, "kept_bytes", lambda model, besides: 16_100_000_000)
+    with pytest.raises(ValueError, match=r"takes 16.1 GB, and cpu has 0.0 GB free.*device_map"):
+        teachers.load(str(model_folder), device="cpu")
