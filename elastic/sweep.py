@@ -92,7 +92,7 @@ def sweep(
         folder.prepare()
         return folder.rows()
 
-    options, session = PointOptions(eval_data, timed, command), Session()
+    options, session = PointOptions(eval_data, timed, command), Session(several=len(tasks) > 1)
     wanted = {
         (task.name, point): _keys(task, point[0], baselines, eval_data) for task in tasks for point in task.points
     }

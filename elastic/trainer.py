@@ -154,7 +154,7 @@ def _run(
     if config.train.checkpointing:
         student.checkpoint_blocks()
     started = time.monotonic()
-    state = _train(run, config, student, data, accelerator, say, progress)
+    state = _train(run, config, student, data, session, accelerator, say, progress)
     adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
     launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
@@ -176,6 +176,7 @@ def _train(
     config: RunConfig,
     student: Student,
     data: Any,
+    session: Session,
     accelerator: Accelerator,
     say: Say,
     progress: Progress,
@@ -193,7 +194,7 @@ def _train(
         return picked(number * train.batch + own.start, len(own), len(lessons), train.seed)
 
     lessons.announce(part_of(0), train.steps and train.steps * train.accumulation * train.batch)
-    state = _start(run, config, student, data, device, say)
+    state = _start(run, config, student, data, session, device, say)
     optimizer = _optimizer(student, train)
     if state.step:
         _restore_optimizer(run, student, optimizer)
@@ -288,7 +289,9 @@ def _train(
     return state
 
 
-def _start(run: Run, config: RunConfig, student: Student, data: Any, device: torch.device, say: Say) -> State:
+def _start(
+    run: Run, config: RunConfig, student: Student, data: Any, session: Session, device: torch.device, say: Say
+) -> State:
     """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
     budget = config.budget
     set_capacity(student, data, config)
@@ -305,7 +308,7 @@ def _start(run: Run, config: RunConfig, student: Student, data: Any, device: tor
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
-        start = adopted(student, lambda: calibrate(student, data, config, say))
+        start = adopted(student, lambda: calibrate(student, data, config, say, session))
         if budget.control == "price":
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
     launch.on_main(lambda: _cut_metrics(run, 0))

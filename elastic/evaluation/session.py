@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar
 
-from elastic import families
+import psutil
+import torch
+from torch import Tensor
+
+from elastic import families, launch
 from elastic.config import RunConfig
-from elastic.evaluation.teacher import TeacherOutputs
+from elastic.evaluation.teacher import ROOM, TeacherOutputs
 from elastic.run import Run, load_teacher, share_weights
 from students import Student
 from teachers import Teacher
@@ -23,7 +27,9 @@ class Session:
     (see `Student.prepare`): `turn_to` is called before another one runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
+        """several: whether more than one run is trained, so that what calibration sees is worth its memory."""
+        self.several = several
         self._forget(None)
 
     def _forget(self, model: tuple[str, ...] | None) -> None:
@@ -39,6 +45,19 @@ class Session:
             self._found[key] = make()
         found: T = self._found[key]
         return found
+
+    def observed(self, of: Hashable, needed: frozenset[Any], make: Callable[[], T], *, keep: bool | None = None) -> T:
+        """What calibration sees of the teacher in the data `of`: what `make` makes, unless it was seen before on behalf
+        of routers that need as much or more. keep: whether others may ask for it (None: where runs are several)."""
+        known: list[tuple[frozenset[Any], T]] = self.once(("observed", of), list)
+        for had, seen in known:
+            if needed <= had:
+                return seen
+        seen = make()
+        wanted = self.several if keep is None else keep
+        if wanted and not launch.any_of(_size(seen) > ROOM * _free(seen)):
+            known.append((needed, seen))
+        return seen
 
     def teacher(self, config: RunConfig) -> Teacher:
         """The run's teacher; its modules are nobody else's."""
@@ -90,3 +109,22 @@ class Session:
         if self._running is not None and self._running is not student:
             self._running.forget_layouts()
         self._running = student
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """All that are somewhere in dictionaries, sequences and dataclasses."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict | list | tuple) or is_dataclass(x):
+        for part in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else vars(x).values():
+            yield from _tensors(part)
+
+
+def _size(x: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(x))
+
+
+def _free(x: Any) -> int:
+    """Bytes that are free where it is."""
+    device = next(_tensors(x)).device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

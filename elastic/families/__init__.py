@@ -168,9 +168,9 @@ class Family(Protocol):
         "compute" of each row. It asks the teacher itself where `taught` is not given: teach(batch), of which each
         sample has as many rows as lengths(batch) says; `keeps` names what that is."""
 
-    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Start:
+    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session | None = None) -> Start:
         """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training
-        samples, shuffled."""
+        samples, shuffled; session: with what others saw in them."""
 
     def compute_meter(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Meter:
         """What measures the compute that the dial is set by; order: as in `start`."""

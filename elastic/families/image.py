@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
 from elastic.shares import deal, divide
 from elastic.timing import image as timing_image
-from students.calibration.image import calibrate_images
+from students.calibration.image import calibrate_images, observe_images
 from students.calibration.price import Start
 from students.families.image import ImageStudent, features_of, image_shape
 from teachers import Teacher
@@ -106,13 +107,18 @@ class Batches:
         return pixels, [digest(image) for image in pixels]
 
 
-def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Start:
-    """Calibrate; order: the training images, shuffled."""
+def start(
+    student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session | None = None
+) -> Start:
+    """Calibrate; order: the training images, shuffled; session: with what the same routers saw in them."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, share = deal(batches)
     looked_at = Watched(list(chosen_pixels(student, data.train, own)))
-    targets = trained(config.budget)
-    start = calibrate_images(student, looked_at, targets, config.train.seed, share)
+    targets, seed = trained(config.budget), config.train.seed
+    of = config.data, seed, config.calibration.windows
+    routers, look = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, share)
+    seen = (session or Session()).observed(of, routers, look)
+    start = calibrate_images(student, looked_at, targets, seed, share, seen)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Watched
 from elastic.shares import deal
 from elastic.timing import language as timing_language
-from students.calibration.language import Seen, calibrate, observe
+from students.calibration.language import Seen, calibrate, observe, places
 from students.calibration.price import Start
 from students.families.language import LanguageStudent
 from teachers import Teacher
@@ -111,12 +112,16 @@ class Batches:
         return windows, [digest(window) for window in windows]
 
 
-def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Start:
-    """Calibrate; order: the training windows, shuffled."""
+def start(
+    student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session | None = None
+) -> Start:
+    """Calibrate; order: the training windows, shuffled; session: with what others saw in them."""
     own, share = deal(order[: config.calibration.windows].split(CALIBRATED))
     windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
     budget, seed = config.budget, config.train.seed
-    return calibrate(student, windows, trained(budget), budget.phase, seed, share=share)
+    of = config.data, seed, config.calibration.windows
+    seen = (session or Session()).observed(of, places(student), lambda: observe(student, windows, seed, share))
+    return calibrate(student, windows, trained(budget), budget.phase, seed, seen, share)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:
@@ -157,7 +162,9 @@ def baseline(
         looked_at = train[order[:DIAL_WINDOWS]].to(first.device).split(2)
 
         def seen(other: LanguageStudent) -> Seen:
-            return session.once(("seen", *key[3:5]), lambda: observe(other, looked_at, config.train.seed))
+            of = "baselines", *key[3:5]
+            make = partial(observe, other, looked_at, config.train.seed)
+            return session.observed(of, places(other), make, keep=True)
 
         return baselines.SameShares(name, vocab, frozen, config, looked_at, seen)
 

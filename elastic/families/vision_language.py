@@ -31,7 +31,7 @@ from elastic.reporting.progress import Watched
 from elastic.shares import deal, divide, pooled
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
-from students.calibration.vision_language import calibrate_door
+from students.calibration.vision_language import calibrate_door, observe_door
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
 from teachers.data.left_out import LeftOut
@@ -137,8 +137,10 @@ class Batches:
         ]
 
 
-def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Start:
-    """Calibrate; order: the training questions, shuffled."""
+def start(
+    student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session | None = None
+) -> Start:
+    """Calibrate; order: the training questions, shuffled; session: with what the same routers saw in them."""
     if student.door is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
     own, share = deal([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
@@ -148,7 +150,11 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     ]
     targets, seed = trained(config.budget), config.train.seed
     read = tokens(student, data, config)
-    start = calibrate_door(student, Watched(batches), targets, read, seed, share)
+    looked_at = Watched(batches)
+    of = config.data, seed, config.calibration.windows
+    routers, look = frozenset([config.student.routers]), partial(observe_door, student, looked_at, seed, share)
+    seen = (session or Session()).observed(of, routers, look)
+    start = calibrate_door(student, looked_at, targets, read, seed, share, seen)
     if not student.by_count:
         return start
     return exact_start(start, student, [student.door], targets, compute_meter(student, data, order, config))

@@ -22,6 +22,8 @@ DRAWS = 4
 """Outcomes y that are drawn for each image."""
 ROWS_PER_BATCH = 1024
 """Tokens of a batch that a router's start is fitted to."""
+Seen = dict[str, tuple[Tensor, Tensor]]
+"""For each router what it reads [rows, D] and its gates' costs [rows, N]."""
 
 
 def calibrate_images(
@@ -30,13 +32,15 @@ def calibrate_images(
     target: float | Sequence[float],
     seed: int = 0,
     share: Share | None = None,
+    seen: Seen | None = None,
 ) -> Start:
     """Start all routers at the price that reaches `target`, or between several.
 
-    batches: pixels [B, C, H, W]; share: what of the batches of all processes they are (None: all).
+    batches: pixels [B, C, H, W]; share: what of the batches of all processes they are (None: all). seen: what
+    `observe_images` saw in them, with the same seed and the same routers.
     """
     targets = [target] if isinstance(target, float) else target
-    seen = _observe(student, batches, seed, share or Share())
+    seen = observe_images(student, batches, seed, share or Share()) if seen is None else seen
     size = batches[0].shape[-2:]
     tokens, compute = student.at(size)
     dense = float(compute.dense(torch.ones(1, tokens, dtype=torch.bool), "prefill").sum()) / tokens
@@ -48,9 +52,7 @@ def calibrate_images(
     return start_at(choices, Curve(choices), [whole] * len(targets), targets)
 
 
-def _observe(
-    student: ImageStudent, batches: Sequence[Tensor], seed: int, share: Share
-) -> dict[str, tuple[Tensor, Tensor]]:
+def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, share: Share) -> Seen:
     """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens of all processes."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     run = student.runtime

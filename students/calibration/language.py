@@ -13,7 +13,7 @@ the inequality exactly, the others start from a ridge regression of log(cost) on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,28 @@ def calibrate(
     return start
 
 
+def places(student: LanguageStudent) -> frozenset[tuple[str, str]]:
+    """What `observe` keeps for this student's routers, place by place: a student that needs less, or the same, may
+    start from what was seen for another."""
+    return frozenset(
+        (key, what)
+        for watched in _watched(student)
+        for key, at in watched.items()
+        for what in ("fisher", "inputs", "outputs", "moments")
+        if what == "fisher" or getattr(at, what)
+    )
+
+
+def _watched(student: LanguageStudent) -> Iterator[dict[str, Watch]]:
+    """Where to look, block by block."""
+    for number in range(len(student.blocks)):
+        watched = Watched(student, number)
+        for router in student.spec.at("block"):
+            if router.on(number):
+                router.of_kind.watch(router, watched)
+        yield watched.places
+
+
 def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, share: Share | None = None) -> Seen:
     """Run the frozen model forward and backward over the batches, this process's share, and keep what calibration
     needs."""
@@ -124,12 +146,8 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
         handles.append(at.module.register_forward_hook(enter, with_kwargs=True))
         handles.append(at.end.register_forward_hook(leave))
 
-    for number in range(len(student.blocks)):
-        watched = Watched(student, number)
-        for router in student.spec.at("block"):
-            if router.on(number):
-                router.of_kind.watch(router, watched)
-        for key, at in watched.places.items():
+    for watched in _watched(student):
+        for key, at in watched.items():
             watch(seen.setdefault(key, Observed()), at)
     embeddings = student.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))

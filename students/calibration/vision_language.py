@@ -27,13 +27,26 @@ def calibrate_door(
     tokens: tuple[int, int],
     seed: int = 0,
     share: Share | None = None,
+    seen: tuple[Tensor, Tensor] | None = None,
 ) -> Start:
     """Start the door's router at the price that reaches the middle of the targets, one or several, ascending.
 
     batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
     bool). tokens: (text, image) of a prompt. share: what of the batches of all processes these are (None: all).
+    seen: what `observe_door` saw in them, with the same seed.
     """
-    run, seen, share = student.runtime, [], share or Share()
+    x, cost = observe_door(student, batches, seed, share or Share()) if seen is None else seen
+    compute = student.uniform(1.0, tokens, "prefill")
+    assert student.door is not None
+    choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
+    return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
+
+
+def observe_door(
+    student: VisionLanguageStudent, batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]], seed: int, share: Share
+) -> tuple[Tensor, Tensor]:
+    """What the door reads [rows, D], and what closing it would cost [rows, 1], of all image tokens of all processes."""
+    run, seen = student.runtime, []
     try:
         for (inputs, answers, image), look in share.looks(batches):
             generator = drawing(seed, look.number)
@@ -50,8 +63,5 @@ def calibrate_door(
     finally:
         run.probed = None
         run.drop()
-    x, cost = (share.pool(part) for part in zip(*seen, strict=True))
-    compute = student.uniform(1.0, tokens, "prefill")
-    assert student.door is not None
-    choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
-    return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
+    read, costs = (share.pool(part) for part in zip(*seen, strict=True))
+    return read, costs

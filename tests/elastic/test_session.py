@@ -19,6 +19,7 @@ from elastic.families import language
 from elastic.run import Run
 from students import selfcheck
 from students.families.language import LanguageStudent
+from tests.elastic.cached import assert_learned
 
 BUDGETS = 0.9, 0.75, 0.7
 
@@ -72,6 +73,24 @@ def test_a_session_asks_once_and_says_what_runs_alone_say(ranged: str, asked: Co
     assert [rows[0] for rows in reversed(together)] == [
         measure_run(ranged, compute=[b], say=silent)[0] for b in BUDGETS[::-1]
     ]
+
+
+def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
+    configure: Callable[..., RunConfig], asked: Counter[str], tmp_path: Path
+):
+    configs = [
+        configure(preset="static", budget__target=0.9),
+        configure(),
+        configure(budget__target="0.7:0.9"),
+        configure("train.seed=1"),
+    ]
+    session = Session(several=True)
+    for number, config in enumerate(configs):
+        trainer.distill(config, tmp_path / f"together-{number}", session=session, say=silent)
+    assert asked["observe"] == 2  # a seed has windows of its own
+    for number in (1, 2):
+        trainer.distill(configs[number], tmp_path / f"alone-{number}", say=silent)
+        assert_learned(tmp_path / f"alone-{number}", tmp_path / f"together-{number}")
 
 
 def test_another_model_ends_what_is_known(ranged: str, configure: Callable[..., RunConfig]):
