@@ -1,9 +1,10 @@
 """What distilling a model of some shape would take, on paper: memory of a GPU, FLOPs of a step, days.
 
-Every process has all of the frozen weights in bfloat16, which are teacher and student at once; routers are float32,
-with a gradient and Adam's two moments. A training step is a forward pass of the teacher, one of the student, which
-computes what its gates close as well, and the student's way back, whose products are as many as those of a forward
-pass, since frozen weights need no gradients: 3 forward passes.
+Every process has all of the frozen weights in bfloat16, which are teacher and student at once, or its part of them and
+what is whole at a time (elastic/sharding.py); routers are float32, with a gradient and Adam's two moments. A training
+step is a forward pass of the teacher, one of the student, which computes what its gates close as well, and the
+student's way back, whose products are as many as those of a forward pass, since frozen weights need no gradients: 3
+forward passes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from elastic import families
 from elastic.accounting.memory import SLACK, need_of
 from elastic.config import RunConfig, make_config
+from elastic.sharding import units
 from losses import default_chunk_rows
 from students import Student, elasticize
 from students.calibration.language import ROWS_PER_BATCH
@@ -62,9 +64,9 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     """The estimate for a language model's shape (see `plan_config`), on so many GPUs.
 
     memory: GB of one; tokens: how many to train on; peak: TFLOP/s of one, of which a share is reached. Keys in bytes,
-    of one GPU: weights, routers, activations (at the peak of a step), calibration, needed, free. fits; shard_bytes,
-    what weights would take if they were spread over all GPUs; batch and rows, a step's windows in all and on one GPU;
-    flops_per_token, step_flops, step_seconds, steps and days.
+    of one GPU: weights, routers, activations (at the peak of a step), calibration, needed, free. fits; spread, the same
+    of weights, needed, free and fits where the weights are spread over all GPUs; batch and rows, a step's windows in
+    all and on one GPU; flops_per_token, step_flops, step_seconds, steps and days.
     """
     if not families.TRAITS[config.family].tasks:
         raise ValueError(f"{config.model} is {families.TRAITS[config.family].noun}; plan knows language models alone")
@@ -76,7 +78,9 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     model = build(shape, torch.bfloat16, "meta")
     need = need_of(model, model)
     windows = config.calibration.windows  # two of them at a time
+    batches = -(-windows // 2)
     weights = need.weights
+    largest = max(sum(p.numel() * p.element_size() for m in unit for p in m.parameters()) for unit in units(model))
     student = elasticize(model, config.student)
     batch = max(train.batch, gpus)
     rows = -(-batch // gpus)
@@ -84,9 +88,14 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
         "weights": weights,
         "routers": router_bytes(student),
         "activations": step_bytes(student, rows, train.window, torch.device("cuda")),
-        "calibration": need.calibration(min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH),
+        "calibration": need.calibration(min(2, windows) * config.data.window, -(-batches // gpus) * ROWS_PER_BATCH),
     }
-    needed = spent["weights"] + spent["routers"] + max(spent["activations"], spent["calibration"])
+    besides = spent["routers"] + max(spent["activations"], spent["calibration"])
+
+    def room(weights: int) -> dict[str, Any]:
+        free = round(memory * 1e9) - weights - besides
+        return {"weights": weights, "needed": weights + besides, "free": free, "fits": free >= 0}
+
     each = step_flops(student, 1, train.window)
     step = train.accumulation * batch * each
     seconds = step / (gpus * peak * 1e12 * share)
@@ -98,10 +107,8 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
         "parameters": weights // 2,
         "trainable_parameters": sum(p.numel() for p in student.added_parameters().values()),
         **spent,
-        "needed": needed,
-        "free": round(memory * 1e9) - needed,
-        "fits": needed <= memory * 1e9,
-        "shard_bytes": -(-weights // gpus),
+        **room(weights),
+        "spread": room(-(-weights // gpus) + largest),
         "batch": batch,
         "rows": rows,
         "window": train.window,

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic import launch
 from students.architectures import architecture_of
@@ -42,14 +42,19 @@ def refuse_timing() -> None:
         raise launch.everyones(ValueError("students are timed whole, which FSDP leaves nowhere: say --no-bench"))
 
 
+def units(model: Any) -> list[list[nn.Module]]:
+    """Modules of a language model that are whole at the same time: a block, the embedding, the LM head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [[embedding, head]] if head.weight is embedding.weight else [[embedding], [head]]
+    return [[block] for block in architecture_of(model)[1]] + ends
+
+
 def spread(model: Any) -> dict[str, Tensor]:
     """Leave this process its part of a frozen language model's weights, which may be on the host; returns that part."""
     rank, size, device = launch.part()
     kept_on = torch.device("cpu") if launch.asks("FSDP_OFFLOAD_PARAMS") else device
     shards = Shards(rank, size, launch.fill, device, kept_on)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [[embedding, head]] if head.weight is embedding.weight else [[embedding], [head]]
-    for modules in [[block] for block in architecture_of(model)[1]] + ends:
+    for modules in units(model):
         shards.spread(modules)
     for tensor in chain(model.parameters(), model.buffers()):
         if unit_of(tensor) is None:

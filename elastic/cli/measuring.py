@@ -177,8 +177,11 @@ def plan_command(options: argparse.Namespace) -> None:
         ("needed", f"needed of {options.memory:g} GB"),
     ):
         table.add_row(what, f"{found[name] / 1e9:,.2f} GB a GPU")
-    spread = f"{found['shard_bytes'] / 1e9:.1f} GB of weights a GPU if they were spread over {options.gpus}"
-    table.add_row("fits", "yes" if found["fits"] else f"no: every GPU has all weights ({spread})")
+    table.add_row("fits", "yes" if found["fits"] else "no: every GPU has all weights")
+    if options.gpus > 1:
+        spread = found["spread"]
+        parts = f"{spread['needed'] / 1e9:,.2f} GB a GPU, of weights {spread['weights'] / 1e9:,.2f}"
+        table.add_row(f"spread over {options.gpus}", f"{parts}: {'fits' if spread['fits'] else 'does not fit'}")
     table.add_row("a step", f"{found['batch']} windows of {found['window']}, {found['rows']} a GPU")
     table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
