@@ -25,6 +25,7 @@ from elastic.distillation.dial import capacity_for
 from students import elasticize
 from students.architectures import LINEAR_SITES
 from students.calibration.language import Seen, calibrate
+from students.calibration.share import Look, Share
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
 from students.execution.linear import RoutedLinear
@@ -48,8 +49,9 @@ class SameShares:
     """`uniform`, `static` or `teal`, made of a frozen model: every site keeps the same share of its channels.
 
     vocab: the student's router of the LM head, for `uniform` where it has one. frozen: makes the model. batches:
-    calibration text, token ids [B, T], which is looked at once, whatever the budgets. seen: what calibration sees of
-    it, which is the same for all names. ValueError where the choice saves nothing in the run's phase.
+    calibration text, token ids [B, T], which is looked at once, whatever the budgets; share: what of the batches of all
+    processes these are (None: all). seen: what calibration sees of them, which is the same for all names. ValueError
+    where the choice saves nothing in the run's phase.
 
     The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
     same for every token and add up. Only the limits' differences within a site are taken over from it.
@@ -63,6 +65,7 @@ class SameShares:
         config: RunConfig,
         batches: Sequence[Tensor],
         seen: Callable[[LanguageStudent], Seen | None] = lambda _: None,
+        share: Share | None = None,
     ) -> None:
         self.name = name
         self.phase = config.budget.phase
@@ -73,7 +76,7 @@ class SameShares:
             )
         channels = RouterSpec("channel", network="static" if name == "static" else "linear")
         self.student = _elasticized(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
-        self._batches, self._seed, self._seen = batches, config.train.seed, seen
+        self._batches, self._seed, self._seen, self._share = batches, config.train.seed, seen, share or Share()
         self._limits: dict[str, tuple[nn.Parameter, Tensor]] = {}
         """Of each site, and what its channels' limits were when `_levels` were taken."""
 
@@ -102,8 +105,8 @@ class SameShares:
         """Calibrate, and see how the limits divide the calibration text."""
         student = self.student
         if self.name != "teal":
-            calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student))
-        self._levels = _levels(student, self._batches)
+            calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student), self._share)
+        self._levels = _levels(student, self._batches, self._share)
         limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
         self._limits = {key: (limit, limit.detach().clone()) for key, limit in limits.items()}
 
@@ -124,19 +127,21 @@ def at_random(
     config: RunConfig,
     compute: float,
     batches: Sequence[Tensor],
+    share: Share | None = None,
 ) -> LanguageStudent:
     """The student's channels and rows drawn at random, made of a frozen model, at this share of its compute.
 
-    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site. The
-    odds of all sites are multiplied by one number, so that what the student pays for low-rank corrections may be spent
-    on channels. ValueError where the student has routers of other kinds, or runs as the teacher.
+    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site; share:
+    what of the batches of all processes these are (None: all). The odds of all sites are multiplied by one number, so
+    that what the student pays for low-rank corrections may be spent on channels. ValueError where the student has
+    routers of other kinds, or runs as the teacher.
     """
     drawn = [r for r in student.spec.routers if r.of_kind.over_channels or r.of_kind.place == "head"]
     odd = sorted({r.kind for r in student.spec.routers if r not in drawn})
     if odd or config.budget.phase == "prefill" or student.runtime.bypass:
         why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
         raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
-    opened = _shares(student, batches)
+    opened = _shares(student, batches, share)
     routers = tuple(
         RouterSpec(r.kind, r.sites, r.blocks) if r.of_kind.over_channels else r for r in student.spec.routers
     )
@@ -221,14 +226,16 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
 
 
 @torch.no_grad()
-def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _levels(student: LanguageStudent, batches: Sequence[Tensor], share: Share) -> dict[str, Tensor]:
     """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
-    exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean."""
+    exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean. Means
+    over the batches."""
     levels: dict[str, Tensor] = {}
+    look = Look(0, True)
 
     def add(key: str, values: Tensor) -> None:
         places = torch.linspace(0, values.numel() - 1, LEVELS, device=values.device)
-        quantiles = values.flatten().sort().values[places.long()] / len(batches)
+        quantiles = values.flatten().sort().values[places.long()] * look.counts
         levels[key] = levels[key] + quantiles if key in levels else quantiles
 
     def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
@@ -239,11 +246,12 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
 
         return layer.register_forward_pre_hook(hook)
 
-    head = student.model.get_output_embeddings()
+    head, counted = student.model.get_output_embeddings(), 0
     handles = [watch(key, layer) for key, layer in _sites(student).items()]
     try:
         with student.teacher():
-            for ids in batches:
+            for ids, look in share.looks(batches):
+                counted += look.counts
                 hidden = student.features(ids)[0].last_hidden_state
                 if isinstance(head, RoutedHead):
                     router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
@@ -254,7 +262,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Te
     finally:
         for handle in handles:
             handle.remove()
-    return levels
+    return {key: share.total(level) / share.total(level.new_tensor(counted)) for key, level in levels.items()}
 
 
 def _sample(x: Tensor, rows: int) -> Tensor:
@@ -270,18 +278,19 @@ def _between(levels: Tensor, place: float) -> float:
 
 
 @torch.no_grad()
-def _shares(student: LanguageStudent, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _shares(student: LanguageStudent, batches: Sequence[Tensor], share: Share | None = None) -> dict[str, Tensor]:
     """The mean share of open gates of every router, by its key."""
     sums: dict[str, Tensor] = {}
-    for ids in batches:
+    rows, share = 0, share or Share()
+    for ids, look in share.looks(batches):
+        rows += look.counts * len(ids)
         out, decisions = student.features(ids)
         shares = dict(decisions.share)
         if tensors := student.head_tensors():
-            rows = out.last_hidden_state.flatten(0, 1).split(128)
-            exact = (student.logits(part, *tensors)[1] for part in rows)
-            shares["vocab"] = torch.cat([share for share in exact if share is not None])
-        for key, share in shares.items():
-            part = share.double().mean() * len(ids)
+            hidden = out.last_hidden_state.flatten(0, 1).split(128)
+            exact = (student.logits(part, *tensors)[1] for part in hidden)
+            shares["vocab"] = torch.cat([open_ for open_ in exact if open_ is not None])
+        for key, open_ in shares.items():
+            part = open_.double().mean() * len(ids) * look.counts
             sums[key] = sums[key] + part if key in sums else part
-    total = sum(len(ids) for ids in batches)
-    return {key: (value / total).float().cpu() for key, value in sums.items()}
+    return {key: (share.total(x) / share.total(x.new_tensor(rows))).float().cpu() for key, x in sums.items()}

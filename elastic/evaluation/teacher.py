@@ -12,26 +12,28 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from elastic import launch
 from teachers.cache import cache_folder
 
 ROOM = 0.25
-"""The share of the free memory that outputs may take before they go to a file."""
+"""The share of the free memory that outputs of all processes may take before they go to files."""
 
 Outputs = dict[str, Any]
 """Tensors and plain values by name."""
 
 
 class TeacherOutputs:
-    """Outputs of a teacher, batch by batch: asked for once, kept for whatever else is measured on the same data.
+    """Outputs of a teacher, batch by batch: asked for once, kept for whatever else is measured on the same data, of
+    which each process has its own share.
 
     They wait in the host's memory, and where there is no more room for them in a file of the cache folder, which has no
-    name and goes with the process, however that ends. room: bytes; None: ROOM of the free memory.
+    name and goes with the process, however that ends. room: bytes; None: a process's part of ROOM of the free memory.
     """
 
     def __init__(self, room: int | None = None) -> None:
         self.seconds = 0.0
         """What they took to compute."""
-        self._room = int(ROOM * psutil.virtual_memory().available) if room is None else room
+        self._room = int(ROOM * psutil.virtual_memory().available) // launch.size() if room is None else room
         self._batches: list[Outputs] = []
         self._places: dict[int, tuple[int, int]] = {}
         """Of each batch whose tensors are in the file: where they begin, and how many bytes they are."""

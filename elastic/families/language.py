@@ -159,20 +159,20 @@ def baseline(
     def same_shares() -> baselines.SameShares:
         train = launch.in_turn(lambda: session.data(config)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
-        looked_at = train[order[:DIAL_WINDOWS]].to(first.device).split(2)
+        own, share = deal(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
 
         def seen(other: LanguageStudent) -> Seen:
             of = "baselines", *key[3:5]
-            make = partial(observe, other, looked_at, config.train.seed)
+            make = partial(observe, other, own, config.train.seed, share)
             return session.observed(of, places(other), make, keep=True)
 
-        return baselines.SameShares(name, vocab, frozen, config, looked_at, seen)
+        return baselines.SameShares(name, vocab, frozen, config, own, seen, share)
 
     vocab = next(iter(student.spec.at("head")), None) if name == "uniform" else None
     key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
     session.turn_to(student)
     if name == "random":
-        other = baselines.at_random(student, frozen, config, compute, first.split(2))
+        other = baselines.at_random(student, frozen, config, compute, *deal(first.split(CALIBRATED)))
         session.turn_to(other)
     else:
         same = session.once(key, same_shares)

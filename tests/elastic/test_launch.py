@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from elastic import trainer
 from elastic.config import RunConfig
+from elastic.evaluate import measure_run
 from elastic.run import Run
 from students.checkpoint import read_tensors
 from tests.elastic.several import ACCELERATE, FSDP2, assert_close, in_processes, launched, one_and_two
@@ -122,6 +123,10 @@ def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     ]
     assert {row["machine"]["processes"] for row in rows} == {2} and done.stdout.count("4 points") == 1
     (run,) = (tmp_path / "sweep" / "runs").iterdir()
-    measured = launched(2, "eval", run, "--data", text_file, "--json")
-    (row,) = json.loads(measured.stdout)["rows"][:1]
-    assert row["tokens"] == 4000
+    command = ["eval", run, "--data", text_file, "--compute", 0.8, "--baselines", "uniform", "teal", "--json"]
+    ours = json.loads(launched(2, *command).stdout)["rows"]
+    options = {"data": str(text_file), "compute": [0.8], "baselines": ["uniform", "teal"]}
+    alone = measure_run(str(run), say=lambda _: None, **options)
+    assert [row["tokens"] for row in ours] == [4000] * 3
+    for row, other in zip(ours, alone, strict=True):
+        assert row == {key: x if isinstance(x, str) else pytest.approx(x, rel=1e-4) for key, x in other.items()}
