@@ -42,7 +42,10 @@ class Exits:
     @property
     def count(self) -> int | None:
         """How many tokens of each row are open, where that is settled beforehand."""
-        return self.gates[0][0].count if len(self.gates) == 1 and self.valid is None else None
+        counts = [gates.count for gates, _ in self.gates if gates.count is not None]
+        if self.valid is not None or not counts or len(counts) < len(self.gates):
+            return None
+        return min(counts) if len(counts) == 1 or {*counts} <= {0, self.x.shape[1]} else None
 
     def open(self, only: list[int] | None = None) -> Tensor:
         """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""

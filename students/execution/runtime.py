@@ -172,8 +172,10 @@ class Runtime:
             gate, count = self._patches(router, score)
         else:
             raised = score + router.shift(self.dial_of(score))
+            if over_tokens and spec.network == "static" and self.call.skipping and self.call.rows is None:
+                count = x.shape[1] if router.stands(raised, self.one_offset) else 0
             if self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled():
-                return Gates(dtype, open=raised >= 0)  # nobody asks for more
+                return Gates(dtype, count, open=raised >= 0)  # nobody asks for more
             gate = selection.threshold(raised)
         if self.decisions is not None or torch.is_grad_enabled():  # what is computed again is computed as it was
             self.note(key, router.spec, router.share(gate), score)

@@ -78,7 +78,7 @@ class ImageStudent(Student):
         run = self.runtime
         if run.bypass:
             return "teacher", self._frozen.data_ptr()
-        fixed = all(r.selection == "quota" if r.of_kind.over_tokens else has_fixed_shapes(r) for r in self.spec.routers)
+        fixed = all(has_fixed_shapes(router) for router in self.spec.routers)
         if not fixed or run.execution != "skip" or isinstance(run.offset, tuple):
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
@@ -194,7 +194,10 @@ def _pooled(share: Share, look: Look, x: Tensor) -> Tensor:
 
 
 def has_fixed_shapes(router: RouterSpec) -> bool:
-    """Whether a router of heads, groups or channels leaves no shape to the images: it masks, or is the same for all."""
+    """Whether a router leaves no shape to the images. Tokens: their number is settled, by quota or top-k; heads, groups
+    and channels: it masks, or is the same for all."""
+    if router.of_kind.over_tokens:
+        return router.selection != "threshold"
     return router.network == "static" or router.granularity == "token"
 
 

@@ -74,6 +74,8 @@ class LanguageStudent(Student):
         for router in self.spec.routers:
             if not router.of_kind.fixes_shapes(router):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
+            if router.of_kind.over_tokens and isinstance(run.offset, tuple):
+                raise ValueError(f"what {router.kind} routers leave in differs between rows")
         static = any(router.network == "static" for router in self.spec.routers)
         return self._layouts, isinstance(run.offset, tuple), (run.offset, run.capacity) if static else None
 

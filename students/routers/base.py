@@ -52,6 +52,7 @@ class Router(nn.Module):
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._quota, self._stamp = 0.0, Stamp()
+        self._stands, self._stood = True, Stamp()
         self.log_gain = nn.Parameter(torch.zeros(())) if gains else None
         self.distance_weight = nn.Parameter(torch.zeros(())) if spec.dropped == "merge" else None
         if spec.network == "static":
@@ -109,6 +110,13 @@ class Router(nn.Module):
         for raised in (self.linear.bias, self.levels):
             if raised is not None:
                 raised.add_(rise)
+
+    def stands(self, raised: Tensor, offset: float) -> bool:
+        """Whether the one gate of a static router is open, given its score as the dial raises it at this offset; the
+        device is asked once for each setting."""
+        if self._stood.renew([x for x in (self.score, self.log_gain) if x is not None], offset):
+            self._stands = bool((raised >= 0).all())
+        return self._stands
 
     def set_quota(self, scores: Tensor) -> None:
         """Take the distribution of scores [N] as the one that `quota` answers for."""

@@ -37,6 +37,9 @@ class TokenKind(Kind):
     def touches(self, spec: RouterSpec) -> tuple[str, ...]:
         return spec.where
 
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return spec.network == "static" and (spec.kv == "keep" or "attn" not in self.touches(spec))
+
     def saves(self, spec: RouterSpec, phase: Phase) -> bool:
         return True
 

@@ -21,6 +21,7 @@ from students.execution.capture import KEPT, CudaGraph, Fetched, recorder_for
 from students.execution.decoding import Decoding, slots_for
 from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
+from students.kernels import devices
 from students.libraries import cache_of, with_cache
 from tests.pico.language import TINY, make_tiny, make_tokenizer
 from tests.students.host_waits import HostWait, NoHostWaits
@@ -162,6 +163,34 @@ def test_the_teacher_and_static_choices_have_steps_of_their_own(tokens: Tensor) 
         assert torch.equal(*both(student, tokens, **SIX))
         made.append(student._decoding.made)
     assert made == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterSpec("token", network="static"),
+        RouterSpec("token", network="static", substitute=2),
+        RouterSpec("layer", network="static"),
+        RouterSpec("token", network="static", kv="drop", sites=("mlp",)),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_branches_that_are_closed_for_all_tokens(
+    name: str, router: RouterSpec, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    student = student_for(name, StudentSpec((RouterSpec("channel"), router)))
+    scores = [p for n, p in student.added_parameters().items() if n.endswith(f"{router.kind}.score")]
+    assert scores
+    for number, score in enumerate(scores):
+        score.fill_(0.5 if number % 3 else -0.5)
+    for prompt in (tokens, tokens[:1]):
+        for offset in (0.0, 1.0):
+            turned(student, offset)
+            assert torch.equal(*both(student, prompt, **SIX)) and student._decoding.made == 1
+    turned(student, (0.0, 1.0))
+    with pytest.warns(UserWarning, match="differs between rows"):
+        student.generate(tokens, **SIX)
 
 
 def test_routers_that_have_learned_are_recorded_anew(tokens: Tensor) -> None:
