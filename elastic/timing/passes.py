@@ -121,8 +121,12 @@ def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) ->
     device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
 
+    nothing = (
+        models["dense"].model.config.get_text_config().vocab_size
+    )  # ends a text; a minimum costs a look at all logits
+
     def generate(model: Contender, tokens: int, **options: Any) -> Any:
-        options |= dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        options |= dict(max_new_tokens=tokens, eos_token_id=nothing, do_sample=False, pad_token_id=0)
         return model.run(**inputs, **options)
 
     works = {(name, count): partial(generate, m, count) for name, m in models.items() for count in (1, new)}
