@@ -42,7 +42,8 @@ def choose(
 
     rank, partner, leaves, first, following and total are [B, going]: of goers, but first (the first goer that a taker
     takes in) and total (its size then) of takers; following: the next goer with the same partner. Where there are
-    lengths, shift and multiple say how many stay; what left, and what fills an image up, comes behind them then.
+    lengths, shift and multiple say how many stay; what left, and what fills an image up, comes behind them then. (One
+    function, as its three steps meet in the same tensors between barriers, whose names are a fourth of its lines.)
     """
     own = image * going
     g = tl.arange(0, GOERS)

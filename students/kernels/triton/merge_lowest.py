@@ -58,7 +58,10 @@ def _match(
     WHOLE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The rank and the partner of the TILE goers of a program; WHOLE: and who goes, TILE being all of an image."""
+    """The rank and the partner of the TILE goers of a program; WHOLE: and who goes, TILE being all of an image.
+
+    Half of its lines are names of tensors, which it takes and hands to `choose`.
+    """
     image = tl.program_id(0)
     length_here = tokens
     if lengths is not None:
