@@ -19,7 +19,7 @@ from elastic.timing.workload import Workload
 from students import Student
 from students.execution.attention import route_attention
 from students.kernels.norms import fuse_norms
-from students.kernels.packing import pack_linears
+from students.kernels.packing import pack_linears, prepare_linears
 from teachers.quantize import kept_bytes
 
 
@@ -102,10 +102,11 @@ def measure(
         trained = [_train(student, data, config, workload.repeats)]
         student.train(False)
     model = dense()
+    on_gpu = next(model.parameters()).is_cuda
+    packed = not on_gpu and has_room_for_two(student) and pack_linears(student.model)
     student.prepare()
     models = timing.contenders(student, model)
-    on_gpu = next(model.parameters()).is_cuda
-    if on_gpu or (has_room_for_two(student) and pack_linears(student.model)):
+    if on_gpu or packed:
         models["tuned"] = timing.recorded(_tuned(model))
     rows = []
     for target in workload.compute:
@@ -125,6 +126,7 @@ def _tuned(dense: nn.Module) -> nn.Module:
     """A dense model on the same weights, with the student's linear layers, norms and attention."""
     model = share_weights(dense)
     pack_linears(model)
+    prepare_linears(model)
     fuse_norms(model)
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):

@@ -132,7 +132,7 @@ def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[di
     if runs[0].about["identity"] != runs[1].about["identity"]:
         raise ValueError(f"{folder} and {other} are runs of different models: {config.model}, {runs[1].config.model}")
     loaded = [run.teacher() for run in runs]
-    students = [run.load_student(teacher) for run, teacher in zip(runs, loaded, strict=True)]
+    students = [run.load_student(teacher, prepare=False) for run, teacher in zip(runs, loaded, strict=True)]
     if data is None:
         images = family.load(config, loaded[0]).held_out
     else:

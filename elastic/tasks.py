@@ -46,7 +46,7 @@ def score_run(
         raise ValueError(f"--tasks are for language models; {config.model} is none")
     loaded = load_tasks(tasks, say)
     teacher = run.teacher()
-    student: Any = run.load_student(teacher)
+    student: Any = run.load_student(teacher, prepare=False)
     for asked in compute:
         student.set_compute(asked)  # a mistake here should not have to wait for the teacher
     rows = []

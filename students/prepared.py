@@ -20,11 +20,19 @@ class Stamp:
 
     def renew(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
         """Whether what was prepared last is stale. From now on it is what is made of these."""
-        made_of = (*((_place(x), None if x.is_inference() else x._version) for x in tensors), *settings)
+        made_of = self._of(tensors, settings)
         if made_of == self._made_of:
             return False
         self._made_of = made_of
         return True
+
+    def holds(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
+        """Whether what was prepared last is made of these."""
+        return self._of(tensors, settings) == self._made_of
+
+    @staticmethod
+    def _of(tensors: Sequence[Tensor], settings: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+        return (*((_place(x), None if x.is_inference() else x._version) for x in tensors), *settings)
 
     def reset(self) -> None:
         """Nothing is prepared."""

@@ -21,6 +21,7 @@ from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients
+from students.kernels.packing import MOST_ROWS, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
 from students.spec import StudentSpec
@@ -55,6 +56,8 @@ class Student(nn.Module):
         """The lowest and the highest budget, where the student was trained for a range of them."""
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
+        self._packed = {bypass: Stamp() for bypass in (False, True)}
+        """Of the routed model, and of the teacher."""
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
         vars(model).update(save_pretrained=_keep_frozen)
@@ -86,6 +89,7 @@ class Student(nn.Module):
         run = self.runtime
         if run.begin(batch, device, tokens).skipping and not prepared:
             self._prepare()
+            self._pack_for(tokens or batch)
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
         """What every forward pass ends with; out is None where it failed, and then leaves nothing behind."""
@@ -115,9 +119,11 @@ class Student(nn.Module):
         """Lay out frozen weights for skip execution, and make what it reads of corrections, routers and the dial.
 
         The first call that skips does so, and so does every other one that finds it stale (see students/prepared.py): a
-        call beforehand, after loading, or moving the model, only saves that one the time.
+        call beforehand, after loading, or moving the model, only saves that one the time. So it is with weights that
+        are packed (kernels/packing.py), which only calls for few tokens read, and calls of the teacher as well.
         """
         self._prepare()
+        self._pack()
 
     def _prepare(self) -> None:
         if are_spread(self.model):
@@ -134,8 +140,22 @@ class Student(nn.Module):
                     wrapper.lay_out()
                 wrapper.set_dial()
 
+    def _pack_for(self, rows: int) -> None:
+        """As `prepare`, packed weights alone, for a call with about so many rows."""
+        if rows <= MOST_ROWS and not torch.is_grad_enabled():
+            self._pack()
+
+    def _pack(self) -> None:
+        bypass = self.runtime.bypass
+        if self._packed[bypass].renew([self._frozen], self._layouts):
+            with torch.inference_mode(False), torch.no_grad():
+                needless = set() if bypass else {x.base_layer for x in self._wrappers() if x.pack()}
+                prepare_linears(self.model, but=needless)
+
     def forget_layouts(self) -> None:
         """Undo `prepare`: the frozen weights lie as the model had them."""
+        for stamp in self._packed.values():
+            stamp.reset()
         self._laid_out.reset()
         self._dialled.reset()
         for wrapper in self._wrappers():

@@ -98,7 +98,7 @@ class Session:
         folder = str(run.folder.absolute())
         if self._loaded is None or self._loaded[0] != folder:
             self._loaded = None  # its packed weights go before those of the next one come
-            self._loaded = folder, run.load_student(run.teacher(self.teacher))
+            self._loaded = folder, run.load_student(run.teacher(self.teacher), prepare=False)
         student = self._loaded[1]
         student.restore(run.routers)
         self.turn_to(student)

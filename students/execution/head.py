@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
-from students.kernels.packing import PackedProduct
+from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 from students.routers import VocabRouter, selection
 from students.shards import open_unit
@@ -37,6 +37,12 @@ class RoutedHead(Wrapper):
     def lay_out(self) -> None:
         """Preview the head."""
         self._preview_weight()
+
+    def pack(self) -> bool:
+        """Pack the preview."""
+        if isinstance(self.base_layer, PackedLinear):
+            self._product.prepare(self._preview_weight())
+        return False
 
     def forget(self) -> None:
         """Forget the preview."""
@@ -79,7 +85,7 @@ class RoutedHead(Wrapper):
         if len(hidden) == 1:
             preview = ops.dot_rows(features[0], up, None, None).unsqueeze(0)
         else:
-            preview = self._product(features, up, like=base)
+            preview = self._product(features, up)
         tail = router.tail.to(hidden.dtype)
         logits, count = ops.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
         return logits, count / len(base.weight)
@@ -98,6 +104,4 @@ class RoutedHead(Wrapper):
         router = self.routers["vocab"]
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))
-        return selection.rows(
-            self.base_layer(hidden), self._product(features, preview_weight, like=self.base_layer), limit, tail
-        )
+        return selection.rows(self.base_layer(hidden), self._product(features, preview_weight), limit, tail)

@@ -76,6 +76,12 @@ class RoutedLinear(Wrapper):
                 channels = (self.site.limit == 0).nonzero().squeeze(1)
                 self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
 
+    def pack(self) -> bool:
+        """Pack what the layers of a site read together."""
+        if self.selects and self.place == 0:
+            self.site.pack()
+        return self.selects
+
     def forget(self) -> None:
         """As the model had it."""
         self._slice, self._low = (None, None), None

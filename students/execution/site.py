@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from students.execution.handover import BlockHandover, SiteHandover
 from students.kernels import direct, ops
-from students.kernels.packing import PackedProduct
+from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Site:
             self._note(lambda: share)
         masked = masked.flatten(0, -2)
         if len(masked) <= JOINT_ROWS:
-            outs = laid.product(masked, laid.whole.T, laid.bias, like=first.base_layer).split(self._sizes, 1)
+            outs = laid.product(masked, laid.whole.T, laid.bias).split(self._sizes, 1)
         else:
             outs = [layer.base_layer(masked) for layer in self.layers]
         if laid.down is not None and laid.up is not None:
@@ -179,6 +179,11 @@ class Site:
             dtype = laid.whole.dtype
             laid.down = torch.cat([part.down.detach() for part in lora]).to(dtype)
             laid.up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
+
+    def pack(self) -> None:
+        """Pack the weights that lie side by side, where those of the layers may be packed."""
+        if isinstance(self.layers[0].base_layer, PackedLinear):
+            self.laid.product.prepare(self.laid.whole.T)
 
     def set_dial(self) -> None:
         """Limits, where all rows of a batch share them."""

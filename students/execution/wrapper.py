@@ -43,6 +43,11 @@ class Wrapper(nn.Module):
     def set_dial(self) -> None:
         """Prepare what it reads of routers at the offset that the dial has now."""
 
+    def pack(self) -> bool:
+        """Pack weights that it reads for few tokens (kernels/packing.py), where its base layer may have packed ones;
+        whether it then has no use for those of its base layer."""
+        return False
+
     def forget(self) -> None:
         """Undo both: the frozen weights lie as the model had them."""
 

@@ -183,8 +183,10 @@ class ImageStudent(Student):
 
     def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
-        if not self.runtime.bypass:
-            pixels = args[0] if args else kwargs["pixel_values"]
+        pixels = args[0] if args else kwargs["pixel_values"]
+        if self.runtime.bypass:
+            self._pack_for(len(pixels))
+        else:
             self._enter(0, len(pixels), pixels.device)
 
 

@@ -148,12 +148,12 @@ class LanguageStudent(Student):
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
-        run = self.runtime
-        if run.bypass:
-            return None
-        tokens = args[0] if args else kwargs.get("input_ids")
+        run, tokens = self.runtime, args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
+        if run.bypass:
+            self._pack_for(tokens.numel())
+            return None
         mask = kwargs.get("attention_mask")
         settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
         self._enter(tokens.numel(), len(tokens), tokens.device, settled)

@@ -8,6 +8,7 @@ CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,31 +27,36 @@ LEAST_OUTPUTS = 32
 
 
 class PackedProduct:
-    """F.linear for one frozen weight [O, I], which is packed in the first call, and again if it has changed.
+    """F.linear for one frozen weight [O, I] that `prepare` has packed as it is now.
 
-    F.linear itself runs on many rows, for few outputs, where gradients are wanted, elsewhere than in bfloat16 on a CPU,
-    and where somebody counts operations or compiles them.
+    F.linear itself runs where it has not, on many rows, for few outputs, where gradients are wanted, elsewhere than in
+    bfloat16 on a CPU, and where somebody counts operations or compiles them.
     """
 
     def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._stamp = Stamp()
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, like: nn.Module | None = None) -> Tensor:
-        """like: a layer without which, unless it is packed, nothing is."""
-        if (
-            torch.is_grad_enabled()
-            or x.dtype != torch.bfloat16
-            or x.numel() > MOST_ROWS * x.shape[-1]
-            or not (like is None or isinstance(like, PackedLinear))
-            or ops.observed()
-        ):
-            return F.linear(x, weight, bias)
+    def prepare(self, weight: Tensor) -> None:
+        """Pack the weight, where it can be and has not been as it is now."""
         if self._stamp.renew([weight]):
             self._packed = None
             if _can_be_packed(weight):
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
-        if self._packed is None:
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this weight is packed as it is now."""
+        return self._packed is not None and self._stamp.holds([weight])
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (
+            self._packed is None
+            or torch.is_grad_enabled()
+            or x.dtype != torch.bfloat16
+            or x.numel() > MOST_ROWS * x.shape[-1]
+            or ops.observed()
+            or not self._stamp.holds([weight])
+        ):
             return F.linear(x, weight, bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
         return out
@@ -71,12 +77,21 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Let a model's frozen bfloat16 linear layers pack their weights, each when it first runs; False where none can."""
+    """Let a model's frozen bfloat16 linear layers have packed weights, which Student.prepare makes, or prepare_linears;
+    False where none can."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]
     exchange(model, {linear: PackedLinear(linear) for linear in linears})
     return bool(linears)
+
+
+@torch.no_grad()
+def prepare_linears(model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+    """Pack the weights of a model's linear layers that may have packed ones, `but` those of some."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module not in but:
+            module.product.prepare(module.weight)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

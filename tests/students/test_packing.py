@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic import run
-from students import elasticize
-from students.kernels.packing import PackedLinear, pack_linears
+from students import Student, elasticize
+from students.kernels.packing import PackedLinear, PackedProduct, pack_linears, prepare_linears
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_execution import SPECS, decode
 from tests.students.test_students import scramble
@@ -27,7 +27,14 @@ def packed(linear: nn.Linear) -> nn.Linear:
     model = nn.Sequential(copy.deepcopy(linear))
     if not pack_linears(model):
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    prepare_linears(model)
     return model[0]
+
+
+def fresh(student: Student) -> int:
+    """How many layers have packed weights that are those they have now."""
+    layers = [module for module in student.model.modules() if isinstance(module, PackedLinear)]
+    return sum(layer.product.holds(layer.weight) for layer in layers)
 
 
 @torch.no_grad()
@@ -50,8 +57,12 @@ def test_a_weight_that_changes_is_packed_again():
     for linear in (plain, other):
         linear.weight.mul_(2)
     assert torch.equal(other(x), plain(x))
+    prepare_linears(other)
+    assert torch.equal(other(x), plain(x))
     for linear in (plain, other):
         linear.weight.data = linear.weight * 3
+    assert torch.equal(other(x), plain(x))
+    prepare_linears(other)
     assert torch.equal(other(x), plain(x))
     other.weight.data = other.weight.data.T.contiguous().T
     torch.testing.assert_close(other(x), plain(x))
@@ -81,6 +92,7 @@ def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: t
     if not pack_linears(other.model) and name != "gpt2":  # whose layers are no nn.Linear, but for the head
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
     assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+    assert fresh(other) or name == "gpt2"
     assert torch.equal(decode(plain, tokens, None, 5), decode(other, tokens, None, 5))
     with plain.teacher(), other.teacher():
         assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
@@ -92,6 +104,25 @@ def test_only_frozen_layers_in_bfloat16_are_packed():
     pack_linears(student.model)
     added = [module for name, module in student.model.named_modules() if "routers" in name.split(".")]
     assert added and not any(isinstance(module, PackedLinear) for module in added)
+
+
+@torch.no_grad()
+def test_weights_are_packed_by_whoever_reads_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    student = scramble(elasticize(make_tiny("llama").bfloat16(), SPECS["channel"])).train(False)
+    if not pack_linears(student.model):
+        pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    student(tokens.repeat(1, 30)[:, :200].repeat(2, 1))  # too many rows
+    assert fresh(student) == 0
+    student.prepare()
+    head = fresh(student)  # all other layers lie side by side
+    packed = []
+    monkeypatch.setattr(PackedProduct, "prepare", lambda product, weight: packed.append(product))
+    student(tokens)
+    assert head == 1 and not packed
+    monkeypatch.undo()
+    with student.teacher():
+        student(tokens)
+    assert fresh(student) == sum(isinstance(module, PackedLinear) for module in student.model.modules())
 
 
 def test_a_second_copy_needs_room(monkeypatch: pytest.MonkeyPatch):
