@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from elastic import families
 from elastic.accounting.memory import SLACK, need_of
 from elastic.config import RunConfig, make_config
 from elastic.sharding import units
+from elastic.traits import TRAITS
 from losses import default_chunk_rows
 from students import Student, elasticize
 from students.calibration.language import ROWS_PER_BATCH
@@ -68,8 +68,8 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     of weights, needed, free and fits where the weights are spread over all GPUs; batch and rows, a step's windows in
     all and on one GPU; flops_per_token, step_flops, step_seconds, steps and days.
     """
-    if not families.TRAITS[config.family].tasks:
-        raise ValueError(f"{config.model} is {families.TRAITS[config.family].noun}; plan knows language models alone")
+    if not TRAITS[config.family].tasks:
+        raise ValueError(f"{config.model} is {TRAITS[config.family].noun}; plan knows language models alone")
     if config.quantization != "none":
         raise ValueError(f"plan counts weights in bfloat16: leave quantization={config.quantization} away")
     if min(gpus, memory, tokens, peak) <= 0 or not 0 < share <= 1:

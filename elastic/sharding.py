@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic import launch
+from elastic.traits import TRAITS
 from students.architectures import architecture_of
 from students.shards import Shards, part_of, unit_of
 
@@ -32,7 +33,7 @@ def require(family: str) -> None:
         raise ValueError("fsdp_auto_wrap_policy: SIZE_BASED_WRAP has no effect, blocks are gathered one by one")
     if launch.asks("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError("fsdp_activation_checkpointing has no effect: say --set train.checkpointing=true")
-    if family != "llm":
+    if not TRAITS[family].spreads:
         raise ValueError("accelerate's configuration asks for FSDP, which spreads language models alone: use MULTI_GPU")
 
 

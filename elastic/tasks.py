@@ -13,12 +13,12 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from elastic import families
 from elastic.harness.loading import load_tasks
 from elastic.harness.questions import file_task as file_task  # under the name that it had before it had a room
 from elastic.harness.scorer import Scorer
 from elastic.harness.silence import silent
 from elastic.run import Run
+from elastic.traits import TRAITS
 from students.compute import PHASES
 
 
@@ -42,7 +42,7 @@ def score_run(
     """
     run = Run.open(folder, finished=True)
     config = run.config
-    if not families.TRAITS[config.family].tasks:
+    if not TRAITS[config.family].tasks:
         raise ValueError(f"--tasks are for language models; {config.model} is none")
     loaded = load_tasks(tasks, say)
     teacher = run.teacher()

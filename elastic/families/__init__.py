@@ -1,16 +1,16 @@
 """Families of models: language, image and vision-language.
 
-`of` gives a family's module, which answers what commands ask (see `Family`); TRAITS has what has to be known before
-that module, and the libraries behind it, are loaded. No other module of this package asks which family a model is of.
+`of` gives a family's module, which answers what commands ask (see `Family`). No other module of this package asks which
+family a model is of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from elastic.traits import TRAITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,56 +25,6 @@ if TYPE_CHECKING:
     from teachers import Teacher
 
     Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What configurations and command lines have to know of a family."""
-
-    module: str
-    noun: str
-    """What its models are called in a message."""
-    settings: tuple[str, ...]
-    """Settings that have no effect on every family, and have one on this."""
-    decodes: bool = False
-    """Whether a budget can speak of decoding; if not, it is always one of prefill."""
-    section: str | None = None
-    """The section of a configuration file that holds for it, whatever the phase."""
-    data: str | None = None
-    """What has to be named as data, for the user to read; None: there is data that needs no name."""
-    tasks: bool = False
-    """Whether it can be asked multiple-choice tasks of text."""
-
-
-_IMAGES = "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist"
-_QUESTIONS = "questions about images: --data FILE (image, question, answer in JSON lines or parquet), or easy-vqa"
-
-TRAITS: Mapping[str, Traits] = MappingProxyType(
-    {
-        "llm": Traits(
-            "elastic.families.language",
-            "a language model",
-            ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight"),
-            decodes=True,
-            tasks=True,
-        ),
-        "vit": Traits(
-            "elastic.families.image",
-            "an image model",
-            ("data.max_images", "data.classes"),
-            section="vit",
-            data=_IMAGES,
-        ),
-        "vlm": Traits(
-            "elastic.families.vision_language",
-            "a vision-language model",
-            ("data.max_images",),
-            section="vlm",
-            data=_QUESTIONS,
-        ),
-    }
-)
-"""Of each family, by the name that configurations and tables of models have for it."""
 
 
 def of(family: str) -> Family:

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from elastic import families
+from elastic.traits import TRAITS
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def members(protocol: type) -> set[str]:
     return {name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", families.TRAITS)
+@pytest.mark.parametrize("name", TRAITS)
 def test_a_family_answers_everything(name: str) -> None:
     family = families.of(name)
     parts = [(families.Family, family), (families.Timing, family.timing)]
