@@ -12,8 +12,10 @@ from students.architectures import LINEAR_SITES, can_be_read_in_part, shape_of, 
 from students.compute import PHASES
 from teachers.quantize import PACKAGES, kept_bytes, quantize
 from tests.pico.language import make_tiny
+from tests.pico.vision_language import make_prompts, make_vlm
 from tests.students.test_execution import CLOSE, SPECS, assert_counted, decode, in_both_ways
 from tests.students.test_students import EVERY_KIND, scramble
+from tests.students.test_vision_language import DOOR
 
 SCHEMES = [
     pytest.param(name, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"no {package}"))
@@ -102,6 +104,21 @@ def test_gradients_reach_the_routers_alone(scheme: str, tokens: torch.Tensor):
     learned = {name for name, p in student.model.named_parameters() if p.grad is not None}
     assert learned == set(student.added_parameters())
     assert sum(bool(p.grad.abs().sum() > 0) for p in student.added_parameters().values()) > len(learned) / 2
+
+
+@torch.no_grad()
+def test_image_tokens_stay_outside_a_quantized_language_model(scheme: str):
+    model = make_vlm("llava").eval()
+    quantize(model, scheme, torch.device("cpu"))
+    student = scramble(elasticize(model, StudentSpec((DOOR, RouterSpec("token"))))).train(False)
+    student.door.set_quota(torch.linspace(-0.5, 0.5, 200))
+    inputs = make_prompts(student.model)
+    out, decisions = student(**inputs)
+    student.runtime.execution = "mask"
+    whole, _ = student(**inputs)
+    assert decisions.valid.shape[1] < inputs["input_ids"].shape[1]
+    rows = whole.logits.gather(1, decisions.index.unsqueeze(-1).expand(-1, -1, whole.logits.shape[-1]))
+    torch.testing.assert_close(out.logits[decisions.valid], rows[decisions.valid], **CLOSE)
 
 
 def test_a_quantized_head_takes_no_vocab_router(scheme: str):
