@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -34,6 +35,7 @@ class BlockGather:
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, router, run = self._attn, self._router, self._attn.runtime
+        self._handover.gathered = None
         if run.bypass or not run.skips([router.spec]):
             return None
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
@@ -50,7 +52,9 @@ class BlockGather:
         return (take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        gathered, self._handover.gathered = self._handover.gathered, None
+        gathered = self._handover.gathered
+        if not (block.training and torch.is_grad_enabled()):  # else backward computes the block again, without hooks
+            self._handover.gathered = None
         if gathered is None or out is None:  # out is None where the block failed
             return None
         some = out[0] if isinstance(out, tuple) else out

@@ -11,7 +11,8 @@ from elastic.plan import plan_config
 from students import elasticize
 from students.kernels import devices
 from tests.pico.language import make_tiny
-from tests.students.host_waits import NoHostWaits
+from tests.students.host_waits import Launches, NoHostWaits
+from tests.students.test_students import scramble
 
 PRESETS = {
     "default": [],
@@ -19,6 +20,8 @@ PRESETS = {
     "default, a range": ["budget.target=0.6:0.9", "student.gains=true"],
     "mixture-of-depths": [],
 }
+MOST = 165
+"""Operators for a block: teacher, student and its way back, with norms as torch has them."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +52,32 @@ def test_the_host_waits_for_nothing(preset: str):
     step(distillation)
     with NoHostWaits():
         step(distillation)
+
+
+@pytest.mark.parametrize("preset", ["default", "mixture-of-depths"])
+def test_blocks_that_are_computed_again_decide_the_same(preset: str):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        distillation = objective(preset)
+        student = scramble(distillation.student)
+        if again:
+            student.checkpoint_blocks()
+        for _ in range(2):  # whatever a step leaves behind, the next one gives the same
+            student.zero_grad()
+            step(distillation)
+        found.append([parameter.grad for parameter in student.added_parameters().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_a_block_more_is_few_launches():
+    """Four gates, and a residual stream that has a way back."""
+    counted = []
+    for blocks in (2, 3):
+        distillation = objective("default", num_hidden_layers=blocks)
+        step(distillation)
+        with Launches() as launches:
+            step(distillation)
+        counted.append(launches.launched.total())
+    assert counted[1] - counted[0] <= MOST
