@@ -93,16 +93,25 @@ def _size(x: Tensor | None) -> int:
     return 0 if x is None else x.numel() * x.element_size()
 
 
+def _channels_taken(x: Tensor, weight: Tensor, kept: Tensor) -> int:
+    """How many channels are multiplied by: all, where a GPU's table of launches has a dense product take the kernel's
+    place, and nothing is saved."""
+    rows, (inputs, outputs) = x.numel() // x.shape[-1], weight.shape
+    dense = weight.is_cuda and triton.available() and tuning.gather(weight.device, rows, outputs) is None
+    return inputs if dense else int(kept)
+
+
 def _channels_flops(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
     _, down, up, _ = rest
     corrections = 0 if up is None else down.numel() + up.numel()
     rows = x.numel() // x.shape[-1]
-    return 2 * rows * (int(out_val[1]) * weight.shape[1] + corrections)
+    return 2 * rows * (_channels_taken(x, weight, out_val[1]) * weight.shape[1] + corrections)
 
 
 def _channels_read(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any, out_val: tuple[Tensor, Tensor]) -> int:
     _, down, up, _ = rest
-    return int(out_val[1]) * weight.shape[1] * weight.element_size() + _size(down) + _size(up)
+    taken = _channels_taken(x, weight, out_val[1])
+    return taken * weight.shape[1] * weight.element_size() + _size(down) + _size(up)
 
 
 read_channels: Pair = _operator(

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
+from students.architectures import BRANCHES
 from students.execution import tokens as some_tokens
 from students.execution.capture import Fetched
 from students.kernels import devices
@@ -139,6 +142,25 @@ def test_the_host_waits_for_attention_behind_keys_and_values(
     assert len(between) == 2 * len(student.blocks)
     assert min(between[::2]) > 0, "attention"
     assert set(between[1::2]) == {0}, "the MLP has nothing to do meanwhile"
+
+
+@pytest.mark.parametrize("spec", [BOTH, StudentSpec((RouterSpec("token", substitute=2),))])
+def test_what_is_counted_is_what_is_reported_and_what_nobody_waits_for(spec: StudentSpec, tokens: Tensor) -> None:
+    student = make("llama", spec)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    _, decisions = student(tokens)
+    extra = torch.zeros(())
+    for number, block in enumerate(student.compute.blocks):
+        shares = {branch: decisions.share[f"{number}.{branch}.token"] for branch in BRANCHES}
+        extra = extra + ((1 - shares["attn"]) * block.per_key * tokens.shape[1]).sum()
+        for branch, macs in block.substitutes.items():
+            extra = extra + (shares[branch.partition(".")[0]] * macs).sum()
+    head = student.compute.head * valid.sum()
+    reported = student.compute.routed_blocks(decisions, valid, "prefill").sum() + head
+    with sdpa_kernel(SDPBackend.MATH):  # which computes all scores
+        flops, _ = count(lambda: student(tokens))
+    assert float(extra) > 0
+    assert 2 * float(reported + extra) == pytest.approx(flops, rel=0.002)
 
 
 def products(counter: Launches) -> int:

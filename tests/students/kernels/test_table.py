@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from students.kernels import cpu, reference, triton
+from students.kernels import cpu, ops, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.ops import OPERATORS
+from students.kernels.triton import tuning
 from tests.backends import DTYPES
 from tests.students.kernels.samples import SAMPLES, Draw
 
@@ -71,6 +74,17 @@ def test_costs_are_counted(name: str, operators: None):
         expected += 0 if row.flops is None else row.flops(*arguments, out_val=out)
         read += 0 if row.read is None else row.read(*arguments, out_val=out)
     assert counted == expected and (row.flops is None) == (expected == 0) == (read == 0)
+
+
+def test_nothing_is_saved_where_a_dense_product_is_launched(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops.triton, "available", lambda: True)
+    device = torch.device("cpu")  # which is asked for its capability as an H100 would be
+    weight: Any = SimpleNamespace(is_cuda=True, device=device, shape=(8, 6), element_size=lambda: 2)
+    arguments = torch.ones(8), torch.ones(8), weight, None, None, None, [6]
+    row, out = OPERATORS["read_channels"], (torch.ones(6), torch.tensor(3))
+    assert (row.flops(*arguments, out_val=out), row.read(*arguments, out_val=out)) == (2 * 3 * 6, 2 * 3 * 6)
+    monkeypatch.setitem(tuning.GATHER[tuning.capability(device)], ("one", "narrow"), None)
+    assert (row.flops(*arguments, out_val=out), row.read(*arguments, out_val=out)) == (2 * 8 * 6, 2 * 8 * 6)
 
 
 @torch.no_grad()
