@@ -153,6 +153,8 @@ class RoutedBranch(Wrapper):
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
         """An MLP on the tokens that need it."""
         chosen = self._chosen(exits)
+        if chosen.pending:
+            exits.begin()
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows = chosen.rows

@@ -28,6 +28,8 @@ class Exits:
     """Flat indices of the tokens that the output [1, N, D] holds; None: all [B, T, D]."""
     valid: Tensor | None = None
     """[B, T] bool; padding is left out when rows are."""
+    begun: dict[int, Tensor] = field(default_factory=dict)
+    """What substitutes make of all tokens, by the number of their gates, where they have run already."""
 
     @property
     def weighted(self) -> bool:
@@ -65,6 +67,12 @@ class Exits:
             out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
         return out
 
+    def begin(self) -> None:
+        """Let substitutes of all tokens run while the host waits to hear which are closed."""
+        for number, (_, substitute) in enumerate(self.gates):
+            if substitute is not None:
+                self.begun[number] = substitute(self.x)
+
     def pass_all(self, out: Tensor) -> Tensor:
         """As `apply`, where all gates turned out to be open."""
         for gates, _ in self.gates if self.weighted else ():
@@ -85,7 +93,7 @@ class Exits:
                 closed = gates.closed
                 for later, _ in self.gates[number + 1 :]:
                     closed = closed * later.gate
-                total.addcmul_(substitute(x), closed)
+                total.addcmul_(self.begun[number] if number in self.begun else substitute(x), closed)
         return total
 
     def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def test_the_host_waits_for_attention_behind_keys_and_values(
         student.model(tokens, use_cache=True)
     assert len(between) == 2 * len(student.blocks)
     assert min(between[::2]) > 0, "attention"
-    assert set(between[1::2]) == {0}, "the MLP has nothing to do meanwhile"
+    filled = any(router.substitute for router in spec.routers)
+    assert all((count > 0) == filled for count in between[1::2]), "the MLP has only its substitutes to do meanwhile"
 
 
 @pytest.mark.parametrize("spec", [BOTH, StudentSpec((RouterSpec("token", substitute=2),))])
