@@ -271,14 +271,6 @@ def on_main(work: Callable[[], T]) -> T:
     return word[0].value
 
 
-def computed(work: Callable[[], T]) -> T:
-    """As `on_main`, for work that runs the model: where its weights are spread over the processes, all do it alike."""
-    if not spreads():
-        return on_main(work)
-    made = together(work)
-    return on_main(lambda: made)
-
-
 def together(work: Callable[[], T]) -> T:
     """What each process makes of it, alone; an error of one is everybody's."""
     if size() == 1:

@@ -45,7 +45,7 @@ def _eval_tasks(options: argparse.Namespace) -> None:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     with screen() as (say, _):
         work = partial(score_run, options.run, names, compute=options.compute, limit=options.limit, say=say)
-        rows = launch.computed(work)
+        rows = launch.in_step(work)
     if not launch.is_main():
         return
     if options.json:

@@ -4,14 +4,16 @@ log-probability."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
+from elastic import launch
 from elastic.reporting.progress import Watched
+from elastic.shares import deal
 from losses import default_chunk_rows
 from students.compute import PHASES
 from students.families.language import LanguageStudent
@@ -29,7 +31,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class Scorer(TemplateLM):
-    """A student as the harness sees a language model.
+    """A student as the harness sees a language model, which all processes ask the same and run together.
 
     Texts of one length make a batch, so that nothing is padded and no decision can depend on padding; routers that
     decide per sequence look at the context only; the LM head runs where a continuation is scored.
@@ -44,7 +46,7 @@ class Scorer(TemplateLM):
         config = student.model.config.get_text_config()
         self.longest = getattr(config, "max_position_embeddings", None) or LONGEST
         self.spent = dict.fromkeys(PHASES, 0.0)
-        """Multiply-accumulates of the student for all tokens so far, by phase."""
+        """Multiply-accumulates of the student for all tokens that this process has scored so far, by phase."""
         self.dense = dict.fromkeys(PHASES, 0.0)
         """Those of the teacher."""
 
@@ -84,11 +86,21 @@ class Scorer(TemplateLM):
         for length, same in groupby(sorted(numbers, key=lambda text: -len(text[0])), lambda text: len(text[0])):
             group, size = list(same), max(1, BATCH_TOKENS // length)
             batches += [group[first : first + size] for first in range(0, len(group), size)]
-        for batch in Watched(batches):
+        tokens = [token for read, _ in numbers for token in read]
+        require_rows(self.student.model, self.tokenizer, torch.tensor(tokens))  # said by all processes, or by none
+        own, share = deal(batches)
+        found: list[tuple[int, tuple[float, bool]]] = []
+        for batch, look in share.looks(Watched(own)):
             continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
-            for text, scores in zip(batch, self._score(batch, continuations), strict=True):
-                for number, score in zip(numbers[text], scores, strict=True):
-                    answers[number] = score
+            before = self.spent.copy(), self.dense.copy()
+            scored = zip(batch, self._score(batch, continuations), strict=True)
+            each = [pair for text, scores in scored for pair in zip(numbers[text], scores, strict=True)]
+            if look.counts:
+                found += each
+            else:
+                self.spent, self.dense = before
+        for number, score in chain.from_iterable(launch.gather(found)):
+            answers[number] = score
         return answers
 
     @torch.no_grad()
@@ -99,7 +111,6 @@ class Scorer(TemplateLM):
         student = self.student
         device = student.model.device
         ids = torch.tensor([read for read, _ in batch], device=device)
-        require_rows(student.model, self.tokenizer, ids)
         given = torch.tensor([given for _, given in batch], device=device)[:, None]
         places = torch.arange(ids.shape[1], device=device)
         out, decisions = student.features(ids, prompt=places < given)
