@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from elastic.accounting.memory import SLACK, need_of
+from elastic.accounting.memory import SLACK, kept_bytes, need_of
 from elastic.config import RunConfig, make_config
 from elastic.sharding import units
 from elastic.traits import TRAITS
@@ -26,7 +26,7 @@ from teachers.registry import ModelEntry
 from teachers.shapes import build, find_shape
 
 FORWARDS = 3
-"""Forward passes that a training step costs."""
+"""Forward passes that a training step costs; one more where blocks are computed again (train.checkpointing)."""
 PHASE: Phase = "prefill"
 """What a training step computes: whole windows."""
 
@@ -34,18 +34,20 @@ PHASE: Phase = "prefill"
 def step_flops(student: Student, rows: int, window: int) -> float:
     """FLOPs of a training step with so many windows."""
     valid = torch.ones(1, window, dtype=torch.bool)
-    return FORWARDS * 2 * rows * float(student.compute.dense(valid, PHASE).double().sum())
+    return (FORWARDS + student.recompute) * 2 * rows * float(student.compute.dense(valid, PHASE).double().sum())
 
 
-def step_bytes(student: Student, rows: int, window: int, device: torch.device) -> int:
+def step_bytes(student: Student, rows: int, window: int) -> int:
     """What a training step needs at its peak besides the weights: what backward reads, and logits of a few rows."""
     model: Any = student.model
-    head = model.get_output_embeddings()
-    size = next(p for p in model.parameters() if not p.requires_grad)
-    vocabulary = model.config.get_text_config().vocab_size
-    chunk = min(rows * window, default_chunk_rows(vocabulary, size.dtype, device)) if head is not None else 0
-    logits = chunk * vocabulary * 3 * (size.element_size() + 4)  # student's, teacher's and a gradient, some in float32
-    return need_of(model, model).backward(rows * window) + round(SLACK * logits)
+    head, frozen = model.get_output_embeddings(), next(p for p in model.parameters() if not p.requires_grad)
+    size, vocabulary = frozen.element_size(), model.config.get_text_config().vocab_size
+    device = torch.device("cuda") if frozen.is_meta else frozen.device
+    chunk = min(rows * window, default_chunk_rows(vocabulary, frozen.dtype, device)) if head is not None else 0
+    # exact ones, previews, the two together, the teacher's, and gradients: of all, of exact ones, of previews
+    logits = chunk * vocabulary * size * 7
+    kept, passing = kept_bytes(student)
+    return round(SLACK * (rows * window * kept + max(rows * window * passing, logits)))
 
 
 def router_bytes(student: Student) -> int:
@@ -82,12 +84,14 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     weights = need.weights
     largest = max(sum(p.numel() * p.element_size() for m in unit for p in m.parameters()) for unit in units(model))
     student = elasticize(model, config.student)
+    if train.checkpointing:
+        student.checkpoint_blocks()
     batch = max(train.batch, gpus)
     rows = -(-batch // gpus)
     spent = {
         "weights": weights,
         "routers": router_bytes(student),
-        "activations": step_bytes(student, rows, train.window, torch.device("cuda")),
+        "activations": step_bytes(student, rows, train.window),
         "calibration": need.calibration(min(2, windows) * config.data.window, -(-batches // gpus) * ROWS_PER_BATCH),
     }
     besides = spent["routers"] + max(spent["activations"], spent["calibration"])

@@ -27,6 +27,7 @@ from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.handover import BlockHandover
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear
+from students.execution.product import join_product
 from students.execution.runtime import Runtime
 from students.execution.site import Site
 from students.families.door import Door
@@ -174,6 +175,7 @@ class BlockPlace:
         macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
         for self.branch in BRANCHES:
             self._elasticize_branch()
+        join_product(self.block, record)
         if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
             BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.handover)

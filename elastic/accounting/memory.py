@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from students import Student
 from students.architectures import architecture_of, sizes_of, weight_of
 from students.architectures.record import LINEAR_SITES
 
@@ -64,6 +65,32 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
     head = model.get_output_embeddings() if record.causal else None
     whole = 0 if head is None else 4 * head.weight.numel()
     return Need(size * sum(p.numel() for p in model.parameters()), cache, sum(each), max(each), whole)
+
+
+def kept_bytes(student: Student) -> tuple[int, int]:
+    """Bytes of a token that a training step of a language student keeps for its way back, and those that come on top on
+    the way, all of them in the frozen weights' type.
+
+    Of each block: its input and what attention has added to it, which norms read; what each site's linear layers read;
+    queries, keys and values; what the first layers of the MLP put out; and, where these are a gate and what it is
+    multiplied with, the activation between, unless it is made again with the product (students/execution/product.py).
+    With `train.checkpointing` blocks' inputs are kept, and the rest is there for one block at a time.
+    """
+    blocks, record = student.blocks, student.record
+    size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
+    each, streams = [], 0
+    for block in blocks:
+        sizes = {
+            site: [weight_of(block.get_submodule(name)).shape for name in record.linears(site)] for site in LINEAR_SITES
+        }
+        read = {site: shapes[0][1] for site, shapes in sizes.items()}
+        width, neurons = read["attn_in"], read["mlp_out"]
+        written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes[site])
+        joined = getattr(block.get_submodule(record.linears("mlp_out")[0]), "activation", None) is not None
+        gated = sum(outputs for outputs, _ in sizes["mlp_in"]) == 2 * neurons
+        each.append(2 * width + sum(read.values()) + written + neurons * gated - 2 * neurons * joined)
+        streams += width
+    return (size * streams, size * max(each)) if student.recompute else (size * sum(each), 0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -201,13 +201,15 @@ class BranchHandover:
     """Which tokens there are; None: all of the batch."""
     queries: Chosen | Listed | None = None
     """Of those, the ones that attend; None: all."""
+    factors: dict[int, Tensor] = field(default_factory=dict)
+    """Outputs of the MLP's gate (0) and up (1), with the gradients that their product was made without."""
     exit: Exit | None = None
     """What a RoutedExit does to the output."""
 
     def clear(self) -> None:
         """Leave nothing."""
         self.release()
-        self.exit = None
+        self.factors, self.exit = {}, None
 
     def release(self) -> None:
         """Leave nothing for linear layers, which have run."""

@@ -50,6 +50,10 @@ class RoutedLinear(Wrapper):
         self.lora: Lora | None = None
         self.place = len(site.layers)
         self.selects = False  # set by add_channels
+        self.multiplies = False
+        """Whether its output is a factor of a product whose gradient another layer makes (see product.py)."""
+        self.activation: int | None = None
+        """In the product that this layer makes the gradient of: as in `ops.gated_grad`."""
         self._slice: tuple[Tensor | None, Any] = (None, None)
         self._low: tuple[Tensor, Tensor] | None = None
         site.layers.append(self)
@@ -104,6 +108,12 @@ class RoutedLinear(Wrapper):
             return out
         if run.call.skipping and self.selects:
             return self.site.take(self, x)
+        out = self._run(x)
+        if self.multiplies and out.requires_grad:
+            self.branch.factors[self.place], out = out, out.detach()
+        return out
+
+    def _run(self, x: Tensor) -> Tensor:
         queries = self.branch.queries
         if queries is None or not self.per_query:
             early = self.site.handover.early
@@ -192,7 +202,10 @@ class RoutedLinear(Wrapper):
             if not passed.left:
                 passed.masked = None
             return masked
-        masked, share = read_channels(router, x, self.dial_of(x))
+        found, factors = self.branch.factors, None
+        if found and self.activation is not None:
+            factors, self.branch.factors = (found[0], found[1], self.activation), {}
+        masked, share = router.read(x, self.dial_of(x), factors)
         self.note(share)
         if together and len(self.site.layers) > 1:
             passed.masked, passed.left = masked, len(self.site.layers) - 1
@@ -242,12 +255,3 @@ class RoutedLinear(Wrapper):
         if self._slice[0] is not choice:
             self._slice = choice, make()
         return self._slice[1]
-
-
-def read_channels(router: ChannelRouter, x: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., C] without the channels that stay closed, and the share that is read [...]; dial: its offset for x."""
-    log_limit = router.log_limit_at(dial)
-    if router.spec.network == "static":
-        gate = selection.threshold(-log_limit)
-        return x * gate.to(x.dtype), gate.mean(-1).expand(x.shape[:-1])
-    return selection.channel(x, log_limit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from students.execution.handover import BranchHandover, Narrow
-from students.execution.linear import read_channels
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.routers import ChannelRouter
@@ -39,7 +38,7 @@ class RoutedActivation(Wrapper):
         out: Tensor = self.base_layer(x)
         if self.runtime.bypass:
             return out
-        out, share = read_channels(self.routers["neuron"], out, self.runtime.dial_of(x, self._owner()))
+        out, share = self.routers["neuron"].read(out, self.runtime.dial_of(x, self._owner()))
         self._note(share)
         self.branch.narrow = None
         if self.opaque or not (self.runtime.call.alone and x.shape[:-1].numel() == 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +25,41 @@ class ChannelGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, log_limit)
-        return ops.channel_gate(x, log_limit.exp())
+        limit = log_limit.exp()
+        ctx.save_for_backward(x, limit)
+        return ops.channel_gate(x, limit)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, log_limit = ctx.saved_tensors
-        limits = [(log_limit + shift).exp() for shift in (0.0, -0.5, 0.5)]
-        grad_x, grad_limit = ops.channel_gate_grad(grad_out, grad_share, x, *limits)
+        x, limit = ctx.saved_tensors
+        grad_x, grad_limit = ops.channel_gate_grad(grad_out, grad_share, x, *_ramp(limit))
         return grad_x, grad_limit if ctx.needs_input_grad[1] else None
+
+
+def _ramp(limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The limit, and the ends of the ramp around it."""
+    return limit, limit * math.exp(-0.5), limit * math.exp(0.5)
+
+
+class GatedChannelGate(torch.autograd.Function):
+    """`ChannelGate` of an MLP's product x = activation(gate) * up, which somebody has made without its gradient.
+
+    Neither product nor activation is kept for backward, which makes them again from what the linear layers put out.
+    kind: as in `ops.gated_grad`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_limit: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        limit = log_limit.exp()
+        ctx.save_for_backward(gate, up, limit)
+        ctx.kind = kind
+        return ops.channel_gate(x, limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, limit = ctx.saved_tensors
+        by_gate, by_up, by_limit = ops.gated_grad(grad_out, grad_share, gate, up, *_ramp(limit), ctx.kind)
+        return None, by_limit if ctx.needs_input_grad[1] else None, by_gate, by_up, None
 
 
 class RowGate(torch.autograd.Function):

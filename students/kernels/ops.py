@@ -166,6 +166,14 @@ channel_gate_grad: Pair = _operator(
 )
 """Gradients of `channel_gate` by x and log(limit), the latter from the channels with low <= |x| < high."""
 
+gated_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "gated_grad(Tensor grad_out, Tensor grad_share, Tensor gate, Tensor up, Tensor limit, Tensor low, Tensor high,"
+    " int kind) -> (Tensor, Tensor, Tensor)",
+    lambda grad_out, grad_share, gate, up, limit, *_: (_like(gate), _like(up), _like(limit)),
+)
+"""Gradients of `channel_gate` of activation(gate) * up by gate, up and log(limit); kind: 0 for SiLU, 1 for GELU with
+tanh."""
+
 row_gate: Pair = _operator(
     "row_gate(Tensor exact, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda exact, *_: (_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),

@@ -6,6 +6,7 @@ Where the number of rows or channels that are read is not known before, these wa
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -92,6 +93,28 @@ def channel_gate_grad(
     slope = _sum_tokens(None, (grad_out * x).mul_(near), limit.shape)
     slope += _sum_tokens(grad_share, near, limit.shape) / x.shape[-1]
     return grad_out * _reaches(size, limit), -slope
+
+
+def gated_grad(
+    grad_out: Tensor,
+    grad_share: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    limit: Tensor,
+    low: Tensor,
+    high: Tensor,
+    kind: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up, wide = gate.contiguous(), up.contiguous(), _wide(gate)
+    if kind == 0:
+        active, soft = F.silu(gate), wide.sigmoid()
+        slope = soft * (1 + wide * (1 - soft))
+    else:
+        active, root = F.gelu(gate, approximate="tanh"), (2 / math.pi) ** 0.5
+        soft = (root * (wide + 0.044715 * wide.pow(3))).tanh()
+        slope = (1 + soft + wide * (1 - soft.square()) * root * (1 + 3 * 0.044715 * wide.square())) / 2
+    grad, grad_limit = channel_gate_grad(grad_out, grad_share, active * up, limit, low, high)
+    return (_wide(grad * up) * slope).to(gate.dtype), grad * active, grad_limit
 
 
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from students.architectures.record import LINEAR_SITES
+from students.routers import selection
 from students.routers.registry import Kind
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class ChannelRouter(nn.Module):
         if self.spec.network == "static":
             return torch.where(log_limit <= 0, 0.0, torch.inf)
         return log_limit.exp().to(dtype).float()
+
+    def read(self, x: Tensor, dial: float | Tensor, factors: selection.Factors | None = None) -> tuple[Tensor, Tensor]:
+        """x [..., C] without the channels that stay closed, and the share that is read [...]; dial: its offset for x;
+        factors: as in `selection.channel`."""
+        log_limit = self.log_limit_at(dial)
+        if self.spec.network == "static":
+            gate = selection.threshold(-log_limit)
+            return x * gate.to(x.dtype), gate.mean(-1).expand(x.shape[:-1])
+        return selection.channel(x, log_limit, factors)
 
 
 class ChannelKind(Kind):

@@ -15,6 +15,9 @@ from students.kernels import autograd
 Pool = Callable[[Tensor], Tensor]
 """From what this process has of something [n] to what all that share a batch have of it [m]."""
 
+Factors = tuple[Tensor, Tensor, int]
+"""Of an MLP's product activation(gate) * up: (gate, up, which activation it is, as in `ops.gated_grad`)."""
+
 
 def alone(x: Tensor) -> Tensor:
     """The pool of a process that shares its batches with no other."""
@@ -84,14 +87,19 @@ def score_weight(score: Tensor, over_gates: bool) -> Tensor:
     return score.shape[-1] * score.softmax(-1) if over_gates else 2 * score.sigmoid()
 
 
-def channel(x: Tensor, log_limit: Tensor) -> tuple[Tensor, Tensor]:
+def channel(x: Tensor, log_limit: Tensor, factors: Factors | None = None) -> tuple[Tensor, Tensor]:
     """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit); also the share kept [...], float32.
 
-    log_limit [C], or [B, 1, C] where it differs from row to row of x [B, T, C].
+    log_limit [C], or [B, 1, C] where it differs from row to row of x [B, T, C]. factors: of which x is the product,
+    made without a gradient, which goes to them.
 
     Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
     """
-    out: tuple[Tensor, Tensor] = autograd.ChannelGate.apply(x, log_limit)
+    out: tuple[Tensor, Tensor]
+    if factors is None:
+        out = autograd.ChannelGate.apply(x, log_limit)
+    else:
+        out = autograd.GatedChannelGate.apply(x, log_limit, *factors)
     return out
 
 

@@ -13,12 +13,13 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from students import elasticize
+from students import RouterSpec, StudentSpec, elasticize
+from students.execution.linear import RoutedLinear
 from students.kernels.attention_gradient import LARGEST, fast_attention_gradients
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
 from tests.pico.language import make_tiny
-from tests.students.test_execution import SPECS
+from tests.students.test_execution import GATED, SPECS
 from tests.students.test_students import scramble
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
@@ -116,6 +117,42 @@ def test_compilers_meet_the_norm_as_it_was(operators: None):
     fuse_norms(model)
     x = torch.randn(3, 32)
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("name", GATED)
+def test_gated_products_have_torch_s_gradient_and_keep_less_for_it(
+    name: str, gains: bool, tokens: Tensor, operators: None
+):
+    spec = StudentSpec((RouterSpec("channel"),), gains=gains)
+    student = scramble(elasticize(make_tiny(name), spec)).train(True)
+    if gains:
+        student.runtime.offset = (0.3, 0.0)
+    kept: list[int] = []
+
+    def learn() -> tuple[Tensor, list[Tensor]]:
+        seen: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = student(tokens)[0].logits
+        kept.append(sum(seen.values()))
+        return out, gradients(out.square().mean(), *student.added_parameters().values())
+
+    joined, found = learn()
+    layers = [layer for layer in student.modules() if isinstance(layer, RoutedLinear)]
+    assert sum(layer.multiplies for layer in layers) == 2 * len(student.blocks)
+    for layer in layers:
+        layer.multiplies = False
+    plain, expected = learn()
+    assert torch.equal(joined, plain)
+    width = student.trunk.config.intermediate_size
+    assert kept[1] - kept[0] == 2 * len(student.blocks) * tokens.numel() * width * plain.element_size()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])

@@ -48,24 +48,95 @@ static inline float expf_(float x) {
         }                                                                                                        \
     }
 
+#define WIDE 512
+
+// Channels that a thread goes through side by side: the more, the fewer pages are in use at a time.
+static inline int64_t wide_of(int64_t I, int threads) {
+    int64_t wide = (I / threads + 63) / 64 * 64;
+    return wide < 64 ? 64 : wide > WIDE ? WIDE : wide;
+}
+
 // The gradients of that: in[n, i] = grad[n, i] where kept; slope[g, i] -= grad x + by_share[n] / I, summed over the rows
-// of x with `low` <= |x| < `high`, which are [*, I] as limit is. by_share may be NULL.
+// of x with `low` <= |x| < `high`, which are [*, I] as limit is. by_share may be NULL. What is written goes through
+// arrays of its own, since compilers vectorise nothing that may overlap.
 #define CHANNEL_GATE_GRAD(S, T)                                                                                  \
     void channel_gate_grad_##S(const T *grad, const T *x, int64_t N, int64_t I, const float *limit,              \
                                const float *low, const float *high, int64_t each, const float *by_share,         \
                                T *in, float *slope, int threads) {                                               \
-        int64_t parts = (I + 63) / 64;                                                                           \
+        int64_t wide = wide_of(I, threads), parts = (I + wide - 1) / wide;                                       \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t part = 0; part < parts; part++) {          \
-            int64_t a = part * 64, b = a + 64 < I ? a + 64 : I;                                                  \
+            int64_t a = part * wide, m = a + wide < I ? wide : I - a;                                            \
+            float least[WIDE], from[WIDE], to[WIDE], sum[WIDE] = {0};                                            \
+            T by_x[WIDE];                                                                                        \
             for (int64_t n = 0; n < N; n++) {                                                                    \
-                int64_t g = n / each * I;                                                                        \
+                const T *v = x + n * I + a, *out = grad + n * I + a;                                             \
+                int64_t group = n / each * I + a;                                                                \
                 float price = by_share ? by_share[n] / I : 0;                                                    \
-                for (int64_t i = a; i < b; i++) {                                                                \
-                    float value = up_##S(x[n * I + i]), size = fabsf(value), out = up_##S(grad[n * I + i]);      \
-                    in[n * I + i] = size >= up_##S(down_##S(limit[g + i])) ? grad[n * I + i] : 0;                \
-                    int near = (size >= up_##S(down_##S(low[g + i]))) & (size < up_##S(down_##S(high[g + i])));  \
-                    slope[g + i] -= near ? out * value + price : 0;                                              \
+                if (n % each == 0)                                                                               \
+                    for (int64_t i = 0; i < m; i++) {                                                            \
+                        least[i] = up_##S(down_##S(limit[group + i]));                                           \
+                        from[i] = up_##S(down_##S(low[group + i])), to[i] = up_##S(down_##S(high[group + i]));   \
+                    }                                                                                            \
+                for (int64_t i = 0; i < m; i++) {                                                                \
+                    float value = up_##S(v[i]), size = fabsf(value);                                             \
+                    by_x[i] = size >= least[i] ? out[i] : 0;                                                     \
+                    sum[i] += (size >= from[i]) & (size < to[i]) ? up_##S(out[i]) * value + price : 0;           \
                 }                                                                                                \
+                memcpy(in + n * I + a, by_x, sizeof(T) * m);                                                     \
+                if ((n + 1) % each == 0)                                                                         \
+                    for (int64_t i = 0; i < m; i++) slope[group + i] -= sum[i], sum[i] = 0;                      \
+            }                                                                                                    \
+        }                                                                                                        \
+    }
+
+// Activations and their slopes at x [m]; kind: 0 for SiLU, 1 for GELU with tanh.
+static inline void activation(const float *x, int64_t m, int64_t kind, float *active, float *slope) {
+    const float root = 0.797884561f, cube = 0.044715f;
+    if (kind == 0)
+        for (int64_t i = 0; i < m; i++) {
+            float soft = 1 / (1 + expf_(-x[i]));
+            active[i] = x[i] * soft;
+            slope[i] = soft * (1 + x[i] * (1 - soft));
+        }
+    else
+        for (int64_t i = 0; i < m; i++) {
+            float v = x[i], soft = 1 - 2 / (1 + expf_(2 * root * (v + cube * v * v * v)));
+            active[i] = 0.5f * v * (1 + soft);
+            slope[i] = 0.5f * (1 + soft + v * (1 - soft * soft) * root * (1 + 3 * cube * v * v));
+        }
+}
+
+// As CHANNEL_GATE_GRAD for x = activation(gate) * up [N, I], which is made again: by_gate and by_up [N, I], and slope.
+#define GATED_GRAD(S, T)                                                                                         \
+    void gated_grad_##S(const T *grad, const T *gate, const T *up, int64_t N, int64_t I, const float *limit,     \
+                        const float *low, const float *high, int64_t each, const float *by_share, int64_t kind,  \
+                        T *by_gate, T *by_up, float *slope, int threads) {                                       \
+        int64_t wide = wide_of(I, threads), parts = (I + wide - 1) / wide;                                       \
+        _Pragma("omp parallel for num_threads(threads)") for (int64_t part = 0; part < parts; part++) {          \
+            int64_t a = part * wide, m = a + wide < I ? wide : I - a;                                            \
+            float x[WIDE], active[WIDE], rise[WIDE], least[WIDE], from[WIDE], to[WIDE], sum[WIDE] = {0};         \
+            T by_x[WIDE], by_y[WIDE];                                                                            \
+            for (int64_t n = 0; n < N; n++) {                                                                    \
+                const T *g = gate + n * I + a, *y = up + n * I + a, *out = grad + n * I + a;                     \
+                int64_t group = n / each * I + a;                                                                \
+                float price = by_share[n] / I;                                                                   \
+                if (n % each == 0)                                                                               \
+                    for (int64_t i = 0; i < m; i++) {                                                            \
+                        least[i] = up_##S(down_##S(limit[group + i]));                                           \
+                        from[i] = up_##S(down_##S(low[group + i])), to[i] = up_##S(down_##S(high[group + i]));   \
+                    }                                                                                            \
+                for (int64_t i = 0; i < m; i++) x[i] = up_##S(g[i]);                                             \
+                activation(x, m, kind, active, rise);                                                            \
+                for (int64_t i = 0; i < m; i++) {                                                                \
+                    float gain = up_##S(down_##S(active[i])), other = up_##S(y[i]), slow = up_##S(out[i]);       \
+                    float value = up_##S(down_##S(gain * other)), size = fabsf(value);                           \
+                    float kept = size >= least[i] ? slow : 0;                                                    \
+                    by_x[i] = down_##S(kept * other * rise[i]), by_y[i] = down_##S(kept * gain);                 \
+                    sum[i] += (size >= from[i]) & (size < to[i]) ? slow * value + price : 0;                     \
+                }                                                                                                \
+                memcpy(by_gate + n * I + a, by_x, sizeof(T) * m), memcpy(by_up + n * I + a, by_y, sizeof(T) * m); \
+                if ((n + 1) % each == 0)                                                                         \
+                    for (int64_t i = 0; i < m; i++) slope[group + i] = -sum[i], sum[i] = 0;                      \
             }                                                                                                    \
         }                                                                                                        \
     }
@@ -188,7 +259,7 @@ static inline float expf_(float x) {
     }
 
 #define KERNELS(S, T)                                                                                            \
-    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)                                \
+    CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) GATED_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)               \
     LARGEST(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T) RMS_NORM_GRAD(S, T) SOFTMAX_GRAD(S, T)
 
 KERNELS(f32, float)

@@ -106,6 +106,25 @@ def channel_gate_grad(
 
 
 @_in_c
+def gated_grad(
+    grad_out: Tensor,
+    grad_share: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    limit: Tensor,
+    low: Tensor,
+    high: Tensor,
+    kind: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, grad_share, gate, up = (x.contiguous() for x in (grad_out, grad_share, gate, up))
+    limits = limit.contiguous(), low.contiguous(), high.contiguous(), _each(gate, limit)
+    grads = torch.empty_like(gate), torch.empty_like(up), torch.zeros_like(limits[0])
+    shape = grad_share.numel(), gate.shape[-1]
+    toolchain.call("gated_grad", grad_out, gate, up, *shape, *limits, grad_share, kind, *grads)
+    return grads
+
+
+@_in_c
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
     out, share = torch.empty_like(exact), torch.empty(exact.shape[:-1])

@@ -21,6 +21,7 @@ OPERATORS = {
     "exact_rows": "exact_rows",
     "channel_gate": "channel_gate",
     "channel_gate_grad": "channel_gate",
+    "gated_grad": "gated_grad",
     "row_gate": "row_gate",
     "row_gate_grad": "row_gate",
     "forward_kl": "forward_kl",

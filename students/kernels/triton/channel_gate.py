@@ -69,7 +69,7 @@ def _channel_gate_grad(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
     group = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([TILE, BLOCK], tl.float32)
@@ -81,7 +81,7 @@ def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: 
 
 
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused.channel_gate`."""
+    """As `ops.channel_gate`."""
     x, limit = x.contiguous(), limit.contiguous()
     channels = x.shape[-1]
     out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -99,7 +99,7 @@ def each(x: Tensor, limit: Tensor) -> int:
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `fused.channel_gate_grad`."""
+    """As `ops.channel_gate_grad`."""
     grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
     channels, rows = x.shape[-1], each(x, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)
@@ -117,5 +117,5 @@ def channel_gate_grad(
         BLOCK=block,
         num_warps=4,
     )
-    _add_chunks[(blocks, groups)](partial, grad_limit, channels, chunks, TILE=8, BLOCK=block, num_warps=4)
+    add_chunks[(blocks, groups)](partial, grad_limit, channels, chunks, TILE=8, BLOCK=block, num_warps=4)
     return grad_x, grad_limit

@@ -81,6 +81,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     x, tokens = make(4, 1024, narrow), make(4, 1024, kind=single)
     yield call("channel_gate", x, limit)
     yield call("channel_gate_grad", x, tokens, x, limit, limit, limit)
+    for kind in (0, 1):
+        y = make(4, 1024, wide)
+        yield call("gated_grad", y, tokens, y, y, long_limit, long_limit, long_limit, kind)
     logits, each, limits = make(512, vocabulary), make(512, kind=single), make(512, 1, kind=single)
     yield call("row_gate", logits, logits, limits, scalar)
     yield call("row_gate_grad", logits, each, logits, logits, limits, scalar)

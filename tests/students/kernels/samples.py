@@ -64,6 +64,11 @@ def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
         yield draw(3, 5, 77), draw.single(3, 5), x, limit, 0.6 * limit, 1.6 * limit
 
 
+def gated_grad(draw: Draw) -> Iterator[Arguments]:
+    for kind, (x, limit) in enumerate(channel_gate(draw)):
+        yield draw(3, 5, 77), draw.single(3, 5), 2 * draw(3, 5, 77), x, limit, 0.6 * limit, 1.6 * limit, kind
+
+
 def row_gate(draw: Draw) -> Iterator[Arguments]:
     yield draw(5, 301), draw(5, 301), draw.single(5, 1), draw.single()
 
@@ -130,6 +135,7 @@ SAMPLES: dict[str, Samples] = {
     "exact_rows": exact_rows,
     "channel_gate": channel_gate,
     "channel_gate_grad": channel_gate_grad,
+    "gated_grad": gated_grad,
     "row_gate": row_gate,
     "row_gate_grad": row_gate_grad,
     "forward_kl": forward_kl,

@@ -1,0 +1,41 @@
+"""The product of an MLP's gate and up, whose gradient the layer behind it makes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from students.architectures import Architecture
+from students.execution.linear import RoutedLinear
+
+ACTIVATIONS = (F.silu, partial(F.gelu, approximate="tanh"))
+"""Those that `ops.gated_grad` knows, in the order of its numbers."""
+
+
+def join_product(block: nn.Module, record: Architecture) -> None:
+    """Let gate and up hand their gradients on to the layer behind their product, where channels of that are chosen.
+
+    The model multiplies as ever, but without a gradient: backward needs what gate and up have put out and nothing else,
+    where torch would keep the activation and the product beside them (see autograd.GatedChannelGate).
+    """
+    if len(record.mlp_in) != 2:
+        return
+    names = (name for site in ("mlp_in", "mlp_out") for name in record.linears(site))
+    gate, up, behind = (block.get_submodule(name) for name in names)
+    if not all(isinstance(layer, RoutedLinear) for layer in (gate, up, behind)) or "channel" not in behind.routers:
+        return
+    static = behind.routers["channel"].spec.network == "static"
+    kind = _kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
+    if kind is not None and not (static or behind.part or behind.lora is not None):
+        behind.activation = kind
+        gate.multiplies = up.multiplies = True
+
+
+@torch.no_grad()
+def _kind_of(activation: nn.Module) -> int | None:
+    x = torch.linspace(-6, 6, 97)
+    found = activation(x)
+    return next((kind for kind, known in enumerate(ACTIVATIONS) if torch.equal(known(x), found)), None)
