@@ -26,6 +26,7 @@ from elastic.families import language
 from elastic.run import Run
 from elastic.settings import from_dict, to_dict
 from students.checkpoint import read_tensors
+from tests.elastic.forked import forked
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -37,6 +38,8 @@ ACCELERATE, FSDP2 = (
     )
     for name in ("one-machine", "fsdp2")
 )
+FORKED: Sequence[object] = ("forked",)
+"""Quicker than a real one, for what does not hang on it; see forked.py."""
 LEARNED = dict(rtol=1e-3, atol=2e-5)
 """How far parameters may be apart, where sums are rounded in another order."""
 
@@ -48,6 +51,8 @@ def launched(
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     environment = {**os.environ, **settings, **variables}
+    if launcher is FORKED:
+        return forked(count, [str(argument) for argument in arguments], environment, ROOT)
     command = [*map(str, launcher), str(count), "-m", "tests.elastic.several", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
@@ -103,7 +108,12 @@ def assert_close(one: Path, other: Path) -> None:
             assert same or "per_second" in key, (key, value, b[key])
 
 
-def one_and_two(configs: dict[str, RunConfig], folder: Path, caches: Mapping[str, str] = MappingProxyType({})) -> Path:
+def one_and_two(
+    configs: dict[str, RunConfig],
+    folder: Path,
+    caches: Mapping[str, str] = MappingProxyType({}),
+    launcher: Sequence[object] = FORKED,
+) -> Path:
     """The folder, with all of these runs in it, each made by one process ("one-...") and by two ("two-...").
 
     caches: the folders in it that some of them keep what the teacher says in.
@@ -112,7 +122,7 @@ def one_and_two(configs: dict[str, RunConfig], folder: Path, caches: Mapping[str
     for name, config in configs.items():
         run = folder / f"one-{name}"
         trainer.distill(config, run, teacher_cache=kept.get(run), say=lambda _: None)
-    in_processes(2, {folder / f"two-{name}": config for name, config in configs.items()}, folder, kept)
+    in_processes(2, {folder / f"two-{name}": config for name, config in configs.items()}, folder, kept, launcher)
     return folder
 
 
@@ -144,8 +154,13 @@ def _main(runs: Path) -> None:
     launch.leave()
 
 
-if __name__ == "__main__":
+def work() -> int | None:
+    """What one of the processes does; returns its exit code."""
     torch.set_num_threads(1)
     if "FAILS" in os.environ:
         _fail(*os.environ["FAILS"].split(":"))
-    sys.exit(_main(Path(sys.argv[1])) if sys.argv[1].endswith(".jsonl") else cli.main())
+    return _main(Path(sys.argv[1])) if sys.argv[1].endswith(".jsonl") else cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(work())

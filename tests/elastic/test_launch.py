@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.run import Run
 from students.checkpoint import read_tensors
-from tests.elastic.several import ACCELERATE, FSDP2, assert_close, in_processes, launched, one_and_two
+from tests.elastic.several import (
+    ACCELERATE,
+    FORKED,
+    FSDP2,
+    TORCHRUN,
+    assert_close,
+    in_processes,
+    launched,
+    one_and_two,
+)
 from tests.pico.language import RUN_SETTINGS
 
 Configure = Callable[..., RunConfig]
@@ -36,7 +45,7 @@ LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 def runs(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs = {name: configure(*settings, **flags) for name, (settings, flags) in LANGUAGE.items()}
     caches = {"one-price": "cache", "two-price": "cache", "two-range": "cache", "two-accumulation": "layers"}
-    return one_and_two(configs, tmp_path_factory.mktemp("runs"), caches)
+    return one_and_two(configs, tmp_path_factory.mktemp("runs"), caches, TORCHRUN)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -82,16 +91,16 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
 
 
 @pytest.mark.parametrize(
-    ("fails", "step"),
-    [("1:4:refuses", 3), ("1:4:raises", 3), ("0:4:raises", 3), ("1:4:dies", 3)],
+    ("fails", "launcher"),
+    [("1:4:refuses", FORKED), ("1:4:raises", TORCHRUN), ("0:4:raises", FORKED), ("1:4:dies", TORCHRUN)],
     ids=["all know", "one knows", "the first knows", "none knows"],
 )
 def test_a_process_that_fails_costs_one_line_and_no_step(
-    fails: str, step: int, runs: Path, model_folder: Path, text_file: Path, tmp_path: Path
+    fails: str, launcher: Sequence[object], runs: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ):
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = ["distill", "--model", model_folder, "--data", text_file, "--target-compute", 0.8, *settings]
-    done = launched(2, *command, "--output", tmp_path / "run", FAILS=fails)
+    done = launched(2, *command, "--output", tmp_path / "run", launcher=launcher, FAILS=fails)
     said = [line for line in done.stderr.splitlines() if line.startswith("elastic: ")]
     assert done.returncode != 0 and done.stdout == ""
     if "dies" not in fails:
@@ -99,13 +108,13 @@ def test_a_process_that_fails_costs_one_line_and_no_step(
     if "refuses" in fails:
         assert said == ["elastic: error: the batch is odd"]
     _, about = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
-    assert about["step"] == step
+    assert about["step"] == 3
     if "dies" not in fails:
         return
     one, two = tmp_path / "one", tmp_path / "run"
     shutil.copytree(two, one)
     trainer.resume(one, say=lambda _: None)
-    in_processes(2, {two: None}, tmp_path)
+    in_processes(2, {two: None}, tmp_path, launcher=FORKED)
     assert_close(one, two)
 
 
@@ -124,7 +133,7 @@ def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     assert {row["machine"]["processes"] for row in rows} == {2} and done.stdout.count("4 points") == 1
     (run,) = (tmp_path / "sweep" / "runs").iterdir()
     command = ["eval", run, "--data", text_file, "--compute", 0.8, "--baselines", "uniform", "teal", "--json"]
-    ours = json.loads(launched(2, *command).stdout)["rows"]
+    ours = json.loads(launched(2, *command, launcher=FORKED).stdout)["rows"]
     options = {"data": str(text_file), "compute": [0.8], "baselines": ["uniform", "teal"]}
     alone = measure_run(str(run), say=lambda _: None, **options)
     assert [row["tokens"] for row in ours] == [4000] * 3
