@@ -16,7 +16,7 @@ from students.execution.site import Site
 from students.execution.tokens import scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
-from students.routers import ChannelRouter, Lora, selection
+from students.routers import ChannelRouter, Lora
 
 
 class RoutedLinear(Wrapper):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from students.architectures import Architecture
 from students.execution.linear import RoutedLinear
 
-ACTIVATIONS = (F.silu, partial(F.gelu, approximate="tanh"))
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
 """Those that `ops.gated_grad` knows, in the order of its numbers."""
 
 
@@ -24,9 +25,10 @@ def join_product(block: nn.Module, record: Architecture) -> None:
     if len(record.mlp_in) != 2:
         return
     names = (name for site in ("mlp_in", "mlp_out") for name in record.linears(site))
-    gate, up, behind = (block.get_submodule(name) for name in names)
-    if not all(isinstance(layer, RoutedLinear) for layer in (gate, up, behind)) or "channel" not in behind.routers:
+    routed = [layer for layer in map(block.get_submodule, names) if isinstance(layer, RoutedLinear)]
+    if len(routed) != 3 or "channel" not in routed[2].routers:
         return
+    gate, up, behind = routed
     static = behind.routers["channel"].spec.network == "static"
     kind = _kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
     if kind is not None and not (static or behind.part or behind.lora is not None):
