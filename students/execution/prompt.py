@@ -251,7 +251,7 @@ class Prompts:
         """What `generate` is called with, for what it was called with: images are looked at."""
         look = self.model.base_model.get_image_features
         takes = {name for name in inspect.signature(look).parameters if kwargs.get(name) is not None}
-        if "pixel_values" not in takes:
+        if not isinstance(kwargs.get("pixel_values"), Tensor) or kwargs.get("mm_encoder_outputs") is not None:
             return kwargs
         pixels, self.tower.recorder = kwargs["pixel_values"].to(self.model.device), recorder
         if takes == {"pixel_values"} and pixels.ndim == 4:
