@@ -206,7 +206,8 @@ def _train(
     def backward() -> tuple[Tensor, Sums, Tensor]:
         """Gradients of a step, those of all processes added up; returns its loss, and of this process's rows what was
         measured and which parts [B, K] of the budgets they are for."""
-        loss, measured, weights = torch.zeros((), device=device), None, []
+        loss, weights = torch.zeros((), device=device), list[Tensor]()
+        measured: Sums | None = None
         for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
             lesson = launch.together(partial(lessons.load, part_of(number), following=part_of(number + 1)))
             rows = draw(knots, train.batch, train.seed * 1_000_003 + number * train.batch)[own.start : own.stop]
@@ -218,6 +219,7 @@ def _train(
             loss += part.detach() / train.accumulation
             measured = seen if measured is None else measured + seen
         launch.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
+        assert measured is not None, "a step has micro-batches"
         return loss, measured, torch.cat(weights)
 
     schedule = Schedule(train, run.about, state.step)
@@ -317,14 +319,16 @@ def _start(
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
-    alone, limits, maps = limit_parameters(student.model), [], []
+    alone = limit_parameters(student.model)
+    limits: list[torch.nn.Parameter] = []
+    maps: list[torch.nn.Parameter] = []
     for parameter in student.added_parameters().values():
         (limits if parameter in alone else maps).append(parameter)
-    groups = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
+    groups: list[dict[str, Any]] = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
 
 
-def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, float]:
+def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, Any]:
     tokens = float(measured.tokens)
     return {
         "step": state.step,

@@ -5,41 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic import launch
-from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
+from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
 from losses import HIDDEN_DISTANCES, per_layer
 from students.families.image import Features, ImageStudent
 
 
 @dataclass
 class Measured(Sums):
-    """Sums over the images of a batch, on the device; add them up and divide by `tokens`."""
-
-    tokens: Tensor
-    """Images."""
-    kl: Tensor
-    """Divergence of the class distributions, in nats; 0 where the model has no classifier."""
-    macs: dict[str, Tensor]
-    """Student's compute."""
-    dense: dict[str, Tensor]
-    """Teacher's compute."""
-    rows: dict[str, Tensor]
-    """For each image its "kl", in nats, and its "compute", as a share of the teacher's."""
+    """Sums over the images of a batch."""
 
 
-class Distillation(nn.Module):
-    """Student and loss in one module; the loss is that of the images of all processes."""
+class Distillation(Objective):
+    """Divergence of class distributions and features, and compute."""
 
-    def __init__(self, student: ImageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
-        super().__init__()
-        self.student = student
-        self.loss = loss
-        self.budget = budget
-        self.divergence = divergence_of(loss)
-        self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
+    student: ImageStudent
 
     @torch.no_grad()
     def teach(self, pixels: Tensor) -> Taught:
@@ -78,9 +60,8 @@ class Distillation(nn.Module):
             apart = per_layer(HIDDEN_DISTANCES[loss.hidden], *pairs)
             total = total + loss.hidden_weight * launch.mean_of(apart, len(pixels))
         macs, kl = macs.detach(), kl.detach()
-        phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
-        rows = {"kl": kl, "compute": macs / dense}
-        return total, Measured(torch.tensor(len(pixels), device=pixels.device), kl.sum(), *phases, rows)
+        images, rows = torch.tensor(len(pixels), device=pixels.device), {"kl": kl, "compute": macs / dense}
+        return total, Measured(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
 
     def _compared(self, features: Features) -> Taught:
         """What the classifier reads, or after every block the tokens that are always there, if the loss compares it."""

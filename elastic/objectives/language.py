@@ -7,25 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic import launch
 from elastic.accounting.language import prompt_mask
 from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
+from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
 from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer, top_of, topk_kl_to
-from students.compute import PHASES, Phase
+from students.compute import PHASES
 from students.families.language import LanguageStudent
 
 
 @dataclass
 class Measured(Sums):
-    """Sums over the tokens of a batch, on the device; add them up and divide by `tokens`."""
+    """Sums over the tokens of a batch."""
 
-    tokens: Tensor
-    """Tokens that quality is measured on."""
-    kl: Tensor
-    """Divergence from the teacher, in nats (the configured one in training, forward KL in evaluation)."""
     agreement: Tensor
     """Tokens at which student and teacher have the same most likely next token; like the two below, not in training."""
     nll: Tensor
@@ -33,26 +29,16 @@ class Measured(Sums):
     teacher_nll: Tensor
     predicted: Tensor
     """Tokens that nll is summed over: those with a successor."""
-    macs: dict[Phase, Tensor]
-    """Student's compute, by phase."""
-    dense: dict[Phase, Tensor]
-    """Teacher's compute, by phase."""
-    rows: dict[str, Tensor]
-    """For each window its "kl", in nats per token, and its "compute", as a share of the teacher's."""
 
 
-class Distillation(nn.Module):
-    """Student and loss in one module; the loss is that of the rows of all processes."""
+class Distillation(Objective):
+    """Divergence of next-token distributions, chunk by chunk, and compute in both phases."""
+
+    student: LanguageStudent
 
     def __init__(self, student: LanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
-        super().__init__()
-        self.student = student
-        self.loss = loss
-        self.budget = budget
-        self.prompt = data.prompt
-        self.divergence = divergence_of(loss)
+        super().__init__(student, loss, budget, data)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
-        self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
         self.likeliest = loss.logits == "topk_kl" and not loss.hidden_weight
         """Whether a few of the teacher's tokens are all that training needs."""
 
@@ -67,13 +53,14 @@ class Distillation(nn.Module):
         taught = {name: x.flatten(0, 1) for name, x in states.items()}
         if not (self.likeliest and self.training):
             return taught
-        options = {"k": self.loss.k, "temperature": self.loss.temperature}
+        options: dict[str, Any] = {"k": self.loss.k, "temperature": self.loss.temperature}
         parts = [top_of(self.student.logits(x)[0], **options) for x in taught["hidden"].split(self._chunk_rows(ids))]
         return {n: torch.cat(part) for n, part in zip(("masses", "tokens"), zip(*parts, strict=True), strict=True)}
 
     def _chunk_rows(self, ids: Tensor) -> int:
         model = self.student.model
-        return default_chunk_rows(model.config.vocab_size, model.get_input_embeddings().weight.dtype, ids.device)
+        weight = model.get_input_embeddings().get_parameter("weight")
+        return default_chunk_rows(model.config.vocab_size, weight.dtype, ids.device)
 
     @property
     def keeps(self) -> str:
@@ -119,7 +106,9 @@ class Distillation(nn.Module):
             "compute": macs[phase] / student.compute.dense(valid, phase).sum(1),
         }
         macs = {p: m.sum() for p, m in macs.items()}
-        return total, Measured(counted.sum(), rows[:, 0].sum(), *sums, counted[:, :-1].sum(), macs, dense, each)
+        agreement, nll, teacher_nll = sums
+        kl, predicted = rows[:, 0].sum(), counted[:, :-1].sum()
+        return total, Measured(counted.sum(), kl, macs, dense, each, agreement, nll, teacher_nll, predicted)
 
     def _compared(self, out: Any) -> Taught:
         """Final states, or those behind each block, as the loss compares them: [B, T, D]."""

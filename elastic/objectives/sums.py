@@ -9,12 +9,13 @@ from operator import add
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic import launch
-from elastic.config import BudgetConfig, LossConfig
+from elastic.config import BudgetConfig, DataConfig, LossConfig
 from losses import DIVERGENCES, capacity_hinge, load_balance, topk_bce
 from students import RouterSpec, Student
+from students.compute import Phase
 from students.decisions import Decisions
 from students.kernels.autograd import forward_kl
 
@@ -27,8 +28,20 @@ one sample behind the other."""
 
 @dataclass
 class Sums:
-    """A dataclass of sums, tensors or dictionaries of tensors, that add up field by field; of `rows`, one follows the
-    other."""
+    """Sums over a batch, on the device: tensors and dictionaries of tensors that add up field by field; of `rows`, one
+    follows the other. These fields are every family's."""
+
+    tokens: Tensor
+    """What quality is measured on: tokens of text or of answers, or images."""
+    kl: Tensor
+    """Their divergence from the teacher, in nats (the configured one in training, forward KL in evaluation); 0 where an
+    image model has no classifier."""
+    macs: dict[Phase, Tensor]
+    """Student's compute, by phase."""
+    dense: dict[Phase, Tensor]
+    """Teacher's compute, by phase."""
+    rows: dict[str, Tensor]
+    """For each window, image or prompt its "kl", in nats per token, and its "compute", as a share of the teacher's."""
 
     def __add__(self: T, other: T) -> T:
         def added(name: str, a: Any, b: Any) -> Any:
@@ -45,6 +58,22 @@ class Sums:
             return {key: tensor.cpu() for key, tensor in a.items()} if isinstance(a, dict) else a.cpu()
 
         return type(self)(*(moved(getattr(self, f.name)) for f in fields(self)))
+
+
+class Objective(nn.Module):
+    """Student and loss in one module; the loss is that of the rows of all processes."""
+
+    student: Student
+
+    def __init__(self, student: Student, loss: LossConfig, budget: BudgetConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.budget = budget
+        self.prompt = data.prompt
+        self.divergence = divergence_of(loss)
+        self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
+        """Whether states behind every block are compared."""
 
 
 def of_all(measured: T | None) -> T:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic import launch
 from elastic.accounting.vision_language import spent_on
-from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Sums, Taught, divergence_of, routing_loss
+from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
 from losses import HIDDEN_DISTANCES
+from students.compute import Phase
 from students.decisions import Decisions
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.prompts import Prompts
@@ -19,37 +19,20 @@ from teachers.data.prompts import Prompts
 
 @dataclass
 class Measured(Sums):
-    """Sums over the prompts of a batch, on the device; add them up and divide by `tokens`."""
+    """Sums over the prompts of a batch."""
 
-    tokens: Tensor
-    """Tokens of answers."""
-    kl: Tensor
-    """Divergence of their distributions, in nats."""
     kept: Tensor
     """Image tokens that passed the door."""
     image: Tensor
     """Image tokens."""
     vision: Tensor
     """Student's compute in vision tower and projector."""
-    macs: dict[str, Tensor]
-    """Student's compute."""
-    dense: dict[str, Tensor]
-    """Teacher's compute."""
-    rows: dict[str, Tensor]
-    """For each prompt its "kl", in nats per token of the answer, and its "compute", as a share of the teacher's."""
 
 
-class Distillation(nn.Module):
-    """Student and loss in one module; the loss is that of the prompts of all processes."""
+class Distillation(Objective):
+    """Divergence of the distributions of answers, and compute."""
 
-    def __init__(
-        self, student: VisionLanguageStudent, loss: LossConfig, budget: BudgetConfig, data: DataConfig
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.loss = loss
-        self.budget = budget
-        self.divergence = divergence_of(loss)
+    student: VisionLanguageStudent
 
     @torch.no_grad()
     def teach(self, prompts: Prompts) -> Taught:
@@ -103,7 +86,9 @@ def _text(prompts: Prompts) -> Tensor:
 
 def text_rows(chosen: Tensor, decisions: Decisions) -> Tensor:
     """Where text tokens chosen [B, T] are in the output, which may have no rows for some image tokens."""
-    return chosen if decisions.index is None else chosen.gather(1, decisions.index) & decisions.valid
+    if decisions.index is None or decisions.valid is None:
+        return chosen
+    return chosen.gather(1, decisions.index) & decisions.valid
 
 
 def measured_on(
@@ -114,6 +99,7 @@ def measured_on(
     kept = image if share is None else (share.detach() * prompts.image).sum()
     owner = prompts.answers.nonzero()[:, 0]
     each = kl.new_zeros(len(prompts)).index_add(0, owner, kl) / prompts.answers.sum(1)
-    phases = {"prefill": macs.sum()}, {"prefill": dense.sum()}
+    spent: dict[Phase, Tensor] = {"prefill": macs.sum()}
+    whole: dict[Phase, Tensor] = {"prefill": dense.sum()}
     rows = {"kl": each, "compute": macs / dense}
-    return Measured(prompts.answers.sum(), kl.sum(), kept, image, vision.sum(), *phases, rows)
+    return Measured(prompts.answers.sum(), kl.sum(), spent, whole, rows, kept, image, vision.sum())
