@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from students import Student
-from students.architectures import architecture_of, sizes_of, weight_of
+from students.architectures import architecture_of, shape_of, sizes_of, weight_of
 from students.architectures.record import LINEAR_SITES
 
 ADDED = 0.06
@@ -80,9 +80,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
     each, streams = [], 0
     for block in blocks:
-        sizes = {
-            site: [weight_of(block.get_submodule(name)).shape for name in record.linears(site)] for site in LINEAR_SITES
-        }
+        sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in LINEAR_SITES}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
         width, neurons = read["attn_in"], read["mlp_out"]
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes[site])
