@@ -11,6 +11,7 @@ from torch import Tensor
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution.decoding import Decoding
+from students.execution.prompt import Read
 from students.families.language import LanguageStudent
 from students.kernels import ops
 from students.libraries import cache_of
@@ -39,8 +40,8 @@ def of_a_block(make_decoding: object, rows: int) -> Counter[str]:
     for blocks in (2, 3):
         decoding: Decoding = make_decoding(blocks)
         tokens = torch.randint(3, 120, (rows, 7), generator=torch.Generator().manual_seed(0))
-        cache = cache_of(decoding.model(tokens, use_cache=True))
-        step, run = decoding._begin(cache, None, 1)
+        out = decoding.model(tokens, use_cache=True)
+        step, run = decoding._begin(Read(out.logits[:, -1], cache_of(out)), None)
         step.advance(tokens[:, 0])
         run()
         step.advance(tokens[:, 0])

@@ -71,7 +71,7 @@ def left_over(student: Student) -> list[tuple[str, Any]]:
     return [
         (name, v)
         for name, v in found
-        if v is not None and v != 0 and not (isinstance(v, list) and not any(x is not None for x in v))
+        if v is not None and v not in (0, {}) and not (isinstance(v, list) and not any(x is not None for x in v))
     ]
 
 
