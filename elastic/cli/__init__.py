@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141 where whoever reads the output closed the pipe.
     """
+    logging.getLogger("torch.utils._pytree").addFilter(_is_news)
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
@@ -40,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.is_main():
             print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a remark of torch is none that it makes wherever torchao is installed, which transformers imports then."""
+    return "is an Enum subclass" not in record.getMessage()
 
 
 def _left_to_the_first() -> bool:
