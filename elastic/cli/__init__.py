@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a remark of torch is none that it makes wherever torchao is installed, which transformers imports then."""
+    """Whether a remark of torch is not what it says wherever torchao, which transformers imports, is installed."""
     return "is an Enum subclass" not in record.getMessage()
 
 
