@@ -60,6 +60,7 @@ class Student(nn.Module):
         """Of the routed model, and of the teacher."""
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
+        self._spread = are_spread(model)
         vars(model).update(save_pretrained=_keep_frozen)
 
     @contextmanager
@@ -126,7 +127,7 @@ class Student(nn.Module):
         self._pack()
 
     def _prepare(self) -> None:
-        if are_spread(self.model):
+        if self._spread:
             raise ValueError("weights that are spread over processes are not laid out for skipping: execute as masks")
         run, written = self.runtime, writes(self._added)
         moved = self._laid_out.renew([self._frozen], written)
