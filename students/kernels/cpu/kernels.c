@@ -57,11 +57,23 @@ static void *scratch(size_t size) {
             for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);                   \
     }
 
-#define DOT(S, T)                                                        \
-    static inline float dot_##S(const T *a, const float *b, int64_t n) { \
-        float sum = 0;                                                   \
-        for (int64_t j = 0; j < n; j++) sum += up_##S(a[j]) * b[j];      \
-        return sum;                                                      \
+#define DOT(S, T)                                                                                         \
+    static inline float dot_##S(const T *a, const float *b, int64_t n) {                                  \
+        float sum = 0;                                                                                    \
+        for (int64_t j = 0; j < n; j++) sum += up_##S(a[j]) * b[j];                                       \
+        return sum;                                                                                       \
+    }                                                                                                     \
+    /* the same, while another row of as many numbers is fetched, a cache line for each that is read */   \
+    static inline float dot_fetching_##S(const T *a, const T *other, const float *b, int64_t n) {         \
+        enum { line = 64 / sizeof(T) };                                                                   \
+        float sums[line] = {0}, sum = 0;                                                                  \
+        int64_t j = 0;                                                                                    \
+        for (; j + line <= n; j += line) {                                                                \
+            __builtin_prefetch(other + j);                                                                \
+            for (int i = 0; i < line; i++) sums[i] += up_##S(a[j + i]) * b[j + i];                        \
+        }                                                                                                 \
+        for (int i = 0; i < line; i++) sum += sums[i];                                                    \
+        return sum + dot_##S(a + j, b + j, n - j);                                                        \
     }
 
 // Several linear layers that read one input x [I], side by side: out[O] = bias + sum of x[k] * w[k, :] over the
@@ -148,10 +160,9 @@ static void *scratch(size_t size) {
             for (int64_t k = 0; k < n; k++) {                                                                   \
                 int64_t v = mine[k];                                                                            \
                 const T *next = head + mine[k + 2 < n ? k + 2 : k] * D;                                         \
-                for (int64_t j = 0; j < D; j += 64 / sizeof(T)) __builtin_prefetch(next + j);                   \
                 for (int64_t b = 0; b < B; b++) {                                                               \
                     if (up_##S(preview[b * V + v]) < limit[b]) continue;                                        \
-                    float sum = dot_##S(head + v * D, values + b * D, D);                                       \
+                    float sum = dot_fetching_##S(head + v * D, next, values + b * D, D);                        \
                     out[b * V + v] = down_##S(sum + (bias ? up_##S(bias[v]) : 0));                              \
                 }                                                                                               \
             }                                                                                                   \
