@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -146,11 +146,6 @@ def _as_one() -> Iterator[None]:
 def share(count: int) -> range:
     """Which of so many rows are this process's own."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
-
-
-def own(items: Sequence[T]) -> Sequence[T]:
-    """Which of these are this process's own: every so manieth."""
-    return items[rank() :: size()]
 
 
 def total(x: Tensor) -> Tensor:
