@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
+from elastic.settings import from_dict, merge, near, presets, put, read_yaml, section_of
 from elastic.traits import TRAITS
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import ModelEntry, models, resolve
@@ -281,11 +281,6 @@ class RunConfig:
             part = getattr(self, section)
             if not works and getattr(part, key) != getattr(type(part), key):
                 raise ValueError(f"{name} is {getattr(part, key)}, which has no effect without {needs}")
-
-
-def presets() -> list[str]:
-    """Names of the presets that come with Elastic."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("configs").joinpath("presets").iterdir())
 
 
 def make_config(

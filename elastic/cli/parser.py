@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from elastic import launch
 from elastic.cli import measuring, showing, training
+from elastic.settings import presets
 
 EXAMPLES = """examples:
   elastic distill --model smollm2-135m --target-compute 0.7
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="C",
         help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any",
     )
-    distill.add_argument("--preset", help="default, elastiformer, router-tuning, mixture-of-depths or static")
+    distill.add_argument("--preset", help=f"one of {', '.join(presets())}")
     distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
     distill.add_argument("--output", type=expanduser, metavar="RUN", help="run folder (default runs/MODEL-C)")
     distill.add_argument("--steps", type=int, help="optimizer steps")

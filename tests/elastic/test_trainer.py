@@ -25,13 +25,13 @@ from elastic import trainer
 from elastic.accounting.language import measured_compute
 from elastic.bench import bench_run
 from elastic.cli import main
-from elastic.config import RunConfig, presets
+from elastic.config import RunConfig
 from elastic.distillation import dial
 from elastic.distillation.lessons import picked
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import Run
-from elastic.settings import to_dict
+from elastic.settings import presets, to_dict
 from elastic.timing.passes import medians
 from students import checkpoint
 from students.checkpoint import read_tensors
