@@ -94,14 +94,13 @@ def sweep_command(options: argparse.Namespace) -> int | None:
     from rich.table import Table
 
     keys = list(dict.fromkeys(key for row in rows for key, _, _ in row["metrics"]))
-    table = Table("model", "preset", "seed", "asked", "compute", *(key.replace("_", " ") for key in keys))
+    names = [key for key in ("model", "preset", "seed") if len({row[key] for row in rows}) > 1]  # not what all share
+    table = Table(*names, "student", "asked", "compute", *(key.replace("_", " ") for key in keys))
     for row in rows:
-        name = row["preset"] if row["baseline"] is None else f"{row['baseline']} (baseline of {row['preset']})"
+        which = (*(str(row[key]) for key in names), row["baseline"] or "trained")
         numbers = (f"{row['compute_target']:.3f}", f"{row['compute']:.3f}")
-        table.add_row(
-            row["model"], name, str(row["seed"]), *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys)
-        )
-    Console().print(table)
+        table.add_row(*which, *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys))
+    Console(width=160).print(table)
     print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
     return _report_missed(rows)
 
