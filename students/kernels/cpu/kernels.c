@@ -62,18 +62,25 @@ static void *scratch(size_t size) {
         float sum = 0;                                                                                    \
         for (int64_t j = 0; j < n; j++) sum += up_##S(a[j]) * b[j];                                       \
         return sum;                                                                                       \
-    }                                                                                                     \
-    /* the same, while another row of as many numbers is fetched, a cache line for each that is read */   \
-    static inline float dot_fetching_##S(const T *a, const T *other, const float *b, int64_t n) {         \
-        enum { line = 64 / sizeof(T) };                                                                   \
-        float sums[line] = {0}, sum = 0;                                                                  \
-        int64_t j = 0;                                                                                    \
-        for (; j + line <= n; j += line) {                                                                \
-            __builtin_prefetch(other + j);                                                                \
-            for (int i = 0; i < line; i++) sums[i] += up_##S(a[j + i]) * b[j + i];                        \
-        }                                                                                                 \
-        for (int i = 0; i < line; i++) sum += sums[i];                                                    \
-        return sum + dot_##S(a + j, b + j, n - j);                                                        \
+    }
+
+// sum[i] = r[i][:] . x[i][:] for eight rows of n numbers, read as add_rows reads them, while those of `next` come
+#define EIGHT_DOTS(S, T)                                                                                               \
+    static void eight_dots_##S(const T *const *r, const T *const *next, const float *const *x, int64_t n, float *sum) { \
+        enum { line = 64 / sizeof(T) };                                                                                \
+        float sums[8][line] = {0};                                                                                     \
+        int64_t whole = n / line * line, ahead = AHEAD / sizeof(T);                                                    \
+        if (ahead > whole) ahead = whole;                                                                              \
+        for (int64_t from = 0; from < whole; from += line) {                                                           \
+            int64_t at = from + ahead;                                                                                 \
+            for (int i = 0; i < 8; i++) __builtin_prefetch(at < n ? r[i] + at : next[i] + (at - n));                   \
+            for (int i = 0; i < 8; i++)                                                                                \
+                for (int j = 0; j < line; j++) sums[i][j] += up_##S(r[i][from + j]) * x[i][from + j];                  \
+        }                                                                                                              \
+        for (int i = 0; i < 8; i++) {                                                                                  \
+            sum[i] = dot_##S(r[i] + whole, x[i] + whole, n - whole);                                                   \
+            for (int j = 0; j < line; j++) sum[i] += sums[i][j];                                                       \
+        }                                                                                                              \
     }
 
 // Several linear layers that read one input x [I], side by side: out[O] = bias + sum of x[k] * w[k, :] over the
@@ -133,43 +140,52 @@ static void *scratch(size_t size) {
 
 // out[b][v] = head[v, :] . x[b] + bias[v] where preview[b][v] reaches limit[b], else preview + tail; head [V, D],
 // x [B, D], preview and out [B, V]; bias may be NULL. count[b]: how many rows were exact.
-#define EXACT_ROWS(S, T)                                                                                        \
-    void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,               \
-                        const T *preview, const float *limit, float tail, T *out, int64_t *count, int threads) { \
-        int64_t *chosen = scratch(sizeof(int64_t) * V + sizeof(float) * B * D);                                 \
-        float *values = (float *)(chosen + V);                                                                  \
-        for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                           \
-        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                           \
-        _Pragma("omp parallel num_threads(threads)") {                                                          \
-            int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                             \
-            int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from;                      \
-            for (int64_t v = from; v < to; v++) {                                                               \
-                int needed = 0;                                                                                 \
-                for (int64_t b = 0; b < B; b++) needed |= up_##S(preview[b * V + v]) >= limit[b];               \
-                if (needed) mine[n++] = v;                                                                      \
-            }                                                                                                   \
-            for (int64_t b = 0; b < B; b++) {                                                                   \
-                int64_t exact = 0;                                                                              \
-                for (int64_t v = from; v < to; v++) {                                                           \
-                    float guess = up_##S(preview[b * V + v]);                                                   \
-                    out[b * V + v] = down_##S(guess + tail);                                                    \
-                    exact += guess >= limit[b];                                                                 \
-                }                                                                                               \
-                _Pragma("omp atomic") count[b] += exact;                                                        \
-            }                                                                                                   \
-            for (int64_t k = 0; k < n; k++) {                                                                   \
-                int64_t v = mine[k];                                                                            \
-                const T *next = head + mine[k + 2 < n ? k + 2 : k] * D;                                         \
-                for (int64_t b = 0; b < B; b++) {                                                               \
-                    if (up_##S(preview[b * V + v]) < limit[b]) continue;                                        \
-                    float sum = dot_fetching_##S(head + v * D, next, values + b * D, D);                        \
-                    out[b * V + v] = down_##S(sum + (bias ? up_##S(bias[v]) : 0));                              \
-                }                                                                                               \
-            }                                                                                                   \
-        }                                                                                                       \
+#define EXACT_ROWS(S, T)                                                                                           \
+    void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,                 \
+                        const T *preview, const float *limit, float tail, T *out, int64_t *count, int threads) {   \
+        enum { near = 64 }; /* rows that stay in the cache until all inputs have had them */                       \
+        int64_t *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
+        float *values = (float *)(chosen + V * B);                                                                 \
+        for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                              \
+        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                              \
+        _Pragma("omp parallel num_threads(threads)") {                                                             \
+            int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                                \
+            int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from * B;                     \
+            for (int64_t first = from; first < to; first += near)                                                  \
+                for (int64_t b = 0; b < B; b++) {                                                                  \
+                    const T *guess = preview + b * V;                                                              \
+                    for (int64_t v = first; v < first + near && v < to; v++) {                                     \
+                        mine[n] = b << 32 | v;                                                                     \
+                        n += up_##S(guess[v]) >= limit[b];                                                         \
+                    }                                                                                              \
+                }                                                                                                  \
+            for (int64_t b = 0; b < B; b++) {                                                                      \
+                int64_t exact = 0;                                                                                 \
+                for (int64_t v = from; v < to; v++) {                                                              \
+                    float guess = up_##S(preview[b * V + v]);                                                      \
+                    out[b * V + v] = down_##S(guess + tail);                                                       \
+                    exact += guess >= limit[b];                                                                    \
+                }                                                                                                  \
+                _Pragma("omp atomic") count[b] += exact;                                                           \
+            }                                                                                                      \
+            for (int64_t k = 0; k < n; k += 8) {                                                                   \
+                const T *r[8], *next[8];                                                                           \
+                const float *with[8];                                                                              \
+                int64_t v[8], b[8];                                                                                \
+                float sum[8];                                                                                      \
+                for (int64_t i = 0; i < 8; i++) { /* the last one fills up what is missing of eight */             \
+                    int64_t at = mine[k + i < n ? k + i : n - 1], later = mine[k + 8 + i < n ? k + 8 + i : n - 1]; \
+                    v[i] = (uint32_t)at, b[i] = at >> 32;                                                          \
+                    r[i] = head + v[i] * D, next[i] = head + (uint32_t)later * D, with[i] = values + b[i] * D;     \
+                }                                                                                                  \
+                eight_dots_##S(r, next, with, D, sum);                                                             \
+                for (int i = 0; i < 8; i++)                                                                        \
+                    out[b[i] * V + v[i]] = down_##S(sum[i] + (bias ? up_##S(bias[v[i]]) : 0));                     \
+            }                                                                                                      \
+        }                                                                                                          \
     }
 
-#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
+#define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) EIGHT_DOTS(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)
