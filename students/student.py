@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
-from students.kernels.attention_gradient import fast_attention_gradients
+from students.kernels.attention_gradient import fast_attention_gradients, recomputing
 from students.kernels.packing import MOST_ROWS, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
@@ -78,8 +78,7 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            recomputes = self.recompute or self.runtime.recompute
-            with nullcontext() if recomputes else fast_attention_gradients(self._frozen.device):
+            with fast_attention_gradients(self._frozen.device):
                 yield run.decisions
         finally:
             run.decisions = None
@@ -110,11 +109,15 @@ class Student(nn.Module):
     def checkpoint_blocks(self) -> None:
         """Recompute each block's activations in backward instead of keeping them (non-reentrant)."""
         self.recompute = True
+        again = partial(checkpoint, use_reentrant=False, context_fn=self._recomputing)
         block: Any
         for block in self.blocks:
             block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            block._gradient_checkpointing_func = again
         self.train(self.training)
+
+    def _recomputing(self) -> Any:
+        return recomputing(self._frozen.device)
 
     def prepare(self) -> None:
         """Lay out frozen weights for skip execution, and make what it reads of corrections, routers and the dial.

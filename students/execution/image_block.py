@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from students.execution.runtime import Runtime
 from students.execution.tokens import for_tokens, gather_open
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
+from students.kernels.attention_gradient import recomputing
 from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
 from students.routers import Router, selection
 
@@ -345,7 +347,8 @@ class RoutedBlock(Wrapper):
         """The block, whose activations are kept for backward or not."""
         out: Tensor
         if self.runtime.recompute and torch.is_grad_enabled():
-            out = checkpoint(self.base_layer, x, *args, use_reentrant=False, **kwargs)
+            again = partial(recomputing, x.device)
+            out = checkpoint(self.base_layer, x, *args, use_reentrant=False, context_fn=again, **kwargs)
         else:
             out = self.base_layer(x, *args, **kwargs)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def rms_norm(x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) ->
 
 
 class Attention(torch.autograd.Function):
-    """torch's attention, of which backward makes the weights again as one matrix of scores.
+    """torch's attention, of which backward makes the weights again, a block of queries of some sequences at a time.
 
     query [B, H, T, d], key and value [B, K, C, d] -> [B, H, T, d]; each key head serves H / K query heads.
     """
@@ -135,23 +135,63 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        batch, heads, tokens, _ = key.shape
-        shape = (*query.shape[:-1], tokens)
-        # the query heads that share a key head follow each other, as rows of one matrix
-        q, out, k, v = (
-            rearrange(x, "b (h g) t d -> (b h) (g t) d", h=heads) for x in (query * ctx.scale, grad, key, value)
-        )
-        score = torch.bmm(q, k.transpose(1, 2)).view(shape)
-        if mask is not None:
-            least = torch.finfo(score.dtype).min
-            score = score.masked_fill_(~mask, least) if mask.dtype == torch.bool else score + mask
-        weight, slope = score.contiguous(), torch.bmm(out, v.transpose(1, 2)).view(shape)
-        ops.softmax_grad(weight, slope, shape[-2] if ctx.causal else 0)
-        grad_mask = slope.sum_to_size(mask.shape).to(mask.dtype) if ctx.needs_input_grad[3] else None
-        slope, weight = (rearrange(x, "b (h g) t k -> (b h) (g t) k", h=heads) for x in (slope, weight))
-        grad_query = torch.bmm(slope, k).mul_(ctx.scale).view(query.shape)
-        grad_key, grad_value = (
-            rearrange(torch.bmm(by.transpose(1, 2), x), "(b h) k d -> b h k d", b=batch)
-            for by, x in ((slope, q), (weight, out))
-        )
-        return grad_query, grad_key, grad_value, grad_mask, None
+        heads, tokens, causal = key.shape[1], key.shape[2], ctx.causal and query.shape[2] == key.shape[2]
+        if ctx.causal and not causal:
+            mask = torch.ones(query.shape[2], tokens, dtype=torch.bool, device=query.device).tril()
+        key, value = key.contiguous(), value.contiguous()
+        bias = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+        by_query = torch.empty_like(query)
+        by_key, by_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (key, value))
+        by_bias = torch.zeros_like(bias, dtype=_wide(bias)) if bias is not None and ctx.needs_input_grad[3] else None
+        for some, rows in _blocks(query, tokens, causal):
+            here = some, slice(None), slice(rows.stop if causal else tokens)
+            k, v, to_key, to_value = (x[here].flatten(0, 1) for x in (key, value, by_key, by_value))
+            # the query heads that share a key head follow each other, as rows of one matrix
+            q, out = (rearrange(x[some, :, rows], "b (h g) t d -> (b h) (g t) d", h=heads) for x in (query, grad))
+            q = q * ctx.scale
+            weight, slope = torch.bmm(q, k.transpose(1, 2)), torch.bmm(out, v.transpose(1, 2))
+            shape = -1, query.shape[1], rows.stop - rows.start, k.shape[1]
+            if bias is not None:
+                part = _part(bias, some, rows)
+                score, least = weight.view(shape), torch.finfo(weight.dtype).min
+                score.masked_fill_(~part, least) if part.dtype == torch.bool else score.add_(part)
+            ops.softmax_grad(weight.view(shape), slope.view(shape), shape[2] if causal else 0)
+            if by_bias is not None:
+                part = _part(by_bias, some, rows)
+                part += slope.view(shape).sum_to_size(part.shape)
+            to_query = rearrange(torch.bmm(slope, k), "(b h) (g t) d -> b (h g) t d", h=heads, t=shape[2])
+            torch.mul(to_query, ctx.scale, out=by_query[some, :, rows])
+            to_key += torch.bmm(slope.transpose(1, 2), q)
+            to_value += torch.bmm(weight.transpose(1, 2), out)
+        grad_mask = None if by_bias is None else by_bias.view(mask.shape).to(mask.dtype)
+        return by_query, by_key.to(key.dtype), by_value.to(value.dtype), grad_mask, None
+
+
+SCORES = 2**21
+"""Bytes of attention scores that a block of `Attention` holds: what stays in a core's cache."""
+QUERIES = 64
+"""Queries of a sequence that a block of `Attention` has at most where they see only what is before them: keys behind
+them are not read."""
+LEAST = 16
+"""Queries of a block at least."""
+
+
+def _blocks(query: Tensor, keys: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Sequences and queries of each block, of query [B, H, T, d] and so many keys."""
+    batch, heads, tokens, _ = query.shape
+    row = heads * keys * query.element_size()
+    most = max(LEAST, SCORES // row)
+    step = min(most, QUERIES) if causal else min(most, tokens)
+    some = max(1, most // step)
+    for first in range(0, batch, some):
+        for start in range(0, tokens, step):
+            yield slice(first, min(first + some, batch)), slice(start, min(start + step, tokens))
+
+
+def _part(x: Tensor, some: slice, rows: slice) -> Tensor:
+    """Of a mask x [B or 1, H or 1, T or 1, C or 1], what a block sees."""
+    return x[some if len(x) > 1 else slice(None), :, rows if x.shape[2] > 1 else slice(None)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

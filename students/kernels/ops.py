@@ -207,7 +207,8 @@ softmax_grad: Callable[..., None] = _operator(
 )
 """Scores [..., T, K], contiguous as grad is, become their softmax, and gradients by that softmax those by the scores.
 
-tokens: T where the first of T tokens sees one key, the next two and so on; 0 where all see all.
+tokens: T, at most K, where the last of T tokens sees all keys, the one before it one fewer and so on; 0 where all see
+all.
 """
 
 rms_norm: One = _operator(

@@ -172,7 +172,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
     if tokens:
-        hidden = torch.ones(tokens, score.shape[-1], dtype=torch.bool, device=score.device).triu(1)
+        hidden = torch.ones(tokens, score.shape[-1], dtype=torch.bool, device=score.device).triu(
+            score.shape[-1] - tokens + 1
+        )
         score.masked_fill_(hidden, torch.finfo(score.dtype).min)
     weight = score.softmax(-1)
     grad.copy_(torch._softmax_backward_data(grad, weight, -1, score.dtype))

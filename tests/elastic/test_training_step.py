@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -20,8 +22,8 @@ PRESETS = {
     "default, a range": ["budget.target=0.6:0.9", "student.gains=true"],
     "mixture-of-depths": [],
 }
-MOST = 165
-"""Operators for a block: teacher, student and its way back, with norms as torch has them."""
+MOST = 149
+"""Operators for a block: teacher, student and its way back, with norms and attention as torch has them."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +73,9 @@ def test_blocks_that_are_computed_again_decide_the_same(preset: str):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
 
 
-def test_a_block_more_is_few_launches():
+def test_a_block_more_is_few_launches(monkeypatch: pytest.MonkeyPatch):
     """Four gates, and a residual stream that has a way back."""
+    monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())  # it is for CPUs
     counted = []
     for blocks in (2, 3):
         distillation = objective("default", num_hidden_layers=blocks)

@@ -238,12 +238,12 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
     }
 
 // Scores [N, K] become their softmax, and gradients by that softmax those by the scores. tokens: 0, or of every so many
-// rows the first sees one key, the next two ...
+// rows the last sees all keys, the one before it one fewer ...
 #define SOFTMAX_GRAD(S, T)                                                                                       \
     void softmax_grad_##S(T *score, T *grad, int64_t N, int64_t K, int64_t tokens, int threads) {                \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
             T *s = score + n * K, *g = grad + n * K;                                                             \
-            int64_t seen = tokens && n % tokens < K ? n % tokens + 1 : K;                                        \
+            int64_t seen = tokens ? K - tokens + n % tokens + 1 : K;                                        \
             float most = largest_##S(s, seen), sum = 0, mean = 0;                                                \
             for (int64_t k = 0; k < seen; k++) {                                                                 \
                 float e = expf_(up_##S(s[k]) - most);                                                            \

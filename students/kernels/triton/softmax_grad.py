@@ -14,7 +14,7 @@ def _softmax_grad(score, grad, keys, tokens, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     seen = keys
     if tokens > 0:
-        seen = tl.minimum((row % tokens).to(tl.int32) + 1, keys)
+        seen = keys - tokens + (row % tokens).to(tl.int32) + 1
     kind = score.dtype.element_ty
     most = float("-inf")
     total, along = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
