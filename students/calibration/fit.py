@@ -154,7 +154,8 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     sums = torch.zeros(len(shares), 3)  # KL, spread, tail
     for part in picked.split(64):
         features = part @ router.down.T
-        preview, exact = features @ preview_weight.T, part @ weight.float().T
+        preview = features @ preview_weight.T
+        exact = torch.cat([part @ some.float().T for some in weight.split(8192)], 1)
         log_p = (scale * exact).log_softmax(-1)
         above = (preview - features @ router.slope.unsqueeze(-1)) / features.norm(dim=-1, keepdim=True)
         ranked = above.topk(round(max(shares) * len(weight)), dim=-1).values
