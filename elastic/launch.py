@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,6 +68,8 @@ class _Joined:
     device: Any
     group: Any
     """What the host's words go through."""
+    underway: set[Any] = field(default_factory=set)
+    """Exchanges that nobody has waited for yet."""
 
 
 @functools.cache
@@ -104,6 +106,8 @@ def leave() -> None:
         import torch
 
         with _others():
+            for work in _join().underway:
+                work.wait()
             torch.distributed.barrier(group=_join().group)
         torch.distributed.destroy_process_group()
 
@@ -166,17 +170,28 @@ def part() -> tuple[int, int, Any]:
     return joined.rank, joined.size, joined.device
 
 
-def fill(buffer: Tensor) -> None:
-    """Fill a buffer, of which each process has put its own part in place, with all of them."""
+def fill(buffer: Tensor) -> Callable[[], None]:
+    """Begin to fill a buffer, of which each process has put its own part in place, with all of them; returns what waits
+    until it is full (on GPUs: lets what is computed from then on wait)."""
     import torch
 
     joined = _join()
     with _others():
         if buffer.device.type == "cpu":  # gloo would gather into a second buffer
-            for rank, own in enumerate(buffer.chunk(joined.size)):
-                torch.distributed.broadcast(own, rank)
+            parts = enumerate(buffer.chunk(joined.size))
+            works = {torch.distributed.broadcast(own, rank, async_op=True) for rank, own in parts}
         else:
-            torch.distributed.all_gather_into_tensor(buffer, buffer.chunk(joined.size)[joined.rank])
+            own = buffer.chunk(joined.size)[joined.rank]
+            works = {torch.distributed.all_gather_into_tensor(buffer, own, async_op=True)}
+    joined.underway.update(works)
+
+    def wait() -> None:
+        with _others():
+            for work in works:
+                work.wait()
+        joined.underway.difference_update(works)
+
+    return wait
 
 
 def average(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Frozen weights of which each of several processes keeps one part (ZeRO-3, arXiv 1910.02054; FSDP, 2304.11277).
 
 A *unit* of a model, such as a block, is open, its weights whole, from when one of its modules runs, forward or back,
-until another unit is opened: one at a time. Frozen weights have no gradients, so that nothing else is exchanged. The
-model keeps its parameters, which are views of memory that comes and goes: models that share them share the parts.
+until another unit is opened: one at a time. While it is, the one that has always come next is gathered, so that there
+is memory for two. Frozen weights have no gradients, so that nothing else is exchanged. The model keeps its parameters,
+which are views of memory that comes and goes: models that share them share the parts.
 """
 
 from __future__ import annotations
@@ -29,25 +30,58 @@ class Shards:
     """Which part this process keeps."""
     size: int
     """Into how many parts a unit is cut."""
-    gather: Callable[[Tensor], None]
-    """Fills a buffer [bytes] of which this process's part is there with those of the others; all processes call it, in
-    the same order."""
+    gather: Callable[[Tensor], Callable[[], None]]
+    """Begins to fill a buffer [bytes] of which this process's part is there with those of the others, and returns what
+    waits until it is full; all processes call both, in the same order."""
     device: torch.device
     """Where weights are whole."""
     kept_on: torch.device
     """Where the parts are."""
     now: Unit | None = field(default=None, init=False)
     """The unit that is open."""
+    before: Unit | None = field(default=None, init=False)
+    """The one that was open before, which tells a way forward from one back."""
+    ahead: tuple[Unit, Callable[[], None]] | None = field(default=None, init=False)
+    """The unit that is being gathered, and what waits for it."""
+    after: dict[tuple[Unit | None, Unit | None], Unit | None] = field(default_factory=dict, init=False)
+    """What was opened after these two; None where it was not always the same."""
 
     def spread(self, modules: Sequence[nn.Module]) -> None:
         """Make the weights of these modules, which learn nothing, a unit; they may be anywhere."""
         Unit(self, modules)
 
+    def open(self, unit: Unit) -> None:
+        """Have all weights of a unit whole, no other's, and the next one's on their way."""
+        if self.now is unit:
+            return
+        last = self.before, self.now
+        if self.after.setdefault(last, unit) is not unit:
+            self.after[last] = None
+        if self.now is not None:
+            self.now.leave()
+        if self.ahead is None or self.ahead[0] is not unit:
+            self._give_up()
+            self.ahead = unit, unit.enter()
+        self.ahead[1]()
+        self.before, self.now, self.ahead = self.now, unit, None
+        following = self.after.get((self.before, unit))
+        if following is not None:
+            self.ahead = following, following.enter()
+
+    def _give_up(self) -> None:
+        """Gather nothing ahead."""
+        if self.ahead is not None:
+            unit, wait = self.ahead
+            wait()
+            unit.leave()
+            self.ahead = None
+
     def close(self) -> None:
         """Leave no unit open."""
+        self._give_up()
         if self.now is not None:
-            self.now.whole.untyped_storage().resize_(0)
-            self.now = None
+            self.now.leave()
+            self.before = self.now = None
 
 
 class Unit:
@@ -71,8 +105,8 @@ class Unit:
             setattr(weight, UNIT, self)
         self.whole.untyped_storage().resize_(0)
         for module in modules:
-            module.register_forward_pre_hook(self._enter)
-            module.register_forward_hook(self._leave)
+            module.register_forward_pre_hook(self._before)
+            module.register_forward_hook(self._behind)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unit:
         return self  # copies of a model on the same weights have the same units
@@ -94,20 +128,25 @@ class Unit:
 
     def open(self) -> None:
         """Have all weights whole, and no other unit's."""
+        self._shards.open(self)
+
+    def enter(self) -> Callable[[], None]:
+        """Begin to gather all parts; returns what waits for them. (What a GPU does with a buffer is queued in the order
+        of these calls, so that its memory can come from what was freed while it was still being read.)"""
         shards = self._shards
-        if shards.now is self:
-            return
-        shards.close()
         self.whole.untyped_storage().resize_(self._part * shards.size)
         first = shards.rank * self._part
         self.whole[first : first + self._part].copy_(self._kept, non_blocking=True)
-        shards.gather(self.whole)
-        shards.now = self
+        return shards.gather(self.whole)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def leave(self) -> None:
+        """Keep this process's part alone."""
+        self.whole.untyped_storage().resize_(0)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
         self.open()
 
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+    def _behind(self, module: nn.Module, args: Any, out: Any) -> None:
         """Open again before the gradient of what the module puts out goes back through it."""
         for tensor in out if isinstance(out, tuple) else (out,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:

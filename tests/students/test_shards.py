@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("token", substitute=4), Ro
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """The model with its weights in units, as the only process."""
-    shards = Shards(0, 1, lambda buffer: None, CPU, CPU)
+    shards = Shards(0, 1, lambda buffer: lambda: None, CPU, CPU)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     for modules in [*([block] for block in model.model.layers), ends]:
         shards.spread(modules)
@@ -83,9 +85,37 @@ def test_copies_on_the_same_weights_have_the_same_units(tokens: Tensor):
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, other(tokens).logits)
         model.model(tokens)
-    assert present(model) == present(other) == {"model.layers.2"}
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}  # what has followed on the last block each time
+    assert present(model) == present(other) == {"model.layers.2"} | ends
     open_unit(other.model.layers[0].mlp)
     assert present(model) == {"model.layers.0"}
+
+
+def test_the_next_unit_is_on_its_way_while_one_computes():
+    """Forward and back, no more than one ahead, and none where what came next was not always the same."""
+    begun: list[int] = []
+    waited: list[int] = []
+
+    def gather(buffer: Tensor) -> Callable[[], None]:
+        number = next(n for n, layer in enumerate(layers) if layer.weight.data_ptr() == buffer.data_ptr())
+        begun.append(number)
+        return lambda: waited.append(number)
+
+    layers = [nn.Linear(3, 3, bias=False) for _ in range(4)]
+    shards = Shards(0, 1, gather, CPU, CPU)
+    for layer in layers:
+        shards.spread([layer])
+    forward, back = [0, 1, 2, 3], [2, 1]
+    for number in 2 * (forward + back):
+        open_unit(layers[number])
+        assert waited[-1] == number
+        assert sum(bool(layer.weight.untyped_storage().nbytes()) for layer in layers) <= 2
+    assert waited == 2 * (forward + back) and begun == [*waited, 0]
+    for number in 2 * forward:  # no way back
+        open_unit(layers[number])
+    assert begun == waited == 2 * (forward + back) + forward + [2] + forward, "2 is gathered in vain once"
+    shards.close()
+    assert not any(layer.weight.untyped_storage().nbytes() for layer in layers)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -102,11 +132,13 @@ def test_parts_of_all_processes_are_the_weights(size: int):
     pieces = [weight.new_empty(0) for weight in make().parameters()]
     for rank in range(size):
         model = make()
-        shards = Shards(rank, size, lambda buffer, rank=rank: found.append(buffer.chunk(size)[rank].clone()), CPU, CPU)
+        shards = Shards(
+            rank, size, lambda buffer, rank=rank: partial(found.append, buffer.chunk(size)[rank].clone()), CPU, CPU
+        )
         shards.spread([model])
         open_unit(model)
         pieces = [torch.cat(pair) for pair in zip(pieces, map(part_of, model.parameters()), strict=True)]
-    shards.gather = lambda buffer: buffer.copy_(torch.cat(found))
+    shards.gather = lambda buffer: lambda: buffer.copy_(torch.cat(found))
     shards.close()
     open_unit(model)
     for weight, piece, expected in zip(model.parameters(), pieces, make().parameters(), strict=True):
