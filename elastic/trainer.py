@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from elastic import families, launch
-from elastic.accounting.memory import peak_memory
+from elastic.accounting.peaks import line_of
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.interrupt import interruptible
@@ -80,6 +80,7 @@ def distill(
     session: what other runs have in common with this one.
     """
     session = session or Session()
+    session.memory.turn_to("loading")
     _require(config)
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
     kept = _cache(teacher_cache)
@@ -104,6 +105,7 @@ def resume(
     teacher_cache: as in `distill`; None: the one that the run has used so far, if any.
     """
     session = session or Session()
+    session.memory.turn_to("loading")
     run = Run.open(folder)
     config = run.config
     _require(config)
@@ -155,6 +157,7 @@ def _run(
         student.checkpoint_blocks()
     started = time.monotonic()
     state = _train(run, config, student, data, session, accelerator, say, progress)
+    session.memory.turn_to("measuring")
     adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
     launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
@@ -165,7 +168,9 @@ def _run(
         say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
-    peaks = launch.gather(peak_memory(accelerator.device))
+    peaks = launch.gather(session.memory.stop())
+    for number, peak in enumerate(peaks):
+        say(f"memory of process {number}, at most, besides libraries: {line_of(peak)}")
     about = {"seconds": seconds, "peak_memory": peaks, "left_out": reasons}
     launch.on_main(lambda: run.record(result=rows[0], results=rows, **about))
     return rows[0]
@@ -232,6 +237,7 @@ def _train(
 
     student.runtime.pool = launch.pool
     distillation.train()
+    session.memory.turn_to("training")
     begun, since_log = state.step, 0
     clock = time.monotonic()
     with interruptible() as interrupted:
@@ -310,6 +316,7 @@ def _start(
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
+        session.memory.turn_to("calibration")
         start = adopted(student, lambda: calibrate(student, data, config, say, session))
         if budget.control == "price":
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic import families, launch
+from elastic.accounting.peaks import Watch
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import ROOM, TeacherOutputs
 from elastic.run import Run, load_teacher, share_weights
@@ -30,6 +31,7 @@ class Session:
     def __init__(self, *, several: bool = False) -> None:
         """several: whether more than one run is trained, so that what calibration sees is worth its memory."""
         self.several = several
+        self.memory = Watch()
         self._forget(None)
 
     def _forget(self, model: tuple[str, ...] | None) -> None:

@@ -23,6 +23,7 @@ import elastic
 import teachers
 from elastic import trainer
 from elastic.accounting.language import measured_compute
+from elastic.accounting.peaks import line_of
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig
@@ -473,6 +474,9 @@ def test_a_long_search_for_the_dial_says_how_far_it_is(
     said: list[str] = []
     trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
     assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
+    (peaks,) = Run.open(tmp_path / "run").about["peak_memory"]
+    assert list(peaks) == ["loading", "calibration", "training", "measuring"]
+    assert "memory of process 0, at most, besides libraries: " + line_of(peaks) in said
 
 
 def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):

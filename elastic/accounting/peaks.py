@@ -1,0 +1,92 @@
+"""The most memory that a process takes in each part of its work, beyond what libraries take before."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import Any
+
+import psutil
+import torch
+
+EVERY = 0.02
+"""Seconds between two looks at the host's memory; GPUs count for themselves."""
+Peaks = dict[str, dict[str, int]]
+"""For each part of the work bytes: `host`, mapped files and all; `own`, without files (where the system tells them
+apart); `device`, what torch has had on the GPU."""
+
+
+class Watch:
+    """Looks how much memory this process has, from `turn_to` to `stop`, or as long as somebody has the watch."""
+
+    def __init__(self) -> None:
+        self._peaks: Peaks = {}
+        self._part: str | None = None
+        self._over = threading.Event()
+        libraries()
+
+    def turn_to(self, part: str) -> None:
+        """What is taken from now on is taken by this part."""
+        self._end()
+        self._part, self._over = part, threading.Event()
+        self._peaks.setdefault(part, {})
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        threading.Thread(target=_look_often, args=(weakref.ref(self), self._over), daemon=True).start()
+
+    def stop(self) -> Peaks:
+        """Look no more; returns the most of each part."""
+        self._end()
+        peaks, self._peaks, self._part = self._peaks, {}, None
+        return peaks
+
+    def _end(self) -> None:
+        """Of the part that it was."""
+        self._over.set()
+        if self._part is not None:
+            self.look()
+            if torch.cuda.is_available():
+                self._note("device", torch.cuda.max_memory_allocated())
+
+    def look(self) -> None:
+        """See how much there is now."""
+        for name, size in _taken().items():
+            self._note(name, size - libraries()[name])
+
+    def _note(self, name: str, size: int) -> None:
+        here = self._peaks.get(self._part or "")
+        if here is not None:
+            here[name] = max(here.get(name, 0), size)
+
+
+def _look_often(watch: weakref.ref[Watch], over: threading.Event) -> None:
+    while not over.wait(EVERY):
+        it = watch()
+        if it is None:
+            return
+        it.look()
+        del it
+
+
+def _taken() -> dict[str, int]:
+    """The host's memory that this process has."""
+    about: Any = psutil.Process().memory_info()
+    return {"host": about.rss, "own": about.rss - about.shared} if hasattr(about, "shared") else {"host": about.rss}
+
+
+@functools.cache
+def libraries() -> dict[str, int]:
+    """The host's memory that this process had when this was asked first: before there was any model."""
+    return _taken()
+
+
+def line_of(peaks: Peaks) -> str:
+    """Peaks in GB, for the user to read."""
+
+    def sizes(of: dict[str, int]) -> str:
+        device = f"{of['device'] / 1e9:.2f} GB on the GPU, " if "device" in of else ""
+        mapped = f" ({of['own'] / 1e9:.2f} without mapped files)" if "own" in of else ""
+        return f"{device}{of['host'] / 1e9:.2f} GB{mapped}"
+
+    return ", ".join(f"{part} {sizes(of)}" for part, of in peaks.items())
