@@ -24,12 +24,6 @@ E = TypeVar("E", bound=Exception)
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other's word: one may calibrate, or measure, for hours."""
-OTHERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which brings an optimizer and a training step of its own",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which brings models of its own",
-}
-"""Ways of accelerate to spread a model that Elastic does not take, and why, by the variable that asks for them."""
-
 _alone = False
 
 
@@ -77,11 +71,13 @@ def _join() -> _Joined:
     import torch
     from accelerate import PartialState
 
-    for variable, name in OTHERS.items():
-        if asks(variable):
-            raise ValueError(
-                f"accelerate's configuration asks for {name}: Elastic takes MULTI_GPU, or FSDP with fsdp_version: 2"
-            )
+    if asks("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "accelerate's configuration asks for Megatron-LM, which brings models of its own: Elastic takes MULTI_GPU, "
+            "or to spread the weights FSDP with fsdp_version: 2, or DEEPSPEED with zero_stage: 3"
+        )
+    if asks("ACCELERATE_USE_DEEPSPEED"):
+        _take_as_fsdp()
     without = not torch.accelerator.is_available()
     cpu = without or asks("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu)
@@ -92,6 +88,31 @@ def _join() -> _Joined:
         )
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return _Joined(state.process_index, state.local_process_index, state.num_processes, state.device, group)
+
+
+def _take_as_fsdp() -> None:
+    """Read what accelerate's configuration says for DeepSpeed as the same for FSDP: of either Elastic takes that frozen
+    weights are to be spread. ValueError where it says something else."""
+    stage, device, optimizer = (
+        os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", otherwise)
+        for name, otherwise in (
+            ("ZERO_STAGE", "unknown"),
+            ("OFFLOAD_PARAM_DEVICE", "none"),
+            ("OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        )
+    )
+    if stage != "3":
+        raise ValueError(
+            f"accelerate's configuration asks for DeepSpeed, zero_stage {stage}: say zero_stage: 3, which spreads the "
+            "frozen weights, or MULTI_GPU (nothing else is large enough to be spread)"
+        )
+    if optimizer != "none":
+        raise ValueError(f"offload_optimizer_device: {optimizer} has no effect, routers are small: leave it away")
+    if device not in ("none", "cpu"):
+        raise ValueError(f"offload_param_device is {device}: say cpu, or leave it away")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]  # accelerate would start DeepSpeed itself
+    offload = str(device == "cpu").lower()
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS=offload)
 
 
 def join() -> None:
@@ -176,6 +197,7 @@ def fill(buffer: Tensor) -> Callable[[], None]:
     import torch
 
     joined = _join()
+    works: set[Any]
     with _others():
         if buffer.device.type == "cpu":  # gloo would gather into a second buffer
             parts = enumerate(buffer.chunk(joined.size))

@@ -84,7 +84,9 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
     whole, parts = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in folders)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     command = ["eval", tmp_path / "price", "--json", "--baselines", "teal"]
-    done = launched(2, *command, launcher=FSDP2, FSDP_OFFLOAD_PARAMS="true")
+    zero = {"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}  # the same of accelerate, where it has DeepSpeed
+    variables = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in zero.items()}
+    done = launched(2, *command, ACCELERATE_USE_DEEPSPEED="true", **variables)
     row, baseline = json.loads(done.stdout)["rows"]
     assert row["kl"] == pytest.approx(Run.open(tmp_path / "price").about["result"]["kl"], rel=1e-5)
     assert baseline["compute"] == pytest.approx(row["compute"], abs=0.01)

@@ -40,3 +40,20 @@ def test_what_would_have_no_effect_is_refused(fsdp: pytest.MonkeyPatch, variable
     fsdp.setenv(variable, value)
     with pytest.raises(ValueError, match=said):
         sharding.require("llm")
+
+
+def test_the_third_stage_of_deepspeed_is_the_same(fsdp: pytest.MonkeyPatch):
+    fsdp.delenv("ACCELERATE_USE_FSDP")
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}.items():
+        fsdp.setenv(f"ACCELERATE_{name}", value)
+    for name, value, said in (
+        ("ZERO_STAGE", "2", "say zero_stage: 3"),
+        ("OFFLOAD_OPTIMIZER_DEVICE", "cpu", "has no effect"),
+        ("OFFLOAD_PARAM_DEVICE", "nvme", "say cpu"),
+    ):
+        with fsdp.context() as here:
+            here.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+            here.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+            with pytest.raises(ValueError, match=said):
+                launch.join()
+    assert not launch.spreads()
