@@ -216,7 +216,8 @@ class BlockPlace:
         for end in ("in", "out"):
             self._elasticize_site(end)
         if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
-            route_attention(wrapper.base_layer, self.runtime)  # timm's attention is no function by name
+            # timm's attention is no function by name
+            route_attention(wrapper.base_layer, self.runtime, self.sizes.window)
         if wrapper.routers or wrapper.decided:
             self.block.set_submodule(path, wrapper)
             if late is not None:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
-from students.execution.tokens import Rectangle, scatter_rows
+from students.execution.tokens import Order, Rectangle, scatter_rows
 
 BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
@@ -60,14 +60,16 @@ class Plan:
     """How tokens are packed; None: [B, T, ...] as usual."""
 
 
-def route_attention(module: nn.Module, runtime: Runtime | None = None) -> None:
-    """Let an attention module listen to plans, and attend from one new token with all heads of a key head at once.
+def route_attention(module: nn.Module, runtime: Runtime | None = None, window: int | None = None) -> None:
+    """Let an attention module listen to plans, attend from one new token with all heads of a key head at once, and
+    from padded prompts without a mask where a call has an `order`.
 
     runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan.
+    window: the layer's sliding window.
     """
     attention: Any = module
     base = attention.config._attn_implementation or "eager"
-    attention.runtime = runtime
+    attention.runtime, attention.window = runtime, window
     name = f"elastic_{base}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
     attention.config = copy.copy(attention.config)
@@ -90,12 +92,15 @@ def routed_attention(
     """
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    runtime, tokens = module.runtime, query.shape[2]
+    plain = all(kwargs.get(name) is None for name in ("softcap", "position_bias")) and not kwargs.get("dropout")
+    free = base == "sdpa" and plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
+    order = runtime.call.order if free and runtime is not None and attention_mask is not None else None
+    if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
+        attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
-        runtime = module.runtime
-        plain = all(kwargs.get(name) is None for name in ("softcap", "position_bias")) and not kwargs.get("dropout")
-        free = base == "sdpa" and plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        if free and query.shape[2] == 1 and key.shape[1] < query.shape[1] and shared:
+        if free and tokens == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
         out: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return out
@@ -130,6 +135,21 @@ def _from_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     query = query.reshape(batch, key.shape[1], -1, size)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, 1, heads, -1)
+
+
+def _in_order(
+    attend: Callable[..., tuple[Tensor, Any]],
+    order: Order,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of padded rows, whose padding is moved behind all that counts and sees what it likes there."""
+    query, key, value = (order.lay(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+    return order.pick(attend(module, query, key, value, mask, **kwargs)[0]), None
 
 
 class _OneKeyPerHead:

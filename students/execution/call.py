@@ -9,6 +9,7 @@ from torch import Tensor
 
 from students.execution.flow import Flow
 from students.execution.handover import Narrow
+from students.execution.tokens import Order
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Call:
     """[B, T] bool: the tokens that are not padding; None: all."""
     padded: int = 0
     """How many tokens are padding."""
+    order: Order | None = None
+    """Of padded prompts in which every token sees all before it that are not padding, where a mask would be dear."""
     prompt: Tensor | None = None
     """[B, T] bool: the tokens from which sequence-level decisions are taken; None: all."""
     memory: Memory | None = None

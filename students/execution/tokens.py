@@ -112,6 +112,24 @@ class Rectangle:
         return x if self.slots is None else x.index_select(0, self.slots)
 
 
+class Order:
+    """Of padded rows, whose tokens count where valid [B, T] says so: those first, in turn, and padding behind them,
+    where causal attention needs no mask to leave it out."""
+
+    def __init__(self, valid: Tensor) -> None:
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+        begins = torch.arange(0, valid.numel(), valid.shape[1], device=valid.device)[:, None]
+        self._sources, self._places = (begins + order).flatten(), (begins + order.argsort(dim=1)).flatten()
+
+    def lay(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] in this order."""
+        return x.flatten(0, 1).index_select(0, self._sources).view_as(x)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x.flatten(0, 1).index_select(0, self._places).view_as(x)
+
+
 def take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Values [B or 1, T or 1, N] of the tokens x [B, T, D], for the flat rows only: [1, n, N]."""
     return values.expand(*x.shape[:2], -1).flatten(0, 1).index_select(0, rows).unsqueeze(0)

@@ -16,6 +16,8 @@ from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.prompt import Doorway
+from students.execution.tokens import Order
+from students.kernels import devices
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
@@ -163,6 +165,8 @@ class LanguageStudent(Student):
             padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
             if padded:
                 call.valid, call.padded = valid, padded
+                if call.skipping and devices.runs_ahead(mask.device) and mask.shape == tokens.shape:
+                    call.order = Order(valid)
         call.prompt = self._prompt
         if call.prompt is None:
             call.prompt = torch.ones_like(tokens, dtype=torch.bool) if call.valid is None else call.valid

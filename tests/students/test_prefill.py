@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,6 +45,33 @@ def test_mask_is_skip(name: str, kind: str, tokens: Tensor) -> None:
     padding[0, :4] = 0
     masked, skipped = in_both_ways(student, tokens, padding)
     torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("spec", [StudentSpec((RouterSpec("channel"),)), StudentSpec((RouterSpec("token"),))])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox"])
+def test_padded_prompts_attend_without_a_mask(
+    name: str, spec: StudentSpec, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, masks, padding = make(name, spec), [], torch.ones_like(tokens)
+    padding[0, :7] = 0  # behind a whole window of a gemma3
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: object, attn_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    masked, skipped = in_both_ways(student, tokens, padding, position_ids=positions)
+    torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+    sees_all = [shape.window is None for shape in student.compute.blocks]
+    assert [mask is None for mask in masks] == [False] * len(sees_all) + sees_all
+    with student.teacher():
+        student(tokens, padding, position_ids=positions)
+    assert not any(mask is None for mask in masks[-len(sees_all) :]), "the model's own bits"
+    part = slice(7, None)
+    whole = decode(student, tokens[:, part], None, 3)[0]
+    torch.testing.assert_close(decode(student, tokens, padding, 10)[0, part], whole, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", SKIPPING)
