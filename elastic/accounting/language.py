@@ -38,10 +38,11 @@ def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
     """What the LM head costs for each of the final hidden states [B, T, D], [B, T]."""
     tensors = student.head_tensors()
     if not tensors:
-        return torch.as_tensor(student.compute.routed_head(None, phase)).expand(hidden.shape[:2])
+        return torch.as_tensor(student.compute.routed_head(None, phase), device=hidden.device).expand(hidden.shape[:2])
     rows = hidden.flatten(0, 1)
     owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
     parts = zip(rows.split(128), owners.split(128), strict=True)
     shares = [share for part, owner in parts if (share := student.logits(part, *tensors, owner=owner)[1]) is not None]
     share = torch.cat(shares).view(hidden.shape[:2])
-    return torch.as_tensor(student.compute.routed_head(share, phase)).expand(hidden.shape[:2])
+    cost = student.compute.routed_head(share, phase)
+    return torch.as_tensor(cost, device=hidden.device).expand(hidden.shape[:2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic.accounting.language import measured_compute
+from elastic.accounting.language import head_cost, measured_compute
 from losses import forward_kl
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge
@@ -44,6 +44,15 @@ def test_channels_start_at_the_target(name: str, target: float, windows: torch.T
     start = calibrate(student, windows.split(4), target, "decode")
     assert start.compute == pytest.approx(target, abs=0.01)
     assert measured_compute(student, windows, "decode", prompt=8) == pytest.approx(target, abs=0.03)
+
+
+@pytest.mark.parametrize("router", [RouterSpec("token"), RouterSpec("vocab", rank=5)])
+def test_the_cost_of_the_head_is_on_the_device_of_its_inputs(router: RouterSpec):
+    student = student_of(router).to("meta")
+    width = student.model.config.hidden_size
+    for phase in ("prefill", "decode"):
+        cost = head_cost(student, torch.empty(2, 3, width, device="meta"), phase)
+        assert cost.is_meta and cost.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
