@@ -216,6 +216,10 @@ def _has_eager_attention() -> bool:
     return callable(getattr(inspect.getmodule(_llama().model.layers[0].self_attn), "eager_attention_forward", None))
 
 
+def _rotates_by_a_function() -> bool:
+    return callable(getattr(inspect.getmodule(LlamaForCausalLM), "apply_rotary_pos_emb", None))
+
+
 @torch.no_grad()
 def _calls_branches() -> bool:
     """Blocks take hidden states first and return them; attention takes them by name, an MLP by place."""
@@ -332,6 +336,12 @@ ASSUMPTIONS = (
         "has eager attention beside each attention module",
         "students/execution/attention.py (routed_attention)",
         _has_eager_attention,
+    ),
+    Assumption(
+        "transformers",
+        "rotates queries and keys by a function of each model's module",
+        "students/kernels/rotary.py (Rotations)",
+        _rotates_by_a_function,
     ),
     Assumption(
         "transformers",

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from students.architectures import architecture_of, sizes_of
 from students.execution.call import Memory
 from students.execution.kv_cache import keys_and_values
+from students.kernels.rotary import Rotations
 from students.libraries import with_cache
 
 
@@ -82,6 +83,7 @@ class DecodeStep:
         self.used = 0
         """Slots that are taken."""
         self._windows = windows_of(trunk)
+        self._rotations = Rotations(trunk)
         self._kinds: Any = getattr(trunk.config, "layer_types", None)
         held = keys_and_values(like)
         batch, device, self._dtype = len(held[0][0]), held[0][0].device, model.dtype
@@ -129,7 +131,11 @@ class DecodeStep:
         self.open.index_fill_(1, self.slot, True)
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self._masks()}
         inputs = with_cache(self.model, inputs | {"use_cache": True, "logits_to_keep": 1}, self.cache)
-        logits: Tensor = self.model(**inputs).logits[:, -1].float()
+        self._rotations.begin(self.slot.device)
+        try:
+            logits: Tensor = self.model(**inputs).logits[:, -1].float()
+        finally:
+            self._rotations.end()
         self.slot.add_(1)
         self.positions.add_(1)
         return logits

@@ -18,6 +18,7 @@ from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.prompt import Doorway
 from students.execution.tokens import Order
 from students.kernels import devices
+from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
@@ -38,6 +39,7 @@ class LanguageStudent(Student):
             for r in self.spec.routers
             if r.kv == "drop" and r.on(n) and "attn" in r.of_kind.touches(r)
         }
+        self._rotations = Rotations(trunk)
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
         self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, doorway=self._doorway())
@@ -153,6 +155,7 @@ class LanguageStudent(Student):
         run, tokens = self.runtime, args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
+        self._rotations.begin(tokens.device)
         if run.bypass:
             self._pack_for(tokens.numel())
             return None
@@ -174,6 +177,10 @@ class LanguageStudent(Student):
         kwargs = with_cache(trunk, kwargs, cache)
         call.memory = None if cache is None else memory_of(cache)
         return args, kwargs
+
+    def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
+        super()._leave(trunk, args, out)
+        self._rotations.end()
 
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
         """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""

@@ -226,6 +226,13 @@ rms_norm_grad: One = _operator(
 )
 """The gradient of `rms_norm` by x."""
 
+rotary: Pair = _operator(
+    "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    lambda query, key, *_: (_like(query), _like(key)),
+)
+"""Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d], of whose channels the first r are
+turned, the first half of these with the second: by cos and sin [B or 1, T, r]. Each step rounds, as torch does."""
+
 
 def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
     top, chosen = rest[5], rest[6:]

@@ -196,6 +196,17 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind:
     return (scale * slope - back * wide).to(x.dtype)
 
 
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _turned(query, cos, sin), _turned(key, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
+    turned = x[..., :width] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    return torch.cat([turned, rest], -1).contiguous()
+
+
 def merge_lowest(
     x: Tensor,
     size: Tensor | None,

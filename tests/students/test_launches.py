@@ -13,7 +13,7 @@ from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution.decoding import Decoding
 from students.execution.prompt import Read
 from students.families.language import LanguageStudent
-from students.kernels import ops
+from students.kernels import devices, ops
 from students.libraries import cache_of
 from tests.pico.language import make_tiny
 from tests.students.host_waits import Launches
@@ -66,6 +66,16 @@ def routed(blocks: int, *routers: RouterSpec, lora: int = 0, bypass: bool = Fals
 
 def test_an_open_student_launches_what_the_dense_model_does() -> None:
     assert of_a_block(lambda n: routed(n, *DEFAULT, bypass=True), 2) == of_a_block(dense, 2)
+
+
+def test_queries_and_keys_are_rotated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of_a_block(dense, 1)
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    after = of_a_block(dense, 1)
+    assert after["elastic.rotary.default"] == 1 and sum(before.values()) - sum(after.values()) == 9
+    of_student = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
+    assert of_student["elastic.rotary.default"] == 1
 
 
 def test_where_all_weights_are_read_only_masks_are_more() -> None:

@@ -29,6 +29,7 @@ OPERATORS = {
     "softmax_grad": "softmax_grad",
     "rms_norm": "rms_norm",
     "rms_norm_grad": "rms_norm",
+    "rotary": "rotary",
     "merge_lowest": "merge_lowest",
     "merge_below": "merge_lowest",
 }

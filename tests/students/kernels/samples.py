@@ -104,6 +104,12 @@ def rms_norm_grad(draw: Draw) -> Iterator[Arguments]:
         yield draw(*x.shape), x, *rest
 
 
+def rotary(draw: Draw) -> Iterator[Arguments]:
+    for rows, size, width in ((2, 16, 16), (1, 20, 12)):
+        query, key = draw(2, 5, 11, size).transpose(1, 2), draw(2, 3, 5, size)
+        yield query, key, draw(rows, 5, width), draw(rows, 5, width)
+
+
 def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
     for prefix, patches, sized in ((0, 6, False), (1, 16, True), (5, 31, True)):
         n = prefix + patches
@@ -143,6 +149,7 @@ SAMPLES: dict[str, Samples] = {
     "softmax_grad": softmax_grad,
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,
+    "rotary": rotary,
     "merge_lowest": merge_lowest,
     "merge_below": merge_below,
 }

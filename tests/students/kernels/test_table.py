@@ -25,16 +25,18 @@ CLOSE = {
     torch.float16: dict(atol=0.05, rtol=0.02),
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
+IN_TORCH = {"rotary"}
+"""Operators with no C function: those of torch are as fast on CPUs, measured."""
 
 
 def test_every_operator_has_samples_and_every_implementation_an_operator():
-    assert SAMPLES.keys() == OPERATORS.keys() == cpu.OPERATORS.keys() >= triton.OPERATORS.keys()
+    assert SAMPLES.keys() == OPERATORS.keys() == cpu.OPERATORS.keys() | IN_TORCH >= triton.OPERATORS.keys()
 
 
 def test_every_c_function_is_called_by_an_operator():
     sources = "".join(source.read_text() for source in toolchain.SOURCES)
     defined = set(re.findall(r"^ *(?:void|int64_t) (\w+?)_(?:##S|bf16)\(", sources, re.MULTILINE))
-    assert defined == OPERATORS.keys()
+    assert defined == OPERATORS.keys() - IN_TORCH
 
 
 @torch.no_grad()

@@ -1,0 +1,113 @@
+"""Rotary embeddings of queries and keys in one launch, rounded after each step as torch's operators do."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HEADS = 8
+"""Of a token, that one program turns."""
+
+
+@triton.jit
+def _turn(
+    x,
+    out,
+    cos,
+    sin,
+    row,
+    place,
+    column,
+    by_row,
+    by_head,
+    by_place,
+    heads,
+    group,
+    places,
+    size,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Turn some heads of one token."""
+    own, part = group * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+    kind = x.dtype.element_ty
+    half = column // 2
+    mask = (own < heads)[:, None] & (part < half)[None, :]
+    source = x + row * by_row + place * by_place + own[:, None] * by_head + part[None, :]
+    target = out + ((row * heads + own[:, None]) * places + place) * size + part[None, :]
+    here = part < half
+    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+    for second in tl.static_range(2):
+        gain = tl.load(cos + second * half + part, mask=here, other=0.0).to(tl.float32)[None, :]
+        turn = tl.load(sin + second * half + part, mask=here, other=0.0).to(tl.float32)[None, :]
+        straight = ((high if second else low) * gain).to(kind).to(tl.float32)
+        across = ((low if second else -high) * turn).to(kind).to(tl.float32)
+        tl.store(target + second * half, (straight + across).to(kind), mask=mask)
+    for start in range(column, size, HALF):  # what is not turned
+        mask = (own < heads)[:, None] & (start + part < size)[None, :]
+        tl.store(target + start, tl.load(source + start, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotary(
+    query,
+    key,
+    cos,
+    sin,
+    turned_query,
+    turned_key,
+    tokens,
+    query_heads,
+    key_heads,
+    query_row,
+    query_head,
+    query_place,
+    key_row,
+    key_head,
+    key_place,
+    angle_row,
+    size,
+    column,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    row, place = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
+    cos += row * angle_row + place * column
+    sin += row * angle_row + place * column
+    group = tl.program_id(1)
+    if group < QUERIES:
+        _turn(
+            *(query, turned_query, cos, sin, row, place, column, query_row, query_head, query_place),
+            *(query_heads, group, tokens, size, HALF, HEADS),
+        )
+    else:
+        _turn(
+            *(key, turned_key, cos, sin, row, place, column, key_row, key_head, key_place),
+            *(key_heads, group - QUERIES, tokens, size, HALF, HEADS),
+        )
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.rotary`."""
+    batch, heads, tokens, size = query.shape
+    width = cos.shape[-1]
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    if not batch * tokens:
+        return outs[0], outs[1]
+    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    groups = triton.cdiv(heads, HEADS), triton.cdiv(key.shape[1], HEADS)
+    _rotary[(batch * tokens, sum(groups))](
+        *(query, key, cos, sin, *outs, tokens, heads, key.shape[1], *query.stride()[:3], *key.stride()[:3]),
+        *(0 if len(cos) == 1 else tokens * width, size, width),
+        HALF=triton.next_power_of_2(width // 2),
+        HEADS=HEADS,
+        QUERIES=groups[0],
+        num_warps=2,
+        enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
+    )
+    return outs[0], outs[1]

@@ -1,0 +1,58 @@
+"""Rotary embeddings: the bits of the models' own functions, where these compute the same."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from students.kernels import devices, ops
+from students.kernels.rotary import NAME, Rotary, Rotations
+from tests.backends import DTYPES
+from tests.pico.language import make_tiny
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "width", "same"),
+    [("llama", 16, True), ("phi3", 12, True), ("gpt_neox", 8, True), ("glm4", 16, False), ("cohere2", 16, False)],
+)
+def test_bits_are_the_model_s(
+    name: str, width: int, same: bool, dtype: torch.dtype, backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = vars(sys.modules[type(make_tiny(name).base_model).__module__])[NAME]
+    query, key = (torch.randn(2, 5, heads, 16).to(backend, dtype).transpose(1, 2) for heads in (6, 2))
+    angles = torch.randn(2, 5, width // 2).to(backend).repeat(1, 1, 2)
+    given = query, key, angles.cos().to(dtype), angles.sin().to(dtype)
+    found, expected = ops.rotary(*given), plain(*given)
+    assert all(map(torch.equal, found, expected)) == same
+    rotary = Rotary(plain)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    assert rotary._fits(*given) == same
+    assert all(map(torch.equal, rotary(*given), expected))
+
+
+def test_the_function_is_exchanged_while_a_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ran = make_tiny("llama"), []
+    trunk = model.base_model
+    namespace = vars(sys.modules[type(trunk).__module__])
+    plain, rotate = namespace[NAME], ops.rotary
+    monkeypatch.setattr(ops, "rotary", lambda *given: ran.append(1) or rotate(*given))
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    tokens, rotations = torch.arange(3, 9)[None], Rotations(trunk)
+    before = model(tokens).logits
+    rotations.begin(tokens.device)
+    assert namespace[NAME] is plain, "a CPU"
+    rotations.end()
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    rotations.begin(tokens.device)
+    rotations.begin(tokens.device)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+    rotations.end()
+    assert isinstance(namespace[NAME], Rotary)
+    rotations.end()
+    assert namespace[NAME] is plain
+    assert len(ran) == len(trunk.layers) + 1, "a trial, and each block"
