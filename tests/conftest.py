@@ -18,8 +18,16 @@ from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="K/N", help="run one of N parts of the tests, the Kth")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a part of the tests, and skip what needs a GPU where there is none."""
+    part, parts = map(int, config.getoption("part").split("/"))
+    config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % parts != part - 1])
+    items[:] = items[part - 1 :: parts]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -53,13 +54,24 @@ def test_every_command_is_one(name: str, line: str) -> None:
     assert config.student.routers
 
 
-def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--random-weights", "--repeats", "1", "--json", "--set", "train.batch=1"]
-    for number, name, shape in ((10, "merging", "tiny-vit"), (2, "layers,drop", "tiny-llm")):
-        batch = ["--batch", "2"] if shape == "tiny-vit" else ["--tokens", "16", "--new-tokens", "2"]
-        assert main(["bench", "--model", shape, *quick, *batch]) == 0
-        (tmp_path / f"{number}-{name}.json").write_text(capsys.readouterr().out)
-    found = table.lines(list(tmp_path.iterdir()))
+def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
+    quick = "--random-weights --repeats 1 --set train.batch=1"
+    (tmp_path / "gpu-bench").write_text(
+        f"# of tiny shapes\n\nmerging --model tiny-vit --batch 2 {quick}\nnone --model huge {quick}\n"
+        f"layers,drop --model tiny-llm --tokens 16 --new-tokens 2 {quick}\n"
+    )
+    script = shutil.copy(CI / "gpu_commands.py", tmp_path)
+    command = [sys.executable, script, tmp_path, "200"]
+    environment = {**os.environ, "PYTHONPATH": str(CI.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        "no shape is called 'huge'" in done.stderr
+        and "failed, or out of time: elastic bench --model huge" in done.stderr
+    )
+    assert {file.name for file in tmp_path.glob("*.json")} == {"1-merging.json", "3-layers,drop.json"}
+    (tmp_path / "1-merging.json").rename(tmp_path / "10-merging.json")
+    found = table.lines(list(tmp_path.glob("*.json")))
     assert f"torch {torch.__version__}" in found[0] and found[1] == ""
     assert {line.count("|") for line in found[2:]} == {len(table.COLUMNS) + 1}
     works = [" ".join(line.split("|")[1:3]).split() for line in found[4:]]
