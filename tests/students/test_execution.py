@@ -47,6 +47,8 @@ SPECS["mixed-neuron"] = StudentSpec(
 )
 GATED = [name for name in TINY if name not in ("phi3", "glm4", "starcoder2", "gpt2", "gpt_neox")]
 """Models whose MLP has a gate of its own."""
+COUNTED = ["llama", "gemma2", "phi3", "gpt2", "olmo2"]
+"""Models whose FLOPs are counted, and which decode with the references of operators, too."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
@@ -101,7 +103,11 @@ def decode(student: Student, tokens: torch.Tensor, mask: torch.Tensor | None, pr
 
 
 @pytest.mark.parametrize("kind", sorted(SPECS))
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize(
+    ("operators", "name"),
+    [*(("c", name) for name in sorted(TINY)), *(("reference", name) for name in COUNTED)],
+    indirect=["operators"],
+)
 def test_cached_decoding_is_one_forward_pass(name: str, kind: str, tokens: torch.Tensor, operators: None):
     student = make(name, SPECS[kind])
     prompt = torch.zeros_like(tokens, dtype=torch.bool)
@@ -158,7 +164,9 @@ def eager(name: str, spec: StudentSpec) -> Student:
 
 
 @pytest.mark.parametrize("kind", sorted(SPECS))
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "olmo2"])
+@pytest.mark.parametrize(
+    ("operators", "name"), [*(("c", name) for name in COUNTED), ("reference", "llama")], indirect=["operators"]
+)
 def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: torch.Tensor, operators: None):
     assert_counted(eager(name, SPECS[kind]), tokens[:1])
 

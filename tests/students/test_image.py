@@ -60,6 +60,8 @@ MODELS = {
     "timm_eva02": _timm("eva02_tiny_patch14_224", mlp_ratio=2),
     "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
 }
+BOTH = ["vit", "siglip", "timm_fused", "timm_eva02"]
+"""Models that are tried with the references of operators as well as in C."""
 PARALLEL = _timm("vit_small_patch16_18x2_224", mlp_ratio=2, init_values=0.5)
 SPECS = {
     "block": (RouterSpec("layer", selection="quota", kv="drop"),),
@@ -164,7 +166,11 @@ def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: st
         assert torch.equal(again if isinstance(again, Tensor) else again[0], want)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("operators", "name"),
+    [*(("c", name) for name in MODELS), *(("reference", name) for name in BOTH)],
+    indirect=["operators"],
+)
 @pytest.mark.parametrize("spec", SPECS)
 def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor, operators: None) -> None:
     student = routed(name, spec, pixels)
@@ -242,7 +248,7 @@ def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["vit", "siglip", "timm_fused", "timm_eva02"])
+@pytest.mark.parametrize("name", BOTH)
 def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> None:
     student = routed(name, spec, pixels)
     together = outputs(student, pixels)
@@ -252,7 +258,14 @@ def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["vit", "clip", "timm_fused", "timm_registers", "timm_dinov3"])
+@pytest.mark.parametrize(
+    ("operators", "name"),
+    [
+        *(("c", name) for name in ("vit", "clip", "timm_fused", "timm_registers", "timm_dinov3")),
+        ("reference", "timm_fused"),
+    ],
+    indirect=["operators"],
+)
 def test_reported_compute_is_what_torch_counts(name: str, spec: str, pixels: Tensor, operators: None) -> None:
     student = routed(name, spec, pixels)
     with student.teacher():
