@@ -46,17 +46,11 @@ def student_for(name: str, spec: str, pixels: Tensor) -> ImageStudent:
 
 @pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("spec", QUOTAS)
-def test_nothing_waits(name: str, spec: str, pixels: Tensor) -> None:
-    student = student_for(name, spec, pixels)
+def test_nothing_waits_and_recorded_passes_say_what_the_model_says(name: str, spec: str, pixels: Tensor) -> None:
+    student, made = student_for(name, spec, pixels), []
     call(student.model, pixels)
     with NoHostWaits():
         call(student.model, pixels)
-
-
-@pytest.mark.parametrize("name", RECORDED)
-@pytest.mark.parametrize("spec", QUOTAS)
-def test_recorded_passes_say_what_the_model_says(name: str, spec: str, pixels: Tensor) -> None:
-    student, made = student_for(name, spec, pixels), []
     student._recorded.recorder = Tape
     for offset, images in ((0.0, pixels), (0.0, pixels.flip(0)), (0.0, pixels[:1]), (0.4, pixels), (0.0, pixels)):
         student.runtime.offset, before = offset, Tape.made
