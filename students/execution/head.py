@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
+from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 from students.routers import VocabRouter, selection
@@ -56,7 +57,8 @@ class RoutedHead(Wrapper):
             return self._preview
         if self._stamp.renew([router.up, weight]) or self._preview is None:
             open_unit(self.base_layer)
-            self._preview = router.preview_weight(weight.detach())
+            made = router.preview_weight(weight.detach())
+            self._preview = large_pages.empty(made, *made.shape).copy_(made)
         return self._preview
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from students.execution.handover import BlockHandover, SiteHandover
 from students.kernels import direct, ops
+from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 
@@ -164,7 +165,8 @@ class Site:
         weights = [base.weight for base in bases]
         if self._stamp.renew(weights) or self._laid is None:
             columns = [base.weight if isinstance(base, Conv1D) else base.weight.T for base in bases]
-            whole = torch.cat([part.detach() for part in columns], 1)
+            whole = large_pages.empty(columns[0], self.layers[0].inputs, sum(self._sizes))
+            torch.cat([part.detach() for part in columns], 1, out=whole)
             for base, part in zip(bases, whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
             self._laid = SideBySide(whole, PackedProduct())

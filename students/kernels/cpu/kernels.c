@@ -24,34 +24,34 @@ static void *scratch(size_t size) {
     return kept;
 }
 
-// How many bytes of each of eight rows are on their way while those before are multiplied: what one core can have in
-// flight, in one piece, as memory likes it. Of rows that are shorter, the next eight are.
-#define AHEAD 1024
+// How many bytes of each of several rows are on their way while those before are multiplied: 8 KiB in all, which is what
+// one core can have in flight. Of rows that are shorter, as many of the next ones are.
+#define AHEAD(rows) (8192 / (rows) / 64 * 64)
 
-#define OF_EIGHT(S) (v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j]) + v[3] * up_##S(r[3][j])  \
-                   + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j]) + v[6] * up_##S(r[6][j]) + v[7] * up_##S(r[7][j]))
+#define OF_SIX(S) (v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j])  \
+                 + v[3] * up_##S(r[3][j]) + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j]))
 
-// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; a cache line of eight rows at a
+// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; a cache line of six rows at a
 // time
 #define ADD_ROWS(S, T)                                                                                                 \
     static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,        \
                              int64_t n, float *restrict acc) {                                                         \
         enum { line = 64 / sizeof(T) };                                                                                \
-        int64_t k = 0, whole = width / line * line, ahead = AHEAD / sizeof(T);                                         \
+        int64_t k = 0, whole = width / line * line, ahead = AHEAD(6) / sizeof(T);                                      \
         if (ahead > whole) ahead = whole;                                                                              \
-        for (; k + 8 <= n; k += 8) {                                                                                   \
-            const T *r[8], *next[8];                                                                                   \
-            for (int i = 0; i < 8; i++) {                                                                              \
+        for (; k + 6 <= n; k += 6) {                                                                                   \
+            const T *r[6], *next[6];                                                                                   \
+            for (int i = 0; i < 6; i++) {                                                                              \
                 r[i] = w + row[k + i] * stride;                                                                        \
-                next[i] = k + 8 + i < n ? w + row[k + 8 + i] * stride : r[i];                                          \
+                next[i] = k + 6 + i < n ? w + row[k + 6 + i] * stride : r[i];                                          \
             }                                                                                                          \
             const float *v = value + k;                                                                                \
             for (int64_t from = 0; from < whole; from += line) {                                                       \
                 int64_t at = from + ahead;                                                                             \
-                for (int i = 0; i < 8; i++) __builtin_prefetch(at < width ? r[i] + at : next[i] + (at - width));       \
-                for (int64_t j = from; j < from + line; j++) acc[j] += OF_EIGHT(S);                                    \
+                for (int i = 0; i < 6; i++) __builtin_prefetch(at < width ? r[i] + at : next[i] + (at - width));       \
+                for (int64_t j = from; j < from + line; j++) acc[j] += OF_SIX(S);                                      \
             }                                                                                                          \
-            for (int64_t j = whole; j < width; j++) acc[j] += OF_EIGHT(S);                                             \
+            for (int64_t j = whole; j < width; j++) acc[j] += OF_SIX(S);                                               \
         }                                                                                                              \
         for (; k < n; k++)                                                                                             \
             for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);                   \
@@ -69,7 +69,7 @@ static void *scratch(size_t size) {
     static void eight_dots_##S(const T *const *r, const T *const *next, const float *const *x, int64_t n, float *sum) { \
         enum { line = 64 / sizeof(T) };                                                                                \
         float sums[8][line] = {0};                                                                                     \
-        int64_t whole = n / line * line, ahead = AHEAD / sizeof(T);                                                    \
+        int64_t whole = n / line * line, ahead = AHEAD(8) / sizeof(T);                                                  \
         if (ahead > whole) ahead = whole;                                                                              \
         for (int64_t from = 0; from < whole; from += line) {                                                           \
             int64_t at = from + ahead;                                                                                 \
@@ -197,9 +197,9 @@ KERNELS(bf16, uint16_t)
 // pairs[b][n / 2] holds two neighbouring values. Within 32 outputs sums are in the order that unpacking leaves.
 static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int64_t *row, int64_t n,
                          const uint32_t *pairs, int64_t wide, int64_t B, float *sums) {
-    int64_t ahead = AHEAD / 2 / sizeof(uint16_t) < O ? AHEAD / 2 / sizeof(uint16_t) : O;
+    int64_t ahead = AHEAD(16) / sizeof(uint16_t) < O ? AHEAD(16) / sizeof(uint16_t) : O;
     for (int64_t k = 0; k < n; k += 16) {
-        const uint16_t *r[16], *next[16];  // half of AHEAD of each: as much in all
+        const uint16_t *r[16], *next[16];
         for (int i = 0; i < 16; i++) {
             r[i] = w + row[k + i] * stride;
             next[i] = k + 16 < n ? w + row[k + 16 + i] * stride : r[i];
