@@ -80,7 +80,7 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
 }
 """By compute capability, whether it is one input or a few, and how many outputs there are (see `width_of`); None: a
 dense product is faster. Reckoned from what the compiled kernels need (four programs fit on a multiprocessor, each with
-up to 40 KiB of weights on their way), not measured: bench.py does that."""
+up to 40 KiB of weights on their way), not measured: `python -m students.kernels.bench --tune` does that."""
 
 ROWS: dict[int, dict[str, Rows]] = {
     80: {

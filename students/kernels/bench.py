@@ -1,0 +1,274 @@
+"""Time the kernels on the GPU that is here, else on the CPU: `python -m students.kernels.bench`; with `--tune`, try
+other launches than those in triton/tuning.py, and print what to write there.
+
+What is compared runs in turn, over as many copies of a weight as no cache holds; times are medians, of one call. On a
+GPU calls are captured into a CUDA graph, as decoding does. GB/s are of what has to be read (and, in the second table,
+written); dense is the product of the whole weight: by cuBLAS, or by oneDNN with packed weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.execution.capture import CudaGraph
+from students.kernels import cpu, ops
+from students.kernels.cpu.pages import large_pages
+from students.kernels.packing import PackedProduct
+
+Call = Callable[[], object]
+KEEPS = (1.0, 0.7, 0.4)
+"""Shares of channels."""
+SHARES = (0.5, 0.2, 0.05)
+"""Of rows of the LM head."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is timed, and where."""
+
+    device: torch.device
+    weights: Sequence[tuple[int, int]]
+    """Inputs and outputs: of an MLP's down projection, of its gate and up, of queries, keys and values."""
+    head: tuple[int, int]
+    """Rows and width of an LM head."""
+    logits: tuple[int, int]
+    tokens: tuple[int, int]
+    images: Sequence[tuple[int, int, int]]
+    rows: Sequence[int]
+    """Inputs at a time."""
+    dtype: torch.dtype = torch.bfloat16
+    beyond: int = 256 * 2**20
+    """Bytes that copies of a weight exceed together."""
+    replays: int = 10
+
+    def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, in the type that is timed by default."""
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
+
+    def copies(self, rows: int, columns: int) -> list[Tensor]:
+        """Copies of a weight, in memory as students lay them out."""
+        probe = self.make(rows, columns)
+        count = max(1, -(-self.beyond // (probe.numel() * probe.element_size())))
+        return [large_pages.empty(probe, rows, columns).copy_(probe) for _ in range(count)]
+
+    def medians(self, contenders: Mapping[str, Sequence[Call]]) -> dict[str, float]:
+        """Median microseconds of one call of each contender, all in turn."""
+        timers = {name: self._timer(calls) for name, calls in contenders.items()}
+        times: dict[str, list[float]] = {name: [] for name in timers}
+        for _ in range(self.replays):
+            for name, timer in timers.items():
+                times[name].append(timer())
+        return {name: median(each) for name, each in times.items()}
+
+    def _timer(self, calls: Sequence[Call]) -> Callable[[], float]:
+        def work() -> None:
+            for call in calls:
+                call()
+
+        def on_cpu() -> float:
+            start = time.perf_counter()
+            work()
+            return 1e6 * (time.perf_counter() - start) / len(calls)
+
+        if self.device.type == "cpu":
+            work()
+            return on_cpu
+        graph = CudaGraph(work)
+        graph()
+
+        def on_gpu() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph()
+            end.record()
+            end.synchronize()
+            return 1000 * float(start.elapsed_time(end)) / len(calls)
+
+        return on_gpu
+
+    def dense(self, x: Tensor, matrices: Sequence[Tensor]) -> dict[str, list[Call]]:
+        """Products of x [B, I] with weights [O, I]; on a GPU, where one or the other is faster, also as [I, O]."""
+        if self.device.type == "cpu":
+            return {"dense": [partial(_packed(matrix), x, matrix) for matrix in matrices]}
+        turned = [matrix.T.contiguous() for matrix in matrices]
+        rows: list[Call] = [partial(F.linear, x, matrix.contiguous()) for matrix in matrices]
+        return {"dense": rows, "dense, turned": [partial(torch.matmul, x, matrix) for matrix in turned]}
+
+
+def _packed(weight: Tensor) -> PackedProduct:
+    product = PackedProduct()
+    product.prepare(weight)
+    return product
+
+
+ON_GPU = Setup(  # of 8 B parameters
+    torch.device("cuda"),
+    weights=((14336, 4096), (4096, 28672), (4096, 6144)),
+    head=(128256, 4096),
+    logits=(2048, 128256),
+    tokens=(4096, 4096),
+    images=((1, 197, 768), (64, 197, 768), (64, 197, 1024), (64, 577, 1024)),
+    rows=(1, 4, 8),
+)
+ON_CPU = Setup(  # of 1 B parameters, and of 0.1 B
+    torch.device("cpu"),
+    weights=((8192, 2048), (2048, 16384), (2048, 3072), (1536, 576), (576, 3072)),
+    head=(128256, 2048),
+    logits=(64, 128256),
+    tokens=(512, 2048),
+    images=((1, 197, 384), (8, 197, 768)),
+    rows=(1, 4),
+)
+
+
+def limits(x: Tensor, keep: float) -> Tensor:
+    """A limit [I] that the share `keep` of channels reaches, each in some of x [B, I]."""
+    size = x.abs().float().max(0).values
+    cut = size.sort(descending=True).values[round(keep * len(size)) - 1]
+    return cut.expand(len(size)).contiguous()
+
+
+def reading(call: Callable[..., object], x: Tensor, limit: Tensor, matrices: Sequence[Tensor]) -> list[Call]:
+    """Calls of `few_channels`, or of what takes the same, with one weight after the other."""
+    return [partial(call, x, limit, matrix, None, None, None, [matrix.shape[1]]) for matrix in matrices]
+
+
+def row_of(name: str, rows: int, size: int, times: Mapping[str, float], read: Mapping[str, float]) -> str:
+    """A line of the table: the dense product, then what reads these shares of a weight of so many bytes."""
+    whole = min(time for name, time in times.items() if name not in read)
+    cells = [f"{whole:.0f} | {size / whole / 1000:.0f}"]
+    cells += [
+        f"{times[n]:.0f} | {share * size / times[n] / 1000:.0f} | {times[n] / whole:.2f}" for n, share in read.items()
+    ]
+    return f"| {name} | {rows} | {' | '.join(cells)} |"
+
+
+def head_of(first: str, shares: Sequence[float]) -> list[str]:
+    """The first two lines of a table of `row_of`."""
+    kept = " | ".join(f"{share:g}: us | GB/s | of dense" for share in shares)
+    return [f"| {first} | rows | dense us | GB/s | {kept} |", "|---" * (4 + 3 * len(shares)) + "|"]
+
+
+def channel_lines(on: Setup) -> Iterator[str]:
+    """A table of reading channels, for shares of them."""
+    yield from head_of("read_channels, few_channels", KEEPS)
+    for inputs, outputs in on.weights:
+        matrices = on.copies(inputs, outputs)
+        for count in on.rows:
+            x = on.make(count, inputs)
+            works, read = on.dense(x, [matrix.T for matrix in matrices]), {str(keep): keep for keep in KEEPS}
+            for name, keep in read.items():
+                one = count == 1
+                call = ops.read_channels if one else ops.few_channels
+                works[name] = reading(call, x[0] if one else x, limits(x, keep), matrices)
+            size = inputs * outputs * on.dtype.itemsize
+            yield row_of(f"{inputs}x{outputs}", count, size, on.medians(works), read)
+
+
+def head_lines(on: Setup) -> Iterator[str]:
+    """A table of the LM head, for shares of its rows, and one of its preview."""
+    yield from head_of("exact_rows", SHARES)
+    vocabulary, width = on.head
+    matrices = on.copies(vocabulary, width)
+    for count in on.rows:
+        x, preview, tail = on.make(count, width), on.make(count, vocabulary), on.make()
+        works, read = on.dense(x, matrices), {}
+        for share in SHARES:
+            limit = preview.float().sort(descending=True).values[:, round(share * vocabulary)].contiguous()
+            read[str(share)] = float((preview >= limit[:, None]).any(0).float().mean())
+            works[str(share)] = [partial(ops.exact_rows, x, matrix, None, preview, limit, tail) for matrix in matrices]
+        yield row_of(f"{vocabulary}x{width}", count, matrices[0].nbytes, on.medians(works), read)
+    yield ""
+    yield from head_of("dot_rows", [1.0])
+    matrices, x = on.copies(vocabulary, width // 4), on.make(1, width // 4)
+    works = on.dense(x, matrices)
+    works["all"] = [partial(ops.dot_rows, x[0], matrix, None, None) for matrix in matrices]
+    yield row_of(f"{vocabulary}x{width // 4}", 1, matrices[0].nbytes, on.medians(works), {"all": 1.0})
+
+
+def other_lines(on: Setup) -> Iterator[str]:
+    """What the other kernels take, and how fast what they must move goes by."""
+
+    def line(name: str, moved: float, call: Call, other: Call | None = None) -> str:
+        times = on.medians({"kernel": [call] * 4, **({} if other is None else {"torch": [other] * 4})})
+        beside = f"{times['torch']:.1f}" if other is not None else ""
+        return f"| {name} | {times['kernel']:.1f} | {moved / times['kernel'] / 1000:.0f} | {beside} |"
+
+    yield "| kernel | us | GB/s | torch us |"
+    yield "|---|---|---|---|"
+    size, single, wide = on.dtype.itemsize, torch.float32, on.tokens[1]
+    x, gate = on.make(*on.tokens), on.make(*on.tokens)
+    share, limit = on.make(on.tokens[0], dtype=single), on.make(wide, dtype=single).abs()
+    ends = limit * 0.6, limit * 1.6
+    call: Call = partial(ops.channel_gate_grad, x, share, x, limit, *ends)
+    yield line(f"channel_gate {on.tokens}", 2 * x.numel() * size, partial(ops.channel_gate, x, limit))
+    yield line("channel_gate_grad", 3 * x.numel() * size, call)
+    yield line("gated_grad", 5 * x.numel() * size, partial(ops.gated_grad, x, share, gate, x, limit, *ends, 0))
+    s, t = (on.make(*on.logits) for _ in range(2))
+    each, tail, limit = on.make(len(s), dtype=single), on.make(dtype=single), on.make(len(s), 1, dtype=single)
+    yield line(f"row_gate {on.logits}", 3 * s.numel() * size, partial(ops.row_gate, s, t, limit, tail))
+    yield line("row_gate_grad", 5 * s.numel() * size, partial(ops.row_gate_grad, s, each, s, t, limit, tail))
+    yield line(f"forward_kl {on.logits}", 2 * s.numel() * size, partial(ops.forward_kl, s, t))
+    logs = ops.forward_kl(s, t)[1]
+    yield line("forward_kl_grad", 3 * s.numel() * size, partial(ops.forward_kl_grad, s, t, logs, each))
+    for rows in (1, 4, on.tokens[0]):
+        x, gain = on.make(rows, wide), on.make(wide)
+        call = partial(ops.rms_norm, x, gain, 1e-5, 0)
+        yield line(f"rms_norm {tuple(x.shape)}", 2 * x.numel() * size, call, partial(_plain_norm, x, gain))
+    for shape in on.images:
+        x, bias, top = on.make(*shape), on.make(1, dtype=single), on.make(1, dtype=single) + 1e30
+        settings = on.make(shape[2], dtype=single), bias, on.make(dtype=single), top, shape[1] - shape[1] // 8
+        call = partial(ops.merge_lowest, x, None, None, *settings)
+        yield line(f"merge_lowest {shape}", 2 * x.numel() * size, call)
+
+
+def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", help="inputs at a time")
+    parser.add_argument("--channels", action="store_true", help="only what reads channels, beside dense products")
+    parser.add_argument("--tune", action="store_true", help="on a GPU: minutes of trying other launches")
+    asked = parser.parse_args()
+    on, name = ON_CPU, f"CPU with {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        on, name = ON_GPU, torch.cuda.get_device_name()
+    elif asked.tune:
+        parser.error("--tune: there is no GPU here that torch can use")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            if not cpu.build(Path(folder)):
+                parser.error("there is no C compiler here, and the kernels are in C: install gcc or clang")
+    on = replace(on, dtype=getattr(torch, asked.dtype), rows=asked.rows or on.rows)
+    torch.manual_seed(0)
+    print(f"{name}, torch {torch.__version__}, {asked.dtype}\n")
+    lines = channel_lines(on)
+    if asked.tune:
+        from students.kernels.triton.tune import tune
+
+        lines = tune(on)
+    elif not asked.channels:
+        lines = itertools.chain(lines, [""], head_lines(on), [""], other_lines(on))
+    with torch.no_grad():
+        for line in lines:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
