@@ -80,7 +80,7 @@ def distill(
     session: what other runs have in common with this one.
     """
     session = session or Session()
-    session.memory.turn_to("loading")
+    session.memory.turn_to("start")
     _require(config)
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
     kept = _cache(teacher_cache)
@@ -105,7 +105,7 @@ def resume(
     teacher_cache: as in `distill`; None: the one that the run has used so far, if any.
     """
     session = session or Session()
-    session.memory.turn_to("loading")
+    session.memory.turn_to("start")
     run = Run.open(folder)
     config = run.config
     _require(config)

@@ -13,7 +13,7 @@ import torch
 EVERY = 0.02
 """Seconds between two looks at the host's memory; GPUs count for themselves."""
 Peaks = dict[str, dict[str, int]]
-"""For each part of the work bytes: `host`, mapped files and all; `own`, without files (where the system tells them
+"""For each part of the work bytes: `host`, mapped files and all; `own`, without them (the same where nothing tells them
 apart); `device`, what torch has had on the GPU."""
 
 
@@ -51,8 +51,10 @@ class Watch:
 
     def look(self) -> None:
         """See how much there is now."""
-        for name, size in _taken().items():
-            self._note(name, size - libraries()[name])
+        own, mapped = _taken()
+        base, files = libraries()  # whose own files the system may have let go since
+        self._note("own", own - base)
+        self._note("host", own - base + max(0, mapped - files))
 
     def _note(self, name: str, size: int) -> None:
         here = self._peaks.get(self._part or "")
@@ -69,15 +71,16 @@ def _look_often(watch: weakref.ref[Watch], over: threading.Event) -> None:
         del it
 
 
-def _taken() -> dict[str, int]:
-    """The host's memory that this process has."""
+def _taken() -> tuple[int, int]:
+    """The host's memory that this process has: its own, and files that are mapped into it."""
     about: Any = psutil.Process().memory_info()
-    return {"host": about.rss, "own": about.rss - about.shared} if hasattr(about, "shared") else {"host": about.rss}
+    mapped = getattr(about, "shared", 0)  # Linux has it
+    return about.rss - mapped, mapped
 
 
 @functools.cache
-def libraries() -> dict[str, int]:
-    """The host's memory that this process had when this was asked first: before there was any model."""
+def libraries() -> tuple[int, int]:
+    """As `_taken`, when this was asked first: before there was any model."""
     return _taken()
 
 
@@ -86,7 +89,6 @@ def line_of(peaks: Peaks) -> str:
 
     def sizes(of: dict[str, int]) -> str:
         device = f"{of['device'] / 1e9:.2f} GB on the GPU, " if "device" in of else ""
-        mapped = f" ({of['own'] / 1e9:.2f} without mapped files)" if "own" in of else ""
-        return f"{device}{of['host'] / 1e9:.2f} GB{mapped}"
+        return f"{device}{of['host'] / 1e9:.2f} GB ({of['own'] / 1e9:.2f} without mapped files)"
 
     return ", ".join(f"{part} {sizes(of)}" for part, of in peaks.items())

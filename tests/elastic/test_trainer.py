@@ -475,7 +475,7 @@ def test_a_long_search_for_the_dial_says_how_far_it_is(
     trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
     assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
     (peaks,) = Run.open(tmp_path / "run").about["peak_memory"]
-    assert list(peaks) == ["loading", "calibration", "training", "measuring"]
+    assert list(peaks) == ["start", "calibration", "training", "measuring"]
     assert "memory of process 0, at most, besides libraries: " + line_of(peaks) in said
 
 
