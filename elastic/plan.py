@@ -1,10 +1,10 @@
 """What distilling a model of some shape would take, on paper: memory of a GPU, FLOPs of a step, days.
 
 Every process has all of the frozen weights in bfloat16, which are teacher and student at once, or its part of them and
-what is whole at a time (elastic/sharding.py); routers are float32, with a gradient and Adam's two moments. A training
-step is a forward pass of the teacher, one of the student, which computes what its gates close as well, and the
-student's way back, whose products are as many as those of a forward pass, since frozen weights need no gradients: 3
-forward passes.
+what is whole at a time, two units of them (elastic/sharding.py); routers are float32, with a gradient and Adam's two
+moments. A training step is a forward pass of the teacher, one of the student, which computes what its gates close as
+well, and the student's way back, whose products are as many as those of a forward pass, since frozen weights need no
+gradients: 3 forward passes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
     windows = config.calibration.windows  # two of them at a time
     batches = -(-windows // 2)
     weights = need.weights
-    largest = max(sum(p.numel() * p.element_size() for m in unit for p in m.parameters()) for unit in units(model))
+    whole = sorted(sum(p.numel() * p.element_size() for m in unit for p in m.parameters()) for unit in units(model))[
+        -2:
+    ]
     student = elasticize(model, config.student)
     if train.checkpointing:
         student.checkpoint_blocks()
@@ -112,7 +114,7 @@ def plan(config: RunConfig, *, gpus: int, memory: float, tokens: float, peak: fl
         "trainable_parameters": sum(p.numel() for p in student.added_parameters().values()),
         **spent,
         **room(weights),
-        "spread": room(-(-weights // gpus) + largest),
+        "spread": room(-(-weights // gpus) + sum(whole)),
         "batch": batch,
         "rows": rows,
         "window": train.window,

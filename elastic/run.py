@@ -192,7 +192,7 @@ class Run:
 def load_teacher(config: RunConfig) -> Teacher:
     """The teacher of a configuration."""
     if launch.spreads():
-        sharding.require(config.family)
+        sharding.require()
     place = sharding.spread if launch.spreads() else None
     dtype = DTYPES[config.train.precision]
     return teachers.load(config.model, dtype=dtype, place=place, quantization=config.quantization)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic import launch
-from elastic.traits import TRAITS
-from students.architectures import architecture_of
+from students.architectures import VISION_TOWERS, architecture_of, kind_of
 from students.shards import Shards, part_of, unit_of
 
 
-def require(family: str) -> None:
-    """ValueError where accelerate's configuration, or the family of the model, is not one that can be spread."""
+def require() -> None:
+    """ValueError where accelerate's configuration asks for something else than Elastic does."""
     version, wrap = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_AUTO_WRAP_POLICY", "")
     if version != "2":
         raise ValueError(f"accelerate's configuration asks for FSDP of version {version}: say fsdp_version: 2")
@@ -33,8 +32,6 @@ def require(family: str) -> None:
         raise ValueError("fsdp_auto_wrap_policy: SIZE_BASED_WRAP has no effect, blocks are gathered one by one")
     if launch.asks("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError("fsdp_activation_checkpointing has no effect: say --set train.checkpointing=true")
-    if not TRAITS[family].spreads:
-        raise ValueError("accelerate's configuration asks for FSDP, which spreads language models alone: use MULTI_GPU")
 
 
 def refuse_timing() -> None:
@@ -44,14 +41,21 @@ def refuse_timing() -> None:
 
 
 def units(model: Any) -> list[list[nn.Module]]:
-    """Modules of a language model that are whole at the same time: a block, the embedding, the LM head."""
+    """Modules of a model that are whole at the same time: a block, of either tower, the embedding, the LM head. What is
+    in none of them, such as the embedding of patches, is whole always."""
+    towers = [model]
+    if kind_of(model) in VISION_TOWERS:
+        towers = [model.base_model.get_submodule(VISION_TOWERS[kind_of(model)]), model.get_decoder()]
+    found = [architecture_of(tower) for tower in towers]
+    blocks = [[block] for _, blocks in found for block in blocks]
+    if not any(record.causal for record, _ in found):
+        return blocks
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [[embedding, head]] if head.weight is embedding.weight else [[embedding], [head]]
-    return [[block] for block in architecture_of(model)[1]] + ends
+    return blocks + ([[embedding, head]] if head.weight is embedding.weight else [[embedding], [head]])
 
 
 def spread(model: Any) -> dict[str, Tensor]:
-    """Leave this process its part of a frozen language model's weights, which may be on the host; returns that part."""
+    """Leave this process its part of a frozen model's weights, which may be on the host; returns what it has left."""
     rank, size, device = launch.part()
     kept_on = torch.device("cpu") if launch.asks("FSDP_OFFLOAD_PARAMS") else device
     shards = Shards(rank, size, launch.fill, device, kept_on)

@@ -22,8 +22,6 @@ class Traits:
     """The section of a configuration file that holds for it, whatever the phase."""
     data: str | None = None
     """What has to be named as data, for the user to read; None: there is data that needs no name."""
-    spreads: bool = False
-    """Whether frozen weights may be spread over processes."""
     tasks: bool = False
     """Whether it can be asked multiple-choice tasks of text."""
 
@@ -38,7 +36,6 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             "a language model",
             ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight"),
             decodes=True,
-            spreads=True,
             tasks=True,
         ),
         "vit": Traits(

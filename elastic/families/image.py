@@ -123,11 +123,12 @@ def start(
     if not merging:
         return start
     first = list(chosen_pixels(student, data.train, batches[:1]))  # which every process looks at whole
+    before = student.runtime.execution
     student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
     try:
         return exact_start(start, student, merging, targets, lambda _: measured_compute(student, first))
     finally:
-        student.runtime.training, student.runtime.execution = False, "skip"
+        student.runtime.training, student.runtime.execution = False, before
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ ACCELERATE, FSDP2 = (
 )
 FORKED: Sequence[object] = ("forked",)
 """Quicker than a real one, for what does not hang on it; see forked.py."""
+SPREAD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What FSDP2 is in the environment."""
 LEARNED = dict(rtol=1e-3, atol=2e-5)
 """How far parameters may be apart, where sums are rounded in another order."""
 
@@ -70,6 +72,7 @@ def in_processes(
     list_in: Path,
     caches: Mapping[Path, Path] = MappingProxyType({}),
     launcher: Sequence[object] = TORCHRUN,
+    **variables: str,
 ) -> None:
     """Make these runs in so many processes, or continue those without a configuration; caches: of those that have one
     of what the teacher says."""
@@ -79,7 +82,7 @@ def in_processes(
         json.dumps([str(folder), config and to_dict(config), known.get(folder)]) for folder, config in runs.items()
     ]
     file.write_text("\n".join(lines))
-    done = launched(count, file, launcher=launcher)
+    done = launched(count, file, launcher=launcher, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

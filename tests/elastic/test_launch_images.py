@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elastic.config import RunConfig
-from tests.elastic.several import assert_close, one_and_two
+from tests.elastic.several import FORKED, SPREAD, assert_close, in_processes, one_and_two
 from tests.elastic.test_image_runs import configure, image_folder, timm_folder  # noqa: F401
 
 IMAGES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -30,3 +30,13 @@ def runs(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("name", IMAGES)
 def test_two_processes_learn_what_one_does_of_images(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / f"two-{name}")
+
+
+def test_two_processes_with_parts_of_the_weights_learn_the_same(
+    configure: Callable[..., RunConfig],  # noqa: F811
+    runs: Path,
+    tmp_path: Path,
+):
+    settings, flags = IMAGES["merging"]
+    in_processes(2, {tmp_path / "parts": configure(*settings, **flags)}, tmp_path, launcher=FORKED, **SPREAD)
+    assert_close(runs / "one-merging", tmp_path / "parts")

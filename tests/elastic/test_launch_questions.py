@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elastic.config import RunConfig
-from tests.elastic.several import assert_close, one_and_two
+from tests.elastic.several import FORKED, SPREAD, assert_close, in_processes, one_and_two
 from tests.elastic.test_vision_language_runs import configure, model_folder, questions  # noqa: F401
 
 TOKENS = "student.routers=[{kind: token, sites: [attn, mlp]}, {kind: image}]"
@@ -32,3 +32,13 @@ def runs(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_two_processes_learn_what_one_does_of_questions(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / f"two-{name}")
+
+
+def test_two_processes_with_parts_of_the_weights_learn_the_same(
+    configure: Callable[..., RunConfig],  # noqa: F811
+    runs: Path,
+    tmp_path: Path,
+):
+    settings, flags = QUESTIONS["quota"]
+    in_processes(2, {tmp_path / "parts": configure(*settings, **flags)}, tmp_path, launcher=FORKED, **SPREAD)
+    assert_close(runs / "one-quota", tmp_path / "parts")

@@ -15,11 +15,9 @@ def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_second_version_is_taken_for_language_models(fsdp: pytest.MonkeyPatch):
-    sharding.require("llm")
+def test_the_second_version_is_taken(fsdp: pytest.MonkeyPatch):
+    sharding.require()
     assert launch.spreads()
-    with pytest.raises(ValueError, match="spreads language models alone"):
-        sharding.require("vit")
     with pytest.raises(ValueError, match="say --no-bench"):
         sharding.refuse_timing()
     launch.forget()
@@ -39,7 +37,7 @@ def test_the_second_version_is_taken_for_language_models(fsdp: pytest.MonkeyPatc
 def test_what_would_have_no_effect_is_refused(fsdp: pytest.MonkeyPatch, variable: str, value: str, said: str):
     fsdp.setenv(variable, value)
     with pytest.raises(ValueError, match=said):
-        sharding.require("llm")
+        sharding.require()
 
 
 def test_the_third_stage_of_deepspeed_is_the_same(fsdp: pytest.MonkeyPatch):
