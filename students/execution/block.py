@@ -11,7 +11,7 @@ from torch import nn
 from students.execution.branch import RoutedBranch
 from students.execution.gates import Gates
 from students.execution.handover import BlockHandover, Exits, Gathered
-from students.execution.tokens import Chosen, take
+from students.execution.tokens import Chosen, place_tokens, take
 from students.routers import Router
 
 
@@ -43,13 +43,15 @@ class BlockGather:
         gates = run.decide(router.spec.of_kind.key(attn.block, attn.branch), router, features)
         decided = Exits(x, [(gates, None)], valid=run.call.valid)
         chosen = Chosen(decided.open(), run.counted(x), decided.count)
-        rows = chosen.rows  # waits for the device, where it is not known beforehand how many there are
+        gather, kwargs = chosen.gather(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        placed = place_tokens(chosen, kwargs)
+        some = gather()  # here, or a line above, the host waits, if it is not known beforehand how many there are
         exits = Exits(x, specs=[router.spec])
         if exits.weighted:
-            gate = take(gates.gate, x, rows)
+            gate = take(gates.gate, x, chosen.rows)
             exits.gates = [(Gates(x.dtype, gate=gate), None)]
-        self._handover.gathered = Gathered(x, chosen, exits)
-        return (take(x, x, rows), *rest), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        self._handover.gathered = Gathered(x, chosen, exits, placed)
+        return (some, *rest), kwargs
 
     def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         gathered = self._handover.gathered

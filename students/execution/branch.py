@@ -12,7 +12,7 @@ from students.architectures import Branch
 from students.execution.attention import Packing, Plan
 from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
-from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, take
+from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, place_tokens, take
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import devices
 from students.kernels.merging import flat_index
@@ -152,14 +152,15 @@ class RoutedBranch(Wrapper):
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
         """An MLP on the tokens that need it."""
-        chosen = self._chosen(exits)
-        if chosen.pending:
+        chosen, gather = self._chosen(exits), None
+        if isinstance(chosen, Chosen) and chosen.pending:
             exits.begin()
+            gather = chosen.gather(exits.x)
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows = chosen.rows
         handover, gate = self.handover, self.handover.gate
-        packed = take(exits.x, exits.x, rows)
+        packed = take(exits.x, exits.x, rows) if gather is None else gather()
         if len(rows) == 0:
             return self._leave(packed, exits)
         handover.rows = Rows(rows, chosen, exits.x.shape[:2])
@@ -201,9 +202,9 @@ class RoutedBranch(Wrapper):
         if len(exits.drops) < len(exits.gates):
             kept = Chosen(exits.open(exits.drops), self.runtime.counted(x))
         kwargs["routed"] = plan
+        gather = kept.gather(x)
         plan.packing = self._pack(x, kept, kwargs)
-        exits.rows = chosen.rows
-        seen = take(x, x, kept.rows)
+        exits.rows, seen = chosen.rows, gather()
         if len(kept.rows) == 0:
             return self._leave((seen, None), exits)  # late exit: the block still unpacks a tuple
         if handover.gate is not None:
@@ -219,7 +220,7 @@ class RoutedBranch(Wrapper):
         """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
         attends = self.branch == "attn"
         if attends:
-            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.chosen, kwargs))
+            kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.chosen, kwargs, gathered.placed))
         rows = gathered.chosen.rows
         if len(rows) == 0:
             return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
@@ -255,21 +256,20 @@ class RoutedBranch(Wrapper):
         packed = (packed.flatten(0, 1) if valid is None else packed[valid]).unsqueeze(0)
         return self._leave(packed if rest is None else (packed, *rest), exits)
 
-    def _pack(self, x: Tensor, kept: Chosen, kwargs: dict[str, Any]) -> Packing:
-        """Prepare the cache and the arguments of attention for those of the tokens x [B, T, D] that are kept."""
-        rows, tokens = kept.rows, x.shape[1]
-        batch, index, layer, rectangle = rows // tokens, rows % tokens, None, None
+    def _pack(self, x: Tensor, kept: Chosen, kwargs: dict[str, Any], placed: bool = False) -> Packing:
+        """Prepare the cache and the arguments of attention for those of the tokens x [B, T, D] that are kept; placed:
+        `place_tokens` has been called."""
+        tokens, layer, rectangle = x.shape[1], None, None
         kwargs["attention_mask"] = None
-        if kwargs.get("position_embeddings") is not None:
-            places = [index if len(e) == 1 else rows for e in kwargs["position_embeddings"]]
-            pairs = zip(kwargs["position_embeddings"], places, strict=True)
-            kwargs["position_embeddings"] = tuple(e.flatten(0, 1).index_select(0, at).unsqueeze(0) for e, at in pairs)
-        cache = cache_in(kwargs)
+        if not placed:
+            place_tokens(kept, kwargs)
+        batch, index, cache = kept.batch, kept.index, cache_in(kwargs)
         if cache is not None:
             layer = cache.layers[self.base_layer.layer_idx]
-            index = index + layer.get_seq_length()
+            before = layer.get_seq_length()
+            index = index + before if before else index
         if devices.runs_ahead(x.device) and tokens > 1 and (layer is None or not layer.is_initialized):
-            rectangle = Rectangle.of(kept, batch)
+            rectangle = Rectangle(kept)
         if layer is not None:
             layer.expect(batch, index, kept.counts, tokens, rectangle)
         return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)

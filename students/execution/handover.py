@@ -133,6 +133,8 @@ class Gathered:
     """The tokens that are let through."""
     exits: Exits
     """What is left to do to the output [1, N, D] of a branch: weights."""
+    placed: bool
+    """Whether the block was called with rotary embeddings of these tokens."""
 
 
 @dataclass

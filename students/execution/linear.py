@@ -13,7 +13,7 @@ from students.architectures import Linear, shape_of, weight_of
 from students.execution.handover import BranchHandover, Narrow
 from students.execution.runtime import Runtime
 from students.execution.site import Site
-from students.execution.tokens import scatter_rows
+from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.routers import ChannelRouter, Lora
@@ -118,11 +118,14 @@ class RoutedLinear(Wrapper):
         if queries is None or not self.per_query:
             early = self.site.handover.early
             return early.pop(0) if early else self._compute(x, together=queries is None)
-        if queries.pending and not self.site.ends:  # keys and values run while the host waits
+        gather = None
+        if isinstance(queries, Chosen) and queries.pending and not self.site.ends:
+            gather = queries.gather(x)  # this, keys and values run while the host waits
             self.site.handover.early = [layer._compute(x, together=False) for layer in self.site.layers[1:]]
         if queries.every:
             return self._compute(x, together=False)
-        out = self._compute(x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0), together=False)
+        some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0) if gather is None else gather()
+        out = self._compute(some, together=False)
         if self.site.ends:
             return out  # the branch ends here and goes on with these tokens
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)

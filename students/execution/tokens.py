@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,13 +23,12 @@ class Listed:
     """[N], ascending."""
     every: bool = False
     """Whether they are all that there are."""
-    pending: bool = False
-    """Whether asking for them would wait."""
 
 
 class Chosen:
     """The open tokens of a batch [B, T]: which they are the device knows; how many, the host is told when it first asks
-    for any of this, and until then what is launched can run.
+    for any of this, and until then what is launched can run. What has no need to know, such as a table of them that is
+    filled up with the first token, is launched before.
 
     of: how many tokens there are, padding aside. count: how many each row has, if that is known; then nothing waits.
     """
@@ -41,9 +41,12 @@ class Chosen:
         if count is not None:
             self.counts = [count] * len(open_)
         if self._ahead:
-            self._upto = open_.flatten().cumsum(0)
-            self._ends = self._upto[open_.shape[1] - 1 :: open_.shape[1]]
+            flat = open_.flatten()
+            upto = flat.cumsum(0)
+            self._ends = upto[open_.shape[1] - 1 :: open_.shape[1]]
             self._fetched = Fetched(self._ends) if count is None else None
+            table = upto.new_zeros(len(flat) + 1)  # the closed ones meet in its first place
+            self._table = table.scatter_(0, upto * flat, torch.arange(len(flat), device=flat.device))[1:]
 
     @property
     def pending(self) -> bool:
@@ -61,42 +64,75 @@ class Chosen:
     @cached_property
     def rows(self) -> Tensor:
         """[N]: their flat indices, ascending."""
-        flat = self._open.flatten()
-        if not self._ahead:
-            return flat.nonzero().squeeze(1)
-        table = self._upto.new_zeros(sum(self.counts) + 1)  # the closed ones meet in its first place
-        return table.scatter_(0, self._upto * flat, torch.arange(len(flat), device=flat.device))[1:]
+        return self._known(self._table) if self._ahead else self._open.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        table, tokens = self._table if self._ahead else self.rows, self._open.shape[1]
+        return table // tokens, table % tokens
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        batch, begins = self._places[0], F.pad(self._ends[:-1], (1, 0))
+        return torch.arange(len(batch), device=batch.device) - begins.index_select(0, batch)
+
+    @property
+    def batch(self) -> Tensor:
+        """[N]: the row of the batch that each belongs to."""
+        return self._known(self._places[0])
+
+    @property
+    def index(self) -> Tensor:
+        """[N]: the place of each in its row."""
+        return self._known(self._places[1])
+
+    @property
+    def turn(self) -> Tensor:
+        """[N]: how many come before it in its row; on a device that the host runs ahead of."""
+        return self._known(self._turns)
 
     @property
     def every(self) -> bool:
         """Whether they are all that there are."""
         return (sum(self.counts) if self._ahead else len(self.rows)) == self._of
 
-    def begins(self) -> Tensor:
-        """[B]: the number of the first one of each row."""
-        return F.pad(self._ends[:-1], (1, 0))
+    def gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """What says which tokens [1, N, ...] of x [B or 1, T, ...] they are, asking no sooner than that."""
+        table = self._places[1] if len(x) == 1 else self._table if self._ahead else self.rows
+        some = x.flatten(0, 1).index_select(0, table)
+        return lambda: self._known(some).unsqueeze(0)
+
+    def begin(self) -> None:
+        """Launch what a packing asks for (see `batch`, `index` and `turn`)."""
+        if self._ahead:
+            _ = self._places if len(self._open) == 1 else self._turns
+
+    def _known(self, x: Tensor) -> Tensor:
+        """Of what there is for each place of the table, that of the open tokens."""
+        return x[: sum(self.counts)] if self._ahead else x
 
 
-@dataclass
 class Rectangle:
-    """Packed tokens [N, ...] as [B, most, ...], each sequence from its start on and filled up behind with anything."""
+    """The open tokens of a batch [N, ...] as [B, most, ...], each row from its start on and filled up behind with
+    anything."""
 
-    rows: int
-    most: int
-    slots: Tensor | None
-    """[N]: a token's place in it, flat; None: nothing is filled up."""
-    sources: Tensor | None
-    """[B * most]: the token that is in each place."""
+    def __init__(self, chosen: Chosen) -> None:
+        self._chosen = chosen
+        self.rows, self.most = len(chosen.counts), max(chosen.counts)
+        self._full = self.rows * self.most == sum(chosen.counts)
 
-    @classmethod
-    def of(cls, chosen: Chosen, batch: Tensor) -> Rectangle:
-        """For tokens of the sequences batch [N]."""
-        rows, most, count = len(chosen.counts), max(chosen.counts), len(batch)
-        if rows * most == count:
-            return cls(rows, most, None, None)
-        order = torch.arange(count, device=batch.device)
-        slots = batch * most + order - chosen.begins().index_select(0, batch)
-        return cls(rows, most, slots, order.new_zeros(rows * most).index_copy_(0, slots, order))
+    @cached_property
+    def slots(self) -> Tensor | None:
+        """[N]: a token's place in it, flat; None: nothing is filled up."""
+        return None if self._full else self._chosen.batch * self.most + self._chosen.turn
+
+    @cached_property
+    def sources(self) -> Tensor | None:
+        """[B * most]: the token that is in each place."""
+        if self.slots is None:
+            return None
+        order = torch.arange(len(self.slots), device=self.slots.device)
+        return order.new_zeros(self.rows * self.most).index_copy_(0, self.slots, order)
 
     def lay(self, x: Tensor, fill: int | None = None) -> Tensor:
         """x [N, ...] -> [B, most, ...]; fill: what it is filled up with."""
@@ -157,6 +193,18 @@ def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor
     index = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     valid = torch.arange(most, device=open_.device) < counts[:, None]
     return index, None if bool(valid.all()) else valid
+
+
+def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
+    """Leave in rotary embeddings of language models ([1 or B, T, r] each) those of the chosen tokens, [1, N, r], and
+    launch what can be before the host asks how many there are; returns whether there are such embeddings."""
+    embeddings = kwargs.get("position_embeddings")
+    chosen.begin()
+    if embeddings is None:
+        return False
+    gathers = [chosen.gather(e) for e in embeddings]
+    kwargs["position_embeddings"] = tuple(gather() for gather in gathers)
+    return True
 
 
 def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:

@@ -173,6 +173,32 @@ def test_the_host_waits_for_attention_behind_keys_and_values(
     assert all((count > 0) == filled for count in between[1::2]), "the MLP has only its substitutes to do meanwhile"
 
 
+@pytest.mark.parametrize(("spec", "norm"), [(DROPPED, 6), (KEPT, 0), (BOTH, 0), (CORRECTED, 0)])
+def test_products_follow_what_the_host_waits_for(
+    spec: StudentSpec, norm: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the norm of a block that runs on fewer tokens comes between: six operators where it is not fused."""
+    student, counter, ends, between = make("llama", spec), Launches(), [], []
+
+    class Asked(Fetched):
+        def wait(self) -> Tensor:
+            ends.append(sum(counter.launched.values()))
+            return super().wait()
+
+    def enter(*_: object) -> None:
+        if ends:
+            between.append(sum(counter.launched.values()) - ends.pop())
+
+    monkeypatch.setattr(some_tokens, "Fetched", Asked)
+    for module in student.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(enter)
+    with counter:
+        student.model(tokens, use_cache=True)
+    waits = 2 if spec in (BOTH, CORRECTED) else 1
+    assert between == [norm] * waits * len(student.blocks)
+
+
 @pytest.mark.parametrize("spec", [BOTH, StudentSpec((RouterSpec("token", substitute=2),))])
 def test_what_is_counted_is_what_is_reported_and_what_nobody_waits_for(spec: StudentSpec, tokens: Tensor) -> None:
     student = make("llama", spec)
