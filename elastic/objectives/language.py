@@ -136,7 +136,7 @@ class Distillation(Objective):
         follows = (torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - 1).expand(ids.shape)
         scale = (counted.numel() / counted.sum()).expand(ids.numel())
         tensors = student.head_tensors()
-        owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape).flatten()
+        owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
 
         likeliest = "tokens" in taught
 
@@ -166,15 +166,10 @@ class Distillation(Objective):
                 each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
-        known = [taught[name] for name in (("masses", "tokens") if likeliest else ("hidden",))]
-        rows = [hidden.flatten(0, 1), targets.flatten(), follows.flatten(), owners, *known]
-        total, sums = chunked(
-            chunk_loss,
-            rows,
-            tensors,
-            chunk_rows=self._chunk_rows(ids),
-            mask=counted.flatten() if self.sequence_level else None,
-        )
+        known = [taught[name].view(*ids.shape, -1) for name in (("masses", "tokens") if likeliest else ("hidden",))]
+        first = self.prompt if self.sequence_level else 0  # of the tokens that count, which the host knows
+        rows = [x[:, first:].flatten(0, 1) for x in (hidden, targets, follows, owners, *known)]
+        total, sums = chunked(chunk_loss, rows, tensors, chunk_rows=self._chunk_rows(ids))
         return total, sums[:3], sums[3:].view(len(ids), 3)
 
 

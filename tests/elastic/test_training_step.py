@@ -21,6 +21,7 @@ PRESETS = {
     "default, prefill": ["budget.phase=prefill"],
     "default, a range": ["budget.target=0.6:0.9", "student.gains=true"],
     "mixture-of-depths": [],
+    "router-tuning, a sequence": ["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=8"],
 }
 MOST = 149
 """Operators for a block: teacher, student and its way back, with norms and attention as torch has them."""
