@@ -24,7 +24,7 @@ def running_on(name: str, library: object) -> Iterator[torch.device]:
         pytest.skip("no C compiler")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if name == "interpreter" and (not triton.available() or torch.cuda.is_available()):
+    if name == "interpreter" and (not triton.installed() or torch.cuda.is_available()):
         pytest.skip("Triton is not installed, or runs on a GPU")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolchain, "loaded", library if name == "c" else None)

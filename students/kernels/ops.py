@@ -52,7 +52,7 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
     _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     if name in cpu.OPERATORS:
         _library.impl(name, cpu.OPERATORS[name], "CPU")
-    if name in triton.OPERATORS and triton.available():
+    if name in triton.OPERATORS and triton.installed():
         _library.impl(name, on_gpu(name), "CUDA")
     torch.library.register_fake(f"elastic::{name}", shapes, lib=_library)
     packet = getattr(torch.ops.elastic, name)
@@ -62,11 +62,12 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
 
 
 def on_gpu(name: str) -> Callable[..., Any]:
-    """Triton's kernel, and the reference for what it does not take."""
+    """Triton's kernel, and the reference for what it does not take, and where it cannot be launched."""
     kernel, other = triton.implementation(name), getattr(reference, name)
 
     def run(first: Tensor, *rest: Any) -> Any:
-        return (other if first.dtype == torch.float64 else kernel)(first, *rest)
+        known = first.dtype != torch.float64 and (not first.is_cuda or triton.available())
+        return (kernel if known else other)(first, *rest)
 
     return run
 

@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassifica
 import teachers
 from teachers import hub, wheel
 from teachers.cache import published
-from teachers.load import fingerprint
+from teachers.load import fingerprint, preferred_dtype
 from teachers.registry import ModelEntry, Wheel
 from tests.pico.language import make_tiny, make_tokenizer
 
@@ -74,6 +74,12 @@ def test_an_architecture_without_sdpa_loads_as_it_can(folder: Path, tmp_path: Pa
     model = teachers.load(str(tmp_path), dtype=torch.float32, device="cpu").model
     ids = torch.arange(3, 9)[None]
     torch.testing.assert_close(model(ids).logits, make_tiny("gemma2")(ids).logits)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert preferred_dtype(torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
 
 
 def test_identity_is_of_weights_not_of_loading(folder: Path):

@@ -7,6 +7,7 @@ calls (rows, chunks, tokens that stay) is not specialised for, so that nothing c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module, util
@@ -37,9 +38,37 @@ OPERATORS = {
 
 
 @cache
-def available() -> bool:
-    """Whether Triton is installed, for NVIDIA's GPUs: torch brings it where it is built for them."""
+def installed() -> bool:
+    """Whether Triton is there, for NVIDIA's GPUs: torch brings it where it is built for them."""
     return util.find_spec("triton") is not None and torch.version.hip is None
+
+
+_launches: list[bool] = []
+"""What `available` says, once it has been asked; torch.compile can read a list, and cannot look for a compiler."""
+
+
+def available() -> bool:
+    """Whether Triton can launch kernels on the GPU that is here, for which it compiles functions in C first; where it
+    cannot, a warning says why, and operators run as their references."""
+    if not _launches:
+        _launches.append(installed() and _starts())
+    return _launches[0]
+
+
+def _starts() -> bool:
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"Triton cannot be used here, and nothing gets faster on this GPU ({reason}): it needs a C compiler and "
+            "Python's headers, as in Debian's gcc and python3-dev",
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def implementation(operator: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ SHARED = 99 * 1024
 """Bytes of shared memory that a program may have on every GPU from Ampere on, data centres' or not."""
 
 
-@pytest.mark.skipif(not triton.available(), reason="Triton is not installed")
+@pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     [(80, "float32"), (90, "bfloat16"), *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)],

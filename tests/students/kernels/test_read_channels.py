@@ -68,7 +68,7 @@ def test_a_long_list_is_read_in_slices_of_some_columns_of_a_weight(rows: int, ba
 
 
 def test_programs_put_their_counters_back(monkeypatch: pytest.MonkeyPatch):
-    if not triton.available() or torch.cuda.is_available():
+    if not triton.installed() or torch.cuda.is_available():
         pytest.skip("Triton is not installed, or runs on a GPU")
     from students.kernels.triton import counters, read_channels
 

@@ -6,6 +6,7 @@ import copy
 import re
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -76,6 +77,24 @@ def test_costs_are_counted(name: str, operators: None):
         expected += 0 if row.flops is None else row.flops(*arguments, out_val=out)
         read += 0 if row.read is None else row.read(*arguments, out_val=out)
     assert counted == expected and (row.flops is None) == (expected == 0) == (read == 0)
+
+
+@pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
+def test_operators_are_references_where_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch):
+    from triton.runtime import driver
+
+    broken = SimpleNamespace(get_current_target=Mock(side_effect=RuntimeError("Failed to find C compiler")))
+    monkeypatch.setattr(driver, "_active", broken)
+    monkeypatch.setattr(triton, "_launches", [])
+    with pytest.warns(UserWarning, match=r"on this GPU \(Failed to find C compiler\): it needs"):
+        assert not triton.available()
+    assert not triton.available() and broken.get_current_target.call_count == 1
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert not ops.compiled(x) and not ops.reads_few(1, x, [6])
+    monkeypatch.setattr(reference, "channel_gate", lambda *given: given)
+    assert ops.on_gpu("channel_gate")(x, None) == (x, None)
+    known = torch.compile(lambda x: x + triton.available(), backend="eager", fullgraph=True)
+    assert float(known(torch.zeros(()))) == 0
 
 
 def test_nothing_is_saved_where_a_dense_product_is_launched(monkeypatch: pytest.MonkeyPatch):
