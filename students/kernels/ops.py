@@ -234,6 +234,11 @@ rotary: Pair = _operator(
 """Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d], of whose channels the first r are
 turned, the first half of these with the second: by cos and sin [B or 1, T, r]. Each step rounds, as torch does."""
 
+write_slot: Callable[..., None] = _operator(
+    "write_slot(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot) -> ()", lambda *_: None
+)
+"""Key and value [B, H, 1, d] of one token into keys and values [B, H, L, d], contiguous, at the place slot [1]."""
+
 
 def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
     top, chosen = rest[5], rest[6:]

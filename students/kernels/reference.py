@@ -200,6 +200,11 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return _turned(query, cos, sin), _turned(key, cos, sin)
 
 
+def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)

@@ -31,6 +31,7 @@ OPERATORS = {
     "rms_norm": "rms_norm",
     "rms_norm_grad": "rms_norm",
     "rotary": "rotary",
+    "write_slot": "write_slot",
     "merge_lowest": "merge_lowest",
     "merge_below": "merge_lowest",
 }

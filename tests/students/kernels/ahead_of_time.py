@@ -97,6 +97,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("softmax_grad", make(2, 8, 1000, 1000), make(2, 8, 1000, 1000), 1000)
     for count in (1, 4, 4096):
         yield call("rms_norm", make(count, narrow), make(narrow), 1e-6, 0)
+    kept, one = make(2, 8, 1024, 128), make(2, 8, 1, 128)
+    yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
     for tokens in (1, 1024):
         query, key = (make(2, tokens, heads, 128).transpose(1, 2) for heads in (32, 8))
         yield call("rotary", query, key, make(1, tokens, 128), make(1, tokens, 128))

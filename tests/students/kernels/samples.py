@@ -110,6 +110,11 @@ def rotary(draw: Draw) -> Iterator[Arguments]:
         yield query, key, draw(rows, 5, width), draw(rows, 5, width)
 
 
+def write_slot(draw: Draw) -> Iterator[Arguments]:
+    slot = torch.tensor([3]).to(draw.device)
+    yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), draw(2, 1, 3, 20).transpose(1, 2), draw(2, 3, 1, 16), slot
+
+
 def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
     for prefix, patches, sized in ((0, 6, False), (1, 16, True), (5, 31, True)):
         n = prefix + patches
@@ -150,6 +155,7 @@ SAMPLES: dict[str, Samples] = {
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,
     "rotary": rotary,
+    "write_slot": write_slot,
     "merge_lowest": merge_lowest,
     "merge_below": merge_below,
 }

@@ -1,0 +1,32 @@
+"""The keys and values of one token into their places of a cache, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _write_slot(keys, values, key, value, slot, length, key_size, value_size, KEY: tl.constexpr, VALUE: tl.constexpr):
+    head, place = tl.program_id(0).to(tl.int64), tl.load(slot)
+    feature = tl.arange(0, KEY)
+    here = feature < key_size
+    one = tl.load(key + head * key_size + feature, mask=here)
+    tl.store(keys + (head * length + place) * key_size + feature, one, mask=here)
+    feature = tl.arange(0, VALUE)
+    here = feature < value_size
+    one = tl.load(value + head * value_size + feature, mask=here)
+    tl.store(values + (head * length + place) * value_size + feature, one, mask=here)
+
+
+def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
+    """As `ops.write_slot`."""
+    batch, heads, length, size = keys.shape
+    other = values.shape[3]
+    _write_slot[(batch * heads,)](
+        *(keys, values, key.contiguous(), value.contiguous(), slot, length, size, other),
+        KEY=triton.next_power_of_2(size),
+        VALUE=triton.next_power_of_2(other),
+        num_warps=1,
+    )
