@@ -28,8 +28,6 @@ from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedProduct
 
 Call = Callable[[], object]
-KEEPS = (1.0, 0.7, 0.4)
-"""Shares of channels."""
 SHARES = (0.5, 0.2, 0.05)
 """Of rows of the LM head."""
 
@@ -40,7 +38,7 @@ class Setup:
 
     device: torch.device
     weights: Sequence[tuple[int, int]]
-    """Inputs and outputs: of an MLP's down projection, of its gate and up, of queries, keys and values."""
+    """Inputs and outputs: of an MLP's down projection, of its gate and up, of queries, keys and values, of a head."""
     head: tuple[int, int]
     """Rows and width of an LM head."""
     logits: tuple[int, int]
@@ -52,6 +50,8 @@ class Setup:
     beyond: int = 256 * 2**20
     """Bytes that copies of a weight exceed together."""
     replays: int = 10
+    keeps: Sequence[float] = (1.0, 0.7, 0.4)
+    """Shares of channels."""
 
     def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers, in the type that is timed by default."""
@@ -115,12 +115,13 @@ def _packed(weight: Tensor) -> PackedProduct:
 
 ON_GPU = Setup(  # of 8 B parameters
     torch.device("cuda"),
-    weights=((14336, 4096), (4096, 28672), (4096, 6144)),
+    weights=((14336, 4096), (4096, 28672), (4096, 6144), (4096, 128256)),
     head=(128256, 4096),
     logits=(2048, 128256),
     tokens=(4096, 4096),
     images=((1, 197, 768), (64, 197, 768), (64, 197, 1024), (64, 577, 1024)),
     rows=(1, 4, 8),
+    keeps=(1.0, 0.6, 0.4),
 )
 ON_CPU = Setup(  # of 1 B parameters, and of 0.1 B
     torch.device("cpu"),
@@ -163,12 +164,12 @@ def head_of(first: str, shares: Sequence[float]) -> list[str]:
 
 def channel_lines(on: Setup) -> Iterator[str]:
     """A table of reading channels, for shares of them."""
-    yield from head_of("read_channels, few_channels", KEEPS)
+    yield from head_of("read_channels, few_channels", on.keeps)
     for inputs, outputs in on.weights:
         matrices = on.copies(inputs, outputs)
         for count in on.rows:
             x = on.make(count, inputs)
-            works, read = on.dense(x, [matrix.T for matrix in matrices]), {str(keep): keep for keep in KEEPS}
+            works, read = on.dense(x, [matrix.T for matrix in matrices]), {str(keep): keep for keep in on.keeps}
             for name, keep in read.items():
                 one = count == 1
                 call = ops.read_channels if one else ops.few_channels
