@@ -16,6 +16,7 @@ from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
 from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer, top_of, topk_kl_to
 from students.compute import PHASES
 from students.families.language import LanguageStudent
+from students.kernels.autograd import forward_kl
 
 
 @dataclass
@@ -139,17 +140,22 @@ class Distillation(Objective):
         owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
 
         likeliest = "tokens" in taught
+        plain = self.training and self.divergence is forward_kl and not (likeliest or loss.cross_entropy_weight)
 
         def chunk_loss(
             h: Tensor, target: Tensor, follows: Tensor, owner: Tensor, *taught: Tensor
         ) -> tuple[Tensor, Tensor]:
-            logits, share = student.logits(h, *tensors, owner=owner)
-            if likeliest:
-                kl = topk_kl_to(logits, *taught, temperature=loss.temperature)
-            else:
+            if not likeliest:
                 with torch.no_grad():
                     teacher_logits, _ = student.logits(*taught)
-                kl = self.divergence(logits, teacher_logits)
+            if plain:
+                kl, share = student.forward_kl(h, teacher_logits, *tensors, owner=owner)
+            else:
+                logits, share = student.logits(h, *tensors, owner=owner)
+                if likeliest:
+                    kl = topk_kl_to(logits, *taught, temperature=loss.temperature)
+                else:
+                    kl = self.divergence(logits, teacher_logits)
             cost = {p: student.compute.routed_head(share, p) * scale[: len(h)] for p in PHASES}
             total = loss.logits_weight * kl.sum()
             if loss.cross_entropy_weight:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
+from students.kernels.autograd import RoutedKL
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
@@ -103,7 +104,30 @@ class RoutedHead(Wrapper):
     ) -> tuple[Tensor, Tensor]:
         """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
         and the share of exact rows [...]. owner: as in Runtime.dial_of, where hidden [N, D] is flat."""
+        parts = self._parts(hidden, spread, preview_weight, log_gain, owner)
+        return selection.rows(*parts, tail)
+
+    def routed_kl(
+        self,
+        hidden: Tensor,
+        teacher: Tensor,
+        spread: Tensor,
+        tail: Tensor,
+        preview_weight: Tensor,
+        log_gain: Tensor,
+        owner: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) [N] of the logits that `routed_logits` makes of hidden [N, D], which are not made, for
+        the teacher's [N, V]; and the same share. Backward runs once."""
+        parts = self._parts(hidden, spread, preview_weight, log_gain, owner)
+        out: tuple[Tensor, Tensor] = RoutedKL.apply(*parts, tail, teacher)
+        return out
+
+    def _parts(
+        self, hidden: Tensor, spread: Tensor, preview_weight: Tensor, log_gain: Tensor, owner: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Exact and previewed logits [..., V], and the limit [..., 1]."""
         router = self.routers["vocab"]
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))
-        return selection.rows(self.base_layer(hidden), self._product(features, preview_weight), limit, tail)
+        return self.base_layer(hidden), self._product(features, preview_weight), limit

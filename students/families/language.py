@@ -18,6 +18,7 @@ from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.prompt import Doorway
 from students.execution.tokens import Order
 from students.kernels import devices
+from students.kernels.autograd import forward_kl
 from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
@@ -117,6 +118,18 @@ class LanguageStudent(Student):
         else:
             logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
         return self._scaled(logits), share
+
+    def forward_kl(
+        self, hidden: Tensor, teacher: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """KL(teacher || student) [N] of what `logits` makes, for the teacher's logits [N, V], and the share; arguments
+        as there. Backward runs once."""
+        head, record = self.model.get_output_embeddings(), self.record
+        if head_tensors and not any(map(self._quirk, (record.logit_scale, record.logit_divisor, record.logit_cap))):
+            kl: tuple[Tensor, Tensor] = head.routed_kl(hidden, teacher, *head_tensors, owner=owner)
+            return kl
+        logits, share = self.logits(hidden, *head_tensors, owner=owner)
+        return forward_kl(logits, teacher), share
 
     @property
     def logit_scale(self) -> float:

@@ -96,6 +96,27 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return value
 
 
+class RoutedKL(torch.autograd.Function):
+    """KL(teacher || student) of the logits that `RowGate` makes, and its share, without these logits.
+
+    exact and preview are nobody else's: backward, which runs once, leaves their gradients in their places.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor, teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        value, share, logs = ops.routed_kl(exact, preview, teacher, limit, tail)
+        ctx.save_for_backward(exact, preview, teacher, limit, tail, logs)
+        return value, share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_share: Tensor) -> tuple[Tensor | None, ...]:
+        exact, preview, *rest = (x.detach() for x in ctx.saved_tensors)
+        by_limit, by_tail = ops.routed_kl_grad(exact, preview, *rest, grad, grad_share)
+        return exact, preview, by_limit, by_tail, None
+
+
 class RMSNorm(torch.autograd.Function):
     """`ops.rms_norm` with the gradient by its input; the weight is frozen. run: the operator with its settings."""
 

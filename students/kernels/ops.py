@@ -203,6 +203,24 @@ forward_kl_grad: One = _operator(
 )
 """The gradient of `forward_kl` by the student's logits, for the gradient [N] by the divergences."""
 
+routed_kl: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "routed_kl(Tensor exact, Tensor preview, Tensor teacher, Tensor limit, Tensor tail) -> (Tensor, Tensor, Tensor)",
+    lambda exact, preview, teacher, *_: (
+        (shapes := _kl_shapes(exact, teacher))[0],
+        exact.new_empty(len(exact), dtype=torch.float32),
+        shapes[1],
+    ),
+)
+"""`forward_kl` of what `row_gate` makes of exact and preview [N, V], which is written nowhere: the divergences [N], the
+shares of exact ones [N] and the logarithms [2, N]."""
+
+routed_kl_grad: Pair = _operator(
+    "routed_kl_grad(Tensor(a!) exact, Tensor(b!) preview, Tensor teacher, Tensor limit, Tensor tail, Tensor logs,"
+    " Tensor grad, Tensor grad_share) -> (Tensor, Tensor)",
+    lambda exact, preview, teacher, limit, tail, *_: (_like(limit), _like(tail)),
+)
+"""Gradients of `routed_kl` by limit and tail; exact and preview, which are contiguous, become the gradients by them."""
+
 softmax_grad: Callable[..., None] = _operator(
     "softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None
 )

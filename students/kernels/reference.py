@@ -166,6 +166,31 @@ def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor
     return q.sub_(p).mul_(grad.unsqueeze(1)).to(student.dtype)
 
 
+def routed_kl(
+    exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    student, share = row_gate(exact, preview, limit, tail)
+    value, logs = forward_kl(student, teacher)
+    return value, share, logs
+
+
+def routed_kl_grad(
+    exact: Tensor,
+    preview: Tensor,
+    teacher: Tensor,
+    limit: Tensor,
+    tail: Tensor,
+    logs: Tensor,
+    grad: Tensor,
+    grad_share: Tensor,
+) -> tuple[Tensor, Tensor]:
+    student, _ = row_gate(exact, preview, limit, tail)
+    slope = forward_kl_grad(student, teacher, logs, grad)
+    by_exact, by_preview, by_limit, by_tail = row_gate_grad(slope, grad_share, exact, preview, limit, tail)
+    exact.copy_(by_exact), preview.copy_(by_preview)
+    return by_limit, by_tail
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

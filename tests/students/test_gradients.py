@@ -16,8 +16,10 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from students import RouterSpec, StudentSpec, elasticize
 from students.execution.linear import RoutedLinear
 from students.kernels.attention_gradient import fast_attention_gradients
+from students.kernels.autograd import RoutedKL, forward_kl
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
+from students.routers import selection
 from tests.pico.language import make_tiny
 from tests.students.test_execution import GATED, SPECS
 from tests.students.test_students import scramble
@@ -59,6 +61,27 @@ def test_fast_attention_has_attention_s_gradient(
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **options))
     for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routed_divergence_is_that_of_routed_logits(dtype: torch.dtype, operators: None):
+    torch.manual_seed(0)
+    exact, preview = (torch.randn(5, 301).to(dtype).requires_grad_() for _ in range(2))
+    limit, tail = (torch.randn(shape).requires_grad_() for shape in ((5, 1), ()))
+    logits, share = selection.rows(exact, preview, limit, tail)
+    teacher = (logits + torch.randn(5, 1) * torch.randn(5, 301)).detach().to(dtype)
+    teacher[2] = logits[2].detach()
+    by, price = torch.randn(5), torch.randn(5)
+
+    def learn(kl: Tensor, share: Tensor) -> list[Tensor]:
+        return gradients((kl * by).sum() + (share * price).sum(), exact, preview, limit, tail)
+
+    kl = forward_kl(logits, teacher)
+    found = RoutedKL.apply(exact * 1, preview * 1, limit, tail, teacher)
+    torch.testing.assert_close(found[0], kl, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[1], share) and found[0][2] == kl[2] == 0
+    for a, b in zip(learn(*found), learn(kl, share), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

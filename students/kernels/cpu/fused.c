@@ -220,6 +220,61 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                                           - expf_(up_##S(t[n * V + v]) - logs[N + n])) * by[n]);                 \
     }
 
+// ROW_GATE and FORWARD_KL at once, of teacher logits t: logits of the student are nowhere written down. Both are loaded
+// before one is chosen, since compilers vectorise no load that depends on something.
+#define CHOSEN(S, v)                                                                                             \
+    float guess = up_##S(p[v]), value_ = up_##S(e[v]), other = up_##S(down_##S(guess + tail)), y = up_##S(b[v]);  \
+    int keep = guess >= least;                                                                                   \
+    float x = keep ? value_ : other;
+#define ROUTED_KL(S, T)                                                                                          \
+    void routed_kl_##S(const T *exact, const T *preview, const T *t, int64_t N, int64_t V, const float *limit,   \
+                       float tail, float *value, float *share, float *logs, int threads) {                       \
+        _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
+            const T *e = exact + n * V, *p = preview + n * V, *b = t + n * V;                                    \
+            float least = up_##S(down_##S(limit[n])), most_a = -INFINITY, most_b = -INFINITY;                    \
+            float sum_a = 0, sum_b = 0, apart = 0;                                                               \
+            int32_t count = 0, differ = 0;                                                                       \
+            _Pragma("omp simd reduction(max : most_a, most_b) reduction(+ : count) reduction(| : differ)")       \
+            for (int64_t v = 0; v < V; v++) {                                                                    \
+                CHOSEN(S, v)                                                                                     \
+                most_a = x > most_a ? x : most_a, most_b = y > most_b ? y : most_b;                              \
+                count += keep, differ |= x != y;                                                                 \
+            }                                                                                                    \
+            _Pragma("omp simd reduction(+ : sum_a, sum_b, apart)") for (int64_t v = 0; v < V; v++) {             \
+                CHOSEN(S, v)                                                                                     \
+                float q = expf_(y - most_b);                                                                     \
+                sum_a += expf_(x - most_a), sum_b += q, apart += q * (y - x);                                    \
+            }                                                                                                    \
+            float log_a = most_a + logf(sum_a), log_b = differ ? most_b + logf(sum_b) : log_a;                   \
+            value[n] = differ ? apart / sum_b - (log_b - log_a) : log_a - log_a; /* NaN: infinite logits */      \
+            share[n] = (float)count / V, logs[n] = log_a, logs[N + n] = log_b;                                   \
+        }                                                                                                        \
+    }
+
+// The gradients of that, as those of both: by exact and preview in their places.
+#define ROUTED_KL_GRAD(S, T)                                                                                     \
+    void routed_kl_grad_##S(T *exact, T *preview, const T *t, int64_t N, int64_t V, const float *limit,          \
+                            float tail, const float *logs, const float *by, const float *by_share,               \
+                            float *to_limit, float *to_tail, int threads) {                                      \
+        _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
+            T *restrict e = exact + n * V, *restrict p = preview + n * V;                                        \
+            const T *restrict b = t + n * V;                                                                     \
+            float least = up_##S(down_##S(limit[n])), low = up_##S(down_##S(limit[n] - 0.5f));                   \
+            float high = up_##S(down_##S(limit[n] + 0.5f)), price = by_share[n] / V, slope = 0, rest = 0;        \
+            float log_a = logs[n], log_b = logs[N + n], scale = by[n];                                           \
+            for (int64_t v = 0; v < V; v++) {                                                                    \
+                float guess = up_##S(p[v]), value = up_##S(e[v]), other = up_##S(down_##S(guess + tail));        \
+                int keep = guess >= least, near = (guess >= low) & (guess < high);                               \
+                T back = down_##S((expf_((keep ? value : other) - log_a) - expf_(up_##S(b[v]) - log_b)) * scale); \
+                float out = up_##S(back);                                                                        \
+                e[v] = keep ? back : 0, p[v] = keep ? 0 : back;                                                  \
+                rest += keep ? 0 : out;                                                                          \
+                slope += near ? (value - other) * out + price : 0;                                               \
+            }                                                                                                    \
+            to_limit[n] = -slope, to_tail[n] = rest;                                                             \
+        }                                                                                                        \
+    }
+
 // The gradient by x [N, D] of gain * x / sqrt(mean(x^2) + epsilon), for the gradient by that.
 #define RMS_NORM_GRAD(S, T)                                                                                      \
     void rms_norm_grad_##S(const T *grad, const T *x, int64_t N, int64_t D, const float *gain, float epsilon,    \
@@ -260,7 +315,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
 
 #define KERNELS(S, T)                                                                                            \
     CHANNEL_GATE(S, T) CHANNEL_GATE_GRAD(S, T) GATED_GRAD(S, T) ROW_GATE(S, T) ROW_GATE_GRAD(S, T)               \
-    LARGEST(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T) RMS_NORM_GRAD(S, T) SOFTMAX_GRAD(S, T)
+    LARGEST(S, T) FORWARD_KL(S, T) FORWARD_KL_GRAD(S, T) ROUTED_KL(S, T) ROUTED_KL_GRAD(S, T)            \
+    RMS_NORM_GRAD(S, T) SOFTMAX_GRAD(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)

@@ -164,6 +164,35 @@ def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor
 
 
 @_in_c
+def routed_kl(
+    exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact, preview, teacher, limit = (x.contiguous() for x in (exact, preview, teacher, limit))
+    value, share, logs = torch.empty(len(exact)), torch.empty(len(exact)), torch.empty(2, len(exact))
+    added = float(tail.to(exact.dtype))
+    toolchain.call("routed_kl", exact, preview, teacher, *exact.shape, limit, added, value, share, logs)
+    return value, share, logs
+
+
+@_in_c
+def routed_kl_grad(
+    exact: Tensor,
+    preview: Tensor,
+    teacher: Tensor,
+    limit: Tensor,
+    tail: Tensor,
+    logs: Tensor,
+    grad: Tensor,
+    grad_share: Tensor,
+) -> tuple[Tensor, Tensor]:
+    teacher, limit, by = teacher.contiguous(), limit.contiguous(), (logs, grad.contiguous(), grad_share.contiguous())
+    grads = torch.empty_like(limit), torch.empty_like(limit)
+    added = float(tail.to(exact.dtype))
+    toolchain.call("routed_kl_grad", exact, preview, teacher, *exact.shape, limit, added, *by, *grads)
+    return grads[0], grads[1].sum()
+
+
+@_in_c
 def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
     keys = score.shape[-1]
     toolchain.call("softmax_grad", score, grad, score.numel() // keys, keys, tokens)

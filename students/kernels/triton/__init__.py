@@ -27,6 +27,8 @@ OPERATORS = {
     "row_gate_grad": "row_gate",
     "forward_kl": "forward_kl",
     "forward_kl_grad": "forward_kl",
+    "routed_kl": "routed_kl",
+    "routed_kl_grad": "routed_kl",
     "softmax_grad": "softmax_grad",
     "rms_norm": "rms_norm",
     "rms_norm_grad": "rms_norm",

@@ -89,6 +89,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("row_gate_grad", logits, each, logits, logits, limits, scalar)
     yield call("forward_kl", logits, logits)
     yield call("forward_kl_grad", logits, logits, make(2, 512, kind=single), each)
+    routed = logits, logits, logits, limits, scalar
+    yield call("routed_kl", *routed)
+    yield call("routed_kl_grad", *routed, make(2, 512, kind=single), each, each)
     for tall in (make(8, 197, 768), make(8, 577, 1024)):
         router = make(tall.shape[2], kind=single), make(1, kind=single), scalar, make(1, kind=single)
         yield call("merge_lowest", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40)

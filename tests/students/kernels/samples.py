@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from students.kernels import reference
+
 Arguments = tuple[Any, ...]
 Samples = Callable[["Draw"], Iterator[Arguments]]
 
@@ -89,6 +91,17 @@ def forward_kl_grad(draw: Draw) -> Iterator[Arguments]:
         yield student, teacher, logs, draw.single(7)
 
 
+def routed_kl(draw: Draw) -> Iterator[Arguments]:
+    exact, preview, limit, tail = next(row_gate(draw))
+    yield exact, preview, draw(5, 301), limit, tail
+
+
+def routed_kl_grad(draw: Draw) -> Iterator[Arguments]:
+    for exact, preview, teacher, limit, tail in routed_kl(draw):
+        logs = reference.routed_kl(exact, preview, teacher, limit, tail)[2]
+        yield exact, preview, teacher, limit, tail, logs, draw.single(5), draw.single(5)
+
+
 def softmax_grad(draw: Draw) -> Iterator[Arguments]:
     for tokens in (0, 11):
         yield draw(2, 3, 11, 13), draw(2, 3, 11, 13), tokens
@@ -151,6 +164,8 @@ SAMPLES: dict[str, Samples] = {
     "row_gate_grad": row_gate_grad,
     "forward_kl": forward_kl,
     "forward_kl_grad": forward_kl_grad,
+    "routed_kl": routed_kl,
+    "routed_kl_grad": routed_kl_grad,
     "softmax_grad": softmax_grad,
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,

@@ -1,0 +1,131 @@
+"""Forward KL of logits that are exact or guessed, and its gradient: what `row_gate` would write down is made while
+reading."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from students.kernels.triton.forward_kl import rescale
+
+
+@triton.jit
+def _chosen(exact, preview, least, added, here):
+    """Logits in float32; both products of the gate are exact."""
+    kind = exact.dtype.element_ty
+    guess = tl.load(preview, mask=here, other=0.0).to(tl.float32)
+    value = tl.load(exact, mask=here, other=0.0).to(tl.float32)
+    other = (guess + added).to(kind).to(tl.float32)
+    return guess, value, other, tl.where(guess >= least, value, other)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _routed_kl(exact, preview, teacher, limit, tail, value, share, logs, rows, vocabulary, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    kind = exact.dtype.element_ty
+    least = tl.load(limit + row).to(kind).to(tl.float32)
+    added = tl.load(tail).to(kind).to(tl.float32)
+    most_s, most_t = float("-inf"), float("-inf")
+    sum_s, sum_t = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    apart, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocabulary, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        here = token < vocabulary
+        place = row * vocabulary + token
+        guess, _, _, s = _chosen(exact + place, preview + place, least, added, here)
+        s = tl.where(here, s, float("-inf"))
+        t = tl.load(teacher + place, mask=here, other=float("-inf")).to(tl.float32)
+        count += ((guess >= least) & here).to(tl.int32)
+        most_s, safe_s, shrink_s = rescale(most_s, s)
+        most_t, safe_t, shrink_t = rescale(most_t, t)
+        weight = tl.exp(t - safe_t)
+        sum_s = sum_s * shrink_s + tl.exp(s - safe_s)
+        sum_t = sum_t * shrink_t + weight
+        apart = apart * shrink_t + tl.where(weight > 0, weight * (t - s), 0.0)
+    whole = tl.sum(sum_t, 0)
+    log_s, log_t = most_s + tl.log(tl.sum(sum_s, 0)), most_t + tl.log(whole)
+    tl.store(value + row, tl.sum(apart, 0) / whole - (log_t - log_s))
+    tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (vocabulary + 0.0).to(tl.float32)))
+    tl.store(logs + row, log_s)
+    tl.store(logs + rows + row, log_t)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _routed_kl_grad(
+    exact,
+    preview,
+    teacher,
+    limit,
+    tail,
+    logs,
+    grad,
+    price,
+    to_limit,
+    to_tail,
+    rows,
+    vocabulary,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kind = exact.dtype.element_ty
+    threshold = tl.load(limit + row).to(tl.float32)
+    least = threshold.to(kind).to(tl.float32)
+    lower, upper = (threshold - 0.5).to(kind).to(tl.float32), (threshold + 0.5).to(kind).to(tl.float32)
+    added = tl.load(tail).to(kind).to(tl.float32)
+    cost = tl.load(price + row).to(tl.float32) / vocabulary
+    log_s, log_t, by = tl.load(logs + row), tl.load(logs + rows + row), tl.load(grad + row).to(tl.float32)
+    slope, rest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        here = token < vocabulary
+        place = row * vocabulary + token
+        guess, value, other, s = _chosen(exact + place, preview + place, least, added, here)
+        t = tl.load(teacher + place, mask=here, other=0.0).to(tl.float32)
+        keep = guess >= least
+        near = (guess >= lower) & (guess < upper) & here
+        out = ((tl.exp(s - log_s) - tl.exp(t - log_t)) * by).to(kind)
+        tl.store(exact + place, tl.where(keep, out, 0.0), mask=here)
+        tl.store(preview + place, tl.where(keep, 0.0, out), mask=here)
+        out = out.to(tl.float32)
+        rest += tl.where(keep | ~here, 0.0, out)
+        slope += tl.where(near, (value - other) * out + cost, 0.0)
+    tl.store(to_limit + row, -tl.sum(slope, 0))
+    tl.store(to_tail + row, tl.sum(rest, 0))
+
+
+def routed_kl(
+    exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.routed_kl`."""
+    exact, preview, teacher, limit = (x.contiguous() for x in (exact, preview, teacher, limit))
+    rows, vocabulary = exact.shape
+    value, share, logs = (exact.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (2, rows)))
+    if rows:
+        block = min(4096, triton.next_power_of_2(vocabulary))
+        given, found = (exact, preview, teacher, limit, tail), (value, share, logs)
+        _routed_kl[(rows,)](*given, *found, rows, vocabulary, BLOCK=block, num_warps=8)
+    return value, share, logs
+
+
+def routed_kl_grad(
+    exact: Tensor,
+    preview: Tensor,
+    teacher: Tensor,
+    limit: Tensor,
+    tail: Tensor,
+    logs: Tensor,
+    grad: Tensor,
+    grad_share: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.routed_kl_grad`."""
+    teacher, limit, *by = (x.contiguous() for x in (teacher, limit, logs, grad, grad_share))
+    to_limit, rest = torch.empty_like(limit), torch.zeros_like(limit, dtype=torch.float32)
+    rows, vocabulary = exact.shape
+    if rows:
+        block = min(4096, triton.next_power_of_2(vocabulary))
+        _routed_kl_grad[(rows,)](
+            *(exact, preview, teacher, limit, tail, *by, to_limit, rest, rows, vocabulary), BLOCK=block, num_warps=8
+        )
+    return to_limit, rest.sum().to(tail.dtype)
