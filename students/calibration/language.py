@@ -170,7 +170,7 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
 def _backward_fisher(student: LanguageStudent, hidden: Tensor, generator: torch.Generator) -> None:
     """Backward of sum -log p(y) with y drawn from the model, in row chunks so that no large float32 logits exist."""
     grad = torch.empty_like(hidden)
-    for chunk, out in zip(hidden.detach().split(128), grad.split(128), strict=True):
+    for chunk, out in zip(hidden.detach().split(32), grad.split(32), strict=True):
         leaf = chunk.requires_grad_()
         logits = student.logits(leaf)[0].float()
         noise = torch.rand(logits.shape, generator=generator).to(logits.device).clamp_(min=1e-20)
