@@ -83,6 +83,11 @@ class Student(nn.Module):
         finally:
             run.decisions = None
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward computes activations of blocks again (see `checkpoint_blocks`)."""
+        return self.recompute or self.runtime.recompute
+
     def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
         """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter; prepared:
         nothing has changed since `prepare`."""

@@ -22,6 +22,10 @@ IMAGE_MODELS |= {"clip_vision_model", "siglip_vision_model", "clip", "siglip"}
 VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}
 """The `model_type`s of transformers that are vision-language models."""
 
+LANGUAGE = "language_model"
+"""In config.json of a vision-language model that comes with Elastic: the name of the model that its language part
+is."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from teachers import families
-from teachers.quiet import quiet
+from teachers import families, hub
+from teachers.quiet import first_line, quiet
+from teachers.registry import LANGUAGE, models, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +41,36 @@ def shapes() -> Mapping[str, Shape]:
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of this name; ValueError where there is none."""
+    """The shape of this name, or of a model: its short name, a hub id or a folder, of which config.json is read.
+
+    ValueError where there is none, or no config.json.
+    """
     if name in shapes():
         return shapes()[name]
-    near = difflib.get_close_matches(name.lower(), shapes(), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"no shape is called {name!r}{hint}; there are {', '.join(shapes())}")
+    if name not in models() and "/" not in name and not Path(name).is_dir():
+        near = difflib.get_close_matches(name.lower(), [*shapes(), *models()], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"no shape is called {name!r}{hint}; there are {', '.join(shapes())}; a model that `elastic models` "
+            "lists, a hub id or a folder with config.json works, too"
+        )
+    entry = resolve(name)
+    if entry.hub is not None and entry.hub.startswith("timm/"):
+        return Shape(name, entry.family, timm={"model_name": entry.hub.removeprefix("timm/")})
+    file = entry.folder / "config.json" if entry.folder else hub.config_file(entry.hub or name)
+    if file is None:
+        raise ValueError(
+            f"{name}: its config.json is not in the hub's cache and cannot be downloaded: {hub.unreachable()}; "
+            f"shapes that need none are {', '.join(shapes())}"
+        )
+    config = json.loads(file.read_text("utf-8"))
+    if "architecture" in config:
+        return Shape(name, entry.family, timm={"model_name": f"local-dir:{file.parent}"})
+    if LANGUAGE in config:  # of which there are tower and projector only
+        text: dict[str, Any] = find_shape(config.pop(LANGUAGE)).config or {}
+        tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
+        config |= {"text_config": text, "image_token_index": text["vocab_size"] - 1, **tied}
+    return Shape(name, entry.family, config)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -53,6 +80,9 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
     """
     import torch
 
-    with torch.device(device), quiet():
-        model = families.of(shape.family).random_model(shape.config or shape.timm or {}, dtype)
+    try:
+        with torch.device(device), quiet():
+            model = families.of(shape.family).random_model(shape.config or shape.timm or {}, dtype)
+    except Exception as error:  # timm and transformers each have their own classes
+        raise ValueError(f"{shape.name} cannot be built: {first_line(error)}") from error
     return model.eval().requires_grad_(False)

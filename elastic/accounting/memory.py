@@ -11,10 +11,13 @@ from torch import nn
 
 from students import Student
 from students.architectures import architecture_of, shape_of, sizes_of, weight_of
-from students.architectures.record import LINEAR_SITES
+from students.architectures.record import LINEAR_SITES, Architecture
+from students.execution.wrapper import Wrapper
 
 ADDED = 0.06
 """What routers and their previews add to the weights."""
+MERGED = 6
+"""Patches' widths that a block keeps where patches merge: what is compared, weighted and scored, in part in float32."""
 SLACK = 1.1
 """What allocators and libraries add to everything else."""
 
@@ -67,27 +70,44 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
 
 
 def kept_bytes(student: Student) -> tuple[int, int]:
-    """Bytes of a token that a training step of a language student keeps for its way back, and those that come on top on
-    the way, all of them in the frozen weights' type.
+    """Bytes of a token that a training step of a student keeps for its way back, and those that come on top on the way,
+    all of them in the frozen weights' type.
 
-    Of each block: its input and what attention has added to it, which norms read; what each site's linear layers read;
-    queries, keys and values; what the first layers of the MLP put out; and, where these are a gate and what it is
-    multiplied with, the activation between, unless it is made again with the product (students/execution/product.py).
-    With `train.checkpointing` blocks' inputs are kept, and the rest is there for one block at a time.
+    Of each block behind the first that learns: its input and what attention has added to it, which norms read; queries,
+    keys and values, and what comes of them; what the first layers of the MLP put out; what linear layers read, where
+    routers or corrections are in front of them; what merging patches takes; and, where the MLP has a gate and what it
+    is multiplied with, the activation between, unless it is made again with the product
+    (students/execution/product.py). With `train.checkpointing` blocks' inputs are kept, and the rest is there for one
+    block at a time.
     """
-    blocks, record = student.blocks, student.record
+    blocks, record = student.blocks[untouched(student) :], student.record
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
-    each, streams = [], 0
+    each, streams, merged = [], 0, 0
     for block in blocks:
         sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in LINEAR_SITES}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
         width, neurons = read["attn_in"], read["mlp_out"]
+        kept = sum(read[site] for site in LINEAR_SITES if site == "attn_out" or _is_routed(block, record, site))
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes[site])
         joined = getattr(block.get_submodule(record.linears("mlp_out")[0]), "activation", None) is not None
         gated = sum(outputs for outputs, _ in sizes["mlp_in"]) == 2 * neurons
-        each.append(2 * width + sum(read.values()) + written + neurons * gated - 2 * neurons * joined)
+        each.append(2 * width + kept + written + neurons * gated - 2 * neurons * joined)
         streams += width
-    return (size * streams, size * max(each)) if student.recompute else (size * sum(each), 0)
+        merged += MERGED * width * bool(getattr(block, "merges", False) and block.routers)
+    return (size * (streams + merged), size * max(each)) if student.recomputes else (size * (sum(each) + merged), 0)
+
+
+def untouched(student: Any) -> int:
+    """How many blocks are in front of all that learns, so that no gradient passes through them."""
+    if getattr(student, "door", None) is not None:
+        return 0
+    return next((n for n, block in enumerate(student.blocks) if any(p.requires_grad for p in block.parameters())), 0)
+
+
+def _is_routed(block: nn.Module, record: Architecture, site: str) -> bool:
+    """Whether something that learns reads what the linear layers of a site do: theirs or their branch's."""
+    branch = block.get_submodule(record.attn if site.startswith("attn") else record.mlp)
+    return any(isinstance(m, Wrapper) for m in (branch, block.get_submodule(record.linears(site)[0])))
 
 
 def free_memory(device: torch.device) -> int:

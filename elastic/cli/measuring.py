@@ -159,7 +159,9 @@ def plan_command(options: argparse.Namespace) -> None:
     from elastic.plan import plan, plan_config
 
     config = plan_config(options.model, preset=options.preset, settings=options.set)
-    found = plan(config, **{name: getattr(options, name) for name in ("gpus", "memory", "tokens", "peak", "share")})
+    amount = {name: given for name in ("tokens", "samples") if (given := getattr(options, name)) is not None}
+    machines = {name: getattr(options, name) for name in ("gpus", "memory", "peak", "share")}
+    found = plan(config, amount=amount, **machines)
     if options.json:
         print(json.dumps(found))
         return
@@ -182,11 +184,12 @@ def plan_command(options: argparse.Namespace) -> None:
         spread = found["spread"]
         parts = f"{spread['needed'] / 1e9:,.2f} GB a GPU, of weights {spread['weights'] / 1e9:,.2f}"
         table.add_row(f"spread over {options.gpus}", f"{parts}: {'fits' if spread['fits'] else 'does not fit'}")
-    table.add_row("a step", f"{found['batch']} windows of {found['window']}, {found['rows']} a GPU")
+    table.add_row("a step", f"{found['batch']} {found['unit']} of {found['length']} tokens, {found['rows']} a GPU")
     table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
     table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
-    table.add_row(f"{options.tokens:.3g} tokens", f"{found['steps']:,} steps, {found['days']:.3g} days")
+    trained = f"{found['samples']:.3g} {found['unit']}, {found['tokens']:.3g} tokens"
+    table.add_row(trained, f"{found['steps']:,} steps, {found['days']:.3g} days")
     Console(soft_wrap=True, markup=False).print(table)
 
 

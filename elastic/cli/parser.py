@@ -129,10 +129,11 @@ def parser() -> argparse.ArgumentParser:
     plan = command(
         "plan", measuring.plan_command, "estimate on paper what distilling a model of some shape would take on GPUs"
     )
-    plan.add_argument("--model", metavar="SHAPE", required=True, help="such as llama3-70b; see configs/shapes.yaml")
+    plan.add_argument("--model", metavar="SHAPE", required=True, help="of configs/shapes.yaml, or as for distill")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="a process on each (default 1)")
     plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of one GPU (default 80)")
-    plan.add_argument("--tokens", type=float, default=1e8, metavar="T", help="to train on (default 1e8)")
+    plan.add_argument("--tokens", type=float, metavar="T", help="of text to train a language model on (default 1e8)")
+    plan.add_argument("--samples", type=float, metavar="N", help="images, or questions, to train on (default 1e6)")
     plan.add_argument("--peak", type=float, default=989, metavar="TFLOPS", help="of one GPU (default 989, an H100's)")
     plan.add_argument("--share", type=float, default=0.4, metavar="S", help="of that peak, as reached (default 0.4)")
     plan.add_argument("--preset", help="as for distill")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from elastic.evaluation.session import Session
     from elastic.evaluation.teacher import TeacherOutputs
     from elastic.timing.passes import Contender, Models, Row
-    from elastic.timing.workload import InputSizes, TrainingBatch, Workload
+    from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
     from students.calibration.price import Start
     from teachers import Teacher
 
@@ -63,6 +63,9 @@ class Timing(Protocol):
 
     def input_sizes(self, model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
         """How much is read at once by a model with random weights, which may be on the device "meta"."""
+
+    def step_sizes(self, student: Any, config: RunConfig) -> StepSizes:
+        """What a training step does with a sample; the student may be on the device "meta"."""
 
 
 class Generation(Protocol):

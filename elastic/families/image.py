@@ -28,7 +28,7 @@ from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
 from elastic.shares import deal, divide
 from elastic.timing import image as timing_image
-from students.calibration.image import calibrate_images, observe_images
+from students.calibration.image import CALIBRATED, calibrate_images, observe_images
 from students.calibration.price import Start
 from students.families.image import ImageStudent, features_of, image_shape
 from teachers import Teacher
@@ -43,8 +43,6 @@ generation: Generation | None = None
 timing: Timing = timing_image
 UNIT = "images"
 """What data consists of, for the user to read."""
-CALIBRATED = 64
-"""Images that are looked at together in calibration."""
 DIAL_IMAGES = 2048
 """Training images that quotas and the dial are set on."""
 BASELINES = ("random", "uniform", "tome")

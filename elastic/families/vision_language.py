@@ -31,7 +31,7 @@ from elastic.reporting.progress import Watched
 from elastic.shares import deal, divide, pooled
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
-from students.calibration.vision_language import calibrate_door, observe_door
+from students.calibration.vision_language import CALIBRATED, calibrate_door, observe_door
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
 from teachers.data.left_out import LeftOut
@@ -47,8 +47,6 @@ score_correlations = None
 timing: Timing = timing_vision_language
 UNIT = "questions"
 """What data consists of, for the user to read."""
-CALIBRATED = 4
-"""Questions that are looked at together in calibration."""
 DIAL_QUESTIONS = 128
 """Training questions that the door's share and the dial are set on."""
 BASELINES = ("random", "uniform")
@@ -80,8 +78,8 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
     """Random questions about random images, for a LLaVA: as many to train on as are calibrated on."""
     vision, counts = model.config.vision_config, (max(1, config.calibration.windows), config.data.held_out)
     shape = vision.num_channels, vision.image_size, vision.image_size
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return random_questions(model.config.image_token_id, patches, shape, counts, config.train.seed, model.dtype)
+    tokens = timing_vision_language.image_tokens(model)
+    return random_questions(model.config.image_token_id, tokens, shape, counts, config.train.seed, model.dtype)
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> PromptSet:

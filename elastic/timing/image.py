@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from elastic.accounting.counters import count
+from elastic.accounting.memory import untouched
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, medians, row_of
-from elastic.timing.workload import InputSizes, TrainingBatch, Workload
+from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
+from students.calibration.image import CALIBRATED
 from students.execution.capture import Forward
-from students.families.image import ImageStudent, call
+from students.families.image import ImageStudent, call, tokens_of
 from teachers.data.image_set import ImageSet
 from teachers.data.images import ImageData
 
@@ -61,9 +63,17 @@ def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) ->
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Calibration reads all images at once; for a model of timm."""
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    return InputSizes(model, tokens, tokens, config.calibration.windows * tokens, 0)
+    """Calibration reads some images at a time."""
+    tokens = tokens_of(model)
+    return InputSizes(model, tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
+
+
+def step_sizes(student: ImageStudent, config: RunConfig) -> StepSizes:
+    """Of an image of the size that the model is configured for."""
+    ones = torch.ones(1, student.tokens, dtype=torch.bool)
+    macs = float(student.compute.dense(ones, "prefill").double().sum())
+    frozen = macs * untouched(student) / len(student.blocks)
+    return StepSizes(student.tokens, macs - frozen, frozen)
 
 
 def _images(images: ImageSet, count: int) -> Tensor:

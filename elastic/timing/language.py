@@ -13,7 +13,7 @@ from torch import Tensor
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import COUNTED, Contender, Models, Row, decode, prefill
-from elastic.timing.workload import PROMPT, InputSizes, TrainingBatch, Workload
+from elastic.timing.workload import PROMPT, InputSizes, StepSizes, TrainingBatch, Workload
 from students.calibration.language import ROWS_PER_BATCH
 from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
@@ -77,6 +77,13 @@ def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes
     windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
     return InputSizes(model, longest, config.train.window, calibrated, sampled)
+
+
+def step_sizes(student: LanguageStudent, config: RunConfig) -> StepSizes:
+    """Of a window."""
+    window = config.train.window
+    macs = student.compute.dense(torch.ones(1, window, dtype=torch.bool), "prefill").double().sum()
+    return StepSizes(window, float(macs), logits=window)
 
 
 def _unpadded(ids: Tensor) -> dict[str, Tensor]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, decode, prefill
-from elastic.timing.workload import InputSizes, TrainingBatch, Workload
+from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
+from students.architectures import architecture_of
+from students.architectures.vision_language import VISION_TOWERS
+from students.calibration.vision_language import CALIBRATED
+from students.decisions import Decisions
 from students.execution.decoding import Decoding
+from students.families.image import image_shape, tokens_of
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.synthetic import ANSWER, QUESTION
 
@@ -58,7 +65,36 @@ def training_batch(student: VisionLanguageStudent, data: Any, config: RunConfig)
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Calibration reads all questions at once; for a LLaVA."""
-    vision = model.config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + QUESTION + ANSWER
-    return InputSizes(model.get_decoder(), tokens, tokens, config.calibration.windows * tokens, 0)
+    """Calibration reads some questions at a time."""
+    tokens = image_tokens(model) + QUESTION + ANSWER
+    return InputSizes(model.get_decoder(), tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
+
+
+def step_sizes(student: VisionLanguageStudent, config: RunConfig) -> StepSizes:
+    """Of one image and a question of QUESTION tokens with an answer of ANSWER; no gradient passes through a vision
+    tower without routers."""
+    tower, image = tower_of(student.model), image_tokens(student.model)
+    student.count_vision({"pixel_values": student.model.lm_head.weight.new_empty(1, *image_shape(tower))})
+    ones = torch.ones(1, image + QUESTION + ANSWER, dtype=torch.bool)
+    blocks = student.compute.routed_blocks(Decisions(bypassed=True), ones, "prefill").double().sum()
+    macs, vision = float(blocks) + ANSWER * student.compute.head, (student.vision_macs or 0.0) * image
+    if student.vision is None:
+        return StepSizes(ones.numel(), macs, frozen=vision, logits=ANSWER)
+    return StepSizes(ones.numel(), macs + vision, logits=ANSWER, images=student.vision.tokens)
+
+
+def image_tokens(model: Any) -> int:
+    """Tokens of an image in the language model, ValueError where its size decides."""
+    if model.config.model_type != "llava":
+        raise ValueError(
+            "how many tokens an image has is known beforehand of LLaVA alone, and not of this model "
+            f"({model.config.model_type})"
+        )
+    tower = tower_of(model)
+    left_out = model.config.vision_feature_select_strategy == "default"
+    return tokens_of(tower) - (architecture_of(tower)[0].prefix or 0) * left_out
+
+
+def tower_of(model: Any) -> Any:
+    """The vision tower."""
+    return model.base_model.get_submodule(VISION_TOWERS[model.config.model_type])

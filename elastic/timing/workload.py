@@ -40,6 +40,21 @@ class TrainingBatch(NamedTuple):
     """Tokens of a row."""
 
 
+class StepSizes(NamedTuple):
+    """What a training step does with a sample, on paper."""
+
+    tokens: int
+    """That the routed blocks read."""
+    macs: float
+    """Multiply-accumulates of a forward pass, through what gradients pass."""
+    frozen: float = 0.0
+    """Those in front of all that learns."""
+    logits: int = 0
+    """Rows of logits of the LM head."""
+    images: int = 0
+    """Tokens that a routed vision tower reads."""
+
+
 class InputSizes(NamedTuple):
     """How much a model with random weights reads at once."""
 

@@ -18,6 +18,8 @@ from students.calibration.price import Choice, Curve, Start, gated_choice, log_l
 from students.calibration.share import Share, drawing
 from students.families.image import Features, ImageStudent, Placed
 
+CALIBRATED = 64
+"""Images that are looked at together."""
 DRAWS = 4
 """Outcomes y that are drawn for each image."""
 ROWS_PER_BATCH = 1024

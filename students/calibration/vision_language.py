@@ -16,6 +16,8 @@ from students.calibration.price import Curve, Start, gated_choice, log_likelihoo
 from students.calibration.share import Share, drawing
 from students.families.vision_language import VisionLanguageStudent
 
+CALIBRATED = 4
+"""Questions that are looked at together."""
 DRAWS = 2
 """Answers that are drawn for each prompt."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.architectures import BRANCHES, trunk_of
+from students.architectures import BRANCHES, architecture_of, trunk_of
 from students.calibration.share import Look, Share
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
@@ -225,6 +225,14 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     patches: Any = model.patch_embed
     first = next(m for m in patches.modules() if isinstance(m, nn.Conv2d))  # a hybrid's is its backbone's
     return first.in_channels, *patches.img_size
+
+
+def tokens_of(model: nn.Module) -> int:
+    """Tokens, those of the prefix included, of an image of the size that a model is configured for."""
+    prefix, patches = architecture_of(model)[0].prefix, getattr(model, "patch_embed", model)
+    size: Any = (model.config if isinstance(model, PreTrainedModel) else patches).patch_size
+    (_, height, width), (down, across) = image_shape(model), _pair(size)
+    return (height // down) * (width // across) + (prefix or 0)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

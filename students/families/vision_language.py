@@ -78,7 +78,7 @@ class VisionLanguageStudent(LanguageStudent):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
         """As `forward`, up to the LM head."""
-        self._count_vision(kwargs)
+        self.count_vision(kwargs)
         with self._deciding_from(prompt) as decisions:
             base = self.model.base_model
             out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
@@ -184,8 +184,9 @@ class VisionLanguageStudent(LanguageStudent):
         return nullcontext() if self.vision is None else self.vision._deciding()
 
     @torch.no_grad()
-    def _count_vision(self, kwargs: dict[str, Any]) -> None:
-        """Count, once, what the frozen vision tower and projector cost for one image token."""
+    def count_vision(self, kwargs: dict[str, Any]) -> None:
+        """Count, once, what the frozen vision tower and projector cost for one image token; kwargs: of a call, with
+        images."""
         if self.vision_macs is not None or kwargs.get("pixel_values") is None:
             return
         base: Any = self.model.base_model

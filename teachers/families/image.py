@@ -50,10 +50,22 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
 
 
 def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model of timm with random weights."""
-    import timm
+    """A model with random weights: of timm, or of transformers by the settings of its configuration."""
+    if "model_type" not in settings:
+        import timm
 
-    return timm.create_model(**settings).to(dtype)
+        return timm.create_model(**settings).to(dtype)
+    import transformers
+
+    loader, options = _class_of(settings)
+    config = transformers.AutoConfig.for_model(**settings)
+    if (kind := getattr(loader, "config_class", None)) is not None and not isinstance(config, kind):
+        config = config.vision_config  # the image tower's part of a model of images and text
+    for name in options.keys() & config.to_dict().keys():
+        setattr(config, name, options.pop(name))
+    make = loader.from_config if loader is transformers.AutoModel else loader._from_config
+    model: nn.Module = make(config, dtype=dtype, **options)
+    return model
 
 
 def _timm(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Preprocess]:
@@ -80,19 +92,7 @@ def _transformers(
 ) -> Loaded:
     import transformers
 
-    kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
-    options: dict[str, Any] = {}
-    if saved_as.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):
-        loader = getattr(transformers, saved_as)
-    elif kind in ("clip", "clip_vision_model"):
-        loader = transformers.CLIPVisionModel
-    elif kind in ("siglip", "siglip_vision_model"):
-        loader = transformers.SiglipVisionModel
-    elif kind == "vit_mae":
-        loader, options = transformers.ViTMAEModel, {"mask_ratio": 0.0}
-    else:
-        loader = transformers.AutoModel
-        options = {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
+    loader, options = _class_of(config)
     model, unused = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -107,6 +107,22 @@ def _transformers(
     parts = {key.partition(".")[0] for key in model.state_dict()}
     unused = [key for key in unused if key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in parts]
     return Loaded(model, preprocess, unused)
+
+
+def _class_of(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of transformers that a configuration is read with, and options."""
+    import transformers
+
+    kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
+    if saved_as.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):
+        return getattr(transformers, saved_as), {}
+    if kind in ("clip", "clip_vision_model"):
+        return transformers.CLIPVisionModel, {}
+    if kind in ("siglip", "siglip_vision_model"):
+        return transformers.SiglipVisionModel, {}
+    if kind == "vit_mae":
+        return transformers.ViTMAEModel, {"mask_ratio": 0.0}
+    return transformers.AutoModel, {"add_pooling_layer": False} if kind in ("vit", "deit") else {}
 
 
 def classes_of(model: Any) -> Classes | None:

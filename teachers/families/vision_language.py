@@ -10,14 +10,13 @@ from teachers import hub
 from teachers.families import Loaded
 from teachers.families.image import unpack
 from teachers.quiet import first_line
+from teachers.registry import LANGUAGE
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-LANGUAGE = "language_model"
-"""In config.json of a model that comes with Elastic: the name of the model that its language part is."""
 IMAGE_TOKEN = "<file_sep>"
 """What stands for an image token in those models: a token that SmolLM2 has and prose has not."""
 CHAT_TEMPLATE = (

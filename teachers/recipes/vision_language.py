@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from teachers.cache import published
 from teachers.data.questions import EASY_VQA, QuestionSet, load_all, load_questions
 from teachers.families.image import pack, unpack
-from teachers.families.vision_language import LANGUAGE, assemble
+from teachers.families.vision_language import assemble
 from teachers.load import load
 from teachers.recipes.easy_vqa import WORDS, ImagesByKind, Kind, Pair, augmented, sort_by_image, sort_by_kind
 from teachers.recipes.reader import Reader
+from teachers.registry import LANGUAGE
 from teachers.snapshot import Snapshot
 
 if TYPE_CHECKING:
