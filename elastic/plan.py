@@ -81,7 +81,8 @@ def plan(
     counted, other = ("tokens", "samples") if "tokens" in family.timing.OPTIONS else ("samples", "tokens")
     if other in amount:
         raise ValueError(
-            f"{config.model} is {TRAITS[config.family].noun}, which trains on {family.UNIT}: say --{counted} instead of --{other}"
+            f"{config.model} is {TRAITS[config.family].noun}, which trains on {family.UNIT}: "
+            f"say --{counted} instead of --{other}"
         )
     if config.quantization != "none":
         raise ValueError(f"plan counts weights in bfloat16: leave quantization={config.quantization} away")
