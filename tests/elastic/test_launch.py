@@ -94,7 +94,7 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
 
 @pytest.mark.parametrize(
     ("fails", "launcher"),
-    [("1:4:refuses", FORKED), ("1:4:raises", TORCHRUN), ("0:4:raises", FORKED), ("1:4:dies", TORCHRUN)],
+    [("1:4:refuses", FORKED), ("1:4:raises", FORKED), ("0:4:raises", FORKED), ("1:4:dies", TORCHRUN)],
     ids=["all know", "one knows", "the first knows", "none knows"],
 )
 def test_a_process_that_fails_costs_one_line_and_no_step(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,37 @@ SHARED = 99 * 1024
 """Bytes of shared memory that a program may have on every GPU from Ampere on, data centres' or not."""
 
 
+Compilers = dict[tuple[int, str], subprocess.Popen[str]]
+
+
+def start(capability: int, dtype: str, folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-m", "tests.students.kernels.ahead_of_time", str(capability), dtype]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.fixture(scope="module")
+def compilers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
+    """A process for each test that runs, all at once."""
+    tests = [item.callspec.params for item in request.session.items if item.path == request.path]
+    keys = [(test["capability"], test["dtype"]) for test in tests]
+    started = {key: start(*key, tmp_path_factory.mktemp("triton")) for key in keys}
+    yield started
+    for process in started.values():
+        process.kill()
+
+
 @pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     [(80, "float32"), (90, "bfloat16"), *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)],
 )
-def test_kernels_compile_without_a_gpu_and_spill_nothing(capability: int, dtype: str, tmp_path: Path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.students.kernels.ahead_of_time", str(capability), dtype]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+def test_kernels_compile_without_a_gpu_and_spill_nothing(capability: int, dtype: str, compilers: Compilers):
+    process = compilers[capability, dtype]
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    kernels = [json.loads(line) for line in out.splitlines()]
     assert len({kernel["kernel"].split()[0] for kernel in kernels}) == 20
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel
