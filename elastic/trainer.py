@@ -37,7 +37,7 @@ from elastic.shares import tell
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
-from students.routers.registry import limit_parameters
+from students.kinds.registry import limit_parameters
 from teachers.data.left_out import distinct
 
 Say = Callable[[str], None]

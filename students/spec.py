@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from students.architectures.record import LINEAR_SITES
-from students.routers.registry import Kind, kinds
-
-if TYPE_CHECKING:
-    KindName = str
-else:
-    KindName = Literal[tuple(kinds())]
+from students.kinds.registry import Kind, KindName, kinds
 
 
 @dataclass(frozen=True)
@@ -21,7 +16,7 @@ class RouterSpec:
     kind: KindName
     """What a gate switches: token (a branch, for one token), layer (the whole block), head (one attention head), expert
     (one group of MLP neurons), channel (one input channel of a linear layer), vocab (one row of the LM head), image
-    (one image token at a language model's door); see students/routers."""
+    (one image token at a language model's door); see students/kinds."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
@@ -150,7 +145,7 @@ class StudentSpec:
 
     def at(self, place: str) -> list[RouterSpec]:
         """The routers in a model's blocks, at its head or at its door (see Kind.place), in the order of their kinds."""
-        return sorted((r for r in self.routers if r.of_kind.place == place), key=lambda router: router.of_kind.order)
+        return [r for name, kind in kinds().items() if kind.place == place for r in self.routers if r.kind == name]
 
     @property
     def over_blocks(self) -> RouterSpec | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,7 @@ from torch import Tensor, nn
 
 from students.kernels.scoring import per_size, stream_score
 from students.prepared import InPrecision, Stamp
-
-if TYPE_CHECKING:
-    from students.spec import RouterSpec
+from students.spec import RouterSpec
 
 LEVELS = 65
 """Quantiles that are kept of the scores of a router with quota."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.routers import selection
 from students.routers.base import Router, ThinLinear
-from students.routers.registry import Kind
-
-if TYPE_CHECKING:
-    from students.places import DoorPlace
-    from students.spec import RouterSpec
+from students.spec import RouterSpec
 
 
 class ImageRouter(Router):
@@ -38,24 +32,3 @@ class ImageRouter(Router):
     def macs(self, width: int) -> int:
         """Multiply-accumulates for one token."""
         return super().macs(width) + self.spec.query * (width + 1)
-
-
-class ImageKind(Kind):
-    """Which image tokens enter a language model: students/families/vision_language.py leaves the others out of the
-    sequence, calibration/vision_language.py starts it."""
-
-    name = "image"
-    order = 70
-    fields = ("hidden", "network", "selection", "query")
-    place = "door"
-    may_keep_quota = True
-
-    def check(self, spec: RouterSpec) -> None:
-        if spec.network == "static":
-            raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
-
-    def attach(self, spec: RouterSpec, place: DoorPlace) -> None:
-        place.add_router(ImageRouter(spec, place.width, place.gains))
-
-
-KIND = ImageKind()

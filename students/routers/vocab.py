@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from students.routers.registry import Kind
-
-if TYPE_CHECKING:
-    from students.architectures import Architecture
-    from students.compute import Phase
-    from students.places import HeadPlace
-    from students.spec import RouterSpec, StudentSpec
 
 
 class VocabRouter(nn.Module):
@@ -55,35 +45,3 @@ class VocabRouter(nn.Module):
         features = features.float()
         limit: Tensor = (features @ self.slope + spread * features.norm(dim=-1)).unsqueeze(-1) - gain * dial
         return limit
-
-
-class VocabKind(Kind):
-    """A preview of the LM head, executed by students/execution/head.py; calibration/language.py starts it."""
-
-    name = "vocab"
-    order = 60
-    fields = ("rank",)
-    place = "head"
-    limits = ("spread", "tail", "log_gain")
-
-    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
-        if not record.causal:
-            raise ValueError("a vocab router needs a language model's head; image models have none")
-
-    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
-        """In prefill all rows are computed, and the preview too, for it says which of them count."""
-        return phase == "decode"
-
-    def fixes_shapes(self, spec: RouterSpec) -> bool:
-        return True
-
-    def attach(self, spec: RouterSpec, place: HeadPlace) -> None:
-        from students.execution.head import RoutedHead
-
-        vocabulary, width = place.head.get_parameter("weight").shape
-        rank = spec.rank or width // 4
-        place.replace(RoutedHead(place.head, place.runtime, VocabRouter(width, rank, place.gains), spec))
-        place.macs += rank * (width + vocabulary + 1)
-
-
-KIND = VocabKind()

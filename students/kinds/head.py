@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from students.routers.registry import GATED, Kind
-
-if TYPE_CHECKING:
-    from students.calibration.observe import BlockStart, Watched
-    from students.calibration.price import Choice
-    from students.compute import BlockCost
-    from students.places import BlockPlace
-    from students.spec import RouterSpec
+from students.calibration.observe import BlockStart, Watched
+from students.calibration.price import Choice
+from students.compute import BlockCost
+from students.kinds.registry import GATED, Kind
+from students.places import BlockPlace
+from students.spec import RouterSpec
 
 
 class HeadKind(Kind):
     """A gate for each head: students/execution/branch.py decides, attention and linear.py compute open heads only."""
 
     name = "head"
-    order = 20
     fields: ClassVar[tuple[str, ...]] = GATED
     over_parts = True
     branch = "attn"

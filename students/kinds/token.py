@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from students.architectures import Architecture
 from students.architectures.record import BRANCHES
-from students.routers.registry import GATED, Kind
-
-if TYPE_CHECKING:
-    from students.architectures import Architecture
-    from students.calibration.observe import BlockStart, Watched
-    from students.calibration.price import Choice
-    from students.compute import BlockCost, Phase
-    from students.places import BlockPlace
-    from students.spec import RouterSpec, StudentSpec
+from students.calibration.observe import BlockStart, Watched
+from students.calibration.price import Choice
+from students.compute import BlockCost, Phase
+from students.kinds.registry import GATED, Kind
+from students.places import BlockPlace
+from students.spec import RouterSpec, StudentSpec
 
 
 class TokenKind(Kind):
     """A gate for each token in front of a branch, executed by students/execution/branch.py."""
 
     name = "token"
-    order = 10
     fields: ClassVar[tuple[str, ...]] = (*GATED, "kv", "substitute")
     sites: ClassVar[tuple[str, ...]] = BRANCHES
     over_tokens = True

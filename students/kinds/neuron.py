@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from students.architectures import shape_of
-from students.routers.channel import OPEN, ChannelRouter
-from students.routers.registry import Kind
-
-if TYPE_CHECKING:
-    from students.architectures import Architecture
-    from students.calibration.observe import BlockStart, Watched
-    from students.calibration.price import Choice
-    from students.compute import BlockCost
-    from students.places import BlockPlace
-    from students.spec import RouterSpec, StudentSpec
-
+from students.architectures import Architecture, shape_of
+from students.calibration.observe import PRICED_ROWS, BlockStart, Watched
+from students.calibration.price import Choice
+from students.compute import BlockCost
+from students.execution.neuron import RoutedActivation
+from students.kinds.registry import Kind
+from students.places import BlockPlace
+from students.routers import OPEN, ChannelRouter
+from students.spec import RouterSpec, StudentSpec
 
 MLP = ("mlp_in", "mlp_out")
 
@@ -27,7 +22,6 @@ class NeuronKind(Kind):
     are not read (CATS, arXiv 2404.08763, with limits from one price for all); executed by execution/neuron.py."""
 
     name = "neuron"
-    order = 25
     fields = ("blocks", "part")
     in_vision_tower = False
     limits = ("log_limit", "log_gain")
@@ -41,8 +35,6 @@ class NeuronKind(Kind):
             raise ValueError("a neuron router chooses in the MLP alone: no expert router, channels of attention only")
 
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
-        from students.execution.neuron import RoutedActivation
-
         if place.branch != "mlp":
             return
         router, name = ChannelRouter(spec, place.neurons, place.spec.gains), self._activation(place.record)
@@ -71,9 +63,6 @@ class NeuronKind(Kind):
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         """A neuron's output is expected to be its activation times the root mean square of `up`."""
-        from students.calibration.observe import PRICED_ROWS
-        from students.calibration.price import Choice
-
         if not self.saves(spec, block.phase) or not block.shape.opaque.isdisjoint(MLP):
             return []
         router = block.block.get_submodule(f"{self._activation(block.record)}.routers.neuron")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from students.architectures import Architecture
 from students.architectures.record import BRANCHES
-from students.routers.base import Router
-from students.routers.registry import kinds
-from students.routers.token import TokenKind
-
-if TYPE_CHECKING:
-    from students.architectures import Architecture
-    from students.calibration.image import ImageStart
-    from students.calibration.observe import BlockStart, Watched
-    from students.calibration.price import Choice
-    from students.compute import BlockCost
-    from students.families.image import Placed
-    from students.places import BlockPlace
-    from students.spec import RouterSpec, StudentSpec
+from students.calibration.image import ImageStart
+from students.calibration.observe import BlockStart, Watched
+from students.calibration.price import Choice
+from students.compute import BlockCost
+from students.families.image import Placed
+from students.kinds.registry import kinds
+from students.kinds.token import TokenKind
+from students.places import BlockPlace
+from students.routers import Router
+from students.spec import RouterSpec, StudentSpec
 
 
 class LayerKind(TokenKind):
@@ -32,7 +29,6 @@ class LayerKind(TokenKind):
     """
 
     name = "layer"
-    order = 40
     fields = (*TokenKind.fields, "dropped")
     sites = ()
     over_blocks = True

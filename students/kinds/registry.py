@@ -1,28 +1,23 @@
 """Kinds of routers, by name: whatever the rest of the project has to ask about one is asked here.
 
-A kind is one file of this folder, which ends in `KIND = ...`; nothing else lists kinds.
+A kind is one file of this folder, which has its name and ends in `KIND = ...`; nothing but `KindName` lists kinds.
 """
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import students.routers
+from torch import nn
+
+from students.architectures import Architecture
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from students.architectures import Architecture
-    from students.calibration.image import ImageStart
-    from students.calibration.observe import BlockStart, Watched
-    from students.calibration.price import Choice
-    from students.compute import BlockCost, Phase
-    from students.families.image import Placed
     from students.spec import RouterSpec, StudentSpec
 
+KindName = Literal["token", "head", "expert", "neuron", "channel", "layer", "vocab", "image"]
+"""All kinds, in the order in which they are put into a block, and listed."""
 GATED = ("granularity", "hidden", "network", "selection", "weight", "blocks", "part")
 """Fields of RouterSpec that all routers with a score for each token take."""
 
@@ -34,8 +29,6 @@ class Kind:
     """
 
     name: ClassVar[str]
-    order: ClassVar[int]
-    """Its place among the routers of a block, and in lists of kinds."""
     fields: ClassVar[tuple[str, ...]]
     """The fields of RouterSpec that have an effect."""
     sites: ClassVar[tuple[str, ...]] = ()
@@ -89,31 +82,31 @@ class Kind:
         students/execution/fixed.py)."""
         return False
 
-    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
+    def saves(self, spec: RouterSpec, phase: Literal["decode", "prefill"]) -> bool:
         """Whether a closed gate makes this phase cheaper (see students/compute.py)."""
         return phase == "decode" or spec.granularity == "sequence" or spec.network == "static"
 
-    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
-        """Say what is open of a block, for whose multiply-accumulates it counts."""
+    def cost(self, spec: RouterSpec, cost: Any) -> None:
+        """Say what is open of a block, for whose multiply-accumulates it counts: a students.compute.BlockCost."""
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
-        """Say what its closed-form start in a language model has to see of a block."""
+    def watch(self, spec: RouterSpec, block: Any) -> None:
+        """Say what its closed-form start in a language model has to see of a block: a calibration.observe.Watched."""
 
-    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
-        """Its routers in one block of a language model, before the price is known."""
+    def start(self, spec: RouterSpec, block: Any) -> list[Any]:
+        """Its routers in one block of a language model, before the price is known: of a calibration.observe.BlockStart,
+        a calibration.price.Choice each."""
         return []
 
-    def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
-        """Its routers in an image model before the price is known, block by block: from gradients of their gates."""
+    def start_images(self, images: Any, routers: list[Any]) -> list[Any]:
+        """Its routers in an image model (students.families.image.Placed) before the price is known, block by block, as
+        in `start`: from gradients of their gates, that a calibration.image.ImageStart has seen."""
         return [images.choice(p, images.branch(p.block, p.branch) / p.router.gates) for p in routers]
 
 
 @cache
 def kinds() -> dict[str, Kind]:
-    """All kinds by name, in their order."""
-    modules = (import_module(f"students.routers.{m.name}") for m in pkgutil.iter_modules(students.routers.__path__))
-    found = sorted((m.KIND for m in modules if hasattr(m, "KIND")), key=lambda kind: (kind.order, kind.name))
-    return {kind.name: kind for kind in found}
+    """All kinds by name, in their order; imported at the first call, since they import whatever they have a say in."""
+    return {name: import_module(f"students.kinds.{name}").KIND for name in get_args(KindName)}
 
 
 def limit_parameters(model: nn.Module) -> set[nn.Parameter]:

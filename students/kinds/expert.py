@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from students.routers.head import HeadKind
-
-if TYPE_CHECKING:
-    from students.calibration.observe import BlockStart
-    from students.calibration.price import Choice
-    from students.places import BlockPlace
-    from students.spec import RouterSpec
+from students.calibration.observe import BlockStart
+from students.calibration.price import Choice
+from students.kinds.head import HeadKind
+from students.places import BlockPlace
+from students.spec import RouterSpec
 
 
 class ExpertKind(HeadKind):
     """A gate for each group of neurons, as for heads."""
 
     name = "expert"
-    order = 21
     fields = (*HeadKind.fields, "groups", "grouping")
     branch = "mlp"
 

@@ -1,0 +1,71 @@
+"""Channel routers: which channels of its input a linear layer reads."""
+
+from __future__ import annotations
+
+import torch
+
+from students.architectures.record import LINEAR_SITES
+from students.calibration.observe import PRICED_ROWS, BlockStart, Watched
+from students.calibration.price import Choice
+from students.compute import BlockCost
+from students.kinds.registry import Kind
+from students.places import BlockPlace
+from students.routers import OPEN, ChannelRouter
+from students.spec import RouterSpec
+
+
+class ChannelKind(Kind):
+    """Limits in front of linear layers, executed by students/execution/linear.py."""
+
+    name = "channel"
+    fields = ("network", "blocks", "part")
+    sites = LINEAR_SITES
+    over_channels = True
+    in_vision_tower = False
+    limits = ("log_limit", "log_gain")
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        for site in spec.where:
+            if site.startswith(place.branch):
+                place.add_channels(site, ChannelRouter(spec, place.inputs(site), place.spec.gains))
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        """Channels of closed heads and groups are closed channels already, and not counted twice."""
+        for site in set(spec.where) - cost.shape.opaque:
+            cost.read[site] = cost.share(spec, f"{site}.channel", missing=0.0)  # no token entered this branch
+
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return True
+
+    def watch(self, spec: RouterSpec, block: Watched) -> None:
+        for site in spec.where:
+            block.linears(site)
+
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        if not self.saves(spec, block.phase):
+            return []
+        return [self._start_at(block, site) for site in spec.where if site not in block.shape.opaque]
+
+    def _start_at(self, block: BlockStart, site: str) -> Choice:
+        router = block.linears(site)[0].get_submodule("routers.channel")
+        assert isinstance(router, ChannelRouter)
+        static = router.spec.network == "static"
+        cost, importance, saving = (
+            block.column_cost(site, PRICED_ROWS),
+            block.importance(site),
+            block.outputs(site) / block.dense,
+        )
+        cost = cost.mean(0, keepdim=True) if static else cost
+
+        @torch.no_grad()
+        def apply(price: float) -> None:
+            if static:
+                limit = price * saving / cost[0].clamp(min=1e-30)
+            else:
+                limit = 2 * price * saving / importance.clamp(min=1e-30)
+            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
+
+        return Choice(cost, saving, apply)
+
+
+KIND = ChannelKind()

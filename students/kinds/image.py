@@ -1,0 +1,28 @@
+"""Image routers: which image tokens enter a language model."""
+
+from __future__ import annotations
+
+from students.kinds.registry import Kind
+from students.places import DoorPlace
+from students.routers import ImageRouter
+from students.spec import RouterSpec
+
+
+class ImageKind(Kind):
+    """Which image tokens enter a language model: students/families/vision_language.py leaves the others out of the
+    sequence, calibration/vision_language.py starts it."""
+
+    name = "image"
+    fields = ("hidden", "network", "selection", "query")
+    place = "door"
+    may_keep_quota = True
+
+    def check(self, spec: RouterSpec) -> None:
+        if spec.network == "static":
+            raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
+
+    def attach(self, spec: RouterSpec, place: DoorPlace) -> None:
+        place.add_router(ImageRouter(spec, place.width, place.gains))
+
+
+KIND = ImageKind()

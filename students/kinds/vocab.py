@@ -1,0 +1,40 @@
+"""Vocab routers: which rows of the LM head a token needs."""
+
+from __future__ import annotations
+
+from students.architectures import Architecture
+from students.compute import Phase
+from students.execution.head import RoutedHead
+from students.kinds.registry import Kind
+from students.places import HeadPlace
+from students.routers import VocabRouter
+from students.spec import RouterSpec, StudentSpec
+
+
+class VocabKind(Kind):
+    """A preview of the LM head, executed by students/execution/head.py; calibration/language.py starts it."""
+
+    name = "vocab"
+    fields = ("rank",)
+    place = "head"
+    limits = ("spread", "tail", "log_gain")
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if not record.causal:
+            raise ValueError("a vocab router needs a language model's head; image models have none")
+
+    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
+        """In prefill all rows are computed, and the preview too, for it says which of them count."""
+        return phase == "decode"
+
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return True
+
+    def attach(self, spec: RouterSpec, place: HeadPlace) -> None:
+        vocabulary, width = place.head.get_parameter("weight").shape
+        rank = spec.rank or width // 4
+        place.replace(RoutedHead(place.head, place.runtime, VocabRouter(width, rank, place.gains), spec))
+        place.macs += rank * (width + vocabulary + 1)
+
+
+KIND = VocabKind()
