@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -71,8 +72,8 @@ def _become(arguments: list[str], out: Path) -> None:
 
         code = main(arguments)
         sys.stdout.flush()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
