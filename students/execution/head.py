@@ -11,7 +11,7 @@ from students.kernels import ops
 from students.kernels.autograd import RoutedKL
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
-from students.prepared import Stamp
+from students.prepared import InPrecision, Stamp
 from students.routers import VocabRouter, selection
 from students.shards import open_unit
 from students.spec import RouterSpec
@@ -29,6 +29,7 @@ class RoutedHead(Wrapper):
         self._preview: Tensor | None = None
         self._stamp = Stamp()
         self._product = PackedProduct()
+        self._down, self._down_product = InPrecision(), PackedProduct()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
@@ -39,17 +40,23 @@ class RoutedHead(Wrapper):
     def lay_out(self) -> None:
         """Preview the head."""
         self._preview_weight()
+        self._features_weight()
 
     def pack(self) -> bool:
-        """Pack the preview."""
+        """Pack what makes the preview."""
         if isinstance(self.base_layer, PackedLinear):
             self._product.prepare(self._preview_weight())
+            self._down_product.prepare(self._features_weight())
         return False
 
     def forget(self) -> None:
         """Forget the preview."""
         self._preview = None
         self._stamp.reset()
+
+    def _features_weight(self) -> Tensor:
+        """What `VocabRouter.features` multiplies by, in the head's precision."""
+        return self._down(self.base_layer.weight.dtype, self.routers["vocab"].down)[0]
 
     def _preview_weight(self) -> Tensor:
         """The router's preview of the head [V, r], which calls that do not skip read too."""
@@ -82,7 +89,7 @@ class RoutedHead(Wrapper):
         """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. dial: the
         dial, for all or each [n, 1]."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
-        features = router.features(hidden)
+        features = self._down_product(hidden, self._features_weight())
         gain = 1.0 if router.log_gain is None else router.log_gain.exp()
         limit = router.limit(features, router.spread, gain, dial).squeeze(-1)
         if len(hidden) == 1:
