@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from elastic.settings import from_dict, merge, near, presets, put, read_yaml, section_of
+from configs import presets
+from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from elastic.traits import TRAITS
 from students.spec import RouterSpec, StudentSpec
 from teachers.registry import ModelEntry, models, resolve

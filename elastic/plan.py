@@ -48,8 +48,8 @@ def step_bytes(student: Any, rows: int, sizes: StepSizes) -> int:
         vocabulary = student.model.config.get_text_config().vocab_size
         device = torch.device("cuda") if frozen.is_meta else frozen.device
         chunk = min(rows * sizes.logits, default_chunk_rows(vocabulary, frozen.dtype, device))
-        # exact ones, previews, the two together, the teacher's, and gradients: of all, of exact ones, of previews
-        passing = max(passing, chunk * vocabulary * frozen.element_size() * 7)
+        # exact ones, previews and the teacher's; the gradients of the former two take their places
+        passing = max(passing, chunk * vocabulary * frozen.element_size() * 3)
     return round(SLACK * (kept + passing))
 
 

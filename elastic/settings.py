@@ -7,16 +7,10 @@ import difflib
 import math
 import types
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-
-
-def presets() -> list[str]:
-    """Names of the presets that come with Elastic."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("configs").joinpath("presets").iterdir())
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from os.path import expanduser
 from typing import NoReturn
 
+from configs import presets
 from elastic import launch
 from elastic.cli import measuring, showing, training
-from elastic.settings import presets
 
 EXAMPLES = """examples:
   elastic distill --model smollm2-135m --target-compute 0.7

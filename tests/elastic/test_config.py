@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs import presets
 from elastic.config import RunConfig, TrainConfig, make_config
-from elastic.settings import from_dict, presets, to_dict
+from elastic.settings import from_dict, to_dict
 from students.spec import RouterSpec
 
 NAMED = {"model": "smollm2-135m"}

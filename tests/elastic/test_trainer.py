@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 import elastic
 import teachers
+from configs import presets
 from elastic import trainer
 from elastic.accounting.language import measured_compute
 from elastic.accounting.peaks import line_of
@@ -32,7 +33,7 @@ from elastic.distillation.lessons import picked
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import Run
-from elastic.settings import presets, to_dict
+from elastic.settings import to_dict
 from elastic.timing.passes import medians
 from students import checkpoint
 from students.checkpoint import read_tensors
