@@ -27,9 +27,9 @@ from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.handover import BlockHandover
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear
+from students.execution.linear_group import LinearGroup
 from students.execution.product import join_product
 from students.execution.runtime import Runtime
-from students.execution.site import Site
 from students.families.door import Door
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.spec import RouterSpec, StudentSpec
@@ -232,7 +232,7 @@ class BlockPlace:
         skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
         asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
         opens, opaque = branch in self.opens, site in self.opaque
-        shared = Site(f"{self.number}.{site}", self.handover, ends=end == "out", opens=opens, opaque=opaque)
+        group = LinearGroup(f"{self.number}.{site}", self.handover, ends=end == "out", opens=opens, opaque=opaque)
         for name, linear in zip(self.record.linears(site), linears, strict=True):
             first = linear is linears[0]
             per_query = asks and (end == "out" or (self.own_q and first))
@@ -246,7 +246,7 @@ class BlockPlace:
             routed = RoutedLinear(
                 linear,
                 self.runtime,
-                shared,
+                group,
                 self.wrappers[branch].handover,
                 part=part,
                 per_query=per_query,

@@ -174,7 +174,7 @@ class Rows:
 
 
 @dataclass
-class SiteHandover:
+class LinearGroupHandover:
     """Between linear layers that read one input through one selection of channels."""
 
     masked: Tensor | None = None
@@ -232,7 +232,7 @@ class BlockHandover:
 
     attn: BranchHandover = field(default_factory=BranchHandover)
     mlp: BranchHandover = field(default_factory=BranchHandover)
-    sites: list[SiteHandover] = field(default_factory=list)
+    linear_groups: list[LinearGroupHandover] = field(default_factory=list)
     """Of the block's linear layers."""
     gates: Gates | None = None
     """Of a router of the whole block, from attention, in front of which it stands, to the MLP."""
@@ -244,5 +244,5 @@ class BlockHandover:
         self.gates = self.gathered = None
         for branch in (self.attn, self.mlp):
             branch.clear()
-        for site in self.sites:
-            site.clear()
+        for group in self.linear_groups:
+            group.clear()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from students.architectures import Linear, shape_of, weight_of
 from students.execution.handover import BranchHandover, Narrow
+from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
-from students.execution.site import Site
 from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
@@ -22,7 +22,7 @@ from students.routers import ChannelRouter, Lora
 class RoutedLinear(Wrapper):
     """A linear layer of which only a part is computed, with an optional low-rank correction.
 
-    site: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
+    group: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
     where its branch hands over what is open. part: which of a branch's heads or groups this
     layer touches: the "inputs" it reads (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its
     output is wanted only for tokens that attend (q, o).
@@ -34,21 +34,21 @@ class RoutedLinear(Wrapper):
         self,
         base_layer: Linear,
         runtime: Runtime,
-        site: Site,
+        group: LinearGroup,
         branch: BranchHandover,
         *,
         part: Literal["inputs", "outputs", ""],
         per_query: bool,
     ) -> None:
         super().__init__(base_layer, runtime)
-        self.site = site
+        self.group = group
         self.branch = branch
         self.part = part
         self.per_query = per_query
         self.outputs, self.inputs = shape_of(base_layer)
         self.routers = Named[ChannelRouter]()
         self.lora: Lora | None = None
-        self.place = len(site.layers)
+        self.place = len(group.layers)
         self.selects = False  # set by add_channels
         self.multiplies = False
         """Whether its output is a factor of a product whose gradient another layer makes (see product.py)."""
@@ -56,50 +56,50 @@ class RoutedLinear(Wrapper):
         """In the product that this layer makes the gradient of: as in `ops.gated_grad`."""
         self._slice: tuple[Tensor | None, Any] = (None, None)
         self._low: tuple[Tensor, Tensor] | None = None
-        site.layers.append(self)
+        group.layers.append(self)
 
     def lay_out(self) -> None:
-        """Put the layers of the site side by side, once for all of them, and corrections into the model's precision."""
+        """Put the layers of the group side by side, once for all, and corrections into the model's precision."""
         self._slice = None, None
         base = self.base_layer
         if self.place == 0:
-            self.site.lay_out()
-        if self.part == "outputs" and self.site.opens and not weight_of(base).is_contiguous():
+            self.group.lay_out()
+        if self.part == "outputs" and self.group.opens and not weight_of(base).is_contiguous():
             base.weight.data = base.weight.data.T.contiguous().T
-        if self.lora is not None and not self.selects and not self.site.opaque:
+        if self.lora is not None and not self.selects and not self.group.opaque:
             dtype = base.weight.dtype
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
 
     def set_dial(self) -> None:
-        """The site's limits, and what a static choice leaves of the weight."""
+        """The group's limits, and what a static choice leaves of the weight."""
         if self.place == 0:
-            self.site.set_dial()
+            self.group.set_dial()
         if "channel" in self.routers and self.routers["channel"].spec.network == "static":
             self._slice = None, None
-            if self.site.limit is not None:
-                channels = (self.site.limit == 0).nonzero().squeeze(1)
+            if self.group.limit is not None:
+                channels = (self.group.limit == 0).nonzero().squeeze(1)
                 self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
 
     def pack(self) -> bool:
-        """Pack what the layers of a site read together."""
+        """Pack what the layers of a group read together."""
         if self.selects and self.place == 0:
-            self.site.pack()
+            self.group.pack()
         return self.selects
 
     def forget(self) -> None:
         """As the model had it."""
         self._slice, self._low = (None, None), None
         if self.place == 0:
-            self.site.forget()
-        if not self.site.opaque:
+            self.group.forget()
+        if not self.group.opaque:
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
 
     def add_channels(self, router: ChannelRouter) -> None:
-        """Choose the channels that are read with this router, which all layers of the site share."""
+        """Choose the channels that are read with this router, which all layers of the group share."""
         self.routers["channel"] = router
-        apart = any(layer.part or layer.per_query for layer in self.site.layers)
-        for layer in self.site.layers:  # one runs for all where all run on the same tokens, and whole
-            layer.selects = not (apart or self.site.opaque or router.spec.network == "static")
+        apart = any(layer.part or layer.per_query for layer in self.group.layers)
+        for layer in self.group.layers:  # one runs for all where all run on the same tokens, and whole
+            layer.selects = not (apart or self.group.opaque or router.spec.network == "static")
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
@@ -107,7 +107,7 @@ class RoutedLinear(Wrapper):
             out: Tensor = self.base_layer(x)
             return out
         if run.call.skipping and self.selects:
-            return self.site.take(self, x)
+            return self.group.take(self, x)
         out = self._run(x)
         if self.multiplies and out.requires_grad:
             self.branch.factors[self.place], out = out, out.detach()
@@ -116,17 +116,17 @@ class RoutedLinear(Wrapper):
     def _run(self, x: Tensor) -> Tensor:
         queries = self.branch.queries
         if queries is None or not self.per_query:
-            early = self.site.handover.early
+            early = self.group.handover.early
             return early.pop(0) if early else self._compute(x, together=queries is None)
         gather = None
-        if isinstance(queries, Chosen) and queries.pending and not self.site.ends:
+        if isinstance(queries, Chosen) and queries.pending and not self.group.ends:
             gather = queries.gather(x)  # this, keys and values run while the host waits
-            self.site.handover.early = [layer._compute(x, together=False) for layer in self.site.layers[1:]]
+            self.group.handover.early = [layer._compute(x, together=False) for layer in self.group.layers[1:]]
         if queries.every:
             return self._compute(x, together=False)
         some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0) if gather is None else gather()
         out = self._compute(some, together=False)
-        if self.site.ends:
+        if self.group.ends:
             return out  # the branch ends here and goes on with these tokens
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
@@ -141,9 +141,9 @@ class RoutedLinear(Wrapper):
             return self._correct(self.base_layer(x), x)
         router = self.routers["channel"]
         if self._alone(x):
-            return self.site.take(self, x) if together else self.site.one(self, x)
+            return self.group.take(self, x) if together else self.group.one(self, x)
         call = self.runtime.call
-        if call.skipping and not self.site.opaque and router.spec.network == "static" and call.rows is None:
+        if call.skipping and not self.group.opaque and router.spec.network == "static" and call.rows is None:
             return self._read_static(x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
@@ -152,7 +152,7 @@ class RoutedLinear(Wrapper):
         rows = self.branch.rows
         if rows is None or rows.all:
             return None
-        few = self.site.ends or (self.per_query and self.branch.queries is not None)
+        few = self.group.ends or (self.per_query and self.branch.queries is not None)
         index = rows.queries if few else rows.keys
         return None if index is None else index // rows.shape[1]
 
@@ -166,11 +166,11 @@ class RoutedLinear(Wrapper):
 
     def _alone(self, x: Tensor) -> bool:
         """Whether this is one token, decoded on its own: then reading less is faster."""
-        return self.runtime.call.alone and not self.site.opaque and x.shape[:-1].numel() == 1
+        return self.runtime.call.alone and not self.group.opaque and x.shape[:-1].numel() == 1
 
     def note(self, share: Tensor) -> None:
         """Record the share of channels that was read; 0 for tokens that are not here."""
-        run, rows, ends = self.runtime, self.branch.rows, self.site.ends
+        run, rows, ends = self.runtime, self.branch.rows, self.group.ends
         asked = self.per_query and self.branch.queries is not None
         if run.decisions is None or (asked and not ends):  # keys and values read for more tokens
             return
@@ -178,14 +178,14 @@ class RoutedLinear(Wrapper):
         if here is not None and rows is not None:
             full = share.new_zeros(rows.shape.numel())
             share = full.index_copy_(0, here, share.flatten()).view(rows.shape)
-        run.note(f"{self.site.name}.channel", self.routers["channel"].spec, share)
+        run.note(f"{self.group.name}.channel", self.routers["channel"].spec, share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:
         """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
         if self.lora is None:
             return out
         call = self.runtime.call
-        if not call.skipping or call.rows is not None or self.site.opaque:
+        if not call.skipping or call.rows is not None or self.group.opaque:
             return out + self._only_corrected(self.lora(x), x)
         assert self._low is not None, "Student.prepare comes first"
         flat, (down, up) = out.view(-1, self.outputs), self._low
@@ -198,8 +198,8 @@ class RoutedLinear(Wrapper):
         return low if corrected is None else low * corrected
 
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
-        """x without the channels that stay closed; the first layer of a site chooses for all."""
-        passed = self.site.handover
+        """x without the channels that stay closed; the first layer of a group chooses for all."""
+        passed = self.group.handover
         if together and passed.masked is not None:
             masked, passed.left = passed.masked, passed.left - 1
             if not passed.left:
@@ -210,8 +210,8 @@ class RoutedLinear(Wrapper):
             factors, self.branch.factors = (found[0], found[1], self.activation), {}
         masked, share = router.read(x, self.dial_of(x), factors)
         self.note(share)
-        if together and len(self.site.layers) > 1:
-            passed.masked, passed.left = masked, len(self.site.layers) - 1
+        if together and len(self.group.layers) > 1:
+            passed.masked, passed.left = masked, len(self.group.layers) - 1
         return masked
 
     def _read_static(self, x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class RoutedLinear(Wrapper):
         if narrow.weight is not None:
             x = x * narrow.weight
         if self._alone(x) and not narrow.keep:
-            out = self.site.open_channels(x, channels)
+            out = self.group.open_channels(x, channels)
         else:
             weight = self._sliced(channels, lambda: weight_of(self.base_layer)[:, channels].contiguous())
             out = F.linear(x, weight, self.base_layer.bias)

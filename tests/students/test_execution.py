@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
-from students.execution import site
+from students.execution import linear_group
 from students.flops import flop_counter
 from students.libraries import cache_of
 from tests.pico.language import TINY, make_tiny
@@ -134,7 +134,7 @@ def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens
 def test_one_product_is_as_good_as_several(name: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     student = make(name, SPECS["channel"])
     together = student(tokens)[0].logits
-    monkeypatch.setattr(site, "JOINT_ROWS", 0)
+    monkeypatch.setattr(linear_group, "JOINT_ROWS", 0)
     torch.testing.assert_close(student(tokens)[0].logits, together, **CLOSE)
 
 

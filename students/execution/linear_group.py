@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from students.execution.handover import BlockHandover, SiteHandover
+from students.execution.handover import BlockHandover, LinearGroupHandover
 from students.kernels import direct, ops
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
@@ -27,7 +27,7 @@ JOINT_ROWS = 2048
 
 @dataclass
 class SideBySide:
-    """What the layers of a site hold, put together."""
+    """What the layers of a group hold, put together."""
 
     whole: Tensor
     """[I, outputs side by side]: weights, of which the layers' own are views."""
@@ -39,7 +39,7 @@ class SideBySide:
     up: Tensor | None = None
 
 
-class Site:
+class LinearGroup:
     """The linear layers of a block that read one input through one selection of channels, without gradients.
 
     Their weights are put together (see Student.prepare): [inputs, outputs side by side], of which the layers' own
@@ -56,8 +56,8 @@ class Site:
         self.opens = opens
         self.opaque = opaque
         self.layers: list[RoutedLinear] = []
-        self.handover = SiteHandover()
-        handover.sites.append(self.handover)
+        self.handover = LinearGroupHandover()
+        handover.linear_groups.append(self.handover)
         self._stamp = Stamp()
         self._drop()
 
