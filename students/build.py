@@ -29,7 +29,7 @@ from students.families.image import ImageStudent, call, image_shape
 from students.families.language import LanguageStudent
 from students.families.vision_language import VisionLanguageStudent
 from students.kernels.norms import fuse_norms, let_round
-from students.places import BlockPlace, DoorPlace, HeadPlace
+from students.places import BlockPlace, HeadPlace, InputPlace
 from students.selfcheck import SelfCheck, must_check, some_tokens
 from students.shards import are_spread
 from students.spec import StudentSpec
@@ -71,7 +71,7 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         return _elasticize_vision_language(model, spec)
     record, blocks = architecture_of(model)
     for router in spec.routers:
-        if router.of_kind.place == "door" or router.part == "vision":
+        if router.of_kind.place == "input" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
     _freeze(model)
@@ -125,8 +125,8 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
     _freeze(model)
     runtime, compute = _language_parts(model, trunk, record, blocks, language)
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
-    for router in spec.at("door"):
-        router.of_kind.attach(router, DoorPlace(trunk, blocks[0], trunk.config.hidden_size, spec.gains))
+    for router in spec.at("input"):
+        router.of_kind.attach(router, InputPlace(trunk, blocks[0], trunk.config.hidden_size, spec.gains))
     return VisionLanguageStudent(model, record, blocks, language, runtime, compute, trunk=trunk, vision=vision)
 
 

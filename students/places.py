@@ -30,7 +30,7 @@ from students.execution.linear import RoutedLinear
 from students.execution.linear_group import LinearGroup
 from students.execution.product import join_product
 from students.execution.runtime import Runtime
-from students.families.door import Door
+from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.spec import RouterSpec, StudentSpec
 
@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
-class DoorPlace:
+class InputPlace:
     """Where image tokens enter a language model."""
 
     trunk: PreTrainedModel
@@ -47,7 +47,7 @@ class DoorPlace:
     gains: bool
 
     def add_router(self, router: ImageRouter) -> None:
-        self.trunk.door = _like(self.beside, Door(router))
+        self.trunk.door = _like(self.beside, PruningPoint(router))
 
 
 @dataclass

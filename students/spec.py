@@ -16,7 +16,7 @@ class RouterSpec:
     kind: KindName
     """What a gate switches: token (a branch, for one token), layer (the whole block), head (one attention head), expert
     (one group of MLP neurons), channel (one input channel of a linear layer), vocab (one row of the LM head), image
-    (one image token at a language model's door); see students/kinds."""
+    (one image token in front of a language model); see students/kinds."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
@@ -140,11 +140,11 @@ class StudentSpec:
 
     def of(self, part: str) -> StudentSpec:
         """What is added to the blocks of one tower of a vision-language model; LoRA is the language model's."""
-        routers = tuple(r for r in self.routers if r.part == part and r.of_kind.place != "door")
+        routers = tuple(r for r in self.routers if r.part == part and r.of_kind.place != "input")
         return StudentSpec(routers, self.lora if part == "language" else LoraSpec(), self.gains)
 
     def at(self, place: str) -> list[RouterSpec]:
-        """The routers in a model's blocks, at its head or at its door (see Kind.place), in the order of their kinds."""
+        """The routers in a model's blocks, at its head or its input (see Kind.place), in the order of their kinds."""
         return [r for name, kind in kinds().items() if kind.place == place for r in self.routers if r.kind == name]
 
     @property

@@ -99,7 +99,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 
 def untouched(student: Any) -> int:
     """How many blocks are in front of all that learns, so that no gradient passes through them."""
-    if getattr(student, "door", None) is not None:
+    if getattr(student, "image_router", None) is not None:
         return 0
     return next((n for n, block in enumerate(student.blocks) if any(p.requires_grad for p in block.parameters())), 0)
 

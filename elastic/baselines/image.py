@@ -41,7 +41,7 @@ class _FixedScores(nn.Module):
         self.whole = whole
         self.scores = scores
 
-    def at_door(self, x: Tensor, question: Tensor) -> Tensor:
+    def of_prompt(self, x: Tensor, question: Tensor) -> Tensor:
         """Scores [B, T] of embedded tokens x [B, T, D]."""
         return self.scores(x)
 
@@ -98,19 +98,19 @@ def dropping_patches(
 
 @contextmanager
 def keeping_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 0) -> Iterator[VisionLanguageStudent]:
-    """Within this context as many image tokens pass the door as before, but at random or at even distances ("random",
+    """Within this context as many image tokens are kept as before, but at random or at even distances ("random",
     "uniform").
 
     ValueError where there is no image router with quota, whose number could be taken over.
     """
-    if student.door is None or student.door.spec.selection != "quota":
+    if student.image_router is None or student.image_router.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
-    router = student.door
-    student.put_at_door(_FixedScores(router, router.quota, _scores_without_content(kind, seed)))
+    router = student.image_router
+    student.replace_image_router(_FixedScores(router, router.quota, _scores_without_content(kind, seed)))
     try:
         yield student
     finally:
-        student.put_at_door(router)
+        student.replace_image_router(router)
 
 
 def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:

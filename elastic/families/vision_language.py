@@ -31,7 +31,7 @@ from elastic.reporting.progress import Watched
 from elastic.shares import deal, divide, pooled
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
-from students.calibration.vision_language import CALIBRATED, calibrate_door, observe_door
+from students.calibration.vision_language import CALIBRATED, calibrate_image_router, observe_image_tokens
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
 from teachers.data.left_out import LeftOut
@@ -48,7 +48,7 @@ timing: Timing = timing_vision_language
 UNIT = "questions"
 """What data consists of, for the user to read."""
 DIAL_QUESTIONS = 128
-"""Training questions that the door's share and the dial are set on."""
+"""Training questions that the image router's quota and the dial are set on."""
 BASELINES = ("random", "uniform")
 """What `baseline` makes; see elastic/baselines/image.py."""
 
@@ -139,7 +139,7 @@ def start(
     student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session | None = None
 ) -> Start:
     """Calibrate; order: the training questions, shuffled; session: with what the same routers saw in them."""
-    if student.door is None:
+    if student.image_router is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
     own, share = deal([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
     batches = [
@@ -150,18 +150,18 @@ def start(
     read = tokens(student, data, config)
     looked_at = Watched(batches)
     of = config.data, seed, config.calibration.windows
-    routers, look = frozenset([config.student.routers]), partial(observe_door, student, looked_at, seed, share)
+    routers, look = frozenset([config.student.routers]), partial(observe_image_tokens, student, looked_at, seed, share)
     seen = (session or Session()).observed(of, routers, look)
-    start = calibrate_door(student, looked_at, targets, read, seed, share, seen)
+    start = calibrate_image_router(student, looked_at, targets, read, seed, share, seen)
     if not student.by_count:
         return start
-    return exact_start(start, student, [student.door], targets, compute_meter(student, data, order, config))
+    return exact_start(start, student, [student.image_router], targets, compute_meter(student, data, order, config))
 
 
 @torch.no_grad()
 def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Meter:
-    """What measures the compute that the dial is set by; sets the door's share first. order: training questions,
-    shuffled."""
+    """What measures the compute that the dial is set by; sets the image router's quota first. order: training
+    questions, shuffled."""
     parts = [part.tolist() for part in order[:DIAL_QUESTIONS].split(MEASURED)]
     own, counts = divide(parts)
     batches, scores = list(_batches(student, data.train, own)), []

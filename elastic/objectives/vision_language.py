@@ -22,7 +22,7 @@ class Measured(Sums):
     """Sums over the prompts of a batch."""
 
     kept: Tensor
-    """Image tokens that passed the door."""
+    """Image tokens that were kept."""
     image: Tensor
     """Image tokens."""
     vision: Tensor

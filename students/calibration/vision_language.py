@@ -1,7 +1,7 @@
-"""The closed-form start of image-token routers, from the gradients of the gates at the language model's door.
+"""The closed-form start of image-token routers, from the gradients of the gates in front of the language model.
 
 As in students/calibration/image.py: the Fisher estimate of what closing a gate costs in nats, here of the answer's
-tokens, is what the router predicts from the token at the door. Routers in the two towers start open.
+tokens, is what the router predicts from the token at the pruning point. Routers in the two towers start open.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAWS = 2
 """Answers that are drawn for each prompt."""
 
 
-def calibrate_door(
+def calibrate_image_router(
     student: VisionLanguageStudent,
     batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
     targets: Sequence[float],
@@ -31,23 +31,24 @@ def calibrate_door(
     share: Share | None = None,
     seen: tuple[Tensor, Tensor] | None = None,
 ) -> Start:
-    """Start the door's router at the price that reaches the middle of the targets, one or several, ascending.
+    """Start the router of image tokens at the price that reaches the middle of the targets, one or several, ascending.
 
     batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
     bool). tokens: (text, image) of a prompt. share: what of the batches of all processes these are (None: all).
-    seen: what `observe_door` saw in them, with the same seed.
+    seen: what `observe_image_tokens` saw in them, with the same seed.
     """
-    x, cost = observe_door(student, batches, seed, share or Share()) if seen is None else seen
+    x, cost = observe_image_tokens(student, batches, seed, share or Share()) if seen is None else seen
     compute = student.uniform(1.0, tokens, "prefill")
-    assert student.door is not None
-    choice = gated_choice(student.door, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
+    assert student.image_router is not None
+    choice = gated_choice(student.image_router, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
     return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
 
 
-def observe_door(
+def observe_image_tokens(
     student: VisionLanguageStudent, batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]], seed: int, share: Share
 ) -> tuple[Tensor, Tensor]:
-    """What the door reads [rows, D], and what closing it would cost [rows, 1], of all image tokens of all processes."""
+    """What the router reads [rows, D], and what closing its gate would cost [rows, 1], of the image tokens of all
+    processes."""
     run, seen = student.runtime, []
     try:
         for (inputs, answers, image), look in share.looks(batches):

@@ -23,7 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
 from students.execution.fixed import DecodeStep, windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
-from students.execution.prompt import Doorway, Prompts, Read, following
+from students.execution.prompt import PromptPruning, Prompts, Read, following
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
@@ -55,7 +55,7 @@ class Decoding:
         state: Callable[[], Any] = lambda: None,
         settle: Callable[[int, torch.device], None] = lambda batch, device: None,
         recorder: Recorder | None = None,
-        doorway: Doorway | None = None,
+        pruning: PromptPruning | None = None,
     ) -> None:
         self.model: Any = model
         self.trunk = trunk
@@ -65,14 +65,14 @@ class Decoding:
         self._steps = Recordings[tuple[DecodeStep, Callable[[], Tensor]]]()
         self._prompts: Prompts | None = None
         if hasattr(model.base_model, "get_image_features"):
-            self._prompts = Prompts(model, doorway or Doorway(trunk), settle)
+            self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
         state, settle = copy.deepcopy(self._state, memo), copy.deepcopy(self._settle, memo)
-        doorway = None if self._prompts is None else copy.deepcopy(self._prompts.doorway, memo)
-        return Decoding(model, trunk, state, settle, self.recorder, doorway)  # what is recorded cannot be copied
+        pruning = None if self._prompts is None else copy.deepcopy(self._prompts.pruning, memo)
+        return Decoding(model, trunk, state, settle, self.recorder, pruning)  # what is recorded cannot be copied
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
@@ -221,7 +221,7 @@ class Decoding:
         """The step that goes on behind a prompt; valid [B, T]: as of the call."""
         cache, used = read.cache, read.used
         memory, rows = memory_of(cache), len(keys_and_values(cache)[0][0])
-        if memory.held is not None and memory.next is not None:  # the door let only some tokens through
+        if memory.held is not None and memory.next is not None:  # only some tokens were kept
             valid, positions = memory.held[:, :used], following(memory.next - read.fill - 1).expand(rows)
         elif read.positions is not None:
             positions = read.positions.expand(rows)

@@ -1,4 +1,4 @@
-"""Prompts with images through recorded passes: the vision tower is one launch, the door and all tokens another.
+"""Prompts with images through recorded passes: the vision tower is one launch, pruning and all tokens another.
 
 Where no image token stays outside, or as many as a quota says, numbers settle every shape. They are asked for once, in
 front of a pass, which then waits for nothing. Prompts are filled up behind, so that few lengths are recorded.
@@ -50,7 +50,7 @@ class Room:
 
 @dataclass
 class Prompted:
-    """What the model was called with, as far as a door has to know."""
+    """What the model was called with, as far as pruning has to know."""
 
     image: Tensor | None
     """[B, T] bool: places of image tokens; None: no image came with this call."""
@@ -59,13 +59,13 @@ class Prompted:
     asked: Tensor | None = None
     """[B, T] bool: tokens that may belong to the question; None: all."""
     room: Room | None = None
-    """What they take behind the door, in a pass that has to know beforehand."""
+    """What they take behind the pruning point, in a pass that has to know beforehand."""
     counts: Fetched | None = None
     """[2, B]: how many image tokens and how many tokens each row has, where that is on its way to the host."""
 
 
-class Doorway:
-    """What stands between a prompt and the language model: here nothing. Students have a door."""
+class PromptPruning:
+    """How image tokens are pruned in front of the language model: here not at all. Students override it."""
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk: Any = trunk
@@ -196,9 +196,9 @@ class PromptPass:
     """
 
     def __init__(
-        self, model: Any, doorway: Doorway, text: dict[str, Tensor], valid: Tensor, images: Tensor, room: Room
+        self, model: Any, pruning: PromptPruning, text: dict[str, Tensor], valid: Tensor, images: Tensor, room: Room
     ) -> None:
-        self._model, self._doorway, self._room = model, doorway, room
+        self._model, self._pruning, self._room = model, pruning, room
         with torch.inference_mode(False):  # they are written in calls of either kind
             self._text = {name: tensor.clone() for name, tensor in text.items()}
             self._valid, self._images = valid.clone(), images.clone()
@@ -222,10 +222,10 @@ class PromptPass:
         image = ids == self._model.config.image_token_id
         embeds = self._model.base_model.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter(image.unsqueeze(-1), self._images.to(embeds.dtype))
-        cache = ReadCache(self._doorway.trunk.config.num_hidden_layers)
+        cache = ReadCache(self._pruning.trunk.config.num_hidden_layers)
         inputs = with_cache(self._model, {**text, "inputs_embeds": embeds, "use_cache": True}, cache)
         asked = (self._places < self._length).expand(ids.shape)
-        with self._doorway.told(Prompted(image, self._valid, asked, self._room)):
+        with self._pruning.told(Prompted(image, self._valid, asked, self._room)):
             logits = self._model(**inputs, logits_to_keep=self._last).logits
         return logits[:, -1].float(), cache
 
@@ -233,14 +233,16 @@ class PromptPass:
 class Prompts:
     """Reads prompts through recorded passes, of which there is one for each shape.
 
-    doorway: what stands in front of the model's language model. settle: as of Decoding.
+    pruning: what stands in front of the model's language model. settle: as of Decoding.
     """
 
-    def __init__(self, model: PreTrainedModel, doorway: Doorway, settle: Callable[[int, torch.device], None]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pruning: PromptPruning, settle: Callable[[int, torch.device], None]
+    ) -> None:
         self.model: Any = model
-        self.doorway = doorway
+        self.pruning = pruning
         self.kept = Recordings[tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]]()
-        self.tower = Forward(self._look, doorway.tower_state)
+        self.tower = Forward(self._look, pruning.tower_state)
         """Images that come as pixels and nothing else, all of one shape, to what the model makes of them."""
         self._settle = settle
 
@@ -283,13 +285,13 @@ class Prompts:
         of_rows, in_all = Fetched(torch.stack([image.sum(1), valid.sum(1)])).wait().tolist()
         if sum(of_rows) != len(images):
             return None  # what is wrong the model says
-        room = self.doorway.room(of_rows, in_all, valid.shape[1])
+        room = self.pruning.room(of_rows, in_all, valid.shape[1])
         text = self._filled(inputs, fill)
         padded = room.kept < len(ids) * room.tokens
         key = valid.shape, images.shape, images.dtype, ids.device, room.tokens, room.fewer, padded, *text, state
 
         def make() -> tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]:
-            made = PromptPass(self.model, self.doorway, text, valid, images, room)
+            made = PromptPass(self.model, self.pruning, text, valid, images, room)
             made.write(text, valid, images, fill)
             try:
                 return made, record(made.run)
@@ -306,9 +308,9 @@ class Prompts:
 
     def _state(self) -> Hashable:
         """What a recorded pass depends on besides shapes; ValueError where there can be none."""
-        if any(windows_of(self.doorway.trunk)):
+        if any(windows_of(self.pruning.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
-        return self.doorway.state()
+        return self.pruning.state()
 
     def _filled(self, inputs: dict[str, Any], fill: int) -> dict[str, Tensor]:
         """What there is for each token, for so many more behind."""

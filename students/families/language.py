@@ -15,7 +15,7 @@ from students.execution.decoding import Decoding
 from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
-from students.execution.prompt import Doorway
+from students.execution.prompt import PromptPruning
 from students.execution.tokens import Order
 from students.kernels import devices
 from students.kernels.autograd import forward_kl
@@ -43,9 +43,9 @@ class LanguageStudent(Student):
         self._rotations = Rotations(trunk)
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
-        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, doorway=self._doorway())
+        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning())
 
-    def _doorway(self) -> Doorway | None:
+    def _pruning(self) -> PromptPruning | None:
         """What stands in front of the trunk."""
         return None
 

@@ -1,8 +1,8 @@
-"""Students of vision-language models: a door in front of the language model, at which image tokens may be left out.
+"""Students of vision-language models: image tokens may be pruned in front of the language model.
 
 The choice is taken once, from the prompt: from image tokens as the projector leaves them and, with `query`, from the
-question. What is left out has no place in the sequence behind the door: it is neither computed nor cached there, and
-the tokens that go through keep their positions.
+question. What is left out has no place in the sequence behind the pruning point: it is neither computed nor cached
+there, and the tokens that are kept keep their positions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 from students.decisions import Decisions
 from students.execution.capture import Fetched
 from students.execution.kv_cache import memory_of
-from students.execution.prompt import Doorway, Prompted, Read, Room, masked
-from students.families.door import Door, StudentDoorway, hidden_keys, positions_of, shorter_mask
+from students.execution.prompt import Prompted, PromptPruning, Read, Room, masked
 from students.families.image import ImageStudent
+from students.families.image_pruning import PruningPoint, StudentPruning, hidden_keys, positions_of, shorter_mask
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.libraries import cache_in, with_cache
@@ -35,9 +35,9 @@ VISION = "vision."
 
 
 class VisionLanguageStudent(LanguageStudent):
-    """A frozen vision-language model and its routers: at the door, in the language model, in the vision tower.
+    """A frozen vision-language model and its routers: in front of the language model, in it, in the vision tower.
 
-    `forward` and `features` take the images as the model's processor prepares them. Where the door left tokens out, the
+    `forward` and `features` take the images as the model's processor prepares them. Where tokens were pruned, the
     output has no rows for them: `decisions.index` says which token of the input each row is, and `decisions.valid`
     which rows are more than filling.
     """
@@ -47,22 +47,22 @@ class VisionLanguageStudent(LanguageStudent):
         self.vision = vision
         """The vision tower, where routers stand in it."""
         self.vision_macs: float | None = None
-        """What the frozen vision tower and projector cost, for one image token at the door; counted when first run."""
+        """What the frozen vision tower and projector cost, for one image token; counted when first run."""
         self._prompted: Prompted | None = None
         self.foretold: Prompted | None = None
-        """What the next call is about, where embeddings do not say it (see StudentDoorway)."""
+        """What the next call is about, where embeddings do not say it (see StudentPruning)."""
         self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._returned, always_call=True)
         if vision is not None:  # which `generate` calls by itself
             vision.model.register_forward_pre_hook(self._follow, prepend=True)
 
     @property
-    def door(self) -> ImageRouter | None:
+    def image_router(self) -> ImageRouter | None:
         """The router of image tokens."""
-        place: Door | None = getattr(self.trunk, "door", None)
+        place: PruningPoint | None = getattr(self.trunk, "door", None)
         return None if place is None else place.routers["image"]
 
-    def put_at_door(self, router: nn.Module) -> None:
+    def replace_image_router(self, router: nn.Module) -> None:
         """Let another module, with the methods of an ImageRouter that are asked for, take the place of its router."""
         place: Any = self.trunk.door
         place.routers["image"] = router
@@ -71,8 +71,8 @@ class VisionLanguageStudent(LanguageStudent):
         """What reads a prompt as `generate` does before it decodes, on GPUs through recorded passes; for timing."""
         return self._decoding.reader(**inputs)
 
-    def _doorway(self) -> Doorway:
-        return StudentDoorway(self)
+    def _pruning(self) -> PromptPruning:
+        return StudentPruning(self)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
@@ -97,8 +97,8 @@ class VisionLanguageStudent(LanguageStudent):
             return frozen + outside + head, outside, frozen + outside + head
         weight = valid if decisions.valid is None else decisions.valid
         macs = self.compute.routed_blocks(decisions, weight, "prefill").sum(1) + head
-        if self.door is not None:
-            macs = macs + self.door.macs(self.trunk.config.hidden_size) * valid.sum(1)
+        if self.image_router is not None:
+            macs = macs + self.image_router.macs(self.trunk.config.hidden_size) * valid.sum(1)
         vision = outside
         inside = decisions.vision
         if self.vision is not None and inside is not None and inside.share:
@@ -114,7 +114,7 @@ class VisionLanguageStudent(LanguageStudent):
     @property
     def by_count(self) -> bool:
         """Whether nothing is routed but image tokens, by quota: what a prompt costs follows from its lengths."""
-        quota = self.door is not None and self.door.spec.selection == "quota"
+        quota = self.image_router is not None and self.image_router.spec.selection == "quota"
         return quota and not self.spec.routers and self.vision is None
 
     @property
@@ -123,13 +123,13 @@ class VisionLanguageStudent(LanguageStudent):
         return self.by_count
 
     def passing(self, image: Tensor, valid: Tensor) -> Decisions:
-        """What the door would decide of prompts with image tokens at image [B, T], as far as numbers go."""
+        """What the image router would decide of prompts with image tokens at image [B, T], as far as numbers go."""
         if self.runtime.bypass:
             return Decisions(bypassed=True)
-        assert self.door is not None, "only the door can decide by numbers"
+        assert self.image_router is not None, "only an image router can decide by numbers"
         self.runtime.call.rows = self.runtime.offsets(len(image), image.device)
         order = -torch.arange(image.shape[1], device=image.device).float()
-        gate = self._choose(self.door, order.expand(image.shape), image)
+        gate = self._choose(self.image_router, order.expand(image.shape), image)
         return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
 
     def uniform(self, share: float, tokens: Any, phase: str) -> float:
@@ -140,9 +140,9 @@ class VisionLanguageStudent(LanguageStudent):
         outside = (self.vision_macs or 0.0) * image
         kept = valid.clone()
         macs = outside + self.compute.head
-        if self.door is not None:
+        if self.image_router is not None:
             kept[:, text:] = share
-            macs = macs + self.door.macs(self.trunk.config.hidden_size) * (text + image)
+            macs = macs + self.image_router.macs(self.trunk.config.hidden_size) * (text + image)
         macs = macs + self.compute.uniform_blocks(share, kept, "prefill").sum()
         if self.vision is not None:
             ones = torch.ones(1, self.vision.tokens, dtype=torch.bool)
@@ -166,9 +166,9 @@ class VisionLanguageStudent(LanguageStudent):
 
     @torch.no_grad()
     def set_quotas(self, scores: Iterable[Tensor]) -> None:
-        """Let the door take, from now on, the share of image tokens that its threshold keeps of these scores."""
-        if self.door is not None and self.door.levels is not None:
-            self.door.set_quota(torch.cat([score.flatten() for score in scores]))
+        """Let the image router keep, from now on, the share of tokens that its threshold keeps of these scores."""
+        if self.image_router is not None and self.image_router.levels is not None:
+            self.image_router.set_quota(torch.cat([score.flatten() for score in scores]))
 
     @contextmanager
     def _deciding(self) -> Iterator[Decisions]:
@@ -213,7 +213,7 @@ class VisionLanguageStudent(LanguageStudent):
             self._prompted = self.foretold
             return None
         ids = args[0] if args else kwargs.get("input_ids")
-        if self.runtime.bypass or self.door is None:
+        if self.runtime.bypass or self.image_router is None:
             return None
         if ids is None:
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
@@ -237,8 +237,8 @@ class VisionLanguageStudent(LanguageStudent):
         self._prompted = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shorten the sequence at the door; then as of any language student."""
-        if self.runtime.bypass or self.door is None or self._prompted is None:
+        """Shorten the sequence; then as of any language student."""
+        if self.runtime.bypass or self.image_router is None or self._prompted is None:
             return super()._before(trunk, args, kwargs)
         kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
         prompted, self._prompted = self._prompted, None
@@ -246,7 +246,7 @@ class VisionLanguageStudent(LanguageStudent):
         if prompted.image is None:
             self._continue(prompted, kwargs)
         else:
-            kept, padded = self._shorten(self.door, prompted.image & prompted.valid, prompted, kwargs)
+            kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
         before = self._prompt
         if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
             self._prompt = None if before is None else before.gather(1, self.runtime.decisions.index)
@@ -271,7 +271,7 @@ class VisionLanguageStudent(LanguageStudent):
         memory.next = memory.next + count
 
     def _shorten(
-        self, door: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
+        self, router: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, int]:
         """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
 
@@ -282,14 +282,14 @@ class VisionLanguageStudent(LanguageStudent):
         question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
         if prompted.asked is not None:
             question = question & prompted.asked
-        score = door.at_door(x, question)
+        score = router.of_prompt(x, question)
         if run.probed is not None:
             gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
             run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
             kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
             return valid, int(valid.numel() - valid.sum())
-        gate = torch.where(image, self._choose(door, score, image), valid.to(score.dtype))
-        run.note("image", door.spec, gate, score.unsqueeze(-1))
+        gate = torch.where(image, self._choose(router, score, image), valid.to(score.dtype))
+        run.note("image", router.spec, gate, score.unsqueeze(-1))
         if torch.is_grad_enabled():
             if run.decisions is not None:
                 run.decisions.valid = gate
@@ -297,7 +297,7 @@ class VisionLanguageStudent(LanguageStudent):
             kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
-        room = self._room(door, prompted, kept)
+        room = self._room(router, prompted, kept)
         if not room.fewer:
             return None, 0
         positions = positions_of(kwargs, x)
@@ -331,47 +331,47 @@ class VisionLanguageStudent(LanguageStudent):
         kwargs["attention_mask"] = mask
         return here, padded
 
-    def _room(self, door: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
+    def _room(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
         """What a prompt takes of which kept [B, T] passes, as numbers: asked for where nobody knows yet."""
         if prompted.room is not None:
             return prompted.room
         if prompted.counts is not None:
-            return self.room(door, *prompted.counts.wait().tolist())
+            return self.room(router, *prompted.counts.wait().tolist())
         return Room.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
 
     @property
     def counts(self) -> bool:
         """Whether numbers alone say how many image tokens pass."""
-        if self.door is None or self.door.spec.selection == "threshold":
+        if self.image_router is None or self.image_router.spec.selection == "threshold":
             return False
-        return self.door.spec.selection == "topk" or not self.runtime.training or self.by_count
+        return self.image_router.spec.selection == "topk" or not self.runtime.training or self.by_count
 
-    def room(self, door: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
+    def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
         """What prompts take with so many image tokens and so many tokens in all, row by row, where numbers say it."""
         passing = [
             min(have, max(1, round(share * have)))  # as of `_choose`
-            for have, share in zip(image, self._shares(door, len(image)), strict=True)
+            for have, share in zip(image, self._shares(router, len(image)), strict=True)
         ]
         return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
 
-    def _shares(self, door: ImageRouter, rows: int) -> list[float]:
+    def _shares(self, router: ImageRouter, rows: int) -> list[float]:
         """What share of each row's image tokens passes, where numbers say it."""
         run = self.runtime
-        if door.spec.selection == "topk":
+        if router.spec.selection == "topk":
             return [run.capacity if run.training else run.kept] * rows
         offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
-        return [door.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
+        return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
 
-    def _choose(self, door: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
+    def _choose(self, router: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
         """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
         run = self.runtime
-        shift = door.shift(run.dial_of(score))
-        if door.spec.selection == "threshold":
+        shift = router.shift(run.dial_of(score))
+        if router.spec.selection == "threshold":
             return selection.threshold(score + shift)
         have = image.sum(1, keepdim=True)
         best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
         limit: Tensor | None = None
-        if door.spec.selection == "quota" and run.training and not self.by_count:
+        if router.spec.selection == "quota" and run.training and not self.by_count:
             # of all image tokens of the batch, as in selection.even
             limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
             ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
@@ -379,7 +379,7 @@ class VisionLanguageStudent(LanguageStudent):
             share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
             most = (share * have).round().clamp(min=1)
         else:
-            shares = self._shares(door, len(score))
+            shares = self._shares(router, len(score))
             alike = len(set(shares)) == 1
             each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
             most = (each * have.double()).round().clamp(min=1)

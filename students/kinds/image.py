@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from students.kinds.registry import Kind
-from students.places import DoorPlace
+from students.places import InputPlace
 from students.routers import ImageRouter
 from students.spec import RouterSpec
 
@@ -14,14 +14,14 @@ class ImageKind(Kind):
 
     name = "image"
     fields = ("hidden", "network", "selection", "query")
-    place = "door"
+    place = "input"
     may_keep_quota = True
 
     def check(self, spec: RouterSpec) -> None:
         if spec.network == "static":
             raise ValueError("an image router looks at the image: use `network: linear` or `network: mlp`")
 
-    def attach(self, spec: RouterSpec, place: DoorPlace) -> None:
+    def attach(self, spec: RouterSpec, place: InputPlace) -> None:
         place.add_router(ImageRouter(spec, place.width, place.gains))
 
 

@@ -33,7 +33,7 @@ class Kind:
     """The fields of RouterSpec that have an effect."""
     sites: ClassVar[tuple[str, ...]] = ()
     """Where in a block it may stand; nothing where there is one place only."""
-    place: ClassVar[Literal["block", "head", "door"]] = "block"
+    place: ClassVar[Literal["block", "head", "input"]] = "block"
     """In the blocks of a model, at the LM head, or where image tokens enter a language model."""
     over_tokens: ClassVar[bool] = False
     """Whether a gate leaves out a branch or block for one token."""
@@ -73,7 +73,7 @@ class Kind:
         return spec.on(block)
 
     def attach(self, spec: RouterSpec, place: Any) -> None:
-        """Put a router in its place: a students.places.HeadPlace or DoorPlace, or, for one branch of a block after the
+        """Put a router in its place: a students.places.HeadPlace or InputPlace, or, for one branch of a block after the
         other, a BlockPlace."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from students.spec import RouterSpec
 
 
 class ImageRouter(Router):
-    """Scores image tokens at the language model's door, alone and against the question."""
+    """Scores image tokens in front of a language model, alone and against the question."""
 
     def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
         super().__init__(spec, width, 1, gains=gains)
@@ -20,7 +20,7 @@ class ImageRouter(Router):
             self.ask = ThinLinear(width, spec.query, bias=False)
             nn.init.zeros_(self.ask.weight)
 
-    def at_door(self, x: Tensor, question: Tensor) -> Tensor:
+    def of_prompt(self, x: Tensor, question: Tensor) -> Tensor:
         """Scores [B, T] of embedded tokens x [B, T, D], of which question [B, T] bool are the prompt's text."""
         score = self.of_stream(x)
         if self.spec.query:

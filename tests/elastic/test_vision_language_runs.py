@@ -137,7 +137,7 @@ def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> Non
         assert 0 <= row[key] <= 1
 
 
-def test_the_door_keeps_to_the_budget_while_it_is_trained(finished: Path) -> None:
+def test_the_image_router_keeps_to_the_budget_while_it_is_trained(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4
     assert [line["compute_prefill"] for line in lines] == pytest.approx([0.7] * 4, abs=0.04)

@@ -19,7 +19,7 @@ from students.libraries import cache_of
 from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 from tests.students.host_waits import Launches, NoHostWaits
 from tests.students.tape import Tape
-from tests.students.test_vision_language import DOOR, PER_KIND, student_of
+from tests.students.test_vision_language import PER_KIND, PRUNING, student_of
 
 OPTIONS = dict(do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
 FOUR = dict(OPTIONS, max_new_tokens=4, min_new_tokens=4)
@@ -59,7 +59,7 @@ def longer(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_is_read_and_said(name: str) -> None:
-    student = student_of(name, DOOR, RouterSpec("channel"))
+    student = student_of(name, PRUNING, RouterSpec("channel"))
     for number, images in enumerate((PER_KIND.get(name, (2, 1)), (1,)), 1):
         inputs = make_prompts(student.model, images, left=True)
         plain = student.model.generate(**inputs, **FOUR)
@@ -104,13 +104,13 @@ def test_the_dial_turns() -> None:
     assert [made for _, made in lengths] == [1, 2, 2, 3] and lengths[0] == (lengths[2][0], 1)
     assert lengths[0][0] < lengths[1][0] < lengths[3][0]
     student.runtime.bypass, student.runtime.offset = False, 0.0
-    student.door.set_quota(torch.linspace(-0.3, 0.7, 100))
+    student.image_router.set_quota(torch.linspace(-0.3, 0.7, 100))
     assert cache_of(recorded(student, inputs)[0]).get_seq_length() > lengths[0][0]
     assert len(student._decoding._prompts.kept) == KEPT
 
 
 def test_routers_in_the_tower() -> None:
-    student = student_of("llava", DOOR, RouterSpec("token", part="vision", kv="drop", selection="quota"))
+    student = student_of("llava", PRUNING, RouterSpec("token", part="vision", kv="drop", selection="quota"))
     for router in student.vision.routers():
         router.router.set_quota(torch.linspace(-0.5, 0.5, 50))
     inputs = make_prompts(student.model, (1, 1), left=True)
@@ -121,7 +121,9 @@ def test_routers_in_the_tower() -> None:
     assert len(student._decoding._prompts.tower.kept) == 2
 
 
-@pytest.mark.parametrize(("router", "offset"), [(RouterSpec("image", selection="threshold"), 0.0), (DOOR, (0.0, 0.4))])
+@pytest.mark.parametrize(
+    ("router", "offset"), [(RouterSpec("image", selection="threshold"), 0.0), (PRUNING, (0.0, 0.4))]
+)
 def test_what_depends_on_the_images_is_read_as_ever(router: RouterSpec, offset: Any) -> None:
     student = student_of("llava", router)
     student.runtime.offset = offset
@@ -166,7 +168,7 @@ def test_it_is_read_again_and_again(name: str) -> None:
     assert len(tower) == 2
 
 
-def test_the_door_asks_once() -> None:
+def test_the_image_router_asks_once() -> None:
     student = student_of("llava")
     inputs = {**make_prompts(student.model, (1, 1)), "attention_mask": None}
     student.model(**inputs, use_cache=True)
@@ -181,7 +183,7 @@ def test_the_door_asks_once() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", WHOLE)
 def test_cuda_graphs_read_what_the_model_reads(name: str) -> None:
-    student = student_of(name, DOOR, RouterSpec("channel")).to("cuda")
+    student = student_of(name, PRUNING, RouterSpec("channel")).to("cuda")
     inputs = {key: tensor.to("cuda") for key, tensor in make_prompts(student.model, (1, 1), left=True).items()}
     for bypass in (False, True):
         student.runtime.bypass = bypass

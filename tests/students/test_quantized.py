@@ -15,7 +15,7 @@ from tests.pico.language import make_tiny
 from tests.pico.vision_language import make_prompts, make_vlm
 from tests.students.test_execution import CLOSE, SPECS, assert_counted, decode, in_both_ways
 from tests.students.test_students import EVERY_KIND, scramble
-from tests.students.test_vision_language import DOOR
+from tests.students.test_vision_language import PRUNING
 
 SCHEMES = [
     pytest.param(name, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"no {package}"))
@@ -110,8 +110,8 @@ def test_gradients_reach_the_routers_alone(scheme: str, tokens: torch.Tensor):
 def test_image_tokens_stay_outside_a_quantized_language_model(scheme: str):
     model = make_vlm("llava").eval()
     quantize(model, scheme, torch.device("cpu"))
-    student = scramble(elasticize(model, StudentSpec((DOOR, RouterSpec("token"))))).train(False)
-    student.door.set_quota(torch.linspace(-0.5, 0.5, 200))
+    student = scramble(elasticize(model, StudentSpec((PRUNING, RouterSpec("token"))))).train(False)
+    student.image_router.set_quota(torch.linspace(-0.5, 0.5, 200))
     inputs = make_prompts(student.model)
     out, decisions = student(**inputs)
     student.runtime.execution = "mask"

@@ -1,4 +1,4 @@
-"""Vision-language students: image tokens that stay outside leave no trace behind the door."""
+"""Vision-language students: image tokens that stay outside leave no trace in the language model."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from students.families.vision_language import VisionLanguageStudent
 from students.libraries import cache_of
 from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 
-DOOR = RouterSpec("image", selection="quota", network="mlp", query=4)
+PRUNING = RouterSpec("image", selection="quota", network="mlp", query=4)
 PER_KIND = {"idefics3": (1, 1), "smolvlm": (1, 1)}
 """Classes whose images are padded to one number in every row."""
 
 
 def student_of(name: str, *routers: RouterSpec, keep: float | None = 0.5) -> VisionLanguageStudent:
     """A student with random routers that keep so many of the image tokens; None: all routers are as at the start."""
-    student = elasticize(make_vlm(name), StudentSpec(routers or (DOOR,)))
+    student = elasticize(make_vlm(name), StudentSpec(routers or (PRUNING,)))
     assert isinstance(student, VisionLanguageStudent)
     if keep is not None:
         draw = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for parameter in student.added_parameters().values():
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=draw))
-        if student.door is not None and student.door.levels is not None:
-            student.door.set_quota(torch.linspace(keep - 1, keep, 200))
+        if student.image_router is not None and student.image_router.levels is not None:
+            student.image_router.set_quota(torch.linspace(keep - 1, keep, 200))
     return student
 
 
@@ -53,7 +53,7 @@ def test_open_gates_change_nothing(name: str) -> None:
     inputs = make_prompts(model, PER_KIND.get(name, (2, 1)), left=True)
     expected = model(**inputs, output_hidden_states=True)
     said = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
-    student = elasticize(model, StudentSpec((DOOR,)))
+    student = elasticize(model, StudentSpec((PRUNING,)))
     out, decisions = student(**inputs, output_hidden_states=True)
     assert torch.equal(out.logits, expected.logits)
     assert all(torch.equal(one, other) for one, other in zip(out.hidden_states, expected.hidden_states, strict=True))
@@ -148,7 +148,7 @@ def test_what_passes_can_be_counted_beforehand() -> None:
     student = student_of("llava")
     inputs = make_prompts(student.model, (2, 1))
     image, valid = inputs["input_ids"] == 110, inputs["attention_mask"].bool()
-    assert student.by_count and not student_of("llava", DOOR, RouterSpec("token", sites=("mlp",))).by_count
+    assert student.by_count and not student_of("llava", PRUNING, RouterSpec("token", sites=("mlp",))).by_count
     _, decisions = student.features(**inputs)
     expected = student.spent(decisions, image, valid, 1)
     for one_, other in zip(expected, student.spent(student.passing(image, valid), image, valid, 1), strict=True):
@@ -167,11 +167,11 @@ def test_searching_and_sampling_run(name: str) -> None:
 @torch.no_grad()
 def test_reported_compute_is_what_torch_counts() -> None:
     every = (
-        DOOR,
+        PRUNING,
         RouterSpec("token", sites=("mlp",)),
         RouterSpec("token", part="vision", kv="drop", sites=("mlp",)),
     )
-    for routers in ((DOOR,), every):
+    for routers in ((PRUNING,), every):
         student = student_of("llava", *routers)
         inputs = make_prompts(student.model, (1, 1, 1))
         _, decisions = student.features(**inputs)
@@ -188,7 +188,7 @@ def test_reported_compute_is_what_torch_counts() -> None:
 @torch.no_grad()
 def test_routers_in_both_towers_leave_out_what_they_mask() -> None:
     routers = (
-        DOOR,
+        PRUNING,
         RouterSpec("token", kv="drop", substitute=4),
         RouterSpec("head", selection="topk"),
         RouterSpec("token", part="vision", kv="drop"),
@@ -206,7 +206,7 @@ def test_routers_in_both_towers_leave_out_what_they_mask() -> None:
 
 
 @pytest.mark.parametrize("selection", ["quota", "threshold", "topk"])
-def test_gradients_reach_the_door_and_nothing_else(selection: str) -> None:
+def test_gradients_reach_the_image_router_and_nothing_else(selection: str) -> None:
     student = student_of("llava", RouterSpec("image", selection=selection, query=4)).train()
     student.runtime.capacity = 0.5
     inputs = make_prompts(student.model)

@@ -1,4 +1,4 @@
-"""The door in front of a language model: the router of image tokens, and what is left of a prompt behind it."""
+"""Pruning of image tokens in front of a language model: their router, and what is left of a prompt behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from students.execution.prompt import Doorway, Prompted, Room
+from students.execution.prompt import Prompted, PromptPruning, Room
 from students.execution.wrapper import Named
 from students.libraries import cache_in
 from students.routers import ImageRouter, selection
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from students.families.vision_language import VisionLanguageStudent
 
 
-class Door(nn.Module):
-    """Holds the router of image tokens, inside the language model."""
+class PruningPoint(nn.Module):
+    """Holds the router of image tokens, inside the language model: `door` in the names of its saved parameters."""
 
     def __init__(self, router: ImageRouter) -> None:
         super().__init__()
         self.routers = Named[ImageRouter]({"image": router})
 
 
-class StudentDoorway(Doorway):
-    """What a student's door lets through, as far as numbers say."""
+class StudentPruning(PromptPruning):
+    """What a student keeps, as far as numbers say."""
 
     def __init__(self, student: VisionLanguageStudent) -> None:
         super().__init__(student.trunk)
         self._student = student
 
     def tower_state(self, pixels: Tensor) -> Hashable:
-        """See Doorway."""
+        """See PromptPruning."""
         student = self._student
         if student.vision is None:
             return None
@@ -44,28 +44,28 @@ class StudentDoorway(Doorway):
         return made
 
     def state(self) -> Hashable:
-        """See Doorway."""
+        """See PromptPruning."""
         student, run = self._student, self._student.runtime
         language: Hashable = student._recorded_for()
-        if run.bypass or student.door is None:
+        if run.bypass or student.image_router is None:
             return language
         if isinstance(run.offset, tuple) or not student.counts:
             raise ValueError("how many image tokens pass depends on the images, or differs between them")
-        shares = (student.door.levels, student.door.log_gain)
+        shares = (student.image_router.levels, student.image_router.log_gain)
         return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
 
     def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """See Doorway."""
+        """See PromptPruning."""
         student = self._student
-        if student.runtime.bypass or student.door is None:
+        if student.runtime.bypass or student.image_router is None:
             return super().room(image, valid, tokens)
-        return student.room(student.door, image, valid)
+        return student.room(student.image_router, image, valid)
 
     @contextmanager
     def told(self, prompted: Prompted) -> Iterator[None]:
-        """See Doorway."""
+        """See PromptPruning."""
         student = self._student
-        if student.runtime.bypass or student.door is None:
+        if student.runtime.bypass or student.image_router is None:
             with super().told(prompted):
                 yield
             return
