@@ -23,8 +23,8 @@ from students.architectures import (
 from students.compute import BlockShape
 from students.execution.attention import route_attention
 from students.execution.block import BlockGather
+from students.execution.block_context import BlockContext
 from students.execution.branch import RoutedBranch, RoutedExit
-from students.execution.handover import BlockHandover
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import RoutedLinear
 from students.execution.linear_group import LinearGroup
@@ -87,8 +87,8 @@ class BlockPlace:
     ) -> None:
         self.spec, self.record, self.sizes, self.runtime = spec, record, sizes, runtime
         self.number, self.block, self.last = number, block, last
-        self.handover = BlockHandover()
-        runtime.handovers.append(self.handover)
+        self.context = BlockContext()
+        runtime.contexts.append(self.context)
         self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
         self.neurons = self.inputs("mlp_out")
         self.own_q = len(record.attn_in) == 3
@@ -178,7 +178,7 @@ class BlockPlace:
         join_product(self.block, record)
         if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
-            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.handover)
+            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context)
         kv_share = 2 * sizes.groups / (sizes.heads + 2 * sizes.groups)
         return BlockShape(
             q=round(macs["attn_in"] * (1 - kv_share)),
@@ -204,7 +204,7 @@ class BlockPlace:
             self.runtime,
             self.number,
             branch,
-            self.handover,
+            self.context,
             prenorm=record.prenorm,
             late_exit=late is not None,
             narrows=self.narrows[branch],
@@ -222,7 +222,7 @@ class BlockPlace:
             self.block.set_submodule(path, wrapper)
             if late is not None:
                 exit_ = self.block.get_submodule(late)
-                self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.handover))
+                self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.context))
 
     def _elasticize_site(self, end: str) -> None:
         """Wrap the linear layers of which only a part is computed, or that are corrected."""
@@ -232,7 +232,7 @@ class BlockPlace:
         skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
         asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
         opens, opaque = branch in self.opens, site in self.opaque
-        group = LinearGroup(f"{self.number}.{site}", self.handover, ends=end == "out", opens=opens, opaque=opaque)
+        group = LinearGroup(f"{self.number}.{site}", self.context, ends=end == "out", opens=opens, opaque=opaque)
         for name, linear in zip(self.record.linears(site), linears, strict=True):
             first = linear is linears[0]
             per_query = asks and (end == "out" or (self.own_q and first))
@@ -247,7 +247,7 @@ class BlockPlace:
                 linear,
                 self.runtime,
                 group,
-                self.wrappers[branch].handover,
+                self.wrappers[branch].context,
                 part=part,
                 per_query=per_query,
             )

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from students.execution.block_context import BlockContext, Exits, Gathered
 from students.execution.branch import RoutedBranch
 from students.execution.gates import Gates
-from students.execution.handover import BlockHandover, Exits, Gathered
 from students.execution.tokens import Chosen, place_tokens, take
 from students.routers import Router
 
@@ -20,22 +20,22 @@ class BlockGather:
 
     For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
     shrink with the rest. attn: the branch that the router stands in front of; norm: the one in front of both.
-    handover: the block's.
+    context: the block's.
     """
 
     def __init__(
-        self, block: nn.Module, attn: RoutedBranch, router: Router, norm: nn.Module | None, handover: BlockHandover
+        self, block: nn.Module, attn: RoutedBranch, router: Router, norm: nn.Module | None, context: BlockContext
     ) -> None:
         self._attn = attn
         self._router = router
         self._norm = norm
-        self._handover = handover
+        self._context = context
         block.register_forward_pre_hook(self._gather, with_kwargs=True)
         block.register_forward_hook(self._scatter, always_call=True)
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, router, run = self._attn, self._router, self._attn.runtime
-        self._handover.gathered = None
+        self._context.gathered = None
         if run.bypass or not run.skips([router.spec]):
             return None
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
@@ -50,13 +50,13 @@ class BlockGather:
         if exits.weighted:
             gate = take(gates.gate, x, chosen.rows)
             exits.gates = [(Gates(x.dtype, gate=gate), None)]
-        self._handover.gathered = Gathered(x, chosen, exits, placed)
+        self._context.gathered = Gathered(x, chosen, exits, placed)
         return (some, *rest), kwargs
 
     def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        gathered = self._handover.gathered
+        gathered = self._context.gathered
         if not (block.training and torch.is_grad_enabled()):  # else backward computes the block again, without hooks
-            self._handover.gathered = None
+            self._context.gathered = None
         if gathered is None or out is None:  # out is None where the block failed
             return None
         some = out[0] if isinstance(out, tuple) else out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from students.architectures import Branch
 from students.execution.attention import Packing, Plan
-from students.execution.handover import BlockHandover, BranchHandover, Exit, Exits, Gathered, Narrow, Rows
+from students.execution.block_context import BlockContext, BranchContext, Exit, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, place_tokens, take
 from students.execution.wrapper import Named, Wrapper
@@ -23,7 +23,7 @@ from students.routers import Router, Substitute, selection
 class RoutedBranch(Wrapper):
     """An attention or MLP branch whose routers read its input.
 
-    block: the block's number. handover: the block's. prenorm: whether the input is normalised already. late_exit: gates
+    block: the block's number. context: the block's. prenorm: whether the input is normalised already. late_exit: gates
     are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether closed heads or
     groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword under which
     attention takes one.
@@ -35,7 +35,7 @@ class RoutedBranch(Wrapper):
         runtime: Runtime,
         block: int,
         branch: Branch,
-        handover: BlockHandover,
+        context: BlockContext,
         *,
         prenorm: bool,
         late_exit: bool,
@@ -47,8 +47,8 @@ class RoutedBranch(Wrapper):
         self.mask = mask
         self.block = block
         self.branch = branch
-        self.of_block = handover
-        self.handover: BranchHandover = handover.attn if branch == "attn" else handover.mlp
+        self.of_block = context
+        self.context: BranchContext = context.attn if branch == "attn" else context.mlp
         self.prenorm = prenorm
         self.late_exit = late_exit
         self.narrows = narrows
@@ -94,7 +94,7 @@ class RoutedBranch(Wrapper):
                 kwargs = self._without_closed_keys(exits, kwargs)
             return self._leave(self.base_layer(x, *args, **kwargs), exits)
         finally:
-            self.handover.release()
+            self.context.release()
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Gates of tokens. Those of whole blocks are decided in front of attention and handed on to the MLP."""
@@ -124,10 +124,10 @@ class RoutedBranch(Wrapper):
         by_token = router.spec.granularity == "token" and router.spec.network != "static"
         shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare
         if not (skip and shared and self.narrows and run.skips([router.spec])):
-            self.handover.gate = gate.index_select(-1, router.of_channel)
+            self.context.gate = gate.index_select(-1, router.of_channel)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())
-        self.handover.narrow = narrow
+        self.context.narrow = narrow
         return Plan(heads=heads)
 
     def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
@@ -159,13 +159,13 @@ class RoutedBranch(Wrapper):
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows = chosen.rows
-        handover, gate = self.handover, self.handover.gate
+        context, gate = self.context, self.context.gate
         packed = take(exits.x, exits.x, rows) if gather is None else gather()
         if len(rows) == 0:
             return self._leave(packed, exits)
-        handover.rows = Rows(rows, chosen, exits.x.shape[:2])
+        context.rows = Rows(rows, chosen, exits.x.shape[:2])
         if gate is not None:
-            handover.gate = take(gate, exits.x, rows)
+            context.gate = take(gate, exits.x, rows)
         return self._leave(self.base_layer(packed, *args, **kwargs), exits)
 
     def _chosen(self, exits: Exits) -> Chosen | Listed:
@@ -177,7 +177,7 @@ class RoutedBranch(Wrapper):
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the tokens that need it, to the tokens that have a key."""
-        x, handover = exits.x, self.handover
+        x, context = exits.x, self.context
         chosen = Chosen(exits.open(), self.runtime.counted(x), exits.count)
         if exits.drops:
             return self._attend_kept(exits, chosen, plan or Plan(), args, kwargs)
@@ -189,16 +189,16 @@ class RoutedBranch(Wrapper):
             plan = kwargs["routed"] = plan or Plan()
             plan.queries, plan.counts = chosen.rows, tuple(chosen.counts) if x.shape[1] > 1 else ()
         if for_all or not chosen.every:
-            handover.rows, handover.queries = Rows(None, chosen, x.shape[:2]), chosen
-            if handover.gate is not None and not chosen.every:
-                handover.gate = take(handover.gate, x, chosen.rows)
+            context.rows, context.queries = Rows(None, chosen, x.shape[:2]), chosen
+            if context.gate is not None and not chosen.every:
+                context.gate = take(context.gate, x, chosen.rows)
         out = self.base_layer(x, *args, **kwargs)
         exits.rows = None if chosen.every else chosen.rows
         return self._leave(out, exits, all_open=chosen.every)
 
     def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the chosen tokens, where some that are closed have no key."""
-        x, handover, kept = exits.x, self.handover, chosen
+        x, context, kept = exits.x, self.context, chosen
         if len(exits.drops) < len(exits.gates):
             kept = Chosen(exits.open(exits.drops), self.runtime.counted(x))
         kwargs["routed"] = plan
@@ -207,13 +207,13 @@ class RoutedBranch(Wrapper):
         exits.rows, seen = chosen.rows, gather()
         if len(kept.rows) == 0:
             return self._leave((seen, None), exits)  # late exit: the block still unpacks a tuple
-        if handover.gate is not None:
-            handover.gate = take(handover.gate, x, chosen.rows)
-        handover.rows = Rows(kept.rows, chosen, x.shape[:2])
+        if context.gate is not None:
+            context.gate = take(context.gate, x, chosen.rows)
+        context.rows = Rows(kept.rows, chosen, x.shape[:2])
         if len(kept.rows) > len(chosen.rows):
             plan.queries = torch.searchsorted(kept.rows, chosen.rows)
             plan.counts = tuple(chosen.counts)
-            handover.queries = Listed(plan.queries)
+            context.queries = Listed(plan.queries)
         return self._leave(self.base_layer(seen, *args, **kwargs), exits)
 
     def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -224,11 +224,11 @@ class RoutedBranch(Wrapper):
         rows = gathered.chosen.rows
         if len(rows) == 0:
             return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
-        self.handover.rows = Rows(rows, gathered.chosen, gathered.x.shape[:2])
+        self.context.rows = Rows(rows, gathered.chosen, gathered.x.shape[:2])
         try:
             return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
         finally:
-            self.handover.release()
+            self.context.release()
 
     def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention among the tokens of an image that need it."""
@@ -240,11 +240,11 @@ class RoutedBranch(Wrapper):
             return self._leave(self.base_layer(x, *args, **kwargs), exits, all_open=True)
         flat = flat_index(index, x.shape[1])
         exits.rows = flat if valid is None else flat[valid.flatten()]
-        handover = self.handover
-        if handover.gate is not None:
-            gate = handover.gate.expand(*x.shape[:2], -1)
-            handover.gate = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
-        handover.rows = Rows(flat, Listed(flat), x.shape[:2])
+        context = self.context
+        if context.gate is not None:
+            gate = context.gate.expand(*x.shape[:2], -1)
+            context.gate = gate.flatten(0, 1).index_select(0, flat).view(*index.shape, -1)
+        context.rows = Rows(flat, Listed(flat), x.shape[:2])
         if plan is not None:
             kwargs["routed"] = plan
         kwargs = for_tokens(kwargs, index, run.prefix)
@@ -277,7 +277,7 @@ class RoutedBranch(Wrapper):
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
         if self.late_exit:
-            self.handover.exit = Exit(exits, all_open)
+            self.context.exit = Exit(exits, all_open)
             return out
         apply = exits.pass_all if all_open else exits.apply
         return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
@@ -293,14 +293,14 @@ class RoutedBranch(Wrapper):
 class RoutedExit(Wrapper):
     """The last module of a branch (a post-norm): what the branch decided is applied to its output."""
 
-    def __init__(self, base_layer: nn.Module, runtime: Runtime, handover: BranchHandover) -> None:
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, context: BranchContext) -> None:
         super().__init__(base_layer, runtime)
-        self.handover = handover
+        self.context = context
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
         if self.runtime.bypass:
             return out
-        leaving, self.handover.exit = self.handover.exit, None
+        leaving, self.context.exit = self.context.exit, None
         assert leaving is not None, "its branch has run"
         return leaving.exits.pass_all(out) if leaving.all_open else leaving.exits.apply(out)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from students.execution.block_context import Narrow
 from students.execution.flow import Flow
-from students.execution.handover import Narrow
 from students.execution.tokens import Order
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.architectures import Linear, shape_of, weight_of
-from students.execution.handover import BranchHandover, Narrow
+from students.execution.block_context import BranchContext, Narrow
 from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, scatter_rows
@@ -23,9 +23,9 @@ class RoutedLinear(Wrapper):
     """A linear layer of which only a part is computed, with an optional low-rank correction.
 
     group: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
-    where its branch hands over what is open. part: which of a branch's heads or groups this
-    layer touches: the "inputs" it reads (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its
-    output is wanted only for tokens that attend (q, o).
+    what its branch says is open. part: which of a branch's heads or groups this layer touches: the "inputs" it reads
+    (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its output is wanted only for tokens that
+    attend (q, o).
     """
 
     base_layer: Linear
@@ -35,7 +35,7 @@ class RoutedLinear(Wrapper):
         base_layer: Linear,
         runtime: Runtime,
         group: LinearGroup,
-        branch: BranchHandover,
+        branch: BranchContext,
         *,
         part: Literal["inputs", "outputs", ""],
         per_query: bool,
@@ -116,12 +116,12 @@ class RoutedLinear(Wrapper):
     def _run(self, x: Tensor) -> Tensor:
         queries = self.branch.queries
         if queries is None or not self.per_query:
-            early = self.group.handover.early
+            early = self.group.context.early
             return early.pop(0) if early else self._compute(x, together=queries is None)
         gather = None
         if isinstance(queries, Chosen) and queries.pending and not self.group.ends:
             gather = queries.gather(x)  # this, keys and values run while the host waits
-            self.group.handover.early = [layer._compute(x, together=False) for layer in self.group.layers[1:]]
+            self.group.context.early = [layer._compute(x, together=False) for layer in self.group.layers[1:]]
         if queries.every:
             return self._compute(x, together=False)
         some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0) if gather is None else gather()
@@ -199,7 +199,7 @@ class RoutedLinear(Wrapper):
 
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
         """x without the channels that stay closed; the first layer of a group chooses for all."""
-        passed = self.group.handover
+        passed = self.group.context
         if together and passed.masked is not None:
             masked, passed.left = passed.masked, passed.left - 1
             if not passed.left:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from students.execution.handover import BlockHandover, LinearGroupHandover
+from students.execution.block_context import BlockContext, LinearGroupContext
 from students.kernels import direct, ops
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
@@ -47,17 +47,17 @@ class LinearGroup:
 
     name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. opens: whether a
     token on its own chooses heads or groups, which are then left out of this side of them. opaque: whether weights
-    are only read whole, and inputs masked. handover: the block's.
+    are only read whole, and inputs masked. context: the block's.
     """
 
-    def __init__(self, name: str, handover: BlockHandover, *, ends: bool, opens: bool, opaque: bool) -> None:
+    def __init__(self, name: str, context: BlockContext, *, ends: bool, opens: bool, opaque: bool) -> None:
         self.name = name
         self.ends = ends
         self.opens = opens
         self.opaque = opaque
         self.layers: list[RoutedLinear] = []
-        self.handover = LinearGroupHandover()
-        handover.linear_groups.append(self.handover)
+        self.context = LinearGroupContext()
+        context.linear_groups.append(self.context)
         self._stamp = Stamp()
         self._drop()
 
@@ -80,12 +80,12 @@ class LinearGroup:
 
     def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
-        waiting = self.handover.outputs
+        waiting = self.context.outputs
         out = waiting[layer.place] if waiting else None
         if out is None:
             made = self.outputs(x)
             out, waiting = made[layer.place], [*made]
-            self.handover.outputs = waiting
+            self.context.outputs = waiting
         waiting[layer.place] = None
         return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from students.execution.handover import BranchHandover, Narrow
+from students.execution.block_context import BranchContext, Narrow
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.routers import ChannelRouter
@@ -24,7 +24,7 @@ class RoutedActivation(Wrapper):
         runtime: Runtime,
         router: ChannelRouter,
         block: int,
-        branch: BranchHandover,
+        branch: BranchContext,
         *,
         opaque: bool,
     ) -> None:

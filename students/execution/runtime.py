@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.decisions import Decisions
+from students.execution.block_context import BlockContext
 from students.execution.call import Call
 from students.execution.gates import Gates
-from students.execution.handover import BlockHandover
 from students.routers import Router, selection
 from students.spec import RouterSpec
 
@@ -61,7 +61,7 @@ class Runtime:
     (execution/fixed.py)."""
     call: Call = field(default_factory=Call)
     """The call that runs, or ran last."""
-    handovers: list[BlockHandover] = field(default_factory=list)
+    contexts: list[BlockContext] = field(default_factory=list)
     """Of all blocks; empty outside of a forward pass."""
     _dial_at: float | None = None
     _rows: Tensor | None = None
@@ -103,8 +103,8 @@ class Runtime:
     def drop(self) -> None:
         """Leave nothing that was on its way between wrappers: a pass that failed, or was recomputed in part."""
         self.call.flow = None
-        for handover in self.handovers:
-            handover.clear()
+        for context in self.contexts:
+            context.clear()
 
     def offsets(self, batch: int, device: torch.device) -> Tensor | None:
         """[B]: the offset of each row, where they have their own. ValueError where there are not as many."""

@@ -40,7 +40,7 @@ class NeuronKind(Kind):
         router, name = ChannelRouter(spec, place.neurons, place.spec.gains), self._activation(place.record)
         opaque = not place.opaque.isdisjoint(MLP)
         routed = RoutedActivation(
-            place.block.get_submodule(name), place.runtime, router, place.number, place.wrapper.handover, opaque=opaque
+            place.block.get_submodule(name), place.runtime, router, place.number, place.wrapper.context, opaque=opaque
         )
         place.block.set_submodule(name, place.like(routed))
         if opaque:

@@ -64,7 +64,7 @@ def scramble(student: Student, scale: float = 1.0) -> Student:
 
 def left_over(student: Student) -> list[tuple[str, Any]]:
     """What wrappers of one block have handed on and nobody has taken out."""
-    blocks = student.runtime.handovers
+    blocks = student.runtime.contexts
     parts = [part for block in blocks for part in (block, block.attn, block.mlp, *block.linear_groups)]
     found = [(f.name, getattr(part, f.name)) for part in parts for f in fields(part)]
     found = [(name, value) for name, value in found if name not in ("attn", "mlp", "linear_groups")]

@@ -174,7 +174,7 @@ class Rows:
 
 
 @dataclass
-class LinearGroupHandover:
+class LinearGroupContext:
     """Between linear layers that read one input through one selection of channels."""
 
     masked: Tensor | None = None
@@ -192,7 +192,7 @@ class LinearGroupHandover:
 
 
 @dataclass
-class BranchHandover:
+class BranchContext:
     """From a branch to its linear layers, and to the module that its output leaves by."""
 
     gate: Tensor | None = None
@@ -227,12 +227,12 @@ class Exit:
 
 
 @dataclass
-class BlockHandover:
+class BlockContext:
     """Between the branches of a block."""
 
-    attn: BranchHandover = field(default_factory=BranchHandover)
-    mlp: BranchHandover = field(default_factory=BranchHandover)
-    linear_groups: list[LinearGroupHandover] = field(default_factory=list)
+    attn: BranchContext = field(default_factory=BranchContext)
+    mlp: BranchContext = field(default_factory=BranchContext)
+    linear_groups: list[LinearGroupContext] = field(default_factory=list)
     """Of the block's linear layers."""
     gates: Gates | None = None
     """Of a router of the whole block, from attention, in front of which it stands, to the MLP."""
