@@ -23,7 +23,7 @@ from elastic.accounting.peaks import line_of
 from elastic.config import RunConfig, TrainConfig
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.interrupt import interruptible
-from elastic.distillation.lessons import lessons_of, picked
+from elastic.distillation.loader import loader_of, picked
 from elastic.distillation.schedule import Schedule
 from elastic.distillation.start import adopted, calibrate, set_budget, set_capacity, student_for
 from elastic.distillation.teacher_cache import require_cache
@@ -191,14 +191,14 @@ def _train(
     family = families.of(config.family)
     device = accelerator.device
     distillation = family.Distillation(student, config.loss, budget, config.data)
-    lessons = lessons_of(run, config, data, distillation, device, say)
+    loader = loader_of(run, config, data, distillation, device, say)
     own = launch.share(train.batch)
 
     def part_of(number: int) -> list[int]:
         """This process's samples of the micro-batch of this number."""
-        return picked(number * train.batch + own.start, len(own), len(lessons), train.seed)
+        return picked(number * train.batch + own.start, len(own), len(loader), train.seed)
 
-    lessons.announce(part_of(0), train.steps and train.steps * train.accumulation * train.batch)
+    loader.announce(part_of(0), train.steps and train.steps * train.accumulation * train.batch)
     state = _start(run, config, student, data, session, device, say)
     optimizer = _optimizer(student, train)
     if state.step:
@@ -214,12 +214,12 @@ def _train(
         loss, weights = torch.zeros((), device=device), list[Tensor]()
         measured: Sums | None = None
         for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
-            lesson = launch.together(partial(lessons.load, part_of(number), following=part_of(number + 1)))
+            loaded = launch.together(partial(loader.load, part_of(number), following=part_of(number + 1)))
             rows = draw(knots, train.batch, train.seed * 1_000_003 + number * train.batch)[own.start : own.stop]
             weights.append(rows.to(device))
             if budget.ranges:
                 student.runtime.offset = tuple((rows @ state.offsets).tolist())
-            part, seen = distillation(lesson.batch, weights[-1] @ state.price, lessons.taught(lesson))
+            part, seen = distillation(loaded.batch, weights[-1] @ state.price, loader.taught(loaded))
             (part / train.accumulation).backward()
             loss += part.detach() / train.accumulation
             measured = seen if measured is None else measured + seen
@@ -231,7 +231,7 @@ def _train(
 
     def save() -> None:
         _save(run, student, optimizer, state)
-        lessons.flush()
+        loader.flush()
         if train.steps is None:
             launch.on_main(lambda: run.record(trained=schedule.seconds))
 
@@ -292,7 +292,7 @@ def _train(
                 raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
     if train.tracker != "none":
         accelerator.end_training()
-    lessons.record(run)
+    loader.record(run)
     distillation.eval()
     return state
 

@@ -29,7 +29,7 @@ from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import RunConfig
 from elastic.distillation import dial
-from elastic.distillation.lessons import picked
+from elastic.distillation.loader import picked
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import Run

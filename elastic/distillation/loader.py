@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LoadedBatch:
     """A batch, and what there is of the teacher's word on it."""
 
     batch: Any
@@ -37,7 +37,7 @@ class Lesson:
     """All of that, one sample behind the other, where there is all."""
 
 
-class Lessons:
+class DistillationLoader:
     """Batches of training samples by number, on a device.
 
     A thread reads the next ones into memory that a GPU copies from while it works. samples: see `Family.Batches`.
@@ -51,30 +51,30 @@ class Lessons:
         """Samples that were in the cache, and that the teacher was asked about."""
         self._say, self._keeps = say, True
         self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[Sequence[int], Future[Lesson]] | None = None
+        self._next: tuple[Sequence[int], Future[LoadedBatch]] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def load(self, chosen: Sequence[int], following: Sequence[int]) -> Lesson:
+    def load(self, chosen: Sequence[int], following: Sequence[int]) -> LoadedBatch:
         """The samples with these numbers; following: those that come next."""
         numbers, ready = self._next or (None, None)
-        lesson = ready.result() if ready is not None and numbers == chosen else self._read(chosen)
+        loaded = ready.result() if ready is not None and numbers == chosen else self._read(chosen)
         self._next = following, self._pool.submit(self._read, following)
-        return self._on_device(lesson)
+        return self._on_device(loaded)
 
-    def _on_device(self, lesson: Lesson) -> Lesson:
-        whole = lesson.whole and {name: self._moved(x) for name, x in lesson.whole.items()}
-        return replace(lesson, batch=self._moved(lesson.batch), whole=whole)
+    def _on_device(self, loaded: LoadedBatch) -> LoadedBatch:
+        whole = loaded.whole and {name: self._moved(x) for name, x in loaded.whole.items()}
+        return replace(loaded, batch=self._moved(loaded.batch), whole=whole)
 
-    def _read(self, chosen: Sequence[int]) -> Lesson:
+    def _read(self, chosen: Sequence[int]) -> LoadedBatch:
         if self.cache is None:
-            return Lesson(self._pinned(self.samples.read(chosen)))
+            return LoadedBatch(self._pinned(self.samples.read(chosen)))
         batch, keys = self.samples.keyed(chosen)
         found = [self.cache.find(key) for key in keys]
         known = [one for one in found if one is not None]
         whole = {n: self._pinned(x) for n, x in _joined(known).items()} if len(known) == len(found) else None
-        return Lesson(self._pinned(batch), keys, self.objective.lengths(batch), found, whole)
+        return LoadedBatch(self._pinned(batch), keys, self.objective.lengths(batch), found, whole)
 
     def _pinned(self, batch: Any) -> Any:
         return batch.pin_memory() if self.device.type == "cuda" else batch
@@ -82,20 +82,20 @@ class Lessons:
     def _moved(self, batch: Any) -> Any:
         return batch.to(self.device, non_blocking=True)
 
-    def taught(self, lesson: Lesson) -> Taught | None:
+    def taught(self, loaded: LoadedBatch) -> Taught | None:
         """What the teacher makes of a batch, asked about what the cache does not have; None where there is no cache,
         and the objective asks it. Where one process asks, all do, as the teacher's weights may be spread over them."""
         if self.cache is None:
             return None
-        missing = [number for number, one in enumerate(lesson.found) if one is None]
-        self.counts = [self.counts[0] + len(lesson.found) - len(missing), self.counts[1] + len(missing)]
+        missing = [number for number, one in enumerate(loaded.found) if one is None]
+        self.counts = [self.counts[0] + len(loaded.found) - len(missing), self.counts[1] + len(missing)]
         if not launch.any_of(bool(missing)):
-            return lesson.whole
-        some = isinstance(lesson.batch, Tensor) and len(missing) < len(lesson.found)
-        asked = (missing or [0]) if some else range(len(lesson.found))
-        made = self.objective.teach(lesson.batch[torch.tensor(asked)] if some else lesson.batch)
-        lengths = [lesson.lengths[number] for number in asked]
-        self._keep(partial(self.cache.add, [lesson.keys[number] for number in asked], made, lengths))
+            return loaded.whole
+        some = isinstance(loaded.batch, Tensor) and len(missing) < len(loaded.found)
+        asked = (missing or [0]) if some else range(len(loaded.found))
+        made = self.objective.teach(loaded.batch[torch.tensor(asked)] if some else loaded.batch)
+        lengths = [loaded.lengths[number] for number in asked]
+        self._keep(partial(self.cache.add, [loaded.keys[number] for number in asked], made, lengths))
         if not some:
             return made
         answers = dict(zip(asked, zip(*(x.split(lengths) for x in made.values()), strict=True), strict=True))
@@ -103,7 +103,7 @@ class Lessons:
             {name: self._moved(x) for name, x in known.items()}
             if known
             else dict(zip(made, answers[number], strict=True))
-            for number, known in enumerate(lesson.found)
+            for number, known in enumerate(loaded.found)
         ]
         return _joined(of_all)
 
@@ -139,13 +139,13 @@ class Lessons:
         if self.cache is None:
             return
         samples, have = len(self.cache), self.cache.size
-        lesson = self._on_device(launch.together(partial(self._read, chosen)))
+        loaded = self._on_device(launch.together(partial(self._read, chosen)))
         self.objective.train()
-        sample = self.taught(lesson) or {}
+        sample = self.taught(loaded) or {}
         self.objective.eval()
         self.flush()
         self.counts = [-self.counts[1], self.counts[1]]  # they will be found when training begins with them
-        each = sum(x.numel() * x.element_size() for x in sample.values()) / max(1, len(lesson.keys))
+        each = sum(x.numel() * x.element_size() for x in sample.values()) / max(1, len(loaded.keys))
         most = each * min(len(self), len(self) if visits is None else visits)
         room = self.cache.free
         self._say(
@@ -162,17 +162,19 @@ class Lessons:
             )
 
 
-def lessons_of(run: Run, config: RunConfig, data: Any, objective: Any, device: torch.device, say: Say) -> Lessons:
+def loader_of(
+    run: Run, config: RunConfig, data: Any, objective: Any, device: torch.device, say: Say
+) -> DistillationLoader:
     """The run's training samples, with the cache of teachers' outputs that elastic.json names, if it does."""
     samples = families.of(config.family).Batches(data, config)
     about = launch.on_main(lambda: run.about)
     if "teacher_cache" not in about:
-        return Lessons(samples, objective, device)
+        return DistillationLoader(samples, objective, device)
     folder = about["teacher_cache"]["folder"]
     launch.on_main(partial(require_cache, folder))
     dtype = str(next(objective.student.model.parameters()).dtype).removeprefix("torch.")
     of = {"model": about["identity"], "precision": dtype, "keeps": objective.keeps}
-    return Lessons(samples, objective, device, launch.together(partial(TeacherCache, folder, of)), say)
+    return DistillationLoader(samples, objective, device, launch.together(partial(TeacherCache, folder, of)), say)
 
 
 def picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
