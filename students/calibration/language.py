@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.calibration.fit import VocabFit, fit_vocab
-from students.calibration.observe import BlockStart, Observed, Watch, Watched, moments
+from students.calibration.observe import BlockObservers, BlockStart, Observed, Observer, moments
 from students.calibration.price import Curve, Start, start_at
 from students.calibration.share import Look, Share, drawing
 from students.compute import Phase
@@ -98,21 +98,21 @@ def places(student: LanguageStudent) -> frozenset[tuple[str, str]]:
     start from what was seen for another."""
     return frozenset(
         (key, what)
-        for watched in _watched(student)
-        for key, at in watched.items()
+        for observers in _observers(student)
+        for key, at in observers.items()
         for what in ("fisher", "inputs", "outputs", "moments")
         if what == "fisher" or getattr(at, what)
     )
 
 
-def _watched(student: LanguageStudent) -> Iterator[dict[str, Watch]]:
+def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
     """Where to look, block by block."""
     for number in range(len(student.blocks)):
-        watched = Watched(student, number)
+        observers = BlockObservers(student, number)
         for router in student.spec.at("block"):
             if router.on(number):
-                router.of_kind.watch(router, watched)
-        yield watched.places
+                router.of_kind.observe(router, observers)
+        yield observers.by_name
 
 
 def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, share: Share | None = None) -> Seen:
@@ -123,7 +123,7 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
     look = Look(0, True)
     handles = []
 
-    def watch(place: Observed, at: Watch) -> None:
+    def observe_place(place: Observed, at: Observer) -> None:
         waiting: list[Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
@@ -146,9 +146,9 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
         handles.append(at.module.register_forward_hook(enter, with_kwargs=True))
         handles.append(at.end.register_forward_hook(leave))
 
-    for watched in _watched(student):
-        for key, at in watched.items():
-            watch(seen.setdefault(key, Observed()), at)
+    for observers in _observers(student):
+        for key, at in observers.items():
+            observe_place(seen.setdefault(key, Observed()), at)
     embeddings = student.model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     final = seen.setdefault("hidden", Observed())

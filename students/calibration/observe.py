@@ -62,9 +62,9 @@ class Observed:
 
 
 @dataclass
-class Watch:
-    """A place to look at: gradients of what `end` puts out (`module` itself, or the post-norm behind it), and of some
-    tokens what goes in and comes out."""
+class Observer:
+    """What is kept of a module: gradients of what `end` puts out (`module` itself, or the post-norm behind it), and
+    of some tokens what goes in and comes out."""
 
     module: nn.Module
     end: nn.Module
@@ -75,12 +75,12 @@ class Watch:
     """Whether the output is what the module adds to its input."""
 
 
-class Watched:
-    """Which places of one block are to be looked at."""
+class BlockObservers:
+    """What is to be observed in one block."""
 
     def __init__(self, student: LanguageStudent, number: int) -> None:
         self.record, self.number, self.block = student.record, number, student.blocks[number]
-        self.places: dict[str, Watch] = {}
+        self.by_name: dict[str, Observer] = {}
 
     def linears(self, site: str, outputs: bool = False) -> None:
         """The linear layers of a site, and the input that they share."""
@@ -90,20 +90,20 @@ class Watched:
     def module(self, name: str, inputs: bool = False, outputs: bool = False) -> None:
         """A module of the block, by its path."""
         module = self.block.get_submodule(name)
-        place = self.places.setdefault(f"{self.number}.{name}", Watch(module, module))
-        place.inputs, place.outputs = place.inputs or inputs, place.outputs or outputs
+        observer = self.by_name.setdefault(f"{self.number}.{name}", Observer(module, module))
+        observer.inputs, observer.outputs = observer.inputs or inputs, observer.outputs or outputs
 
     def branch(self, branch: str, moments: bool = False) -> None:
         """A branch, with its post-norm; moments: also what least squares need, of all tokens."""
         module, late = self.block.get_submodule(getattr(self.record, branch)), getattr(self.record, f"{branch}_exit")
-        place = self.places.setdefault(
-            f"{self.number}.{branch}", Watch(module, self.block.get_submodule(late) if late else module, True, True)
+        observer = self.by_name.setdefault(
+            f"{self.number}.{branch}", Observer(module, self.block.get_submodule(late) if late else module, True, True)
         )
-        place.moments = place.moments or moments
+        observer.moments = observer.moments or moments
 
     def whole(self) -> None:
         """What the block adds to the residual stream."""
-        self.places[f"{self.number}.layer"] = Watch(self.block, self.block, outputs=True, residual=True)
+        self.by_name[f"{self.number}.layer"] = Observer(self.block, self.block, outputs=True, residual=True)
 
 
 class BlockStart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from students.architectures.record import LINEAR_SITES
-from students.calibration.observe import PRICED_ROWS, BlockStart, Watched
+from students.calibration.observe import PRICED_ROWS, BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost
 from students.kinds.registry import Kind
@@ -37,7 +37,7 @@ class ChannelKind(Kind):
     def fixes_shapes(self, spec: RouterSpec) -> bool:
         return True
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         for site in spec.where:
             block.linears(site)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from students.calibration.observe import BlockStart, Watched
+from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost
 from students.kinds.registry import GATED, Kind
@@ -35,7 +35,7 @@ class HeadKind(Kind):
     def fixes_shapes(self, spec: RouterSpec) -> bool:
         return spec.network == "static"
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         block.linears(f"{self.branch}_out")
         block.branch(self.branch)
 

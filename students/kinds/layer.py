@@ -9,7 +9,7 @@ import torch
 from students.architectures import Architecture
 from students.architectures.record import BRANCHES
 from students.calibration.image import ImageStart
-from students.calibration.observe import BlockStart, Watched
+from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost
 from students.families.image import Placed
@@ -117,7 +117,7 @@ class LayerKind(TokenKind):
         fewer = after.sum(1, keepdim=True) < before.sum(1, keepdim=True)
         return pairs * fewer / cost.valid.sum(1, keepdim=True)
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         block.branch("attn")
         block.whole()
 

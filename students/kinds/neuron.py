@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from students.architectures import Architecture, shape_of
-from students.calibration.observe import PRICED_ROWS, BlockStart, Watched
+from students.calibration.observe import PRICED_ROWS, BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost
 from students.execution.neuron import RoutedActivation
@@ -56,7 +56,7 @@ class NeuronKind(Kind):
         cost.left["mlp_in"] = (1 + share) / 2
         cost.left["mlp_out"] = share
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         block.linears("mlp_in", outputs=True)
         block.linears("mlp_out")
         block.module(self._activation(block.record), outputs=True)

@@ -89,8 +89,8 @@ class Kind:
     def cost(self, spec: RouterSpec, cost: Any) -> None:
         """Say what is open of a block, for whose multiply-accumulates it counts: a students.compute.BlockCost."""
 
-    def watch(self, spec: RouterSpec, block: Any) -> None:
-        """Say what its closed-form start in a language model has to see of a block: a calibration.observe.Watched."""
+    def observe(self, spec: RouterSpec, block: Any) -> None:
+        """Say what its closed-form start in a language model needs: to a block's calibration.observe.BlockObservers."""
 
     def start(self, spec: RouterSpec, block: Any) -> list[Any]:
         """Its routers in one block of a language model, before the price is known: of a calibration.observe.BlockStart,

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from students.architectures import Architecture
 from students.architectures.record import BRANCHES
-from students.calibration.observe import BlockStart, Watched
+from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost, Phase
 from students.kinds.registry import GATED, Kind
@@ -52,7 +52,7 @@ class TokenKind(Kind):
             if branch == "attn" and spec.kv == "drop":
                 cost.written = cost.written * share
 
-    def watch(self, spec: RouterSpec, block: Watched) -> None:
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         for branch in spec.where:
             block.branch(branch, moments=spec.substitute > 0)
 
