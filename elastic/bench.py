@@ -103,7 +103,7 @@ def measure(
         student.train(False)
     model = dense()
     on_gpu = next(model.parameters()).is_cuda
-    packed = not on_gpu and has_room_for_two(student) and pack_linears(student.model)
+    packed = not on_gpu and has_room_for_two(student) and student.pack()
     student.prepare()
     models = timing.contenders(student, model)
     if on_gpu or packed:

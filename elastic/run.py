@@ -32,7 +32,6 @@ from elastic.files import write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from students.kernels import cpu
-from students.kernels.packing import pack_linears
 from teachers import Teacher
 from teachers.cache import cache_folder
 from teachers.load import LOCAL
@@ -183,7 +182,7 @@ class Run:
         if launch.spreads():
             return student
         if has_room_for_two(student) if pack is None else pack:
-            pack_linears(student.model)
+            student.pack()
         if prepare:
             student.prepare()
         return student

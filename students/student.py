@@ -21,7 +21,7 @@ from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients, recomputing
-from students.kernels.packing import MOST_ROWS, prepare_linears
+from students.kernels.packing import MOST_ROWS, pack_linears, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
 from students.spec import StudentSpec
@@ -133,6 +133,13 @@ class Student(nn.Module):
         """
         self._prepare()
         self._pack()
+
+    def pack(self) -> bool:
+        """Let frozen bfloat16 layers on a CPU have packed weights (kernels/packing.py), which the next call for few
+        tokens makes, or `prepare`; False where none can."""
+        for stamp in self._packed.values():
+            stamp.reset()  # of calls before, which found nothing to pack
+        return pack_linears(self.model)
 
     def _prepare(self) -> None:
         if self._spread:

@@ -158,6 +158,12 @@ class VisionLanguageStudent(LanguageStudent):
             self._follow()
             self.vision.prepare()
 
+    def pack(self) -> bool:
+        """As of a language student, and of the vision tower."""
+        if self.vision is not None:
+            self.vision.pack()
+        return super().pack()
+
     def forget_layouts(self) -> None:
         """Undo `prepare`."""
         super().forget_layouts()
