@@ -17,6 +17,7 @@ from students.execution.tokens import for_tokens, gather_open
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.attention_gradient import recomputing
+from students.kernels.key_bias import key_mask
 from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
 from students.routers import Router, selection
 
@@ -128,7 +129,7 @@ class RoutedBlock(Wrapper):
             out = self._by_length(some, valid, bias, args, kwargs)
         else:
             if bias is not None:
-                kwargs[self.mask] = bias.expand(-1, 1, some.shape[1], -1)
+                kwargs[self.mask] = key_mask(bias, some.shape[1])
             out = self.base_layer(some, *args, **kwargs)
         if weight is not None:
             out = some + weight * (out - some)
@@ -149,14 +150,14 @@ class RoutedBlock(Wrapper):
             most = lengths[members[-1]]
             if most == 0:  # nothing is left of these
                 continue
-            rows = torch.tensor(members, device=x.device)
+            rows, lowest = torch.tensor(members, device=x.device), torch.finfo(x.dtype).min
             some, here = x[:, :most].index_select(0, rows), valid[rows, :most]
-            mask = None if bias is None else bias[rows, ..., :most].expand(-1, 1, most, -1)
+            added = None if bias is None else bias[rows, ..., :most]
             if lengths[members[0]] < most:
-                hidden = selection.hide_closed_keys(None, here, x.dtype, causal=False)
-                mask = hidden if mask is None else mask + hidden
-            own = {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
-            done = self.base_layer(some, *args, **{**kwargs, **own, self.mask: mask})
+                added = torch.where(here[:, None, None], 0.0 if added is None else added, lowest).to(x.dtype)
+            own = {} if added is None else {self.mask: key_mask(added, most)}
+            own |= {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
+            done = self.base_layer(some, *args, **{**kwargs, **own})
             out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
         return out
 

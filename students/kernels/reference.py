@@ -237,6 +237,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1).contiguous()
 
 
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    mask = bias.to(query.dtype)[:, None, None].expand(-1, 1, query.shape[2], -1)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).contiguous()
+
+
 def merge_lowest(
     x: Tensor,
     size: Tensor | None,

@@ -34,6 +34,7 @@ OPERATORS = {
     "rms_norm_grad": "rms_norm",
     "rotary": "rotary",
     "write_slot": "write_slot",
+    "biased_attention": "biased_attention",
     "merge_lowest": "merge_lowest",
     "merge_below": "merge_lowest",
 }

@@ -100,6 +100,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("softmax_grad", make(2, 8, 1000, 1000), make(2, 8, 1000, 1000), 1000)
     for count in (1, 4, 4096):
         yield call("rms_norm", make(count, narrow), make(narrow), 1e-6, 0)
+    for size in (64, 72):
+        parts = make(8, 150, 3, 12, size).permute(2, 0, 3, 1, 4)
+        yield call("biased_attention", *parts, make(8, 150, kind=single), 0.1)
     kept, one = make(2, 8, 1024, 128), make(2, 8, 1, 128)
     yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
     for tokens in (1, 1024):

@@ -128,6 +128,12 @@ def write_slot(draw: Draw) -> Iterator[Arguments]:
     yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), draw(2, 1, 3, 20).transpose(1, 2), draw(2, 3, 1, 16), slot
 
 
+def biased_attention(draw: Draw) -> Iterator[Arguments]:
+    for keys, size in ((7, 16), (150, 24), (66, 136)):
+        query, key, value = draw(2, keys, 3, 3, size).permute(2, 0, 3, 1, 4)
+        yield query[..., :5, :], key, value, draw.single(2, keys).abs(), 0.3
+
+
 def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
     for prefix, patches, sized in ((0, 6, False), (1, 16, True), (5, 31, True)):
         n = prefix + patches
@@ -171,6 +177,7 @@ SAMPLES: dict[str, Samples] = {
     "rms_norm_grad": rms_norm_grad,
     "rotary": rotary,
     "write_slot": write_slot,
+    "biased_attention": biased_attention,
     "merge_lowest": merge_lowest,
     "merge_below": merge_below,
 }

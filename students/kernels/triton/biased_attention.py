@@ -1,0 +1,91 @@
+"""Attention that adds a number to the scores of each key, in one pass over keys (arXiv 2205.14135): torch's fastest
+kernels take no such numbers, and its others are made for long sequences. Images are short: tiles of 64 waste less."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from students.kernels import reference
+
+WIDEST = 128
+"""Channels of a head up to which a program has all of them."""
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def _biased_attention(
+    query,
+    key,
+    value,
+    bias,
+    out,
+    queries,
+    keys,
+    heads,
+    size,
+    factor,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """QUERIES queries of one head of one sequence; factor: of scores, whose exponential is then one of base 2."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    kind = query.dtype.element_ty
+    channel = tl.arange(0, SIZE)
+    q, inside = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), channel < size
+    asked = (q < queries)[:, None] & inside[None, :]
+    from_key = key + batch * key_batch + head * key_head + channel[:, None]
+    from_value = value + batch * value_batch + head * value_head + channel[None, :]
+    from_query = query + batch * query_batch + head * query_head
+    mine = tl.load(from_query + q[:, None] * query_token + channel[None, :], mask=asked, other=0.0)
+    most = tl.full([QUERIES], float("-inf"), tl.float32)
+    total, summed = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, SIZE], tl.float32)
+    for start in range(0, keys, KEYS):
+        k = start + tl.arange(0, KEYS)
+        here = k < keys
+        theirs = tl.load(from_key + k[None, :] * key_token, mask=here[None, :] & inside[:, None], other=0.0)
+        added = tl.load(bias + batch * keys + k, mask=here, other=float("-inf")).to(tl.float32)
+        score = tl.dot(mine, theirs) * factor + (added * 1.4426950408889634)[None, :]
+        new = tl.maximum(most, tl.max(score, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing finite yet
+        shrink, weight = tl.exp2(most - safe), tl.exp2(score - safe[:, None])
+        given = tl.load(from_value + k[:, None] * value_token, mask=here[:, None] & inside[None, :], other=0.0)
+        total = total * shrink + tl.sum(weight, 1)
+        summed = tl.dot(weight.to(kind), given, summed * shrink[:, None])
+        most = new
+    place = ((batch * queries + q) * heads + head)[:, None] * size + channel[None, :]
+    tl.store(out + place, (summed / total[:, None]).to(kind), mask=asked)
+
+
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """As `ops.biased_attention`."""
+    batch, heads, queries, size = query.shape
+    if size > WIDEST or query.dtype == torch.float32:  # which has no tensor cores: torch's kernel is as fast
+        return reference.biased_attention(query, key, value, bias, scale)
+    out, bias = query.new_empty(batch, queries, heads, size), bias.contiguous()
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    padded = max(16, triton.next_power_of_2(size))
+    if out.numel():
+        _biased_attention[(triton.cdiv(queries, 64), batch * heads)](
+            *(query, key, value, bias, out, queries, key.shape[2], heads, size, scale * math.log2(math.e)),
+            *(stride for x in (query, key, value) for stride in x.stride()[:3]),
+            QUERIES=64,
+            KEYS=64 if padded <= 64 else 32,
+            SIZE=padded,
+            num_warps=4,
+            num_stages=3,
+        )
+    return out

@@ -1,0 +1,54 @@
+"""Attention of images whose patches have merged, by the kernel that takes what is added to each key's scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students.families.image import call
+from students.kernels import devices, key_bias, ops
+from tests.students.host_waits import Launches
+from tests.students.test_image import BOTH, pixels, routed  # noqa: F401
+
+
+def first(out: object) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]  # type: ignore[index]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["block merges", "odd blocks merge adaptively"])
+@pytest.mark.parametrize("name", BOTH)
+def test_libraries_hand_the_mask_on(
+    name: str,
+    spec: str,
+    pixels: Tensor,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, pixels = routed(name, spec, pixels).bfloat16(), pixels.bfloat16()
+    plain = first(call(student.model, pixels))
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    with Launches() as launches:
+        out = first(call(student.model, pixels))
+    assert launches.launched["elastic.biased_attention.default"] >= (3 if spec == "block merges" else 2)
+    torch.testing.assert_close(out, plain, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_to_others_it_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    bias, x = torch.randn(2, 1, 1, 7).bfloat16(), torch.randn(2, 4, 5, 8).bfloat16()
+    keys = torch.randn(2, 4, 7, 8).bfloat16()
+    assert type(key_bias.key_mask(bias, 5)) is Tensor
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    mask = key_bias.key_mask(bias, 5)
+    assert type(mask) is key_bias.KeyBias and type(mask + 1) is type(mask[..., :3]) is Tensor
+    plain = F.scaled_dot_product_attention(x, keys, keys, bias.expand(-1, 1, 5, -1))
+    torch.testing.assert_close(F.scaled_dot_product_attention(x, keys, keys, mask), plain)
+    few = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], mask, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], bias.expand(-1, 1, 5, -1), enable_gqa=True)
+    torch.testing.assert_close(few, expected)
+    with torch.enable_grad():
+        assert type(key_bias.key_mask(bias, 5)) is Tensor
