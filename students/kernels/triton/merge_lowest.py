@@ -72,26 +72,24 @@ def _match(
     here = g < (length_here - prefix + 1) // 2
     from_x = x + image.to(tl.int64) * tokens * width
     row = from_x + (prefix + 2 * g)[:, None] * width
-    square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    for start in range(0, width, WIDTH):
-        part = start + lane
-        value = tl.load(row + part[None, :], mask=here[:, None] & (part < width)[None, :], other=0.0).to(tl.float32)
-        by = tl.load(weight + part, mask=part < width, other=0.0).to(tl.float32)
-        square += tl.sum(value * value, 1)
-        score += tl.sum(value * by[None, :], 1)
-    length = tl.sqrt(square)
+    score, length = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     best, where = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.int32)
     for first_taker in range(0, taking, TAKERS):
         t = first_taker + tl.arange(0, TAKERS)
         there = t < taking
         from_t = from_x + (prefix + 1 + 2 * t)[:, None] * width
         dots, square_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS], tl.float32)
+        square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)  # in each round, for one pass less
         for start in range(0, width, WIDTH):
             part = start + lane
             mine = tl.load(row + part[None, :], mask=here[:, None] & (part < width)[None, :], other=0.0)
             theirs = tl.load(from_t + part[None, :], mask=there[:, None] & (part < width)[None, :], other=0.0)
             dots = tl.dot(mine, tl.trans(theirs), dots, input_precision="ieee")
             square_t += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 1)
+            value, by = mine.to(tl.float32), tl.load(weight + part, mask=part < width, other=0.0).to(tl.float32)
+            square += tl.sum(value * value, 1)
+            score += tl.sum(value * by[None, :], 1)
+        length = tl.sqrt(square)
         cosine = dots / tl.maximum(length, 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
         cosine = tl.where(there[None, :], cosine, float("-inf"))
         most, which = tl.max(cosine, 1, return_indices=True)
@@ -268,7 +266,7 @@ def _merge(
         WHOLE=whole,
         TOKENS=padded,
         num_warps=8,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide else 4,
     )
     if not whole:
         _choose_alone[(batch,)](
