@@ -21,6 +21,7 @@ from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.kernels.attention_gradient import fast_attention_gradients, recomputing
+from students.kernels.devices import AnyLength
 from students.kernels.packing import MOST_ROWS, pack_linears, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
@@ -54,6 +55,7 @@ class Student(nn.Module):
         """(measured compute, offset), ascending."""
         self.span: tuple[float, float] | None = None
         """The lowest and the highest budget, where the student was trained for a range of them."""
+        self._lengths = AnyLength()
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
         self._packed = {bypass: Stamp() for bypass in (False, True)}
@@ -98,6 +100,7 @@ class Student(nn.Module):
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
         """What every forward pass ends with; out is None where it failed, and then leaves nothing behind."""
+        self._lengths.end()
         if out is None:
             self.runtime.drop()
 

@@ -78,12 +78,16 @@ class ImageStudent(Student):
         run = self.runtime
         if run.bypass:
             return "teacher", self._frozen.data_ptr()
-        fixed = all(has_fixed_shapes(router) for router in self.spec.routers)
-        if not fixed or run.execution != "skip" or isinstance(run.offset, tuple):
+        if not self._settled or run.execution != "skip":
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
         levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
         return self._layouts, run.offset, run.capacity, run.multiples, levels
+
+    @property
+    def _settled(self) -> bool:
+        """Whether images have no say in how many of their tokens pass, and all have as many."""
+        return all(map(has_fixed_shapes, self.spec.routers)) and not isinstance(self.runtime.offset, tuple)
 
     @torch.no_grad()
     def at(self, size: Sequence[int]) -> tuple[int, ComputeModel]:
@@ -188,6 +192,7 @@ class ImageStudent(Student):
             self._pack_for(len(pixels))
         else:
             self._enter(0, len(pixels), pixels.device)
+            self._lengths.begin(self.runtime.call.skipping and not self._settled)
 
 
 def _pooled(share: Share, look: Look, x: Tensor) -> Tensor:

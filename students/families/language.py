@@ -176,6 +176,7 @@ class LanguageStudent(Student):
         settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
         self._enter(tokens.numel(), len(tokens), tokens.device, settled)
         call = run.call
+        self._lengths.begin(call.skipping and not settled and (bool(self._dropping) or tokens.shape[1] == 1))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
             padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass

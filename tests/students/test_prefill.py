@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,35 @@ def test_no_row_and_no_query_is_launched_for_alone() -> None:
             student.model(ids, use_cache=True)
             launches.append([dict(block) for block in of_blocks(student, ids, use_cache=True)[1]])
         assert launches[0] == launches[1]
+
+
+def test_no_length_that_a_text_decides_is_planned_for(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[bool] = []
+    attend, plans = F.scaled_dot_product_attention, torch.backends.cuda.cudnn_sdp_enabled
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        planned.append(plans())
+        return attend(*args, **kwargs)
+
+    def plan(work: Callable[[], Any]) -> set[bool]:
+        planned.clear()
+        work()
+        assert plans(), "for others it is as it was"
+        return {*planned}
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for spec, expected in ((DROPPED, {False}), (KEPT, {True})):
+        student = make("llama", spec)
+        assert plan(lambda: student(tokens)) == expected
+        assert plan(lambda: decode(student, tokens, None, tokens.shape[1] - 1)) == expected | {False}
+        student.runtime.execution = "mask"
+        assert plan(lambda: student(tokens)) == {True}
+        with student.teacher():
+            assert plan(lambda: student(tokens)) == {True}
+    student.runtime.execution, student.blocks[-1].mlp.forward = "skip", None
+    with pytest.raises(TypeError):
+        student(tokens[:, :1])
+    assert plans()
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students import RouterSpec
@@ -95,6 +96,21 @@ def test_what_depends_on_the_images_runs_as_ever(spec: str, pixels: Tensor) -> N
     student._recorded.recorder, student.runtime.offset = Tape, (0.0, 0.5, 1.0)
     with pytest.warns(UserWarning, match="differs between them"):
         assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
+
+
+@pytest.mark.parametrize(("spec", "planned"), [("block adaptive", False), ("block merges", True)])
+def test_no_length_that_images_decide_is_planned_for(
+    spec: str, planned: bool, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, seen, attend = student_for("timm_fused", spec, pixels), set(), F.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    call(student.model, pixels)
+    assert seen == {planned} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_frozen_model_and_no_recorder(pixels: Tensor) -> None:
