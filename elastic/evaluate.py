@@ -102,14 +102,14 @@ def measure_run(
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
         raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
-    launch.in_turn(lambda: run.teacher(session.loaded))
+    launch.main_process_first(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
     for budget in compute:
         launch.in_step(partial(student.set_compute, budget))  # a mistake here should not have to wait for the data
     if data is None:
-        held_out, name = launch.in_turn(lambda: session.data(config)).held_out, HELD_OUT
+        held_out, name = launch.main_process_first(lambda: session.data(config)).held_out, HELD_OUT
     else:
-        held_out, name = launch.in_turn(lambda: session.all_of(data, config)), data
+        held_out, name = launch.main_process_first(lambda: session.all_of(data, config)), data
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
     rows = measure(run, student, name, held_out, budgets, session.kept(held_out))
     row = rows[0]

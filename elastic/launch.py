@@ -1,9 +1,10 @@
 """The processes that a launcher (accelerate launch, torchrun) starts for one command: who is who, and how they agree.
 
-All of them run the same code on the same data in the same order. A batch is shared out (`share`), sums are added up
-over all of it (`total`), and what has to happen once happens in the first process (`on_main`), which alone writes and
-speaks. Tensors are added up on their devices; what the host has to know goes through a group of its own, which waits
-for no device. A command that no launcher started is one process, and then nothing here does anything.
+All of them run the same code on the same data in the same order. Each works on its own rows of a batch (`own_rows`),
+sums are reduced over all processes (`all_reduce`), and what has to happen once happens in the first process
+(`on_main`), which alone writes and speaks. Tensors are reduced on their devices; what the host has to know goes through
+a gloo group of its own, which waits for no device. A command that no launcher started is one process, and then nothing
+here does anything.
 """
 
 from __future__ import annotations
@@ -168,13 +169,13 @@ def _as_one() -> Iterator[None]:
         _alone = before
 
 
-def share(count: int) -> range:
-    """Which of so many rows are this process's own."""
+def own_rows(count: int) -> range:
+    """Which of so many rows of a batch are this process's."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over all processes; gradients of everything made of it, added up (`add_up`), are those of one process."""
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over all processes. Its gradient is this process's part: see `all_reduce_gradients`."""
     if size() == 1:
         return x
     import torch
@@ -228,11 +229,11 @@ def mean_of(x: Tensor, count: int | Tensor) -> Tensor:
     import torch
 
     weight = torch.as_tensor(count, device=x.device, dtype=x.dtype)
-    sums = total(torch.cat([(x * weight).flatten(), weight.view(1)]))
+    sums = all_reduce(torch.cat([(x * weight).flatten(), weight.view(1)]))
     return (sums[:-1] / sums[-1]).view(x.shape)
 
 
-def add_up(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over all processes; of a parameter that has one nowhere there is none."""
     if size() == 1:
         return
@@ -244,14 +245,13 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_join().group)
     wanted = [p for p, there in zip(parameters, found.tolist(), strict=True) if there]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in wanted])
-    flat = total(flat)
+    flat = all_reduce(flat)
     for parameter, part in zip(wanted, flat.split([p.numel() for p in wanted]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
-def pool(x: Tensor) -> Tensor:
-    """The rows that all processes have of something [n, ...], of which each may have another number, where each has its
-    own."""
+def all_gather(x: Tensor) -> Tensor:
+    """The rows x [n, ...] of all processes by rank; n may differ between them."""
     if size() == 1:
         return x
     import torch
@@ -323,8 +323,8 @@ def in_step(work: Callable[[], T]) -> T:
         raise
 
 
-def in_turn(work: Callable[[], T]) -> T:
-    """As `together`, the first process of each machine before the others: what it fetches they find in the cache."""
+def main_process_first(work: Callable[[], T]) -> T:
+    """As `together`, on each machine its first process before the others, which find in the cache what it fetched."""
     if size() == 1:
         return work()
     first = _join().local_rank == 0

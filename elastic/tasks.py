@@ -14,12 +14,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from elastic import launch
+from elastic.data_parallel import sum_over_processes
 from elastic.harness.loading import load_tasks
 from elastic.harness.questions import file_task as file_task  # under the name that it had before it had a room
 from elastic.harness.scorer import Scorer
 from elastic.harness.silence import silent
 from elastic.run import Run
-from elastic.shares import sums
 from elastic.traits import TRAITS
 from students.compute import PHASES
 
@@ -46,8 +46,8 @@ def score_run(
     config = run.config
     if not TRAITS[config.family].tasks:
         raise ValueError(f"--tasks are for language models; {config.model} is none")
-    loaded = launch.in_turn(lambda: load_tasks(tasks, say))
-    teacher = launch.in_turn(run.teacher)
+    loaded = launch.main_process_first(lambda: load_tasks(tasks, say))
+    teacher = launch.main_process_first(run.teacher)
     student: Any = launch.together(lambda: run.load_student(teacher, prepare=False))
     for asked in compute:
         student.set_compute(asked)  # a mistake here should not have to wait for the teacher
@@ -63,7 +63,7 @@ def score_run(
                 student.set_compute(budget)
             scorer = Scorer(student, teacher.processor)
             after, chosen = _ask(scorer, name, task, limit)
-            macs = [sums(scorer.spent[phase], scorer.dense[phase]) for phase in PHASES]
+            macs = [sum_over_processes(scorer.spent[phase], scorer.dense[phase]) for phase in PHASES]
             spent = {phase: own / dense for phase, (own, dense) in zip(PHASES, macs, strict=True)}
             rows.append(
                 {

@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from elastic import families, launch
 from elastic.accounting.peaks import line_of
 from elastic.config import RunConfig, TrainConfig
+from elastic.data_parallel import exchange_left_out
 from elastic.distillation.budgets import draw, trained
 from elastic.distillation.interrupt import interruptible
 from elastic.distillation.loader import loader_of, picked
@@ -33,7 +34,6 @@ from elastic.files import write_text
 from elastic.objectives.sums import Sums, of_all
 from elastic.run import Run
 from elastic.settings import to_dict
-from elastic.shares import tell
 from losses import budget_price, budget_prices
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
@@ -84,7 +84,7 @@ def distill(
     _require(config)
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
     kept = _cache(teacher_cache)
-    teacher = launch.in_turn(lambda: session.teacher(config))
+    teacher = launch.main_process_first(lambda: session.teacher(config))
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
@@ -110,7 +110,7 @@ def resume(
     config = run.config
     _require(config)
     kept = _cache(teacher_cache)
-    teacher = launch.in_turn(lambda: run.teacher(session.teacher))
+    teacher = launch.main_process_first(lambda: run.teacher(session.teacher))
     say(f"teacher: {teacher.name}, {teacher.source}")
     data = _data(config, session, say)
     student = launch.together(lambda: student_for(config, teacher, data))
@@ -138,7 +138,7 @@ def _require(config: RunConfig) -> None:
 def _data(config: RunConfig, session: Session, say: Say) -> Any:
     family = families.of(config.family)
     say(f"data: reading {config.data.source} ...")
-    data = launch.in_turn(lambda: session.data(config))
+    data = launch.main_process_first(lambda: session.data(config))
     say(f"data: {family.summary(data, config)}")
     return data
 
@@ -162,7 +162,7 @@ def _run(
     launch.on_main(lambda: student.save(run.routers))
     say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, session.kept(data.held_out))
-    tell(data.left_out)
+    exchange_left_out(data.left_out)
     left_out = distinct(data.left_out)
     for part in left_out:
         say(f"data: {part}")
@@ -192,7 +192,7 @@ def _train(
     device = accelerator.device
     distillation = family.Distillation(student, config.loss, budget, config.data)
     loader = loader_of(run, config, data, distillation, device, say)
-    own = launch.share(train.batch)
+    own = launch.own_rows(train.batch)
 
     def part_of(number: int) -> list[int]:
         """This process's samples of the micro-batch of this number."""
@@ -223,7 +223,7 @@ def _train(
             (part / train.accumulation).backward()
             loss += part.detach() / train.accumulation
             measured = seen if measured is None else measured + seen
-        launch.add_up(parameter for group in optimizer.param_groups for parameter in group["params"])
+        launch.all_reduce_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
         assert measured is not None, "a step has micro-batches"
         return loss, measured, torch.cat(weights)
 
@@ -235,7 +235,7 @@ def _train(
         if train.steps is None:
             launch.on_main(lambda: run.record(trained=schedule.seconds))
 
-    student.runtime.pool = launch.pool
+    student.runtime.pool = launch.all_gather
     distillation.train()
     session.memory.turn_to("training")
     begun, since_log = state.step, 0
@@ -258,7 +258,7 @@ def _train(
             optimizer.zero_grad()
             if budget.control == "price":
                 missed = (measured.rows["compute"].float() - weights @ targets) @ weights
-                missed, rows = launch.total(torch.stack([missed, weights.sum(0)]))
+                missed, rows = launch.all_reduce(torch.stack([missed, weights.sum(0)]))
                 missed = missed / rows.clamp(min=1)
                 if budget.ranges:
                     state.price = budget_prices(state.price, missed, budget.stiffness)

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic.shares import sums
-from students.calibration.share import Share
+from elastic.data_parallel import sum_over_processes
+from students.calibration.data_shard import DataShard
 from students.families.image import ImageStudent
 
 
 @torch.no_grad()
-def measured_compute(student: ImageStudent, batches: Sequence[Tensor], share: Share | None = None) -> float:
-    """The compute ratio on batches of pixels of all processes; share: what of them these are (None: all)."""
+def measured_compute(student: ImageStudent, batches: Sequence[Tensor], shard: DataShard | None = None) -> float:
+    """The compute ratio on batches of pixels of all processes; shard: which of them these are (None: all)."""
     spent = whole = 0.0
-    for pixels, look in (share or Share()).looks(batches):
+    for pixels, info in (shard or DataShard()).enumerate(batches):
         macs, dense = student.spent(pixels, student(pixels)[1])
-        spent, whole = spent + look.counts * float(macs.sum()), whole + look.counts * float(dense.sum())
-    spent, whole = sums(spent, whole)
+        spent, whole = spent + info.counts * float(macs.sum()), whole + info.counts * float(dense.sum())
+    spent, whole = sum_over_processes(spent, whole)
     return spent / whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic.shares import sums, turns
+from elastic.data_parallel import local_batches, sum_over_processes
 from students.compute import Phase
 from students.families.language import LanguageStudent
 
@@ -23,14 +23,14 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
     """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality, by all
     processes; after: of the tokens after so many only."""
     spent = whole = 0.0
-    for turn in turns(len(windows), max(1, BATCH_TOKENS // windows.shape[1])):
-        batch = windows[turn.rows]
+    for local in local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])):
+        batch = windows[local.rows]
         valid = torch.ones_like(batch, dtype=torch.bool)
         out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
         head = head_cost(student, out.last_hidden_state, phase)
-        spent += turn.counts * float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
-        whole += turn.counts * float(student.compute.dense(valid, phase)[:, after:].sum())
-    spent, whole = sums(spent, whole)
+        spent += local.counts * float((student.compute.routed_blocks(decisions, valid, phase) + head)[:, after:].sum())
+        whole += local.counts * float(student.compute.dense(valid, phase)[:, after:].sum())
+    spent, whole = sum_over_processes(spent, whole)
     return spent / whole
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic.shares import sums
-from students.calibration.share import Share
+from elastic.data_parallel import sum_over_processes
+from students.calibration.data_shard import DataShard
 from students.decisions import Decisions
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.prompts import Prompts
@@ -21,15 +21,17 @@ def spent_on(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisi
 
 
 @torch.no_grad()
-def measured_compute(student: VisionLanguageStudent, batches: Sequence[Prompts], share: Share | None = None) -> float:
-    """The compute ratio on batches of prompts of all processes; share: what of them these are (None: all)."""
+def measured_compute(
+    student: VisionLanguageStudent, batches: Sequence[Prompts], shard: DataShard | None = None
+) -> float:
+    """The compute ratio on batches of prompts of all processes; shard: which of them these are (None: all)."""
     spent = whole = 0.0
-    for prompts, look in (share or Share()).looks(batches):
+    for prompts, info in (shard or DataShard()).enumerate(batches):
         if student.by_count:
             decisions = student.passing(prompts.image, prompts.inputs["attention_mask"].bool())
         else:
             _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         macs, _, dense = spent_on(student, prompts, decisions)
-        spent, whole = spent + look.counts * float(macs.sum()), whole + look.counts * float(dense.sum())
-    spent, whole = sums(spent, whole)
+        spent, whole = spent + info.counts * float(macs.sum()), whole + info.counts * float(dense.sum())
+    spent, whole = sum_over_processes(spent, whole)
     return spent / whole

@@ -24,8 +24,8 @@ from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for
 from students import elasticize
 from students.architectures import LINEAR_SITES
+from students.calibration.data_shard import BatchInfo, DataShard
 from students.calibration.language import Seen, calibrate
-from students.calibration.share import Look, Share
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
 from students.execution.linear import RoutedLinear
@@ -49,9 +49,9 @@ class SameShares:
     """`uniform`, `static` or `teal`, made of a frozen model: every site keeps the same share of its channels.
 
     vocab: the student's router of the LM head, for `uniform` where it has one. frozen: makes the model. batches:
-    calibration text, token ids [B, T], which is looked at once, whatever the budgets; share: what of the batches of all
-    processes these are (None: all). seen: what calibration sees of them, which is the same for all names. ValueError
-    where the choice saves nothing in the run's phase.
+    calibration text, token ids [B, T], which is looked at once, whatever the budgets; shard: which of the batches of
+    all processes these are (None: all). seen: what calibration sees of them, which is the same for all names.
+    ValueError where the choice saves nothing in the run's phase.
 
     The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
     same for every token and add up. Only the limits' differences within a site are taken over from it.
@@ -65,7 +65,7 @@ class SameShares:
         config: RunConfig,
         batches: Sequence[Tensor],
         seen: Callable[[LanguageStudent], Seen | None] = lambda _: None,
-        share: Share | None = None,
+        shard: DataShard | None = None,
     ) -> None:
         self.name = name
         self.phase = config.budget.phase
@@ -76,7 +76,7 @@ class SameShares:
             )
         channels = RouterSpec("channel", network="static" if name == "static" else "linear")
         self.student = _elasticized(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
-        self._batches, self._seed, self._seen, self._share = batches, config.train.seed, seen, share or Share()
+        self._batches, self._seed, self._seen, self._shard = batches, config.train.seed, seen, shard or DataShard()
         self._limits: dict[str, tuple[nn.Parameter, Tensor]] = {}
         """Of each site, and what its channels' limits were when `_levels` were taken."""
 
@@ -105,8 +105,8 @@ class SameShares:
         """Calibrate, and see how the limits divide the calibration text."""
         student = self.student
         if self.name != "teal":
-            calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student), self._share)
-        self._levels = _levels(student, self._batches, self._share)
+            calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student), self._shard)
+        self._levels = _levels(student, self._batches, self._shard)
         limits = {key: layer.routers["channel"].log_limit for key, layer in _sites(student).items()}
         self._limits = {key: (limit, limit.detach().clone()) for key, limit in limits.items()}
 
@@ -127,12 +127,12 @@ def at_random(
     config: RunConfig,
     compute: float,
     batches: Sequence[Tensor],
-    share: Share | None = None,
+    shard: DataShard | None = None,
 ) -> LanguageStudent:
     """The student's channels and rows drawn at random, made of a frozen model, at this share of its compute.
 
-    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site; share:
-    what of the batches of all processes these are (None: all). The odds of all sites are multiplied by one number, so
+    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site; shard:
+    which of the batches of all processes these are (None: all). The odds of all sites are multiplied by one number, so
     that what the student pays for low-rank corrections may be spent on channels. ValueError where the student has
     routers of other kinds, or runs as the teacher.
     """
@@ -141,7 +141,7 @@ def at_random(
     if odd or config.budget.phase == "prefill" or student.runtime.bypass:
         why = f"this one has {', '.join(odd)} routers" if odd else "this one routes nothing in its phase and budget"
         raise ValueError(f"the baseline random draws the channels and LM-head rows of a student in decoding; {why}")
-    opened = _shares(student, batches, share)
+    opened = _shares(student, batches, shard)
     routers = tuple(
         RouterSpec(r.kind, r.sites, r.blocks) if r.of_kind.over_channels else r for r in student.spec.routers
     )
@@ -226,16 +226,16 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
 
 
 @torch.no_grad()
-def _levels(student: LanguageStudent, batches: Sequence[Tensor], share: Share) -> dict[str, Tensor]:
+def _levels(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShard) -> dict[str, Tensor]:
     """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
     exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean. Means
     over the batches."""
     levels: dict[str, Tensor] = {}
-    look = Look(0, True)
+    info = BatchInfo(0, True)
 
     def add(key: str, values: Tensor) -> None:
         places = torch.linspace(0, values.numel() - 1, LEVELS, device=values.device)
-        quantiles = values.flatten().sort().values[places.long()] * look.counts
+        quantiles = values.flatten().sort().values[places.long()] * info.counts
         levels[key] = levels[key] + quantiles if key in levels else quantiles
 
     def watch(key: str, layer: RoutedLinear) -> torch.utils.hooks.RemovableHandle:
@@ -250,8 +250,8 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor], share: Share) -
     handles = [watch(key, layer) for key, layer in _sites(student).items()]
     try:
         with student.teacher():
-            for ids, look in share.looks(batches):
-                counted += look.counts
+            for ids, info in shard.enumerate(batches):
+                counted += info.counts
                 hidden = student.features(ids)[0].last_hidden_state
                 if isinstance(head, RoutedHead):
                     router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
@@ -262,7 +262,7 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor], share: Share) -
     finally:
         for handle in handles:
             handle.remove()
-    return {key: share.total(level) / share.total(level.new_tensor(counted)) for key, level in levels.items()}
+    return {key: shard.all_reduce(level) / shard.all_reduce(level.new_tensor(counted)) for key, level in levels.items()}
 
 
 def _sample(x: Tensor, rows: int) -> Tensor:
@@ -278,12 +278,12 @@ def _between(levels: Tensor, place: float) -> float:
 
 
 @torch.no_grad()
-def _shares(student: LanguageStudent, batches: Sequence[Tensor], share: Share | None = None) -> dict[str, Tensor]:
+def _shares(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShard | None = None) -> dict[str, Tensor]:
     """The mean share of open gates of every router, by its key."""
     sums: dict[str, Tensor] = {}
-    rows, share = 0, share or Share()
-    for ids, look in share.looks(batches):
-        rows += look.counts * len(ids)
+    rows, shard = 0, shard or DataShard()
+    for ids, info in shard.enumerate(batches):
+        rows += info.counts * len(ids)
         out, decisions = student.features(ids)
         shares = dict(decisions.share)
         if tensors := student.head_tensors():
@@ -291,6 +291,6 @@ def _shares(student: LanguageStudent, batches: Sequence[Tensor], share: Share | 
             exact = (student.logits(part, *tensors)[1] for part in hidden)
             shares["vocab"] = torch.cat([open_ for open_ in exact if open_ is not None])
         for key, open_ in shares.items():
-            part = open_.double().mean() * len(ids) * look.counts
+            part = open_.double().mean() * len(ids) * info.counts
             sums[key] = sums[key] + part if key in sums else part
-    return {key: (share.total(x) / share.total(x.new_tensor(rows))).float().cpu() for key, x in sums.items()}
+    return {key: (shard.all_reduce(x) / shard.all_reduce(x.new_tensor(rows))).float().cpu() for key, x in sums.items()}

@@ -16,10 +16,10 @@ from torch import Tensor
 from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
+from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
-from elastic.shares import Turn, sums, tell, turns
 from losses import DIVERGENCES, cosine_distance
 from students.families.image import Features, ImageStudent
 from teachers import Teacher
@@ -84,7 +84,7 @@ def compare(
     for batch in chain.from_iterable(launch.gather(own)):
         for key, value in batch.items():
             found[key] += value
-    tell([images.left_out])
+    exchange_left_out([images.left_out])
     seen, known = found["images"], found["labelled"]
     if not seen:
         raise ValueError(f"none of {len(images):,} images to measure on can be used, {images.left_out.example}")
@@ -94,7 +94,7 @@ def compare(
     if "agreement" in found:
         row |= {"agreement": found["agreement"] / seen, "kl": found["kl"] / seen, "labelled": known}
         row |= {"unlabelled": images.unlabelled} if images.unlabelled else {}
-    each_spent, each_asked = (seconds / launch.size() for seconds in sums(spent, kept.seconds))
+    each_spent, each_asked = (seconds / launch.size() for seconds in sum_over_processes(spent, kept.seconds))
     row |= {"images_per_second": seen / each_spent, "teacher_images_per_second": seen / each_asked}
     return {**row, "cosine": found["cosine"] / seen, "images": seen, "broken": images.broken}
 
@@ -127,11 +127,11 @@ def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, 
     they count."""
     device = next(student.parameters()).device
 
-    def read(turn: Turn) -> tuple[Tensor, Tensor, bool]:
-        found = images.load_readable(turn.samples) if turn.counts else None
-        return (*(found or images.load(turn.samples[:1])), found is not None)
+    def read(local: LocalBatch) -> tuple[Tensor, Tensor, bool]:
+        found = images.load_readable(local.samples) if local.counts else None
+        return (*(found or images.load(local.samples[:1])), found is not None)
 
-    for pixels, labels, counts in _ahead(read, turns(len(images), MEASURED)):
+    for pixels, labels, counts in _ahead(read, local_batches(len(images), MEASURED)):
         yield pixels.to(device), labels.to(device), counts
 
 

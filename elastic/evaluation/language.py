@@ -14,11 +14,11 @@ from torch import Tensor
 from elastic.accounting.language import BATCH_TOKENS, head_cost, prompt_mask
 from elastic.accounting.routing import routing_profile
 from elastic.config import LossConfig, RunConfig
+from elastic.data_parallel import local_batches
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.language import Distillation, Measured
 from elastic.objectives.sums import of_all
 from elastic.reporting.progress import Watched
-from elastic.shares import turns
 from students.compute import PHASES
 from students.families.language import LanguageStudent
 from teachers import Teacher
@@ -64,11 +64,11 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
     module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
     total = None
     device = next(student.parameters()).device
-    for number, turn in enumerate(Watched(turns(len(windows), max(1, BATCH_TOKENS // windows.shape[1])))):
-        ids = windows[turn.rows].to(device)
+    for number, local in enumerate(Watched(local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])))):
+        ids = windows[local.rows].to(device)
         taught = kept.of(number, partial(module.teach, ids), device)
         _, measured = module(ids, taught=taught)
-        if turn.counts:
+        if local.counts:
             total = measured if total is None else total + measured
     return of_all(total)
 

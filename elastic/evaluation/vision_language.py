@@ -15,12 +15,12 @@ from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
+from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.sums import of_all
 from elastic.objectives.vision_language import Measured, measured_on, text_rows
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
-from elastic.shares import Turn, sums, tell, turns
 from losses import DIVERGENCES
 from students.families.vision_language import VisionLanguageStudent
 from teachers import Teacher
@@ -57,8 +57,8 @@ def evaluate(
     first = _first_tokens(processor, questions)
     device, total = student.model.device, None
     counts = [0, 0, 0, 0]  # right answers, the teacher's, those that are the same, questions
-    for number, turn in enumerate(Watched(turns(len(questions), MEASURED))):
-        prompts, samples, counted = launch.together(partial(_read, held_out, turn))
+    for number, local in enumerate(Watched(local_batches(len(questions), MEASURED))):
+        prompts, samples, counted = launch.together(partial(_read, held_out, local))
         prompts = prompts.to(device)
         ask = partial(_teacher_outputs, student, prompts, None if first is not None else (processor, samples))
         target = kept.of(number, ask, device)
@@ -72,8 +72,8 @@ def evaluate(
             right = [answer for _, _, answer in samples]
             same = (sum(map(_same_answer, *both)) for both in ((said, right), (known, right), (said, known)))
             counts = [a + b for a, b in zip(counts, (*same, len(samples)), strict=True)]
-    own, teachers_own, agreed, seen = sums(*counts)
-    tell([questions.left_out])
+    own, teachers_own, agreed, seen = sum_over_processes(*counts)
+    exchange_left_out([questions.left_out])
     if not seen:
         raise ValueError(
             f"none of {len(questions):,} questions to measure on can be used, {questions.left_out.example}"
@@ -93,10 +93,10 @@ def evaluate(
     }
 
 
-def _read(held_out: PromptSet, turn: Turn) -> tuple[Prompts, list[Example], bool]:
-    """Prompts of a turn's questions, what they consist of, and whether they count."""
-    found = held_out.read_readable(turn.samples) if turn.counts else None
-    return (*(found or held_out.read(turn.samples[:1])), found is not None)
+def _read(held_out: PromptSet, local: LocalBatch) -> tuple[Prompts, list[Example], bool]:
+    """Prompts of a batch's questions, what they consist of, and whether they count."""
+    found = held_out.read_readable(local.samples) if local.counts else None
+    return (*(found or held_out.read(local.samples[:1])), found is not None)
 
 
 def _measure(student: VisionLanguageStudent, prompts: Prompts, target: Tensor) -> tuple[Tensor, Measured]:

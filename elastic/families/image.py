@@ -13,6 +13,7 @@ from torch import Tensor
 from elastic.accounting.image import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
+from elastic.data_parallel import scatter, split
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
 from elastic.distillation.teacher_cache import digest
@@ -26,7 +27,6 @@ from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.objectives.image import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.shares import deal, divide
 from elastic.timing import image as timing_image
 from students.calibration.image import CALIBRATED, calibrate_images, observe_images
 from students.calibration.price import Start
@@ -110,13 +110,13 @@ def start(
 ) -> Start:
     """Calibrate; order: the training images, shuffled; session: with what the same routers saw in them."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
-    own, share = deal(batches)
+    own, shard = scatter(batches)
     looked_at = Watched(list(chosen_pixels(student, data.train, own)))
     targets, seed = trained(config.budget), config.train.seed
     of = config.data, seed, config.calibration.windows
-    routers, look = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, share)
-    seen = (session or Session()).observed(of, routers, look)
-    start = calibrate_images(student, looked_at, targets, seed, share, seen)
+    routers, observe = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, shard)
+    seen = (session or Session()).observed(of, routers, observe)
+    start = calibrate_images(student, looked_at, targets, seed, shard, seen)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start
@@ -133,21 +133,21 @@ def start(
 def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Meter:
     """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
     chosen = [part.tolist() for part in order[:DIAL_IMAGES].split(MEASURED)]
-    own, counts = divide(chosen)
+    own, shard = split(chosen)
     batches = list(chosen_pixels(student, data.train, own))
     student.at(batches[0].shape[-2:])  # a size that the model cannot take is to be refused before it is tried
-    student.set_quotas(batches, share=counts)
+    student.set_quotas(batches, shard=shard)
 
     def meter(share: float) -> float:
         some = max(1, math.ceil(share * len(batches)))
-        return measured_compute(student, batches[:some], counts.first(some))
+        return measured_compute(student, batches[:some], shard.first(some))
 
     target = config.budget.span[0]
     if student.shortens and any(router.selection == "quota" for router in student.spec.routers):
         # patches that found no other to merge with keep their place in a quota, however far the dial is turned
         offset = -0.25
         while offset > -SPREAD and lowest(student, lambda _: meter(0.0)) > target:
-            student.set_quotas(batches, offset, counts)
+            student.set_quotas(batches, offset, shard)
             offset *= 2
     if student.stepwise:
         batches = [batches[0][:1]]  # by quota every image costs the same

@@ -14,6 +14,7 @@ from elastic import launch
 from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import RunConfig
+from elastic.data_parallel import scatter
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter
 from elastic.distillation.teacher_cache import digest
@@ -26,7 +27,6 @@ from elastic.families import Generation, Timing
 from elastic.generation import language as generation_language
 from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.shares import deal
 from elastic.timing import language as timing_language
 from students.calibration.language import Seen, calibrate, observe, places
 from students.calibration.price import Start
@@ -116,12 +116,12 @@ def start(
     student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session | None = None
 ) -> Start:
     """Calibrate; order: the training windows, shuffled; session: with what others saw in them."""
-    own, share = deal(order[: config.calibration.windows].split(CALIBRATED))
+    own, shard = scatter(order[: config.calibration.windows].split(CALIBRATED))
     windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
     budget, seed = config.budget, config.train.seed
     of = config.data, seed, config.calibration.windows
-    seen = (session or Session()).observed(of, places(student), lambda: observe(student, windows, seed, share))
-    return calibrate(student, windows, trained(budget), budget.phase, seed, seen, share)
+    seen = (session or Session()).observed(of, places(student), lambda: observe(student, windows, seed, shard))
+    return calibrate(student, windows, trained(budget), budget.phase, seed, seen, shard)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:
@@ -157,22 +157,22 @@ def baseline(
         return measured_compute(other, first, config.budget.phase, config.data.prompt)
 
     def same_shares() -> baselines.SameShares:
-        train = launch.in_turn(lambda: session.data(config)).train
+        train = launch.main_process_first(lambda: session.data(config)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
-        own, share = deal(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
+        own, shard = scatter(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
 
         def seen(other: LanguageStudent) -> Seen:
             of = "baselines", *key[3:5]
-            make = partial(observe, other, own, config.train.seed, share)
+            make = partial(observe, other, own, config.train.seed, shard)
             return session.observed(of, places(other), make, keep=True)
 
-        return baselines.SameShares(name, vocab, frozen, config, own, seen, share)
+        return baselines.SameShares(name, vocab, frozen, config, own, seen, shard)
 
     vocab = next(iter(student.spec.at("head")), None) if name == "uniform" else None
     key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
     session.turn_to(student)
     if name == "random":
-        other = baselines.at_random(student, frozen, config, compute, *deal(first.split(CALIBRATED)))
+        other = baselines.at_random(student, frozen, config, compute, *scatter(first.split(CALIBRATED)))
         session.turn_to(other)
     else:
         same = session.once(key, same_shares)

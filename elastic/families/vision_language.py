@@ -15,6 +15,7 @@ from elastic import launch
 from elastic.accounting.vision_language import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
+from elastic.data_parallel import all_gather, scatter, split
 from elastic.distillation.budgets import trained
 from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.teacher_cache import digest
@@ -28,7 +29,6 @@ from elastic.families import Generation, Timing
 from elastic.generation import vision_language as generation_vision_language
 from elastic.objectives.vision_language import Distillation as Distillation
 from elastic.reporting.progress import Watched
-from elastic.shares import deal, divide, pooled
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
 from students.calibration.vision_language import CALIBRATED, calibrate_image_router, observe_image_tokens
@@ -141,7 +141,7 @@ def start(
     """Calibrate; order: the training questions, shuffled; session: with what the same routers saw in them."""
     if student.image_router is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
-    own, share = deal([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
+    own, shard = scatter([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
     batches = [
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
         for prompts in _batches(student, data.train, own)
@@ -150,9 +150,10 @@ def start(
     read = tokens(student, data, config)
     looked_at = Watched(batches)
     of = config.data, seed, config.calibration.windows
-    routers, look = frozenset([config.student.routers]), partial(observe_image_tokens, student, looked_at, seed, share)
-    seen = (session or Session()).observed(of, routers, look)
-    start = calibrate_image_router(student, looked_at, targets, read, seed, share, seen)
+    routers = frozenset([config.student.routers])
+    observe = partial(observe_image_tokens, student, looked_at, seed, shard)
+    seen = (session or Session()).observed(of, routers, observe)
+    start = calibrate_image_router(student, looked_at, targets, read, seed, shard, seen)
     if not student.by_count:
         return start
     return exact_start(start, student, [student.image_router], targets, compute_meter(student, data, order, config))
@@ -163,17 +164,17 @@ def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, con
     """What measures the compute that the dial is set by; sets the image router's quota first. order: training
     questions, shuffled."""
     parts = [part.tolist() for part in order[:DIAL_QUESTIONS].split(MEASURED)]
-    own, counts = divide(parts)
+    own, shard = split(parts)
     batches, scores = list(_batches(student, data.train, own)), []
-    for prompts, look in counts.looks(batches):
+    for prompts, info in shard.enumerate(batches):
         _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
         if "image" in decisions.score:
-            scores.append(look.counted(decisions.score["image"].squeeze(-1)[prompts.image]))
-    student.set_quotas([pooled(scores)] if scores else [])
+            scores.append(info.counted(decisions.score["image"].squeeze(-1)[prompts.image]))
+    student.set_quotas([all_gather(scores)] if scores else [])
 
     def meter(share: float) -> float:
         some = math.ceil(share * len(batches))
-        return measured_compute(student, batches[:some], counts.first(some))
+        return measured_compute(student, batches[:some], shard.first(some))
 
     return meter
 

@@ -12,8 +12,8 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from elastic import launch
+from elastic.data_parallel import scatter
 from elastic.reporting.progress import Watched
-from elastic.shares import deal
 from losses import default_chunk_rows
 from students.compute import PHASES
 from students.families.language import LanguageStudent
@@ -88,14 +88,14 @@ class Scorer(TemplateLM):
             batches += [group[first : first + size] for first in range(0, len(group), size)]
         tokens = [token for read, _ in numbers for token in read]
         require_rows(self.student.model, self.tokenizer, torch.tensor(tokens))  # said by all processes, or by none
-        own, share = deal(batches)
+        own, shard = scatter(batches)
         found: list[tuple[int, tuple[float, bool]]] = []
-        for batch, look in share.looks(Watched(own)):
+        for batch, info in shard.enumerate(Watched(own)):
             continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
             before = self.spent.copy(), self.dense.copy()
             scored = zip(batch, self._score(batch, continuations), strict=True)
             each = [pair for text, scores in scored for pair in zip(numbers[text], scores, strict=True)]
-            if look.counts:
+            if info.counts:
                 found += each
             else:
                 self.spent, self.dense = before

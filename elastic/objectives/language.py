@@ -90,10 +90,10 @@ class Distillation(Objective):
         dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
         price = torch.as_tensor(price, device=ids.device).expand(len(ids))
-        tokens, whole = launch.total(counted.sum()), launch.total(dense[phase])
+        tokens, whole = launch.all_reduce(counted.sum()), launch.all_reduce(dense[phase])
         hidden = out.last_hidden_state
         head, sums, rows = self._head_loss(hidden, taught, ids, counted, price, (tokens, whole))
-        total = launch.total(head / tokens + (price * macs[phase]).sum() / whole)
+        total = launch.all_reduce(head / tokens + (price * macs[phase]).sum() / whole)
         total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]

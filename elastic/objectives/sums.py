@@ -112,7 +112,7 @@ def routing_loss(
         keys = [k for k in decisions.score if decisions.spec[k].of_kind.over_parts]
         if keys:
             sums = [decisions.score[k].softmax(-1).flatten(0, -2).float().sum(0) for k in keys]
-            parts = [load_balance(launch.total(use).unsqueeze(0)) for use in sums]
+            parts = [load_balance(launch.all_reduce(use).unsqueeze(0)) for use in sums]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()
     return total
 

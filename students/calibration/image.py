@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from students.calibration.data_shard import DataShard, batch_generator
 from students.calibration.price import Choice, Curve, Start, gated_choice, log_likelihood, start_at
-from students.calibration.share import Share, drawing
 from students.families.image import Features, ImageStudent, Placed
 
 CALIBRATED = 64
@@ -33,16 +33,16 @@ def calibrate_images(
     batches: Sequence[Tensor],
     target: float | Sequence[float],
     seed: int = 0,
-    share: Share | None = None,
+    shard: DataShard | None = None,
     seen: Seen | None = None,
 ) -> Start:
     """Start all routers at the price that reaches `target`, or between several.
 
-    batches: pixels [B, C, H, W]; share: what of the batches of all processes they are (None: all). seen: what
+    batches: pixels [B, C, H, W]; shard: which of the batches of all processes they are (None: all). seen: what
     `observe_images` saw in them, with the same seed and the same routers.
     """
     targets = [target] if isinstance(target, float) else target
-    seen = observe_images(student, batches, seed, share or Share()) if seen is None else seen
+    seen = observe_images(student, batches, seed, shard or DataShard()) if seen is None else seen
     size = batches[0].shape[-2:]
     tokens, compute = student.at(size)
     dense = float(compute.dense(torch.ones(1, tokens, dtype=torch.bool), "prefill").sum()) / tokens
@@ -54,15 +54,15 @@ def calibrate_images(
     return start_at(choices, Curve(choices), [whole] * len(targets), targets)
 
 
-def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, share: Share) -> Seen:
+def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, shard: DataShard) -> Seen:
     """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens of all processes."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     run = student.runtime
     before = run.execution
     run.execution = "mask"
     try:
-        for pixels, look in share.looks(batches):
-            generator = drawing(seed, look.number)
+        for pixels, info in shard.enumerate(batches):
+            generator = batch_generator(seed, info.index)
             run.probed = {}
             with torch.enable_grad():
                 features, _ = student.features(pixels)
@@ -84,12 +84,12 @@ def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, 
                     if picked is None:
                         picked = torch.randperm(x.shape[:2].numel(), generator=generator)[:ROWS_PER_BATCH].to(x.device)
                     read, cost = x.flatten(0, 1)[picked].float(), cost.flatten(0, 1)[picked]
-                seen.setdefault(key, []).append((look.counted(read), look.counted(cost)))
+                seen.setdefault(key, []).append((info.counted(read), info.counted(cost)))
     finally:
         run.probed, run.execution = None, before
         run.drop()
     return {
-        key: (share.pool([read for read, _ in parts]), share.pool([cost for _, cost in parts]))
+        key: (shard.all_gather([read for read, _ in parts]), shard.all_gather([cost for _, cost in parts]))
         for key, parts in seen.items()
     }
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.calibration.data_shard import BatchInfo, DataShard, batch_generator
 from students.calibration.fit import VocabFit, fit_vocab
 from students.calibration.observe import BlockObservers, BlockStart, Observed, Observer, moments
 from students.calibration.price import Curve, Start, start_at
-from students.calibration.share import Look, Share, drawing
 from students.compute import Phase
 from students.execution.head import RoutedHead
 from students.families.language import LanguageStudent
@@ -44,24 +44,24 @@ def calibrate(
     phase: Phase,
     seed: int = 0,
     seen: Seen | None = None,
-    share: Share | None = None,
+    shard: DataShard | None = None,
 ) -> Start:
     """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
 
     batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
     router with the gain at which one dial reaches all of them. seen: what `observe` saw in the same batches, with the
-    same seed and on behalf of the same routers. share: what of the batches of all processes these are (None: all); each
-    process then makes the same of what all of them saw, of one block after the other.
+    same seed and on behalf of the same routers. shard: which of the batches of all processes these are (None: all);
+    each process then makes the same of what all of them saw, of one block after the other.
     """
     targets = [target] if isinstance(target, float) else target
-    share = share or Share()
-    seen = observe(student, batches, seed, share) if seen is None else seen
+    shard = shard or DataShard()
+    seen = observe(student, batches, seed, shard) if seen is None else seen
     valid = torch.ones_like(batches[0], dtype=torch.bool)
     dense = float(student.compute.dense(valid, phase).sum() / valid.sum())
     keys = valid.shape[1] if phase == "prefill" else (valid.shape[1] + 1) / 2
     choices = []
     for number in range(len(student.blocks)):
-        here = {key: place.of_all(share) for key, place in seen.items() if key.startswith(f"{number}.")}
+        here = {key: place.of_all(shard) for key, place in seen.items() if key.startswith(f"{number}.")}
         block = BlockStart(student, number, here, dense, keys, phase)
         for spec in student.spec.at("block"):
             if spec.on(number):
@@ -71,7 +71,7 @@ def calibrate(
     head = student.model.get_output_embeddings()
     if not isinstance(head, RoutedHead):
         return start_at(choices, curve, [compute] * len(targets), targets)
-    hidden = share.pool(seen["hidden"].inputs)
+    hidden = shard.all_gather(seen["hidden"].inputs)
     fits = fit_vocab(head, hidden, scale=student.logit_scale)
     whole = student.compute.head / dense if phase == "decode" else 0.0
 
@@ -115,12 +115,12 @@ def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
         yield observers.by_name
 
 
-def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, share: Share | None = None) -> Seen:
-    """Run the frozen model forward and backward over the batches, this process's share, and keep what calibration
+def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, shard: DataShard | None = None) -> Seen:
+    """Run the frozen model forward and backward over the batches, this process's own, and keep what calibration
     needs."""
     seen: Seen = {}
     rows = torch.empty(0, dtype=torch.long)
-    look = Look(0, True)
+    info = BatchInfo(0, True)
     handles = []
 
     def observe_place(place: Observed, at: Observer) -> None:
@@ -131,8 +131,8 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
-            y.register_hook(lambda grad: _add_fisher(place, look.counted(grad.flatten(0, -2))))
-            x, y = look.counted(x), look.counted(y.detach().flatten(0, 1))
+            y.register_hook(lambda grad: _add_fisher(place, info.counted(grad.flatten(0, -2))))
+            x, y = info.counted(x), info.counted(y.detach().flatten(0, 1))
             if at.residual:
                 y = y - x
             if at.inputs:
@@ -154,12 +154,12 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
     final = seen.setdefault("hidden", Observed())
     try:
         with student.teacher(), torch.enable_grad():
-            for ids, look in (share or Share()).looks(batches):
-                generator = drawing(seed, look.number)
-                rows = torch.randperm(ids.numel() if look.counts else 0, generator=generator)[:ROWS_PER_BATCH]
+            for ids, info in (shard or DataShard()).enumerate(batches):
+                generator = batch_generator(seed, info.index)
+                rows = torch.randperm(ids.numel() if info.counts else 0, generator=generator)[:ROWS_PER_BATCH]
                 rows = rows.to(ids.device)
                 hidden = student.features(ids)[0].last_hidden_state.flatten(0, 1)
-                final.inputs.append(look.counted(hidden.detach()))
+                final.inputs.append(info.counted(hidden.detach()))
                 _backward_fisher(student, hidden, generator)
     finally:
         for handle in handles:

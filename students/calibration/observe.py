@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.architectures import shape_of, values_of
+from students.calibration.data_shard import DataShard
 from students.calibration.fit import cluster_neurons, fit_substitute
 from students.calibration.price import Choice, gated_choice
-from students.calibration.share import Share
 from students.compute import BlockShape, Phase
 from students.execution.branch import RoutedBranch
 from students.families.language import LanguageStudent
@@ -35,14 +35,14 @@ class Observed:
     moments: Tensor | None = None
     """Sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares."""
 
-    def of_all(self, share: Share) -> Observed:
-        """The same of what all processes saw, of which this one saw its share."""
-        inputs, outputs = ([share.pool(parts)] if parts else [] for parts in (self.inputs, self.outputs))
+    def of_all(self, shard: DataShard) -> Observed:
+        """The same of what all processes saw, of which this one saw its shard."""
+        inputs, outputs = ([shard.all_gather(parts)] if parts else [] for parts in (self.inputs, self.outputs))
         if self.fisher is None:
             return Observed(inputs, outputs)
-        tokens = share.total(torch.tensor(self.tokens, dtype=torch.float64, device=self.fisher.device))
-        moments = None if self.moments is None else share.total(self.moments)
-        return Observed(inputs, outputs, share.total(self.fisher), int(tokens), moments)
+        tokens = shard.all_reduce(torch.tensor(self.tokens, dtype=torch.float64, device=self.fisher.device))
+        moments = None if self.moments is None else shard.all_reduce(self.moments)
+        return Observed(inputs, outputs, shard.all_reduce(self.fisher), int(tokens), moments)
 
     @property
     def x(self) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from students.calibration.data_shard import DataShard, batch_generator
 from students.calibration.price import Curve, Start, gated_choice, log_likelihood, start_at
-from students.calibration.share import Share, drawing
 from students.families.vision_language import VisionLanguageStudent
 
 CALIBRATED = 4
@@ -28,16 +28,16 @@ def calibrate_image_router(
     targets: Sequence[float],
     tokens: tuple[int, int],
     seed: int = 0,
-    share: Share | None = None,
+    shard: DataShard | None = None,
     seen: tuple[Tensor, Tensor] | None = None,
 ) -> Start:
     """Start the router of image tokens at the price that reaches the middle of the targets, one or several, ascending.
 
     batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
-    bool). tokens: (text, image) of a prompt. share: what of the batches of all processes these are (None: all).
+    bool). tokens: (text, image) of a prompt. shard: which of the batches of all processes these are (None: all).
     seen: what `observe_image_tokens` saw in them, with the same seed.
     """
-    x, cost = observe_image_tokens(student, batches, seed, share or Share()) if seen is None else seen
+    x, cost = observe_image_tokens(student, batches, seed, shard or DataShard()) if seen is None else seen
     compute = student.uniform(1.0, tokens, "prefill")
     assert student.image_router is not None
     choice = gated_choice(student.image_router, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
@@ -45,14 +45,17 @@ def calibrate_image_router(
 
 
 def observe_image_tokens(
-    student: VisionLanguageStudent, batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]], seed: int, share: Share
+    student: VisionLanguageStudent,
+    batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
+    seed: int,
+    shard: DataShard,
 ) -> tuple[Tensor, Tensor]:
     """What the router reads [rows, D], and what closing its gate would cost [rows, 1], of the image tokens of all
     processes."""
     run, seen = student.runtime, []
     try:
-        for (inputs, answers, image), look in share.looks(batches):
-            generator = drawing(seed, look.number)
+        for (inputs, answers, image), info in shard.enumerate(batches):
+            generator = batch_generator(seed, info.index)
             run.probed = {}
             with torch.enable_grad():
                 logits, _ = student.logits(student.features(**inputs)[0].last_hidden_state[answers])
@@ -62,9 +65,9 @@ def observe_image_tokens(
                     for _ in range(DRAWS)
                 ]
             cost = torch.stack(draws).float().square().mean(0) / 2
-            seen.append((look.counted(x[image].float()), look.counted(cost[image].unsqueeze(-1))))
+            seen.append((info.counted(x[image].float()), info.counted(cost[image].unsqueeze(-1))))
     finally:
         run.probed = None
         run.drop()
-    read, costs = (share.pool(part) for part in zip(*seen, strict=True))
+    read, costs = (shard.all_gather(part) for part in zip(*seen, strict=True))
     return read, costs

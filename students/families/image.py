@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures import BRANCHES, architecture_of, trunk_of
-from students.calibration.share import Look, Share
+from students.calibration.data_shard import BatchInfo, DataShard
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
 from students.execution.capture import Forward
@@ -161,29 +161,29 @@ class ImageStudent(Student):
                         yield Placed(router, number, branch)
 
     @torch.no_grad()
-    def set_quotas(self, batches: Sequence[Tensor], offset: float = 0.0, share: Share | None = None) -> None:
+    def set_quotas(self, batches: Sequence[Tensor], offset: float = 0.0, shard: DataShard | None = None) -> None:
         """Let every router with quota take, from now on, the shares that its threshold keeps of these images; offset:
-        where the dial is when what reaches later blocks is looked at; share: what other processes have of each batch
+        where the dial is when what reaches later blocks is looked at; shard: what other processes have of each batch
         (None: nothing)."""
         seen: dict[str, list[Tensor]] = {}
-        run, share = self.runtime, share or Share()
+        run, shard = self.runtime, shard or DataShard()
         before = run.training, run.execution, run.offset, run.pool
         run.training, run.execution, run.offset = True, "mask", offset
         try:
-            for pixels, look in share.looks(batches):
-                run.pool = partial(_pooled, share, look)
+            for pixels, info in shard.enumerate(batches):
+                run.pool = partial(_pooled, shard, info)
                 _, decisions = self(pixels)
                 for placed in self.routers():
                     if placed.router.levels is None:
                         continue
                     score = decisions.score[placed.key].squeeze(-1)
                     tail = score if placed.router.spec.of_kind.over_blocks else score[:, run.prefix :]
-                    seen.setdefault(placed.key, []).append(look.counted(tail.flatten()))
+                    seen.setdefault(placed.key, []).append(info.counted(tail.flatten()))
         finally:
             run.training, run.execution, run.offset, run.pool = before
         for placed in self.routers():
             if placed.router.levels is not None:
-                placed.router.set_quota(share.pool(seen[placed.key]))
+                placed.router.set_quota(shard.all_gather(seen[placed.key]))
 
     def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """What routers need to know of a forward pass, whoever called the model."""
@@ -195,9 +195,9 @@ class ImageStudent(Student):
             self._lengths.begin(self.runtime.call.skipping and not self._settled)
 
 
-def _pooled(share: Share, look: Look, x: Tensor) -> Tensor:
+def _pooled(shard: DataShard, info: BatchInfo, x: Tensor) -> Tensor:
     """What all processes have of something [n] in a batch that they share."""
-    return share.pool([look.counted(x)])
+    return shard.all_gather([info.counted(x)])
 
 
 def has_fixed_shapes(router: RouterSpec) -> bool:
