@@ -19,6 +19,7 @@ COLUMNS = (
     "student",
     "over dense",
     "over tuned",
+    "over ToMe",
     "peak",
 )
 
@@ -53,12 +54,14 @@ def _cells(shape: str, name: str, row: dict[str, Any]) -> list[str]:
     if row["phase"] == "train":
         predicted, over = (
             f"{row['ideal_teacher_forwards']:.2f} forwards",
-            [f"{row['teacher_forwards']:.2f} forwards", ""],
+            [f"{row['teacher_forwards']:.2f} forwards", "", ""],
         )
     else:
         # decoding waits for memory, the rest for arithmetic
         predicted = f"{by_bytes if row['phase'] == 'decode' else row['predicted_speedup']:.2f}x"
-        over = [f"{row[key]:.2f}x" if key in row else "" for key in ("measured_speedup", "tuned_speedup")]
+        over = [
+            f"{row[key]:.2f}x" if key in row else "" for key in ("measured_speedup", "tuned_speedup", "tome_speedup")
+        ]
     times = (f"{1000 * row[key]:.2f} ms" if key in row else "" for key in ("dense_seconds", "tuned_seconds", "seconds"))
     what = f"{shape}, {name}, {row['compute_target']:g}", f"{row['phase']} {row['batch']} x {row['tokens']}"
     return [*what, f"{row['compute']:.3f}", share, predicted, *times, *over, f"{row['peak_bytes'] / 1e9:.1f} GB"]

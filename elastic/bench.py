@@ -49,6 +49,8 @@ def bench_run(
     students/kernels, attention.py of students/execution), where a second copy of the weights fits into half of the free
     memory; on GPUs that attention, and tokens, images and prompts with images through CUDA graphs (decoding.py,
     capture.py and prompt.py of students/execution).
+    tome_speedup, of timm's ViTs, is against the dense model with ToMe's merging (arXiv 2210.09461) at the student's
+    FLOPs, run as the student is.
     peak_bytes and dense_peak_bytes: the most memory that was in use while the one or the other ran, with all of these
     models loaded.
     """

@@ -7,6 +7,7 @@ tome: a few patches of every block are merged with similar ones (arXiv 2210.0946
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -209,12 +210,15 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
     merged.register_forward_pre_hook(lambda module, args: state.update(size=None))
     for number, block in enumerate(merged.blocks):
         merged.blocks[number] = MergingBlock(block, 0, merged.num_prefix_tokens, state)
-    share, total = 1.0, 0
-    while share > target:
-        total += 1
+
+    def share(total: int) -> float:
+        """Of the FLOPs, once there are so many merges in all."""
         for number, block in enumerate(merged.blocks):
             block.pairs = total * (number + 1) // len(blocks) - total * number // len(blocks)
-        share = count(lambda: merged(pixels))[0] / dense
-        if total > len(blocks) * pixels.shape[-1]:
-            raise ValueError(f"merging cannot bring this model to {target} of its compute, only to {share:.3f}")
-    return merged, share
+        return count(lambda: merged(pixels))[0] / dense
+
+    most = len(blocks) * pixels.shape[-1]
+    total = bisect.bisect_left(range(most), -target, key=lambda total: -share(total))
+    if (reached := share(total)) > target:
+        raise ValueError(f"merging cannot bring this model to {target} of its compute, only to {reached:.3f}")
+    return merged, reached

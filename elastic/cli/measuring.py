@@ -133,20 +133,28 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     )
     columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"
     sizes = "student ms", "tuned ms", "dense ms", "cache MB", "dense MB", "peak GB", "dense GB"
-    table = Table(*columns, *sizes, box=None, pad_edge=False)
+    merging = any("tome_seconds" in r for r in rows)
+    table = Table(*columns, *sizes, *["ToMe ms"] * merging, box=None, pad_edge=False)
     for r in rows:
         caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
         speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))
         numbers = f"{r['batch']}", f"{r['tokens']}", f"{r['compute']:.3f}", *speeds, f"{r['efficiency']:.2f}"
-        times = (f"{1000 * r[k]:,.1f}" if k in r else "" for k in ("seconds", "tuned_seconds", "dense_seconds"))
+        times, tome = (
+            [f"{1000 * r[k]:,.1f}" if k in r else "" for k in names]
+            for names in (("seconds", "tuned_seconds", "dense_seconds"), ("tome_seconds",) * merging)
+        )
         peaks = (f"{r[k] / 1e9:.2f}" for k in ("peak_bytes", "dense_peak_bytes"))
-        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches, *peaks)
+        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches, *peaks, *tome)
     Console(width=160).print(table)
     print(
         "by FLOPs, by bytes: the speed-up that either predicts; dense: the model as its library ships it; tuned: with "
         "the student's own packing, norms and attention\n"
         "peak: memory in use while the one or the other ran, all loaded"
     )
+    if merging:
+        print(
+            "ToMe: the dense model with ToMe's merging (arXiv 2210.09461) at the student's FLOPs, run as the student is"
+        )
     if last["phase"] == "train":
         print(
             f"training: against a teacher forward; a step costs {last['teacher_forwards']:.2f} of them, ideal "

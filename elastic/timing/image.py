@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic.accounting.counters import count
 from elastic.accounting.memory import untouched
+from elastic.baselines.image import merging
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, medians, row_of
@@ -50,10 +51,13 @@ def recorded(model: nn.Module) -> Contender:
 
 def inference(student: ImageStudent, models: Models, data: ImageData, workload: Workload, say: Say) -> Iterator[Row]:
     """Classifying of each batch."""
+    merged: dict[float, dict[str, Contender]] = {}
     for size in workload.batch:
         say(f"{size} images at once ...")
         pixels = _images(data.held_out, size * max(1, IMAGES // size))
-        yield _classify(models, student.at(pixels.shape[-2:])[0], pixels, size, workload.repeats)
+        tokens = student.at(pixels.shape[-2:])[0]
+        pixels = pixels.to(next(models["dense"].model.parameters()).device)
+        yield _classify(models, merged, tokens, pixels, size, workload.repeats)
 
 
 def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) -> TrainingBatch:
@@ -82,17 +86,38 @@ def _images(images: ImageSet, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _classify(models: Models, tokens: int, pixels: Tensor, batch: int, repeats: int) -> Row:
+def _classify(
+    models: Models,
+    merged: dict[float, dict[str, Contender]],
+    tokens: int,
+    pixels: Tensor,
+    batch: int,
+    repeats: int,
+) -> Row:
     """A forward pass of images [N, C, H, W], so many at a time: they may differ in what they cost, and the time of one
-    is too short to be taken."""
-    parts = pixels.to(next(models["dense"].model.parameters()).device).split(batch)
+    is too short to be taken. merged: `_merging` by the share of FLOPs."""
+    parts = pixels.split(batch)
 
     def forward(run: Callable[[Tensor], Any]) -> list[Any]:
         return [run(part) for part in parts]
 
+    counted = [count(partial(forward, partial(call, models[name].model))) for name in ("student", "dense")]
+    share = counted[0][0] / counted[1][0]
+    if share not in merged:
+        merged[share] = _merging(models["dense"].model, pixels[:1], share)
+    models = {**models, **merged[share]}
     seconds, peaks = medians({n: partial(forward, m.run) for n, m in models.items()}, repeats, parts[0].device)
     seconds = {name: value / len(parts) for name, value in seconds.items()}
-    counted = [count(partial(forward, partial(call, models[name].model))) for name in ("student", "dense")]
     row = row_of("classify", batch, tokens, counted, seconds, peaks)
     rates = {name: batch / value for name, value in seconds.items()}
+    if "tome" in rates:
+        row |= {"tome_speedup": seconds["tome"] / seconds["student"], "tome_seconds": seconds["tome"]}
     return {**row, "images_per_second": rates["student"], "dense_images_per_second": rates["dense"]}
+
+
+def _merging(dense: nn.Module, pixels: Tensor, share: float) -> dict[str, Contender]:
+    """The dense model with ToMe's merging in every block, at this share of its FLOPs, where there can be such a one."""
+    try:
+        return {} if share >= 1 else {"tome": recorded(merging(dense, pixels, share)[0])}
+    except ValueError:  # for timm's ViTs alone, and no lower than it reaches
+        return {}

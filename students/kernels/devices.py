@@ -12,9 +12,9 @@ def runs_ahead(device: torch.device) -> bool:
 
 
 class AnyLength:
-    """Between `begin` and `end`, attention leaves out those of torch's kernels that have to be prepared for each length.
+    """Between `begin` and `end`, attention does without kernels that torch has to prepare for each length.
 
-    On NVIDIA's GPUs from Hopper on torch prefers cuDNN's, which plans for some 30 ms of the host whenever it meets a new
+    On NVIDIA's GPUs from Hopper on it prefers cuDNN's, which plans for some 30 ms of the host whenever it meets a new
     shape. Where a text decides in every block how many keys there are, most shapes are new.
     """
 

@@ -83,6 +83,7 @@ def test_images_and_questions(name: str, capsys: pytest.CaptureFixture[str]) -> 
     first, *_, last = made["rows"]
     assert first["phase"] == ("prefill" if name == "tiny-vlm" else "classify") and last["phase"] == "train"
     assert first["compute"] == pytest.approx(0.7, abs=0.05)
+    assert ("tome_seconds" in first) == (name == "tiny-vit")  # beside ToMe at the same FLOPs
 
 
 def test_a_table_with_a_header(capsys: pytest.CaptureFixture[str]) -> None:

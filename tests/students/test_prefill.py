@@ -242,21 +242,21 @@ def test_no_length_that_a_text_decides_is_planned_for(tokens: Tensor, monkeypatc
         planned.append(plans())
         return attend(*args, **kwargs)
 
-    def plan(work: Callable[[], Any]) -> set[bool]:
+    def plan(work: Callable[..., Any], *args: Any) -> set[bool]:
         planned.clear()
-        work()
+        work(*args)
         assert plans(), "for others it is as it was"
         return {*planned}
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     for spec, expected in ((DROPPED, {False}), (KEPT, {True})):
         student = make("llama", spec)
-        assert plan(lambda: student(tokens)) == expected
-        assert plan(lambda: decode(student, tokens, None, tokens.shape[1] - 1)) == expected | {False}
+        assert plan(student, tokens) == expected
+        assert plan(decode, student, tokens, None, tokens.shape[1] - 1) == expected | {False}
         student.runtime.execution = "mask"
-        assert plan(lambda: student(tokens)) == {True}
+        assert plan(student, tokens) == {True}
         with student.teacher():
-            assert plan(lambda: student(tokens)) == {True}
+            assert plan(student, tokens) == {True}
     student.runtime.execution, student.blocks[-1].mlp.forward = "skip", None
     with pytest.raises(TypeError):
         student(tokens[:, :1])
