@@ -107,13 +107,21 @@ def _chunks(n: int, chunk_rows: int, mask: Tensor | None) -> Sequence[slice | Te
     return [slice(i, i + chunk_rows) for i in range(0, max(n, 1), chunk_rows)]
 
 
+TILE = 128
+"""Rows of a matrix product that a GPU computes together, whether they are there or not."""
+
+
 def default_chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many rows of logits of this type to hold at a time: 16 MB of them on a CPU, 256 MB elsewhere.
+    """Return how many rows of logits of this type to hold at a time: 16 MB of them on a CPU, elsewhere 256 MB and, from
+    as many on, a multiple of TILE.
 
     Above 32 MB glibc maps every tensor afresh and each of its pages faults; far below 16 MB the threads of a CPU spend
     their time meeting after each operation, above all where other programs want the same cores.
     """
-    return max(1, (16 if device.type == "cpu" else 256) * 2**20 // (vocabulary * dtype.itemsize))
+    if device.type == "cpu":
+        return max(1, 16 * 2**20 // (vocabulary * dtype.itemsize))
+    rows = max(1, 256 * 2**20 // (vocabulary * dtype.itemsize))
+    return rows - rows % TILE if rows > TILE else rows
 
 
 def _block_rows(logits: Tensor) -> int:

@@ -335,6 +335,8 @@ def test_default_chunk_fits_the_vocabulary() -> None:
     assert default_chunk_rows(49152, torch.float32, cpu) * 49152 * 4 <= 16 * 2**20
     assert default_chunk_rows(49152, torch.bfloat16, cpu) > default_chunk_rows(49152, torch.float32, cpu) > 64
     assert default_chunk_rows(10**9, torch.float32, cpu) == 1
+    gpu = torch.device("cuda")
+    assert [default_chunk_rows(v, torch.bfloat16, gpu) for v in (128256, 10**6, 10**9)] == [1024, 128, 1]
 
 
 @pytest.mark.parametrize(
