@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from elastic.accounting.counters import count
 from students.execution.image_block import RoutedBlock
 from students.families.image import ImageStudent
 from students.families.vision_language import VisionLanguageStudent
+from students.kernels.key_bias import key_mask
 from students.routers import Router
 
 
@@ -158,7 +159,7 @@ class MergingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, n, D] -> [B, n - pairs, D]."""
         block, size = self.block, self.state["size"]
-        mask = None if size is None else repeat(size.log(), "batch key 1 -> batch 1 query key", query=x.shape[1])
+        mask = None if size is None else key_mask(rearrange(size.log(), "batch key 1 -> batch 1 1 key"), x.shape[1])
         x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
         if self.pairs:
             x, self.state["size"] = merge(x, self._keys, size, self.pairs, self.prefix)
