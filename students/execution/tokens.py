@@ -66,10 +66,15 @@ class Chosen:
         """[N]: their flat indices, ascending."""
         return self._known(self._table) if self._ahead else self._open.flatten().nonzero().squeeze(1)
 
+    @property
+    def _listed(self) -> Tensor:
+        """Their flat indices, filled up where the host runs ahead."""
+        return self._table if self._ahead else self.rows
+
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
-        table, tokens = self._table if self._ahead else self.rows, self._open.shape[1]
-        return table // tokens, table % tokens
+        table, tokens = self._listed, self._open.shape[1]
+        return (torch.zeros_like(table), table) if len(self._open) == 1 else (table // tokens, table % tokens)
 
     @cached_property
     def _turns(self) -> Tensor:
@@ -98,7 +103,7 @@ class Chosen:
 
     def gather(self, x: Tensor) -> Callable[[], Tensor]:
         """What says which tokens [1, N, ...] of x [B or 1, T, ...] they are, asking no sooner than that."""
-        table = self._places[1] if len(x) == 1 else self._table if self._ahead else self.rows
+        table = self._places[1] if len(x) < len(self._open) else self._listed
         some = x.flatten(0, 1).index_select(0, table)
         return lambda: self._known(some).unsqueeze(0)
 
