@@ -17,7 +17,6 @@ from elastic.run import Run, has_room_for_two, load_teacher, share_weights
 from elastic.timing.passes import Row, medians
 from elastic.timing.workload import Workload
 from students import Student
-from students.execution.attention import route_attention
 from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears, prepare_linears
 from teachers.quantize import kept_bytes
@@ -125,14 +124,11 @@ def measure(
 
 
 def _tuned(dense: nn.Module) -> nn.Module:
-    """A dense model on the same weights, with the student's linear layers, norms and attention."""
+    """A dense model on the same weights, with the student's linear layers and norms."""
     model = share_weights(dense)
     pack_linears(model)
     prepare_linears(model)
     fuse_norms(model)
-    for module in model.modules():
-        if hasattr(module, "num_key_value_groups"):
-            route_attention(module)
     return model
 
 

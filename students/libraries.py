@@ -209,7 +209,9 @@ def _dispatches_attention() -> bool:
     x = torch.ones(1, 3, 8)
     places = (torch.ones(1, 3, 4), torch.zeros(1, 3, 4))
     out = attention(x, position_embeddings=places, attention_mask=None, routed="plan")
-    return isinstance(out, tuple) and len(out) == 2 and seen == [("plan", (1, 2, 3, 4), (1, 2, 3, 4))]
+    returned = isinstance(out, tuple) and len(out) == 2
+    model(torch.zeros(1, 3, dtype=torch.long), routed="further")
+    return returned and seen == [(word, (1, 2, 3, 4), (1, 2, 3, 4)) for word in ("plan", "further")]
 
 
 def _has_eager_attention() -> bool:

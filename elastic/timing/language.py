@@ -15,6 +15,7 @@ from elastic.reporting.progress import Say
 from elastic.timing.passes import COUNTED, Contender, Models, Row, decode, prefill
 from elastic.timing.workload import PROMPT, InputSizes, StepSizes, TrainingBatch, Workload
 from students.calibration.language import ROWS_PER_BATCH
+from students.execution.attention import route_trunk
 from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
 from teachers.data.text import TextData
@@ -50,7 +51,8 @@ def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
 
 
 def recorded(model: Any) -> Contender:
-    """A dense model that decodes as students do."""
+    """A dense model that decodes as students do, with their attention."""
+    route_trunk(model.base_model)
     return Contender(model, Decoding(model, model.base_model).generate)
 
 

@@ -15,6 +15,7 @@ from students.architectures import architecture_of
 from students.architectures.vision_language import VISION_TOWERS
 from students.calibration.vision_language import CALIBRATED
 from students.decisions import Decisions
+from students.execution.attention import route_trunk
 from students.execution.decoding import Decoding
 from students.families.image import image_shape, tokens_of
 from students.families.vision_language import VisionLanguageStudent
@@ -42,8 +43,9 @@ def contenders(student: VisionLanguageStudent, dense: Any) -> dict[str, Contende
 
 
 def recorded(model: Any) -> Contender:
-    """A dense model that reads prompts and decodes as students do."""
+    """A dense model that reads prompts and decodes as students do, with their attention."""
     decoding = Decoding(model, model.get_decoder())
+    route_trunk(decoding.trunk)
     return Contender(model, decoding.generate, decoding.reader)
 
 

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from students.architectures import architecture_of, sizes_of
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
 from students.execution.tokens import Order, Rectangle, scatter_rows
+from students.kernels import ops
 
 BLOCK = 256
 """Queries that share one causal mask: keys after the last of them are not read."""
@@ -76,6 +78,14 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None, window: i
     attention.config._attn_implementation = name
 
 
+def route_trunk(trunk: nn.Module) -> None:
+    """As `route_attention`, for all blocks of a language model that has no routers."""
+    record, blocks = architecture_of(trunk)
+    for number, block in enumerate(blocks):
+        window = sizes_of(trunk, record, number, block).window
+        route_attention(block.get_submodule(record.attn), window=window)
+
+
 def routed_attention(
     base: str,
     module: Any,
@@ -88,18 +98,25 @@ def routed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' attention functions: query [B, H, T, d], key and value [B, K, C, d] -> ([B, T, H, d], weights).
 
-    Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open.
+    Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open. With
+    `slot` [1], on the device, a step of fixed shape says where the newest key is (execution/fixed.py).
     """
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
-    runtime, tokens = module.runtime, query.shape[2]
-    plain = all(kwargs.get(name) is None for name in ("softcap", "position_bias")) and not kwargs.get("dropout")
-    free = base == "sdpa" and plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
+    runtime, tokens, slot, cap = module.runtime, query.shape[2], kwargs.pop("slot", None), kwargs.get("softcap")
+    plain = all(kwargs.get(name) is None for name in ("position_bias", "s_aux")) and not kwargs.get("dropout")
+    rounds = plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
+    free = base == "sdpa" and rounds and cap is None
     order = runtime.call.order if free and runtime is not None and attention_mask is not None else None
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+        fixed = slot is not None and base in ("sdpa", "eager")  # nobody asks for weights
+        if rounds and tokens == 1 and shared and (free or fixed) and ops.attends_to_cache(query, slot):
+            scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+            window = module.window or 0
+            return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
         if free and tokens == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
         out: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)

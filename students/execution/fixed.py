@@ -129,8 +129,9 @@ class DecodeStep:
     def run(self) -> Tensor:
         """The part that is recorded."""
         self.open.index_fill_(1, self.slot, True)
-        inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self._masks()}
-        inputs = with_cache(self.model, inputs | {"use_cache": True, "logits_to_keep": 1}, self.cache)
+        inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": True}
+        inputs |= {"attention_mask": self._masks(), "slot": self.slot, "logits_to_keep": 1}  # see `routed_attention`
+        inputs = with_cache(self.model, inputs, self.cache)
         self._rotations.begin(self.slot.device)
         try:
             logits: Tensor = self.model(**inputs).logits[:, -1].float()

@@ -228,6 +228,12 @@ def other_lines(on: Setup) -> Iterator[str]:
         x, gain = on.make(rows, wide), on.make(wide)
         call = partial(ops.rms_norm, x, gain, 1e-5, 0)
         yield line(f"rms_norm {tuple(x.shape)}", 2 * x.numel() * size, call, partial(_plain_norm, x, gain))
+    for slots in (256, 1024, 4096):
+        keys, values, query = on.make(1, 8, slots, 128), on.make(1, 8, slots, 128), on.make(1, 32, 1, 128)
+        slot, bias = torch.tensor([slots - 1], device=on.device), on.make(1, 1, 1, slots) * 0
+        call = partial(ops.decode_attention, query, keys, values, bias, slot, 128**-0.5, 0, 0.0)
+        other = partial(F.scaled_dot_product_attention, query.view(1, 8, 4, 128), keys, values, bias)
+        yield line(f"decode_attention {tuple(keys.shape)}", 2 * keys.numel() * size, call, other)
     for shape in on.images:
         x, bias, top = on.make(*shape), on.make(1, dtype=single), on.make(1, dtype=single) + 1e30
         settings = on.make(shape[2], dtype=single), bias, on.make(dtype=single), top, shape[1] - shape[1] // 8

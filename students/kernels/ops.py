@@ -267,6 +267,41 @@ biased_attention: One = _operator(
 key: [B, T, H, d]."""
 
 
+def _slots_seen(keys: Tensor, slot: Tensor | None, window: int) -> int:
+    newest = keys.shape[2] - 1 if slot is None else int(slot)
+    return min(newest + 1, window) if window else newest + 1
+
+
+def _attention_flops(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Any, slot: Any, scale: float, window: int, *_: Any, out_val: Any
+) -> int:
+    heads, size = query.shape[:2].numel(), keys.shape[3] + values.shape[3]
+    return 2 * heads * _slots_seen(keys, slot, window) * size
+
+
+def _attention_read(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Any, slot: Any, scale: float, window: int, *_: Any, out_val: Any
+) -> int:
+    one_slot = keys.shape[:2].numel() * (keys.shape[3] + values.shape[3]) * keys.element_size()
+    return _size(query) + _slots_seen(keys, slot, window) * one_slot
+
+
+decode_attention: One = _operator(
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, Tensor? slot, float scale, int window,"
+    " float cap) -> Tensor",
+    lambda query, keys, values, *_: query.new_empty(len(query), 1, query.shape[1], values.shape[3]),
+    _attention_flops,
+    _attention_read,
+)
+"""Attention of one new token, query [B, H, 1, d], to a cache: keys [B, K, L, d] and values [B, K, L, v], each shared by
+H / K heads -> [B, 1, H, v].
+
+mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot [1]: the place of the newest
+key, behind which nothing is read (None: the last). window: how many keys are seen at most, the newest ones (0: all).
+Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0.
+"""
+
+
 def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
     top, chosen = rest[5], rest[6:]
     batch, n, width = x.shape
@@ -329,6 +364,12 @@ def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
     if weight.is_cuda:
         return triton.available() and tuning.gather(weight.device, rows, weight.shape[1]) is not None
     return rows <= FEW_ROWS and cpu.reads_few(weight, ends)
+
+
+def attends_to_cache(query: Tensor, slot: Tensor | None) -> bool:
+    """Whether `decode_attention` is the faster way from this query: on GPUs in steps of fixed shape, of whose caches
+    torch's attention reads every slot."""
+    return slot is not None and not query.requires_grad and compiled(query)
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:

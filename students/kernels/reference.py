@@ -230,6 +230,31 @@ def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: T
     values.index_copy_(2, slot, value)
 
 
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    slot: Tensor | None,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    batch, heads, _, size = query.shape
+    score = _wide(query).reshape(batch, keys.shape[1], -1, size) @ _wide(keys).mT * scale
+    score = cap * torch.tanh(score / cap) if cap else score
+    place = torch.arange(keys.shape[2], device=query.device)
+    newest = place[-1:] if slot is None else slot
+    seen = place <= newest
+    seen = seen & (place > newest - window) if window else seen
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        score = score + mask
+    out = score.masked_fill(~seen, -torch.inf).softmax(-1) @ _wide(values)
+    return out.to(query.dtype).reshape(batch, 1, heads, -1)
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)

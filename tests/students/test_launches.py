@@ -72,10 +72,19 @@ def test_queries_and_keys_are_rotated_at_once(monkeypatch: pytest.MonkeyPatch) -
     before = of_a_block(dense, 1)
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: False)
     after = of_a_block(dense, 1)
     assert after["elastic.rotary.default"] == 1 and sum(before.values()) - sum(after.values()) == 9
     of_student = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
     assert of_student["elastic.rotary.default"] == 1
+
+
+def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: slot is not None)
+    after = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
+    assert after - before == {"elastic.decode_attention.default": 1} and sum((before - after).values()) == 1
+    assert of_a_block(lambda n: routed(n, RouterSpec("channel"), bypass=True), 1) == of_a_block(dense, 1)
 
 
 def test_where_all_weights_are_read_only_masks_are_more() -> None:

@@ -35,6 +35,7 @@ OPERATORS = {
     "rotary": "rotary",
     "write_slot": "write_slot",
     "biased_attention": "biased_attention",
+    "decode_attention": "decode_attention",
     "merge_lowest": "merge_lowest",
     "merge_below": "merge_lowest",
 }

@@ -11,6 +11,8 @@ MOST_ROWS = 8
 """Inputs for which channels and rows are chosen together; beyond, nearly all are needed by some, and a dense product is
 faster."""
 MOST_RANGES = 64
+MOST_SPLITS = 32
+"""Of a cache's slots: what they add up to is read by one program."""
 MOST_WAVES = 4
 """Of programs: more of them are spread more evenly, but each begins with a wait for memory."""
 
@@ -56,6 +58,31 @@ class Rows:
     stages: int
 
 
+@dataclass(frozen=True)
+class Attend:
+    """The launch of decode_attention.py."""
+
+    slots: int
+    """Slots of the cache that a program reads at a time, at most."""
+    tile: int
+    """Bytes of keys that these have, at most: as many of values come with them."""
+    resident: int
+    """Programs that a multiprocessor runs at the same time."""
+    warps: int
+    stages: int
+
+    def block(self, size: int, itemsize: int) -> int:
+        """How many slots are read at a time of heads of this size."""
+        return max(16, min(self.slots, self.tile // (size * itemsize)))
+
+    def split(self, heads: int, multiprocessors: int) -> int:
+        """Into how many ranges the slots of each of so many key heads are cut, those of all rows of a batch counted: a
+        power of two, so that all programs run at once. It says nothing of how many slots there are, so that a cache
+        that grows needs no other kernel."""
+        most = max(1, min(MOST_SPLITS, self.resident * multiprocessors // heads))
+        return 1 << most.bit_length() - 1
+
+
 _ONE = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
 _FEW = Gather(strip=128, step=32, resident=4, warps=4, stages=4)
 _ONE_90 = replace(_ONE, stages=6)
@@ -95,6 +122,15 @@ ROWS: dict[int, dict[str, Rows]] = {
 """By compute capability and whether it is one input or a few; not measured either."""
 
 
+ATTEND: dict[int, Attend] = {
+    80: Attend(slots=64, tile=16384, resident=2, warps=4, stages=3),
+    90: Attend(slots=64, tile=16384, resident=2, warps=4, stages=3),
+}
+"""By compute capability. Reckoned for 8 key heads of 128 channels on 132 multiprocessors, not measured. One row has 32
+ranges a head, of which 4 read something of 256 slots, 16 of 1,024 and all of 4,096 (128 slots each, all of which are on
+their way at once: 64 KiB a program); 8 rows have 4 ranges a head, of which each reads 64 slots of 256."""
+
+
 def width_of(outputs: int) -> str:
     """How many outputs there are, roughly, as in projections of attention; gate and up; LM heads."""
     return "narrow" if outputs <= 8192 else "middle" if outputs <= 65536 else "wide"
@@ -125,3 +161,8 @@ def gather(device: torch.device, rows: int, outputs: int) -> Gather | None:
 def rows_of(device: torch.device, rows: int) -> Rows:
     """How `rows` inputs are multiplied with chosen rows of a weight."""
     return ROWS[capability(device)]["one" if rows == 1 else "few"]
+
+
+def attend(device: torch.device) -> Attend:
+    """How one token attends to a cache."""
+    return ATTEND[capability(device)]

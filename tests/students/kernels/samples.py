@@ -134,6 +134,24 @@ def biased_attention(draw: Draw) -> Iterator[Arguments]:
         yield query[..., :5, :], key, value, draw.single(2, keys).abs(), 0.3
 
 
+def decode_attention(draw: Draw) -> Iterator[Arguments]:
+    for rows, heads, groups, size, width, slots in ((1, 4, 2, 16, 16, 96), (2, 3, 3, 20, 12, 37), (1, 6, 1, 80, 24, 7)):
+        query, keys, values = (
+            draw(rows, heads, 1, size),
+            draw(rows, groups, slots, size),
+            draw(rows, groups, slots, width),
+        )
+        seen, slot = draw(rows, 1, 1, slots) > -1, torch.tensor([slots // 2]).to(draw.device)
+        seen[..., [0, slots // 2]] = True
+        added = torch.zeros_like(seen, dtype=draw.dtype).masked_fill(~seen, torch.finfo(draw.dtype).min)
+        if rows == 1:
+            yield query, keys, values, None, None, 0.25, 0, 0.0
+            yield query, keys, values, added, slot, 0.25, 5, 0.0
+        else:
+            yield query, keys, values, seen, None, 0.25, 0, 5.0
+            yield query.transpose(0, 1).contiguous().transpose(0, 1), keys, values, added[1:], slot, 0.25, 0, 5.0
+
+
 def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
     for prefix, patches, sized in ((0, 6, False), (1, 16, True), (5, 31, True)):
         n = prefix + patches
@@ -178,6 +196,7 @@ SAMPLES: dict[str, Samples] = {
     "rotary": rotary,
     "write_slot": write_slot,
     "biased_attention": biased_attention,
+    "decode_attention": decode_attention,
     "merge_lowest": merge_lowest,
     "merge_below": merge_below,
 }

@@ -1,0 +1,204 @@
+"""Attention of one new token to a cache, whose slots are read by many programs at once (split-K).
+
+A program owns the heads that share keys, and a range of the slots that there are, as a tensor on the device says: keys
+and values are read once, and nothing behind the newest is. Each keeps a softmax of its own while it reads (arXiv
+2205.14135); these meet in memory, where the program that comes last adds them up, in the order of the ranges. A second
+launch in its place would begin where all of the first have ended, and would have as much to read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from students.kernels.triton import counters, tuning
+
+
+@triton.jit
+def _hidden(mask, place, last):
+    """What is added to the scores of these slots: minus infinity behind the last."""
+    if mask is None:
+        return tl.where(place < last, 0.0, float("-inf"))
+    return tl.load(mask + place, mask=place < last, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _add_up(
+    partial,
+    tops,
+    out,
+    one,
+    parts,
+    width,
+    HEADS: tl.constexpr,
+    FEW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """out for the heads of one key head, from its first `parts` ranges."""
+    head, lane, every = tl.arange(0, FEW), tl.arange(0, WIDTH), tl.arange(0, SPLIT)
+    shown = (head < HEADS)[:, None] & (lane < width)[None, :]
+    place = tops + (one * SPLIT + every)[:, None] * 2 * HEADS + head[None, :]
+    there = (every < parts)[:, None] & (head < HEADS)[None, :]
+    top = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+    highest = tl.max(top, 0)
+    highest = tl.where(head < HEADS, highest, 0.0)
+    sums = tl.load(place + HEADS, mask=there, other=0.0, cache_modifier=".cg")
+    total = tl.sum(tl.exp2(top - highest[None, :]) * sums, 0)
+    whole = tl.zeros([FEW, WIDTH], tl.float32)
+    for part in tl.static_range(SPLIT):
+        one_of, here = one * SPLIT + part, part < parts
+        at_top = tops + one_of * 2 * HEADS + head
+        top = tl.load(at_top, mask=(head < HEADS) & here, other=float("-inf"), cache_modifier=".cg")
+        at_sums = partial + (one_of * HEADS + head)[:, None] * width + lane[None, :]
+        sums = tl.load(at_sums, mask=shown & here, other=0.0, cache_modifier=".cg")
+        whole += tl.exp2(top - highest)[:, None] * sums
+    place = out + (one * HEADS + head)[:, None] * width + lane[None, :]
+    tl.store(place, (whole / total[:, None]).to(out.dtype.element_ty), mask=shown)
+
+
+@triton.jit(do_not_specialize=["window"])
+def _decode_attention(
+    query,
+    keys,
+    values,
+    mask,
+    slot,
+    partial,
+    tops,
+    arrivals,
+    out,
+    slots,
+    groups,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    key_slot,
+    value_row,
+    value_head,
+    value_slot,
+    mask_row,
+    size,
+    width,
+    window,
+    scale,
+    cap,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEW: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """partial [B * K, SPLIT, HEADS, width] and tops [B * K, SPLIT, 2, HEADS], float32: what ranges add up to, over
+    exponentials of scores less the highest, which is in tops beside their sum. Exponentials are of base 2."""
+    one, part = tl.program_id(0), tl.program_id(1)
+    row, group = (one // groups).to(tl.int64), one % groups
+    newest = slots - 1
+    if slot is not None:
+        newest = tl.load(slot).to(tl.int32)
+    oldest = 0
+    if window > 0:
+        oldest = tl.maximum(newest - window + 1, 0)
+    begin = oldest // BLOCK
+    blocks = newest // BLOCK + 1 - begin
+    each = tl.cdiv(blocks, SPLIT)
+    parts = tl.cdiv(blocks, each)  # ranges that have something to read
+    if part >= parts:
+        return
+    first = (begin + part * each) * BLOCK
+    last = tl.minimum(first + each * BLOCK, newest + 1)
+    own, feature, lane, step = tl.arange(0, ROWS), tl.arange(0, SIZE), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    head = group * HEADS + own
+    place = query + row * query_row + head[:, None] * query_head + feature[None, :]
+    q = tl.load(place, mask=(own < HEADS)[:, None] & (feature < size)[None, :], other=0.0)
+    keys += row * key_row + group * key_head
+    values += row * value_row + group * value_head
+    if mask is not None:
+        mask += row * mask_row
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    whole = tl.zeros([ROWS, WIDTH], tl.float32)
+    hidden = _hidden(mask, first + step, last)  # read a step ahead, while keys are on their way
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        slot_ = start + step
+        inside = slot_ < last
+        far = slot_.to(tl.int64)
+        key_mask = (feature < size)[:, None] & inside[None, :]
+        key = tl.load(keys + far[None, :] * key_slot + feature[:, None], mask=key_mask, other=0.0)
+        value_mask = inside[:, None] & (lane < width)[None, :]
+        value = tl.load(values + far[:, None] * value_slot + lane[None, :], mask=value_mask, other=0.0)
+        score = tl.dot(q, key, input_precision="ieee") * scale
+        if CAP:
+            score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
+        score = (score + tl.where(slot_ >= oldest, hidden, float("-inf"))[None, :]) * 1.4426950408889634
+        new = tl.maximum(most, tl.max(score, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing that is seen yet
+        shrink, weight = tl.exp2(most - safe), tl.exp2(score - safe[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        whole = tl.dot(weight.to(value.dtype), value, whole * shrink[:, None], input_precision="ieee")
+        most = new
+        hidden = _hidden(mask, slot_ + BLOCK, last)
+    shown = (own < HEADS)[:, None] & (lane < width)[None, :]
+    if SPLIT == 1:
+        place = out + (one * HEADS + own)[:, None] * width + lane[None, :]
+        tl.store(place, (whole / total[:, None]).to(out.dtype.element_ty), mask=shown)
+    else:
+        mine = one * SPLIT + part
+        tl.store(partial + (mine * HEADS + own)[:, None] * width + lane[None, :], whole, mask=shown)
+        tl.store(tops + mine * 2 * HEADS + own, most, mask=own < HEADS)
+        tl.store(tops + (mine * 2 + 1) * HEADS + own, total, mask=own < HEADS)
+        tl.debug_barrier()  # all of this program's sums are written before it says so
+        if tl.atomic_add(arrivals + one, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrivals + one, 0)
+            _add_up(partial, tops, out, one, parts, width, HEADS, FEW, WIDTH, SPLIT)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    slot: Tensor | None,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    """As `ops.decode_attention`."""
+    batch, heads, _, size = query.shape
+    groups, slots, width = keys.shape[1], keys.shape[2], values.shape[3]
+    out = query.new_empty(batch, 1, heads, width)
+    if not batch:
+        return out
+    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    mask = None if mask is None else mask.contiguous()
+    plan, each = tuning.attend(query.device), heads // groups
+    split = plan.split(batch * groups, tuning.multiprocessors(query.device))
+    many = split > 1
+    _decode_attention[(batch * groups, split)](
+        *(query, keys, values, mask, slot),
+        query.new_empty(batch * groups, split, each, width, dtype=torch.float32) if many else None,
+        query.new_empty(batch * groups, split, 2, each, dtype=torch.float32) if many else None,
+        counters.zeros(query.device, batch * groups) if many else None,
+        *(out, slots, groups, *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3]),
+        *(0 if mask is None or len(mask) == 1 else slots, size, width, window, scale, cap),
+        HEADS=each,
+        ROWS=max(16, triton.next_power_of_2(each)),
+        FEW=triton.next_power_of_2(each),
+        SIZE=max(16, triton.next_power_of_2(size)),
+        WIDTH=max(16, triton.next_power_of_2(width)),
+        BLOCK=plan.block(triton.next_power_of_2(max(size, width)), query.element_size()),
+        SPLIT=split,
+        CAP=cap != 0,
+        STAGES=plan.stages,
+        num_warps=plan.warps,
+    )
+    return out
