@@ -331,7 +331,7 @@ def make_config(
         # the time and the number of steps exclude each other: the later word counts
         given = [key for key in ("steps", "minutes") if section_of(layer, "train").get(key) is not None]
         if len(given) == 2:
-            raise ValueError("train.steps and train.minutes are both given: leave one away")
+            raise ValueError("give --steps or --minutes (train.steps, train.minutes), not both: leave one away")
         if given:
             layer = merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = merge(merged, layer)

@@ -89,19 +89,8 @@ def measure_run(
     session: what has been loaded, asked and calibrated before.
     """
     session = session or Session()
-    run = Run.open(folder, finished=True)
-    config = run.config
-    for budget in compute:
-        if not 0 < budget <= 1:
-            raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
-    family = families.of(config.family)
-    for other in baselines:
-        if other not in family.BASELINES:
-            raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(family.BASELINES)}")
-    budgets = tuple(compute) or config.budget.measured
-    if baselines and len(budgets) > 1:
-        given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
-        raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
+    run, budgets = launch.together(partial(_what_to_measure, folder, compute, baselines))
+    config, family = run.config, families.of(run.config.family)
     launch.main_process_first(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
     for budget in compute:
@@ -120,6 +109,26 @@ def measure_run(
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows
+
+
+def _what_to_measure(
+    folder: str, compute: Sequence[float], baselines: Sequence[str]
+) -> tuple[Run, tuple[float | None, ...]]:
+    """The run and its budgets (None: where the dial is); ValueError where what is asked for does not fit the run."""
+    run = Run.open(folder, finished=True)
+    config = run.config
+    for budget in compute:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
+    known = families.of(config.family).BASELINES
+    for other in baselines:
+        if other not in known:
+            raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(known)}")
+    budgets = tuple(compute) or config.budget.measured
+    if baselines and len(budgets) > 1:
+        given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"
+        raise ValueError(f"--baselines need one compute, and {given}: say --compute 0.7")
+    return run, budgets
 
 
 def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:

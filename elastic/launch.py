@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -372,7 +372,18 @@ def is_everyones(error: Exception) -> bool:
 
 def is_said_here(error: Exception) -> bool:
     """Whether this process is the one to report an error: the first, or whoever alone knows of it."""
-    if is_main():
-        return True
-    met = _join.cache_info().currsize > 0
-    return met and not isinstance(error, Lost) and not is_everyones(error)
+    return is_main() or (_have_met() and not isinstance(error, Lost) and not is_everyones(error))
+
+
+def wait_until_said(error: Exception) -> None:
+    """Where an error is everybody's, wait until the first process has said it: a launcher ends all with the first that
+    ends."""
+    if launched() > 1 and _have_met() and is_everyones(error):
+        import torch
+
+        with suppress(RuntimeError):
+            torch.distributed.monitored_barrier(_join().group, timedelta(seconds=30))
+
+
+def _have_met() -> bool:
+    return _join.cache_info().currsize > 0

@@ -81,7 +81,7 @@ def sweep(
     """
     if timed:
         sharding.refuse_timing()
-    tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
+    tasks = launch.together(partial(plan, models, budgets, presets, seeds, per_budget, settings, flags))
     folder = SweepFolder(output)
 
     def begin() -> list[Row]:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -22,7 +21,9 @@ from elastic import families, launch
 from elastic.accounting.peaks import line_of
 from elastic.config import RunConfig, TrainConfig
 from elastic.data_parallel import exchange_left_out
+from elastic.distillation import checkpoints
 from elastic.distillation.budgets import draw, trained
+from elastic.distillation.checkpoints import State
 from elastic.distillation.interrupt import interruptible
 from elastic.distillation.loader import loader_of, picked
 from elastic.distillation.schedule import Schedule
@@ -30,14 +31,13 @@ from elastic.distillation.start import adopted, calibrate, set_budget, set_capac
 from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
-from elastic.files import write_text
 from elastic.objectives.sums import Sums, of_all
 from elastic.run import Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices
 from students import Student
-from students.checkpoint import read_tensors, write_tensors
 from students.kinds.registry import limit_parameters
+from teachers import Teacher
 from teachers.data.left_out import distinct
 
 Say = Callable[[str], None]
@@ -50,18 +50,6 @@ REASONS = 1000
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C: the state is saved."""
-
-
-@dataclass
-class State:
-    """What changes while training, besides parameters; all of it is in a checkpoint."""
-
-    step: int
-    multiplier: Tensor
-    """[K], as are the two below: of each of the budgets that are trained for (see elastic/distillation/budgets.py)."""
-    price: Tensor
-    offsets: Tensor
-    """Where the dial is for them; on the host."""
 
 
 def distill(
@@ -81,13 +69,10 @@ def distill(
     """
     session = session or Session()
     session.memory.turn_to("start")
-    _require(config)
+    launch.in_step(partial(_require, config))
     launch.on_main(lambda: Run(output).refuse_existing(overwrite))
     kept = _cache(teacher_cache)
-    teacher = launch.main_process_first(lambda: session.teacher(config))
-    say(f"teacher: {teacher.name}, {teacher.source}")
-    data = _data(config, session, say)
-    student = launch.together(lambda: student_for(config, teacher, data))
+    teacher, data, student = _load(config, session, session.teacher, say)
     run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite, **kept))
     return _run(run, config, student, data, session, say, progress)
 
@@ -106,14 +91,11 @@ def resume(
     """
     session = session or Session()
     session.memory.turn_to("start")
-    run = Run.open(folder)
-    config = run.config
-    _require(config)
+    run = launch.together(lambda: Run.open(folder))
+    config = launch.together(lambda: run.config)
+    launch.in_step(partial(_require, config))
     kept = _cache(teacher_cache)
-    teacher = launch.main_process_first(lambda: run.teacher(session.teacher))
-    say(f"teacher: {teacher.name}, {teacher.source}")
-    data = _data(config, session, say)
-    student = launch.together(lambda: student_for(config, teacher, data))
+    _, data, student = _load(config, session, lambda _: run.teacher(session.teacher), say)
     if kept:
         launch.on_main(lambda: run.record(**kept))
     return _run(run, config, student, data, session, say, progress)
@@ -135,12 +117,19 @@ def _require(config: RunConfig) -> None:
         raise ValueError("train.tracker=tensorboard needs a package that is missing: pip install tensorboard")
 
 
-def _data(config: RunConfig, session: Session, say: Say) -> Any:
-    family = families.of(config.family)
+def _load(
+    config: RunConfig, session: Session, load_teacher: Callable[[RunConfig], Teacher], say: Say
+) -> tuple[Teacher, Any, Student]:
+    """The teacher, the data and a student that is yet to be trained; ValueError where they do not fit together."""
+    teacher = launch.main_process_first(lambda: load_teacher(config))
+    say(f"teacher: {teacher.name}, {teacher.source}")
     say(f"data: reading {config.data.source} ...")
     data = launch.main_process_first(lambda: session.data(config))
-    say(f"data: {family.summary(data, config)}")
-    return data
+    say(f"data: {families.of(config.family).summary(data, config)}")
+    student = launch.together(lambda: student_for(config, teacher, data))
+    if config.train.checkpointing:
+        launch.in_step(student.checkpoint_blocks)
+    return teacher, data, student
 
 
 def _run(
@@ -153,8 +142,6 @@ def _run(
     )
     if not launch.spreads():  # else the weights are where they are gathered
         student.to(accelerator.device)
-    if config.train.checkpointing:
-        student.checkpoint_blocks()
     started = time.monotonic()
     state = _train(run, config, student, data, session, accelerator, say, progress)
     session.memory.turn_to("measuring")
@@ -202,7 +189,7 @@ def _train(
     state = _start(run, config, student, data, session, device, say)
     optimizer = _optimizer(student, train)
     if state.step:
-        _restore_optimizer(run, student, optimizer)
+        checkpoints.restore_optimizer(run, student, optimizer)
     if train.tracker != "none":
         accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
     knots = trained(budget)
@@ -230,7 +217,7 @@ def _train(
     schedule = Schedule(train, run.about, state.step)
 
     def save() -> None:
-        _save(run, student, optimizer, state)
+        checkpoints.save(run, student, optimizer, state)
         loader.flush()
         if train.steps is None:
             launch.on_main(lambda: run.record(trained=schedule.seconds))
@@ -248,7 +235,7 @@ def _train(
                 loss, measured, weights = backward()
             except (ValueError, OSError, RuntimeError) as error:  # what is learned is as the step before has left it
                 if state.step > begun:
-                    launch.before_the_end(error, partial(_save, run, student, optimizer, state))
+                    launch.before_the_end(error, partial(checkpoints.save, run, student, optimizer, state))
                 if isinstance(error, launch.Lost):
                     raise launch.Lost(f"{error}; continue with: elastic distill --resume {run.folder}") from error
                 raise
@@ -279,7 +266,7 @@ def _train(
                     line["budgets"] = _by_budget(knots, launch.rows(weights), measured, state)
                 clock, since_log = time.monotonic(), 0
                 if not math.isfinite(line["loss"]):
-                    raise _diverged(run, state, f"the loss is {line['loss']}")
+                    raise checkpoints.diverged(run, state, f"the loss is {line['loss']}")
                 if launch.is_main():
                     with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
@@ -303,16 +290,11 @@ def _start(
     """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
     budget = config.budget
     set_capacity(student, data, config)
-    path = run.folder / "checkpoint.safetensors"
-    if launch.on_main(path.exists):
-        tensors, about = launch.on_main(lambda: read_tensors(path))
-        student.load_added_state(
-            {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
-        )
-        launch.on_main(lambda: _cut_metrics(run, about["step"]))
-        say(f"resuming at step {about['step']}")
-        multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
-        return State(about["step"], multiplier, price, tensors["offsets"])
+    state = checkpoints.restore(run, student, device)
+    launch.on_main(lambda: checkpoints.cut_metrics(run, state.step if state else 0))
+    if state is not None:
+        say(f"resuming at step {state.step}")
+        return state
     knots = trained(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
@@ -320,7 +302,6 @@ def _start(
         start = adopted(student, lambda: calibrate(student, data, config, say, session))
         if budget.control == "price":
             price, offsets = torch.tensor(start.prices), torch.tensor(start.offsets)
-    launch.on_main(lambda: _cut_metrics(run, 0))
     price = price.to(device)
     return State(0, multiplier=price, price=price, offsets=offsets)
 
@@ -357,43 +338,3 @@ def _by_budget(knots: tuple[float, ...], weights: Tensor, measured: Sums, state:
             seen = {name: float(values.float() @ part) for name, values in measured.rows.items()}
             lines.append({"budget": budget, **seen, "price": float(state.price[place])})
     return lines
-
-
-def _save(run: Run, student: Student, optimizer: Any, state: State) -> None:
-    """Routers, optimizer moments and loop state in one file; ValueError, and the old file stays, where one is NaN."""
-    if not all(parameter.isfinite().all() for parameter in student.added_parameters().values()):
-        raise _diverged(run, state, "parameters are no finite numbers")
-    names = {parameter: name for name, parameter in student.added_parameters().items()}
-    tensors = {f"student.{name}": tensor for name, tensor in student.added_state().items()}
-    for parameter, moments in optimizer.state.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{names[parameter]}"] = moments[key]
-    tensors |= {"multiplier": state.multiplier, "price": state.price, "offsets": state.offsets}
-    launch.on_main(lambda: write_tensors(run.folder / "checkpoint.safetensors", tensors, {"step": state.step}))
-
-
-def _diverged(run: Run, state: State, what: str) -> ValueError:
-    kept = (run.folder / "checkpoint.safetensors").exists()
-    return launch.everyones(
-        ValueError(
-            f"{what} at step {state.step}: stopped; {'the last good' if kept else 'no'} checkpoint is in {run.folder}. "
-            f"Try a smaller --set train.lr (now {run.config.train.lr:g})"
-        )
-    )
-
-
-def _restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    tensors, about = launch.on_main(lambda: read_tensors(run.folder / "checkpoint.safetensors"))
-    for name, parameter in student.added_parameters().items():
-        if f"exp_avg.{name}" in tensors:
-            moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(about["step"])), **moments}
-
-
-def _cut_metrics(run: Run, step: int) -> None:
-    """Forget metrics of steps that a resumed run will do again."""
-    path = run.folder / "metrics.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
         if launch.is_said_here(error):
-            print(f"elastic: error: {line}", file=sys.stderr)
+            print(f"elastic: error: {line}", file=sys.stderr, flush=True)
+        launch.wait_until_said(error)
         return 2
     except KeyboardInterrupt as interruption:
         if launch.is_main():

@@ -13,10 +13,9 @@ from elastic.cli.screen import print_rows, screen
 
 
 def eval_command(options: argparse.Namespace) -> None:
+    launch.in_step(partial(_check_eval, options))
     if options.tasks is not None:
         return _eval_tasks(options)
-    if options.limit is not None:
-        raise ValueError("--limit is for --tasks: leave it away")
     from elastic.evaluate import measure_run
 
     with screen() as (say, _):
@@ -31,7 +30,12 @@ def eval_command(options: argparse.Namespace) -> None:
         print_rows(rows)
 
 
-def _eval_tasks(options: argparse.Namespace) -> None:
+def _check_eval(options: argparse.Namespace) -> None:
+    """ValueError where options contradict each other, or a package is missing."""
+    if options.tasks is None:
+        if options.limit is not None:
+            raise ValueError("--limit is for --tasks: leave it away")
+        return
     if options.data or options.baselines:
         raise ValueError(
             "--tasks brings its own data and measures teacher and student: leave --data and --baselines away"
@@ -40,6 +44,9 @@ def _eval_tasks(options: argparse.Namespace) -> None:
         raise ValueError("--limit must be at least 1")
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs lm-evaluation-harness: pip install 'elastic-distill[tasks]'")
+
+
+def _eval_tasks(options: argparse.Namespace) -> None:
     from elastic.tasks import score_run
 
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]

@@ -7,58 +7,62 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic import launch
 from elastic.cli.screen import print_rows, screen
+
+if TYPE_CHECKING:
+    from elastic.config import RunConfig
 
 MISSED = 3
 """Exit code of a run or sweep that is finished, but misses a budget."""
 
 
 def distill_command(options: argparse.Namespace) -> int | None:
-    if options.resume:
-        given = [
-            name
-            for name in ("model", "target_compute", "preset", "data", "output", "steps", "minutes", "config", "set")
-            if getattr(options, name) is not None
-        ]
-        if given or options.overwrite:
-            extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--overwrite"
-            raise ValueError(f"--resume continues with the run's own configuration: leave {extra} away")
-    from elastic.config import make_config
-
-    if not options.resume:
-        if options.steps is not None and options.minutes is not None:
-            raise ValueError("give --steps or --minutes, not both")
-        config = make_config(
-            file=options.config,
-            settings=options.set,
-            model=options.model,
-            preset=options.preset,
-            budget__target=options.target_compute,
-            data__source=options.data,
-            train__steps=options.steps,
-            train__minutes=options.minutes,
-        )
-        name = os.path.basename(os.path.normpath(config.model))
-        output = options.output or f"runs/{name}-{'-'.join(f'{end:g}' for end in sorted(set(config.budget.span)))}"
+    asked = launch.together(functools.partial(_what_to_distil, options))
     from elastic import trainer
     from elastic.run import Run
 
     with screen() as (say, progress):
-        if options.resume:
-            trainer.resume(options.resume, teacher_cache=options.teacher_cache, say=say, progress=progress)
+        common: dict[str, Any] = {"teacher_cache": options.teacher_cache, "say": say, "progress": progress}
+        if asked is None:
+            trainer.resume(options.resume, **common)
         else:
-            common: dict[str, Any] = {"teacher_cache": options.teacher_cache, "say": say, "progress": progress}
-            trainer.distill(config, output, overwrite=options.overwrite, **common)
+            trainer.distill(*asked, overwrite=options.overwrite, **common)
     if not launch.is_main():
         return None
-    folder = options.resume or output
+    folder = options.resume if asked is None else asked[1]
     rows = Run.open(folder).about["results"]
     print_rows(rows)
     print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
     return _report_missed(rows)
+
+
+def _what_to_distil(options: argparse.Namespace) -> tuple[RunConfig, str] | None:
+    """The configuration and the run folder; None: those of the run that is resumed. ValueError where options
+    contradict each other."""
+    from elastic.config import make_config
+
+    if options.resume:
+        names = ("model", "target_compute", "preset", "data", "output", "steps", "minutes", "config", "set")
+        given = [name for name in names if getattr(options, name) is not None] + ["overwrite"] * options.overwrite
+        if given:
+            extra = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"--resume continues with the run's own configuration: leave {extra} away")
+        return None
+    config = make_config(
+        file=options.config,
+        settings=options.set,
+        model=options.model,
+        preset=options.preset,
+        budget__target=options.target_compute,
+        data__source=options.data,
+        train__steps=options.steps,
+        train__minutes=options.minutes,
+    )
+    name = os.path.basename(os.path.normpath(config.model))
+    return config, options.output or f"runs/{name}-{'-'.join(f'{end:g}' for end in sorted(set(config.budget.span)))}"
 
 
 def sweep_command(options: argparse.Namespace) -> int | None:
@@ -66,8 +70,6 @@ def sweep_command(options: argparse.Namespace) -> int | None:
 
     from elastic.sweep import sweep
 
-    if options.steps is not None and options.minutes is not None:
-        raise ValueError("give --steps or --minutes, not both")
     with screen() as (say, progress):
         rows = sweep(
             options.output,

@@ -120,6 +120,21 @@ def test_a_process_that_fails_costs_one_line_and_no_step(
     assert_close(one, two)
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["distill", "--model", "gpt2", "--set", "train.lr=fast"], "train.lr is 'fast'"),
+        (["distill", "--model", "gpt2", "--set", "train.batch=1"], "train.batch is 1, and 2 processes share it"),
+        (["sweep", "--model", "gpt2", "--target-compute", "7", "--output", "sweep"], "--target-compute is 7"),
+        (["eval", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_what_all_processes_refuse_is_said_once(command: Sequence[str], says: str):
+    done = launched(2, *command, launcher=FORKED)
+    said = [line for line in done.stderr.splitlines() if line.startswith("elastic: ")]
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith(f"elastic: error: {says}"), done.stderr
+
+
 def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     model_folder: Path, text_file: Path, tmp_path: Path
 ):

@@ -16,6 +16,7 @@ from elastic import bench, evaluate, trainer
 from elastic.accounting.routing import routing_profile
 from elastic.cli import main
 from elastic.config import make_config
+from elastic.distillation import checkpoints
 from elastic.reporting.results import SweepFolder, key_of
 from elastic.sweep import Clock, plan, sweep
 from students import RouterSpec, StudentSpec, elasticize
@@ -123,7 +124,7 @@ def test_a_killed_sweep_goes_on(
     run_sweep: Callable[..., list[dict]], tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "sweep"
-    forward, steps = trainer._save, []
+    forward, steps = checkpoints.save, []
 
     def killed(*args: object) -> None:
         forward(*args)
@@ -133,7 +134,7 @@ def test_a_killed_sweep_goes_on(
 
     for many in (1, 2):  # three checkpoints each
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "_save", killed)
+            patch.setattr(checkpoints, "save", killed)
             with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
                 run_sweep(folder)
         assert len(SweepFolder.open(folder).rows()) == 2 * (many - 1) and len(steps) in (2, 5)

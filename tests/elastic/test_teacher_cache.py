@@ -15,7 +15,7 @@ import torch
 from elastic import trainer
 from elastic.cli import main
 from elastic.config import RunConfig
-from elastic.distillation import teacher_cache
+from elastic.distillation import checkpoints, teacher_cache
 from elastic.distillation.teacher_cache import TeacherCache, digest
 from elastic.run import Run
 from tests.elastic.cached import assert_a_cache_changes_nothing, assert_learned
@@ -58,7 +58,7 @@ def test_training_on_text_from_a_cache(
 
 
 def test_a_run_that_is_killed_fills_on(filled: Path, configure: Configure, tmp_path: Path):
-    real, steps = trainer._save, []
+    real, steps = checkpoints.save, []
 
     def killed(*args: object) -> None:
         real(*args)
@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_fills_on(filled: Path, configure: Configure, tmp_p
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_save", killed)
+        patch.setattr(checkpoints, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.distill(configure("train.batch=3"), tmp_path / "run", teacher_cache=tmp_path / "cache", say=silent)
     trainer.resume(tmp_path / "run", say=silent)
