@@ -161,6 +161,9 @@ class Attention(torch.autograd.Function):
             mask = torch.ones(query.shape[2], tokens, dtype=torch.bool, device=query.device).tril()
         key, value = key.contiguous(), value.contiguous()
         bias = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+        blind = None  # queries that see no key, for which torch puts out zeros
+        if bias is not None and bias.dtype == torch.bool and not bool((seeing := bias.any(-1, keepdim=True)).all()):
+            blind = ~seeing
         by_query = torch.empty_like(query)
         by_key, by_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (key, value))
         by_bias = torch.zeros_like(bias, dtype=_wide(bias)) if bias is not None and ctx.needs_input_grad[3] else None
@@ -177,6 +180,8 @@ class Attention(torch.autograd.Function):
                 score, least = weight.view(shape), torch.finfo(weight.dtype).min
                 score.masked_fill_(~part, least) if part.dtype == torch.bool else score.add_(part)
             ops.softmax_grad(weight.view(shape), slope.view(shape), shape[2] if causal else 0)
+            for x in () if blind is None else (weight, slope):
+                x.view(shape).masked_fill_(_part(blind, some, rows), 0)
             if by_bias is not None:
                 part = _part(by_bias, some, rows)
                 part += slope.view(shape).sum_to_size(part.shape)

@@ -48,6 +48,7 @@ def test_fast_attention_has_attention_s_gradient(
     inputs = [query, key, value]
     if mask == "bool":
         options["attn_mask"] = torch.rand(2, 1, 11, 13) > 0.3
+        options["attn_mask"][1, :, 4] = False  # as of padding in front of a text
     if mask in ("additive", "by key"):
         shape = (2, 1, 11, 13) if mask == "additive" else (1, 13)
         options["attn_mask"] = torch.randn(shape).to(dtype).requires_grad_()
