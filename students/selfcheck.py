@@ -71,10 +71,16 @@ class SelfCheck:
         with fresh_positions(model):
             self._whole = self._run(inputs)
             self._cached = self._decode() if language else self._whole
+        asked = "a few tokens" if language else "images of noise"
         if self._whole.isnan().any():
             raise ValueError(
-                f"{type(model).__name__} itself answers NaN to {'a few tokens' if language else 'a grey image'}: its "
-                "weights are damaged or overflow in this precision"
+                f"{type(model).__name__} itself answers NaN to {asked}: its weights are damaged or overflow in this "
+                "precision"
+            )
+        if bool((self._whole == self._whole.flatten()[0]).all()):
+            raise ValueError(
+                f"{type(model).__name__} itself answers {asked} with one and the same number, so that there is nothing "
+                "to learn from it: its weights are damaged, or were never written (all zero)"
             )
 
     def compare(self, student: Student) -> None:

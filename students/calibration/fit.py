@@ -70,11 +70,12 @@ def _root(matrix: Tensor) -> Tensor:
     """Lower triangular root of a positive matrix, with as little more on its diagonal as rounding asks for."""
     more = 1e-12 * matrix.diagonal().mean()
     root: Tensor
-    while True:
+    for _ in range(12):
         root, failed = torch.linalg.cholesky_ex(matrix + more * torch.eye(len(matrix), device=matrix.device))
         if not failed:
             return root
         more = 10 * more
+    raise ValueError("nothing can be fitted to weights or activations that are all zero, or not finite")
 
 
 def _unwhitened(root: Tensor, u: Tensor) -> Tensor:

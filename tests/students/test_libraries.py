@@ -118,6 +118,11 @@ def test_self_check_says_that_weights_are_damaged() -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="itself answers NaN to a few tokens"):
         elasticize(model, DROPS)
+    model = make_tiny("mistral")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(ValueError, match="answers a few tokens with one and the same number"):
+        elasticize(model, DROPS)
 
 
 def requirements() -> dict[str, Requirement]:
