@@ -11,139 +11,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from students.execution.capture import CudaGraph
 from students.kernels import cpu, ops
-from students.kernels.cpu.pages import large_pages
-from students.kernels.packing import PackedProduct
+from students.kernels.timing import ON_CPU, ON_GPU, Call, Setup, limits, reading
 
-Call = Callable[[], object]
 SHARES = (0.5, 0.2, 0.05)
 """Of rows of the LM head."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is timed, and where."""
-
-    device: torch.device
-    weights: Sequence[tuple[int, int]]
-    """Inputs and outputs: of an MLP's down projection, of its gate and up, of queries, keys and values, of a head."""
-    head: tuple[int, int]
-    """Rows and width of an LM head."""
-    logits: tuple[int, int]
-    tokens: tuple[int, int]
-    images: Sequence[tuple[int, int, int]]
-    rows: Sequence[int]
-    """Inputs at a time."""
-    dtype: torch.dtype = torch.bfloat16
-    beyond: int = 256 * 2**20
-    """Bytes that copies of a weight exceed together."""
-    replays: int = 10
-    keeps: Sequence[float] = (1.0, 0.7, 0.4)
-    """Shares of channels."""
-
-    def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers, in the type that is timed by default."""
-        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
-
-    def copies(self, rows: int, columns: int) -> list[Tensor]:
-        """Copies of a weight, in memory as students lay them out."""
-        probe = self.make(rows, columns)
-        count = max(1, -(-self.beyond // (probe.numel() * probe.element_size())))
-        return [large_pages.empty(probe, rows, columns).copy_(probe) for _ in range(count)]
-
-    def medians(self, contenders: Mapping[str, Sequence[Call]]) -> dict[str, float]:
-        """Median microseconds of one call of each contender, all in turn."""
-        timers = {name: self._timer(calls) for name, calls in contenders.items()}
-        times: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(self.replays):
-            for name, timer in timers.items():
-                times[name].append(timer())
-        return {name: median(each) for name, each in times.items()}
-
-    def _timer(self, calls: Sequence[Call]) -> Callable[[], float]:
-        def work() -> None:
-            for call in calls:
-                call()
-
-        def on_cpu() -> float:
-            start = time.perf_counter()
-            work()
-            return 1e6 * (time.perf_counter() - start) / len(calls)
-
-        if self.device.type == "cpu":
-            work()
-            return on_cpu
-        graph = CudaGraph(work)
-        graph()
-
-        def on_gpu() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph()
-            end.record()
-            end.synchronize()
-            return 1000 * float(start.elapsed_time(end)) / len(calls)
-
-        return on_gpu
-
-    def dense(self, x: Tensor, matrices: Sequence[Tensor]) -> dict[str, list[Call]]:
-        """Products of x [B, I] with weights [O, I]; on a GPU, where one or the other is faster, also as [I, O]."""
-        if self.device.type == "cpu":
-            return {"dense": [partial(_packed(matrix), x, matrix) for matrix in matrices]}
-        turned = [matrix.T.contiguous() for matrix in matrices]
-        rows: list[Call] = [partial(F.linear, x, matrix.contiguous()) for matrix in matrices]
-        return {"dense": rows, "dense, turned": [partial(torch.matmul, x, matrix) for matrix in turned]}
-
-
-def _packed(weight: Tensor) -> PackedProduct:
-    product = PackedProduct()
-    product.prepare(weight)
-    return product
-
-
-ON_GPU = Setup(  # of 8 B parameters
-    torch.device("cuda"),
-    weights=((14336, 4096), (4096, 28672), (4096, 6144), (4096, 128256)),
-    head=(128256, 4096),
-    logits=(2048, 128256),
-    tokens=(4096, 4096),
-    images=((1, 197, 768), (64, 197, 768), (64, 197, 1024), (64, 577, 1024)),
-    rows=(1, 4, 8),
-    keeps=(1.0, 0.6, 0.4),
-)
-ON_CPU = Setup(  # of 1 B parameters, and of 0.1 B
-    torch.device("cpu"),
-    weights=((8192, 2048), (2048, 16384), (2048, 3072), (1536, 576), (576, 3072)),
-    head=(128256, 2048),
-    logits=(64, 128256),
-    tokens=(512, 2048),
-    images=((1, 197, 384), (8, 197, 768)),
-    rows=(1, 4),
-)
-
-
-def limits(x: Tensor, keep: float) -> Tensor:
-    """A limit [I] that the share `keep` of channels reaches, each in some of x [B, I]."""
-    size = x.abs().float().max(0).values
-    cut = size.sort(descending=True).values[round(keep * len(size)) - 1]
-    return cut.expand(len(size)).contiguous()
-
-
-def reading(call: Callable[..., object], x: Tensor, limit: Tensor, matrices: Sequence[Tensor]) -> list[Call]:
-    """Calls of `few_channels`, or of what takes the same, with one weight after the other."""
-    return [partial(call, x, limit, matrix, None, None, None, [matrix.shape[1]]) for matrix in matrices]
 
 
 def row_of(name: str, rows: int, size: int, times: Mapping[str, float], read: Mapping[str, float]) -> str:

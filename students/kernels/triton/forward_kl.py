@@ -16,6 +16,28 @@ def rescale(most, values):
     return new, safe, tl.exp(most - safe)
 
 
+@triton.jit
+def add_logits(s, t, most_s, most_t, sum_s, sum_t, apart):
+    """Largest logits, sums of exponentials and sum of p * (t - s) so far, once these are added; -inf adds nothing."""
+    most_s, safe_s, shrink_s = rescale(most_s, s)
+    most_t, safe_t, shrink_t = rescale(most_t, t)
+    weight = tl.exp(t - safe_t)
+    sum_s = sum_s * shrink_s + tl.exp(s - safe_s)
+    sum_t = sum_t * shrink_t + weight
+    apart = apart * shrink_t + tl.where(weight > 0, weight * (t - s), 0.0)
+    return most_s, most_t, sum_s, sum_t, apart
+
+
+@triton.jit
+def write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart):
+    """The divergence of a row, and the logarithms of its sums of exponentials."""
+    whole = tl.sum(sum_t, 0)
+    log_s, log_t = most_s + tl.log(tl.sum(sum_s, 0)), most_t + tl.log(whole)
+    tl.store(value + row, tl.sum(apart, 0) / whole - (log_t - log_s))
+    tl.store(logs + row, log_s)
+    tl.store(logs + rows + row, log_t)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -27,17 +49,8 @@ def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.const
         here = token < vocabulary
         s = tl.load(student + row * vocabulary + token, mask=here, other=float("-inf")).to(tl.float32)
         t = tl.load(teacher + row * vocabulary + token, mask=here, other=float("-inf")).to(tl.float32)
-        most_s, safe_s, shrink_s = rescale(most_s, s)
-        most_t, safe_t, shrink_t = rescale(most_t, t)
-        weight = tl.exp(t - safe_t)
-        sum_s = sum_s * shrink_s + tl.exp(s - safe_s)
-        sum_t = sum_t * shrink_t + weight
-        apart = apart * shrink_t + tl.where(weight > 0, weight * (t - s), 0.0)
-    whole = tl.sum(sum_t, 0)
-    log_s, log_t = most_s + tl.log(tl.sum(sum_s, 0)), most_t + tl.log(whole)
-    tl.store(value + row, tl.sum(apart, 0) / whole - (log_t - log_s))
-    tl.store(logs + row, log_s)
-    tl.store(logs + rows + row, log_t)
+        most_s, most_t, sum_s, sum_t, apart = add_logits(s, t, most_s, most_t, sum_s, sum_t, apart)
+    write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -53,7 +66,7 @@ def _forward_kl_grad(student, teacher, logs, grad, to_student, rows, vocabulary,
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused.forward_kl_rows`."""
+    """As `ops.forward_kl`."""
     student, teacher = student.contiguous(), teacher.contiguous()
     rows, vocabulary = student.shape
     value, logs = student.new_empty(rows, dtype=torch.float32), student.new_empty(2, rows, dtype=torch.float32)
@@ -64,7 +77,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    """As `fused.forward_kl_grad`."""
+    """As `ops.forward_kl_grad`."""
     student, teacher, logs, grad = (x.contiguous() for x in (student, teacher, logs, grad))
     rows, vocabulary = student.shape
     out, block = torch.empty_like(student), min(4096, triton.next_power_of_2(vocabulary))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from students.kernels.triton.forward_kl import rescale
+from students.kernels.triton.forward_kl import add_logits, write_row
 
 
 @triton.jit
@@ -38,18 +38,9 @@ def _routed_kl(exact, preview, teacher, limit, tail, value, share, logs, rows, v
         s = tl.where(here, s, float("-inf"))
         t = tl.load(teacher + place, mask=here, other=float("-inf")).to(tl.float32)
         count += ((guess >= least) & here).to(tl.int32)
-        most_s, safe_s, shrink_s = rescale(most_s, s)
-        most_t, safe_t, shrink_t = rescale(most_t, t)
-        weight = tl.exp(t - safe_t)
-        sum_s = sum_s * shrink_s + tl.exp(s - safe_s)
-        sum_t = sum_t * shrink_t + weight
-        apart = apart * shrink_t + tl.where(weight > 0, weight * (t - s), 0.0)
-    whole = tl.sum(sum_t, 0)
-    log_s, log_t = most_s + tl.log(tl.sum(sum_s, 0)), most_t + tl.log(whole)
-    tl.store(value + row, tl.sum(apart, 0) / whole - (log_t - log_s))
+        most_s, most_t, sum_s, sum_t, apart = add_logits(s, t, most_s, most_t, sum_s, sum_t, apart)
+    write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart)
     tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (vocabulary + 0.0).to(tl.float32)))
-    tl.store(logs + row, log_s)
-    tl.store(logs + rows + row, log_t)
 
 
 @triton.jit(do_not_specialize=["rows"])

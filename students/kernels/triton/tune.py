@@ -10,7 +10,7 @@ from functools import partial
 
 from triton.runtime.errors import OutOfResources
 
-from students.kernels.bench import Setup, limits, reading
+from students.kernels.timing import Setup, limits, reading
 from students.kernels.triton import tuning
 from students.kernels.triton.read_channels import launch
 
