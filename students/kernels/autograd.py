@@ -180,8 +180,9 @@ class Attention(torch.autograd.Function):
                 score, least = weight.view(shape), torch.finfo(weight.dtype).min
                 score.masked_fill_(~part, least) if part.dtype == torch.bool else score.add_(part)
             ops.softmax_grad(weight.view(shape), slope.view(shape), shape[2] if causal else 0)
-            for x in () if blind is None else (weight, slope):
-                x.view(shape).masked_fill_(_part(blind, some, rows), 0)
+            if blind is not None:
+                for x in (weight, slope):
+                    x.view(shape).masked_fill_(_part(blind, some, rows), 0)
             if by_bias is not None:
                 part = _part(by_bias, some, rows)
                 part += slope.view(shape).sum_to_size(part.shape)
