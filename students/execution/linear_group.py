@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from students.execution.block_context import BlockContext, LinearGroupContext
-from students.kernels import direct, ops
+from students.kernels import devices, direct, ops
 from students.kernels.cpu.pages import large_pages
+from students.kernels.deferred import Gate, Output, entering, settled
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 
@@ -55,6 +56,8 @@ class LinearGroup:
         self.ends = ends
         self.opens = opens
         self.opaque = opaque
+        self.gates = False  # set by join_product
+        """Whether these layers are an MLP's gate and up, whose product is read by layers that can make it."""
         self.layers: list[RoutedLinear] = []
         self.context = LinearGroupContext()
         context.linear_groups.append(self.context)
@@ -92,6 +95,9 @@ class LinearGroup:
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers for x [..., I]."""
         call, limit = self.layers[0].runtime.call, self.limit
+        if self._joins(x):
+            return self._joined(x)
+        x = settled(x)
         if call.alone and self._reader is not None:  # read only what the token selects
             out, count = self._reader(x)
             self._note(lambda: torch.as_tensor(count / x.shape[-1]).expand(x.shape[:-1]))
@@ -103,6 +109,33 @@ class LinearGroup:
             return self._many(x)
         out = out.view(*x.shape[:-1], -1)
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
+
+    def _joins(self, x: Tensor) -> bool:
+        """Whether this is done along with what stands in front of the layers and behind them (kernels/deferred.py)."""
+        run = self.layers[0].runtime
+        return (
+            devices.runs_ahead(x.device)
+            and not torch.compiler.is_compiling()
+            and (self.limit is not None and run.call.rows is None and run.decisions is None)
+            and ops.reads_few(run.call.tokens, self.laid.whole, self._ends)
+        )
+
+    def _joined(self, x: Tensor) -> list[Tensor]:
+        """Outputs of all layers; of a layer that ends its branch, whatever it is to be added to."""
+        laid, limit, shape = self.laid, self.limit, torch.Size([*x.shape[:-1], self._ends[-1]])
+
+        def launch(residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            added = None if residual is None else residual.flatten(0, -2)
+            layers = limit, laid.whole, laid.bias, laid.down, laid.up, self._ends
+            out, _, squares = ops.fused_channels(*entering(x), added, *layers)
+            return out.view(shape), squares
+
+        if self.ends and len(self.layers) == 1:
+            return [Output(shape, x, launch)]
+        outs = [*launch(None)[0].split(self._sizes, -1)]
+        if self.gates:
+            outs[0] = Gate(outs[0].shape, outs[0])
+        return outs
 
     def _many(self, x: Tensor) -> list[Tensor]:
         """Many tokens: nothing is saved by leaving channels out, so they are masked."""

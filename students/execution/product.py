@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from students.architectures import Architecture
 from students.execution.linear import RoutedLinear
-
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
-"""Those that `ops.gated_grad` knows, in the order of its numbers."""
+from students.kernels.deferred import ACTIVATIONS
 
 
 def join_product(block: nn.Module, record: Architecture) -> None:
@@ -31,6 +25,7 @@ def join_product(block: nn.Module, record: Architecture) -> None:
     gate, up, behind = routed
     static = behind.routers["channel"].spec.network == "static"
     kind = _kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
+    gate.group.gates = kind is not None and behind.selects
     if kind is not None and not (static or behind.part or behind.lora is not None):
         behind.activation = kind
         gate.multiplies = up.multiplies = True

@@ -137,6 +137,30 @@ few_channels: Pair = _operator(
 )
 """As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
 
+
+def _fused_shapes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    residual, weight = rest[4], rest[6]
+    outputs = weight.shape[1]
+    found = 0 if residual is None else (len(x), -(-outputs // reference.TOGETHER))
+    wide = x.new_empty(found, dtype=torch.float32)
+    return x.new_empty(len(x), outputs), x.new_empty((), dtype=torch.long), wide
+
+
+fused_channels: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "fused_channels(Tensor x, Tensor? other, Tensor? squares, float epsilon, int kind, Tensor? residual, Tensor limit,"
+    " Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends) -> (Tensor, Tensor, Tensor)",
+    _fused_shapes,
+    lambda x, *rest, out_val: _channels_flops(x, *rest[5:], out_val=out_val[:2]),
+    lambda x, *rest, out_val: _channels_read(x, *rest[5:], out_val=out_val[:2]),
+)
+"""As `few_channels`, with what stands in front of the layers and behind them.
+
+kind: -1 where they read x [B, I]; 0 to 2 where they read its RMS norm as of `rms_norm`, with the weight `other` [I] and
+squares [B, n], which add up to each input's sum of squares; 3 where they read SiLU(x) * other [B, I], 4 for GELU with
+tanh. residual [B, O], for one layer: what is added to its output, both rounded; the sums of squares of that are
+returned too, every 64 outputs [B, n].
+"""
+
 dot_rows: One = _operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
     lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),

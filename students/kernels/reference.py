@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples, match, merge
 from students.kernels.scoring import stream_score
+
+TOGETHER = 64
+"""Outputs whose squares `fused_channels` sums together."""
 
 
 def _with_rest(
@@ -60,6 +64,41 @@ def few_channels(
     rows = needed.any(0).nonzero().squeeze(1)
     out = (x * needed)[:, rows] @ weight[rows]
     return _with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
+
+
+def entering(x: Tensor, other: Tensor | None, squares: Tensor | None, epsilon: float, kind: int) -> Tensor:
+    """What the layers of `ops.fused_channels` read."""
+    if squares is not None and other is not None:
+        wide, gain = _wide(x), _wide(other) + (kind == 2)
+        scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[1] + epsilon)
+        scaled = (wide * scale).to(x.dtype) if kind == 0 else wide * scale
+        return (scaled * gain).to(x.dtype)
+    if other is not None:
+        return (F.silu(x) if kind == 3 else F.gelu(x, approximate="tanh")) * other
+    return x
+
+
+def leaving(out: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [B, O] with the residual stream added, and its sums of squares."""
+    if residual is None:
+        return out, out.new_empty(0, dtype=torch.float32)
+    out = residual + out
+    squares = F.pad(_wide(out).square(), (0, -out.shape[1] % TOGETHER)).unflatten(1, (-1, TOGETHER)).sum(2)
+    return out, squares.float()
+
+
+def fused_channels(
+    x: Tensor,
+    other: Tensor | None,
+    squares: Tensor | None,
+    epsilon: float,
+    kind: int,
+    residual: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, count = few_channels(entering(x, other, squares, epsilon, kind), *rest)
+    out, found = leaving(out, residual)
+    return out, count, found
 
 
 def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 OPERATORS = {
     "read_channels": "read_channels",
     "few_channels": "read_channels",
+    "fused_channels": "read_channels",
     "dot_rows": "dot_rows",
     "exact_rows": "exact_rows",
     "channel_gate": "channel_gate",

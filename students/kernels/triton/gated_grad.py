@@ -11,7 +11,7 @@ from students.kernels.triton.channel_gate import ROWS, add_chunks, each
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -54,10 +54,10 @@ def _gated_grad(
         out = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
         cost = tl.load(price + row, mask=token < rows, other=0.0) / channels
         if KIND == 0:
-            soft = _sigmoid(x)
+            soft = sigmoid(x)
             active, rise = x * soft, soft * (1 + x * (1 - soft))
         else:
-            soft = 2 * _sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)) - 1
+            soft = 2 * sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)) - 1
             active = 0.5 * x * (1 + soft)
             rise = 0.5 * (1 + soft + x * (1 - soft * soft) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
         active = active.to(kind).to(tl.float32)

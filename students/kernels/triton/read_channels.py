@@ -1,8 +1,11 @@
 """Linear layers side by side that read only the channels that a few inputs need.
 
-A program owns a strip of one layer's outputs and a range of the inputs, and copies rows of the weight for those
-channels alone that an input needs: what is not copied costs no bandwidth, which is all that a product with one input
-takes. Ranges' sums meet in memory, where the program that comes last adds them up, in the order of the ranges.
+A program owns a strip of one layer's outputs and a range of the inputs. It lists the channels of its range that some
+input needs, with what stands in front of the layers (a norm, an MLP's gate) done on the way, and then copies the rows
+of the weight that are on the list: what is not copied costs neither bandwidth, which is all that a product with one
+input takes, nor steps of the loop. Programs of one range write the same list to the same place. Ranges' sums meet in
+memory, where the program that comes last adds them up, in the order of the ranges, and adds what follows the layers (a
+residual stream).
 """
 
 from __future__ import annotations
@@ -14,60 +17,203 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels import reference
 from students.kernels.triton import counters, tuning
 from students.kernels.triton.channel_gate import channel_gate
+from students.kernels.triton.gated_grad import sigmoid
+
+_TOGETHER = tl.constexpr(reference.TOGETHER)
 
 
 @triton.jit
-def _write(total, bias, out, row, column, end, rows, outputs):
-    """Round total [R, STRIP] into out [rows, outputs]."""
+def _write(total, bias, residual, out, squares, row, column, end, rows, outputs, strip, STRIP: tl.constexpr):
+    """Round total [R, STRIP] into out [rows, outputs]; with a residual stream added, and its squares summed."""
     if bias is not None:
         total += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
     place = row[:, None] * outputs + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < end)[None, :])
+    mask = (row < rows)[:, None] & (column < end)[None, :]
+    kind = out.dtype.element_ty
+    if residual is not None:
+        total = total.to(kind).to(tl.float32) + tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        total = total.to(kind).to(tl.float32)
+        sums = tl.cdiv(outputs, _TOGETHER)
+        PARTS: tl.constexpr = STRIP // _TOGETHER
+        part = strip * PARTS + tl.arange(0, PARTS)
+        found = tl.sum(tl.reshape(total * total, [total.shape[0], PARTS, _TOGETHER]), 2)
+        here = (row < rows)[:, None] & (part < sums)[None, :]
+        tl.store(squares + row[:, None] * sums + part[None, :], found, mask=here)
+    tl.store(out + place, total.to(kind), mask=mask)
 
 
 @triton.jit
-def _values(x, row, channel, last, rows, inputs):
-    """Values [R, STEP] of a few inputs at these channels."""
-    mask = (row < rows)[:, None] & (channel < last)[None, :]
-    return tl.load(x + row[:, None] * inputs + channel[None, :], mask=mask, other=0.0)
+def _scale(squares, row, rows, inputs, sums, epsilon, SUMS: tl.constexpr, ONE: tl.constexpr):
+    """[R, 1]: one over the root mean square of each input, from sums of squares; [] where there is one input."""
+    part = tl.arange(0, SUMS)
+    if ONE:
+        total = tl.sum(tl.load(squares + part, mask=part < sums, other=0.0), 0)
+    else:
+        mask = (row < rows)[:, None] & (part < sums)[None, :]
+        total = tl.sum(tl.load(squares + row[:, None] * sums + part[None, :], mask=mask, other=0.0), 1)[:, None]
+    return tl.rsqrt(total / inputs + epsilon)
 
 
 @triton.jit
-def _lows(x, correction, row, corrects, first, last, rows, inputs, lows):
-    """lows [R, RANK] and the products of a few inputs with a correction's rows, in a loop of their own: of two products
-    in one loop, Triton has every warp do all rows."""
+def _inputs(x, other, scale, place, channel, mask, here, KIND: tl.constexpr):
+    """What the layers read in some places of x, each step rounded as the model's own does."""
+    kind = x.dtype.element_ty
+    value = tl.load(x + place, mask=mask, other=0.0)
+    if KIND >= 0 and KIND < 3:
+        gain = tl.load(other + channel, mask=here, other=0.0).to(tl.float32)
+        if KIND == 2:
+            gain += 1.0
+        wide = value.to(tl.float32) * scale
+        if KIND == 0:
+            wide = wide.to(kind).to(tl.float32)
+        value = (wide * gain).to(kind)
+    elif KIND >= 3:
+        factor = tl.load(other + place, mask=mask, other=0.0).to(tl.float32)
+        wide = value.to(tl.float32)
+        if KIND == 3:
+            soft = sigmoid(wide)
+        else:
+            soft = sigmoid(2 * 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide))
+        value = ((wide * soft).to(kind).to(tl.float32) * factor).to(kind)
+    return value
+
+
+@triton.jit
+def _list(
+    x,
+    other,
+    scale,
+    limit,
+    down,
+    chosen,
+    values,
+    row,
+    first,
+    last,
+    rows,
+    inputs,
+    stride,
+    rank,
+    layer,
+    unit,
+    KIND: tl.constexpr,
+    RANK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    """How many channels of a range some input needs; each of them, and what the inputs have there, go into memory. One
+    input's products with a correction's rows [1, RANK], too; for those of several, all that they have goes there."""
+    count, feature = tl.zeros([], tl.int32), tl.arange(0, RANK)
+    lows = tl.zeros([1, RANK], tl.float32)
+    for start in range(first, last, CHUNK):
+        channel = start + tl.arange(0, CHUNK) * unit
+        here = channel < last
+        least = tl.load(limit + channel, mask=here, other=float("inf"))
+        if ONE:
+            value = _inputs(x, other, scale, channel, channel, here, here, KIND)
+            some = (tl.abs(value.to(tl.float32)) >= least).to(tl.int32)
+            if down is not None:
+                all_of_it = start + tl.arange(0, CHUNK)
+                mask = (feature < rank)[:, None] & (all_of_it < last)[None, :]
+                place = down + (layer * rank + feature)[:, None] * inputs + all_of_it[None, :]
+                shrunk = tl.load(place, mask=mask, other=0.0)
+                lows += tl.sum(value.to(tl.float32)[None, :] * shrunk.to(tl.float32), 1)[None, :]
+        else:
+            mask = (row < rows)[:, None] & here[None, :]
+            place = row[:, None] * stride + channel[None, :]
+            value = _inputs(x, other, scale, place, channel[None, :], mask, here[None, :], KIND)
+            if down is not None:
+                tl.store(values + (rows + row)[:, None] * inputs + channel[None, :], value, mask=mask)
+            needed = tl.abs(value.to(tl.float32)) >= least[None, :]
+            some = tl.max(needed.to(tl.int32), 0)
+            value = tl.where(needed, value, 0.0)
+        slot = first + count + tl.cumsum(some, 0) - 1
+        tl.store(chosen + slot, channel, mask=some > 0)
+        if ONE:
+            tl.store(values + slot, value, mask=some > 0)
+        else:
+            mask = (row < rows)[:, None] & (some > 0)[None, :]
+            tl.store(values + row[:, None] * inputs + slot[None, :], value, mask=mask)
+        count += tl.sum(some, 0)
+    return count, lows
+
+
+@triton.jit
+def _lows(x, down, row, first, last, rows, inputs, rank, layer, RANK: tl.constexpr, ROWS: tl.constexpr):
+    """The products [R, RANK] of a few inputs with a correction's rows."""
+    feature = tl.arange(0, RANK)
+    lows = tl.zeros([ROWS, RANK], tl.float32)
     for start in range(first, last, 128):
         channel = start + tl.arange(0, 128)
-        shrunk = tl.load(correction + channel[None, :], mask=corrects & (channel < last)[None, :], other=0.0)
-        value = _values(x, row, channel, last, rows, inputs)
+        here = (channel < last)[None, :]
+        place = down + (layer * rank + feature)[:, None] * inputs + channel[None, :]
+        shrunk = tl.load(place, mask=(feature < rank)[:, None] & here, other=0.0)
+        value = tl.load(x + row[:, None] * inputs + channel[None, :], mask=(row < rows)[:, None] & here, other=0.0)
         lows = tl.dot(value, tl.trans(shrunk), lows, input_precision="ieee")
     return lows
 
 
-@triton.jit(do_not_specialize=["rows", "rank"])
+@triton.jit
+def _listed(values, row, slot, stop, rows, inputs, ROWS: tl.constexpr, STEP: tl.constexpr, ONE: tl.constexpr):
+    """[ROWS, STEP]: what inputs have in some slots of the list; where there is one input, all rows are that."""
+    if ONE:
+        value = tl.load(values + slot, mask=slot < stop, other=0.0)
+        return tl.broadcast_to(value[None, :], [ROWS, STEP])
+    else:
+        mask = (row < rows)[:, None] & (slot < stop)[None, :]
+        return tl.load(values + row[:, None] * inputs + slot[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _added(partial, row, column, inside, rows, outputs, STRIP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums [R, STRIP] of all ranges, in their order; as many as fit into registers are on their way together."""
+    place = row[:, None] * outputs + column[None, :]
+    mask = (row < rows)[:, None] & inside[None, :]
+    total = tl.zeros([ROWS, STRIP], tl.float32)
+    for part in tl.range(0, SPLIT, loop_unroll_factor=32 // ROWS):
+        total += tl.load(partial + part * rows * outputs + place, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "sums", "unit"])
 def _gather(
     x,
+    other,
+    squares,
     limit,
     weight,
     bias,
     down,
     up,
+    residual,
+    chosen,
+    values,
     partial,
     counts,
     arrivals,
     out,
     count,
+    sums_out,
     rows,
     inputs,
     outputs,
+    by_row,
     stride,
     rank,
+    sums,
+    epsilon,
+    unit,
     ENDS: tl.constexpr,
     STRIPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
+    KIND: tl.constexpr,
+    SUMS: tl.constexpr,
+    LISTING: tl.constexpr,
+    CHUNK: tl.constexpr,
     ONE: tl.constexpr,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
@@ -80,9 +226,9 @@ def _gather(
     first line to the last (where its strip lies, what it has summed) would be most of what parts of it hand over."""
     strip, part = tl.program_id(0), tl.program_id(1)
     layer, begin, end, own = 0, 0, ENDS[0], strip
-    for other in tl.static_range(1, len(ENDS)):
-        if strip >= STRIPS[other]:
-            layer, begin, end, own = other, ENDS[other - 1], ENDS[other], strip - STRIPS[other]
+    for another in tl.static_range(1, len(ENDS)):
+        if strip >= STRIPS[another]:
+            layer, begin, end, own = another, ENDS[another - 1], ENDS[another], strip - STRIPS[another]
     if ALIGNED:
         begin = tl.multiple_of(begin, 16)
         end = tl.multiple_of(end, 16)
@@ -92,56 +238,37 @@ def _gather(
     first = part * each
     last = tl.minimum(first + each, inputs)
     step, row, feature = tl.arange(0, STEP), tl.arange(0, ROWS), tl.arange(0, RANK)
-    channel, listed = first + step, tl.zeros([STEP], tl.int32)
-    place = weight + channel.to(tl.int64)[:, None] * stride + column[None, :]
-    corrects = (feature < rank)[:, None]
-    correction = down + (layer * rank + feature)[:, None] * inputs if down is not None else down
-    # inputs and limits are read a step ahead, while weights are on their way
-    least = tl.load(limit + channel, mask=channel < last, other=float("inf"))
-    if ONE:
-        value = tl.load(x + channel, mask=channel < last, other=0.0)
-    else:
-        value = _values(x, row, channel, last, rows, inputs)
-    total = tl.zeros([ROWS, STRIP], tl.float32)
-    lows = tl.zeros([RANK, STEP] if ONE else [ROWS, RANK], tl.float32)
+    listing = tl.arange(0, LISTING)
+    scale = 1.0 if squares is None else _scale(squares, listing, rows, inputs, sums, epsilon, SUMS, ONE)
+    read, lows = _list(
+        *(x, other, scale, limit, down, chosen, values, listing, first, last, rows, inputs, by_row, rank, layer),
+        *(unit, KIND, RANK, CHUNK, ONE),
+    )
+    tl.debug_barrier()  # all of the list is written before it is read
     if down is not None and not ONE:
-        lows = _lows(x, correction, row, corrects, first, last, rows, inputs, lows)
-    for start in tl.range(first, last, STEP, num_stages=STAGES):
-        if ONE:
-            some = tl.abs(value.to(tl.float32)) >= least
-            kept = tl.broadcast_to(tl.where(some, value, 0.0)[None, :], [ROWS, STEP])  # all rows of the product are one
-        else:
-            needed = tl.abs(value.to(tl.float32)) >= least[None, :]
-            some = tl.max(needed.to(tl.int32), 0) > 0
-            kept = tl.where(needed, value, 0.0)
-        listed += some.to(tl.int32)
-        mask = some[:, None] if WHOLE else some[:, None] & inside[None, :]
-        copied = tl.load(place, mask=mask, other=0.0)
-        total = tl.dot(kept, copied, total, input_precision="ieee")
-        if down is not None and ONE:
-            here = corrects & (start + step < last)[None, :]
-            shrunk = tl.load(correction + (start + step)[None, :], mask=here, other=0.0)
-            lows += value.to(tl.float32)[None, :] * shrunk.to(tl.float32)
-        channel = start + STEP + step
-        least = tl.load(limit + channel, mask=channel < last, other=float("inf"))
-        if ONE:
-            value = tl.load(x + channel, mask=channel < last, other=0.0)
-        else:
-            value = _values(x, row, channel, last, rows, inputs)
-        place += STEP * stride
+        lows = _lows(values + rows * inputs, down, row, first, last, rows, inputs, rank, layer, RANK, ROWS)
+    stop = first + read
+    total = tl.zeros([ROWS, STRIP], tl.float32)
+    # the list is read a step ahead, while weights are on their way
+    channel = tl.load(chosen + first + step, mask=first + step < stop, other=0)
+    value = _listed(values, row, first + step, stop, rows, inputs, ROWS, STEP, ONE)
+    for start in tl.range(first, stop, STEP, num_stages=STAGES):
+        some = (start + step < stop)[:, None]
+        mask = some if WHOLE else some & inside[None, :]
+        copied = tl.load(weight + channel.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        total = tl.dot(value, copied, total, input_precision="ieee")
+        slot = start + STEP + step
+        channel = tl.load(chosen + slot, mask=slot < stop, other=0)
+        value = _listed(values, row, slot, stop, rows, inputs, ROWS, STEP, ONE)
     if ONE:
         total = tl.sum(tl.where((row == 0)[:, None], total, 0.0), 0)[None, :]
         row = tl.arange(0, 1)
-    if up is not None and ONE:
-        grown = tl.load(up + feature[:, None] * outputs + column[None, :], mask=corrects & inside[None, :], other=0.0)
-        total += tl.sum(tl.sum(lows, 1)[:, None] * grown.to(tl.float32), 0)[None, :]
-    elif up is not None:
+    if up is not None:
         for which in range(rank):
             grown = tl.load(up + which * outputs + column, mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(tl.where((feature == which)[None, :], lows, 0.0), 1)[:, None] * grown[None, :]
-    read = tl.sum(listed, 0)
     if SPLIT == 1:
-        _write(total, bias, out, row, column, end, rows, outputs)
+        _write(total, bias, residual, out, sums_out, row, column, end, rows, outputs, strip, STRIP)
         if strip == 0:
             tl.store(count, read.to(tl.int64))
     else:
@@ -153,84 +280,18 @@ def _gather(
         tl.debug_barrier()  # all of this program's sums are written before it says so
         if tl.atomic_add(arrivals + strip, 1, sem="acq_rel") == SPLIT - 1:
             tl.store(arrivals + strip, 0)
-            whole = tl.zeros_like(total)
-            for one in tl.range(0, SPLIT, loop_unroll_factor=4):
-                whole += tl.load(partial + one * rows * outputs + place, mask=mask, other=0.0, cache_modifier=".cg")
-            _write(whole, bias, out, row, column, end, rows, outputs)
+            whole = _added(partial, listing, column, inside, rows, outputs, STRIP, LISTING, SPLIT)
+            _write(whole, bias, residual, out, sums_out, listing, column, end, rows, outputs, strip, STRIP)
             if strip == 0:
                 reads = tl.zeros([], tl.int32)
-                for other in tl.static_range(SPLIT):
-                    reads += tl.load(counts + other, cache_modifier=".cg")
+                for another in tl.static_range(SPLIT):
+                    reads += tl.load(counts + another, cache_modifier=".cg")
                 tl.store(count, reads.to(tl.int64))
 
 
-def few_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
+def few_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """As `ops.few_channels`: out [B, O] for x [B, I], and how many channels some input needs."""
-    plan = tuning.gather(x.device, len(x), weight.shape[1])
-    if plan is None:
-        return _all_channels(x, limit, weight, bias, down, up, ends)
-    return launch(plan, x, limit, weight, bias, down, up, ends)
-
-
-def launch(
-    plan: tuning.Gather,
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
-    """`few_channels` as a plan has it."""
-    x, (rows, inputs), outputs = x.contiguous(), x.shape, weight.shape[1]
-    starts, strips = [], 0
-    for begin, end in zip([0, *ends], ends, strict=False):
-        starts.append(strips)
-        strips += triton.cdiv(end - begin, plan.strip)
-    split = plan.split(inputs, strips, tuning.multiprocessors(x.device))
-    rank = 1 if up is None else len(up)
-    out, count = x.new_empty(rows, outputs), x.new_empty((), dtype=torch.int64)
-    partial = x.new_empty(split, rows, outputs, dtype=torch.float32) if split > 1 else None
-    _gather[(strips, split)](
-        x,
-        limit.contiguous(),
-        weight,
-        bias,
-        None if down is None else down.contiguous(),
-        None if up is None else up.contiguous(),
-        partial,
-        x.new_empty(split, dtype=torch.int32) if split > 1 else None,
-        counters.zeros(x.device, strips) if split > 1 else None,
-        out,
-        count,
-        rows,
-        inputs,
-        outputs,
-        weight.stride(0),
-        rank,
-        ENDS=tuple(ends),
-        STRIPS=tuple(starts),
-        ALIGNED=not any(end % 16 for end in ends),
-        WHOLE=not any(end % plan.strip for end in ends),
-        ONE=rows == 1,
-        ROWS=16,
-        RANK=max(16, triton.next_power_of_2(rank)),
-        STRIP=plan.strip,
-        STEP=plan.step,
-        SPLIT=split,
-        STAGES=plan.stages,
-        num_warps=plan.warps,
-    )
-    return out, count
+    return fused_channels(x, None, None, 0.0, -1, None, *rest)[:2]
 
 
 def read_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -239,20 +300,91 @@ def read_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out.squeeze(0), count
 
 
-def _all_channels(
+def fused_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.fused_channels`."""
+    plan = tuning.gather(x.device, len(x), rest[6].shape[1])
+    return _all_channels(x, *rest) if plan is None else launch(plan, x, *rest)
+
+
+def launch(
+    plan: tuning.Gather,
     x: Tensor,
+    other: Tensor | None,
+    squares: Tensor | None,
+    epsilon: float,
+    kind: int,
+    residual: Tensor | None,
     limit: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
     ends: list[int],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_channels` as a plan has it."""
+    (rows, inputs), outputs = x.shape, weight.shape[1]
+    if x.stride(1) != 1 or (kind >= 3 and other is not None and other.stride() != x.stride()):
+        x, other = x.contiguous(), None if other is None else other.contiguous()
+    starts, strips = [], 0
+    for begin, end in zip([0, *ends], ends, strict=False):
+        starts.append(strips)
+        strips += triton.cdiv(end - begin, plan.strip)
+    split = plan.split(inputs, strips, tuning.multiprocessors(x.device))
+    rank, sums = 1 if up is None else len(up), 1 if squares is None else squares.shape[1]
+    out, count = x.new_empty(rows, outputs), x.new_empty((), dtype=torch.int64)
+    shape = (rows, triton.cdiv(outputs, reference.TOGETHER)) if residual is not None else 0
+    found = x.new_empty(shape, dtype=torch.float32)
+    each = triton.next_power_of_2(triton.cdiv(inputs, split))
+    _gather[(strips, split)](
+        *(x, other, squares, limit.contiguous(), weight, bias),
+        *(None if low is None else low.contiguous() for low in (down, up, residual)),
+        x.new_empty(inputs, dtype=torch.int32),
+        x.new_empty(rows if down is None or rows == 1 else 2 * rows, inputs),
+        x.new_empty(split, rows, outputs, dtype=torch.float32) if split > 1 else None,
+        x.new_empty(split, dtype=torch.int32) if split > 1 else None,
+        counters.zeros(x.device, strips) if split > 1 else None,
+        *(out, count, found, rows, inputs, outputs, x.stride(0), weight.stride(0), rank, sums, epsilon, 1),
+        ENDS=tuple(ends),
+        STRIPS=tuple(starts),
+        ALIGNED=not any(end % 16 for end in ends),
+        WHOLE=not any(end % plan.strip for end in ends),
+        KIND=kind,
+        SUMS=triton.next_power_of_2(sums),
+        LISTING=triton.next_power_of_2(rows),
+        CHUNK=max(16, min(each, 1024 // max(2, triton.next_power_of_2(rows)))),
+        ONE=rows == 1,
+        ROWS=16,
+        RANK=max(1 if rows == 1 else 16, triton.next_power_of_2(rank)),
+        STRIP=plan.strip,
+        STEP=plan.step,
+        SPLIT=split,
+        STAGES=plan.stages,
+        num_warps=plan.warps,
+    )
+    return out, count, found
+
+
+def _all_channels(
+    x: Tensor,
+    other: Tensor | None,
+    squares: Tensor | None,
+    epsilon: float,
+    kind: int,
+    residual: Tensor | None,
+    limit: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ends: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same from a product with all of the weight."""
+    x = reference.entering(x, other, squares, epsilon, kind)
     out = channel_gate(x, limit)[0] @ weight
     out = out if bias is None else out + bias
     if down is not None and up is not None:
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         low = (x @ down.T).chunk(len(ends), 1)
         out += torch.cat([part @ to for part, to in zip(low, up.split(sizes, 1), strict=True)], 1)
-    return out, (x.abs() >= limit).any(0).sum()
+    out, found = reference.leaving(out, residual)
+    return out, (x.abs() >= limit).any(0).sum(), found

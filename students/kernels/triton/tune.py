@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from students.kernels.timing import Setup, limits, reading
@@ -27,13 +29,17 @@ def tune(on: Setup, keep: float = 0.6) -> Iterator[str]:
         assert usual is not None, "there are launches for so few inputs"
         for plan in _neighbours(usual):
             try:
-                times[plan] = on.medians({"": reading(partial(launch, plan), x, limit, matrices)})[""]
+                times[plan] = on.medians({"": reading(partial(_launch, plan), x, limit, matrices)})[""]
             except OutOfResources as problem:
                 print(f"{plan}: {problem}", file=sys.stderr)
         best = min(times, key=times.__getitem__)
         whole = min(on.medians(on.dense(x, [matrix.T for matrix in matrices])).values())
         yield f"    ({kind!r}, {width!r}): {best},  # {times[best] / whole:.2f} of cuBLAS at {keep}"
     yield "},"
+
+
+def _launch(plan: tuning.Gather, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return launch(plan, x, None, None, 0.0, -1, None, *rest)
 
 
 def _neighbours(usual: tuning.Gather) -> list[tuning.Gather]:

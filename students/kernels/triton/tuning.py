@@ -84,7 +84,8 @@ class Attend:
 
 
 _ONE = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
-_FEW = Gather(strip=128, step=32, resident=4, warps=4, stages=4)
+_FEW = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
+_FEW_NARROW = Gather(strip=128, step=32, resident=4, warps=4, stages=4)
 _ONE_90 = replace(_ONE, stages=6)
 
 GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
@@ -92,7 +93,7 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
         ("one", "narrow"): _ONE,
         ("one", "middle"): _ONE,
         ("one", "wide"): _ONE,
-        ("few", "narrow"): _FEW,
+        ("few", "narrow"): _FEW_NARROW,
         ("few", "middle"): _FEW,
         ("few", "wide"): _FEW,
     },
@@ -100,7 +101,7 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
         ("one", "narrow"): _ONE_90,
         ("one", "middle"): _ONE_90,
         ("one", "wide"): _ONE_90,
-        ("few", "narrow"): _FEW,
+        ("few", "narrow"): _FEW_NARROW,
         ("few", "middle"): _FEW,
         ("few", "wide"): _FEW,
     },

@@ -74,6 +74,12 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("read_channels", make(narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
     yield call("few_channels", make(4, narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
     yield call("read_channels", make(77), make(77, kind=single), make(77, 301), make(301), None, None, [301])
+    for rows in (1, 8):
+        sums, stream = make(rows, 64, kind=single), make(rows, narrow)
+        gates = make(rows, 2 * wide).chunk(2, 1)
+        yield call("fused_channels", stream, make(narrow), sums, 1e-6, 0, None, limit, *up_and_gate)
+        shut = long_limit, make(wide, narrow), None, make(rank, wide), make(rank, narrow), [narrow]
+        yield call("fused_channels", *gates, None, 0.0, 3, stream, *shut)
     head = make(vocabulary, narrow)
     for rows in (1, 8):
         yield call("exact_rows", make(rows, narrow), head, None, make(rows, vocabulary), make(rows), make())

@@ -43,6 +43,21 @@ def channels(draw: Draw, rows: int) -> Iterator[Arguments]:
     yield x, torch.full_like(limit, torch.inf), weight, None, None, None, [outputs]
 
 
+def fused_channels(draw: Draw) -> Iterator[Arguments]:
+    for rows in (1, 3):
+        for kind in range(-1, 5):
+            for inputs, outputs in ((77, 160), (300, 31)):
+                x, gain, other = draw(rows, inputs), draw(inputs), 2 * draw(rows, inputs)
+                squares = torch.stack([part.square().sum(1) for part in x.float().split(10, 1)], 1)
+                given = (x, gain, squares) if 0 <= kind < 3 else (x, None if kind < 0 else other, None)
+                ends = [outputs] if kind % 2 else [16, outputs]
+                residual = draw(rows, outputs) if kind % 2 else None
+                low = draw(3 * len(ends), inputs), draw(3, outputs)
+                rest = (draw(outputs), *low) if kind < 4 else (None, None, None)
+                limit = torch.full_like(draw.single(inputs), 0.5)
+                yield *given, 1e-3, kind, residual, limit, draw(inputs, outputs), *rest, ends
+
+
 def dot_rows(draw: Draw) -> Iterator[Arguments]:
     rows = torch.tensor([89, 0, 7, 7]).to(draw.device)
     yield draw(70), draw(90, 70), draw(90), rows
@@ -179,6 +194,7 @@ def merge_below(draw: Draw) -> Iterator[Arguments]:
 SAMPLES: dict[str, Samples] = {
     "read_channels": lambda draw: channels(draw, 1),
     "few_channels": lambda draw: channels(draw, 3),
+    "fused_channels": fused_channels,
     "dot_rows": dot_rows,
     "exact_rows": exact_rows,
     "channel_gate": channel_gate,

@@ -13,7 +13,7 @@ from students import LoraSpec, RouterSpec, StudentSpec, elasticize
 from students.kernels import triton
 from students.kernels.rotary import Rotary
 from students.kernels.triton import tuning
-from students.libraries import cache_of
+from students.libraries import cache_of, with_cache
 from tests.pico.language import make_tiny
 from tests.students.test_execution import decode
 from tests.students.test_image import outputs, routed
@@ -77,5 +77,7 @@ def test_decoding_on_a_gpu_asks_nothing_of_it(rows: int, monkeypatch: pytest.Mon
         cache = cache_of(student(row, use_cache=True)[0])
         with Called() as called:
             out, _ = student(row[:, :1], use_cache=True, past_key_values=cache)
-    assert out.logits.is_cuda
+        options = with_cache(student.model, {"use_cache": True}, cache_of(out))
+        again = student.model(row[:, :1], **options)  # where nobody asks for decisions
+    assert out.logits.is_cuda and again.logits.is_cuda
     assert {"read_channels" if rows == 1 else "few_channels", "exact_rows"} <= called.names

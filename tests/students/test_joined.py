@@ -1,0 +1,154 @@
+"""Layers that read channels compute what stands in front of them and behind them along with themselves, as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from students import LoraSpec, RouterSpec, StudentSpec
+from students.families.language import LanguageStudent
+from students.kernels import devices, ops
+from students.kernels.deferred import Active, Deferred, Gate, Gated, Normed, Output, Sum, entering, settled
+from students.libraries import cache_of, with_cache
+from tests.backends import running_on
+from tests.students.tape import Tape
+from tests.students.test_execution import CLOSE, make
+from tests.students.test_launches import DEFAULT, of_a_block, routed
+
+JOINED = {"llama": {-1, 0, 3}, "phi3": {-1, 0}, "gemma2": {-1, 4}, "cohere2": {-1, 3}, "gpt2": {-1}}
+"""Kinds of inputs (see `ops.fused_channels`), by model: norms behind a residual stream, gates of an MLP's own."""
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As there, whatever runs the operators."""
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    monkeypatch.setattr(ops, "reads_few", lambda rows, *_: rows <= 8)
+    with torch.no_grad():
+        yield
+
+
+def in_steps(student: LanguageStudent, tokens: Tensor) -> Tensor:
+    """Logits of the last three tokens, one at a time."""
+    out = student.model(tokens[:, :-3], use_cache=True)
+    found = []
+    for step in range(3, 0, -1):
+        one = tokens[:, -step : tokens.shape[1] - step + 1]
+        out = student.model(one, **with_cache(student.model, {"use_cache": True}, cache_of(out)))
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def both_ways(student: LanguageStudent, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    student.runtime.execution = "mask"
+    whole = student.model(tokens, use_cache=False).logits[:, -3:]
+    student.runtime.execution = "skip"
+    return whole, in_steps(student, tokens)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_decoding_says_what_masks_say(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, Tensor | None]] = []
+    call = ops.fused_channels
+    monkeypatch.setattr(ops, "fused_channels", lambda *given: calls.append(given[4:6]) or call(*given))
+    student = make(name, StudentSpec(DEFAULT, LoraSpec(2)), num_hidden_layers=2)
+    for rows in (1, 2):
+        torch.testing.assert_close(*both_ways(student, tokens[:rows]), **CLOSE)
+    assert {kind for kind, _ in calls} == JOINED[name]
+    assert (name in ("gemma2",)) == all(residual is None for _, residual in calls)
+
+
+def test_beside_other_routers(tokens: Tensor) -> None:
+    routers = RouterSpec("channel"), RouterSpec("token", substitute=2), RouterSpec("head"), RouterSpec("expert")
+    student = make("llama", StudentSpec(routers, LoraSpec(2)), num_hidden_layers=2)
+    torch.testing.assert_close(*both_ways(student, tokens), **CLOSE)
+
+
+def test_in_kernels(tokens: Tensor) -> None:
+    student = make("llama", StudentSpec((RouterSpec("channel"),)), num_hidden_layers=1)
+    whole, _ = both_ways(student, tokens[:, :4])
+    with running_on("interpreter", None):
+        torch.testing.assert_close(in_steps(student, tokens[:, :4]), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_block_launches_seven_times(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "observed", lambda: False)
+    launched = of_a_block(lambda blocks: routed(blocks, *DEFAULT), rows)
+    assert launched["elastic.fused_channels.default"] == 4
+    assert sum(launched.values()) == 7, "and rotary embeddings, the cache and attention"
+
+
+def test_recorded_steps(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make("llama", StudentSpec(DEFAULT))
+    assert isinstance(student, LanguageStudent)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    for rows in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(devices, "runs_ahead", lambda device: False)
+            plain = student.model.generate(tokens[:rows], **options)
+        student._decoding.recorder = Tape
+        assert torch.equal(student.generate(tokens[:rows], **options), plain)
+
+
+# what stands in the place of tensors
+
+
+def make_output(added: list[Tensor | None]) -> Output:
+    def launch(residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        added.append(residual)
+        out = torch.full((2, 1, 4), 3.0)
+        return out if residual is None else out + residual, torch.ones(2, 1)
+
+    return Output(torch.Size([2, 1, 4]), torch.zeros(()), launch)
+
+
+def test_who_looks_finds_a_tensor() -> None:
+    for look in (
+        lambda x: x[:, -1:] * 1,
+        lambda x: torch.cat([x]),
+        lambda x: F.linear(x, torch.eye(4)),
+        lambda x: x.view(2, 1, 4),
+        lambda x: x.clone(),
+        lambda x: x + 0.0,
+        lambda x: 1.0 * x,
+        lambda x: x.add_(torch.zeros(4)),
+    ):
+        added: list[Tensor | None] = []
+        output = make_output(added)
+        assert output.shape == (2, 1, 4) and output.dtype == torch.float32 and len(output) == 2 and not added
+        found = look(output)
+        assert not isinstance(found, Deferred) and added == [None] and found.flatten().tolist() == [3.0] * 8
+        assert torch.equal(output, found) and len(added) == 1, "it is computed once"
+
+
+def test_a_residual_stream_is_added_on_the_way() -> None:
+    added: list[Tensor | None] = []
+    stream = torch.ones(2, 1, 4)
+    for output in (make_output(added), make_output(added)):
+        stream = stream + output if len(added) else output + stream
+        assert isinstance(stream, Sum)
+    assert len(added) == 1, "the next one waits"
+    assert settled(stream).flatten().tolist() == [7.0] * 8 and entering(stream).kind == -1
+    norm = Normed(stream.shape, stream, torch.ones(4), 1e-5, 0, lambda x, weight: x * weight)
+    given = entering(norm)
+    assert (given.kind, given.epsilon) == (0, 1e-5) and torch.equal(given.x, stream.flatten(0, 1))
+    assert torch.equal(norm * 1, stream * 1) and entering(norm).kind == -1, "who computes it, computes it for all"
+
+
+def test_gate_and_up() -> None:
+    gate, up = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    for kind, activation in enumerate((F.silu, torch.nn.GELU(approximate="tanh"))):
+        active = activation(Gate(gate.shape, gate))
+        assert isinstance(active, Active) and torch.equal(active * 1, activation(gate))
+        product = up * activation(Gate(gate.shape, gate))
+        assert isinstance(product, Gated) and entering(product).kind == 3 + kind
+        assert torch.equal(product + 0, up * activation(gate)) and entering(product).kind == -1
+    output = make_output([])
+    assert F.dropout(output, 0.5, training=False) is output
+    assert not isinstance(F.gelu(Gate(gate.shape, gate)), Deferred)
