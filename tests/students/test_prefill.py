@@ -20,7 +20,7 @@ from students.kernels import devices
 from students.libraries import cache_of
 from tests.pico.language import TINY
 from tests.students.host_waits import Launches
-from tests.students.test_execution import CLOSE, SPECS, decode, in_both_ways, make
+from tests.students.test_execution import CLOSE, SPECS, assert_decodes_in_one_pass, decode, in_both_ways, make
 from tests.students.test_students import left_over
 
 SKIPPING = [name for name, spec in SPECS.items() if spec.find("token") or spec.find("layer")]
@@ -78,14 +78,7 @@ def test_padded_prompts_attend_without_a_mask(
 @pytest.mark.parametrize("kind", SKIPPING)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_neox"])
 def test_cached_decoding_is_one_forward_pass(name: str, kind: str, tokens: Tensor) -> None:
-    student = make(name, SPECS[kind])
-    prompt = torch.zeros_like(tokens, dtype=torch.bool)
-    prompt[:, :5] = True
-    student.runtime.execution = "mask"
-    whole = student(tokens, prompt=prompt)[0].logits
-    student.runtime.execution = "skip"
-    for rows in (slice(0, 2), slice(0, 1)):
-        torch.testing.assert_close(whole[rows], decode(student, tokens[rows], None, 5), **CLOSE)
+    assert_decodes_in_one_pass(make(name, SPECS[kind]), tokens)
 
 
 @pytest.mark.parametrize("kind", SKIPPING)

@@ -13,7 +13,7 @@ from students.compute import PHASES
 from teachers.quantize import PACKAGES, kept_bytes, quantize
 from tests.pico.language import make_tiny
 from tests.pico.vision_language import make_prompts, make_vlm
-from tests.students.test_execution import CLOSE, SPECS, assert_counted, decode, in_both_ways
+from tests.students.test_execution import CLOSE, SPECS, assert_counted, assert_decodes_in_one_pass, in_both_ways
 from tests.students.test_students import EVERY_KIND, scramble
 from tests.students.test_vision_language import PRUNING
 
@@ -73,13 +73,7 @@ def test_mask_is_skip_is_cached_decoding(scheme: str, kind: str, tokens: torch.T
     for batch in (tokens, tokens[:1], tokens[:1, :1]):
         masked, skipped = in_both_ways(student, batch)
         torch.testing.assert_close(masked, skipped, **CLOSE)
-    prompt = torch.zeros_like(tokens, dtype=torch.bool)
-    prompt[:, :5] = True
-    student.runtime.execution = "mask"
-    whole = student(tokens, prompt=prompt)[0].logits
-    student.runtime.execution = "skip"
-    for rows in (slice(0, 2), slice(0, 1)):
-        torch.testing.assert_close(whole[rows], decode(student, tokens[rows], None, 5), **CLOSE)
+    assert_decodes_in_one_pass(student, tokens)
 
 
 @torch.no_grad()
