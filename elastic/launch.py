@@ -234,7 +234,7 @@ def mean_of(x: Tensor, count: int | Tensor) -> Tensor:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over all processes; of a parameter that has one nowhere there is none."""
+    """Replace every gradient by its sum over all processes; where no process has one, there is none."""
     if size() == 1:
         return
     import torch

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from elastic import families, launch
 from elastic.accounting.peaks import line_of
-from elastic.config import RunConfig, TrainConfig
+from elastic.config import BudgetConfig, RunConfig, TrainConfig
 from elastic.data_parallel import exchange_left_out
 from elastic.distillation import checkpoints
 from elastic.distillation.budgets import draw, trained
@@ -244,14 +244,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             if budget.control == "price":
-                missed = (measured.rows["compute"].float() - weights @ targets) @ weights
-                missed, rows = launch.all_reduce(torch.stack([missed, weights.sum(0)]))
-                missed = missed / rows.clamp(min=1)
-                if budget.ranges:
-                    state.price = budget_prices(state.price, missed, budget.stiffness)
-                else:
-                    compute = targets + missed
-                    state.price, state.multiplier = budget_price(state.multiplier, compute, knots[0], budget.stiffness)
+                _update_prices(state, budget, measured.rows["compute"].float(), weights, targets)
             state.step += 1
             since_log += 1
 
@@ -314,6 +307,18 @@ def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
         (limits if parameter in alone else maps).append(parameter)
     groups: list[dict[str, Any]] = [{"params": limits, "peak": train.limit_lr}, {"params": maps, "peak": train.lr}]
     return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
+
+
+def _update_prices(state: State, budget: BudgetConfig, compute: Tensor, weights: Tensor, budgets: Tensor) -> None:
+    """Let the prices answer to how far the compute [B] of the rows of all processes is from the budgets [K] that they
+    are for in parts, weights [B, K]."""
+    missed, rows = launch.all_reduce(torch.stack([(compute - weights @ budgets) @ weights, weights.sum(0)]))
+    missed = missed / rows.clamp(min=1)
+    if budget.ranges:
+        state.price = budget_prices(state.price, missed, budget.stiffness)
+    else:
+        spent, target = budgets + missed, budget.span[0]
+        state.price, state.multiplier = budget_price(state.multiplier, spent, target, budget.stiffness)
 
 
 def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, Any]:

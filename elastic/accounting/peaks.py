@@ -11,14 +11,14 @@ import psutil
 import torch
 
 EVERY = 0.02
-"""Seconds between two looks at the host's memory; GPUs count for themselves."""
+"""Seconds between two samples of the host's memory; GPUs keep their own peak."""
 Peaks = dict[str, dict[str, int]]
 """For each part of the work bytes: `host`, mapped files and all; `own`, without them (the same where nothing tells them
 apart); `device`, what torch has had on the GPU."""
 
 
 class Watch:
-    """Looks how much memory this process has, from `turn_to` to `stop`, or as long as somebody has the watch."""
+    """Samples how much memory this process has, from `turn_to` to `stop`, or until nobody refers to the watch."""
 
     def __init__(self) -> None:
         self._peaks: Peaks = {}
@@ -27,7 +27,7 @@ class Watch:
         libraries()
 
     def turn_to(self, part: str) -> None:
-        """What is taken from now on is taken by this part."""
+        """From now on memory is counted for this part."""
         self._end()
         self._part, self._over = part, threading.Event()
         self._peaks.setdefault(part, {})
@@ -36,13 +36,13 @@ class Watch:
         threading.Thread(target=_look_often, args=(weakref.ref(self), self._over), daemon=True).start()
 
     def stop(self) -> Peaks:
-        """Look no more; returns the most of each part."""
+        """Stop sampling; returns the peaks of each part."""
         self._end()
         peaks, self._peaks, self._part = self._peaks, {}, None
         return peaks
 
     def _end(self) -> None:
-        """Of the part that it was."""
+        """Stop sampling for the part so far."""
         self._over.set()
         if self._part is not None:
             self.look()
@@ -50,7 +50,7 @@ class Watch:
                 self._note("device", torch.cuda.max_memory_allocated())
 
     def look(self) -> None:
-        """See how much there is now."""
+        """Take one sample."""
         own, mapped = _taken()
         base, files = libraries()  # whose own files the system may have let go since
         self._note("own", own - base)
@@ -80,7 +80,7 @@ def _taken() -> tuple[int, int]:
 
 @functools.cache
 def libraries() -> tuple[int, int]:
-    """As `_taken`, when this was asked first: before there was any model."""
+    """As `_taken`, at the first call: before there was any model."""
     return _taken()
 
 

@@ -23,18 +23,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch, and what there is of the teacher's word on it."""
+    """A batch, and the teacher's outputs for it that the cache has."""
 
     batch: Any
     """What the objective reads, on the device."""
     keys: Sequence[bytes] = ()
-    """By what its samples are known; like all below only where there is a cache."""
+    """Digests of its samples; this and all below are empty where there is no cache."""
     lengths: Sequence[int] = ()
-    """As the objective says."""
+    """How many rows of teacher's outputs each sample has."""
     found: Sequence[Taught | None] = ()
-    """What the cache has of each sample."""
+    """The cached outputs of each sample, or None."""
     whole: Taught | None = None
-    """All of that, one sample behind the other, where there is all."""
+    """`found`, concatenated, where no sample is missing."""
 
 
 class DistillationLoader:
@@ -48,7 +48,7 @@ class DistillationLoader:
     ) -> None:
         self.samples, self.objective, self.device, self.cache = samples, objective, device, cache
         self.counts = [0, 0]
-        """Samples that were in the cache, and that the teacher was asked about."""
+        """Samples that were in the cache, and samples that the teacher was run on."""
         self._say, self._keeps = say, True
         self._pool = ThreadPoolExecutor(1)
         self._next: tuple[Sequence[int], Future[LoadedBatch]] | None = None
@@ -83,8 +83,8 @@ class DistillationLoader:
         return batch.to(self.device, non_blocking=True)
 
     def taught(self, loaded: LoadedBatch) -> Taught | None:
-        """What the teacher makes of a batch, asked about what the cache does not have; None where there is no cache,
-        and the objective asks it. Where one process asks, all do, as the teacher's weights may be spread over them."""
+        """The teacher's outputs for a batch, from the cache or else from the teacher; None where there is no cache, and
+        the objective runs the teacher. Where one process runs it all do, as its weights may be spread over them."""
         if self.cache is None:
             return None
         missing = [number for number, one in enumerate(loaded.found) if one is None]
@@ -108,7 +108,7 @@ class DistillationLoader:
         return _joined(of_all)
 
     def flush(self) -> None:
-        """Write what has been learned of the teacher to the disk."""
+        """Write new outputs of the teacher to the disk."""
         if self.cache is not None:
             self._keep(self.cache.flush)
 

@@ -1,9 +1,9 @@
-"""What the teacher made of training samples, on disk for later runs.
+"""Outputs of the teacher for training samples, on disk for later runs.
 
-A cache is a folder with one folder in it for each teacher and each kind of thing that losses need of it. Samples are
-known by a digest of what the model reads, so that any data, window, order, seed or number of processes finds what it
-has in common with earlier ones. They come in safetensors files, each written under a temporary name and then renamed:
-whatever a kill leaves is whole, and several processes and runs may fill one cache at a time.
+A cache is a folder with one folder in it for each teacher and each kind of output that losses need. Samples are keyed
+by a digest of what the model reads, so that a run finds what it shares with earlier ones, whatever their data, windows,
+order, seed or number of processes. Files are safetensors, each written under a temporary name and then renamed: a kill
+leaves whole files, and several processes and runs may fill one cache at the same time.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def require_cache(folder: str | Path) -> Path:
 
 
 class TeacherCache:
-    """What one teacher made of samples. `find` may run in a thread beside the others."""
+    """Outputs of one teacher by sample. `find` may run in another thread than the rest."""
 
     def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
-        """about: which teacher, and what is kept of it. ValueError where a file is damaged, or of something else."""
+        """about: which teacher, and which outputs. ValueError where a file is damaged, or of another cache."""
         self.about = about
         self.folder = require_cache(folder) / "-".join(str(value) for value in about.values())
         self.folder.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ class TeacherCache:
         """Bytes on disk."""
         self._shards: list[Any] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
-        """Of each sample: number of the file, first and last row in it."""
+        """By the digest of a sample: number of its file, first row and the row after the last."""
         self._waiting: dict[bytes, Taught] = {}
         self._bytes = 0
         for part in self.folder.glob(".*.part"):
@@ -110,7 +110,7 @@ class TeacherCache:
         self.size += file.stat().st_size
 
     def find(self, key: bytes) -> Taught | None:
-        """What there is of a sample, on the host."""
+        """The outputs for a sample, on the host; None where the cache has none."""
         if key not in self._places:
             return None
         number, start, end = self._places[key]
@@ -119,7 +119,7 @@ class TeacherCache:
         return {name: shard.get_slice(name)[start:end] for name in names}
 
     def add(self, keys: Sequence[bytes], taught: Taught, lengths: Sequence[int]) -> None:
-        """Keep what the teacher made of these samples, from the next `flush` on; a GPU is not waited for until then."""
+        """Take in the outputs for these samples; `flush` writes them, and only that waits for a GPU."""
         host = {name: x.detach().to("cpu", non_blocking=True) for name, x in taught.items()}
         parts = {name: x.split(list(lengths)) for name, x in host.items()}
         for number, key in enumerate(keys):
@@ -130,7 +130,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits; OSError where the disk is full, and then nothing waits any more."""
+        """Write what `add` took in; OSError where the disk is full, and then it is dropped."""
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
         if not waiting:
             return

@@ -113,13 +113,14 @@ class Family(Protocol):
         image's height and width."""
 
     def Batches(self, data: Any, config: RunConfig) -> Any:
-        """Training batches by number, on the host: len(), read(chosen), and keyed(chosen), which says too by what a
-        cache of the teacher's outputs knows each sample: 16 bytes that stand for all that the model reads of it."""
+        """Training samples by number, on the host: len(), read(chosen) -> batch, and keyed(chosen) -> batch and for
+        each sample the 16 bytes that caches of the teacher's outputs know it by, a digest of what the model reads."""
 
     def Distillation(self, student: Any, loss: Any, budget: Any, data: Any) -> nn.Module:
-        """(batch, price, one for all rows or each [B], taught) -> (loss, Measured), Measured.rows being "kl" and
-        "compute" of each row. It asks the teacher itself where `taught` is not given: teach(batch), of which each
-        sample has as many rows as lengths(batch) says; `keeps` names what that is."""
+        """The objective: called with a batch, the price of compute (a number, or [B]) and the teacher's outputs it
+        returns the loss and Measured, whose `rows` are "kl" and "compute" of each row. teach(batch) gives the teacher's
+        outputs, and is called where they are not given; lengths(batch) says how many rows of them each sample has;
+        `keeps` names their kind."""
 
     def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session | None = None) -> Start:
         """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training

@@ -32,7 +32,7 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """What it is that `teach` returns."""
+        """A name for what `teach` returns, which caches are kept under."""
         return "layers" if self.layers else "features" if self.loss.hidden_weight else "logits"
 
     def lengths(self, pixels: Tensor) -> list[int]:

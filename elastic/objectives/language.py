@@ -65,7 +65,7 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """What it is that `teach` returns."""
+        """A name for what `teach` returns, which caches are kept under."""
         if self.likeliest:
             return f"top{self.loss.k}-at{self.loss.temperature:g}"
         return "layers" if self.layers else "final-states"

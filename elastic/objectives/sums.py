@@ -22,14 +22,14 @@ from students.kernels.autograd import forward_kl
 T = TypeVar("T", bound="Sums")
 
 Taught = dict[str, Tensor]
-"""What a loss needs of the teacher, by name: of each sample as many rows [r, ...] as `lengths` of the objective says,
-one sample behind the other."""
+"""The teacher's outputs that a loss needs, by name: [rows, ...], the rows of a batch's samples concatenated, of which
+each sample has as many as `lengths` of the objective says."""
 
 
 @dataclass
 class Sums:
-    """Sums over a batch, on the device: tensors and dictionaries of tensors that add up field by field; of `rows`, one
-    follows the other. These fields are every family's."""
+    """Sums over a batch, on the device: tensors and dictionaries of tensors that add up field by field; `rows` are
+    concatenated. These fields are every family's."""
 
     tokens: Tensor
     """What quality is measured on: tokens of text or of answers, or images."""
@@ -77,8 +77,7 @@ class Objective(nn.Module):
 
 
 def of_all(measured: T | None) -> T:
-    """What all processes have measured, of which some may have had nothing to measure; on the host where there are
-    several."""
+    """The sum over all processes, None where one has measured nothing; on the host where there are several."""
     found = [measured] if launch.size() == 1 else launch.gather(measured and measured.cpu())
     return reduce(add, [part for part in found if part is not None])
 

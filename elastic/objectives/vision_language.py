@@ -43,7 +43,7 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """What it is that `teach` returns."""
+        """A name for what `teach` returns, which caches are kept under."""
         return "text-states" if self.loss.hidden_weight else "answer-states"
 
     def lengths(self, prompts: Prompts) -> list[int]:
