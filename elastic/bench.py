@@ -22,20 +22,8 @@ from students.kernels.packing import pack_linears, prepare_linears
 from teachers.quantize import kept_bytes
 
 
-def bench_run(
-    folder: str,
-    *,
-    compute: Sequence[float] = (),
-    batch: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
-    new_tokens: int | None = None,
-    repeats: int = 5,
-    say: Say = print,
-) -> list[Row]:
-    """Rows of timings of a finished run.
-
-    batch: None is 1 for text, 1, 8 and 64 for images, 1 and 8 for questions. tokens: lengths of prompts of text (None:
-    512); new_tokens: how many are decoded (None: 128); ValueError where the run's model has no use for them.
+def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
+    """Rows of timings of a finished run; asked: as of `workload_of`.
 
     Text: prefill (each batch and length), decoding (each batch) and a training step. Images: classifying (each batch)
     and a training step. Questions about images: as text, the prompts being as long as they are, images and all.
@@ -55,7 +43,7 @@ def bench_run(
     """
     run = Run.open(folder, finished=True)
     config = run.config
-    workload = workload_of(config, compute, batch, tokens, new_tokens, repeats)
+    workload = workload_of(config, **asked)
     teacher = run.teacher()
     student = run.load_student(teacher, pack=False, prepare=False)  # training comes first
     data = families.of(config.family).load(config, teacher)
@@ -65,13 +53,18 @@ def bench_run(
 
 def workload_of(
     config: RunConfig,
-    compute: Sequence[float],
-    batch: Sequence[int] | None,
-    tokens: Sequence[int] | None,
-    new_tokens: int | None,
-    repeats: int,
+    *,
+    compute: Sequence[float] = (),
+    batch: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    new_tokens: int | None = None,
+    repeats: int = 5,
 ) -> Workload:
-    """What is to be timed, with defaults; ValueError for what the run's family has no use for."""
+    """What is to be timed; ValueError for what the run's family has no use for.
+
+    compute: budgets to turn the dial to. batch: None is 1 for text, 1, 8 and 64 for images, 1 and 8 for questions.
+    tokens: lengths of prompts of text (None: 512); new_tokens: how many are decoded (None: 128).
+    """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):
         if given is not None and name not in timing.OPTIONS:

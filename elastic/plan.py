@@ -90,7 +90,7 @@ def plan(
     if min(gpus, memory, wanted, peak) <= 0 or not 0 < share <= 1:
         raise ValueError(f"--gpus, --memory, --{counted} and --peak must be above 0, and --share above 0 and at most 1")
     model: Any = build(find_shape(config.model), torch.bfloat16, "meta")
-    read = family.timing.input_sizes(model, config, workload_of(config, (), None, None, None, 1))
+    read = family.timing.input_sizes(model, config, workload_of(config))
     need = need_of(model, read.trunk)
     whole = sum(sorted(_bytes(unit) for unit in units(model))[-2:])
     student = elasticize(model, config.student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,22 +31,14 @@ def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) 
     return make_config(entry=entry, settings=settings, model=name, **random, **flags)
 
 
-def bench_shape(
-    config: RunConfig,
-    *,
-    compute: Sequence[float] = (),
-    batch: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
-    new_tokens: int | None = None,
-    repeats: int = 5,
-    say: Say = print,
-) -> list[dict[str, Any]]:
+def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[dict[str, Any]]:
     """Rows of timings, as of `bench_run`, of a model with random weights, calibrated on random data to the budget.
 
-    config: see `shape_config`. Where two copies of the weights do not fit into the free memory the dense model shares
-    the student's; where a training step does not, it is not timed. ValueError where not even one copy fits.
+    config: see `shape_config`; asked: as of `workload_of`. Where two copies of the weights do not fit into the free
+    memory the dense model shares the student's; where a training step does not, it is not timed. ValueError where not
+    even one copy fits.
     """
-    workload = workload_of(config, compute, batch, tokens, new_tokens, repeats)
+    workload = workload_of(config, **asked)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[config.train.precision] or preferred_dtype(device)
     shape = find_shape(config.model)

@@ -100,27 +100,19 @@ def load_text(
     return data
 
 
-def load_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, window: int, max_windows: int | None = None
-) -> torch.Tensor:
-    """All of `source` in order as token windows [N, window], int64, or the first `max_windows` of them.
+def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int) -> torch.Tensor:
+    """All of `source` in order as token windows [N, window], int64.
 
     One text file gives the tokens that the tokenizer gives for its whole text, cut every `window` tokens; a rest
     shorter than a window is left out. Where the tokenizer starts texts with a BOS token, each window starts with one.
     """
-    bos = _bos(tokenizer)
-    limit = None if max_windows is None else max_windows * (window - len(bos))
-    documents: list[np.ndarray] = []
-    found, left_out = 0, LeftOut(source, "records")
-    for ids in _tokenized(_texts(source, tokenizer, left_out, streaming=limit is not None), tokenizer):
-        documents.append(ids)
-        found += len(ids)
-        if limit is not None and found >= limit:
-            break
+    bos, left_out = _bos(tokenizer), LeftOut(source, "records")
+    documents = list(_tokenized(_texts(source, tokenizer, left_out, streaming=False), tokenizer))
     left_out.finish()
-    windows = _windows(_joined(documents, _separator(tokenizer)), window, bos)[:max_windows]
+    windows = _windows(_joined(documents, _separator(tokenizer)), window, bos)
     if len(windows) == 0:
-        raise ValueError(f"{source} is too short: {found:,} tokens found, {window - len(bos):,} needed for one window")
+        found, needed = sum(map(len, documents)), window - len(bos)
+        raise ValueError(f"{source} is too short: {found:,} tokens found, {needed:,} needed for one window")
     return windows
 
 

@@ -35,7 +35,6 @@ def test_windows_are_the_whole_text_in_order(tmp_path: Path):
     windows = load_windows(str(file), make_tokenizer(), window=16)
     assert windows.dtype == torch.int64
     assert windows.flatten().tolist() == list(range(3, 3 + 1000 // 16 * 16))
-    assert torch.equal(load_windows(str(file), make_tokenizer(), window=16, max_windows=5), windows[:5])
 
 
 def test_long_texts_are_tokenized_in_pieces_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
