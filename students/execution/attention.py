@@ -113,9 +113,9 @@ def routed_attention(
     if routed is None:
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
         fixed = slot is not None and base in ("sdpa", "eager")  # nobody asks for weights
-        if rounds and tokens == 1 and shared and (free or fixed) and ops.attends_to_cache(query, slot):
+        if rounds and tokens == 1 and shared and (free or fixed) and ops.attends_to_cache(query, key, value, slot):
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
-            window = module.window or 0
+            window = 0 if slot is None else module.window or 0  # the mask knows where it is
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
         if free and tokens == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None

@@ -390,10 +390,12 @@ def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
     return rows <= FEW_ROWS and cpu.reads_few(weight, ends)
 
 
-def attends_to_cache(query: Tensor, slot: Tensor | None) -> bool:
-    """Whether `decode_attention` is the faster way from this query: on GPUs in steps of fixed shape, of whose caches
-    torch's attention reads every slot."""
-    return slot is not None and not query.requires_grad and compiled(query)
+def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None) -> bool:
+    """Whether `decode_attention` is the faster way for these: on GPUs in steps of fixed shape, of whose caches torch's
+    attention reads every slot; on CPUs where there is a C function for them."""
+    if query.requires_grad:
+        return False
+    return slot is not None and compiled(query) if query.is_cuda else cpu.attends_to_cache(query, keys, values)
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:

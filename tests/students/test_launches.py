@@ -72,7 +72,7 @@ def test_queries_and_keys_are_rotated_at_once(monkeypatch: pytest.MonkeyPatch) -
     before = of_a_block(dense, 1)
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
-    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: False)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda *given: False)
     after = of_a_block(dense, 1)
     assert after["elastic.rotary.default"] == 1 and sum(before.values()) - sum(after.values()) == 9
     of_student = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
@@ -81,7 +81,7 @@ def test_queries_and_keys_are_rotated_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     before = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
-    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: slot is not None)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda *given: given[3] is not None)
     after = of_a_block(lambda n: routed(n, RouterSpec("channel")), 1)
     assert after - before == {"elastic.decode_attention.default": 1} and sum((before - after).values()) == 1
     assert of_a_block(lambda n: routed(n, RouterSpec("channel"), bypass=True), 1) == of_a_block(dense, 1)

@@ -10,25 +10,6 @@
 
 #include "numbers.h"
 
-// e^x to about one part in ten million, in a form that compilers vectorise; below -87 it is 2^-125.
-static inline float expf_(float x) {
-    x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = __builtin_fmaf(n, -0.693145752f, x);
-    r = __builtin_fmaf(n, -1.42860677e-6f, r);
-    float p = 1.98756915e-4f;
-    p = __builtin_fmaf(p, r, 1.39819995e-3f);
-    p = __builtin_fmaf(p, r, 8.33345191e-3f);
-    p = __builtin_fmaf(p, r, 4.16657962e-2f);
-    p = __builtin_fmaf(p, r, 1.66666655e-1f);
-    p = __builtin_fmaf(p, r, 5.00000012e-1f);
-    p = __builtin_fmaf(p * r, r, r) + 1.f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
 // x [N, I] with 0 where |x| < limit; limit [*, I], a row of it for every `each` rows of x; share[n]: of channels that
 // stay; may be NULL.
 #define CHANNEL_GATE(S, T)                                                                                       \

@@ -214,6 +214,44 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind:
     return out
 
 
+def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether there is a C function for `decode_attention`: in bfloat16, where the CPU has products of it."""
+    return (
+        toolchain.native(query) == "bf16"
+        and hasattr(toolchain.loaded, "decode_attention_bf16")
+        and query.dtype == keys.dtype == values.dtype
+        and not keys.shape[3] % 32
+        and not values.shape[3] % 32
+        and query.shape[1] <= 32 * keys.shape[1]
+    )
+
+
+@_in_c
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    slot: Tensor | None,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    if not attends_to_cache(query, keys, values):
+        return reference.decode_attention(query, keys, values, mask, slot, scale, window, cap)
+    batch, groups, slots, size = keys.shape
+    each, width, threads = query.shape[1] // groups, values.shape[3], torch.get_num_threads()
+    ranges = max(1, min(4 * threads // (batch * groups), slots // 64))
+    partial = torch.empty(batch * groups * ranges, each, width + 2)
+    out = query.new_empty(batch, 1, query.shape[1], width)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+    given = query.contiguous(), keys.contiguous(), values.contiguous(), batch, groups, each, slots, size, width
+    rows = 0 if mask is None or len(mask) == 1 else slots
+    hidden = None if mask is None else mask.contiguous(), int(mask is not None and mask.dtype == torch.bool), rows
+    toolchain.call("decode_attention", *given, *hidden, slot, window, scale, cap, ranges, partial, out)
+    return out
+
+
 @_in_c
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *given, top, keep = rest

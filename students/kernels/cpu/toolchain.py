@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("numbers.h", "kernels.c", "fused.c", "merging.c", "norms.c")]
+_NAMES = "numbers.h", "kernels.c", "attention.c", "fused.c", "merging.c", "norms.c"
+SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 # sums keep their order in what has to have torch's bits
 _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}

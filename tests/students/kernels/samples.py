@@ -150,12 +150,10 @@ def biased_attention(draw: Draw) -> Iterator[Arguments]:
 
 
 def decode_attention(draw: Draw) -> Iterator[Arguments]:
-    for rows, heads, groups, size, width, slots in ((1, 4, 2, 16, 16, 96), (2, 3, 3, 20, 12, 37), (1, 6, 1, 80, 24, 7)):
-        query, keys, values = (
-            draw(rows, heads, 1, size),
-            draw(rows, groups, slots, size),
-            draw(rows, groups, slots, width),
-        )
+    sizes = (1, 4, 4, 32, 64, 96), (2, 10, 2, 64, 32, 67), (1, 6, 1, 80, 24, 7)
+    for rows, heads, groups, size, width, slots in sizes:
+        query, keys = draw(rows, heads, 1, size), draw(rows, groups, slots, size)
+        values = draw(rows, groups, slots, width)
         seen, slot = draw(rows, 1, 1, slots) > -1, torch.tensor([slots // 2]).to(draw.device)
         seen[..., [0, slots // 2]] = True
         added = torch.zeros_like(seen, dtype=draw.dtype).masked_fill(~seen, torch.finfo(draw.dtype).min)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from students import RouterSpec, StudentSpec
+from students import RouterSpec, StudentSpec, elasticize
 from students.execution.attention import route_trunk
 from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
-from students.kernels import ops, reference
+from students.kernels import cpu, ops, reference
+from students.kernels.cpu import toolchain
 from students.kernels.triton import tuning
 from students.libraries import cache_of
 from tests.backends import DTYPES
@@ -30,7 +32,7 @@ def test_what_is_not_seen_does_not_matter(
     dtype: torch.dtype, backend: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw, newest, plan = Draw(dtype, backend), 99, replace(tuning.attend(torch.device("cpu")), slots=16)
-    query, keys, values = draw(1, 6, 1, 16), draw(1, 2, 192, 16), draw(1, 2, 192, 24)
+    query, keys, values = draw(1, 6, 1, 32), draw(1, 2, 192, 32), draw(1, 2, 192, 64)
     slot, kept = torch.tensor([newest]).to(backend), (keys[:, :, : newest + 1], values[:, :, : newest + 1])
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 2)
     for window in (0, 40):
@@ -62,6 +64,29 @@ def decode(model: torch.nn.Module, trunk: torch.nn.Module, tokens: Tensor, valid
 
 
 @torch.no_grad()
+def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded rows, and prompts without a mask; but not from several tokens, nor as the frozen model."""
+    monkeypatch.setattr(toolchain, "loaded", library)
+    student = elasticize(make_tiny("llama", head_dim=32).to(torch.bfloat16), StudentSpec((RouterSpec("channel"),)))
+    ran, attend = [], ops.decode_attention
+    monkeypatch.setattr(ops, "decode_attention", lambda *given: ran.append(given) or attend(*given))
+    if not cpu.attends_to_cache(*(torch.empty(1, 2, 1, 32, dtype=torch.bfloat16),) * 3):
+        pytest.skip("no such products here")
+    padded = torch.ones_like(tokens)
+    padded[0, :4] = 0
+    for valid in (None, padded):
+        with student.teacher():
+            cache = cache_of(student.model(tokens[:, :-1], None if valid is None else valid[:, :-1], use_cache=True))
+            given = dict(attention_mask=valid, past_key_values=copy.deepcopy(cache))
+            expected = student(tokens[:, -1:], **given)[0].logits
+        assert not ran
+        given["past_key_values"] = cache
+        torch.testing.assert_close(student(tokens[:, -1:], **given)[0].logits, expected, atol=0.05, rtol=0.02)
+        assert len(ran) == len(student.compute.blocks)
+        ran.clear()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_it_is_the_model_s_attention(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every architecture, its windows, masks, scales and bounds; but as the frozen model a student attends as that
@@ -71,11 +96,11 @@ def test_it_is_the_model_s_attention(name: str, tokens: Tensor, monkeypatch: pyt
     valid = torch.ones_like(tokens)
     valid[0, :4] = 0
     blocks = len(student.compute.blocks)
-    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: False)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda *given: False)
     before, of_student = (decode(m, m.base_model, tokens, valid) for m in (dense, student.model))
     assert before[1] == of_student[1] == 0
     route_trunk(dense.base_model)
-    monkeypatch.setattr(ops, "attends_to_cache", lambda query, slot: slot is not None)
+    monkeypatch.setattr(ops, "attends_to_cache", lambda *given: given[3] is not None)
     for model, expected in ((dense, before), (student.model, of_student)):
         found, times = decode(model, model.base_model, tokens, valid)
         torch.testing.assert_close(found, expected[0], **CLOSE)

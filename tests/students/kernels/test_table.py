@@ -26,7 +26,7 @@ CLOSE = {
     torch.float16: dict(atol=0.05, rtol=0.02),
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
-IN_TORCH = {"fused_channels", "rotary", "write_slot", "biased_attention", "decode_attention"}
+IN_TORCH = {"fused_channels", "rotary", "write_slot", "biased_attention"}
 """Operators with no C function: those of torch are as fast on CPUs, measured; recorded steps and few launches are for
 GPUs, and torch's attention takes masks there."""
 
