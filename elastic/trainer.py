@@ -203,7 +203,7 @@ def _train(
         for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
             loaded = launch.together(partial(loader.load, part_of(number), following=part_of(number + 1)))
             rows = draw(knots, train.batch, train.seed * 1_000_003 + number * train.batch)[own.start : own.stop]
-            weights.append(rows.to(device))
+            weights.append(rows.to(device, non_blocking=True))
             if budget.ranges:
                 student.runtime.offset = tuple((rows @ state.offsets).tolist())
             part, seen = distillation(loaded.batch, weights[-1] @ state.price, loader.taught(loaded))

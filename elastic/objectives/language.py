@@ -89,7 +89,9 @@ class Distillation(Objective):
         phase = self.budget.phase
         dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
-        price = torch.as_tensor(price, device=ids.device).expand(len(ids))
+        if not isinstance(price, Tensor):
+            price = torch.full((), price, device=ids.device)  # written there: a copy would wait for all that runs
+        price = price.expand(len(ids))
         tokens, whole = launch.all_reduce(counted.sum()), launch.all_reduce(dense[phase])
         hidden = out.last_hidden_state
         head, sums, rows = self._head_loss(hidden, taught, ids, counted, price, (tokens, whole))
