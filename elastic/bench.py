@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic import families
 from elastic.config import RunConfig
-from elastic.objectives.sums import Taught
+from elastic.objectives.sums import TeacherSignals
 from elastic.reporting.progress import Say
 from elastic.run import Run, has_room_for_two, load_teacher, share_weights
 from elastic.timing.passes import Row, medians
@@ -142,8 +142,8 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
         with student.teacher():
             student(**inputs)
 
-    def step(taught: Taught | None) -> None:
-        loss, measured = module(sample, 1.0, taught)
+    def step(signals: TeacherSignals | None) -> None:
+        loss, measured = module(sample, 1.0, signals)
         loss.backward()
         student.zero_grad()
         spent.append(measured.macs["prefill"] / measured.dense["prefill"])
@@ -151,7 +151,7 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
     works: dict[str, Callable[[], object]] = {
         "forward": forward,
         "step": partial(step, None),
-        "cached": partial(step, module.teach(sample)),
+        "cached": partial(step, module.teacher_signals(sample)),
     }
     seconds, peaks = medians(works, repeats, next(student.parameters()).device)
     compute = float(spent[-1])

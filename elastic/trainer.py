@@ -206,7 +206,7 @@ def _train(
             weights.append(rows.to(device, non_blocking=True))
             if budget.ranges:
                 student.runtime.offset = tuple((rows @ state.offsets).tolist())
-            part, seen = distillation(loaded.batch, weights[-1] @ state.price, loader.taught(loaded))
+            part, seen = distillation(loaded.batch, weights[-1] @ state.price, loader.signals(loaded))
             (part / train.accumulation).backward()
             loss += part.detach() / train.accumulation
             measured = seen if measured is None else measured + seen

@@ -15,7 +15,7 @@ from elastic import families, launch
 from elastic.config import RunConfig
 from elastic.distillation.start import order
 from elastic.distillation.teacher_cache import TeacherCache, require_cache
-from elastic.objectives.sums import Taught
+from elastic.objectives.sums import TeacherSignals
 from elastic.run import Run
 
 Say = Callable[[str], None]
@@ -31,9 +31,9 @@ class LoadedBatch:
     """Digests of its samples; this and all below are empty where there is no cache."""
     lengths: Sequence[int] = ()
     """How many rows of teacher's outputs each sample has."""
-    found: Sequence[Taught | None] = ()
+    found: Sequence[TeacherSignals | None] = ()
     """The cached outputs of each sample, or None."""
-    whole: Taught | None = None
+    whole: TeacherSignals | None = None
     """`found`, concatenated, where no sample is missing."""
 
 
@@ -82,7 +82,7 @@ class DistillationLoader:
     def _moved(self, batch: Any) -> Any:
         return batch.to(self.device, non_blocking=True)
 
-    def taught(self, loaded: LoadedBatch) -> Taught | None:
+    def signals(self, loaded: LoadedBatch) -> TeacherSignals | None:
         """The teacher's outputs for a batch, from the cache or else from the teacher; None where there is no cache, and
         the objective runs the teacher. Where one process runs it all do, as its weights may be spread over them."""
         if self.cache is None:
@@ -93,7 +93,7 @@ class DistillationLoader:
             return loaded.whole
         some = isinstance(loaded.batch, Tensor) and len(missing) < len(loaded.found)
         asked = (missing or [0]) if some else range(len(loaded.found))
-        made = self.objective.teach(loaded.batch[torch.tensor(asked)] if some else loaded.batch)
+        made = self.objective.teacher_signals(loaded.batch[torch.tensor(asked)] if some else loaded.batch)
         lengths = [loaded.lengths[number] for number in asked]
         self._keep(partial(self.cache.add, [loaded.keys[number] for number in asked], made, lengths))
         if not some:
@@ -141,7 +141,7 @@ class DistillationLoader:
         samples, have = len(self.cache), self.cache.size
         loaded = self._on_device(launch.together(partial(self._read, chosen)))
         self.objective.train()
-        sample = self.taught(loaded) or {}
+        sample = self.signals(loaded) or {}
         self.objective.eval()
         self.flush()
         self.counts = [-self.counts[1], self.counts[1]]  # they will be found when training begins with them
@@ -187,7 +187,7 @@ def picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
     return [int(orders[s // pieces][s % pieces]) for s in samples]
 
 
-def _joined(samples: Sequence[Taught]) -> Taught:
+def _joined(samples: Sequence[TeacherSignals]) -> TeacherSignals:
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
 

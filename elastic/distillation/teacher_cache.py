@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.files import write_text
-from elastic.objectives.sums import Taught
+from elastic.objectives.sums import TeacherSignals
 from students.checkpoint import write_tensors
 
 MARK = "teacher-cache.json"
@@ -76,7 +76,7 @@ class TeacherCache:
         self._shards: list[Any] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         """By the digest of a sample: number of its file, first row and the row after the last."""
-        self._waiting: dict[bytes, Taught] = {}
+        self._waiting: dict[bytes, TeacherSignals] = {}
         self._bytes = 0
         for part in self.folder.glob(".*.part"):
             with suppress(OSError):  # another process was quicker
@@ -109,7 +109,7 @@ class TeacherCache:
             self._places[key.tobytes()] = number, start, end
         self.size += file.stat().st_size
 
-    def find(self, key: bytes) -> Taught | None:
+    def find(self, key: bytes) -> TeacherSignals | None:
         """The outputs for a sample, on the host; None where the cache has none."""
         if key not in self._places:
             return None
@@ -118,9 +118,9 @@ class TeacherCache:
         names = set(shard.keys()) - {"keys", "lengths"}
         return {name: shard.get_slice(name)[start:end] for name in names}
 
-    def add(self, keys: Sequence[bytes], taught: Taught, lengths: Sequence[int]) -> None:
+    def add(self, keys: Sequence[bytes], signals: TeacherSignals, lengths: Sequence[int]) -> None:
         """Take in the outputs for these samples; `flush` writes them, and only that waits for a GPU."""
-        host = {name: x.detach().to("cpu", non_blocking=True) for name, x in taught.items()}
+        host = {name: x.detach().to("cpu", non_blocking=True) for name, x in signals.items()}
         parts = {name: x.split(list(lengths)) for name, x in host.items()}
         for number, key in enumerate(keys):
             if key not in self._places:

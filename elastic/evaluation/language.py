@@ -66,8 +66,8 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
     device = next(student.parameters()).device
     for number, local in enumerate(Watched(local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])))):
         ids = windows[local.rows].to(device)
-        taught = kept.of(number, partial(module.teach, ids), device)
-        _, measured = module(ids, taught=taught)
+        signals = kept.of(number, partial(module.teacher_signals, ids), device)
+        _, measured = module(ids, signals=signals)
         if local.counts:
             total = measured if total is None else total + measured
     return of_all(total)

@@ -117,10 +117,10 @@ class Family(Protocol):
         each sample the 16 bytes that caches of the teacher's outputs know it by, a digest of what the model reads."""
 
     def Distillation(self, student: Any, loss: Any, budget: Any, data: Any) -> nn.Module:
-        """The objective: called with a batch, the price of compute (a number, or [B]) and the teacher's outputs it
-        returns the loss and Measured, whose `rows` are "kl" and "compute" of each row. teach(batch) gives the teacher's
-        outputs, and is called where they are not given; lengths(batch) says how many rows of them each sample has;
-        `keeps` names their kind."""
+        """The objective: called with a batch, the price of compute (a number, or [B]) and the teacher's signals it
+        returns the loss and Measured, whose `rows` are "kl" and "compute" of each row. teacher_signals(batch) makes
+        signals, and is called where none are given; lengths(batch) says how many rows of them each sample has; `keeps`
+        names their kind."""
 
     def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session | None = None) -> Start:
         """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic import launch
-from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
+from elastic.objectives.sums import Objective, Sums, TeacherSignals, routing_loss
 from losses import HIDDEN_DISTANCES, per_layer
 from students.families.image import Features, ImageStudent
 
@@ -24,7 +24,7 @@ class Distillation(Objective):
     student: ImageStudent
 
     @torch.no_grad()
-    def teach(self, pixels: Tensor) -> Taught:
+    def teacher_signals(self, pixels: Tensor) -> TeacherSignals:
         """The teacher's "logits" [B, classes], where there are classes, and the states that the loss compares."""
         with self.student.teacher():
             features, _ = self.student.features(pixels, self.layers)
@@ -32,38 +32,38 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """A name for what `teach` returns, which caches are kept under."""
+        """A name for what `teacher_signals` returns, which caches are kept under."""
         return "layers" if self.layers else "features" if self.loss.hidden_weight else "logits"
 
     def lengths(self, pixels: Tensor) -> list[int]:
-        """How many rows of what `teach` returns each image has."""
+        """How many rows of what `teacher_signals` returns each image has."""
         return [1] * len(pixels)
 
     def forward(
-        self, pixels: Tensor, price: Tensor | float = 0.0, taught: Taught | None = None
+        self, pixels: Tensor, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Measured]:
-        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]; taught: what `teach` returns,
-        where it is known. Returns the loss and what was measured."""
+        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]; signals: the teacher's, where
+        they are known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
-        taught = self.teach(pixels) if taught is None else taught
+        signals = self.teacher_signals(pixels) if signals is None else signals
         out, decisions = student.features(pixels, self.layers)
         macs, dense = student.spent(pixels, decisions)
         total = launch.average(price * macs / dense)
         total = total + routing_loss(student, decisions, loss, self.budget, len(pixels))
         kl = pixels.new_zeros(len(pixels), dtype=torch.float32)
         if out.logits is not None:
-            kl = self.divergence(out.logits, taught["logits"])
+            kl = self.divergence(out.logits, signals["logits"])
             total = total + loss.logits_weight * launch.average(kl)
         if loss.hidden_weight:
             compared = self._compared(out)
-            pairs = list(compared.values()), [taught[name] for name in compared]
+            pairs = list(compared.values()), [signals[name] for name in compared]
             apart = per_layer(HIDDEN_DISTANCES[loss.hidden], *pairs)
             total = total + loss.hidden_weight * launch.mean_of(apart, len(pixels))
         macs, kl = macs.detach(), kl.detach()
         images, rows = torch.tensor(len(pixels), device=pixels.device), {"kl": kl, "compute": macs / dense}
         return total, Measured(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
 
-    def _compared(self, features: Features) -> Taught:
+    def _compared(self, features: Features) -> TeacherSignals:
         """What the classifier reads, or after every block the tokens that are always there, if the loss compares it."""
         if self.layers:
             prefix = self.student.record.prefix or None

@@ -12,7 +12,7 @@ from torch import Tensor
 from elastic import launch
 from elastic.accounting.language import prompt_mask
 from elastic.config import BudgetConfig, DataConfig, LossConfig
-from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
+from elastic.objectives.sums import Objective, Sums, TeacherSignals, routing_loss
 from losses import HIDDEN_DISTANCES, chunked, default_chunk_rows, per_layer, top_of, topk_kl_to
 from students.compute import PHASES
 from students.families.language import LanguageStudent
@@ -44,18 +44,18 @@ class Distillation(Objective):
         """Whether a few of the teacher's tokens are all that training needs."""
 
     @torch.no_grad()
-    def teach(self, ids: Tensor) -> Taught:
+    def teacher_signals(self, ids: Tensor) -> TeacherSignals:
         """The teacher's "hidden" states [B * T, D] in front of the LM head, as logits would be many times as large and
         cost little once more, and those behind each block where the loss compares them; or, in training, the "masses"
         and "tokens" of `top_of`, where it compares no more."""
         with self.student.teacher():
             out, _ = self.student.features(ids, output_hidden_states=self.layers)
         states = {"hidden": out.last_hidden_state, **self._compared(out)}
-        taught = {name: x.flatten(0, 1) for name, x in states.items()}
+        signals = {name: x.flatten(0, 1) for name, x in states.items()}
         if not (self.likeliest and self.training):
-            return taught
+            return signals
         options: dict[str, Any] = {"k": self.loss.k, "temperature": self.loss.temperature}
-        parts = [top_of(self.student.logits(x)[0], **options) for x in taught["hidden"].split(self._chunk_rows(ids))]
+        parts = [top_of(self.student.logits(x)[0], **options) for x in signals["hidden"].split(self._chunk_rows(ids))]
         return {n: torch.cat(part) for n, part in zip(("masses", "tokens"), zip(*parts, strict=True), strict=True)}
 
     def _chunk_rows(self, ids: Tensor) -> int:
@@ -65,24 +65,24 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """A name for what `teach` returns, which caches are kept under."""
+        """A name for what `teacher_signals` returns, which caches are kept under."""
         if self.likeliest:
             return f"top{self.loss.k}-at{self.loss.temperature:g}"
         return "layers" if self.layers else "final-states"
 
     def lengths(self, ids: Tensor) -> list[int]:
-        """How many rows of what `teach` returns each window has."""
+        """How many rows of what `teacher_signals` returns each window has."""
         return [ids.shape[1]] * len(ids)
 
     def forward(
-        self, ids: Tensor, price: Tensor | float = 0.0, taught: Taught | None = None
+        self, ids: Tensor, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Measured]:
-        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; taught: what `teach`
-        returns, where it is known. Returns the loss and what was measured."""
+        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; signals: the
+        teacher's, where they are known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
         prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
-        taught = self.teach(ids) if taught is None else taught
+        signals = self.teacher_signals(ids) if signals is None else signals
         out, decisions = student.features(ids, prompt=prompt, output_hidden_states=self.layers)
 
         valid = torch.ones_like(prompt)
@@ -94,13 +94,13 @@ class Distillation(Objective):
         price = price.expand(len(ids))
         tokens, whole = launch.all_reduce(counted.sum()), launch.all_reduce(dense[phase])
         hidden = out.last_hidden_state
-        head, sums, rows = self._head_loss(hidden, taught, ids, counted, price, (tokens, whole))
+        head, sums, rows = self._head_loss(hidden, signals, ids, counted, price, (tokens, whole))
         total = launch.all_reduce(head / tokens + (price * macs[phase]).sum() / whole)
         total = total + routing_loss(student, decisions, loss, self.budget, len(ids))
         if loss.hidden_weight:
             distance = HIDDEN_DISTANCES[loss.hidden]
             compared = self._compared(out)
-            pairs = list(compared.values()), [taught[name].view_as(hidden) for name in compared]
+            pairs = list(compared.values()), [signals[name].view_as(hidden) for name in compared]
             apart = per_layer(distance, *pairs, counted)
             total = total + loss.hidden_weight * launch.mean_of(apart, counted.sum())
         macs = {p: m.detach() + rows[:, 1 + i] for i, (p, m) in enumerate(macs.items())}
@@ -113,7 +113,7 @@ class Distillation(Objective):
         kl, predicted = rows[:, 0].sum(), counted[:, :-1].sum()
         return total, Measured(counted.sum(), kl, macs, dense, each, agreement, nll, teacher_nll, predicted)
 
-    def _compared(self, out: Any) -> Taught:
+    def _compared(self, out: Any) -> TeacherSignals:
         """Final states, or those behind each block, as the loss compares them: [B, T, D]."""
         if self.layers:
             return {f"layer.{number}": layer for number, layer in enumerate(out.hidden_states[1:])}
@@ -122,7 +122,7 @@ class Distillation(Objective):
     def _head_loss(
         self,
         hidden: Tensor,
-        taught: Taught,
+        signals: TeacherSignals,
         ids: Tensor,
         counted: Tensor,
         price: Tensor,
@@ -141,21 +141,21 @@ class Distillation(Objective):
         tensors = student.head_tensors()
         owners = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
 
-        likeliest = "tokens" in taught
+        likeliest = "tokens" in signals
         plain = self.training and self.divergence is forward_kl and not (likeliest or loss.cross_entropy_weight)
 
         def chunk_loss(
-            h: Tensor, target: Tensor, follows: Tensor, owner: Tensor, *taught: Tensor
+            h: Tensor, target: Tensor, follows: Tensor, owner: Tensor, *signals: Tensor
         ) -> tuple[Tensor, Tensor]:
             if not likeliest:
                 with torch.no_grad():
-                    teacher_logits, _ = student.logits(*taught)
+                    teacher_logits, _ = student.logits(*signals)
             if plain:
                 kl, share = student.forward_kl(h, teacher_logits, *tensors, owner=owner)
             else:
                 logits, share = student.logits(h, *tensors, owner=owner)
                 if likeliest:
-                    kl = topk_kl_to(logits, *taught, temperature=loss.temperature)
+                    kl = topk_kl_to(logits, *signals, temperature=loss.temperature)
                 else:
                     kl = self.divergence(logits, teacher_logits)
             cost = {p: student.compute.routed_head(share, p) * scale[: len(h)] for p in PHASES}
@@ -174,7 +174,7 @@ class Distillation(Objective):
                 each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
-        known = [taught[name].view(*ids.shape, -1) for name in (("masses", "tokens") if likeliest else ("hidden",))]
+        known = [signals[name].view(*ids.shape, -1) for name in (("masses", "tokens") if likeliest else ("hidden",))]
         first = self.prompt if self.sequence_level else 0  # of the tokens that count, which the host knows
         rows = [x[:, first:].flatten(0, 1) for x in (hidden, targets, follows, owners, *known)]
         total, sums = chunked(chunk_loss, rows, tensors, chunk_rows=self._chunk_rows(ids))

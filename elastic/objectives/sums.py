@@ -21,7 +21,7 @@ from students.kernels.autograd import forward_kl
 
 T = TypeVar("T", bound="Sums")
 
-Taught = dict[str, Tensor]
+TeacherSignals = dict[str, Tensor]
 """The teacher's outputs that a loss needs, by name: [rows, ...], the rows of a batch's samples concatenated, of which
 each sample has as many as `lengths` of the objective says."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic import launch
 from elastic.accounting.vision_language import spent_on
-from elastic.objectives.sums import Objective, Sums, Taught, routing_loss
+from elastic.objectives.sums import Objective, Sums, TeacherSignals, routing_loss
 from losses import HIDDEN_DISTANCES
 from students.compute import Phase
 from students.decisions import Decisions
@@ -35,7 +35,7 @@ class Distillation(Objective):
     student: VisionLanguageStudent
 
     @torch.no_grad()
-    def teach(self, prompts: Prompts) -> Taught:
+    def teacher_signals(self, prompts: Prompts) -> TeacherSignals:
         """The teacher's "hidden" states [rows, D] in front of the LM head, of the tokens that the loss looks at."""
         with self.student.teacher():
             hidden = self.student.features(**prompts.inputs)[0].last_hidden_state
@@ -43,11 +43,11 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """A name for what `teach` returns, which caches are kept under."""
+        """A name for what `teacher_signals` returns, which caches are kept under."""
         return "text-states" if self.loss.hidden_weight else "answer-states"
 
     def lengths(self, prompts: Prompts) -> list[int]:
-        """How many rows of what `teach` returns each prompt has."""
+        """How many rows of what `teacher_signals` returns each prompt has."""
         return self._looked_at(prompts).sum(1).tolist()
 
     def _looked_at(self, prompts: Prompts) -> Tensor:
@@ -55,12 +55,13 @@ class Distillation(Objective):
         return prompts.answers | _text(prompts) if self.loss.hidden_weight else prompts.answers
 
     def forward(
-        self, prompts: Prompts, price: Tensor | float = 0.0, taught: Taught | None = None
+        self, prompts: Prompts, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Measured]:
-        """price: loss per unit of compute, for all prompts or each [B]; taught: what `teach` returns, where it is
-        known. Returns the loss and what was measured."""
+        """price: loss per unit of compute, for all prompts or each [B]; signals: the teacher's, where they are known.
+        Returns the loss and what was measured."""
         student, loss = self.student, self.loss
-        teacher, looked_at = (self.teach(prompts) if taught is None else taught)["hidden"], self._looked_at(prompts)
+        signals = self.teacher_signals(prompts) if signals is None else signals
+        teacher, looked_at = signals["hidden"], self._looked_at(prompts)
         with student.teacher(), torch.no_grad():
             teacher_logits = student.logits(teacher[prompts.answers[looked_at]])[0]
         out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)

@@ -26,13 +26,13 @@ def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
     reads it. Returns what they say."""
     config, cache, said = Run.open(without).config, without.parent / "cache", []
     objective = families.of(config.family).Distillation
-    teach, asked = objective.teach, []
+    signals, asked = objective.teacher_signals, []
 
     def noted(self: Any, batch: Any) -> Any:
         asked.extend([len(batch)] if self.training else [])
-        return teach(self, batch)
+        return signals(self, batch)
 
-    with patch.object(objective, "teach", noted):
+    with patch.object(objective, "teacher_signals", noted):
         for name in ("fills", "reads"):
             trainer.distill(config, without.parent / name, teacher_cache=cache, say=said.append)
             assert_learned(without, without.parent / name)
