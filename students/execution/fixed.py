@@ -132,7 +132,7 @@ class DecodeStep:
         inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": True}
         inputs |= {"attention_mask": self._masks(), "slot": self.slot, "logits_to_keep": 1}  # see `routed_attention`
         inputs = with_cache(self.model, inputs, self.cache)
-        self._rotations.begin(self.slot.device)
+        self._rotations.begin()
         try:
             logits: Tensor = self.model(**inputs).logits[:, -1].float()
         finally:

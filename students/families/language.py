@@ -168,7 +168,7 @@ class LanguageStudent(Student):
         run, tokens = self.runtime, args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
-        self._rotations.begin(tokens.device)
+        self._rotations.begin()
         if run.bypass:
             self._pack_for(tokens.numel())
             return None

@@ -1,8 +1,7 @@
 """Rotary embeddings (arXiv 2104.09864) of queries and keys in one pass, in place of a model's own function.
 
 That is ten operators a block, as transformers has it: of a decoding step on a GPU, nearly half of what is launched. It
-is exchanged while a model runs on a device where launches are dear, and only where a trial shows that the bits are the
-same. On CPUs these operators are as fast as one.
+is exchanged while a model runs, where there is a kernel, and only where a trial shows that the bits are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.kernels import devices, ops
+from students.kernels import ops
 
 NAME = "apply_rotary_pos_emb"
 """What transformers calls the function, beside each attention module."""
@@ -71,14 +70,14 @@ class Rotations:
         self._where = type(trunk).__module__
         self._before: list[Any] = []
 
-    def begin(self, device: torch.device) -> None:
-        """Where they run on this device; may be called again before the end."""
+    def begin(self) -> None:
+        """May be called again before the end."""
         if torch.compiler.is_compiling():
             return
         namespace = vars(sys.modules[self._where])
         before = namespace.get(NAME)
         self._before.append(before)
-        if before is not None and not isinstance(before, Rotary) and devices.runs_ahead(device):
+        if before is not None and not isinstance(before, Rotary):
             namespace[NAME] = _at_once(before)
 
     def end(self) -> None:

@@ -142,7 +142,7 @@ static void *scratch(size_t size) {
 // x [B, D], preview and out [B, V]; bias may be NULL. count[b]: how many rows were exact.
 #define EXACT_ROWS(S, T)                                                                                           \
     void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,                 \
-                        const T *preview, const float *limit, float tail, T *out, int64_t *count, int threads) {   \
+                        const T *preview, const float *limit, const float *tail, T *out, int64_t *count, int threads) { \
         enum { near = 64 }; /* rows that stay in the cache until all inputs have had them */                       \
         int64_t *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
         float *values = (float *)(chosen + V * B);                                                                 \
@@ -163,7 +163,7 @@ static void *scratch(size_t size) {
                 int64_t exact = 0;                                                                                 \
                 for (int64_t v = from; v < to; v++) {                                                              \
                     float guess = up_##S(preview[b * V + v]);                                                      \
-                    out[b * V + v] = down_##S(guess + tail);                                                       \
+                    out[b * V + v] = down_##S(guess + *tail);                                                      \
                     exact += guess >= limit[b];                                                                    \
                 }                                                                                                  \
                 _Pragma("omp atomic") count[b] += exact;                                                           \

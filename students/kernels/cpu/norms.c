@@ -1,4 +1,4 @@
-// RMS norms in one pass over their input, with the bits that torch's own operators give.
+// RMS norms and rotary embeddings in one pass over their input, with the bits that torch's own operators give.
 //
 // Compiled without leave to reorder sums or to fuse products into them (see toolchain.py).
 
@@ -56,7 +56,38 @@
         }                                                                                                     \
     }
 
-#define KERNELS(S, T) SUM_SQUARES(S, T) RMS_NORM(S, T)
+// out [B, H, L, D]: x [B, H, L, D], its dimensions `batch`, `head` and `token` apart, of whose D numbers the first r are
+// turned by cos and sin [*, L, r], which are `each` apart from row to row of the batch. Every step rounds.
+#define ROTARY(S, T)                                                                                          \
+    static inline T turned_##S(T v, T cos, float w, T sin) {                                                  \
+        float straight = up_##S(down_##S(up_##S(v) * up_##S(cos)));                                           \
+        return down_##S(straight + up_##S(down_##S(w * up_##S(sin))));                                        \
+    }                                                                                                         \
+    void rotary_##S(const T *x, int64_t B, int64_t H, int64_t L, int64_t D, int64_t batch, int64_t head,      \
+                    int64_t token, const T *cos, const T *sin, int64_t r, int64_t each, T *out, int threads) { \
+        _Pragma("omp parallel for num_threads(B * H * L * D > 65536 ? threads : 1)")                          \
+        for (int64_t n = 0; n < B * H * L; n++) {                                                             \
+            int64_t b = n / (H * L), h = n / L % H, l = n % L, half = r / 2;                                  \
+            const T *from = x + b * batch + h * head + l * token, *c = cos + b * each + l * r;                \
+            const T *s = sin + b * each + l * r;                                                              \
+            T *restrict to = out + n * D;                                                                     \
+            for (int64_t i = 0; i < half; i++) to[i] = turned_##S(from[i], c[i], -up_##S(from[half + i]), s[i]); \
+            for (int64_t i = half; i < r; i++) to[i] = turned_##S(from[i], c[i], up_##S(from[i - half]), s[i]); \
+            memcpy(to + r, from + r, sizeof(T) * (D - r));                                                    \
+        }                                                                                                     \
+    }
+
+// Key [N, K] and value [N, V] of one token into keys [N, L, K] and values [N, L, V], at the place *slot.
+#define WRITE_SLOT(S, T)                                                                                      \
+    void write_slot_##S(T *keys, T *values, const T *key, const T *value, int64_t N, int64_t L, int64_t K,    \
+                        int64_t V, const int64_t *slot, int threads) {                                        \
+        for (int64_t n = 0; n < N; n++) {                                                                     \
+            memcpy(keys + (n * L + *slot) * K, key + n * K, sizeof(T) * K);                                   \
+            memcpy(values + (n * L + *slot) * V, value + n * V, sizeof(T) * V);                               \
+        }                                                                                                     \
+    }
+
+#define KERNELS(S, T) SUM_SQUARES(S, T) RMS_NORM(S, T) ROTARY(S, T) WRITE_SLOT(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)

@@ -72,9 +72,9 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
 def exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, limit = x.contiguous(), limit.float().contiguous()
+    x, limit, tail = x.contiguous(), limit.float().contiguous(), tail.float()
     out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
-    toolchain.call("exact_rows", x, len(x), head, bias, *head.shape, preview, limit, float(tail), out, count)
+    toolchain.call("exact_rows", x, len(x), head, bias, *head.shape, preview, limit, tail, out, count)
     return out, count
 
 
@@ -250,6 +250,27 @@ def decode_attention(
     hidden = None if mask is None else mask.contiguous(), int(mask is not None and mask.dtype == torch.bool), rows
     toolchain.call("decode_attention", *given, *hidden, slot, window, scale, cap, ranges, partial, out)
     return out
+
+
+@_in_c
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.contiguous(), sin.contiguous()
+    each = 0 if len(cos) == 1 else cos.stride(0)
+    return _turned(query, cos, sin, each), _turned(key, cos, sin, each)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, each: int) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape)
+    toolchain.call("rotary", x, *x.shape, *x.stride()[:3], cos, sin, cos.shape[-1], each, out)
+    return out
+
+
+@_in_c
+def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
+    rows, slots = keys.shape[0] * keys.shape[1], keys.shape[2]
+    new = key.contiguous(), value.contiguous()
+    toolchain.call("write_slot", keys, values, *new, rows, slots, keys.shape[3], values.shape[3], slot)
 
 
 @_in_c
