@@ -24,12 +24,16 @@ from students.execution.capture import Fetched, Recorder, Recordings, first_line
 from students.execution.fixed import DecodeStep, windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.execution.prompt import PromptPruning, Prompts, Read, following
+from students.execution.replay import Replay
+from students.kernels import ops
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
 """Slots of the smallest cache."""
 OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
 """Arguments of `generate` with which the caller takes decoding in hand."""
+OURS = "students.", "transformers."
+"""Where hooks are from that have nothing to do between recorded steps."""
 
 
 def slots_for(tokens: int) -> int:
@@ -38,6 +42,12 @@ def slots_for(tokens: int) -> int:
     while slots < tokens:
         slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3
     return slots
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module calls somebody's own functions, which recorded steps would not."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return not all(hook.__module__.startswith(OURS) for hook in hooks)
 
 
 class Decoding:
@@ -78,7 +88,7 @@ class Decoding:
         """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
         that is not what the call asked for, a warning says so, once."""
         try:
-            possible = self._possible(kwargs)
+            possible = self._possible(args, kwargs)
         except ValueError as reason:
             self._warn(str(reason))
             possible = False
@@ -131,13 +141,20 @@ class Decoding:
         return read._replace(positions=positions)
 
     def _warn(self, reason: str, what: str = "decoding without recorded steps") -> None:
-        if reason not in self._said:
+        if reason not in self._said and not self.replays:
             self._said.add(reason)
             warnings.warn(f"{what}: {reason}", stacklevel=4)
 
-    def _possible(self, kwargs: dict[str, Any]) -> bool:
+    @property
+    def replays(self) -> bool:
+        """Whether steps are recorded as lists of calls, on a CPU: for few rows, and else without a word."""
+        return self.recorder is None and recorder_for(self.model.device) is None
+
+    def _possible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call decodes through recorded steps; ValueError where it might have, and cannot."""
-        if self.recorder is None and recorder_for(self.model.device) is None:
+        if self.replays and (self._prompts is not None or not ops.compiled(next(self.model.parameters()))):
+            return False
+        if ops.observed() or any(map(_has_hooks, self.model.modules())):
             return False
         if any(kwargs.get(name) is not None for name in OWN_WAY) or kwargs.get("synced_gpus"):
             return False
@@ -146,6 +163,9 @@ class Decoding:
         if config.use_cache is False or config.cache_implementation is not None or config.prompt_lookup_num_tokens:
             return False
         if config.stop_strings is not None and "stop_strings" not in kwargs:
+            return False
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if self.replays and (ids is None or len(ids) * (config.num_return_sequences or 1) > ops.FEW_ROWS):
             return False
         if (config.num_beams or 1) > 1:
             raise ValueError("beam search moves rows of the cache")
@@ -246,10 +266,8 @@ class Decoding:
 
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
-            record = self.recorder or recorder_for(keys.device)
-            assert record is not None, "`_possible` has asked"
             try:
-                return step, record(step.run)
+                return step, (self.recorder or recorder_for(keys.device) or Replay)(step.run)
             except RuntimeError as error:  # the model waits for the device, or leaves too little memory
                 self._warn(f"{type(self.model).__name__} could not be recorded ({first_line(error)})")
                 return step, step.run

@@ -29,7 +29,7 @@ def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor
         if function is None or x.dtype != dtype or ops.observed():
             return ops.read_channels(x.flatten(), limit, weight, *rest)
         x, out = x.contiguous(), torch.empty(outputs, dtype=dtype)
-        return out, function(x.data_ptr(), *given, out.data_ptr(), torch.get_num_threads())
+        return out, toolchain.run(function, x.data_ptr(), *given, out.data_ptr())
 
     return read
 
@@ -45,7 +45,7 @@ def channel_gate(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor
             return ops.channel_gate(x, limit)[0]
         x = x.contiguous()
         out, rows = torch.empty_like(x), x.numel() // size
-        function(x.data_ptr(), rows, size, place, rows, out.data_ptr(), None, torch.get_num_threads())
+        toolchain.run(function, x.data_ptr(), rows, size, place, rows, out.data_ptr(), None)
         return out
 
     return mask
@@ -61,8 +61,8 @@ def rms_norm(dtype: torch.dtype, device: torch.device, epsilon: float, kind: int
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         x, width = x.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
-        settings = weight.data_ptr(), epsilon, kind
-        function(x.data_ptr(), x.numel() // width, width, *settings, out.data_ptr(), torch.get_num_threads())
+        given = x.data_ptr(), x.numel() // width, width, weight.data_ptr(), epsilon, kind, out.data_ptr()
+        toolchain.run(function, *given)
         return out
 
     return norm

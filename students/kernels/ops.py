@@ -72,6 +72,12 @@ def on_gpu(name: str) -> Callable[..., Any]:
     return run
 
 
+def on_cpu(operator: Any) -> Callable[..., Any]:
+    """What an operator runs on CPUs."""
+    name = operator.__name__.partition(".")[0]
+    return cpu.OPERATORS.get(name) or getattr(reference, name)
+
+
 def compiled(x: Tensor) -> bool:
     """Whether operators run as kernels made for tensors like this one, and not as references."""
     if x.is_cuda:
@@ -81,7 +87,8 @@ def compiled(x: Tensor) -> bool:
 
 def observed() -> bool:
     """Whether somebody counts operations or compiles them, and has to see torch's own."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    counted = is_in_torch_dispatch_mode() and toolchain.recording.calls is None
+    return torch.compiler.is_compiling() or counted
 
 
 def _like(x: Tensor) -> Tensor:

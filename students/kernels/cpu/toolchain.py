@@ -9,6 +9,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _COUNT = {"read_channels", "few_channels"}
 loaded: ctypes.CDLL | None = None
+
+
+class Recording(threading.local):
+    """Where calls of C functions by this thread are noted, while somebody records them (see execution/replay.py)."""
+
+    calls: list[Callable[[int], Any]] | None = None
+    """Each takes the number of threads."""
+
+
+recording = Recording()
 
 
 def build(folder: Path) -> bool:
@@ -94,4 +107,11 @@ def addresses(*arguments: Any) -> list[Any]:
 
 def call(name: str, *arguments: Any) -> Any:
     """Call a C function; those that count return a number."""
-    return function(name, *arguments)(*addresses(*arguments), torch.get_num_threads())
+    return run(function(name, *arguments), *addresses(*arguments))
+
+
+def run(function: Any, *given: Any) -> Any:
+    """Call a C function with all that it takes but the number of threads."""
+    if recording.calls is not None:
+        recording.calls.append(partial(function, *given))
+    return function(*given, torch.get_num_threads())

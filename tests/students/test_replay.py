@@ -1,0 +1,113 @@
+"""Steps that CPUs record as lists of calls are the steps that the modules take, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from students import LoraSpec, RouterSpec, StudentSpec
+from students.execution.decoding import Decoding
+from students.execution.replay import Replay
+from students.families.language import LanguageStudent
+from tests.backends import running_on
+from tests.pico.language import TINY, make_tiny
+from tests.students.test_execution import make
+
+SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
+CLOSE = dict(atol=2e-3, rtol=2e-3)
+SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_c(library: object) -> Iterator[None]:
+    with running_on("c", library), torch.no_grad():
+        yield
+
+
+def student_for(name: str = "llama", spec: StudentSpec = SPEC) -> LanguageStudent:
+    student = make(name, spec, **({"vocab_size": 120} if name != "gpt2" else {}))
+    assert isinstance(student, LanguageStudent)
+    return student
+
+
+def replays(decoding: Decoding) -> list[Replay]:
+    """Those that were recorded."""
+    return [replay for _, replay in decoding._steps.values() if isinstance(replay, Replay)]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
+    student, dense = student_for(name), make_tiny(name)
+    for model, decoding in ((student.model, student._decoding), (dense, Decoding(dense, dense.base_model))):
+        found, expected = (work(tokens[:rows], **LOGITS) for work in (decoding.generate, model.generate))
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+        (step, replay), made = next(iter(decoding._steps.values())), []
+        assert isinstance(replay, Replay)
+        for run in (replay, step.run, replay):
+            step.slot.fill_(17)
+            step.positions.fill_(17)
+            made.append(run().clone())
+        assert torch.equal(made[0], made[1]) and torch.equal(made[1], made[2])
+
+
+def test_the_dial_threads_and_inference_mode(tokens: Tensor) -> None:
+    student, one = student_for(), tokens[:1]
+    student.generate(one, **SIX)
+    for offset in (1.0, -1.0):
+        student.runtime.offset = offset
+        with torch.inference_mode():
+            found = student.generate(one, **LOGITS)
+        torch.set_num_threads(2 if offset > 0 else 1)
+        expected = student.model.generate(one, **LOGITS)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+    assert len(replays(student._decoding)) == 1
+
+
+def test_modules_run_where_somebody_watches(tokens: Tensor) -> None:
+    student, calls = student_for(), []
+    with FlopCounterMode(display=False) as counter:
+        student.generate(tokens, **SIX)
+    assert counter.get_total_flops() > 0
+    hook = student.model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *given: calls.append(given))
+    student.generate(tokens, **SIX)
+    hook.remove()
+    assert len(calls) == 6
+    student.generate(tokens.repeat(4, 1), **SIX)
+    student.runtime.bypass = True
+    assert torch.equal(student.generate(tokens, **SIX), student.model.generate(tokens, **SIX))
+    assert not student._decoding._steps
+
+
+def test_what_depends_on_data_is_decoded_without_a_word(tokens: Tensor, recwarn: pytest.WarningsRecorder) -> None:
+    for spec in (StudentSpec((RouterSpec("token"),)), StudentSpec((RouterSpec("head"),))):
+        student = student_for(spec=spec)
+        assert torch.equal(student.generate(tokens, **SIX), student.model.generate(tokens, **SIX))
+        assert not replays(student._decoding)
+    assert not recwarn.list
+    with pytest.raises(RuntimeError, match=r"nonzero.* depends on data"):
+        Replay(lambda: tokens.nonzero())
+
+
+def test_operators_of_every_sort_run_again() -> None:
+    x, y = torch.randn(3, 4), torch.zeros(4)
+
+    def work() -> Any:
+        y.add_(1)
+        first, second = (x * y).split(2, 1)
+        values, places = x.sort(dim=1)
+        return first.contiguous() @ second.mT, values, places, torch.zeros(3).masked_fill_(x[:, 0] > 0, 2.0)
+
+    replay = Replay(work)
+    x.normal_()
+    found = [part.clone() for part in replay()]
+    assert y[0] == 3, "to warm up, recorded, and again"
+    y.sub_(1)
+    assert all(map(torch.equal, found, work()))
