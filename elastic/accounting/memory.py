@@ -12,6 +12,7 @@ from torch import nn
 from students import Student
 from students.architectures import architecture_of, shape_of, sizes_of, weight_of
 from students.architectures.record import LINEAR_SITES, Architecture
+from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper
 
 ADDED = 0.06
@@ -75,14 +76,14 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 
     Of each block behind the first that learns: its input and what attention has added to it, which norms read; queries,
     keys and values, and what comes of them; what the first layers of the MLP put out; what linear layers read, where
-    routers or corrections are in front of them; what merging patches takes; and, where the MLP has a gate and what it
-    is multiplied with, the activation between, unless it is made again with the product
-    (students/execution/product.py). With `train.checkpointing` blocks' inputs are kept, and the rest is there for one
-    block at a time.
+    routers or corrections are in front of them; what gates of tokens multiply, branches' outputs and what stands in for
+    them; what merging patches takes; and, where the MLP has a gate and what it is multiplied with, the activation
+    between, unless it is made again with the product (students/execution/product.py). With `train.checkpointing`
+    blocks' inputs are kept, and the rest is there for one block at a time, with gradients of what is in its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
-    each, streams, merged = [], 0, 0
+    each, back, streams, merged = [], [], 0, 0
     for block in blocks:
         sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in LINEAR_SITES}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
@@ -91,10 +92,14 @@ def kept_bytes(student: Student) -> tuple[int, int]:
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes[site])
         joined = getattr(block.get_submodule(record.linears("mlp_out")[0]), "activation", None) is not None
         gated = sum(outputs for outputs, _ in sizes["mlp_in"]) == 2 * neurons
-        each.append(2 * width + kept + written + neurons * gated - 2 * neurons * joined)
+        gates = width * sum(_gate_factors(block, name) for name in (record.attn, record.mlp))
+        each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined)
+        back.append((2 + gated) * neurons)
         streams += width
         merged += MERGED * width * bool(getattr(block, "merges", False) and block.routers)
-    return (size * (streams + merged), size * max(each)) if student.recomputes else (size * (sum(each) + merged), 0)
+    if student.recomputes:
+        return size * (streams + merged), size * max(map(sum, zip(each, back, strict=True)))
+    return size * (sum(each) + merged), 0
 
 
 def untouched(student: Any) -> int:
@@ -108,6 +113,15 @@ def _is_routed(block: nn.Module, record: Architecture, site: str) -> bool:
     """Whether something that learns reads what the linear layers of a site do: theirs or their branch's."""
     branch = block.get_submodule(record.attn if site.startswith("attn") else record.mlp)
     return any(isinstance(m, Wrapper) for m in (branch, block.get_submodule(record.linears(site)[0])))
+
+
+def _gate_factors(block: nn.Module, branch: str) -> int:
+    """How many tensors of the stream's width the gates of a branch's tokens multiply."""
+    routed = block.get_submodule(branch)
+    if not isinstance(routed, RoutedBranch):
+        return 0
+    gates = [router for router in routed.routers.values() if router.spec.of_kind.over_tokens]
+    return len(gates) + len(routed.decided) + len(routed.substitutes)
 
 
 def free_memory(device: torch.device) -> int:

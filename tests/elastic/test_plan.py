@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import weakref
 from dataclasses import replace
@@ -64,20 +63,14 @@ class Watch(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.fixture(scope="module")
-def student() -> Student:
-    """Sizes in the proportions of real models."""
-    sizes = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8)
-    model = make_tiny("llama", **sizes, num_key_value_heads=2, vocab_size=4096, max_position_embeddings=WINDOW)
-    return elasticize(model.requires_grad_(False), plan_config("llama3-8b").student)
-
-
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("rows", [2, 8])
-def test_a_step_takes_what_is_estimated(rows: int, again: bool, student: Student):
-    config = plan_config("llama3-8b")
+@pytest.mark.parametrize(("rows", "phase"), [(2, "decode"), (8, "prefill")])
+def test_a_step_takes_what_is_estimated(rows: int, phase: str, again: bool):
+    config = plan_config("llama3-8b", settings=[f"budget.phase={phase}"])
+    sizes = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8)  # as real models'
+    model = make_tiny("llama", **sizes, num_key_value_heads=2, vocab_size=4096, max_position_embeddings=WINDOW)
+    student = elasticize(model.requires_grad_(False), config.student)
     if again:
-        student = copy.deepcopy(student)
         student.checkpoint_blocks()
     windows = torch.randint(3, 4000, (rows, WINDOW), generator=torch.Generator().manual_seed(0))
     config = replace(config, train=replace(config.train, window=WINDOW))
