@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from configs import presets
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from elastic.traits import TRAITS
 from students.spec import RouterSpec, StudentSpec
+from teachers.data.records import is_path
 from teachers.registry import ModelEntry, models, resolve
 
 SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.section))
@@ -341,6 +343,17 @@ def make_config(
     if traits.data and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
     source = merged["data"].get("source")
-    if isinstance(source, str) and source not in NAMED_DATA and Path(source).expanduser().exists():
-        merged["data"]["source"] = str(Path(source).expanduser().absolute())
+    if isinstance(source, str) and source not in NAMED_DATA:
+        require_data(source)
+        if Path(source).expanduser().exists():
+            merged["data"]["source"] = str(Path(source).expanduser().absolute())
     return from_dict(RunConfig, merged)
+
+
+def require_data(source: str) -> None:
+    """ValueError where data can only be a file or folder, and there is none: before a model is loaded for it."""
+    path = Path(source).expanduser()
+    if not is_path(source) or path.exists():
+        return
+    beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
+    raise ValueError(f"no such file or folder: {source}{near(path.name, beside)}; --data takes one that exists")

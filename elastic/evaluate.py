@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from elastic import families, launch
+from elastic.config import require_data
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.run import Run
@@ -89,7 +90,7 @@ def measure_run(
     session: what has been loaded, asked and calibrated before.
     """
     session = session or Session()
-    run, budgets = launch.together(partial(_what_to_measure, folder, compute, baselines))
+    run, budgets = launch.together(partial(_what_to_measure, folder, data, compute, baselines))
     config, family = run.config, families.of(run.config.family)
     launch.main_process_first(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
@@ -112,11 +113,13 @@ def measure_run(
 
 
 def _what_to_measure(
-    folder: str, compute: Sequence[float], baselines: Sequence[str]
+    folder: str, data: str | None, compute: Sequence[float], baselines: Sequence[str]
 ) -> tuple[Run, tuple[float | None, ...]]:
     """The run and its budgets (None: where the dial is); ValueError where what is asked for does not fit the run."""
     run = Run.open(folder, finished=True)
     config = run.config
+    if data is not None:
+        require_data(data)
     for budget in compute:
         if not 0 < budget <= 1:
             raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
@@ -133,6 +136,8 @@ def _what_to_measure(
 
 def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:
     """How much two runs of one image model decide the same: a row for each router, and their mean as "mean"."""
+    if data is not None:
+        require_data(data)
     runs = [Run.open(path, finished=True) for path in (folder, other)]
     config = runs[0].config
     family = families.of(config.family)

@@ -14,6 +14,7 @@ from teachers.data.image_set import ImageSet, Preprocess
 from teachers.data.image_sources import ACCEPTED, FASHION, from_fashion, from_folder, from_hub, from_parquet
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES
+from teachers.data.records import is_path
 
 _HUB_DATASET = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
 
@@ -101,6 +102,6 @@ def _open(
     if path.is_dir():
         return from_folder(path, train, preprocess, model_classes)
     match = _HUB_DATASET.fullmatch(source)
-    if not match or source.startswith((".", "/")):
+    if not match or is_path(source):
         raise ValueError(f"no such file or folder: {source}; {ACCEPTED}")
     return from_hub(source, match[1], match[2], train, preprocess, most, model_classes)

@@ -21,7 +21,7 @@ from teachers.data.conversations import FIELDS, questions_and_answers, turns_of
 from teachers.data.left_out import LeftOut, Samples
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.pictures import open_image, open_row
-from teachers.data.records import RECORD_FILES, Record, as_text, local_records, rows_of, visible
+from teachers.data.records import RECORD_FILES, Record, as_text, is_path, local_records, rows_of, visible
 from teachers.wheel import checked, download
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
         files = [file for file in every if is_held_out(file.stem) != train]
         return _files(files, path) if files else None
     match = _HUB_DATASET.fullmatch(source)
-    if not match or source.startswith((".", "/")):
+    if not match or is_path(source):
         raise ValueError(f"no such file or folder: {source}; {_ACCEPTED}")
     return _hub(source, match, train, most)
 

@@ -43,6 +43,12 @@ def local_records(file: Path, left_out: LeftOut) -> Iterator[Record]:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
+def is_path(source: str) -> bool:
+    """Whether a name of data can only be that of a file or folder, and of no hub data set."""
+    begins_as_one = source.startswith((".", "/", "~")) or source.count("/") > 1
+    return begins_as_one or Path(source).suffix.lower() in (*TEXT_FILES, *RECORD_FILES)
+
+
 def visible(path: Path, root: Path) -> bool:
     """Whether neither the file or folder nor a folder it is in, below `root`, is hidden or a system's own."""
     return not any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in path.relative_to(root).parts)

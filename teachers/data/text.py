@@ -17,7 +17,7 @@ from teachers import hub
 from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
 from teachers.data.left_out import LeftOut
-from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, local_records, visible
+from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, is_path, local_records, visible
 from teachers.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -242,12 +242,12 @@ def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record
 
 def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
     """A hub data set, from the cache where the hub cannot be reached."""
+    match = _HUB_DATASET.fullmatch(source)
+    if not match or is_path(source):
+        raise ValueError(f"no such file or folder: {source}; {_ACCEPTED_SOURCES}")
     import datasets
 
     datasets.disable_progress_bars()
-    match = _HUB_DATASET.fullmatch(source)
-    if not match or source.startswith(".") or Path(source).suffix.lower() in FILES:
-        raise ValueError(f"no such file or folder: {source}; {_ACCEPTED_SOURCES}")
     reason = hub.unreachable()
     try:
         with hub.offline() if reason else contextlib.nullcontext():
