@@ -82,9 +82,16 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def refuse_existing(self, overwrite: bool) -> None:
-        """ValueError where the folder has something in it and is not to be overwritten, or is not a run's."""
+        """ValueError where the folder has something in it and is not to be overwritten, is not a run's, or cannot be
+        written to."""
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is a file; name a folder with --output")
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            reason = "cannot be written to" if place.is_dir() else "is a file"
+            raise ValueError(
+                f"no run can be kept in {self.folder}: {place} {reason}; name another folder with --output"
+            )
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / "config.yaml").exists():

@@ -128,6 +128,9 @@ def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., s
     assert "empty.txt is too short: 0 tokens found" in refused(*arguments, "--data", "empty.txt")
     assert "short.txt is too short: 3 tokens found, 96 needed" in refused(*arguments, "--data", "short.txt")
     assert "unknown kind of file" in refused(*arguments, "--data", "data.csv")
+    for source in ("emty.txt", "./empty", "some/where/else"):  # before a model is loaded, or asked of the hub
+        assert "no such file or folder" in refused("distill", "--model", "gpt2", "--data", source)
+    assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
     windows = ("--set", "data.window=128", "--set", "train.window=128")
     assert "data.window is 128, but" in refused(*arguments, *windows)  # tiny models have 64 positions
 
@@ -140,6 +143,7 @@ def test_existing_folders_are_kept(arguments: list[str], finished: Path, refused
     (here / "other" / "thesis.txt").write_text("years of work")
     for overwrite in ((), ("--overwrite",)):
         assert "not a run folder" in refused(*arguments, "--output", "other", *overwrite)
+    assert "thesis.txt is a file" in refused("distill", "--model", "gpt2", "--output", "other/thesis.txt/run")
     before = (here / "run" / "routers.safetensors").read_bytes()
     assert main([*arguments, "--output", "run", "--overwrite", "--set", "train.seed=3"]) == 0
     assert Run.open("run").config.train.seed == 3
