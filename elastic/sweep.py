@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from elastic import bench, evaluate, families, launch, sharding, trainer
-from elastic.config import RunConfig, make_config
+from elastic.config import RunConfig, make_config, require_data
 from elastic.evaluation.session import Session
 from elastic.files import write_text
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
@@ -81,7 +81,15 @@ def sweep(
     """
     if timed:
         sharding.refuse_timing()
-    tasks = launch.together(partial(plan, models, budgets, presets, seeds, per_budget, settings, flags))
+
+    def prepare() -> list[Task]:
+        tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
+        _require_baselines(baselines, tasks)
+        if eval_data is not None:
+            require_data(eval_data)
+        return tasks
+
+    tasks = launch.together(prepare)
     folder = SweepFolder(output)
 
     def begin() -> list[Row]:
@@ -184,9 +192,19 @@ def plan(
 
 
 def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None) -> list[Key]:
-    """What the rows of a point are known by, the student's own first; at 1.0, where it is the teacher, no baselines."""
-    kinds = (None, *dict.fromkeys(baselines if budget < 1 else ()))
+    """What the rows of a point are known by, the student's own first, then baselines that the model's family has; at
+    1.0, where it is the teacher, none."""
+    known = families.of(task.config.family).BASELINES
+    kinds = (None, *dict.fromkeys(kind for kind in baselines if kind in known and budget < 1))
     return [(f"runs/{task.name}", budget, kind, data or evaluate.HELD_OUT) for kind in kinds]
+
+
+def _require_baselines(baselines: Sequence[str], tasks: Sequence[Task]) -> None:
+    """ValueError for a baseline that none of the models has; where one has it, the others go without."""
+    known = list(dict.fromkeys(name for task in tasks for name in families.of(task.config.family).BASELINES))
+    for name in baselines:
+        if name not in known:
+            raise ValueError(f"there is no baseline {name} for these models, only {', '.join(known)}")
 
 
 def _require_same(path: Path, config: RunConfig) -> None:

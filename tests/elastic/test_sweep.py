@@ -18,7 +18,7 @@ from elastic.cli import main
 from elastic.config import make_config
 from elastic.distillation import checkpoints
 from elastic.reporting.results import SweepFolder, key_of
-from elastic.sweep import Clock, plan, sweep
+from elastic.sweep import Clock, _keys, plan, sweep
 from students import RouterSpec, StudentSpec, elasticize
 from students.decisions import Decisions
 from tests.pico.language import RUN_SETTINGS
@@ -214,6 +214,18 @@ def test_runs_of_a_plan(model_folder: Path):
     assert [name for name, _ in names([0.7], presets=["default", "static"], seeds=[0, 1])] == [
         f"tiny-{preset}-0.7-seed{seed}" for preset in ("default", "static") for seed in (0, 1)
     ]
+
+
+def test_models_have_the_baselines_of_their_family(
+    model_folder: Path, run_sweep: Callable[..., list[dict]], tmp_path: Path, calls: list[str]
+):
+    text, images = plan([str(model_folder), "vit-fashion"], [0.7], ["default"], [0], False, [], {})
+    asked = ["random", "teal", "tome"]
+    assert [key[2] for key in _keys(text, 0.7, asked, None)] == [None, "random", "teal"]
+    assert [key[2] for key in _keys(images, 0.7, asked, None)] == [None, "random", "tome"]
+    with pytest.raises(ValueError, match="no baseline tome for these models, only random, uniform, static, teal"):
+        run_sweep(tmp_path / "sweep", baselines=asked)
+    assert calls == []
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
