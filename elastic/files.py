@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,4 +15,5 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that nothing can be written to refuses that as well
+            part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 import pytest
 
 from elastic.cli import main
+from elastic.files import write_text
 from elastic.reporting import plots
 from elastic.reporting.contents import rank_correlation, ranked
 from elastic.reporting.report import report
@@ -244,6 +246,18 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_a_disk_that_is_read_only_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It refuses to delete what was not written, too."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"cannot write .*report\.html: Read-only file system"):
+        write_text(tmp_path / "report.html", "")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
