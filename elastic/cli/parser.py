@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from os.path import expanduser
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from configs import presets
 from elastic import launch
@@ -31,6 +31,13 @@ SHARED = ("distill", "eval", "sweep")
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
 
+    def parse_args(self, *arguments: Any) -> Any:
+        """ArgumentParser's, but the command whose option is unknown says so, as its --help lists what there is."""
+        options, unknown = self.parse_known_args(*arguments)
+        if unknown:
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n" if launch.is_main() else None)
 
@@ -47,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        sub.set_defaults(command=run, shared=name in SHARED)
+        sub.set_defaults(command=run, shared=name in SHARED, parser=sub)
         return sub
 
     distill = command(
