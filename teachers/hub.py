@@ -151,6 +151,13 @@ def read_model(
     return model, sorted(report["unexpected_keys"])
 
 
+def why_unread(error: Exception, folder: Path, what: str, *patterns: str) -> str:
+    """Why a model's tokenizer or processor cannot be read: no file has such a name, or what the library says."""
+    if any(any(folder.glob(pattern)) for pattern in patterns):
+        return first_line(error)
+    return f"there is none beside the weights ({what}.save_pretrained puts it there)"
+
+
 @contextmanager
 def streamed(source: str, name: str, config: str | None, parts: Sequence[str], accepted: str) -> Iterator[Any]:
     """A hub data set's part that is the first of `parts` it has, as a stream; None where it has none of them.
@@ -187,7 +194,10 @@ def require_weights(name: str, folder: Path) -> None:
     """ValueError where the folder of a model of this name has not all of its safetensors files."""
     files = weight_files(folder)
     if not files:
-        raise ValueError(f"{name} has no safetensors weights (model.safetensors); pickled weights are not loaded")
+        raise ValueError(
+            f"{name} has no safetensors weights (model.safetensors), and pickled ones are not loaded: save the model "
+            "again, with safe_serialization=True where that is not the default, as in timm"
+        )
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")

@@ -97,7 +97,8 @@ def _transformers(
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ValueError(f"{name}: image processor cannot be loaded: {first_line(error)}") from error
+        reason = hub.why_unread(error, folder, "processor", "*processor*")
+        raise ValueError(f"{name}: image processor cannot be loaded: {reason}") from error
     mode = "L" if model.config.num_channels == 1 else "RGB"
 
     def preprocess(image: Image) -> torch.Tensor:

@@ -45,10 +45,7 @@ def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        files = [file for pattern in ("*token*", "*vocab*", "*.model") for file in folder.glob(pattern)]
-        reason = (
-            first_line(error) if files else "there is none beside the weights (tokenizer.save_pretrained puts it there)"
-        )
+        reason = hub.why_unread(error, folder, "tokenizer", "*token*", "*vocab*", "*.model")
         raise ValueError(f"{name}: tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from teachers import hub
 from teachers.families import Loaded
 from teachers.families.image import unpack
-from teachers.quiet import first_line
 from teachers.registry import LANGUAGE
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ValueError(f"{name}: processor cannot be loaded: {first_line(error)}") from error
+        reason = hub.why_unread(error, folder, "processor", "*processor*")
+        raise ValueError(f"{name}: processor cannot be loaded: {reason}") from error
     return Loaded(model, processor, unused)
 
 

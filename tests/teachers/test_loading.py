@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import teachers
 from teachers import hub, wheel
@@ -267,6 +274,13 @@ def test_torn_folders_cost_one_line(break_it: Callable[[Path], object], message:
     with pytest.raises(ValueError, match=message) as error:
         teachers.load(str(tmp_path))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 12}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, num_labels=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"there is none beside the weights \(processor\.save_pretrained"):
+        teachers.load(str(tmp_path))
 
 
 def resize(folder: Path, width: int) -> None:
