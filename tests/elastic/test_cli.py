@@ -17,6 +17,7 @@ import yaml
 from elastic.cli import main
 from elastic.config import RunConfig
 from elastic.run import Run
+from students.kernels.cpu import toolchain
 from tests.pico.language import RUN_SETTINGS, make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -266,14 +267,20 @@ def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., s
     assert "--new-tokens" in refused("bench", finished, "--new-tokens", 1)
 
 
-def test_bench_prints_one_json_object(finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_bench_prints_one_json_object(
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     command = ["bench", str(finished), "--tokens", "8", "--new-tokens", "2", "--repeats", "1"]
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     keys = {"phase", "batch", "tokens", "compute", "predicted_speedup", "measured_speedup", "efficiency"}
     assert [row["phase"] for row in rows] == ["prefill", "decode", "train"] and all(keys <= set(row) for row in rows)
+    monkeypatch.setattr(toolchain, "loaded", None)
+    monkeypatch.setenv("PATH", str(here))
+    monkeypatch.delenv("CC", raising=False)
     assert main(command) == 0
-    assert "teacher forward" in " ".join(capsys.readouterr().out.split())
+    out, err = capsys.readouterr()
+    assert "teacher forward" in " ".join(out.split()) and "no C compiler" in err
 
 
 def test_models(capsys: pytest.CaptureFixture[str]):
@@ -306,7 +313,9 @@ def test_command_lines_that_do_not_parse_get_one_line(arguments: list[str], caps
         main(arguments)
     out, err = capsys.readouterr()
     assert error.value.code == 2 and out == ""
-    assert err.startswith("elastic: error: ") and err.count("\n") == 1 and "--help" in err
+    assert err.startswith("elastic: error: ") and err.count("\n") == 1
+    command = arguments[0] + " " if len(arguments) > 1 or arguments == ["eval"] else ""
+    assert f"(see elastic {command}--help)" in err
 
 
 def test_help_is_quick_and_loads_no_heavy_library():
