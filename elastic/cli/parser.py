@@ -31,9 +31,9 @@ SHARED = ("distill", "eval", "sweep")
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
 
-    def parse_args(self, *arguments: Any) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """ArgumentParser's, but the command whose option is unknown says so, as its --help lists what there is."""
-        options, unknown = self.parse_known_args(*arguments)
+        options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
