@@ -122,6 +122,19 @@ def _check_bench(options: argparse.Namespace) -> None:
         )
 
 
+SIZES = {
+    "student ms": ("seconds", 1e-3),
+    "tuned ms": ("tuned_seconds", 1e-3),
+    "dense ms": ("dense_seconds", 1e-3),
+    "ToMe ms": ("tome_seconds", 1e-3),
+    "cache MB": ("cache_bytes", 1e6),
+    "dense MB": ("dense_cache_bytes", 1e6),
+    "peak GB": ("peak_bytes", 1e9),
+    "dense GB": ("dense_peak_bytes", 1e9),
+}
+"""Columns of a table of timings, which are left out where no row has them: what each shows, in which unit."""
+
+
 def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """A table of timings, and the machine that they are of."""
     from rich.console import Console
@@ -139,26 +152,20 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
         + ", ".join(f"{name} {versions[name]}" for name in names)
     )
     columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"
-    sizes = "student ms", "tuned ms", "dense ms", "cache MB", "dense MB", "peak GB", "dense GB"
-    merging = any("tome_seconds" in r for r in rows)
-    table = Table(*columns, *sizes, *["ToMe ms"] * merging, box=None, pad_edge=False)
+    sizes = {name: size for name, size in SIZES.items() if any(size[0] in r for r in rows)}
+    table = Table(*columns, *sizes, box=None, pad_edge=False)
     for r in rows:
-        caches = (f"{r[k] / 1e6:.2f}" if k in r else "" for k in ("cache_bytes", "dense_cache_bytes"))
         speeds = (speed(r.get(k)) for k in ("predicted_speedup", "predicted_speedup_bytes", "measured_speedup"))
         numbers = f"{r['batch']}", f"{r['tokens']}", f"{r['compute']:.3f}", *speeds, f"{r['efficiency']:.2f}"
-        times, tome = (
-            [f"{1000 * r[k]:,.1f}" if k in r else "" for k in names]
-            for names in (("seconds", "tuned_seconds", "dense_seconds"), ("tome_seconds",) * merging)
-        )
-        peaks = (f"{r[k] / 1e9:.2f}" for k in ("peak_bytes", "dense_peak_bytes"))
-        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *times, *caches, *peaks, *tome)
+        own = (f"{r[key] / unit:,.2f}" if key in r else "" for key, unit in sizes.values())
+        table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *own)
     Console(width=160).print(table)
     print(
         "by FLOPs, by bytes: the speed-up that either predicts; dense: the model as its library ships it; tuned: with "
         "the student's own packing, norms and attention\n"
         "peak: memory in use while the one or the other ran, all loaded"
     )
-    if merging:
+    if "ToMe ms" in sizes:
         print(
             "ToMe: the dense model with ToMe's merging (arXiv 2210.09461) at the student's FLOPs, run as the student is"
         )

@@ -92,6 +92,7 @@ def test_a_table_with_a_header(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("tiny-llm, random weights; default, ") and f"torch {torch.__version__}" in out[1]
     assert out[2].split()[:3] == ["phase", "batch", "tokens"] and out[3].split()[0] == "prefill"
+    assert "cache MB" in out[2] and "ToMe ms" not in out[2], "what no row has is left out"
 
 
 @pytest.mark.gpu
