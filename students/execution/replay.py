@@ -4,6 +4,7 @@ and the modules between them as long again."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -56,37 +57,36 @@ class Replay(TorchDispatchMode):
                 return ops.on_cpu(function)(*args, **kwargs)
         out = function(*args, **kwargs)
         self._kept.append(out)
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if function._schema.is_mutable:
             self._calls.append(lambda threads: function(*args, **kwargs))
-        elif (
-            made
-            and "empty" not in function.__name__
-            and _place(made[0]) not in map(_place, tree_leaves((args, kwargs)))
-        ):
-            self._calls.append(_again(function, args, kwargs, made))
+        elif "empty" not in function.__name__ and not _is_view(out, tree_leaves((args, kwargs))):
+            self._calls.append(_again(function, args, kwargs, out))
         return out
 
 
-def _place(x: Any) -> int | None:
-    """Where the memory of a tensor is, of which others may be views."""
-    return x.untyped_storage().data_ptr() if isinstance(x, Tensor) and not x.is_mkldnn else None
+def _is_view(out: Any, given: list[Any]) -> bool:
+    """Whether a result, or the first of several, lies where something that was given does."""
+    first = out if isinstance(out, Tensor) else out[0]
+    places = [x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor) and not x.is_mkldnn]
+    return first.untyped_storage().data_ptr() in places
 
 
-def _again(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Callable[[int], Any]:
+def _again(function: Any, args: Any, kwargs: Any, out: Any) -> Callable[[int], Any]:
     """What runs an operator again, with its results where the first ones are."""
+    if not isinstance(out, Tensor):
 
-    def takes(operator: Any) -> list[str]:
-        return [f"{x.type} {x.name}" for x in operator._schema.arguments]
+        def run(threads: int) -> None:
+            for old, new in zip(out, function(*args, **kwargs), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
 
-    others = [getattr(function._overloadpacket, name) for name in function._overloadpacket.overloads()]
-    for other in others:
-        if takes(other) == [*takes(function), "Tensor out"]:
-            return lambda threads: other(*args, **kwargs, out=made[0])
-
-    def run(threads: int) -> None:
-        again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor)]
-        for old, new in zip(made, again, strict=True):
-            old.copy_(new)
-
-    return run
+        return run
+    packet, takes = function._overloadpacket, [f"{x.type} {x.name}" for x in function._schema.arguments]
+    for into in (getattr(packet, name) for name in packet.overloads()):
+        if [f"{x.type} {x.name}" for x in into._schema.arguments] == [*takes, "Tensor out"]:
+            with suppress(TypeError):
+                quick = getattr(torch, packet.__name__, into)  # torch.add takes 1.3 us where torch.ops.aten.add takes 5
+                quick(*args, **kwargs, out=out)
+                return lambda threads: quick(*args, **kwargs, out=out)
+            return lambda threads: into(*args, **kwargs, out=out)
+    return lambda threads: out.copy_(function(*args, **kwargs))
