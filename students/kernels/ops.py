@@ -298,39 +298,23 @@ biased_attention: One = _operator(
 key: [B, T, H, d]."""
 
 
-def _slots_seen(keys: Tensor, slot: Tensor | None, window: int) -> int:
-    newest = keys.shape[2] - 1 if slot is None else int(slot)
-    return min(newest + 1, window) if window else newest + 1
-
-
-def _attention_flops(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Any, slot: Any, scale: float, window: int, *_: Any, out_val: Any
-) -> int:
-    heads, size = query.shape[:2].numel(), keys.shape[3] + values.shape[3]
-    return 2 * heads * _slots_seen(keys, slot, window) * size
-
-
-def _attention_read(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Any, slot: Any, scale: float, window: int, *_: Any, out_val: Any
-) -> int:
-    one_slot = keys.shape[:2].numel() * (keys.shape[3] + values.shape[3]) * keys.element_size()
-    return _size(query) + _slots_seen(keys, slot, window) * one_slot
+def _attended(heads: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None, window: int) -> int:
+    """Numbers of keys and values that heads [B, H, ...] see."""
+    seen = min(keys.shape[2] if slot is None else int(slot) + 1, window or keys.shape[2])
+    return heads.shape[:2].numel() * seen * (keys.shape[3] + values.shape[3])
 
 
 decode_attention: One = _operator(
     "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, Tensor? slot, float scale, int window,"
     " float cap) -> Tensor",
     lambda query, keys, values, *_: query.new_empty(len(query), 1, query.shape[1], values.shape[3]),
-    _attention_flops,
-    _attention_read,
+    lambda q, k, v, _, slot, scale, window, cap, *, out_val: 2 * _attended(q, k, v, slot, window),
+    lambda q, k, v, _, slot, scale, window, cap, *, out_val: _size(q) + q.itemsize * _attended(k, k, v, slot, window),
 )
 """Attention of one new token, query [B, H, 1, d], to a cache: keys [B, K, L, d] and values [B, K, L, v], each shared by
-H / K heads -> [B, 1, H, v].
-
-mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot [1]: the place of the newest
-key, behind which nothing is read (None: the last). window: how many keys are seen at most, the newest ones (0: all).
-Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0.
-"""
+H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot [1]:
+the place of the newest key, behind which nothing is read (None: the last). window: how many keys are seen at most, the
+newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
 
 
 def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
@@ -398,11 +382,10 @@ def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
 
 
 def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None) -> bool:
-    """Whether `decode_attention` is the faster way for these: on GPUs in steps of fixed shape, of whose caches torch's
-    attention reads every slot; on CPUs where there is a C function for them."""
-    if query.requires_grad:
-        return False
-    return slot is not None and compiled(query) if query.is_cuda else cpu.attends_to_cache(query, keys, values)
+    """Whether `decode_attention` is the faster way: on GPUs in steps of fixed shape, of whose caches torch's attention
+    reads every slot; on CPUs where there is a C function, and enough to read."""
+    fits = slot is not None and compiled(query) if query.is_cuda else cpu.attends_to_cache(query, keys, values)
+    return fits and not query.requires_grad
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:

@@ -14,7 +14,7 @@ from students.execution.attention import route_trunk
 from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
 from students.kernels import cpu, ops, reference
-from students.kernels.cpu import toolchain
+from students.kernels.cpu import operators, toolchain
 from students.kernels.triton import tuning
 from students.libraries import cache_of
 from tests.backends import DTYPES
@@ -67,6 +67,7 @@ def decode(model: torch.nn.Module, trunk: torch.nn.Module, tokens: Tensor, valid
 def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded rows, and prompts without a mask; but not from several tokens, nor as the frozen model."""
     monkeypatch.setattr(toolchain, "loaded", library)
+    monkeypatch.setattr(operators, "FEW_NUMBERS", 0)
     student = elasticize(make_tiny("llama", head_dim=32).to(torch.bfloat16), StudentSpec((RouterSpec("channel"),)))
     ran, attend = [], ops.decode_attention
     monkeypatch.setattr(ops, "decode_attention", lambda *given: ran.append(given) or attend(*given))
