@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -197,6 +197,20 @@ class LanguageStudent(Student):
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
         super()._leave(trunk, args, out)
         self._rotations.end()
+
+    def _recomputing(self) -> Any:
+        first, again = super()._recomputing()
+        return first, self._rotating(again)
+
+    @contextmanager
+    def _rotating(self, within: AbstractContextManager[Any]) -> Iterator[None]:
+        """Rotate as in the pass whose activations are computed again."""
+        self._rotations.begin()
+        try:
+            with within:
+                yield
+        finally:
+            self._rotations.end()
 
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
         """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""

@@ -138,6 +138,25 @@ def rms_norm(x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) ->
     return out
 
 
+class Rotary(torch.autograd.Function):
+    """`ops.rotary` with the gradients by queries and keys; angles are given."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return ops.rotary(query, key, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, by_query: Tensor, by_key: Tensor) -> tuple[Tensor | None, ...]:
+        return *ops.rotary_grad(by_query, by_key, *ctx.saved_tensors), None, None
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.rotary`, where a gradient passes."""
+    out: tuple[Tensor, Tensor] = Rotary.apply(query, key, cos, sin)
+    return out
+
+
 class Attention(torch.autograd.Function):
     """torch's attention, of which backward makes the weights again, a block of queries of some sequences at a time.
 

@@ -283,6 +283,20 @@ rotary: Pair = _operator(
 """Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d], of whose channels the first r are
 turned, the first half of these with the second: by cos and sin [B or 1, T, r]. Each step rounds, as torch does."""
 
+
+def _by_token(x: Tensor) -> Tensor:
+    """[B, H, T, d], in which what belongs to a token lies together."""
+    batch, heads, tokens, size = x.shape
+    return x.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+rotary_grad: Pair = _operator(
+    "rotary_grad(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    lambda query, key, *_: (_by_token(query), _by_token(key)),
+)
+"""Gradients of `rotary` by query and key, for those by what it returns: in memory [B, T, H, d], as linear layers put
+queries and keys out."""
+
 write_slot: Callable[..., None] = _operator(
     "write_slot(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot) -> ()", lambda *_: None
 )

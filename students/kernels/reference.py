@@ -264,6 +264,10 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return _turned(query, cos, sin), _turned(key, cos, sin)
 
 
+def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _turned_back(query, cos, sin), _turned_back(key, cos, sin)
+
+
 def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
     keys.index_copy_(2, slot, key)
     values.index_copy_(2, slot, value)
@@ -299,6 +303,14 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
     turned = x[..., :width] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
     return torch.cat([turned, rest], -1).contiguous()
+
+
+def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    grad, cos, sin = grad.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = (grad[..., :width] * sin).chunk(2, -1)
+    turned = grad[..., :width] * cos + torch.cat([second, -first], -1)
+    return torch.cat([turned, grad[..., width:]], -1).contiguous().transpose(1, 2)
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Rotary embeddings (arXiv 2104.09864) of queries and keys in one pass, in place of a model's own function.
 
-That is ten operators a block, as transformers has it: of a decoding step on a GPU, nearly half of what is launched. It
-is exchanged while a model runs, where there is a kernel, and only where a trial shows that the bits are the same.
+That is ten operators a block, as transformers has it, and sixteen on the way back: of a decoding step on a GPU, nearly
+half of what is launched. It is exchanged while a model runs, where there is a kernel, and only where a trial shows that
+the bits are the same; on CPUs, where there is none of the way back, not where a gradient passes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.kernels import ops
+from students.kernels import autograd, devices, ops
 
 NAME = "apply_rotary_pos_emb"
 """What transformers calls the function, beside each attention module."""
@@ -28,11 +29,16 @@ class Rotary:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         at_once = not kwargs and len(args) == 4 and not torch.compiler.is_compiling() and self._fits(*args)
-        return ops.rotary(*args) if at_once else self.plain(*args, **kwargs)
+        if not at_once:
+            return self.plain(*args, **kwargs)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in args)
+        return (autograd.rotary if learns else ops.rotary)(*args)
 
     def _fits(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-            return False
+        if torch.is_grad_enabled():
+            learns = query.requires_grad or key.requires_grad
+            if cos.requires_grad or sin.requires_grad or (learns and not devices.runs_ahead(query.device)):
+                return False
         if not ops.compiled(query) or not query.dtype == key.dtype == cos.dtype == sin.dtype:
             return False
         about = query.dtype, query.device, query.shape[-1], cos.shape[-1], query.ndim, cos.ndim

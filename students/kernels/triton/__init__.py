@@ -34,6 +34,7 @@ OPERATORS = {
     "rms_norm": "rms_norm",
     "rms_norm_grad": "rms_norm",
     "rotary": "rotary",
+    "rotary_grad": "rotary",
     "write_slot": "write_slot",
     "biased_attention": "biased_attention",
     "decode_attention": "decode_attention",

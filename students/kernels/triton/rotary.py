@@ -1,4 +1,5 @@
-"""Rotary embeddings of queries and keys in one launch, rounded after each step as torch's operators do."""
+"""Rotary embeddings of queries and keys in one launch, and their gradients in one, rounded after each step as torch's
+operators do."""
 
 from __future__ import annotations
 
@@ -29,22 +30,28 @@ def _turn(
     size,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    BACK: tl.constexpr,
 ):
-    """Turn some heads of one token."""
+    """Turn some heads of one token; BACK: by the transposed matrix, into a tensor in which a token's heads lie side by
+    side."""
     own, part = group * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
     kind = x.dtype.element_ty
     half = column // 2
     mask = (own < heads)[:, None] & (part < half)[None, :]
     source = x + row * by_row + place * by_place + own[:, None] * by_head + part[None, :]
-    target = out + ((row * heads + own[:, None]) * places + place) * size + part[None, :]
+    if BACK:
+        target = out + ((row * places + place) * heads + own[:, None]) * size + part[None, :]
+    else:
+        target = out + ((row * heads + own[:, None]) * places + place) * size + part[None, :]
     here = part < half
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     for second in tl.static_range(2):
         gain = tl.load(cos + second * half + part, mask=here, other=0.0).to(tl.float32)[None, :]
-        turn = tl.load(sin + second * half + part, mask=here, other=0.0).to(tl.float32)[None, :]
+        turn = tl.load(sin + (1 - second if BACK else second) * half + part, mask=here, other=0.0).to(tl.float32)
         straight = ((high if second else low) * gain).to(kind).to(tl.float32)
-        across = ((low if second else -high) * turn).to(kind).to(tl.float32)
+        across = ((low if second else high) * turn[None, :]).to(kind).to(tl.float32)
+        across = -across if second == BACK else across
         tl.store(target + second * half, (straight + across).to(kind), mask=mask)
     for start in range(column, size, HALF):  # what is not turned
         mask = (own < heads)[:, None] & (start + part < size)[None, :]
@@ -74,6 +81,7 @@ def _rotary(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     row, place = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
     cos += row * angle_row + place * column
@@ -82,22 +90,34 @@ def _rotary(
     if group < QUERIES:
         _turn(
             *(query, turned_query, cos, sin, row, place, column, query_row, query_head, query_place),
-            *(query_heads, group, tokens, size, HALF, HEADS),
+            *(query_heads, group, tokens, size, HALF, HEADS, BACK),
         )
     else:
         _turn(
             *(key, turned_key, cos, sin, row, place, column, key_row, key_head, key_place),
-            *(key_heads, group - QUERIES, tokens, size, HALF, HEADS),
+            *(key_heads, group - QUERIES, tokens, size, HALF, HEADS, BACK),
         )
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As `ops.rotary`."""
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    _launch(query, key, cos, sin, outs, back=False)
+    return outs[0], outs[1]
+
+
+def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.rotary_grad`."""
+    outs = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key))
+    _launch(query, key, cos, sin, outs, back=True)
+    return outs[0].transpose(1, 2), outs[1].transpose(1, 2)
+
+
+def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, outs: tuple[Tensor, ...], back: bool) -> None:
     batch, heads, tokens, size = query.shape
     width = cos.shape[-1]
-    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
     if not batch * tokens:
-        return outs[0], outs[1]
+        return
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     cos, sin = cos.contiguous(), sin.contiguous()
     groups = triton.cdiv(heads, HEADS), triton.cdiv(key.shape[1], HEADS)
@@ -107,7 +127,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         HALF=triton.next_power_of_2(width // 2),
         HEADS=HEADS,
         QUERIES=groups[0],
+        BACK=back,
         num_warps=2,
         enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
     )
-    return outs[0], outs[1]

@@ -118,6 +118,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     for tokens in (1, 1024):
         query, key = (make(2, tokens, heads, 128).transpose(1, 2) for heads in (32, 8))
         yield call("rotary", query, key, make(1, tokens, 128), make(1, tokens, 128))
+    yield call("rotary_grad", query, key, make(1, tokens, 128), make(1, tokens, 128))
     yield call("rms_norm_grad", make(8, narrow), make(8, narrow), make(narrow), 1e-6, 0)
 
 

@@ -138,6 +138,10 @@ def rotary(draw: Draw) -> Iterator[Arguments]:
         yield query, key, draw(rows, 5, width), draw(rows, 5, width)
 
 
+def rotary_grad(draw: Draw) -> Iterator[Arguments]:
+    return rotary(draw)
+
+
 def write_slot(draw: Draw) -> Iterator[Arguments]:
     slot = torch.tensor([3]).to(draw.device)
     yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), draw(2, 1, 3, 20).transpose(1, 2), draw(2, 3, 1, 16), slot
@@ -208,6 +212,7 @@ SAMPLES: dict[str, Samples] = {
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,
     "rotary": rotary,
+    "rotary_grad": rotary_grad,
     "write_slot": write_slot,
     "biased_attention": biased_attention,
     "decode_attention": decode_attention,

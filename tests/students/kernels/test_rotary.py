@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 
-from students.kernels import ops
+from students.kernels import devices, ops
 from students.kernels.rotary import NAME, Rotary, Rotations, _at_once
 from tests.backends import DTYPES
 from tests.pico.language import make_tiny
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("name", "width", "same"),
@@ -28,10 +27,16 @@ def test_bits_are_the_model_s(
     given = query, key, angles.cos().to(dtype), angles.sin().to(dtype)
     found, expected = ops.rotary(*given), plain(*given)
     assert all(map(torch.equal, found, expected)) == same
-    rotary = Rotary(plain)
+    at_once = Rotary(plain)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
-    assert rotary._fits(*given) == same
-    assert all(map(torch.equal, rotary(*given), expected))
+    assert at_once._fits(*given) == same
+    assert all(map(torch.equal, at_once(*given), expected))
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)  # where they are rotated back at once
+    slopes = []
+    for rotate in (at_once, plain):
+        query, key = (x.detach().requires_grad_() for x in given[:2])
+        slopes.append(torch.autograd.grad(rotate(query, key, *given[2:]), (query, key), found))
+    assert all(map(torch.equal, *slopes))
 
 
 def test_the_function_is_exchanged_while_a_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

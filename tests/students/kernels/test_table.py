@@ -26,8 +26,8 @@ CLOSE = {
     torch.float16: dict(atol=0.05, rtol=0.02),
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
-IN_TORCH = {"fused_channels", "biased_attention"}
-"""Operators with no C function: few launches are for GPUs, and torch's attention takes masks on CPUs."""
+IN_TORCH = {"fused_channels", "rotary_grad", "biased_attention"}
+"""Operators with no C function: few launches and the way back are for GPUs, and torch's attention takes masks on CPUs."""
 
 
 def test_every_operator_has_samples_and_every_implementation_an_operator():
