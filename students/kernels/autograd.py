@@ -170,6 +170,7 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
         ctx.causal = options["is_causal"]
+        mask = None if mask is None else mask.detach()  # torch would take its slow way for one that learns
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
     @staticmethod
