@@ -60,7 +60,7 @@ class Distillation(Objective):
             apart = per_layer(HIDDEN_DISTANCES[loss.hidden], *pairs)
             total = total + loss.hidden_weight * launch.mean_of(apart, len(pixels))
         macs, kl = macs.detach(), kl.detach()
-        images, rows = torch.tensor(len(pixels), device=pixels.device), {"kl": kl, "compute": macs / dense}
+        images, rows = torch.full((), len(pixels), device=pixels.device), {"kl": kl, "compute": macs / dense}
         return total, Measured(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
 
     def _compared(self, features: Features) -> TeacherSignals:

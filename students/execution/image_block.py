@@ -304,7 +304,9 @@ class RoutedBlock(Wrapper):
         if isinstance(count, tuple):
             left = torch.full((len(x),), patches, device=x.device) if here is None else here.sum(1)
             choosing = torch.tensor(count, device=x.device) < left
-        if router is not None and self._idle(router, count, patches if here is None else int(here[0].sum()), choosing):
+        if count is not None and here is not None:
+            patches = int(here[0].sum())  # waits for the device
+        if router is not None and self._idle(router, count, patches, choosing):
             router = None
         if router is None:
             gate = flow.kept

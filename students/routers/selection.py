@@ -70,9 +70,12 @@ def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None, pool:
     shift: one number, or [B, 1], one for each row. Gradient as in `threshold` of score + shift; here [B, n] bool: which
     may be chosen; pool: finds what other processes have of the batch. Nothing waits for the device.
     """
-    limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
+    if isinstance(shift, Tensor):
+        limit = -shift.detach().to(score.dtype)
+    else:
+        limit = score.new_full((), -shift)
     scores = pool(score.detach().flatten()).sort().values
-    below = torch.searchsorted(scores, limit.detach())
+    below = torch.searchsorted(scores, limit)
     count = ((len(scores) - below) / (len(scores) // score.shape[1])).round()
     ranked = score if here is None else score.masked_fill(~here, -torch.inf)
     soft = (score + shift).sigmoid()

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from elastic import families
 from elastic.config import RunConfig
 from elastic.objectives.language import Distillation
 from elastic.plan import plan_config
 from students import elasticize
 from students.kernels import devices, ops
+from teachers.shapes import build, find_shape
 from tests.pico.language import make_tiny
 from tests.students.host_waits import Launches, NoHostWaits
 from tests.students.test_students import scramble
@@ -56,6 +58,17 @@ def test_the_host_waits_for_nothing(preset: str):
     step(distillation)
     with NoHostWaits():
         step(distillation)
+
+
+def test_the_host_waits_for_no_image() -> None:
+    config = plan_config("tiny-vit", settings=["train.batch=4", "data.held_out=4"])
+    model = build(find_shape("tiny-vit"), torch.float32, "cpu")
+    student, family = elasticize(model, config.student), families.of(config.family)
+    batch = family.timing.training_batch(student, family.random_data(config, model), config)
+    distillation = family.Distillation(student, config.loss, config.budget, config.data).train()
+    for watch in (nullcontext(), NoHostWaits()):
+        with watch:
+            distillation(batch.sample, 1.0)[0].backward()
 
 
 @pytest.mark.parametrize("preset", ["default", "mixture-of-depths"])
