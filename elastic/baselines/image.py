@@ -19,10 +19,10 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from elastic.accounting.counters import count
 from students.execution.image_block import RoutedBlock
 from students.families.image import ImageStudent
 from students.families.vision_language import VisionLanguageStudent
+from students.flops import flop_counter
 from students.kernels.key_bias import key_mask
 from students.routers import Router
 
@@ -205,7 +205,7 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
     blocks = getattr(model, "blocks", None)
     if blocks is None or not all(hasattr(b, "ls1") and hasattr(b.attn, "qkv") for b in blocks):
         raise ValueError("the baseline tome is for timm's VisionTransformer")
-    dense, _ = count(lambda: model(pixels))
+    dense = _flops(model, pixels)
     merged: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     state: dict[str, Tensor | None] = {}
     merged.register_forward_pre_hook(lambda module, args: state.update(size=None))
@@ -216,10 +216,17 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
         """Of the FLOPs, once there are so many merges in all."""
         for number, block in enumerate(merged.blocks):
             block.pairs = total * (number + 1) // len(blocks) - total * number // len(blocks)
-        return count(lambda: merged(pixels))[0] / dense
+        return _flops(merged, pixels) / dense
 
     most = len(blocks) * pixels.shape[-1]
     total = bisect.bisect_left(range(most), -target, key=lambda total: -share(total))
     if (reached := share(total)) > target:
         raise ValueError(f"merging cannot bring this model to {target} of its compute, only to {reached:.3f}")
     return merged, reached
+
+
+@torch.no_grad()
+def _flops(model: nn.Module, pixels: Tensor) -> int:
+    with flop_counter() as counter:
+        model(pixels)
+    return counter.get_total_flops()
