@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from elastic.config import RunConfig, make_config
 from students.kernels.cpu import toolchain
 from tests.backends import BACKENDS, running_on
+from tests.elastic.runs import Configure, configurations, silent
 from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
@@ -70,14 +70,19 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def configure(model_folder: Path, text_file: Path) -> Callable[..., RunConfig]:
+def configure(model_folder: Path, text_file: Path) -> Configure:
     """Configurations of tiny runs: (*settings "a.b=c", **flags of make_config)."""
+    return configurations(RUN_SETTINGS, model=str(model_folder), data__source=str(text_file), budget__target=0.8)
 
-    def make(*settings: str, **flags: object) -> RunConfig:
-        flags = {"model": str(model_folder), "data__source": str(text_file), "budget__target": 0.8, **flags}
-        return make_config(settings=[*RUN_SETTINGS, *settings], **flags)
 
-    return make
+@pytest.fixture(scope="module")
+def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the configuration that the module's `configure` makes."""
+    from elastic import trainer
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.distill(configure(), folder, say=silent)
+    return folder
 
 
 @pytest.fixture(params=sorted(TINY))

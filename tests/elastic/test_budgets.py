@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,10 @@ from elastic.config import RunConfig
 from elastic.distillation.dial import ROUGH, set_dial, set_range
 from elastic.evaluate import HELD_OUT, TOLERANCE, missed
 from elastic.run import Run, load
+from tests.elastic.runs import Configure, silent
 from tests.elastic.test_image_runs import configure as configure_images  # noqa: F401
 from tests.elastic.test_image_runs import image_folder, timm_folder  # noqa: F401
 
-Configure = Callable[..., RunConfig]
 TEXT = {
     "default": (),
     "prefill": ("budget.phase=prefill", "data.held_out=16"),
@@ -37,10 +36,6 @@ IMAGES = {
 CLOSED = re.compile(
     r"is below what these routers can save: with every gate closed (\d\.\d+) of the (\w+) compute is left"
 )
-
-
-def silent(*_: object) -> None:
-    pass
 
 
 def refusal(config: RunConfig, folder: Path) -> str:

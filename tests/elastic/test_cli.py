@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from elastic.cli import main
-from elastic.config import RunConfig
 from elastic.run import Run
 from students.kernels.cpu import toolchain
 from tests.pico.language import RUN_SETTINGS, make_tiny
@@ -40,15 +39,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def arguments(model_folder: Path, text_file: Path) -> list[str]:
     """A distillation that takes a second."""
     return ["distill", "--model", str(model_folder), "--data", str(text_file), *SETTINGS]
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from elastic import trainer
-
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure(), folder, say=lambda _: None)
-    return folder
 
 
 @pytest.fixture

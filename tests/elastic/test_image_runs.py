@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,7 +22,7 @@ from elastic import trainer
 from elastic.baselines.image import dropping_patches, merge, merging, spread
 from elastic.bench import bench_run
 from elastic.cli import main
-from elastic.config import RunConfig, make_config
+from elastic.config import make_config
 from elastic.evaluate import compare_runs, measure_run
 from elastic.evaluation.image import compare
 from elastic.families import image
@@ -38,15 +37,12 @@ from teachers.recipes import image as recipe
 from teachers.recipes.image import pretrain
 from teachers.registry import models
 from tests.elastic.cached import assert_a_cache_changes_nothing
+from tests.elastic.runs import Configure, configurations, silent
 
 SETTINGS = [
     *("data.held_out=8", "calibration.windows=16", "train.batch=4", "train.steps=4", "train.precision=float32"),
     *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
 ]
-
-
-def silent(*_: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +80,8 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def configure(image_folder: Path, timm_folder: Path) -> Callable[..., RunConfig]:
-    def make(*settings: str, **flags: object) -> RunConfig:
-        flags = {"model": str(timm_folder), "data__source": str(image_folder), "budget__target": 0.7, **flags}
-        return make_config(settings=[*SETTINGS, *settings], **flags)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure(), folder, say=silent)
-    return folder
+def configure(image_folder: Path, timm_folder: Path) -> Configure:
+    return configurations(SETTINGS, model=str(timm_folder), data__source=str(image_folder), budget__target=0.7)
 
 
 def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
@@ -123,7 +108,7 @@ def test_evaluating_again_gives_the_same_answer(finished: Path, image_folder: Pa
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-    finished: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = image.Distillation.forward, []
 
@@ -143,16 +128,14 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 
 
 @pytest.mark.parametrize("preset", ["mixture-of-depths", "elastiformer", "router-tuning", "static"])
-def test_every_preset_runs(preset: str, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_every_preset_runs(preset: str, configure: Configure, tmp_path: Path) -> None:
     target = 0.9 if preset == "static" else 0.8
     settings = ["calibration.windows=0"] if preset != "static" else []
     row = trainer.distill(configure(*settings, preset=preset, budget__target=target), tmp_path / "run", say=silent)
     assert 0 < row["compute"] < 1.1
 
 
-def test_only_routers_are_trained_and_saved(
-    finished: Path, timm_folder: Path, configure: Callable[..., RunConfig]
-) -> None:
+def test_only_routers_are_trained_and_saved(finished: Path, timm_folder: Path, configure: Configure) -> None:
     student = load(finished)
     base = {n.replace(".base_layer", ""): p for n, p in student.model.named_parameters() if not p.requires_grad}
     before = dict(teachers.load(str(timm_folder), dtype=torch.float32).model.named_parameters())
@@ -214,7 +197,7 @@ def test_batches_without_a_good_image_are_passed_over(
     assert (row["images"], row["broken"]) == (14, 2)
 
 
-def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Callable[..., RunConfig]) -> None:
+def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Configure) -> None:
     run = Run.open(finished)
     teacher = run.teacher()
     student, held_out = run.load_student(teacher), image.load(run.config, teacher).held_out
@@ -505,7 +488,7 @@ def _of_another_size(kind: str, folder: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit"])
 def test_the_processor_says_how_many_tokens_there_are(
-    kind: str, configure: Callable[..., RunConfig], image_folder: Path, tmp_path: Path
+    kind: str, configure: Configure, image_folder: Path, tmp_path: Path
 ) -> None:
     height, width = _of_another_size(kind, tmp_path / "model")
     config = configure("student.routers=[{kind: layer, selection: quota, kv: drop}]", model=str(tmp_path / "model"))

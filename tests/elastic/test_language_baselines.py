@@ -13,21 +13,18 @@ from transformers import PreTrainedModel
 from elastic import trainer
 from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
-from elastic.config import RunConfig, make_config
+from elastic.config import make_config
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import load
 from students import elasticize
 from students.families.language import LanguageStudent
+from tests.elastic.runs import Configure, silent
 from tests.pico.language import make_tiny
 
 
-def silent(_: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer.distill(configure("data.held_out=16"), folder, say=silent)
     return folder
@@ -115,7 +112,7 @@ def test_random_opens_as_much_as_the_student(name: str, ids: Tensor):
             assert torch.equal(other(ids)[0].logits, make_tiny(name)(ids).logits)
 
 
-def test_a_baseline_leaves_the_student_alone_and_repeats(finished: Path, configure: Callable[..., RunConfig]):
+def test_a_baseline_leaves_the_student_alone_and_repeats(finished: Path, configure: Configure):
     student, config = load(finished), configure("data.held_out=16")
     windows = torch.randint(3, 120, (4, 32), generator=torch.Generator().manual_seed(3))
     before = language.evaluate(student, windows, config)

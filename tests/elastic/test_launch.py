@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.run import Run
 from students.checkpoint import read_tensors
+from tests.elastic.runs import Configure
 from tests.elastic.several import (
     ACCELERATE,
     FORKED,
@@ -29,7 +30,6 @@ from tests.elastic.several import (
 )
 from tests.pico.language import RUN_SETTINGS
 
-Configure = Callable[..., RunConfig]
 LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "price": (("student.lora.rank=4", "train.batch=3"), {}),
     "accumulation": (("train.accumulation=2", "loss.hidden_weight=0.5", "loss.hidden_layers=all"), {}),

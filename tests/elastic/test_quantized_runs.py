@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -13,17 +12,17 @@ import torch
 import elastic
 import teachers
 from elastic.bench import bench_run
-from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.generate import generate_text
 from elastic.run import Run
 from elastic.trainer import Interrupted, distill, resume
 from students.architectures import can_be_read_in_part
 from teachers import quantize
+from tests.elastic.runs import Configure
 from tests.pico.language import make_tiny, make_tokenizer
 
 
-def test_a_run_on_an_int8_base(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_run_on_an_int8_base(configure: Configure, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     settings = "quantization=int8", "budget.phase=prefill", "budget.target=0.9"
     result = distill(configure(*settings), tmp_path / "run", say=lambda _: None)
@@ -54,7 +53,7 @@ def test_a_run_on_an_int8_base(configure: Callable[..., RunConfig], tmp_path: Pa
         elastic.load(tmp_path / "run")
 
 
-def test_a_budget_of_choices_that_save_nothing_is_refused(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_budget_of_choices_that_save_nothing_is_refused(configure: Configure, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     config = configure("quantization=int8", "student.routers=[{kind: channel}]")
     with pytest.raises(ValueError, match="they save nothing, so route otherwise"):

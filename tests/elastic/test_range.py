@@ -24,16 +24,16 @@ from elastic.run import Run
 from elastic.settings import from_dict, to_dict
 from students import Student, StudentSpec, elasticize
 from students.routers import selection
+from tests.elastic.runs import Configure, silent
 from tests.elastic.test_image_runs import configure as configure_images  # noqa: F401
 from tests.elastic.test_image_runs import image_folder, timm_folder  # noqa: F401
-from tests.elastic.test_trainer import assert_same_run, distill, interrupt, on_step, resume, silent
+from tests.elastic.test_trainer import assert_same_run, distill, interrupt, on_step, resume
 from tests.pico.language import make_tiny
 from tests.students.test_execution import SPECS
 from tests.students.test_image import SPECS as IMAGE_SPECS
 from tests.students.test_image import make as make_image
 from tests.students.test_students import scramble
 
-Configure = Callable[..., RunConfig]
 SETTINGS = ("data.held_out=24", "train.batch=4", "train.steps=24", "student.lora.rank=8")
 BUDGETS = (0.6, 0.65, 0.72, 0.8, 0.88, 0.95)
 ALONE = {name: spec for name, spec in SPECS.items() if all(router.selection != "topk" for router in spec.routers)}

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from elastic import trainer
-from elastic.config import RunConfig, TrainConfig
+from elastic.config import TrainConfig
 from elastic.distillation.schedule import LOOKS, Schedule
 from elastic.families import language
 from elastic.files import write_text
 from elastic.run import Run
+from tests.elastic.runs import Configure
 from tests.elastic.test_trainer import assert_same_run, distill, interrupt, metrics, on_step, resume
-
-Configure = Callable[..., RunConfig]
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[], float]:

@@ -11,7 +11,6 @@ import torch
 
 import teachers
 from elastic import trainer
-from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
@@ -20,16 +19,13 @@ from elastic.run import Run
 from students import selfcheck
 from students.families.language import LanguageStudent
 from tests.elastic.cached import assert_learned
+from tests.elastic.runs import Configure, silent
 
 BUDGETS = 0.9, 0.75, 0.7
 
 
-def silent(_: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
-def ranged(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
+def ranged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished run for a range of budgets."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer.distill(configure("data.held_out=16", budget__target="0.7:0.9"), folder, say=silent)
@@ -76,7 +72,7 @@ def test_a_session_asks_once_and_says_what_runs_alone_say(ranged: str, asked: Co
 
 
 def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
-    configure: Callable[..., RunConfig], asked: Counter[str], tmp_path: Path
+    configure: Configure, asked: Counter[str], tmp_path: Path
 ):
     configs = [
         configure(preset="static", budget__target=0.9),
@@ -93,7 +89,7 @@ def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
         assert_learned(tmp_path / f"alone-{number}", tmp_path / f"together-{number}")
 
 
-def test_another_model_ends_what_is_known(ranged: str, configure: Callable[..., RunConfig]):
+def test_another_model_ends_what_is_known(ranged: str, configure: Configure):
     session, config = Session(), configure()
     first = session.teacher(config)
     again = session.teacher(config)

@@ -21,11 +21,8 @@ from elastic.reporting.results import SweepFolder, key_of
 from elastic.sweep import Clock, _keys, plan, sweep
 from students import RouterSpec, StudentSpec, elasticize
 from students.decisions import Decisions
+from tests.elastic.runs import silent
 from tests.pico.language import RUN_SETTINGS
-
-
-def silent(*_: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

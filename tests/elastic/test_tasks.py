@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from lm_eval.tasks import TaskManager
 
 from elastic import tasks, trainer
 from elastic.cli import main
-from elastic.config import RunConfig
 from elastic.harness.questions import questions
 from students import elasticize
 from students.families.language import LanguageStudent
 from students.spec import LoraSpec, RouterSpec, StudentSpec
+from tests.elastic.runs import Configure, silent
 
 SPECS = {
     "default": StudentSpec((RouterSpec("channel"), RouterSpec("vocab")), LoraSpec(4)),
@@ -33,10 +32,6 @@ SPECS = {
     "sequence": StudentSpec((RouterSpec("token", granularity="sequence"), RouterSpec("head", granularity="sequence"))),
     "topk": StudentSpec((RouterSpec("token", selection="topk", weight="score"), RouterSpec("expert", groups=4))),
 }
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def make_student(name: str) -> LanguageStudent:
@@ -78,7 +73,7 @@ def make_file(path: Path, count: int = 20, blank: bool = False) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     trainer.distill(configure("calibration.windows=8"), folder, say=silent)
     return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +13,14 @@ import torch
 
 from elastic import trainer
 from elastic.cli import main
-from elastic.config import RunConfig
 from elastic.distillation import checkpoints, teacher_cache
 from elastic.distillation.teacher_cache import TeacherCache, digest
 from elastic.run import Run
 from tests.elastic.cached import assert_a_cache_changes_nothing, assert_learned
+from tests.elastic.runs import Configure, silent
 
-Configure = Callable[..., RunConfig]
 LAYERS = "loss.hidden_weight=0.5", "loss.hidden_layers=all"
 ABOUT = {"model": "tiny", "precision": "float32", "keeps": "final-states"}
-
-
-def silent(_: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -39,15 +39,11 @@ from students import checkpoint
 from students.checkpoint import read_tensors
 from students.execution.wrapper import Wrapper
 from teachers.load import fingerprint
+from tests.elastic.runs import Configure, silent
 from tests.pico.language import make_tiny, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FINISHED = ["checkpoint.safetensors", "config.yaml", "elastic.json", "metrics.jsonl", "routers.safetensors"]
-Configure = Callable[..., RunConfig]
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def distill(config: RunConfig, folder: Path, **options: object) -> dict:

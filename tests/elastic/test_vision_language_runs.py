@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import teachers
 from elastic import trainer
 from elastic.bench import bench_run
 from elastic.cli import main
-from elastic.config import RunConfig, make_config
 from elastic.evaluate import measure_run
 from elastic.families import vision_language
 from elastic.run import Run, load
@@ -35,6 +33,7 @@ from teachers.recipes.reader import Reader
 from teachers.recipes.vision_language import _states, accuracy
 from teachers.registry import models
 from tests.elastic.cached import assert_a_cache_changes_nothing
+from tests.elastic.runs import Configure, configurations, silent
 from tests.elastic.test_budgets import check_lowest_budget
 
 SETTINGS = [
@@ -56,10 +55,6 @@ TOWER = {
     "vision_feature_select_strategy": "full",
 }
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-def silent(*_: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +105,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def configure(model_folder: Path, questions: Path) -> Callable[..., RunConfig]:
-    def make(*settings: str, **flags: object) -> RunConfig:
-        flags = {"model": str(model_folder), "data__source": str(questions), "budget__target": 0.7, **flags}
-        return make_config(settings=[*SETTINGS, *settings], **flags)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure(), folder, say=silent)
-    return folder
+def configure(model_folder: Path, questions: Path) -> Configure:
+    return configurations(SETTINGS, model=str(model_folder), data__source=str(questions), budget__target=0.7)
 
 
 def test_training_on_questions_from_a_cache(finished: Path, tmp_path: Path):
@@ -154,7 +138,7 @@ def test_evaluating_again_gives_the_same_and_the_dial_reaches_the_teacher(finish
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-    finished: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = vision_language.Distillation.forward, []
 
@@ -174,7 +158,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 
 
 def test_one_run_serves_a_range_of_budgets(
-    configure: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.distill(configure(budget__target="0.6:1.0"), tmp_path / "run", say=silent)
     found = measure_run(str(tmp_path / "run"), compute=[0.6, 0.8, 1.0], say=silent)
@@ -204,7 +188,7 @@ def test_baselines_keep_as_many_image_tokens(finished: Path) -> None:
         measure_run(str(finished), baselines=["tome"], say=silent)
 
 
-def test_routers_in_the_towers_can_be_trained_too(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_routers_in_the_towers_can_be_trained_too(configure: Configure, tmp_path: Path) -> None:
     routers = "[{kind: token, sites: [mlp]}, {kind: token, sites: [mlp], part: vision, kv: drop}]"
     config = configure(f"student.routers={routers}", "calibration.windows=0", budget__target=0.9)
     row = trainer.distill(config, tmp_path / "run", say=silent)
@@ -296,9 +280,7 @@ def test_a_chat_templates_own_bos_is_not_doubled(model_folder: Path, questions: 
 
 
 @pytest.mark.parametrize("odd", ["an image in a batch of its own", "a text-only record", "a refused image"])
-def test_one_odd_question_ends_no_run(
-    odd: str, configure: Callable[..., RunConfig], questions: Path, tmp_path: Path
-) -> None:
+def test_one_odd_question_ends_no_run(odd: str, configure: Configure, questions: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (questions / "train.jsonl").read_text().splitlines()]
     rows = [{**row, "image": str(questions / row["image"])} for row in rows]
     if odd == "a text-only record":
@@ -475,5 +457,5 @@ def test_the_command_line_speaks_of_questions(
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_the_lowest_budget(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_lowest_budget(configure: Configure, tmp_path: Path) -> None:
     check_lowest_budget(configure, tmp_path, "train.steps=2")

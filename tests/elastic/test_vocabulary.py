@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,12 @@ import torch
 from elastic import trainer
 from elastic.bench import bench_run
 from elastic.cli import main
-from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.generate import generate_text
 from students import RouterSpec, StudentSpec, elasticize
 from teachers.families.language import most_tokens
+from tests.elastic.runs import Configure, silent
 from tests.pico.language import TINY, make_tiny, make_tokenizer
-
-Configure = Callable[..., RunConfig]
-
-
-def silent(*_: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
