@@ -433,9 +433,9 @@ def test_the_shipped_teacher_is_small_and_complete() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit-base-imagenet", "vit-mae-large-imagenet"])
-def test_imagenet_recipes_are_complete(name: str) -> None:
+def test_imagenet_recipes_are_complete(name: str, image_folder: Path) -> None:
     file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
-    config = make_config(file=str(file), data__source="/data/imagenet")
+    config = make_config(file=str(file), data__source=str(image_folder))
     assert config.family == "vit" and config.model in models()
     assert config.student.routers[0].selection == "quota"
 
