@@ -19,39 +19,60 @@ WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operators that answer with numbers or shapes that depend on data."""
 
 
+class DependsOnData(Exception):
+    """Work asks for a number or a shape that a record would not have."""
+
+
+RECORDED = 3
+"""The run that is recorded: those before it make what is made once, and fewer are not worth the record."""
+
+
 class Replay(TorchDispatchMode):
     """A recorder for CPUs: work on tensors that stay where they are; its operators run again on the same tensors.
 
     C functions are called as they are, with the addresses that they had. The result is overwritten by the next call.
-    RuntimeError where what is to be done depends on data.
+    Work that turns out to depend on data begins anew, and is done as ever.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.recorded = False
+        """Whether calls replay."""
+        self._work = work
+        self._runs = 0
         self._calls: list[Callable[[int], Any]] = []
         """Each takes the number of threads."""
         self._kept: list[Any] = []
         """Results, of which C functions know the addresses."""
-        with torch.inference_mode(False), torch.no_grad():  # they are written in calls of either kind
-            work()  # what is made once is made
-            toolchain.recording.calls = self._calls
-            try:
-                with self:
-                    self._out = work()
-            finally:
-                toolchain.recording.calls = None
 
     def __call__(self) -> Any:
+        if not self.recorded:
+            self._runs += 1
+            with torch.inference_mode(False), torch.no_grad():  # results are written in calls of either kind
+                return self._record() if self._runs == RECORDED else self._work()
         threads = torch.get_num_threads()
         with torch.inference_mode():
             for call in self._calls:
                 call(threads)
         return self._out
 
+    def _record(self) -> Any:
+        toolchain.recording.calls = self._calls
+        try:
+            with self:
+                self._out = self._work()
+            self.recorded = True
+            return self._out
+        except DependsOnData:
+            pass
+        finally:
+            toolchain.recording.calls = None
+        return self._work()
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if WAITS & {*function.tags}:
-            raise RuntimeError(f"{function} depends on data")
+            raise DependsOnData
         if function.namespace == "elastic":
             with self:
                 return ops.on_cpu(function)(*args, **kwargs)

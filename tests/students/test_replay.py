@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution.decoding import Decoding
-from students.execution.replay import Replay
+from students.execution.replay import RECORDED, Replay
 from students.families.language import LanguageStudent
 from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
@@ -38,7 +38,7 @@ def student_for(name: str = "llama", spec: StudentSpec = SPEC) -> LanguageStuden
 
 def replays(decoding: Decoding) -> list[Replay]:
     """Those that were recorded."""
-    return [replay for _, replay in decoding._steps.values() if isinstance(replay, Replay)]
+    return [replay for _, replay in decoding._steps.values() if isinstance(replay, Replay) and replay.recorded]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -50,7 +50,7 @@ def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
         (step, replay), made = next(iter(decoding._steps.values())), []
-        assert isinstance(replay, Replay)
+        assert isinstance(replay, Replay) and replay.recorded
         for run in (replay, step.run, replay):
             step.slot.fill_(17)
             step.positions.fill_(17)
@@ -92,8 +92,8 @@ def test_what_depends_on_data_is_decoded_without_a_word(tokens: Tensor, recwarn:
         assert torch.equal(student.generate(tokens, **SIX), student.model.generate(tokens, **SIX))
         assert not replays(student._decoding)
     assert not recwarn.list
-    with pytest.raises(RuntimeError, match=r"nonzero.* depends on data"):
-        Replay(lambda: tokens.nonzero())
+    replay = Replay(tokens.nonzero)
+    assert all(torch.equal(replay(), tokens.nonzero()) for _ in range(RECORDED + 1)) and not replay.recorded
 
 
 def test_operators_of_every_sort_run_again() -> None:
@@ -106,8 +106,10 @@ def test_operators_of_every_sort_run_again() -> None:
         return first.contiguous() @ second.mT, values, places, torch.zeros(3).masked_fill_(x[:, 0] > 0, 2.0)
 
     replay = Replay(work)
+    for _ in range(RECORDED):
+        replay()
     x.normal_()
     found = [part.clone() for part in replay()]
-    assert y[0] == 3, "to warm up, recorded, and again"
+    assert replay.recorded and y[0] == RECORDED + 1
     y.sub_(1)
     assert all(map(torch.equal, found, work()))
