@@ -20,7 +20,7 @@ from torch import Tensor
 from students.kernels import reference
 from students.kernels.triton import counters, tuning
 from students.kernels.triton.channel_gate import channel_gate
-from students.kernels.triton.gated_grad import sigmoid
+from students.kernels.triton.listing import list_channels, scales
 
 _TOGETHER = tl.constexpr(reference.TOGETHER)
 
@@ -43,102 +43,6 @@ def _write(total, bias, residual, out, squares, row, column, end, rows, outputs,
         here = (row < rows)[:, None] & (part < sums)[None, :]
         tl.store(squares + row[:, None] * sums + part[None, :], found, mask=here)
     tl.store(out + place, total.to(kind), mask=mask)
-
-
-@triton.jit
-def _scale(squares, row, rows, inputs, sums, epsilon, SUMS: tl.constexpr, ONE: tl.constexpr):
-    """[R, 1]: one over the root mean square of each input, from sums of squares; [] where there is one input."""
-    part = tl.arange(0, SUMS)
-    if ONE:
-        total = tl.sum(tl.load(squares + part, mask=part < sums, other=0.0), 0)
-    else:
-        mask = (row < rows)[:, None] & (part < sums)[None, :]
-        total = tl.sum(tl.load(squares + row[:, None] * sums + part[None, :], mask=mask, other=0.0), 1)[:, None]
-    return tl.rsqrt(total / inputs + epsilon)
-
-
-@triton.jit
-def _inputs(x, other, scale, place, channel, mask, here, KIND: tl.constexpr):
-    """What the layers read in some places of x, each step rounded as the model's own does."""
-    kind = x.dtype.element_ty
-    value = tl.load(x + place, mask=mask, other=0.0)
-    if KIND >= 0 and KIND < 3:
-        gain = tl.load(other + channel, mask=here, other=0.0).to(tl.float32)
-        if KIND == 2:
-            gain += 1.0
-        wide = value.to(tl.float32) * scale
-        if KIND == 0:
-            wide = wide.to(kind).to(tl.float32)
-        value = (wide * gain).to(kind)
-    elif KIND >= 3:
-        factor = tl.load(other + place, mask=mask, other=0.0).to(tl.float32)
-        wide = value.to(tl.float32)
-        if KIND == 3:
-            soft = sigmoid(wide)
-        else:
-            soft = sigmoid(2 * 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide))
-        value = ((wide * soft).to(kind).to(tl.float32) * factor).to(kind)
-    return value
-
-
-@triton.jit
-def _list(
-    x,
-    other,
-    scale,
-    limit,
-    down,
-    chosen,
-    values,
-    row,
-    first,
-    last,
-    rows,
-    inputs,
-    stride,
-    rank,
-    layer,
-    unit,
-    KIND: tl.constexpr,
-    RANK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ONE: tl.constexpr,
-):
-    """How many channels of a range some input needs; each of them, and what the inputs have there, go into memory. One
-    input's products with a correction's rows [1, RANK], too; for those of several, all that they have goes there."""
-    count, feature = tl.zeros([], tl.int32), tl.arange(0, RANK)
-    lows = tl.zeros([1, RANK], tl.float32)
-    for start in range(first, last, CHUNK):
-        channel = start + tl.arange(0, CHUNK) * unit
-        here = channel < last
-        least = tl.load(limit + channel, mask=here, other=float("inf"))
-        if ONE:
-            value = _inputs(x, other, scale, channel, channel, here, here, KIND)
-            some = (tl.abs(value.to(tl.float32)) >= least).to(tl.int32)
-            if down is not None:
-                all_of_it = start + tl.arange(0, CHUNK)
-                mask = (feature < rank)[:, None] & (all_of_it < last)[None, :]
-                place = down + (layer * rank + feature)[:, None] * inputs + all_of_it[None, :]
-                shrunk = tl.load(place, mask=mask, other=0.0)
-                lows += tl.sum(value.to(tl.float32)[None, :] * shrunk.to(tl.float32), 1)[None, :]
-        else:
-            mask = (row < rows)[:, None] & here[None, :]
-            place = row[:, None] * stride + channel[None, :]
-            value = _inputs(x, other, scale, place, channel[None, :], mask, here[None, :], KIND)
-            if down is not None:
-                tl.store(values + (rows + row)[:, None] * inputs + channel[None, :], value, mask=mask)
-            needed = tl.abs(value.to(tl.float32)) >= least[None, :]
-            some = tl.max(needed.to(tl.int32), 0)
-            value = tl.where(needed, value, 0.0)
-        slot = first + count + tl.cumsum(some, 0) - 1
-        tl.store(chosen + slot, channel, mask=some > 0)
-        if ONE:
-            tl.store(values + slot, value, mask=some > 0)
-        else:
-            mask = (row < rows)[:, None] & (some > 0)[None, :]
-            tl.store(values + row[:, None] * inputs + slot[None, :], value, mask=mask)
-        count += tl.sum(some, 0)
-    return count, lows
 
 
 @triton.jit
@@ -165,6 +69,42 @@ def _listed(values, row, slot, stop, rows, inputs, ROWS: tl.constexpr, STEP: tl.
     else:
         mask = (row < rows)[:, None] & (slot < stop)[None, :]
         return tl.load(values + row[:, None] * inputs + slot[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(
+    total,
+    weight,
+    stride,
+    column,
+    inside,
+    chosen,
+    values,
+    row,
+    first,
+    stop,
+    rows,
+    inputs,
+    WHOLE: tl.constexpr,
+    ONE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """total [ROWS, STRIP] and the products with rows of the weight that are listed, from a slot to another."""
+    step = tl.arange(0, STEP)
+    # the list is read a step ahead, while weights are on their way
+    channel = tl.load(chosen + first + step, mask=first + step < stop, other=0)
+    value = _listed(values, row, first + step, stop, rows, inputs, ROWS, STEP, ONE)
+    for start in tl.range(first, stop, STEP, num_stages=STAGES):
+        some = (start + step < stop)[:, None]
+        mask = some if WHOLE else some & inside[None, :]
+        copied = tl.load(weight + channel.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        total = tl.dot(value, copied, total, input_precision="ieee")
+        slot = start + STEP + step
+        channel = tl.load(chosen + slot, mask=slot < stop, other=0)
+        value = _listed(values, row, slot, stop, rows, inputs, ROWS, STEP, ONE)
+    return total
 
 
 @triton.jit
@@ -237,29 +177,34 @@ def _gather(
     each = tl.cdiv(tl.cdiv(inputs, SPLIT), STEP) * STEP
     first = part * each
     last = tl.minimum(first + each, inputs)
-    step, row, feature = tl.arange(0, STEP), tl.arange(0, ROWS), tl.arange(0, RANK)
+    row, feature = tl.arange(0, ROWS), tl.arange(0, RANK)
     listing = tl.arange(0, LISTING)
-    scale = 1.0 if squares is None else _scale(squares, listing, rows, inputs, sums, epsilon, SUMS, ONE)
-    read, lows = _list(
-        *(x, other, scale, limit, down, chosen, values, listing, first, last, rows, inputs, by_row, rank, layer),
-        *(unit, KIND, RANK, CHUNK, ONE),
-    )
-    tl.debug_barrier()  # all of the list is written before it is read
+    held = tl.minimum(listing, rows - 1)  # rows that there are not are the last one
+    scale = 1.0 if squares is None else scales(squares, held, inputs, sums, epsilon, SUMS, ONE)
+    total = tl.zeros([ROWS, STRIP], tl.float32)
+    lows = tl.zeros([1 if ONE else ROWS, RANK], tl.float32)
+    read = tl.zeros([], tl.int32)
+    for begun in range(first, last, CHUNK):
+        into = first + read if ONE else begun
+        listed, lows = list_channels(
+            *(x, other, scale, limit, down, lows, chosen, values, held, begun, into, last, rows, inputs, by_row, rank),
+            *(layer, unit, KIND, RANK, CHUNK, ONE),
+        )
+        read += listed
+        if not ONE:  # while some of a multiprocessor's programs list what is next, others read weights
+            tl.debug_barrier()  # all of the list is written before it is read
+            total = _products(
+                *(total, weight, stride, column, inside, chosen, values, row, into, into + listed, rows, inputs),
+                *(WHOLE, ONE, ROWS, STEP, STAGES),
+            )
+    if ONE:
+        tl.debug_barrier()
+        total = _products(
+            *(total, weight, stride, column, inside, chosen, values, row, first, first + read, rows, inputs),
+            *(WHOLE, ONE, ROWS, STEP, STAGES),
+        )
     if down is not None and not ONE:
         lows = _lows(values + rows * inputs, down, row, first, last, rows, inputs, rank, layer, RANK, ROWS)
-    stop = first + read
-    total = tl.zeros([ROWS, STRIP], tl.float32)
-    # the list is read a step ahead, while weights are on their way
-    channel = tl.load(chosen + first + step, mask=first + step < stop, other=0)
-    value = _listed(values, row, first + step, stop, rows, inputs, ROWS, STEP, ONE)
-    for start in tl.range(first, stop, STEP, num_stages=STAGES):
-        some = (start + step < stop)[:, None]
-        mask = some if WHOLE else some & inside[None, :]
-        copied = tl.load(weight + channel.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
-        total = tl.dot(value, copied, total, input_precision="ieee")
-        slot = start + STEP + step
-        channel = tl.load(chosen + slot, mask=slot < stop, other=0)
-        value = _listed(values, row, slot, stop, rows, inputs, ROWS, STEP, ONE)
     if ONE:
         total = tl.sum(tl.where((row == 0)[:, None], total, 0.0), 0)[None, :]
         row = tl.arange(0, 1)
@@ -334,7 +279,7 @@ def launch(
     out, count = x.new_empty(rows, outputs), x.new_empty((), dtype=torch.int64)
     shape = (rows, triton.cdiv(outputs, reference.TOGETHER)) if residual is not None else 0
     found = x.new_empty(shape, dtype=torch.float32)
-    each = triton.next_power_of_2(triton.cdiv(inputs, split))
+    each, chunk = triton.next_power_of_2(triton.cdiv(inputs, split)), 1024 // max(2, triton.next_power_of_2(rows))
     _gather[(strips, split)](
         *(x, other, squares, limit.contiguous(), weight, bias),
         *(None if low is None else low.contiguous() for low in (down, up, residual)),
@@ -351,7 +296,7 @@ def launch(
         KIND=kind,
         SUMS=triton.next_power_of_2(sums),
         LISTING=triton.next_power_of_2(rows),
-        CHUNK=max(16, min(each, 1024 // max(2, triton.next_power_of_2(rows)))),
+        CHUNK=max(16, min(each, 2 * chunk if chunk == plan.strip else chunk)),
         ONE=rows == 1,
         ROWS=16,
         RANK=max(1 if rows == 1 else 16, triton.next_power_of_2(rank)),
