@@ -326,9 +326,9 @@ decode_attention: One = _operator(
     lambda q, k, v, _, slot, scale, window, cap, *, out_val: _size(q) + q.itemsize * _attended(k, k, v, slot, window),
 )
 """Attention of one new token, query [B, H, 1, d], to a cache: keys [B, K, L, d] and values [B, K, L, v], each shared by
-H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot [1]:
-the place of the newest key, behind which nothing is read (None: the last). window: how many keys are seen at most, the
-newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
+H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot
+[1]: the place of the newest key, behind which nothing is read (None: the last). window: how many keys are seen at most,
+the newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
 
 
 def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:

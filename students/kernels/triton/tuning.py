@@ -114,8 +114,8 @@ Four programs fit on a multiprocessor (at most 128 registers a thread), each wit
 where an H100's bandwidth times latency asks for some 20 KiB of a multiprocessor. The loop is 120 to 145 instructions of
 a warp for 8 KiB of weights that are kept, for one input and for eight: where half of the issue slots are used, that is
 7 TB/s, so that memory is the limit at any share of channels. What stands against 1.05 of a dense product at a share of
-1 is the list, before any weight is read: 70 to 300 instructions of a warp for one input (0.2 to 0.7 us a launch), 150 to
-600 for two to eight, of which only the first 128 to 512 channels' are waited for (0.4 to 1.5 us). A wide strip makes
+1 is the list, before any weight is read: 70 to 300 instructions of a warp for one input (0.2 to 0.7 us a launch), 150
+to 600 for two to eight, of which only the first 128 to 512 channels' are waited for (0.4 to 1.5 us). A wide strip makes
 fewer programs that repeat the list, a narrow one of few outputs fewer ranges whose sums are added."""
 
 ROWS: dict[int, dict[str, Rows]] = {

@@ -27,7 +27,8 @@ CLOSE = {
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
 IN_TORCH = {"fused_channels", "rotary_grad", "biased_attention"}
-"""Operators with no C function: few launches and the way back are for GPUs, and torch's attention takes masks on CPUs."""
+"""Operators with no C function: few launches and rotating back are for GPUs, and torch's attention takes masks on
+CPUs."""
 
 
 def test_every_operator_has_samples_and_every_implementation_an_operator():
