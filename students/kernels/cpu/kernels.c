@@ -138,13 +138,68 @@ static void *scratch(size_t size) {
         }                                                                                                      \
     }
 
+// Whether `walk` takes rows of D numbers, and how: products of all inputs with the rows from .. to of head [V, D] into out
+// [B, V], where preview reaches the limit. It reads the rows one after the other, once for all inputs.
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define WALKS_bf16(D) ((D) % 32 == 0)
+#define WALKS_f32(D) 0
+#define walk_f32(...) (void)0
+
+// four rows side by side, r [4, D], and inputs x [n, D], of which n is known to the compiler
+static inline __attribute__((always_inline)) void four_rows(const uint16_t *r, const uint16_t *x, int64_t D, int n, float *sum) {
+    __m512 sums[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int b = 0; b < n; b++) sums[i][b] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < D; j += 32) {
+        __m512bh v[4];
+        for (int i = 0; i < 4; i++) {
+            v[i] = (__m512bh)_mm512_loadu_si512(r + i * D + j);
+            __builtin_prefetch(r + (4 + i) * D + j);
+        }
+        for (int b = 0; b < n; b++) {
+            __m512bh with = (__m512bh)_mm512_loadu_si512(x + b * D + j);
+            for (int i = 0; i < 4; i++) sums[i][b] = _mm512_dpbf16_ps(sums[i][b], v[i], with);
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int b = 0; b < n; b++) sum[i * n + b] = _mm512_reduce_add_ps(sums[i][b]);
+}
+
+static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const uint16_t *bias, int64_t V, int64_t D,
+                      const uint16_t *preview, const float *limit, uint16_t *out, int64_t from, int64_t to) {
+    for (int64_t v = from; v < to; v += 4) {
+        int64_t at = v + 4 <= V ? v : V - 4; // the last ones again
+        for (int64_t b = 0; b < B; b += 4) {
+            int n = B - b < 4 ? (int)(B - b) : 4;
+            float sum[16];
+            if (n == 1) four_rows(head + at * D, x + b * D, D, 1, sum);
+            if (n == 2) four_rows(head + at * D, x + b * D, D, 2, sum);
+            if (n == 3) four_rows(head + at * D, x + b * D, D, 3, sum);
+            if (n == 4) four_rows(head + at * D, x + b * D, D, 4, sum);
+            for (int i = 0; i < 4; i++)
+                for (int k = 0; k < n && at + i >= v && at + i < to; k++) {
+                    int64_t place = (b + k) * V + at + i;
+                    if (up_bf16(preview[place]) >= limit[b + k])
+                        out[place] = down_bf16(sum[i * n + k] + (bias ? up_bf16(bias[at + i]) : 0));
+                }
+        }
+    }
+}
+#else
+#define WALKS_bf16(D) 0
+#define WALKS_f32(D) 0
+#define walk_bf16(...) (void)0
+#define walk_f32(...) (void)0
+#endif
+
 // out[b][v] = head[v, :] . x[b] + bias[v] where preview[b][v] reaches limit[b], else preview + tail; head [V, D],
 // x [B, D], preview and out [B, V]; bias may be NULL. count[b]: how many rows were exact.
 #define EXACT_ROWS(S, T)                                                                                           \
     void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,                 \
                         const T *preview, const float *limit, const float *tail, T *out, int64_t *count, int threads) { \
         enum { near = 64 }; /* rows that stay in the cache until all inputs have had them */                       \
-        int64_t *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
+        int64_t total = 0, *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
         float *values = (float *)(chosen + V * B);                                                                 \
         for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                              \
         for (int64_t b = 0; b < B; b++) count[b] = 0;                                                              \
@@ -167,6 +222,12 @@ static void *scratch(size_t size) {
                     exact += guess >= limit[b];                                                                    \
                 }                                                                                                  \
                 _Pragma("omp atomic") count[b] += exact;                                                           \
+            }                                                                                                      \
+            _Pragma("omp atomic") total += n;                                                                      \
+            _Pragma("omp barrier")                                                                                 \
+            if (WALKS_##S(D) && V >= 4 && 5 * total > 6 * V) { /* which is faster than the list, measured */       \
+                walk_##S(x, B, head, bias, V, D, preview, limit, out, from, to);                                   \
+                n = 0;                                                                                             \
             }                                                                                                      \
             for (int64_t k = 0; k < n; k += 8) {                                                                   \
                 const T *r[8], *next[8];                                                                           \
@@ -191,7 +252,6 @@ KERNELS(f32, float)
 KERNELS(bf16, uint16_t)
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 
 // sums[b][O] += sum of value[b][k] * w[row[k], :] for B inputs at once: n rows (a multiple of 16) are read once for all.
 // pairs[b][n / 2] holds two neighbouring values. Within 32 outputs sums are in the order that unpacking leaves.

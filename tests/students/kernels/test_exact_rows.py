@@ -40,6 +40,20 @@ def test_long_lists_all_rows_and_none(rows: int, backend: torch.device):
         assert torch.equal(count, needed.sum(1))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("vocabulary", [201, 2])
+def test_heads_of_which_inputs_need_nearly_all(rows: int, vocabulary: int, backend: torch.device):
+    torch.manual_seed(0)
+    sizes = (rows, 64), (vocabulary, 64), (vocabulary,), (rows, vocabulary)
+    x, head, bias, preview = (torch.randn(*size).to(backend, torch.bfloat16) for size in sizes)
+    limit, tail = torch.full((rows,), -2.0).to(backend, torch.bfloat16), torch.tensor(0.5).to(backend, torch.bfloat16)
+    logits, count = ops.exact_rows(x, head, bias, preview, limit, tail)
+    needed = preview >= limit[:, None]
+    expected = torch.where(needed, x.float() @ head.float().T + bias.float(), preview.float() + 0.5)
+    torch.testing.assert_close(logits.float(), expected, atol=0.2, rtol=0.02)
+    assert torch.equal(count, needed.sum(1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_in_any_order(dtype: torch.dtype, backend: torch.device):
     torch.manual_seed(0)
