@@ -23,8 +23,9 @@ class DependsOnData(Exception):
     """Work asks for a number or a shape that a record would not have."""
 
 
-RECORDED = 3
-"""The run that is recorded: those before it make what is made once, and fewer are not worth the record."""
+RECORDED = 8
+"""The run that is recorded, which costs what so many replays save: fewer are not worth it. Those before it make what is
+made once."""
 
 
 class Replay(TorchDispatchMode):

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, StudentSpec
+from students.execution import replay as replaying
 from students.execution.decoding import Decoding
-from students.execution.replay import RECORDED, Replay
+from students.execution.replay import Replay
 from students.families.language import LanguageStudent
 from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_execution import make
 
 SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
+RECORDED = 3
+"""Which run is: early, as few are made here."""
 CLOSE = dict(atol=2e-3, rtol=2e-3)
 SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
 LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
@@ -26,7 +29,8 @@ LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
 
 @pytest.fixture(autouse=True, scope="module")
 def _in_c(library: object) -> Iterator[None]:
-    with running_on("c", library), torch.no_grad():
+    with running_on("c", library), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replaying, "RECORDED", RECORDED)
         yield
 
 
