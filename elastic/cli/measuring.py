@@ -211,8 +211,14 @@ def plan_command(options: argparse.Namespace) -> None:
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
     table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
     trained = f"{found['samples']:.3g} {found['unit']}, {found['tokens']:.3g} tokens"
-    table.add_row(trained, f"{found['steps']:,} steps, {found['days']:.3g} days")
+    table.add_row(trained, f"{found['steps']:,} steps, {_duration(found['days'])}")
     Console(soft_wrap=True, markup=False).print(table)
+
+
+def _duration(days: float) -> str:
+    """Such as "3.1 hours"."""
+    size, unit = next(((s, u) for s, u in ((1, "days"), (24, "hours")) if days * s >= 1), (24 * 60, "minutes"))
+    return f"{days * size:.3g} {unit}"
 
 
 def compare_command(options: argparse.Namespace) -> None:
