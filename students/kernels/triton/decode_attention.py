@@ -15,6 +15,9 @@ from torch import Tensor
 
 from students.kernels.triton import counters, tuning
 
+AT_ONCE = 1 << 14
+"""Numbers of ranges that a program asks for at once: 128 registers a thread."""
+
 
 @triton.jit
 def _hidden(mask, place, last):
@@ -34,29 +37,27 @@ def _add_up(
     width,
     HEADS: tl.constexpr,
     FEW: tl.constexpr,
+    SOME: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """out for the heads of one key head, from its first `parts` ranges."""
-    head, lane, every = tl.arange(0, FEW), tl.arange(0, WIDTH), tl.arange(0, SPLIT)
-    shown = (head < HEADS)[:, None] & (lane < width)[None, :]
-    place = tops + (one * SPLIT + every)[:, None] * 2 * HEADS + head[None, :]
-    there = (every < parts)[:, None] & (head < HEADS)[None, :]
-    top = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-    highest = tl.max(top, 0)
-    highest = tl.where(head < HEADS, highest, 0.0)
-    sums = tl.load(place + HEADS, mask=there, other=0.0, cache_modifier=".cg")
-    total = tl.sum(tl.exp2(top - highest[None, :]) * sums, 0)
-    whole = tl.zeros([FEW, WIDTH], tl.float32)
-    for part in tl.static_range(SPLIT):
-        one_of, here = one * SPLIT + part, part < parts
-        at_top = tops + one_of * 2 * HEADS + head
-        top = tl.load(at_top, mask=(head < HEADS) & here, other=float("-inf"), cache_modifier=".cg")
-        at_sums = partial + (one_of * HEADS + head)[:, None] * width + lane[None, :]
-        sums = tl.load(at_sums, mask=shown & here, other=0.0, cache_modifier=".cg")
-        whole += tl.exp2(top - highest)[:, None] * sums
-    place = out + (one * HEADS + head)[:, None] * width + lane[None, :]
-    tl.store(place, (whole / total[:, None]).to(out.dtype.element_ty), mask=shown)
+    """out for the heads of one key head, from its first `parts` ranges. Those of SOME heads are asked for at once, and
+    memory is waited for once, not for each range."""
+    part, lane = tl.arange(0, SPLIT), tl.arange(0, WIDTH)
+    for start in tl.static_range(0, FEW, SOME):
+        head = start + tl.arange(0, SOME)
+        there = (part < parts)[:, None] & (head < HEADS)[None, :]
+        place = ((one * SPLIT + part)[:, None] * HEADS + head[None, :])[:, :, None] * width + lane[None, None, :]
+        mask = there[:, :, None] & (lane < width)[None, None, :]
+        sums = tl.load(partial + place, mask=mask, other=0.0, cache_modifier=".cg")
+        place = tops + (one * SPLIT + part)[:, None] * 2 * HEADS + head[None, :]
+        top = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(place + HEADS, mask=there, other=0.0, cache_modifier=".cg")
+        highest = tl.where(head < HEADS, tl.max(top, 0), 0.0)
+        weight = tl.exp2(top - highest[None, :])
+        whole = tl.sum(weight[:, :, None] * sums, 0) / tl.sum(weight * totals, 0)[:, None]
+        place = out + (one * HEADS + head)[:, None] * width + lane[None, :]
+        tl.store(place, whole.to(out.dtype.element_ty), mask=(head < HEADS)[:, None] & (lane < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -89,6 +90,7 @@ def _decode_attention(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     FEW: tl.constexpr,
+    SOME: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -157,7 +159,7 @@ def _decode_attention(
         tl.debug_barrier()  # all of this program's sums are written before it says so
         if tl.atomic_add(arrivals + one, 1, sem="acq_rel") == parts - 1:
             tl.store(arrivals + one, 0)
-            _add_up(partial, tops, out, one, parts, width, HEADS, FEW, WIDTH, SPLIT)
+            _add_up(partial, tops, out, one, parts, width, HEADS, FEW, SOME, WIDTH, SPLIT)
 
 
 def decode_attention(
@@ -181,6 +183,7 @@ def decode_attention(
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     mask = None if mask is None else mask.contiguous()
     plan, each = tuning.attend(query.device), heads // groups
+    few, lanes = triton.next_power_of_2(each), max(16, triton.next_power_of_2(width))
     split = plan.split(batch * groups, tuning.multiprocessors(query.device))
     many = split > 1
     _decode_attention[(batch * groups, split)](
@@ -192,9 +195,10 @@ def decode_attention(
         *(0 if mask is None or len(mask) == 1 else slots, size, width, window, scale, cap),
         HEADS=each,
         ROWS=max(16, triton.next_power_of_2(each)),
-        FEW=triton.next_power_of_2(each),
+        FEW=few,
+        SOME=min(few, max(1, AT_ONCE // (split * lanes))),
         SIZE=max(16, triton.next_power_of_2(size)),
-        WIDTH=max(16, triton.next_power_of_2(width)),
+        WIDTH=lanes,
         BLOCK=plan.block(triton.next_power_of_2(max(size, width)), query.element_size()),
         SPLIT=split,
         CAP=cap != 0,

@@ -111,7 +111,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         yield call("biased_attention", *parts, make(8, 150, kind=single), 0.1)
     kept, one = make(2, 8, 1024, 128), make(2, 8, 1, 128)
     yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
-    for rows, heads, groups, size in ((1, 32, 8, 128), (64, 40, 8, 128), (1, 8, 4, 256)):
+    for rows, heads, groups, size in ((1, 32, 8, 128), (64, 40, 8, 128), (1, 28, 4, 128), (1, 8, 4, 256)):
         cache, query = make(rows, groups, 1024, size), make(rows, heads, 1, size)
         seen = make(rows, 1, 1, 1024), make(1, kind=torch.int64)
         yield call("decode_attention", query, cache, cache, *seen, 0.1, *((0, 0.0) if size < 256 else (512, 50.0)))

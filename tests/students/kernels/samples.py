@@ -154,7 +154,7 @@ def biased_attention(draw: Draw) -> Iterator[Arguments]:
 
 
 def decode_attention(draw: Draw) -> Iterator[Arguments]:
-    sizes = (1, 4, 4, 32, 64, 96), (2, 10, 2, 64, 32, 67), (1, 6, 1, 80, 24, 7)
+    sizes = (1, 4, 4, 32, 64, 96), (2, 10, 2, 64, 32, 67), (1, 6, 1, 24, 80, 7)
     for rows, heads, groups, size, width, slots in sizes:
         query, keys = draw(rows, heads, 1, size), draw(rows, groups, slots, size)
         values = draw(rows, groups, slots, width)
