@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from elastic import families
@@ -19,14 +22,26 @@ _open = partial(read_image, "a vision-language model")  # under the name that it
 
 
 class _Stream(TextStreamer):
-    """Hands over words as soon as they are certain."""
+    """Hands over words as soon as they are certain, and notes when tokens came."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
+        self.times: list[float] = []
+        """Of the prompt, whose time is when it began, and of each token, in seconds."""
+
+    def put(self, value: Tensor) -> None:
+        """As transformers calls it."""
+        self.times.append(time.perf_counter())
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.write(text)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the token that takes the median time: the first ones also pay for the prompt and for recording steps."""
+        return 1 / statistics.median(b - a for a, b in pairwise(self.times))
 
 
 def generate_text(
@@ -41,9 +56,9 @@ def generate_text(
     """Continue a prompt, greedily, as an answer where the model has a chat template.
 
     image: the file that a vision-language model is asked about. Keys: text; tokens, how many are new; full, whether
-    there are no more because the model reads no more; tokens_per_second; compute, the share of the teacher's FLOPs
-    that the new tokens took, or, of a question about an image, that its prompt took. stream: called with each piece of
-    text as it comes.
+    there are no more because the model reads no more; tokens_per_second, by the median time of a token; compute, the
+    share of the teacher's FLOPs that the new tokens took, or, of a question about an image, that its prompt took.
+    stream: called with each piece of text as it comes.
     """
     run = Run.open(folder, finished=True)
     generation = families.of(run.config.family).generation
@@ -65,21 +80,20 @@ def generate_text(
         raise ValueError(f"--prompt has {length} tokens, but the model reads at most {most}, answer included")
     room = max_new_tokens if most is None else min(max_new_tokens, most - length)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    started = time.perf_counter()
+    streamer = _Stream(tokenizer, stream or (lambda text: None))
     with torch.no_grad():
         whole = student.generate(
             **inputs,
             max_new_tokens=room,
             do_sample=False,
             pad_token_id=padding,
-            streamer=_Stream(tokenizer, stream) if stream else None,
+            streamer=streamer,
         )
-    seconds = time.perf_counter() - started
     new = whole.shape[1] - length
     return {
         "text": tokenizer.decode(whole[0, length:], skip_special_tokens=True),
         "tokens": new,
         "full": new == room < max_new_tokens,
-        "tokens_per_second": new / seconds,
+        "tokens_per_second": streamer.tokens_per_second,
         "compute": 1.0 if student.runtime.bypass else generation.compute(student, inputs, whole),
     }
