@@ -66,7 +66,8 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None, window: i
     """Let an attention module listen to plans, attend from one new token with all heads of a key head at once, and
     from padded prompts without a mask where a call has an `order`.
 
-    runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan.
+    runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan, but
+    in steps of fixed shape, whose masks cost a model its bits anyway.
     window: the layer's sliding window.
     """
     attention: Any = module
@@ -105,15 +106,15 @@ def routed_attention(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     runtime, tokens, slot, cap = module.runtime, query.shape[2], kwargs.pop("slot", None), kwargs.get("softcap")
     plain = all(kwargs.get(name) is None for name in ("position_bias", "s_aux")) and not kwargs.get("dropout")
-    rounds = plain and (runtime is None or (runtime.call.skipping and not runtime.bypass))
-    free = base == "sdpa" and rounds and cap is None
+    rounds = runtime is None or (runtime.call.skipping and not runtime.bypass)
+    free = base == "sdpa" and plain and rounds and cap is None
     order = runtime.call.order if free and runtime is not None and attention_mask is not None else None
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
         shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
         fixed = slot is not None and base in ("sdpa", "eager")  # nobody asks for weights
-        if rounds and tokens == 1 and shared and (free or fixed) and ops.attends_to_cache(query, key, value, slot):
+        if (free or (fixed and plain)) and tokens == 1 and shared and ops.attends_to_cache(query, key, value, slot):
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
             window = 0 if slot is None else module.window or 0  # the mask knows where it is
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None

@@ -7,6 +7,7 @@ is taken in by a patch that goes itself. Shapes: B images, n tokens, a prefix in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,3 +105,21 @@ def flat_index(index: Tensor, tokens: int) -> Tensor:
     if len(index) == 1:
         return index.flatten()
     return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
+
+
+def flops_of_merging(x: Tensor, *rest: Any, out_val: Any) -> int:
+    """FLOPs of a call of `ops.merge_lowest` or `merge_below`: scores, and products of pairs."""
+    top, chosen = rest[5], rest[6:]
+    batch, n, width = x.shape
+    lengths = [n] * batch if len(chosen) == 1 else chosen[0].tolist()
+    patches = [length - len(top) for length in lengths]
+    return 2 * width * (sum(lengths) + sum(k // 2 * ((k + 1) // 2) for k in patches))
+
+
+def shapes_of_merged(x: Tensor, keep: int) -> tuple[Tensor, ...]:
+    """Empty tensors like what merging returns of x [B, n, D] where `keep` tokens of each image are written."""
+    return (
+        x.new_empty(len(x), keep, x.shape[-1]),
+        *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),
+        *(x.new_empty(len(x), count, dtype=torch.long) for count in (keep, x.shape[1])),
+    )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
+from students.kernels.merging import flops_of_merging, shapes_of_merged
 from students.kernels.triton import tuning
 
 One = Callable[..., Tensor]
@@ -331,27 +332,11 @@ H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to s
 the newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
 
 
-def _merge_flops(x: Tensor, *rest: Any, out_val: Any) -> int:
-    top, chosen = rest[5], rest[6:]
-    batch, n, width = x.shape
-    lengths = [n] * batch if len(chosen) == 1 else chosen[0].tolist()
-    patches = [length - len(top) for length in lengths]
-    return 2 * width * (sum(lengths) + sum(k // 2 * ((k + 1) // 2) for k in patches))
-
-
-def _merged_shapes(x: Tensor, keep: int) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(len(x), keep, x.shape[-1]),
-        *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),
-        *(x.new_empty(len(x), count, dtype=torch.long) for count in (keep, x.shape[1])),
-    )
-
-
 merge_lowest: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
     "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda x, *rest: _merged_shapes(x, rest[-1]),
-    _merge_flops,
+    lambda x, *rest: shapes_of_merged(x, rest[-1]),
+    flops_of_merging,
     lambda x, *_, out_val: _size(x),
 )
 """Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image.
@@ -365,8 +350,8 @@ the n tokens stands then [B, n]. (See merging.py.)
 merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
     "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda x, *_: (*_merged_shapes(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),
-    _merge_flops,
+    lambda x, *_: (*shapes_of_merged(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),
+    flops_of_merging,
     lambda x, *_, out_val: _size(x),
 )
 """As `merge_lowest`, where the tokens with a score below -shift are taken in, as far as `multiple` allows (see
