@@ -348,12 +348,11 @@ class RoutedBlock(Wrapper):
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The block, whose activations are kept for backward or not."""
-        out: Tensor
+        run: Any = self.base_layer
         if self.runtime.recompute and torch.is_grad_enabled():
             again = partial(recomputing, x.device)
-            out = checkpoint(self.base_layer, x, *args, use_reentrant=False, context_fn=again, **kwargs)
-        else:
-            out = self.base_layer(x, *args, **kwargs)
+            run = partial(checkpoint, self.base_layer, use_reentrant=False, context_fn=again)
+        out: Tensor = run(x, *args, **kwargs)
         return out
 
     def _probe(
@@ -380,8 +379,7 @@ class RoutedBlock(Wrapper):
         """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
         weight = selection.score_weight(score, over_gates=False).to(dtype)
         corrected = self.runtime.corrected(weight)
-        if corrected is not None:
-            weight = 1 + (weight - 1) * corrected
+        weight = weight if corrected is None else 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
 
 
