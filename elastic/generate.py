@@ -22,9 +22,9 @@ _open = partial(read_image, "a vision-language model")  # under the name that it
 
 
 class _Stream(TextStreamer):
-    """Hands over words as soon as they are certain, and notes when tokens came."""
+    """Notes when tokens come, and hands over words as soon as they are certain, where somebody reads them."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.times: list[float] = []
@@ -33,9 +33,16 @@ class _Stream(TextStreamer):
     def put(self, value: Tensor) -> None:
         """As transformers calls it."""
         self.times.append(time.perf_counter())
-        super().put(value)
+        if self.write is not None:  # decoding text takes time
+            super().put(value)
+
+    def end(self) -> None:
+        """As transformers calls it."""
+        if self.write is not None:
+            super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        assert self.write is not None, "text is decoded for somebody"
         self.write(text)
 
     @property
@@ -80,7 +87,7 @@ def generate_text(
         raise ValueError(f"--prompt has {length} tokens, but the model reads at most {most}, answer included")
     room = max_new_tokens if most is None else min(max_new_tokens, most - length)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    streamer = _Stream(tokenizer, stream or (lambda text: None))
+    streamer = _Stream(tokenizer, stream)
     with torch.no_grad():
         whole = student.generate(
             **inputs,
