@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels import reference
+from students.kernels.triton.forward_kl import rescale_rows
 
 WIDEST = 128
 """Channels of a head up to which a program has all of them."""
@@ -59,13 +60,10 @@ def _biased_attention(
         theirs = tl.load(from_key + k[None, :] * key_token, mask=here[None, :] & inside[:, None], other=0.0)
         added = tl.load(bias + batch * keys + k, mask=here, other=float("-inf")).to(tl.float32)
         score = tl.dot(mine, theirs) * factor + (added * 1.4426950408889634)[None, :]
-        new = tl.maximum(most, tl.max(score, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing finite yet
-        shrink, weight = tl.exp2(most - safe), tl.exp2(score - safe[:, None])
+        most, shrink, weight = rescale_rows(most, score)
         given = tl.load(from_value + k[:, None] * value_token, mask=here[:, None] & inside[None, :], other=0.0)
         total = total * shrink + tl.sum(weight, 1)
         summed = tl.dot(weight.to(kind), given, summed * shrink[:, None])
-        most = new
     place = ((batch * queries + q) * heads + head)[:, None] * size + channel[None, :]
     tl.store(out + place, (summed / total[:, None]).to(kind), mask=asked)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton import counters, tuning
+from students.kernels.triton.forward_kl import rescale_rows
 
 AT_ONCE = 1 << 14
 """Numbers of ranges that a program asks for at once: 128 registers a thread."""
@@ -140,12 +141,9 @@ def _decode_attention(
         if CAP:
             score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
         score = (score + tl.where(slot_ >= oldest, hidden, float("-inf"))[None, :]) * 1.4426950408889634
-        new = tl.maximum(most, tl.max(score, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing that is seen yet
-        shrink, weight = tl.exp2(most - safe), tl.exp2(score - safe[:, None])
+        most, shrink, weight = rescale_rows(most, score)
         total = total * shrink + tl.sum(weight, 1)
         whole = tl.dot(weight.to(value.dtype), value, whole * shrink[:, None], input_precision="ieee")
-        most = new
         hidden = _hidden(mask, slot_ + BLOCK, last)
     shown = (own < HEADS)[:, None] & (lane < width)[None, :]
     if SPLIT == 1:

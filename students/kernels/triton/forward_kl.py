@@ -38,6 +38,14 @@ def write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart):
     tl.store(logs + rows + row, log_t)
 
 
+@triton.jit
+def rescale_rows(most, score):
+    """As `rescale`, for each row of scores [Q, K], whose exponentials [Q, K], of base 2, are returned too."""
+    new = tl.maximum(most, tl.max(score, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # nothing that is seen yet
+    return new, tl.exp2(most - safe), tl.exp2(score - safe[:, None])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
