@@ -83,7 +83,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
             QUERIES=64,
             KEYS=64 if padded <= 64 else 32,
             SIZE=padded,
-            num_warps=4,
+            num_warps=4 if padded <= 64 else 8,
             num_stages=3,
         )
     return out
