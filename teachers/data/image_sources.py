@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import shutil
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -230,23 +231,26 @@ def from_fashion(folder: Path | None, train: bool, preprocess: Preprocess, model
     from torchvision.datasets import FashionMNIST
 
     folder = folder or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else None)
-    root = cache_folder() / FASHION
-    raw = root / "FashionMNIST" / "raw"
-    if folder is not None and not raw.is_dir():
-        with published(raw) as workshop:
-            (workshop / raw.name).mkdir()
-            for file in folder.glob("*-ubyte*"):
-                opened = gzip.open if file.suffix == ".gz" else open
-                with opened(file, "rb") as source, (workshop / raw.name / file.stem).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-    try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            data = FashionMNIST(root, train=train, download=not raw.is_dir())
-    except Exception as error:
-        raise OSError(
-            f"{FASHION} cannot be fetched ({first_line(error)}): install Debian's dataset-fashion-mnist, or name a "
-            "folder with its four files"
-        ) from error
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as unpacked:
+        root = cache_folder() / FASHION if folder is None else Path(unpacked)
+        raw = root / "FashionMNIST" / "raw"
+        try:
+            if folder is not None:
+                raw.mkdir(parents=True)
+                for file in folder.glob("*-ubyte*"):
+                    opened = gzip.open if file.suffix == ".gz" else open
+                    with opened(file, "rb") as source, (raw / file.stem).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+            elif not (raw.is_dir() and any(raw.iterdir())):
+                with published(raw) as workshop:
+                    FashionMNIST(workshop, download=True)
+                    (workshop / "FashionMNIST" / "raw").rename(workshop / raw.name)
+            data = FashionMNIST(root, train=train)
+        except Exception as error:
+            raise OSError(
+                f"{FASHION} cannot be {'fetched' if folder is None else f'read from {folder}'} ({first_line(error)}): "
+                "install Debian's dataset-fashion-mnist, or name a folder with its four files"
+            ) from error
     labels = labels_of_column(data.targets.tolist(), list(data.classes), model_classes)
     pixels = data.data.numpy()
     return _table(

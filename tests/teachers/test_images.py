@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 from torchvision.transforms.functional import pil_to_tensor
 
+from teachers.data import image_sources
 from teachers.data.classes import named
 from teachers.data.images import load_all, load_images
 from teachers.data.parts import is_held_out
@@ -226,6 +228,17 @@ def test_fashion_mnist_from_its_four_files(tmp_path: Path, monkeypatch: pytest.M
     assert pixels.shape == (3, 1, 28, 28)
     assert reds(pixels) == labels.tolist() == [0, 1, 2]
     assert len(data.held_out) == 2
+    write("train-labels-idx1-ubyte", np.array([2, 1, 0]))  # another folder is not taken for the first
+    assert load_images(str(source), pil_to_tensor, held_out=2, seed=0).train.load([0, 1, 2])[1].tolist() == [2, 1, 0]
+
+
+def test_fashion_mnist_after_a_download_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
+    monkeypatch.setattr(image_sources, "DEBIAN_FASHION", tmp_path / "none")
+    monkeypatch.setattr(FashionMNIST, "mirrors", [(tmp_path / "none").as_uri() + "/"])
+    for _ in range(2):  # what the first leaves is not taken for the files
+        with pytest.raises(OSError, match=r"fashion-mnist cannot be fetched \(Error downloading"):
+            load_images("fashion-mnist", pil_to_tensor, held_out=2, seed=0)
 
 
 def test_a_folder_is_walked_once_however_links_lead_there(folder: Path) -> None:
