@@ -55,8 +55,8 @@ def step_bytes(student: Any, rows: int, sizes: StepSizes) -> int:
 
 def router_bytes(student: Student) -> int:
     """Routers, their gradients and the optimizer's moments."""
-    learned = sum(p.numel() * p.element_size() for p in student.added_parameters().values())
-    return 3 * learned + sum(x.numel() * x.element_size() for x in student.added_tensors().values())
+    learned = sum(p.nbytes for p in student.added_parameters().values())
+    return 3 * learned + sum(x.nbytes for x in student.added_tensors().values())
 
 
 def plan_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
@@ -140,4 +140,4 @@ def plan(
 
 
 def _bytes(modules: list[nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return sum(p.nbytes for module in modules for p in module.parameters())

@@ -113,5 +113,4 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 
 def kept_bytes(module: nn.Module, besides: str = "") -> int:
     """Bytes that a module's parameters take; besides: a kind of device, whose own are not counted."""
-    parts = [x for p in module.parameters() for x in plain_parts(p) if x.device.type != besides]
-    return sum(x.numel() * x.element_size() for x in parts)
+    return sum(x.nbytes for p in module.parameters() for x in plain_parts(p) if x.device.type != besides)

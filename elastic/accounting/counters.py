@@ -28,15 +28,11 @@ class _ByteCounter(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
         if packet in self.products:
-            self.total += sum(_bytes(x) for x in args if isinstance(x, Tensor))
+            self.total += sum(x.nbytes for x in args if isinstance(x, Tensor))
         elif function.namespace == "elastic":
             read = OPERATORS[packet.__name__].read
             self.total += 0 if read is None else read(*args, out_val=out)
         return out
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 @torch.no_grad()

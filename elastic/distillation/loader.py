@@ -145,7 +145,7 @@ class DistillationLoader:
         self.objective.eval()
         self.flush()
         self.counts = [-self.counts[1], self.counts[1]]  # they will be found when training begins with them
-        each = sum(x.numel() * x.element_size() for x in sample.values()) / max(1, len(loaded.keys))
+        each = sum(x.nbytes for x in sample.values()) / max(1, len(loaded.keys))
         most = each * min(len(self), len(self) if visits is None else visits)
         room = self.cache.free
         self._say(

@@ -125,7 +125,7 @@ class TeacherCache:
         for number, key in enumerate(keys):
             if key not in self._places:
                 self._waiting[key] = {name: part[number] for name, part in parts.items()}
-        self._bytes = sum(x.numel() * x.element_size() for sample in self._waiting.values() for x in sample.values())
+        self._bytes = sum(x.nbytes for sample in self._waiting.values() for x in sample.values())
         if self._bytes >= SHARD:
             self.flush()
 
@@ -138,7 +138,7 @@ class TeacherCache:
             torch.cuda.synchronize()
         samples = list(waiting.values())
         tensors = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-        if sum(x.numel() * x.element_size() for x in tensors.values()) > self.free:
+        if sum(x.nbytes for x in tensors.values()) > self.free:
             raise OSError(f"the disk of {self.folder} is full")
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(waiting)), dtype=torch.uint8).view(-1, 16)
         tensors["lengths"] = torch.tensor([len(next(iter(sample.values()))) for sample in samples])

@@ -6,11 +6,10 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar
 
-import psutil
-import torch
 from torch import Tensor
 
 from elastic import families, launch
+from elastic.accounting.memory import free_memory
 from elastic.accounting.peaks import Watch
 from elastic.config import RunConfig
 from elastic.evaluation.teacher import ROOM, TeacherOutputs
@@ -56,9 +55,10 @@ class Session:
             if needed <= had:
                 return seen
         seen = make()
-        wanted = self.several if keep is None else keep
-        if wanted and not launch.any_of(_size(seen) > ROOM * _free(seen)):
-            known.append((needed, seen))
+        if self.several if keep is None else keep:
+            tensors = list(_tensors(seen))
+            if not launch.any_of(sum(x.nbytes for x in tensors) > ROOM * free_memory(tensors[0].device)):
+                known.append((needed, seen))
         return seen
 
     def teacher(self, config: RunConfig) -> Teacher:
@@ -120,13 +120,3 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, dict | list | tuple) or is_dataclass(x):
         for part in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else vars(x).values():
             yield from _tensors(part)
-
-
-def _size(x: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(x))
-
-
-def _free(x: Any) -> int:
-    """Bytes that are free where it is."""
-    device = next(_tensors(x)).device
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -57,7 +57,7 @@ class TeacherOutputs:
 
     def _keep(self, number: int, outputs: Outputs) -> None:
         tensors = {name: x.detach().cpu().contiguous() for name, x in outputs.items() if isinstance(x, Tensor)}
-        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        size = sum(x.nbytes for x in tensors.values())
         if size <= self._room:
             self._room -= size
             self._batches.append(outputs | tensors)
