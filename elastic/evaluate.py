@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from elastic import families, launch
 from elastic.config import require_data
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
+from elastic.reporting.progress import Say
 from elastic.run import Run
 from students import Student
 
@@ -81,7 +82,7 @@ def measure_run(
     compute: Sequence[float] = (),
     baselines: Sequence[str] = (),
     session: Session | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it: on all of `data`, or on what its training never saw.
 

@@ -13,6 +13,7 @@ from elastic.accounting.memory import free_memory, need_of
 from elastic.bench import measure, workload_of
 from elastic.config import RunConfig, make_config
 from elastic.distillation.start import calibrate, set_budget, set_capacity, student_for
+from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
 from elastic.run import DTYPES, share_weights
 from elastic.timing.workload import Workload
@@ -58,7 +59,7 @@ def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[di
     say(f"{shape.name}: {sum(p.numel() for p in model.parameters()):,} random weights; {data.description}")
     student = student_for(config, Teacher(shape.name, model, None, shape.family, "random weights", ""), data)
     set_capacity(student, data, config)
-    offsets = calibrate(student, data, config, say).offsets if config.calibration.windows else [0.0]
+    offsets = calibrate(student, data, config, say, Session()).offsets if config.calibration.windows else [0.0]
     set_budget(student, data, config, offsets, say)
     return measure(
         student, (lambda: shared) if shared is not None else build_model, data, config, workload, trains, say

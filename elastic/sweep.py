@@ -18,11 +18,10 @@ from elastic import bench, evaluate, families, launch, sharding, trainer
 from elastic.config import RunConfig, make_config, require_data
 from elastic.evaluation.session import Session
 from elastic.files import write_text
+from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
 from elastic.settings import to_dict
-
-Say = Callable[[str], None]
 
 FLAGS = {"model": "model", "preset": "preset", "budget.target": "target-compute", "train.seed": "seed"}
 """Settings that name a sweep's runs, and the options that give them."""

@@ -7,7 +7,7 @@ the same text would cost token by token, `compute_prefill` what reading it at on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
@@ -19,6 +19,7 @@ from elastic.harness.loading import load_tasks
 from elastic.harness.questions import file_task as file_task  # under the name that it had before it had a room
 from elastic.harness.scorer import Scorer
 from elastic.harness.silence import silent
+from elastic.reporting.progress import Say
 from elastic.run import Run
 from elastic.traits import TRAITS
 from students.compute import PHASES
@@ -30,7 +31,7 @@ def score_run(
     *,
     compute: Sequence[float] = (),
     limit: int | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> list[dict[str, Any]]:
     """Zero-shot accuracy of a finished run of a language model and of its teacher: a row for each task and each compute
     that the dial is turned to (none: as training left it, and of a run for a range at either end and in the middle).

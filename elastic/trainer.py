@@ -32,6 +32,7 @@ from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
 from elastic.objectives.sums import Sums, of_all
+from elastic.reporting.progress import Say
 from elastic.run import Run
 from elastic.settings import to_dict
 from losses import budget_price, budget_prices
@@ -40,7 +41,6 @@ from students.kinds.registry import limit_parameters
 from teachers import Teacher
 from teachers.data.left_out import distinct
 
-Say = Callable[[str], None]
 Progress = Callable[[int, int | None, dict[str, float]], None]
 """(steps done, steps in all if known, newest metrics)."""
 

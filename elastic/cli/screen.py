@@ -14,12 +14,14 @@ from elastic import launch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from elastic.reporting.progress import Say
+
 QUIET_SECONDS = 20
 """Where no bar can be drawn, a long loop says so often how far it is."""
 
 
 @contextmanager
-def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
     """(say, progress): lines and a progress bar on stderr, so that stdout holds results only; the first of several
     processes alone says anything."""
     if not launch.is_main():
@@ -69,7 +71,7 @@ def screen() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
 
 
 @contextmanager
-def _log_to(say: Callable[[str], None]) -> Iterator[None]:
+def _log_to(say: Say) -> Iterator[None]:
     """Within it, what teachers log of their data goes here, and does not break the bar."""
 
     class Handler(logging.Handler):

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from elastic.reporting.progress import Say
 from students import Student
 from students.calibration.price import Start
 from students.compute import Phase
 from students.routers import Router
 
-Say = Callable[[str], None]
 Meter = Callable[[float], float]
 """Measures the compute ratio where the dial is, on this share of what it is set on (0.125: an eighth)."""
 

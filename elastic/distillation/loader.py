@@ -16,9 +16,8 @@ from elastic.config import RunConfig
 from elastic.distillation.start import order
 from elastic.distillation.teacher_cache import TeacherCache, require_cache
 from elastic.objectives.sums import TeacherSignals
+from elastic.reporting.progress import Say
 from elastic.run import Run
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from elastic import families, launch
 from elastic.config import RunConfig
-from elastic.distillation.dial import Say, capacity_for, lowest, set_dial, set_range
+from elastic.distillation.dial import capacity_for, lowest, set_dial, set_range
 from elastic.evaluation.session import Session
+from elastic.reporting.progress import Say
 from elastic.run import make_student
 from students import Student
 from students.calibration.price import Start
@@ -56,7 +57,7 @@ def set_capacity(student: Student, data: Any, config: RunConfig) -> None:
         student.runtime.capacity = capacity_for(student, tokens, budget.span[0], budget.phase)
 
 
-def calibrate(student: Student, data: Any, config: RunConfig, say: Say, session: Session | None = None) -> Start:
+def calibrate(student: Student, data: Any, config: RunConfig, say: Say, session: Session) -> Start:
     """Start all routers where one look at the data says, and say so; session: with what others saw in it."""
     say("calibrating: what would closing each gate cost ...")
     shuffled = order(len(data.train), config.train.seed, 0)

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from elastic.distillation.dial import Meter
     from elastic.evaluation.session import Session
     from elastic.evaluation.teacher import TeacherOutputs
+    from elastic.reporting.progress import Say
     from elastic.timing.passes import Contender, Models, Row
     from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
     from students.calibration.price import Start
     from teachers import Teacher
-
-    Say = Callable[[str], None]
 
 
 def of(family: str) -> Family:
@@ -122,7 +121,7 @@ class Family(Protocol):
         signals, and is called where none are given; lengths(batch) says how many rows of them each sample has; `keeps`
         names their kind."""
 
-    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session | None = None) -> Start:
+    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session) -> Start:
         """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training
         samples, shuffled; session: with what others saw in them."""
 
@@ -135,13 +134,7 @@ class Family(Protocol):
         """A row's measurements; kept: what the teacher made of the same data before."""
 
     def baseline(
-        self,
-        name: str,
-        student: Any,
-        held_out: Any,
-        config: RunConfig,
-        compute: float,
-        session: Session | None = None,
+        self, name: str, student: Any, held_out: Any, config: RunConfig, compute: float, session: Session
     ) -> dict[str, Any]:
         """As `evaluate`, for something untrained at this compute; session: with what has been found out before."""
 

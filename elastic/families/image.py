@@ -105,9 +105,7 @@ class Batches:
         return pixels, [digest(image) for image in pixels]
 
 
-def start(
-    student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session | None = None
-) -> Start:
+def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session) -> Start:
     """Calibrate; order: the training images, shuffled; session: with what the same routers saw in them."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, shard = scatter(batches)
@@ -115,7 +113,7 @@ def start(
     targets, seed = trained(config.budget), config.train.seed
     of = config.data, seed, config.calibration.windows
     routers, observe = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, shard)
-    seen = (session or Session()).observed(of, routers, observe)
+    seen = session.observed(of, routers, observe)
     start = calibrate_images(student, looked_at, targets, seed, shard, seen)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
@@ -155,15 +153,9 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
 
 
 def baseline(
-    name: str,
-    student: ImageStudent,
-    images: ImageSet,
-    config: RunConfig,
-    compute: float,
-    session: Session | None = None,
+    name: str, student: ImageStudent, images: ImageSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
     """As `evaluate`, for a baseline at the student's compute."""
-    session = session or Session()
     kept = session.kept(images)
     if name == "tome":
         merged, share = baselines.merging(session.teacher(config).model, images.load([0])[0], compute)

@@ -112,15 +112,13 @@ class Batches:
         return windows, [digest(window) for window in windows]
 
 
-def start(
-    student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session | None = None
-) -> Start:
+def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session) -> Start:
     """Calibrate; order: the training windows, shuffled; session: with what others saw in them."""
     own, shard = scatter(order[: config.calibration.windows].split(CALIBRATED))
     windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
     budget, seed = config.budget, config.train.seed
     of = config.data, seed, config.calibration.windows
-    seen = (session or Session()).observed(of, places(student), lambda: observe(student, windows, seed, shard))
+    seen = session.observed(of, places(student), lambda: observe(student, windows, seed, shard))
     return calibrate(student, windows, trained(budget), budget.phase, seed, seen, shard)
 
 
@@ -136,18 +134,12 @@ def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, confi
 
 
 def baseline(
-    name: str,
-    student: LanguageStudent,
-    windows: Tensor,
-    config: RunConfig,
-    compute: float,
-    session: Session | None = None,
+    name: str, student: LanguageStudent, windows: Tensor, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
     """As `evaluate`, for a baseline (see elastic/baselines/language.py) at the student's compute in the run's phase.
 
     Compute is matched on the first of the windows; calibration looks at training windows.
     """
-    session = session or Session()
     first = windows[:DIAL_WINDOWS].to(student.model.device)
 
     def frozen() -> nn.Module:

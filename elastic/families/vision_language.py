@@ -135,9 +135,7 @@ class Batches:
         ]
 
 
-def start(
-    student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session | None = None
-) -> Start:
+def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session) -> Start:
     """Calibrate; order: the training questions, shuffled; session: with what the same routers saw in them."""
     if student.image_router is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
@@ -152,7 +150,7 @@ def start(
     of = config.data, seed, config.calibration.windows
     routers = frozenset([config.student.routers])
     observe = partial(observe_image_tokens, student, looked_at, seed, shard)
-    seen = (session or Session()).observed(of, routers, observe)
+    seen = session.observed(of, routers, observe)
     start = calibrate_image_router(student, looked_at, targets, read, seed, shard, seen)
     if not student.by_count:
         return start
@@ -188,14 +186,8 @@ def _batches(
 
 
 def baseline(
-    name: str,
-    student: VisionLanguageStudent,
-    questions: PromptSet,
-    config: RunConfig,
-    compute: float,
-    session: Session | None = None,
+    name: str, student: VisionLanguageStudent, questions: PromptSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
     """As `evaluate`, for as many image tokens as the student keeps, but any of them."""
-    session = session or Session()
     with baselines.keeping_image_tokens(student, name, config.train.seed):
         return evaluate(student, questions, config, session.kept(questions))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from lm_eval.api.task import ConfigurableTask
 
 from elastic.harness.questions import file_task
 from elastic.harness.silence import silent
+from elastic.reporting.progress import Say
 from teachers import hub
 from teachers.quiet import first_line
 
 
-def load_tasks(items: Sequence[str], say: Callable[[str], None] = print) -> dict[str, ConfigurableTask]:
+def load_tasks(items: Sequence[str], say: Say = print) -> dict[str, ConfigurableTask]:
     """Tasks by name, zero-shot, of names that the harness knows and of paths. ValueError for what is none of both."""
     if not items:
         raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,6 @@ from elastic import launch
 from elastic.objectives.sums import Objective, Sums, TeacherSignals, routing_loss
 from losses import HIDDEN_DISTANCES, per_layer
 from students.families.image import Features, ImageStudent
-
-
-@dataclass
-class Measured(Sums):
-    """Sums over the images of a batch."""
 
 
 class Distillation(Objective):
@@ -41,7 +34,7 @@ class Distillation(Objective):
 
     def forward(
         self, pixels: Tensor, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
-    ) -> tuple[Tensor, Measured]:
+    ) -> tuple[Tensor, Sums]:
         """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]; signals: the teacher's, where
         they are known. Returns the loss and what was measured."""
         student, loss = self.student, self.loss
@@ -61,7 +54,7 @@ class Distillation(Objective):
             total = total + loss.hidden_weight * launch.mean_of(apart, len(pixels))
         macs, kl = macs.detach(), kl.detach()
         images, rows = torch.full((), len(pixels), device=pixels.device), {"kl": kl, "compute": macs / dense}
-        return total, Measured(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
+        return total, Sums(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
 
     def _compared(self, features: Features) -> TeacherSignals:
         """What the classifier reads, or after every block the tokens that are always there, if the loss compares it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elastic import launch
 from elastic.config import BudgetConfig, DataConfig, LossConfig
 from losses import DIVERGENCES, capacity_hinge, load_balance, topk_bce
-from students import RouterSpec, Student
+from students import Student
 from students.compute import Phase
 from students.decisions import Decisions
 from students.kernels.autograd import forward_kl
@@ -103,7 +103,8 @@ def routing_loss(
             shares = torch.stack([decisions.share[k].mean() for k in free])
             total = total + budget.hinge * capacity_hinge(launch.mean_of(shares, rows), capacity)
     if loss.topk_weight:
-        keys = [k for k in decisions.score if _over_tokens(decisions.spec[k])]
+        specs = decisions.spec
+        keys = [k for k in decisions.score if specs[k].selection == "topk" and specs[k].of_kind.over_tokens]
         if keys:
             parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
             total = total + loss.topk_weight * launch.mean_of(torch.stack(parts).mean(), rows)
@@ -114,7 +115,3 @@ def routing_loss(
             parts = [load_balance(launch.all_reduce(use).unsqueeze(0)) for use in sums]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()
     return total
-
-
-def _over_tokens(spec: RouterSpec) -> bool:
-    return spec.selection == "topk" and spec.of_kind.over_tokens

@@ -15,6 +15,7 @@ from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import make_config
 from elastic.evaluate import measure_run
+from elastic.evaluation.session import Session
 from elastic.families import language
 from elastic.run import load
 from students import elasticize
@@ -117,7 +118,8 @@ def test_a_baseline_leaves_the_student_alone_and_repeats(finished: Path, configu
     windows = torch.randint(3, 120, (4, 32), generator=torch.Generator().manual_seed(3))
     before = language.evaluate(student, windows, config)
     for name in language.BASELINES:
-        first, second = (language.baseline(name, student, windows, config, before["compute"]) for _ in range(2))
+        asked = name, student, windows, config, before["compute"]
+        first, second = (language.baseline(*asked, Session()) for _ in range(2))
         assert first == second
     assert language.evaluate(student, windows, config) == before
 
