@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from teachers.data.classes import Classes
 from teachers.data.image_set import ImageSet, Preprocess
 from teachers.data.image_sources import ACCEPTED, FASHION, from_fashion, from_folder, from_hub, from_parquet
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES
-from teachers.data.records import is_path
-
-_HUB_DATASET = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
+from teachers.data.records import hub_data_set
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,14 @@ def load_images(
     for part in (train, other):
         if part is not None:
             part.probe()
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = train.shuffled(seed)
     if other is None:
         if len(order) <= held_out:
             raise ValueError(f"{source} has {len(order)} images: too few to hold out {held_out} (data.held_out)")
         order, set_aside = order[held_out:], order[:held_out]
         other = train.subset(sorted(set_aside))
     elif len(other) > held_out:
-        chosen = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))[:held_out]
-        other = other.subset(sorted(chosen.tolist()))
+        other = other.subset(sorted(other.shuffled(seed)[:held_out]))
     train = train.subset(sorted(order[:max_images]))
     return ImageData(train, other, f"{train.usable:,} images of {source}")
 
@@ -101,7 +95,5 @@ def _open(
         return from_parquet(path, train, preprocess, model_classes)
     if path.is_dir():
         return from_folder(path, train, preprocess, model_classes)
-    match = _HUB_DATASET.fullmatch(source)
-    if not match or is_path(source):
-        raise ValueError(f"no such file or folder: {source}; {ACCEPTED}")
-    return from_hub(source, match[1], match[2], train, preprocess, most, model_classes)
+    name, config = hub_data_set(source, ACCEPTED, bare=True)
+    return from_hub(source, name, config, train, preprocess, most, model_classes)

@@ -120,6 +120,10 @@ class Samples:
         """How many of these samples are not known to be unusable."""
         return len(self) - self.broken
 
+    def shuffled(self, seed: int) -> list[int]:
+        """The numbers of these samples, in an order that the seed chooses."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+
     def filled(self, chosen: Sequence[int]) -> list[tuple[int, Any]]:
         """As many samples as were chosen: the next ones stand in for those that cannot be read.
 
@@ -138,8 +142,7 @@ class Samples:
 
     def probe(self) -> None:
         """Read a few samples, or all of few, and refuse a source of which too many cannot be used."""
-        draw = torch.Generator().manual_seed(0)
-        chosen = sorted(torch.randperm(len(self), generator=draw)[:PROBED].tolist())
+        chosen = sorted(self.shuffled(0)[:PROBED])
         bad = len(chosen) - len(self.readable(chosen))
         if len(self) > PROBED and 4 * bad > 3 * PROBED:
             self.left_out.check(bad, len(chosen))

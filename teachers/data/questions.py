@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from teachers import hub
 from teachers.cache import cache_folder, published
 from teachers.data.conversations import FIELDS, questions_and_answers, turns_of
 from teachers.data.left_out import LeftOut, Samples
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.pictures import open_image, open_row
-from teachers.data.records import RECORD_FILES, Record, as_text, is_path, local_records, rows_of, visible
+from teachers.data.records import RECORD_FILES, Record, as_text, hub_data_set, local_records, rows_of, visible
 from teachers.wheel import checked, download
 
 if TYPE_CHECKING:
@@ -34,7 +31,6 @@ _EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f
 MOST_CHOICES = 64
 """Up to so many different answers are a closed set, in which each is scored; beyond, answers are generated."""
 
-_HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _ACCEPTED = (
     "--data takes a .jsonl, .json or .parquet file of image, question and answer (or LLaVA's conversations), a folder "
     f"of such files, {EASY_VQA}, or a hub data set (org/name)"
@@ -129,7 +125,7 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
     for part in (train, other):
         if part is not None:
             part.probe()
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = train.shuffled(seed)
     if other is None:
         aside = {str(train.samples[number].image) for number in order[:held_out]}
         inside = [str(sample.image) in aside for sample in train.samples]
@@ -143,8 +139,7 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
             )
         other = train.subset(sorted(set_aside))
     elif len(other) > held_out:
-        chosen = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))[:held_out]
-        other = other.subset(sorted(chosen.tolist()))
+        other = other.subset(sorted(other.shuffled(seed)[:held_out]))
     choices = _choices(train.samples)
     train = train.subset(sorted(order[:max_images]))
     train.choices = other.choices = choices
@@ -181,10 +176,7 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
             raise ValueError(f"no .jsonl, .json or .parquet file in {path}; {_ACCEPTED}")
         files = [file for file in every if is_held_out(file.stem) != train]
         return _files(files, path) if files else None
-    match = _HUB_DATASET.fullmatch(source)
-    if not match or is_path(source):
-        raise ValueError(f"no such file or folder: {source}; {_ACCEPTED}")
-    return _hub(source, match, train, most)
+    return _hub(source, train, most)
 
 
 def _files(files: Sequence[Path], root: Path) -> QuestionSet:
@@ -194,12 +186,12 @@ def _files(files: Sequence[Path], root: Path) -> QuestionSet:
     return _set(records, found, root)
 
 
-def _hub(source: str, match: re.Match, train: bool, most: int | None) -> QuestionSet | None:
+def _hub(source: str, train: bool, most: int | None) -> QuestionSet | None:
     """A hub data set, streamed: at most `most` of its questions are fetched."""
     import datasets
 
-    names = TRAIN_NAMES if train else HELD_OUT_NAMES
-    with hub.streamed(source, match[1], match[2], names, _ACCEPTED) as stream:
+    name, config = hub_data_set(source, _ACCEPTED)
+    with hub.streamed(source, name, config, TRAIN_NAMES if train else HELD_OUT_NAMES, _ACCEPTED) as stream:
         if stream is None:
             return None
         for name, feature in (stream.features or {}).items():

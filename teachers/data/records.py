@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ RECORD_FILES = (".jsonl", ".json", ".parquet")
 """Endings of files of records."""
 _SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 """What archives, servers and systems put beside a user's files."""
+_HUB_DATASET = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
 _ROWS = 64
 """Rows of a parquet file that are read together."""
 
@@ -47,6 +49,15 @@ def is_path(source: str) -> bool:
     """Whether a name of data can only be that of a file or folder, and of no hub data set."""
     begins_as_one = source.startswith((".", "/", "~")) or source.count("/") > 1
     return begins_as_one or Path(source).suffix.lower() in (*TEXT_FILES, *RECORD_FILES)
+
+
+def hub_data_set(source: str, accepted: str, *, bare: bool = False) -> tuple[str, str | None]:
+    """(name, configuration or None) of a hub data set, as `org/name:configuration` says it; bare: `name` alone is one,
+    too. ValueError for what can be none; accepted: what to name then."""
+    match = _HUB_DATASET.fullmatch(source)
+    if not match or is_path(source) or not (bare or "/" in match[1]):
+        raise ValueError(f"no such file or folder: {source}; {accepted}")
+    return match[1], match[2]
 
 
 def visible(path: Path, root: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,7 @@ from teachers import hub
 from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
 from teachers.data.left_out import LeftOut
-from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, is_path, local_records, visible
+from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, hub_data_set, local_records, visible
 from teachers.quiet import first_line, quiet
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ _ACCEPTED_SOURCES = (
     "a hub data set (org/name or org/name:config), or builtin"
 )
 _ACCEPTED_COLUMNS = ", ".join(["text", "messages", *("+".join(pair) for pair in PAIRS), "conversations"])
-_HUB_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _BATCH = 64
 """Documents read and tokenized together."""
 
@@ -242,16 +240,14 @@ def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record
 
 def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
     """A hub data set, from the cache where the hub cannot be reached."""
-    match = _HUB_DATASET.fullmatch(source)
-    if not match or is_path(source):
-        raise ValueError(f"no such file or folder: {source}; {_ACCEPTED_SOURCES}")
+    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
     import datasets
 
     datasets.disable_progress_bars()
     reason = hub.unreachable()
     try:
         with hub.offline() if reason else contextlib.nullcontext():
-            return datasets.load_dataset(*match.groups(), split="train", streaming=streaming and not reason)
+            return datasets.load_dataset(name, config, split="train", streaming=streaming and not reason)
     except Exception as error:
         if reason:
             raise ValueError(
