@@ -17,8 +17,6 @@ from elastic.distillation.dial import ROUGH, set_dial, set_range
 from elastic.evaluate import HELD_OUT, TOLERANCE, missed
 from elastic.run import Run, load
 from tests.elastic.runs import Configure, silent
-from tests.elastic.test_image_runs import configure as configure_images  # noqa: F401
-from tests.elastic.test_image_runs import image_folder, timm_folder  # noqa: F401
 
 TEXT = {
     "default": (),
@@ -63,7 +61,7 @@ def test_the_lowest_budget_of_a_language_model(name: str, configure: Configure, 
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_lowest_budget_of_an_image_model(name: str, configure_images: Configure, tmp_path: Path) -> None:  # noqa: F811
+def test_the_lowest_budget_of_an_image_model(name: str, configure_images: Configure, tmp_path: Path) -> None:
     check_lowest_budget(configure_images, tmp_path, "train.steps=2", *IMAGES[name])
 
 
@@ -149,7 +147,7 @@ def test_the_dial_of_a_range_reaches_both_ends() -> None:
         assert Meter(student)(1.0) == pytest.approx(compute, abs=0.015)
 
 
-def test_multiples_give_way_to_a_budget(configure_images: Configure, tmp_path: Path) -> None:  # noqa: F811
+def test_multiples_give_way_to_a_budget(configure_images: Configure, tmp_path: Path) -> None:
     """Of 16 patches: 0.73 lies between two multiples of 4."""
     said: list[str] = []
     row = trainer.distill(configure_images(budget__target=0.73), tmp_path / "run", say=said.append)

@@ -104,11 +104,7 @@ def test_target_is_a_share(target: str, arguments: list[str], refused: Callable[
 def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
     settings = ("--set", "student.routers=[{kind: head}]", "--set", "student.lora.rank=0", "--target-compute")
     message = refused(*arguments, *settings, "0.2")
-    assert "--target-compute 0.2 is below" in message
-    lowest = float(message.split("every gate closed ")[1].split()[0])
-    assert 0.2 < lowest < 1
-    assert f"{lowest:.3f} of the decode compute" in refused(*arguments, *settings, str(lowest - 0.001))
-    assert main([*arguments, *settings, str(lowest + 0.001), "--set", "train.steps=0"]) == 0
+    assert "--target-compute 0.2 is below" in message and "of the decode compute is left" in message
 
 
 def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., str], here: Path):
@@ -134,7 +130,8 @@ def test_existing_folders_are_kept(arguments: list[str], finished: Path, refused
     (here / "other" / "thesis.txt").write_text("years of work")
     for overwrite in ((), ("--overwrite",)):
         assert "not a run folder" in refused(*arguments, "--output", "other", *overwrite)
-    assert "thesis.txt is a file" in refused("distill", "--model", "gpt2", "--output", "other/thesis.txt/run")
+    for output in ("other/thesis.txt", "other/thesis.txt/run"):
+        assert "other/thesis.txt is a file; name" in refused(*arguments, "--output", output)
     before = (here / "run" / "routers.safetensors").read_bytes()
     assert main([*arguments, "--output", "run", "--overwrite", "--set", "train.seed=3"]) == 0
     assert Run.open("run").config.train.seed == 3
@@ -176,12 +173,12 @@ def test_unfinished_and_damaged_runs(finished: Path, refused: Callable[..., str]
     assert "--compute is 70.0" in refused("eval", "run", "--compute", "70")
     os.truncate(run / "routers.safetensors", 1000)
     assert "routers.safetensors is damaged" in refused("eval", "run")
-    os.truncate(run / "checkpoint.safetensors", 1000)
-    assert "checkpoint.safetensors is damaged" in refused("distill", "--resume", "run")
     (run / "routers.safetensors").unlink()
     assert "not finished: continue it with elastic distill --resume run" in refused("eval", "run")
     (run / "config.yaml").write_text("model: [")
     assert "config.yaml is not YAML" in refused("info", "run")
+    os.truncate(run / "elastic.json", 20)
+    assert "run/elastic.json is damaged" in refused("info", "run")
 
 
 def test_run_of_other_weights(finished: Path, refused: Callable[..., str], here: Path, model_folder: Path):
@@ -190,7 +187,9 @@ def test_run_of_other_weights(finished: Path, refused: Callable[..., str], here:
     config = yaml.safe_load((here / "run" / "config.yaml").read_text())
     (here / "run" / "config.yaml").write_text(yaml.safe_dump({**config, "model": "model"}))
     assert main(["eval", "run"]) == 0
-    make_tiny("llama", intermediate_size=40).save_pretrained(model)
+    other = make_tiny("llama")
+    other.model.norm.weight.data.mul_(2)
+    other.save_pretrained(model)
     for command in (["eval", "run"], ["distill", "--resume", "run"]):
         assert "run was made for other weights" in refused(*command)
 

@@ -85,11 +85,6 @@ def test_steps_and_minutes_exclude_each_other(tmp_path: Path):
     assert "steps or train.minutes" in problem(settings=["train.minutes=null"])
 
 
-def test_missing_model_says_what_to_type():
-    with pytest.raises(ValueError, match="--model smollm2-135m"):
-        make_config()
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -219,9 +214,3 @@ def test_settings_with_effect_are_accepted():
 def test_bad_files(tmp_path: Path, content: str, words: str):
     assert words in problem(file=write(tmp_path, content))
     assert "no such configuration file" in problem(file=str(tmp_path / "missing.yaml"))
-
-
-def test_a_range_of_budgets_has_gains() -> None:
-    alone, several = (make_config(model="smollm2-135m", budget__target=target) for target in (0.7, "0.5:1.0"))
-    assert (alone.student.gains, several.student.gains) == (False, True)
-    assert not make_config(settings=["budget.target=0.5:1.0", "student.gains=false"], **NAMED).student.gains

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-import timm
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import teachers
-from elastic import trainer
 from elastic.baselines.image import dropping_patches, merge, merging, spread
 from elastic.bench import bench_run
 from elastic.cli import main
@@ -26,62 +21,26 @@ from elastic.config import make_config
 from elastic.evaluate import compare_runs, measure_run
 from elastic.evaluation.image import compare
 from elastic.families import image
-from elastic.run import Run, load
+from elastic.run import Run
 from elastic.sweep import routing_details
 from students import StudentSpec, elasticize, selfcheck
 from students.families.image import Features, ImageStudent
 from students.spec import RouterSpec
-from teachers.data.images import load_all
-from teachers.families.image import classes_of, pack, unpack
-from teachers.recipes import image as recipe
-from teachers.recipes.image import pretrain
 from teachers.registry import models
 from tests.elastic.cached import assert_a_cache_changes_nothing
-from tests.elastic.runs import Configure, configurations, silent
-
-SETTINGS = [
-    *("data.held_out=8", "calibration.windows=16", "train.batch=4", "train.steps=4", "train.precision=float32"),
-    *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
-]
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, 20 images to train on and 8 others in each."""
-    folder = tmp_path_factory.mktemp("images")
-    draw = torch.Generator().manual_seed(0)
-    for part, count in (("train", 20), ("val", 8)):
-        for name in ("cat", "dog"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
-    return folder
+from tests.elastic.runs import (
+    FEW_STEPS,
+    Configure,
+    assert_only_routers_learned,
+    assert_stopping_changes_nothing,
+    distill,
+    silent,
+)
 
 
 @pytest.fixture(scope="module")
-def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT as the recipe leaves it, its weights in int8."""
-    folder = tmp_path_factory.mktemp("timm")
-    arguments = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **arguments)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    save_file(pack(model.state_dict()), folder / "model.safetensors")
-    pretrained = dict(input_size=[3, 16, 16], mean=[0.5] * 3, std=[0.25] * 3, crop_pct=1.0, interpolation="bicubic")
-    pretrained |= dict(num_classes=7, first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": arguments}
-    config["label_names"] = ["bird", "cat", "cow", "deer", "dog", "frog", "horse"]
-    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def configure(image_folder: Path, timm_folder: Path) -> Configure:
-    return configurations(SETTINGS, model=str(timm_folder), data__source=str(image_folder), budget__target=0.7)
+def configure(configure_images: Configure) -> Configure:
+    return configure_images
 
 
 def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
@@ -107,53 +66,29 @@ def test_evaluating_again_gives_the_same_answer(finished: Path, image_folder: Pa
     assert dense["compute"] == dense["agreement"] == 1 and dense["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(
-    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, calls = image.Distillation.forward, []
-
-    def stop(self: image.Distillation, *args: object) -> object:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return forward(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(image.Distillation, "forward", stop)
-        with pytest.raises(KeyboardInterrupt):
-            trainer.distill(configure(), tmp_path / "run", say=silent)
-    trainer.resume(tmp_path / "run", say=silent)
-    one, other = (load(folder).added_state() for folder in (finished, tmp_path / "run"))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(finished: Path, configure: Configure, tmp_path: Path):
+    assert_stopping_changes_nothing(finished, configure(), tmp_path / "run", image)
 
 
 @pytest.mark.parametrize("preset", ["mixture-of-depths", "elastiformer", "router-tuning", "static"])
 def test_every_preset_runs(preset: str, configure: Configure, tmp_path: Path) -> None:
     target = 0.9 if preset == "static" else 0.8
     settings = ["calibration.windows=0"] if preset != "static" else []
-    row = trainer.distill(configure(*settings, preset=preset, budget__target=target), tmp_path / "run", say=silent)
+    row = distill(configure(*settings, preset=preset, budget__target=target), tmp_path / "run")
     assert 0 < row["compute"] < 1.1
 
 
-def test_only_routers_are_trained_and_saved(finished: Path, timm_folder: Path, configure: Configure) -> None:
-    student = load(finished)
-    base = {n.replace(".base_layer", ""): p for n, p in student.model.named_parameters() if not p.requires_grad}
-    before = dict(teachers.load(str(timm_folder), dtype=torch.float32).model.named_parameters())
-    assert base.keys() == before.keys()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in base.items())
-    assert all("routers" in name for name in student.added_state())
+def test_only_routers_are_trained_and_saved(finished: Path) -> None:
+    assert_only_routers_learned(finished)
 
 
-def test_transformers_models_run_too(image_folder: Path, tmp_path: Path) -> None:
+def test_transformers_models_run_too(configure: Configure, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=2)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
-    made = make_config(
-        settings=SETTINGS, model=str(tmp_path / "model"), data__source=str(image_folder), budget__target=0.8
-    )
-    row = trainer.distill(made, tmp_path / "run", say=silent)
+    row = distill(configure(model=str(tmp_path / "model"), budget__target=0.8), tmp_path / "run")
     assert row["images"] == 8 and row["compute"] == pytest.approx(0.8, abs=0.06)
 
 
@@ -165,10 +100,10 @@ def test_damaged_images_end_no_run_and_are_named_once(
     broken = [data / "train" / "cat" / "3.png", data / "train" / "dog" / "0.png", data / "val" / "cat" / "0.png"]
     for file in broken:
         file.write_bytes(b"")
-    settings = [part for setting in [*SETTINGS, "train.batch=1", "train.steps=60"] for part in ("--set", setting)]
+    settings = ["data.held_out=8", "calibration.windows=16", *FEW_STEPS, "train.batch=1", "train.steps=60"]
     run = str(tmp_path / "run")
     arguments = ["--model", str(timm_folder), "--data", str(data), "--target-compute", "0.7", "--output", run]
-    assert main(["distill", *arguments, *settings]) == 0
+    assert main(["distill", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     said = capsys.readouterr().err
     assert [said.count(f"left out: {file}: no image") for file in broken] == [1, 1, 1]
     assert f"data: 38 images of {data} to train on, " in said
@@ -243,18 +178,6 @@ def test_an_accuracy_that_cannot_be_one_says_so(
     row, line = measured("katze", "hund")
     assert row["labelled"] == 0 and not {"top1", "top5", "teacher_top1"} & set(row) and 0 <= row["agreement"] <= 1
     assert "none: 2 of 2 classes of the data (hund, katze) are none of the model's" in line
-
-
-def test_a_teacher_that_was_trained_here_knows_its_classes(image_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
-    shutil.copytree(image_folder / "val" / "dog", tmp_path / "data" / "val" / "dog")  # no cats there
-    pretrain(str(tmp_path / "data"), tmp_path / "model", epochs=1, say=silent)
-    teacher = teachers.load(str(tmp_path / "model"), dtype=torch.float32)
-    found = load_all(str(tmp_path / "data"), teacher.processor, classes_of(teacher.model))
-    assert set(found.labels) == {1} and found.unlabelled is None
-    shutil.copytree(image_folder / "val" / "dog", tmp_path / "dogs" / "val" / "dog")
-    assert set(load_all(str(tmp_path / "dogs"), teacher.processor, classes_of(teacher.model)).labels) == {1}
 
 
 def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
@@ -385,68 +308,12 @@ def test_recomputing_activations_changes_no_gradient(timm_folder: Path) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: Path) -> None:
-    first, again = tmp_path / "first", tmp_path / "again"
-    accuracy = pretrain(str(image_folder), first, epochs=1, say=silent)
-    assert 0 <= accuracy <= 1
-    assert {path.name for path in first.iterdir()} == {"config.json", "model.safetensors"}
-    teacher = teachers.load(str(first), dtype=torch.float32)
-    assert teacher.family == "vit" and teacher.model(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
-    pretrain(str(image_folder), again, epochs=1, start=first, say=silent)
-    assert teachers.load(str(again)).identity != teacher.identity
-    with pytest.raises(ValueError, match="exists: name another folder"):
-        pretrain(str(image_folder), first, epochs=1, say=silent)
-
-
-def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(recipe, "REPORT", 2)
-    monkeypatch.setattr(recipe, "BATCH", 4)
-    train = functools.partial(pretrain, str(image_folder), seed=3)
-    train(tmp_path / "whole", epochs=1, say=silent)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", epochs=1, say=Mock(side_effect=[None, KeyboardInterrupt]))
-    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped.part.safetensors"]
-    with pytest.raises(ValueError, match=r"is of a run with .*epochs 1, .* this is .*epochs 2, .*: delete it"):
-        train(tmp_path / "stopped", epochs=2, say=silent)
-    said: list[str] = []
-    train(tmp_path / "stopped", epochs=1, say=said.append)
-    assert "going on after step 2" in said
-    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped"]
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
-    monkeypatch.setattr(recipe, "train_vit", Mock(side_effect=KeyboardInterrupt))
-    assert main(["pretrain", "--data", str(image_folder), "--output", str(tmp_path / "again")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "elastic: stopped; the same command goes on from here"
-    monkeypatch.undo()
-    (tmp_path / "torn.part.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"torn\.part\.safetensors is damaged .*: delete it"):
-        train(tmp_path / "torn", epochs=1, say=silent)
-
-
-def test_the_shipped_teacher_is_small_and_complete() -> None:
-    teacher = teachers.load("vit-fashion")
-    assert teacher.source == "shipped with Elastic"
-    assert sum(p.numel() for p in teacher.model.parameters()) == models()["vit-fashion"].parameters
-    assert sum(file.stat().st_size for file in models()["vit-fashion"].folder.iterdir()) < 6e6
-
-
 @pytest.mark.parametrize("name", ["vit-base-imagenet", "vit-mae-large-imagenet"])
 def test_imagenet_recipes_are_complete(name: str, image_folder: Path) -> None:
     file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     config = make_config(file=str(file), data__source=str(image_folder))
     assert config.family == "vit" and config.model in models()
     assert config.student.routers[0].selection == "quota"
-
-
-def test_packed_weights_come_back_nearly() -> None:
-    state = {"w": torch.randn(8, 600, generator=torch.Generator().manual_seed(0)), "b": torch.randn(8)}
-    packed = pack(state)
-    assert packed["w"].dtype == torch.int8 and packed["b"].dtype == torch.float32
-    back = unpack(packed)
-    assert torch.equal(back["b"], state["b"])
-    torch.testing.assert_close(back["w"], state["w"], rtol=0, atol=float(state["w"].abs().max()) / 250)
 
 
 def test_the_command_line_speaks_of_images(
@@ -492,7 +359,7 @@ def test_the_processor_says_how_many_tokens_there_are(
 ) -> None:
     height, width = _of_another_size(kind, tmp_path / "model")
     config = configure("student.routers=[{kind: layer, selection: quota, kv: drop}]", model=str(tmp_path / "model"))
-    row = trainer.distill(config, tmp_path / "run", say=silent)
+    row = distill(config, tmp_path / "run")
     assert row["compute"] == pytest.approx(0.7, abs=0.015)
     run = tmp_path / "run"
     (again,) = measure_run(str(run), data=str(image_folder), say=silent)

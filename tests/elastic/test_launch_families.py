@@ -8,10 +8,6 @@ from typing import Any
 import pytest
 
 from tests.elastic.several import FORKED, SPREAD, assert_close, in_processes, one_and_two
-from tests.elastic.test_image_runs import configure as configure_images  # noqa: F401
-from tests.elastic.test_image_runs import image_folder, timm_folder  # noqa: F401
-from tests.elastic.test_vision_language_runs import configure as configure_questions  # noqa: F401
-from tests.elastic.test_vision_language_runs import model_folder, questions  # noqa: F401
 
 TOKENS = "student.routers=[{kind: token, sites: [attn, mlp]}, {kind: image}]"
 TOWERS = "student.routers=[{kind: token, sites: [mlp], part: vision, kv: drop}, {kind: image, selection: quota}]"

@@ -112,21 +112,3 @@ def test_a_tilde_is_the_home_folder(
     assert main(["distill", *given, "--output", "~/two", *SETTINGS]) == 0
     works(tmp_path / "two")
     assert not Path("~").exists()
-
-
-def test_an_output_that_is_a_file_costs_one_line(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    given = ["--model", str(project / "my/model"), "--data", str(project / "text.txt"), "--target-compute", "0.8"]
-    assert main(["distill", *given, "--output", str(tmp_path / "file"), *SETTINGS]) == 2
-    assert capsys.readouterr().err == f"elastic: error: {tmp_path / 'file'} is a file; name a folder with --output\n"
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_damaged_description_of_a_run_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = project / "runs/one/elastic.json"
-    file.write_text(file.read_text()[:20])
-    assert main(["eval", str(project / "runs/one")]) == 2
-    error = capsys.readouterr().err
-    assert str(file) in error and "damaged" in error and error.count("\n") == 1

@@ -24,10 +24,7 @@ from elastic.run import Run
 from elastic.settings import from_dict, to_dict
 from students import Student, StudentSpec, elasticize
 from students.routers import selection
-from tests.elastic.runs import Configure, silent
-from tests.elastic.test_image_runs import configure as configure_images  # noqa: F401
-from tests.elastic.test_image_runs import image_folder, timm_folder  # noqa: F401
-from tests.elastic.test_trainer import assert_same_run, distill, interrupt, on_step, resume
+from tests.elastic.runs import Configure, assert_same_run, distill, interrupt, on_step, resume, silent
 from tests.pico.language import make_tiny
 from tests.students.test_execution import SPECS
 from tests.students.test_image import SPECS as IMAGE_SPECS
@@ -63,7 +60,8 @@ def test_a_range_survives_flags_files_and_back(value: str, configure: Configure,
     ):
         assert config.budget.span == (low, high) and config.student.gains
         assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
-    assert configure(budget__target="0.8").budget.target == 0.8
+    assert not configure("student.gains=false", budget__target=value).student.gains
+    assert configure(budget__target="0.8").budget.target == 0.8 and not configure().student.gains
 
 
 @pytest.mark.parametrize(
@@ -81,16 +79,8 @@ def test_a_wrong_range_costs_one_line(
     value: str, says: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     config = configure()
-    given = [
-        "--model",
-        config.model,
-        "--data",
-        config.data.source,
-        "--set",
-        "data.window=32",
-        "--set",
-        "train.window=16",
-    ]
+    given = ["--model", config.model, "--data", config.data.source]
+    given += ["--set", "data.window=32", "--set", "train.window=16"]
     assert main(["distill", *given, "--target-compute", value, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("elastic: error: --target-compute") and says in error
@@ -162,9 +152,9 @@ def test_results_name_their_budgets(finished: Path, capsys: pytest.CaptureFixtur
 
 
 def test_bench_and_generate_turn_the_dial(finished: Path, capsys: pytest.CaptureFixture):
-    rows = bench_run(str(finished), compute=[0.6, 0.9], tokens=[16], new_tokens=4, repeats=1, say=silent)
-    spent = [row["compute"] for row in rows if row["phase"] == "decode"]
-    assert len(spent) == 2 and spent[0] < spent[1]
+    rows = bench_run(str(finished), compute=[0.6, 0.9, 1.0], tokens=[16], new_tokens=4, repeats=1, say=silent)
+    low, high, dense = (row["compute"] for row in rows if row["phase"] == "decode")
+    assert low < high < dense == 1
     assert main(["generate", str(finished), "--prompt", "w3 w4 w5", "--compute", "0.9", "--max-new-tokens", "4"]) == 0
     assert "4 tokens" in capsys.readouterr().err
 
@@ -350,7 +340,7 @@ def test_each_image_gets_what_it_gets_alone(name: str, kind: str, execution: str
     assert all(float(share.expand(3, -1)[2].min()) == 1 for share in decisions.share.values())
 
 
-def test_image_models_serve_a_range(configure_images: Configure, tmp_path: Path):  # noqa: F811
+def test_image_models_serve_a_range(configure_images: Configure, tmp_path: Path):
     with pytest.raises(ValueError, match=r"0\.6:1\.0 is below what these routers can save: .* 0\.688 of the prefill"):
         distill(configure_images(budget__target="0.6:1.0"), tmp_path / "run")
     config = configure_images("train.batch=8", "train.steps=10", budget__target="0.69:1.0")

@@ -17,8 +17,7 @@ from elastic.distillation.schedule import LOOKS, Schedule
 from elastic.families import language
 from elastic.files import write_text
 from elastic.run import Run
-from tests.elastic.runs import Configure
-from tests.elastic.test_trainer import assert_same_run, distill, interrupt, metrics, on_step, resume
+from tests.elastic.runs import Configure, assert_same_run, distill, interrupt, metrics, on_step, resume
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -10,14 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
 
 import elastic
 import teachers
@@ -27,7 +23,6 @@ from elastic.accounting.language import measured_compute
 from elastic.accounting.peaks import line_of
 from elastic.bench import bench_run
 from elastic.cli import main
-from elastic.config import RunConfig
 from elastic.distillation import dial
 from elastic.distillation.loader import picked
 from elastic.evaluate import measure_run
@@ -35,62 +30,28 @@ from elastic.families import language
 from elastic.run import Run
 from elastic.settings import to_dict
 from elastic.timing.passes import medians
-from students import checkpoint
 from students.checkpoint import read_tensors
 from students.execution.wrapper import Wrapper
 from teachers.load import fingerprint
-from tests.elastic.runs import Configure, silent
-from tests.pico.language import make_tiny, make_tokenizer
+from tests.elastic.runs import (
+    FINISHED,
+    Configure,
+    assert_same_run,
+    distill,
+    files,
+    interrupt,
+    metrics,
+    on_step,
+    resume,
+    silent,
+)
+from tests.pico.language import make_tiny
 
 ROOT = Path(__file__).parents[2]
-FINISHED = ["checkpoint.safetensors", "config.yaml", "elastic.json", "metrics.jsonl", "routers.safetensors"]
-
-
-def distill(config: RunConfig, folder: Path, **options: object) -> dict:
-    return trainer.distill(config, folder, say=silent, **options)
-
-
-def resume(folder: Path) -> dict:
-    return trainer.resume(folder, say=silent)
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The lines of metrics, but for what the clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
 
 LORA = "student.lora.rank=8"
 """Low-rank corrections are trained, saved and resumed as well."""
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    for name in ("checkpoint.safetensors", "routers.safetensors"):
-        (a, about_a), (b, about_b) = (read_tensors(folder / name) for folder in (first, second))
-        assert about_a == about_b and a.keys() == b.keys()
-        assert not [key for key in a if not torch.equal(a[key], b[key])]
-    assert metrics(first) == metrics(second)
-
-
-def on_step(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Pass the loss of one training step (without accumulation) through `change`."""
-    forward, calls = language.Distillation.forward, count(1)
-
-    def patched(self: language.Distillation, *args: object) -> tuple:
-        loss, measured = forward(self, *args)
-        return (change(loss) if self.training and next(calls) == step else loss), measured
-
-    monkeypatch.setattr(language.Distillation, "forward", patched)
-
-
-def interrupt(value: object = None, *_: object) -> object:
-    """What Ctrl-C does."""
-    os.kill(os.getpid(), signal.SIGINT)
-    return value
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +62,8 @@ def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
-    return shutil.copytree(finished, tmp_path / "copied")
-
-
 @pytest.mark.parametrize("preset", [*presets(), "prefill"])
-def test_every_preset_runs_end_to_end(preset: str, configure: Configure, tmp_path: Path):
+def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, configure: Configure, tmp_path: Path):
     if preset == "prefill":  # routers and substitutes weigh much in a model this small
         config = configure(preset="default", budget__phase="prefill", budget__target=0.95)
     else:
@@ -122,6 +77,16 @@ def test_every_preset_runs_end_to_end(preset: str, configure: Configure, tmp_pat
     assert measure_run(str(run.folder), say=silent) == [row]
     assert 0 <= row["kl"] < 3 and row["tokens"] > 0 and 0 < row["compute"] < 1.2
     assert metrics(run.folder)[0]["lr"] > 0
+    assert config.budget.control == "price" or {line["price"] for line in metrics(run.folder)} == {0}
+    if preset == "prefill":
+        return
+    student, ids = elastic.load(run.folder), torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
+    student.set_compute(1.0)
+    assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
+    (row,) = measure_run(str(run.folder), compute=[1.0], say=silent)
+    assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
+    student.set_compute(student.dial[0][0])
+    assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)
 
 
 @pytest.mark.parametrize("routers", ["[{kind: channel}]", "[{kind: channel}, {kind: vocab}]"])
@@ -182,19 +147,6 @@ def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
     for compute in (lowest - 0.01, highest + 0.01):
         with pytest.raises(ValueError, match=f"{lowest:.3f} to {highest:.3f}"):
             student.set_compute(compute)
-
-
-@pytest.mark.parametrize("preset", presets())
-def test_full_compute_is_the_teacher_bit_for_bit(preset: str, configure: Configure, tmp_path: Path):
-    distill(configure(preset=preset), tmp_path / "run")
-    student = elastic.load(tmp_path / "run")
-    ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
-    student.set_compute(1.0)
-    assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
-    (row,) = measure_run(str(tmp_path / "run"), compute=[1.0], say=silent)
-    assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
-    student.set_compute(student.dial[0][0])
-    assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)
 
 
 def test_same_seed_same_run_and_the_base_is_untouched(
@@ -295,7 +247,8 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
         assert_same_run(finished, folder)
 
 
-def test_resuming_a_finished_run_changes_nothing(copied: Path, finished: Path):
+def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path):
+    copied = shutil.copytree(finished, tmp_path / "copied")
     assert resume(copied) == Run.open(finished).about["result"]
     assert_same_run(finished, copied)
 
@@ -308,128 +261,6 @@ def test_accumulated_micro_batches_are_one_batch(configure: Configure, tmp_path:
         torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-2, msg=name)
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert b == pytest.approx(a, rel=1e-3)
-
-
-def test_paper_presets_pay_no_price(configure: Configure, tmp_path: Path):
-    distill(configure(preset="router-tuning"), tmp_path / "run")
-    assert {line["price"] for line in metrics(tmp_path / "run")} == {0}
-
-
-def nan(loss: torch.Tensor) -> torch.Tensor:
-    return loss * torch.nan
-
-
-def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
-    loss.register_hook(nan)
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("settings", "change"),
-    [
-        ([], nan),
-        ([], nan_gradient),
-        (["train.log_every=2"], nan),
-        (["train.log_every=2"], lambda loss: interrupt(nan(loss))),
-        (["train.log_every=3"], lambda loss: interrupt(nan_gradient(loss))),
-    ],
-    ids=["loss", "gradient", "between lines", "interrupted", "gradient, interrupted"],
-)
-def test_nan_stops_and_is_never_saved(
-    settings: list[str], change: Callable, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    folder = tmp_path / "run"
-    on_step(monkeypatch, 5, change)
-    with pytest.raises(ValueError, match=rf"at step [56].*the last good checkpoint is in {folder}.*train\.lr") as error:
-        distill(configure(*settings), folder)
-    assert "\n" not in str(error.value)
-    tensors, about = read_tensors(folder / "checkpoint.safetensors")
-    assert about["step"] in (3, 4) and all(tensor.isfinite().all() for tensor in tensors.values())
-    assert "NaN" not in (folder / "metrics.jsonl").read_text()
-    monkeypatch.undo()
-    resume(folder)
-    assert files(folder) == FINISHED
-
-
-def test_nan_before_any_checkpoint_says_so(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    on_step(monkeypatch, 1, nan)
-    with pytest.raises(ValueError, match="at step 1: stopped; no checkpoint is in"):
-        distill(configure(LORA), tmp_path / "run")
-
-
-@pytest.mark.parametrize("size", [0, 5, 1000])
-def test_truncated_files_are_refused(copied: Path, size: int):
-    for name, use in {"checkpoint.safetensors": resume, "routers.safetensors": elastic.load}.items():
-        os.truncate(copied / name, size)
-        with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
-            use(copied)
-        assert "\n" not in str(error.value)
-
-
-def test_other_weights_are_refused(copied: Path, tmp_path: Path):
-    model = make_tiny("llama")
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    model.save_pretrained(tmp_path / "other")
-    make_tokenizer(words=117).save_pretrained(tmp_path / "other")
-    config = yaml.safe_load((copied / "config.yaml").read_text())
-    (copied / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(tmp_path / "other")}))
-    for use in (resume, elastic.load):
-        with pytest.raises(ValueError, match="made for other weights") as error:
-            use(copied)
-        assert "\n" not in str(error.value)
-
-
-def test_student_with_other_routers_is_refused(copied: Path):
-    config = yaml.safe_load((copied / "config.yaml").read_text())
-    config["student"]["lora"]["rank"] = 3
-    (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="does not fit this student"):
-        elastic.load(copied)
-
-
-def no_space(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def no_space_for_tensors() -> None:
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def test_full_disk_leaves_no_half_written_file(
-    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write, seen = checkpoint.save_file, count(1)
-
-    def save_file(tensors: dict, path: Path, **options: object) -> None:
-        write(tensors, path, **options)
-        if next(seen) == 2:
-            os.truncate(path, 1000)
-            no_space_for_tensors()
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(OSError, match="No space left") as error:
-        distill(configure(LORA), tmp_path / "run")
-    assert "checkpoint.safetensors" in str(error.value) and "\n" not in str(error.value)
-    assert files(tmp_path / "run") == FINISHED[:4]
-    assert read_tensors(tmp_path / "run" / "checkpoint.safetensors")[1] == {"step": 2}
-    resume(tmp_path / "run")
-    assert_same_run(finished, tmp_path / "run")
-
-
-@pytest.mark.parametrize("full", ["config.yaml", "elastic.json"])
-def test_full_disk_at_the_start_leaves_nothing(
-    full: str, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write = Path.write_text
-
-    def write_text(self: Path, text: str, **options: object) -> int:
-        return no_space() if full in self.name and write(self, text[:9]) else write(self, text, **options)
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    with pytest.raises(OSError, match=rf"{full}: No space left"):
-        distill(configure(LORA), tmp_path / "run")
-    assert files(tmp_path) == []
 
 
 def test_tensorboard_gets_the_metrics(configure: Configure, tmp_path: Path):
@@ -458,18 +289,14 @@ def test_data_that_training_sees_is_a_function_of_the_step():
     assert picked(5, 4, 7, seed=0) == seen[5:9]
 
 
-def test_no_steps_measure_the_closed_form_start(configure: Configure, tmp_path: Path):
-    row = distill(configure("train.steps=0"), tmp_path / "run")
-    assert row["compute"] == pytest.approx(0.8, abs=0.05)
-    assert measure_run(str(tmp_path / "run"), say=silent) == [row]
-
-
-def test_a_long_search_for_the_dial_says_how_far_it_is(
+def test_no_steps_measure_the_closed_form_start_and_say_how_far_the_dial_is(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dial, "PAUSE", 0.0)
     said: list[str] = []
-    trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
+    row = trainer.distill(configure("train.steps=0"), tmp_path / "run", say=said.append)
+    assert row["compute"] == pytest.approx(0.8, abs=0.05)
+    assert measure_run(str(tmp_path / "run"), say=silent) == [row]
     assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
     (peaks,) = Run.open(tmp_path / "run").about["peak_memory"]
     assert list(peaks) == ["start", "calibration", "training", "measuring"]
@@ -502,13 +329,6 @@ def test_peaks_are_those_of_their_own_work():
     works = {"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}
     _, peaks = medians(works, 1, torch.device("cpu"))
     assert peaks["large"] > peaks["small"] + 100_000_000
-
-
-def test_bench_turns_the_dial(configure: Configure, tmp_path: Path):
-    distill(configure(LORA), tmp_path / "run")
-    rows = bench_run(str(tmp_path / "run"), compute=[0.8, 1.0], tokens=[16], new_tokens=3, repeats=1, say=silent)
-    routed, dense = (row["compute"] for row in rows if row["phase"] == "decode")
-    assert routed < 0.9 and dense == 1
 
 
 def test_records_that_were_left_out_are_named_in_the_run(

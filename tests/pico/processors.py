@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import transformers
 
+from teachers.families.vision_language import IMAGE_TOKEN as MARK
 from tests.pico.language import make_tokenizer
 from tests.pico.vision_language import IMAGE_TOKEN
 
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 _SIZE = {"height": 16, "width": 16}
 _QWEN = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
 _TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE {% else %}{{ p['text'] }}"
     "{% endif %}{% endfor %}{% endfor %} w1 "
 )
+
+
+def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Of 90 words, the names of COLORS, and what the shipped vision-language model takes for an image."""
+    tokenizer = make_tokenizer(words=90)
+    tokenizer.add_tokens(list(COLORS))
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARK, "<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
 
 
 def make_processor(kind: str) -> transformers.ProcessorMixin:

@@ -1,0 +1,129 @@
+"""Runs that go wrong: nothing bad is ever saved, and what is damaged or another's is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+import elastic
+from students import checkpoint
+from students.checkpoint import read_tensors
+from tests.elastic.runs import FINISHED, Configure, assert_same_run, distill, files, interrupt, on_step, resume
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+def nan(loss: torch.Tensor) -> torch.Tensor:
+    return loss * torch.nan
+
+
+def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
+    loss.register_hook(nan)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ([], nan),
+        ([], nan_gradient),
+        (["train.log_every=2"], nan),
+        (["train.log_every=2"], lambda loss: interrupt(nan(loss))),
+        (["train.log_every=3"], lambda loss: interrupt(nan_gradient(loss))),
+    ],
+    ids=["loss", "gradient", "between lines", "interrupted", "gradient, interrupted"],
+)
+def test_nan_stops_and_is_never_saved(
+    settings: list[str], change: Callable, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    on_step(monkeypatch, 5, change)
+    with pytest.raises(ValueError, match=rf"at step [56].*the last good checkpoint is in {folder}.*train\.lr") as error:
+        distill(configure(*settings), folder)
+    assert "\n" not in str(error.value)
+    tensors, about = read_tensors(folder / "checkpoint.safetensors")
+    assert about["step"] in (3, 4) and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    resume(folder)
+    assert files(folder) == FINISHED
+
+
+def test_nan_before_any_checkpoint_says_so(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    on_step(monkeypatch, 1, nan)
+    with pytest.raises(ValueError, match="at step 1: stopped; no checkpoint is in"):
+        distill(configure(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_truncated_files_are_refused(copied: Path, size: int):
+    for name, use in {"checkpoint.safetensors": resume, "routers.safetensors": elastic.load}.items():
+        os.truncate(copied / name, size)
+        with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
+            use(copied)
+        assert "\n" not in str(error.value)
+
+
+def test_student_with_other_routers_is_refused(copied: Path):
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["student"]["lora"]["rank"] = 3
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="does not fit this student"):
+        elastic.load(copied)
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for_tensors() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_full_disk_leaves_no_half_written_file(
+    finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write, seen = checkpoint.save_file, count(1)
+
+    def save_file(tensors: dict, path: Path, **options: object) -> None:
+        write(tensors, path, **options)
+        if next(seen) == 2:
+            os.truncate(path, 1000)
+            no_space_for_tensors()
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left") as error:
+        distill(configure(), tmp_path / "run")
+    assert "checkpoint.safetensors" in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path / "run") == FINISHED[:4]
+    assert read_tensors(tmp_path / "run" / "checkpoint.safetensors")[1] == {"step": 2}
+    resume(tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("full", ["config.yaml", "elastic.json"])
+def test_full_disk_at_the_start_leaves_nothing(
+    full: str, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = Path.write_text
+
+    def write_text(self: Path, text: str, **options: object) -> int:
+        return no_space() if full in self.name and write(self, text[:9]) else write(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match=rf"{full}: No space left"):
+        distill(configure(), tmp_path / "run")
+    assert files(tmp_path) == []
