@@ -109,12 +109,8 @@ def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Cal
 
 def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., str], here: Path):
     (here / "empty.txt").write_text("")
-    (here / "short.txt").write_text("w1 w2 w3")
-    (here / "data.csv").write_text("w1")
     assert "no such file or folder: missing.txt" in refused(*arguments, "--data", "missing.txt")
-    assert "empty.txt is too short: 0 tokens found" in refused(*arguments, "--data", "empty.txt")
-    assert "short.txt is too short: 3 tokens found, 96 needed" in refused(*arguments, "--data", "short.txt")
-    assert "unknown kind of file" in refused(*arguments, "--data", "data.csv")
+    assert "empty.txt is too short: 0 tokens found, 96 needed" in refused(*arguments, "--data", "empty.txt")
     for source in ("emty.txt", "./empty", "some/where/else"):  # before a model is loaded, or asked of the hub
         assert "no such file or folder" in refused("distill", "--model", "gpt2", "--data", source)
     assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
