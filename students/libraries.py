@@ -1,8 +1,8 @@
 """Every place where Elastic leans on the inside of torch, transformers or timm: one adapter each, and a check.
 
-`ASSUMPTIONS` is the list. tests/test_libraries.py runs every check, and `students.selfcheck` does where a model goes
-wrong, to say which of them no longer holds. What differs from architecture to architecture is in the records of
-students/architectures, whose names are looked up when a student is made.
+`ASSUMPTIONS` is the list. tests/students/test_libraries.py runs every check, and `students.selfcheck` does where a
+model goes wrong, to say which of them no longer holds. What differs from architecture to architecture is in the records
+of students/architectures, whose names are looked up when a student is made.
 """
 
 from __future__ import annotations
@@ -100,9 +100,22 @@ class Assumption:
         return None if holds else f"{self.library} no longer {self.what}; see {self.where}"
 
 
+ASSUMPTIONS: list[Assumption] = []
+
+
 def broken_assumptions() -> list[str]:
     """A sentence for each assumption that does not hold with the libraries that are installed."""
     return [sentence for assumption in ASSUMPTIONS if (sentence := assumption.broken()) is not None]
+
+
+def _assumed(library: str, what: str, where: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    """List an assumption, for the function that says whether it holds."""
+
+    def listed(holds: Callable[[], bool]) -> Callable[[], bool]:
+        ASSUMPTIONS.append(Assumption(library, what, where, holds))
+        return holds
+
+    return listed
 
 
 def _llama(device: str = "cpu") -> LlamaForCausalLM:
@@ -114,12 +127,14 @@ def _llama(device: str = "cpu") -> LlamaForCausalLM:
     return model
 
 
+@_assumed("transformers", "calls the cache of a forward pass by a name we know", "cache_name")
 def _names_caches() -> bool:
     model = _llama()
     block = model.model.layers[0]
     return len({cache_name(module) for module in (model, model.model, block, block.self_attn)}) == 1
 
 
+@_assumed("transformers", "returns the cache under the name it takes it by", "cache_of")
 @torch.no_grad()
 def _returns_caches() -> bool:
     model = _llama()
@@ -128,6 +143,11 @@ def _returns_caches() -> bool:
     return type(cache_of(out)) is DynamicCache and cache_name(model) in generated
 
 
+@_assumed(
+    "transformers",
+    "hands decoding over to a `custom_generate` function with all that is prepared, and has `_prefill`",
+    "students/execution/decoding.py (Decoding)",
+)
 @torch.no_grad()
 def _hands_decoding_over() -> bool:
     seen: list[Any] = []
@@ -149,6 +169,11 @@ def _hands_decoding_over() -> bool:
     return type(seen[0]) is DynamicCache and seen[1:3] == [1, 5] and callable(seen[3])
 
 
+@_assumed(
+    "transformers",
+    "keeps caches as a list of layers with the methods that ours has",
+    "students/execution/kv_cache.py (DroppedLayer)",
+)
 def _has_cache_layers() -> bool:
     layer = DynamicCache(config=_llama().config).layers[0]
     calls = {
@@ -168,6 +193,11 @@ def _has_cache_layers() -> bool:
     return type(layer) is DynamicLayer and asked and named
 
 
+@_assumed(
+    "transformers",
+    "takes a mask's length from the first layer of the cache",
+    "students/execution/kv_cache.py (DroppedLayer.get_mask_sizes)",
+)
 @torch.no_grad()
 def _masks_by_first_layer() -> bool:
     model, cache = _llama(), DynamicCache(config=_llama().config)
@@ -185,6 +215,7 @@ def _masks_by_first_layer() -> bool:
     return asked == [3]
 
 
+@_assumed("transformers", "looks for several sequences in a row in one place", "one_sequence_a_row")
 @torch.no_grad()
 def _looks_for_packed_rows() -> bool:
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # of which nobody can ask for numbers
@@ -192,6 +223,11 @@ def _looks_for_packed_rows() -> bool:
         return bool(_llama("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 8))
 
 
+@_assumed(
+    "transformers",
+    "finds attention functions by the name in a module's config, and hands further keywords on to them",
+    "students/execution/attention.py (route_attention)",
+)
 @torch.no_grad()
 def _dispatches_attention() -> bool:
     model, seen = _llama(), []
@@ -214,14 +250,29 @@ def _dispatches_attention() -> bool:
     return returned and seen == [(word, (1, 2, 3, 4), (1, 2, 3, 4)) for word in ("plan", "further")]
 
 
+@_assumed(
+    "transformers",
+    "has eager attention beside each attention module",
+    "students/execution/attention.py (routed_attention)",
+)
 def _has_eager_attention() -> bool:
     return callable(getattr(inspect.getmodule(_llama().model.layers[0].self_attn), "eager_attention_forward", None))
 
 
+@_assumed(
+    "transformers",
+    "rotates queries and keys by a function of each model's module",
+    "students/kernels/rotary.py (Rotations)",
+)
 def _rotates_by_a_function() -> bool:
     return callable(getattr(inspect.getmodule(LlamaForCausalLM), "apply_rotary_pos_emb", None))
 
 
+@_assumed(
+    "transformers",
+    "calls attention by keywords and MLPs by place, and passes hidden states from block to block",
+    "students/execution (RoutedBranch, BlockGather)",
+)
 @torch.no_grad()
 def _calls_branches() -> bool:
     """Blocks take hidden states first and return them; attention takes them by name, an MLP by place."""
@@ -245,6 +296,11 @@ def _calls_branches() -> bool:
     )
 
 
+@_assumed(
+    "transformers",
+    "recomputes a block whose `gradient_checkpointing` is set",
+    "students/student.py (Student.checkpoint_blocks)",
+)
 def _recomputes_blocks() -> bool:
     block: Any = _llama().model.layers[0].train()
     ran = []
@@ -259,11 +315,17 @@ def _recomputes_blocks() -> bool:
     return ran == [1]
 
 
+@_assumed("transformers", "names RMS norms and their epsilon", "students/kernels/norms.py (fuse_norms)")
 def _names_norms() -> bool:
     norm = _llama().model.norm
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") and norm.weight.ndim == 1
 
 
+@_assumed(
+    "transformers",
+    "has a decoder and image features in vision-language models",
+    "students/families/vision_language.py (VisionLanguageStudent)",
+)
 def _has_two_towers() -> bool:
     from transformers import LlavaForConditionalGeneration, LlavaModel
 
@@ -271,6 +333,9 @@ def _has_two_towers() -> bool:
     return callable(LlavaForConditionalGeneration.get_decoder) and "pixel_values" in takes
 
 
+@_assumed(
+    "timm", "has the attributes and arguments of blocks", "students/architectures, students/execution/image_block.py"
+)
 def _has_timm_blocks() -> bool:
     from timm.models.eva import EvaBlock
     from timm.models.vision_transformer import Block, VisionTransformer
@@ -282,6 +347,7 @@ def _has_timm_blocks() -> bool:
     return sizes == (2, 4, 1, (8, 8)) and masks and "rope" in inspect.signature(EvaBlock.forward).parameters
 
 
+@_assumed("torch", "counts FLOPs of products and attention", "students/flops.py, students/kernels")
 def _counts_flops() -> bool:
     with FlopCounterMode(display=False) as counter:
         observed = is_in_torch_dispatch_mode()
@@ -290,6 +356,11 @@ def _counts_flops() -> bool:
     return observed and counter.get_total_flops() == 48 and attention == 2 * 2 * 2 * 3 * 5 * 4
 
 
+@_assumed(
+    "torch",
+    "packs bfloat16 weights for oneDNN with the bits of F.linear",
+    "students/kernels/packing.py (PackedProduct)",
+)
 def _packs_linears() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return True
@@ -298,85 +369,3 @@ def _packs_linears() -> bool:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
     out = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
     return torch.equal(out, F.linear(x, weight))
-
-
-ASSUMPTIONS = (
-    Assumption("transformers", "calls the cache of a forward pass by a name we know", "cache_name", _names_caches),
-    Assumption("transformers", "returns the cache under the name it takes it by", "cache_of", _returns_caches),
-    Assumption(
-        "transformers",
-        "hands decoding over to a `custom_generate` function with all that is prepared, and has `_prefill`",
-        "students/execution/decoding.py (Decoding)",
-        _hands_decoding_over,
-    ),
-    Assumption(
-        "transformers",
-        "keeps caches as a list of layers with the methods that ours has",
-        "students/execution/kv_cache.py (DroppedLayer)",
-        _has_cache_layers,
-    ),
-    Assumption(
-        "transformers",
-        "takes a mask's length from the first layer of the cache",
-        "students/execution/kv_cache.py (DroppedLayer.get_mask_sizes)",
-        _masks_by_first_layer,
-    ),
-    Assumption(
-        "transformers",
-        "looks for several sequences in a row in one place",
-        "one_sequence_a_row",
-        _looks_for_packed_rows,
-    ),
-    Assumption(
-        "transformers",
-        "finds attention functions by the name in a module's config, and hands further keywords on to them",
-        "students/execution/attention.py (route_attention)",
-        _dispatches_attention,
-    ),
-    Assumption(
-        "transformers",
-        "has eager attention beside each attention module",
-        "students/execution/attention.py (routed_attention)",
-        _has_eager_attention,
-    ),
-    Assumption(
-        "transformers",
-        "rotates queries and keys by a function of each model's module",
-        "students/kernels/rotary.py (Rotations)",
-        _rotates_by_a_function,
-    ),
-    Assumption(
-        "transformers",
-        "calls attention by keywords and MLPs by place, and passes hidden states from block to block",
-        "students/execution (RoutedBranch, BlockGather)",
-        _calls_branches,
-    ),
-    Assumption(
-        "transformers",
-        "recomputes a block whose `gradient_checkpointing` is set",
-        "students/student.py (Student.checkpoint_blocks)",
-        _recomputes_blocks,
-    ),
-    Assumption(
-        "transformers", "names RMS norms and their epsilon", "students/kernels/norms.py (fuse_norms)", _names_norms
-    ),
-    Assumption(
-        "transformers",
-        "has a decoder and image features in vision-language models",
-        "students/families/vision_language.py (VisionLanguageStudent)",
-        _has_two_towers,
-    ),
-    Assumption(
-        "timm",
-        "has the attributes and arguments of blocks",
-        "students/architectures, students/execution/image_block.py",
-        _has_timm_blocks,
-    ),
-    Assumption("torch", "counts FLOPs of products and attention", "students/flops.py, students/kernels", _counts_flops),
-    Assumption(
-        "torch",
-        "packs bfloat16 weights for oneDNN with the bits of F.linear",
-        "students/kernels/packing.py (PackedProduct)",
-        _packs_linears,
-    ),
-)
