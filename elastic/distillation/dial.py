@@ -23,8 +23,9 @@ Meter = Callable[[float], float]
 
 TOLERANCE = 0.001
 """How near to the target measured compute has to come before the search ends."""
-AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0)
-"""Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate."""
+AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate: upwards until
+nearly all gates are open."""
 ROUGH = 0.125
 """The share of what the dial is set on that is enough to see how compute grows as it turns."""
 EXACT = 5
@@ -205,9 +206,11 @@ def set_dial(student: Student, target: float, meter: Meter, say: Say) -> None:
 def _measure_steps(curve: _Curve) -> None:
     """Measure exactly at many offsets between those known: counts of patches are whole numbers, in multiples, so that
     compute goes in steps, and not always upwards."""
-    low, high = min(curve.rough), max(curve.rough)
-    for step in range(STEPS + 1):
-        curve.exactly(low + (high - low) * step / STEPS)
+    places = sorted(curve.rough)
+    each = -(-STEPS // (len(places) - 1))
+    for low, high in pairwise(places):
+        for step in range(each + 1):
+            curve.exactly(low + (high - low) * step / each)
 
 
 def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: Say) -> bool:
