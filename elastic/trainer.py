@@ -157,7 +157,8 @@ def _run(
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
     peaks = launch.gather(session.memory.stop())
     for number, peak in enumerate(peaks):
-        say(f"memory of process {number}, at most, besides libraries: {line_of(peak)}")
+        whose = f" of process {number}" if len(peaks) > 1 else ""
+        say(f"most memory{whose} besides libraries, GB (without mapped files): {line_of(peak)}")
     about = {"seconds": seconds, "peak_memory": peaks, "left_out": reasons}
     launch.on_main(lambda: run.record(result=rows[0], results=rows, **about))
     return rows[0]

@@ -88,7 +88,7 @@ def line_of(peaks: Peaks) -> str:
     """Peaks in GB, for the user to read."""
 
     def sizes(of: dict[str, int]) -> str:
-        device = f"{of['device'] / 1e9:.2f} GB on the GPU, " if "device" in of else ""
-        return f"{device}{of['host'] / 1e9:.2f} GB ({of['own'] / 1e9:.2f} without mapped files)"
+        device = f"{of['device'] / 1e9:.2f} on the GPU and " if "device" in of else ""
+        return f"{device}{of['host'] / 1e9:.2f} ({of['own'] / 1e9:.2f})"
 
     return ", ".join(f"{part} {sizes(of)}" for part, of in peaks.items())

@@ -161,10 +161,13 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
         table.add_row(r["phase"], *numbers, speed(r.get("tuned_speedup")), *own)
     Console(width=160).print(table)
     print(
-        "by FLOPs, by bytes: the speed-up that either predicts; dense: the model as its library ships it; tuned: with "
-        "the student's own packing, norms and attention\n"
+        "compute: FLOPs over the dense model's; by FLOPs, by bytes: the speed-up that either predicts; efficiency: "
+        "measured over the first\n"
+        "dense: the model as its library ships it; tuned: with the student's own packing, norms and attention\n"
         "peak: memory in use while the one or the other ran, all loaded"
     )
+    if first["phase"] == "prefill":
+        print("prefill: as generate reads a prompt, whose last token alone enters the LM head")
     if "ToMe ms" in sizes:
         print(
             "ToMe: the dense model with ToMe's merging (arXiv 2210.09461) at the student's FLOPs, run as the student is"

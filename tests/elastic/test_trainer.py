@@ -300,7 +300,7 @@ def test_no_steps_measure_the_closed_form_start_and_say_how_far_the_dial_is(
     assert any(re.match(r"setting the dial: \d+ points measured, compute 0\.\d+ to ", line) for line in said)
     (peaks,) = Run.open(tmp_path / "run").about["peak_memory"]
     assert list(peaks) == ["start", "calibration", "training", "measuring"]
-    assert "memory of process 0, at most, besides libraries: " + line_of(peaks) in said
+    assert "most memory besides libraries, GB (without mapped files): " + line_of(peaks) in said
 
 
 def test_bench_measures_every_phase_against_the_dense_model(configure: Configure, tmp_path: Path):
@@ -342,7 +342,7 @@ def test_records_that_were_left_out_are_named_in_the_run(
     trainer.distill(config, tmp_path / "run", say=said.append)
     (name,) = Run.open(tmp_path / "run").about["left_out"]
     assert name == f"{tmp_path / 'words.jsonl'}, line 7"
-    last = [line for line in said if not line.startswith("memory of process ")][-1]
+    last = [line for line in said if not line.startswith("most memory ")][-1]
     assert last.startswith(f"data: 1 of 100 records of {tmp_path / 'words.jsonl'} are left out")
     assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "words.jsonl"), "--json"]) == 0
     captured = capsys.readouterr()
