@@ -31,7 +31,7 @@ class BlockGather:
         self._norm = norm
         self._context = context
         block.register_forward_pre_hook(self._gather, with_kwargs=True)
-        block.register_forward_hook(self._scatter, always_call=True)
+        block.register_forward_hook(self._scatter, prepend=True, always_call=True)
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, router, run = self._attn, self._router, self._attn.runtime
@@ -51,14 +51,15 @@ class BlockGather:
             gate = take(gates.gate, x, chosen.rows)
             exits.gates = [(Gates(x.dtype, gate=gate), None)]
         self._context.gathered = Gathered(x, chosen, exits, placed)
-        return (some, *rest), kwargs
+        return [some, *rest], kwargs
 
-    def _scatter(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    def _scatter(self, block: nn.Module, args: Any, out: Any) -> Any:
         gathered = self._context.gathered
         if not (block.training and torch.is_grad_enabled()):  # else backward computes the block again, without hooks
             self._context.gathered = None
         if gathered is None or out is None:  # out is None where the block failed
             return None
+        args[0] = gathered.x  # as other hooks, such as transformers' for hidden states, expect it
         some = out[0] if isinstance(out, tuple) else out
         full = gathered.x.flatten(0, 1).index_copy(0, gathered.chosen.rows, some.squeeze(0)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full

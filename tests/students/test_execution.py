@@ -155,6 +155,17 @@ def test_norms_run_on_what_a_layer_router_lets_through_alone(name: str, tokens: 
     assert seen[1:] == [tokens.numel()]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_hidden_states_are_of_all_tokens(name: str, tokens: torch.Tensor):
+    model = make_tiny(name)
+    model(tokens, output_hidden_states=True)  # puts transformers' hooks in front of a student's
+    student = scramble(elasticize(model, StudentSpec((RouterSpec("layer", kv="drop"),)))).train(False)
+    skipped = student(tokens, output_hidden_states=True)[0].hidden_states
+    student.runtime.execution = "mask"
+    for one, other in zip(skipped, student(tokens, output_hidden_states=True)[0].hidden_states, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
 def spent(student: Student, **inputs: object) -> tuple[int, object]:
     """(FLOPs that torch counts in a forward pass, what it decided)."""
     with flop_counter() as counter:
