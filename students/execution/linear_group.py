@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from students.execution.block_context import BlockContext, LinearGroupContext
 from students.kernels import devices, direct, ops
 from students.kernels.cpu.pages import large_pages
-from students.kernels.deferred import Gate, Output, entering, settled
+from students.kernels.deferred import entering, gate, output, settled
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 
@@ -131,10 +131,10 @@ class LinearGroup:
             return out.view(shape), squares
 
         if self.ends and len(self.layers) == 1:
-            return [Output(shape, x, launch)]
+            return [output(shape, x, launch)]
         outs = [*launch(None)[0].split(self._sizes, -1)]
         if self.gates:
-            outs[0] = Gate(outs[0].shape, outs[0])
+            outs[0] = gate(outs[0])
         return outs
 
     def _many(self, x: Tensor) -> list[Tensor]:

@@ -35,4 +35,5 @@ def join_product(block: nn.Module, record: Architecture) -> None:
 def _kind_of(activation: nn.Module) -> int | None:
     x = torch.linspace(-6, 6, 97)
     found = activation(x)
-    return next((kind for kind, known in enumerate(ACTIVATIONS) if torch.equal(known(x), found)), None)
+    known = (function(x, **options) for function, options in ACTIVATIONS)
+    return next((kind for kind, y in enumerate(known) if torch.equal(y, found)), None)

@@ -2,14 +2,20 @@
 
 A block adds what its layers put out to the residual stream, normalises that for the next layers, and multiplies an
 MLP's gate with up: launches of their own, each of which takes longer to start than to run. Layers that read some
-channels can do all of it (see `ops.fused_channels`), but a model's code asks for one thing after the other. What it
-gets here in the place of tensors knows what has been asked for so far. The next layers compute it; anything else that
-looks at it finds it computed as ever.
+channels can do all of it (see `ops.fused_channels`), but a model's code asks for one thing after the other. In the
+place of tensors it gets these, which note what it asks for:
+
+    output, then + the residual stream (Stream), then its norm -> read by the next layers
+    gate, then its activation, then * up                       -> read by the next layer
+
+Layers take what is noted (`entering`). Anybody else, and any other question, finds the tensor computed as ever, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-_FACTS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")),
-    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
-}
+_FACTS = {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")}
+_FACTS |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")}
 """What can be asked of a tensor that is not computed."""
-_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-_MULTIPLY = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, lambda x: F.gelu(x, approximate="tanh"))
-"""Those that kernels know, in the order of their numbers."""
+_ADD = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
+_MULTIPLY = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
+ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (F.silu, {}), (F.gelu, {"approximate": "tanh"})
+"""Those that kernels know, in the order of their numbers, and their options."""
 
 
 class Entering(NamedTuple):
@@ -39,20 +43,29 @@ class Entering(NamedTuple):
 
 
 class Deferred(Tensor):
-    """In the place of a tensor of this shape, and of the type and on the device of `like`."""
+    """In the place of a tensor of this shape, and of the type and on the device of `like`.
 
-    made: Tensor | None
+    compute: what computes it alone. read: what layers read in its place (None: the tensor). joins: functions of torch
+    that can wait in their turn, with their options, and what makes a Deferred of the other tensor they are given.
+    """
+
+    made: Tensor | None = None
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, like: Tensor, *rest: Any) -> Deferred:
+    def __new__(cls, shape: torch.Size, like: Tensor, *rest: Any, **more: Any) -> Deferred:
         """As torch has it for tensors with no memory."""
         new: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        new.made = None
         return new
 
-    def compute(self) -> Tensor:
-        """The tensor, by what computes it alone."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        shape: torch.Size,
+        like: Tensor,
+        compute: Callable[[], Any],
+        read: Callable[[], Entering] | None = None,
+        joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Deferred]]] = MappingProxyType({}),
+    ) -> None:
+        self.compute, self.read, self.joins = compute, read, joins
 
     def settle(self) -> Tensor:
         """The tensor."""
@@ -60,116 +73,79 @@ class Deferred(Tensor):
             self.made = self.compute()
         return self.made
 
-    def entering(self) -> Entering:
-        """What layers read who read this."""
-        return Entering(_rows(self.settle()))
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        joined = _joined(func, args, kwargs)
-        if joined is not None:
-            return joined
-        args, kwargs = tree_map(settled, (args, kwargs))
-        return func(*args, **kwargs)
+        if func is F.dropout and not kwargs["training"]:
+            return args[0]
+        options = {name: value for name, value in kwargs.items() if value is not False}
+        for one, *others in (args, args[::-1]) if args else ():
+            if isinstance(one, Deferred) and one.made is None and func in one.joins:
+                expected, join = one.joins[func]
+                if options == expected and all(_alike(one, other) for other in others):
+                    return join(*map(settled, others))
+        return func(*tree_map(settled, args), **tree_map(settled, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map(settled, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*tree_map(settled, args), **tree_map(settled, kwargs or {}))
 
 
-class Output(Deferred):
-    """What a layer puts out. launch(residual [..., O], or None) -> the sum, and its sums of squares [B, n]."""
-
-    def __init__(
-        self, shape: torch.Size, like: Tensor, launch: Callable[[Tensor | None], tuple[Tensor, Tensor]]
-    ) -> None:
-        self.launch = launch
-
-    def compute(self) -> Tensor:
-        """The layer alone."""
-        return self.launch(None)[0]
+Launch = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+"""(residual stream [..., O] or None) -> what layers put out, added to that, and the sums of squares of this [B, n]."""
 
 
-class Sum(Deferred):
-    """That and the residual stream."""
+class Stream(Deferred):
+    """A residual stream, to which a layer adds what it puts out."""
 
     squares: Tensor
 
-    def __init__(self, shape: torch.Size, like: Tensor, output: Output) -> None:
-        self.residual, self.output = like, output
+    def __init__(self, shape: torch.Size, like: Tensor, launch: Launch) -> None:
+        super().__init__(shape, like, partial(launch, like))
 
-    def compute(self) -> Tensor:
-        """The layer adds it."""
-        out, self.squares = self.output.launch(self.residual)
-        return out
+    def settle(self) -> Tensor:
+        """The tensor, and its squares."""
+        if self.made is None:
+            self.made, self.squares = self.compute()
+        return self.made
 
+    def normed(self, weight: Tensor, epsilon: float, kind: int, run: Callable[[Tensor, Tensor], Tensor]) -> Deferred:
+        """Its RMS norm. kind: as in `ops.rms_norm`; run: what computes it alone."""
 
-class Normed(Deferred):
-    """The RMS norm of that. kind: as in `ops.rms_norm`; run: what computes it alone."""
+        def read() -> Entering:
+            return Entering(_rows(self.settle()), weight, self.squares, epsilon, kind)
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        source: Sum,
-        weight: Tensor,
-        epsilon: float,
-        kind: int,
-        run: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        self.source, self.weight, self.epsilon, self.kind, self.run = source, weight, epsilon, kind, run
-
-    def compute(self) -> Tensor:
-        """In one launch."""
-        return self.run(self.source.settle(), self.weight)
-
-    def entering(self) -> Entering:
-        """Layers normalise what they read, unless somebody has done so."""
-        if self.made is not None:
-            return super().entering()
-        x = _rows(self.source.settle())
-        return Entering(x, self.weight, self.source.squares, self.epsilon, self.kind)
+        return Deferred(self.shape, self, lambda: run(self.settle(), weight), read)
 
 
-class Gate(Deferred):
-    """What an MLP's gate has put out, before its activation."""
+def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
+    """What a layer puts out, in a launch that can add it to a residual stream."""
 
-    def __init__(self, shape: torch.Size, like: Tensor) -> None:
-        self.made = like
+    def add(residual: Tensor) -> Deferred:
+        return Stream(shape, residual, launch)
 
-
-class Active(Deferred):
-    """Behind it."""
-
-    def __init__(self, shape: torch.Size, like: Tensor, kind: int) -> None:
-        self.gate, self.kind = like, kind
-
-    def compute(self) -> Tensor:
-        """By torch."""
-        return ACTIVATIONS[self.kind](self.gate)
+    return Deferred(shape, like, lambda: launch(None)[0], joins=dict.fromkeys(_ADD, ({}, add)))
 
 
-class Gated(Deferred):
-    """The product with what up has put out."""
+def gate(x: Tensor) -> Deferred:
+    """What an MLP's gate has put out, x."""
 
-    def __init__(self, shape: torch.Size, like: Tensor, active: Active) -> None:
-        self.up, self.active = like, active
+    def active(kind: int) -> Deferred:
+        function, options = ACTIVATIONS[kind]
 
-    def compute(self) -> Tensor:
-        """By torch."""
-        return self.active.settle() * self.up
+        def times(up: Tensor) -> Deferred:
+            read = partial(Entering, _rows(x), _rows(up), kind=3 + kind)
+            return Deferred(x.shape, x, lambda: function(x, **options) * up, read)
 
-    def entering(self) -> Entering:
-        """Layers multiply what they read, unless somebody has done so."""
-        if self.made is not None:
-            return super().entering()
-        return Entering(_rows(self.active.gate), _rows(self.up), kind=3 + self.active.kind)
+        return Deferred(x.shape, x, lambda: function(x, **options), joins=dict.fromkeys(_MULTIPLY, ({}, times)))
+
+    joins = {function: (options, partial(active, kind)) for kind, (function, options) in enumerate(ACTIVATIONS)}
+    return Deferred(x.shape, x, lambda: x, joins=joins)
 
 
 def settled(x: Any) -> Any:
@@ -179,31 +155,12 @@ def settled(x: Any) -> Any:
 
 def entering(x: Tensor) -> Entering:
     """What layers read who read x [..., I]."""
-    return x.entering() if isinstance(x, Deferred) else Entering(_rows(x))
+    read = x.read if isinstance(x, Deferred) and x.made is None else None
+    return Entering(_rows(settled(x))) if read is None else read()
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
-
-
-def _joined(func: Any, args: Any, kwargs: Any) -> Deferred | None:
-    """What has been asked for of tensors that are not computed, where that can wait in its turn."""
-    if func in _ADD | _MULTIPLY and len(args) == 2 and not kwargs:
-        kind = Output if func in _ADD else Active
-        for one, other in (args, args[::-1]):
-            if isinstance(one, kind) and one.made is None and _alike(one, other):
-                make: Any = Sum if kind is Output else Gated
-                joined: Deferred = make(one.shape, settled(other), one)
-                return joined
-    if func is F.dropout and len(args) == 1 and not kwargs.get("training", True):
-        same: Deferred = args[0]
-        return same
-    if args and isinstance(args[0], Gate):
-        options = {name: value for name, value in kwargs.items() if value}
-        for number, known in enumerate(((F.silu, {}), (F.gelu, {"approximate": "tanh"}))):
-            if (func, options) == known and len(args) == 1:
-                return Active(args[0].shape, args[0].settle(), number)
-    return None
 
 
 def _alike(one: Tensor, other: Any) -> bool:

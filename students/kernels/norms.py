@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from students.kernels import autograd, direct, ops
-from students.kernels.deferred import Normed, Sum, settled
+from students.kernels.deferred import Stream, settled
 from students.kernels.stand_in import exchange, stand_in
 
 
@@ -73,8 +73,8 @@ class FusedNorm(nn.Module):
         recipe = near if exact is None and may_round else exact
         if recipe is None:
             return self._plainly(x)
-        if isinstance(x, Sum) and may_round:  # squares are not summed in torch's order
-            return Normed(x.shape, x, weight, self.trial.epsilon, recipe.kind, recipe.run)
+        if isinstance(x, Stream) and may_round:  # squares are not summed in torch's order
+            return x.normed(weight, self.trial.epsilon, recipe.kind, recipe.run)
         x = settled(x)
         if grad and x.requires_grad:
             return autograd.rms_norm(x, weight, recipe.run, self.trial.epsilon, recipe.kind)

@@ -12,7 +12,7 @@ from torch import Tensor
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.families.language import LanguageStudent
 from students.kernels import devices, ops
-from students.kernels.deferred import Active, Deferred, Gate, Gated, Normed, Output, Sum, entering, settled
+from students.kernels.deferred import Deferred, Stream, entering, gate, output, settled
 from students.libraries import cache_of, with_cache
 from tests.backends import running_on
 from tests.students.tape import Tape
@@ -99,13 +99,13 @@ def test_recorded_steps(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None
 # what stands in the place of tensors
 
 
-def make_output(added: list[Tensor | None]) -> Output:
+def make_output(added: list[Tensor | None]) -> Deferred:
     def launch(residual: Tensor | None) -> tuple[Tensor, Tensor]:
         added.append(residual)
         out = torch.full((2, 1, 4), 3.0)
         return out if residual is None else out + residual, torch.ones(2, 1)
 
-    return Output(torch.Size([2, 1, 4]), torch.zeros(()), launch)
+    return output(torch.Size([2, 1, 4]), torch.zeros(()), launch)
 
 
 def test_who_looks_finds_a_tensor() -> None:
@@ -120,35 +120,35 @@ def test_who_looks_finds_a_tensor() -> None:
         lambda x: x.add_(torch.zeros(4)),
     ):
         added: list[Tensor | None] = []
-        output = make_output(added)
-        assert output.shape == (2, 1, 4) and output.dtype == torch.float32 and len(output) == 2 and not added
-        found = look(output)
+        out = make_output(added)
+        assert out.shape == (2, 1, 4) and out.dtype == torch.float32 and len(out) == 2 and not added
+        found = look(out)
         assert not isinstance(found, Deferred) and added == [None] and found.flatten().tolist() == [3.0] * 8
-        assert torch.equal(output, found) and len(added) == 1, "it is computed once"
+        assert torch.equal(out, found) and len(added) == 1, "it is computed once"
 
 
 def test_a_residual_stream_is_added_on_the_way() -> None:
     added: list[Tensor | None] = []
     stream = torch.ones(2, 1, 4)
-    for output in (make_output(added), make_output(added)):
-        stream = stream + output if len(added) else output + stream
-        assert isinstance(stream, Sum)
+    for out in (make_output(added), make_output(added)):
+        stream = stream + out if len(added) else out + stream
+        assert isinstance(stream, Stream)
     assert len(added) == 1, "the next one waits"
     assert settled(stream).flatten().tolist() == [7.0] * 8 and entering(stream).kind == -1
-    norm = Normed(stream.shape, stream, torch.ones(4), 1e-5, 0, lambda x, weight: x * weight)
+    norm = stream.normed(torch.ones(4), 1e-5, 0, lambda x, weight: x * weight)
     given = entering(norm)
     assert (given.kind, given.epsilon) == (0, 1e-5) and torch.equal(given.x, stream.flatten(0, 1))
     assert torch.equal(norm * 1, stream * 1) and entering(norm).kind == -1, "who computes it, computes it for all"
 
 
 def test_gate_and_up() -> None:
-    gate, up = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    shut, up = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
     for kind, activation in enumerate((F.silu, torch.nn.GELU(approximate="tanh"))):
-        active = activation(Gate(gate.shape, gate))
-        assert isinstance(active, Active) and torch.equal(active * 1, activation(gate))
-        product = up * activation(Gate(gate.shape, gate))
-        assert isinstance(product, Gated) and entering(product).kind == 3 + kind
-        assert torch.equal(product + 0, up * activation(gate)) and entering(product).kind == -1
-    output = make_output([])
-    assert F.dropout(output, 0.5, training=False) is output
-    assert not isinstance(F.gelu(Gate(gate.shape, gate)), Deferred)
+        active = activation(gate(shut))
+        assert isinstance(active, Deferred) and torch.equal(active * 1, activation(shut))
+        product = up * activation(gate(shut))
+        assert isinstance(product, Deferred) and entering(product).kind == 3 + kind
+        assert torch.equal(product + 0, up * activation(shut)) and entering(product).kind == -1
+    out = make_output([])
+    assert F.dropout(out, 0.5, training=False) is out
+    assert not isinstance(F.gelu(gate(shut)), Deferred)
