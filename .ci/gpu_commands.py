@@ -1,9 +1,10 @@
 """Run the commands that .ci/gpu-bench lists, one after the other, and keep what each prints: FOLDER/NUMBER-NAME.json.
 
-`python .ci/gpu_commands.py FOLDER SECONDS`: all of them together get so many seconds; one that would begin in the last
-LEAST of them is left out. Each is a process of its own, so that a GPU's errors stay with it, forked from this one,
-which has imported everything and leaves the GPU alone: to import it eight times would take as long as some of the work.
-Exits with 1 where a command fails.
+`python .ci/gpu_commands.py FOLDER SECONDS`: all of them together get so many seconds, and each but the last at most the
+share MOST of what is left, so that one that hangs costs no others; one that would begin in the last LEAST is left out.
+Each is a process of its own, so that a GPU's errors stay with it, forked from this one, which has imported everything
+and leaves the GPU alone: to import it each time would take as long as some of the work. Exits with 1
+where a command fails, but not where time runs out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 LEAST = 15
 """Seconds for a command that is begun."""
+MOST = 0.6
+"""Of the seconds that are left."""
 IMPORTED = (
     "elastic.bench",
     "elastic.shapes",
@@ -40,8 +43,8 @@ def commands(file: Path) -> Iterator[tuple[str, list[str]]]:
             yield name, arguments
 
 
-def run(arguments: list[str], out: Path, seconds: float) -> bool:
-    """Whether the command ended well within so many seconds."""
+def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
+    """Whether the command ended well; None where it did not within so many seconds."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -55,7 +58,7 @@ def run(arguments: list[str], out: Path, seconds: float) -> bool:
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return False
+    return None
 
 
 def _become(arguments: list[str], out: Path) -> None:
@@ -83,19 +86,22 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     for name in IMPORTED:
         import_module(name)
-    for number, (name, arguments) in enumerate(commands(Path(__file__).with_name("gpu-bench")), 1):
+    listed = list(commands(Path(__file__).with_name("gpu-bench")))
+    for number, (name, arguments) in enumerate(listed, 1):
         said, left = f"elastic bench {shlex.join(arguments)}", end - time.monotonic()
         if left < LEAST:
             print(f"out of time, not run: {said}", file=sys.stderr)
             continue
         print(said, file=sys.stderr)
         out, began = folder / f"{number}-{name}.json", time.monotonic()
-        if run(arguments, out, left):
-            print(f"{time.monotonic() - began:.0f} seconds", file=sys.stderr)
-        else:
-            print(f"failed, or out of time: {said}", file=sys.stderr)
-            out.unlink(missing_ok=True)
-            failed = True
+        well = run(arguments, out, left if number == len(listed) else max(LEAST, MOST * left))
+        took = f"{time.monotonic() - began:.0f} seconds"
+        if well:
+            print(took, file=sys.stderr)
+            continue
+        out.unlink(missing_ok=True)
+        failed |= well is not None
+        print(f"{'out of time' if well is None else 'failed'} after {took}: {said}", file=sys.stderr)
     return int(failed)
 
 

@@ -138,7 +138,8 @@ def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) ->
     works = {(name, count): partial(generate, m, count) for name, m in models.items() for count in (1, lengths[name])}
     seconds, peaks = medians(works, repeats, device)
     each = {name: (seconds[name, length] - seconds[name, 1]) / (length - 1) for name, length in lengths.items()}
-    outs = {name: generate(models[name], new, return_dict_in_generate=True) for name in ("student", "dense")}
+    quick = {"student": "student", "dense": "tuned" if "tuned" in models else "dense"}
+    outs = {name: generate(models[by], new, return_dict_in_generate=True) for name, by in quick.items()}
     counted = [_count_decoding(models[name].model, out) for name, out in outs.items()]
     sizes = {name: cache_bytes(cache_of(out)) for name, out in outs.items()}
     peaks = {name: peaks[name, length] for name, length in lengths.items()}
