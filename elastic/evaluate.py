@@ -67,8 +67,9 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
         asked, spent = row["compute_target"], row.get(f"compute_{row['phase']}", row["compute"])
         if row["data"] != HELD_OUT or row.get("baseline") is not None or abs(spent - asked) <= TOLERANCE:
             continue
+        phase = f"{row['phase']} " if "compute_prefill" in row else ""
         lines.append(
-            f"budget missed: {asked:.3f} was asked for, and {spent:.3f} of the {row['phase']} compute is spent on "
+            f"budget missed: {asked:.3f} was asked for, and {spent:.3f} of the {phase}compute is spent on "
             f"{HELD_OUT}; the run is finished all the same. Ask for a budget that these routers can take up, train for "
             "more steps, or measure on more (data.held_out)"
         )

@@ -16,6 +16,7 @@ from elastic.distillation.dial import capacity_for, lowest, set_dial, set_range
 from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
 from elastic.run import make_student
+from elastic.traits import TRAITS
 from students import Student
 from students.calibration.price import Start
 from teachers import Teacher
@@ -40,7 +41,8 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     meter = families.of(config.family).compute_meter(student, data, shuffled[:LOOKED_AT], config)
     least = lowest(student, meter, trained=False)
     if config.budget.span[0] < least:
-        left = f"{math.ceil(1000 * least) / 1000:.3f} of the {config.budget.phase} compute is left"
+        phase = f"{config.budget.phase} " if TRAITS[config.family].decodes else ""
+        left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
         what = "ask for more, or route more" if least < 1 else "in this phase they save nothing, so route otherwise"
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "

@@ -32,7 +32,7 @@ IMAGES = {
     "branches": ("student.routers=[{kind: token, kv: drop, selection: quota}]",),
 }
 CLOSED = re.compile(
-    r"is below what these routers can save: with every gate closed (\d\.\d+) of the (\w+) compute is left"
+    r"is below what these routers can save: with every gate closed (\d\.\d+) of the (?:(\w+) )?compute is left"
 )
 
 
