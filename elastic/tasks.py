@@ -18,11 +18,11 @@ from elastic.data_parallel import sum_over_processes
 from elastic.harness.loading import load_tasks
 from elastic.harness.questions import file_task as file_task  # under the name that it had before it had a room
 from elastic.harness.scorer import Scorer
-from elastic.harness.silence import silent
 from elastic.reporting.progress import Say
 from elastic.run import Run
 from elastic.traits import TRAITS
 from students.compute import PHASES
+from teachers.quiet import quiet
 
 
 def score_run(
@@ -87,7 +87,7 @@ def score_run(
 
 def _ask(scorer: Scorer, name: str, task: ConfigurableTask, limit: int | None) -> tuple[dict[str, float], list[int]]:
     """(accuracies with their standard errors, the preferred choice of each question)."""
-    with silent():
+    with quiet(stderr=True):
         results = evaluate(scorer, {"tasks": {name: task}}, limit=limit, bootstrap_iters=100)
     measured = results["results"][name]
     keys = {"acc": "accuracy", "acc_stderr": "accuracy_stderr"}

@@ -1,15 +1,17 @@
 """Keep the libraries' own progress bars and remarks off the user's screen."""
 
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 
-_LOUD = ("transformers", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree")
+_LOUD = ("transformers", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block libraries log nothing and loading shows no progress bar."""
+def quiet(*, stderr: bool = False) -> Iterator[None]:
+    """Within the block libraries log nothing and loading shows no progress bar; stderr: nor does anybody write there,
+    such as bars that cannot be switched off."""
     from transformers.utils import logging as transformers_logging
 
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOUD}
@@ -18,7 +20,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()) if stderr else nullcontext():
+            yield
     finally:
         for logger, level in loggers.items():
             logger.setLevel(level)

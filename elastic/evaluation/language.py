@@ -32,7 +32,6 @@ METRICS = (
     ("kl", "KL to the teacher (nats per token)", "lower"),
     ("agreement", "top-1 agreement with the teacher", "higher"),
 )
-"""What a report plots against compute: key, label, and which direction is better."""
 
 
 def evaluate(
@@ -97,7 +96,6 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    """What a table of results says of a language model, line by line."""
     return [
         ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
         ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),

@@ -38,7 +38,6 @@ METRICS = (
     ("agreement", "agreement of answers", "higher"),
     ("kl", "KL to the teacher, nats per token", "lower"),
 )
-"""What a report plots (see elastic/families)."""
 
 
 @torch.no_grad()
@@ -200,7 +199,6 @@ def routing(
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    """What a table of results says of a vision-language model, line by line."""
     return [
         (
             "measured on",

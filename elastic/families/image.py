@@ -42,7 +42,6 @@ generation: Generation | None = None
 """Images are all that is read, and no text is written."""
 timing: Timing = timing_image
 UNIT = "images"
-"""What data consists of, for the user to read."""
 DIAL_IMAGES = 2048
 """Training images that quotas and the dial are set on."""
 BASELINES = ("random", "uniform", "tome")
@@ -70,12 +69,10 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
-    """The validation part of a source, or all of it."""
     return load_all_images(source, teacher.processor, classes_of(teacher.model))
 
 
 def summary(data: ImageData, config: RunConfig) -> str:
-    """What there is to train on, for the user to read."""
     why = f"; no accuracy: {data.held_out.unlabelled}" if data.held_out.unlabelled else ""
     return f"{data.description} to train on, {data.held_out.usable:,} held out{why}"
 
@@ -100,7 +97,6 @@ class Batches:
         return self.images.load(chosen)[0]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
-        """As `read`, and by what each image is known."""
         pixels = self.read(chosen)
         return pixels, [digest(image) for image in pixels]
 

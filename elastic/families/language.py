@@ -38,7 +38,6 @@ from teachers.families.language import require_rows
 
 timing: Timing = timing_language
 UNIT = "windows"
-"""What data consists of, for the user to read."""
 CALIBRATED = 2
 """Windows that are looked at together in calibration."""
 DIAL_WINDOWS = 16
@@ -83,7 +82,6 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
 
 
 def summary(data: TextData, config: RunConfig) -> str:
-    """What there is to train on, for the user to read."""
     windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
     return f"{data.description}; {windows}"
 
@@ -107,7 +105,6 @@ class Batches:
         return self.pieces[torch.tensor(chosen)]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
-        """As `read`, and by what each window is known."""
         windows = self.read(chosen)
         return windows, [digest(window) for window in windows]
 

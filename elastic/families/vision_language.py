@@ -46,7 +46,6 @@ score_correlations = None
 """Not defined for questions: one router decides, and what for is another matter for each."""
 timing: Timing = timing_vision_language
 UNIT = "questions"
-"""What data consists of, for the user to read."""
 DIAL_QUESTIONS = 128
 """Training questions that the image router's quota and the dial are set on."""
 BASELINES = ("random", "uniform")
@@ -83,7 +82,6 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> PromptSet:
-    """The validation part of a source, or all of it."""
     return _prompts(teacher, load_all_questions(source))
 
 
@@ -96,7 +94,6 @@ def _prompts(teacher: Teacher, questions: QuestionSet) -> PromptSet:
 
 
 def summary(data: Data, config: RunConfig) -> str:
-    """What there is to train on, for the user to read."""
     return f"{data.description} to train on, {data.held_out.questions.usable:,} held out"
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from lm_eval.api.task import ConfigurableTask
 
 from elastic.harness.questions import file_task
-from elastic.harness.silence import silent
 from elastic.reporting.progress import Say
 from teachers import hub
-from teachers.quiet import first_line
+from teachers.quiet import first_line, quiet
 
 
 def load_tasks(items: Sequence[str], say: Say = print) -> dict[str, ConfigurableTask]:
@@ -46,7 +45,7 @@ def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
     """The harness's own tasks; a group's or tag's all."""
     from lm_eval.tasks import TaskManager
 
-    with silent():
+    with quiet(stderr=True):
         manager = TaskManager()
     for name in names:
         if name not in manager.task_index:
@@ -57,7 +56,7 @@ def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
     found = []
     for name in names:
         try:
-            with silent(), hub.offline() if reason else nullcontext():
+            with quiet(stderr=True), hub.offline() if reason else nullcontext():
                 found += manager.load([name])["tasks"].items()
         except Exception as error:  # datasets, the HTTP library and the tasks' own code each have their classes
             if reason:

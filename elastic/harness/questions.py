@@ -10,9 +10,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from elastic.harness.silence import silent
 from teachers.data.records import as_text
-from teachers.quiet import first_line
+from teachers.quiet import first_line, quiet
 
 _BLANK = re.compile(r"(?<![^\W_])_+(?![^\W_])")
 """Underscores that are no part of a word."""
@@ -72,7 +71,7 @@ def file_task(path: Path) -> ConfigurableTask:
             for name in (["acc"] if shared else ["acc", "acc_norm"])
         ],
     }
-    with silent():
+    with quiet(stderr=True):
         return (ClozeTask if blanks else ConfigurableTask)(config=config)
 
 

@@ -178,16 +178,14 @@ class VisionLanguageStudent(LanguageStudent):
 
     @contextmanager
     def _deciding(self) -> Iterator[Decisions]:
-        with super()._deciding() as decisions, self._deciding_images() as inside:
+        images: Any = nullcontext() if self.vision is None else self.vision._deciding()
+        with super()._deciding() as decisions, images as inside:
             decisions.vision = inside
             yield decisions
             if inside is not None:
                 decisions.share |= {VISION + key: share for key, share in inside.share.items()}
                 decisions.spec |= {VISION + key: spec for key, spec in inside.spec.items()}
                 decisions.score |= {VISION + key: score for key, score in inside.score.items()}
-
-    def _deciding_images(self) -> Any:
-        return nullcontext() if self.vision is None else self.vision._deciding()
 
     @torch.no_grad()
     def count_vision(self, kwargs: dict[str, Any]) -> None:

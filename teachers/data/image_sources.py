@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import gzip
-import io
 import os
 import shutil
 import tempfile
@@ -231,7 +229,7 @@ def from_fashion(folder: Path | None, train: bool, preprocess: Preprocess, model
     from torchvision.datasets import FashionMNIST
 
     folder = folder or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else None)
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as unpacked:
+    with quiet(stderr=True), tempfile.TemporaryDirectory() as unpacked:
         root = cache_folder() / FASHION if folder is None else Path(unpacked)
         raw = root / "FashionMNIST" / "raw"
         try:
