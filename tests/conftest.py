@@ -103,6 +103,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """For modules whose tests want none."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
     """The C library, None where there is no compiler."""

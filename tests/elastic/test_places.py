@@ -93,16 +93,6 @@ def test_a_model_that_is_gone_costs_one_line(project: Path, capsys: pytest.Captu
     assert main(["info", str(project / "runs" / "one")]) == 0
 
 
-@pytest.mark.parametrize("name", ["./model", "/no/such/model", "my/own/model", "~/no-such-model"])
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
-    monkeypatch.chdir(tmp_path)
-    assert main(["distill", "--model", name]) == 2
-    assert f"no such folder: {name}" in capsys.readouterr().err
-
-
 def test_a_tilde_is_the_home_folder(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,28 +17,24 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution import decoding
-from students.execution.capture import KEPT, CudaGraph, Fetched, recorder_for
+from students.execution.capture import KEPT, CudaGraph, recorder_for
 from students.execution.decoding import Decoding, slots_for
 from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
 from students.kernels import devices
 from students.libraries import cache_of, with_cache
 from tests.pico.language import TINY, make_tiny, make_tokenizer
-from tests.students.host_waits import HostWait, NoHostWaits
+from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_execution import make
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)))
 CORRECTED = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
 STATIC = StudentSpec((RouterSpec("channel", network="static"), RouterSpec("head", network="static")))
 CLOSE = dict(atol=2e-3, rtol=2e-3)
 SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -389,38 +385,6 @@ def test_cpus_decode_as_ever(tokens: Tensor) -> None:
     student = student_for()
     student.generate(tokens, **SIX)
     assert not student._decoding._steps
-
-
-# the instruments
-
-
-def test_waits_are_noticed() -> None:
-    x = torch.arange(4.0)
-    for work in (
-        *(lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.nonzero(), lambda: x[x > 1], lambda: x.unique()),
-        *(lambda: x.masked_select(x > 1), lambda: x.tolist(), lambda: torch.equal(x, x), lambda: torch.tensor(1.0)),
-        *(lambda: x.repeat_interleave(torch.ones(4, dtype=torch.long)), lambda: int(x.argmax())),
-    ):
-        with pytest.raises(HostWait), NoHostWaits():
-            work()
-    with NoHostWaits():
-        x[x.long()], x.topk(2), x.masked_fill(x > 1, 0.0), torch.where(x > 1, x, 0.0), x.repeat_interleave(2)
-
-
-def test_a_tape_does_again_what_was_done() -> None:
-    x, total = torch.ones(3), torch.zeros(3)
-
-    def work() -> Tensor:
-        total.add_(x)
-        return (total * 2).view(3, 1)[1:]
-
-    replay = Tape(work)
-    x.fill_(10.0)
-    assert replay().flatten().tolist() == [24, 24] and replay().flatten().tolist() == [44, 44]
-
-
-def test_what_is_fetched_arrives() -> None:
-    assert Fetched(torch.arange(3)).wait().tolist() == [0, 1, 2]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,8 @@ from students.libraries import cache_of
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 KINDS = {
     **EVERY_KIND,
     "token-weighted": RouterSpec("token", weight="score", substitute=2),
@@ -50,12 +52,6 @@ GATED = [name for name in TINY if name not in ("phi3", "glm4", "starcoder2", "gp
 COUNTED = ["llama", "gemma2", "phi3", "gpt2", "olmo2"]
 """Models whose FLOPs are counted, and which decode with the references of operators, too."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def make(name: str, spec: StudentSpec, **overrides: object) -> Student:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,13 +19,9 @@ from tests.pico.language import make_tiny
 from tests.students.host_waits import Launches
 from tests.students.test_execution import CLOSE, make
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 DEFAULT = (RouterSpec("channel"), RouterSpec("vocab", rank=5))
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def student_of(*routers: RouterSpec, lora: int = 0, blocks: int = 3) -> LanguageStudent:

@@ -21,6 +21,8 @@ from tests.students.host_waits import Launches, NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_vision_language import PER_KIND, PRUNING, student_of
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 OPTIONS = dict(do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
 FOUR = dict(OPTIONS, max_new_tokens=4, min_new_tokens=4)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
@@ -28,12 +30,6 @@ WHOLE = sorted(set(CONFIGS) - {"paligemma2"})
 """Without the one whose layers see windows."""
 ALIKE = ("llava", "paligemma")
 """Classes whose images are pixels of one shape, and nothing else."""
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def recorded(student: VisionLanguageStudent | Decoding, inputs: dict[str, Tensor], **options: Any) -> tuple[Any, int]:

@@ -18,16 +18,12 @@ from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_image import MODELS, SPECS, routed
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 OVER_TOKENS = {name: [r for r in routers if r.kind in ("layer", "token")] for name, routers in SPECS.items()}
 QUOTAS = [name for name, routers in OVER_TOKENS.items() if "threshold" not in {r.selection for r in routers}]
 # whose embeddings set a slice to a number, which takes a copy on CPUs
 RECORDED = sorted({*MODELS} - {"vit_mae"})
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

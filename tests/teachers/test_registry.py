@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from teachers import hub
 from teachers.registry import models, resolve
 
 
@@ -31,7 +32,8 @@ def test_short_name_hub_id_and_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "near"), [("smolm2-135m", "smollm2-135m"), ("llama3-8B", "llama3-8b"), ("qwen2.5", "qwen2.5-7b")]
+    ("typed", "near"),
+    [("SmolLM2-135M-Instruct", "smollm2-135m"), ("llama3-8B", "llama3-8b"), ("qwen2.5", "qwen2.5-7b")],
 )
 def test_unknown_name_suggests_near_ones(typed: str, near: str):
     with pytest.raises(ValueError) as error:
@@ -40,11 +42,17 @@ def test_unknown_name_suggests_near_ones(typed: str, near: str):
     assert "elastic models" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("typed", ["", "completely-different", "/no/such/folder", "./no/such", "../model"])
-def test_what_is_neither_name_nor_folder_nor_hub_id(typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("typed", ["?", "completely-different"])
+def test_what_is_neither_name_nor_folder_nor_hub_id(typed: str):
     with pytest.raises(ValueError, match="elastic models"):
-        resolve(typed or "?")
+        resolve(typed)
+
+
+@pytest.mark.parametrize("typed", ["/no/such/folder", "./no/such", "../model", "my/own/model", "~/no-such-model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(typed: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"no such folder: {typed}; .*elastic models"):
+        resolve(typed)
 
 
 def test_folder_without_a_model(tmp_path: Path):
