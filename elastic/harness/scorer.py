@@ -64,11 +64,8 @@ class Scorer(TemplateLM):
         """Token ids of a text, with the special tokens that the tokenizer puts around one unless asked not to."""
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is the most likely continuation) for each request."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
     def _loglikelihood_tokens(self, requests: list[Request], **options: Any) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is the most likely continuation) for each request."""
         numbers: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (texts, context, continuation) in enumerate(requests):
             if not continuation:

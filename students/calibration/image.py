@@ -10,12 +10,13 @@ Where dropped tokens stay away, the gate of a block is the gate of all later one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from students.calibration.data_shard import DataShard, batch_generator
-from students.calibration.price import Choice, Curve, Start, gated_choice, log_likelihood, start_at
+from students.calibration.price import Choice, Curve, Start, gate_costs, gated_choice, log_likelihood, start_at
 from students.families.image import Features, ImageStudent, Placed
 
 CALIBRATED = 64
@@ -66,16 +67,10 @@ def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, 
             run.probed = {}
             with torch.enable_grad():
                 features, _ = student.features(pixels)
-                keys = list(run.probed)
-                gates = [run.probed[key][0] for key in keys]
-                draws = [
-                    torch.autograd.grad(_log_likelihood(features, generator), gates, retain_graph=True)
-                    for _ in range(DRAWS)
-                ]
-            grads = {key: torch.stack(parts).float() for key, parts in zip(keys, zip(*draws, strict=True), strict=True)}
+                likelihood = partial(_log_likelihood, features, generator)
+                costs = gate_costs(likelihood, [gate for gate, _ in run.probed.values()], DRAWS)
             picked = None
-            for key in keys:
-                x, cost = run.probed[key][1], grads[key].pow(2).mean(0) / 2
+            for (key, (_, x)), cost in zip(run.probed.items(), costs, strict=True):
                 cost = cost.unsqueeze(-1) if cost.ndim == 2 else cost
                 x, cost = (part[:, run.prefix if part.shape[1] > 1 else 0 :] for part in (x, cost))
                 if cost.shape[1] == 1:  # one decision for all tokens

@@ -63,6 +63,13 @@ def log_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
     return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 
+def gate_costs(likelihood: Callable[[], Tensor], gates: Sequence[Tensor], draws: int) -> list[Tensor]:
+    """The Fisher estimate of what closing each gate costs in nats, E[g^2] / 2 with g the gradient of log p(y) by the
+    gate; likelihood: log p(y), with y drawn anew at each of so many calls."""
+    drawn = [torch.autograd.grad(likelihood(), gates, retain_graph=True) for _ in range(draws)]
+    return [torch.stack(grads).float().square().mean(0) / 2 for grads in zip(*drawn, strict=True)]
+
+
 class Curve:
     """What the gates of some choices save, and what is lost with them, as functions of the price they close at."""
 

@@ -7,13 +7,14 @@ tokens, is what the router predicts from the token at the pruning point. Routers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from students.calibration.data_shard import DataShard, batch_generator
-from students.calibration.price import Curve, Start, gated_choice, log_likelihood, start_at
+from students.calibration.price import Curve, Start, gate_costs, gated_choice, log_likelihood, start_at
 from students.families.vision_language import VisionLanguageStudent
 
 CALIBRATED = 4
@@ -60,11 +61,7 @@ def observe_image_tokens(
             with torch.enable_grad():
                 logits, _ = student.logits(student.features(**inputs)[0].last_hidden_state[answers])
                 gate, x = run.probed["image"]
-                draws = [
-                    torch.autograd.grad(log_likelihood(logits, generator), gate, retain_graph=True)[0]
-                    for _ in range(DRAWS)
-                ]
-            cost = torch.stack(draws).float().square().mean(0) / 2
+                (cost,) = gate_costs(partial(log_likelihood, logits, generator), [gate], DRAWS)
             seen.append((info.counted(x[image].float()), info.counted(cost[image].unsqueeze(-1))))
     finally:
         run.probed = None
