@@ -47,9 +47,7 @@ class Snapshot:
             raise ValueError(f"{self.path} is damaged ({error}): delete it, and training starts again") from None
         before = json.loads(metadata.get("about", "{}"))
         if before != self.about:
-            raise ValueError(
-                f"{self.path} is of a run with {_listed(before)}, this is {_listed(self.about)}: delete it"
-            )
+            raise ValueError(f"{self.path} is of a run with {listed(before)}, this is {listed(self.about)}: delete it")
         torch.set_rng_state(state["generator"])
         for name, optimizer, parameter in self._parameters():
             parameter.copy_(state[name])
@@ -69,5 +67,6 @@ class Snapshot:
             save_file(state, workshop / self.path.name, {"about": json.dumps(self.about), "step": str(step)})
 
 
-def _listed(about: dict[str, Any]) -> str:
+def listed(about: dict[str, Any]) -> str:
+    """What a file is of, for the user to read."""
     return ", ".join(f"{name} {value}" for name, value in about.items())

@@ -25,6 +25,7 @@ from torch import Tensor
 from elastic.files import write_text
 from elastic.objectives.sums import TeacherSignals
 from students.checkpoint import write_tensors
+from teachers.snapshot import listed
 
 MARK = "teacher-cache.json"
 """The file that tells a cache from other folders."""
@@ -102,7 +103,7 @@ class TeacherCache:
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is damaged ({error}): delete it, and the teacher is asked again") from None
         if about != self.about:
-            raise ValueError(f"{file} is of {_listed(about)}, this is {_listed(self.about)}: delete it")
+            raise ValueError(f"{file} is of {listed(about)}, this is {listed(self.about)}: delete it")
         number, ends = len(self._shards), lengths.cumsum(0).tolist()
         self._shards.append(shard)
         for key, start, end in zip(keys.numpy(), [0, *ends], ends, strict=False):
@@ -145,7 +146,3 @@ class TeacherCache:
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_tensors(file, tensors, self.about)
         self._open(file)
-
-
-def _listed(about: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in about.items())

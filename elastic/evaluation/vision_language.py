@@ -130,9 +130,8 @@ def _first_tokens(processor: Any, questions: QuestionSet) -> dict[str, int] | No
         return None
     tokenizer, prompt = processor.tokenizer, prompt_text(processor, questions.samples[0].question)
     before, end = len(token_ids(tokenizer, prompt)), tokenizer.eos_token or ""
-    texts = {
-        choice: prompt + answer_text(prompt, choice) + end for choice in questions.choices
-    }  # an answer may be empty
+    # with the end, as an answer may be empty
+    texts = {choice: prompt + answer_text(prompt, choice) + end for choice in questions.choices}
     tokens = {choice: token_ids(tokenizer, text)[before:] for choice, text in texts.items()}
     first = {choice: ids[0] for choice, ids in tokens.items() if ids}
     return first if len(set(first.values())) == len(tokens) else None

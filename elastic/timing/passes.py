@@ -123,10 +123,8 @@ def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) ->
     """Greedy `generate`, less the time for its first token."""
     device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-
-    nothing = (
-        models["dense"].model.config.get_text_config().vocab_size
-    )  # ends a text; a minimum costs a look at all logits
+    # no token ends a text: a minimum of tokens would cost a look at all logits
+    nothing = models["dense"].model.config.get_text_config().vocab_size
 
     def generate(model: Contender, tokens: int, **options: Any) -> Any:
         options |= dict(max_new_tokens=tokens, eos_token_id=nothing, do_sample=False, pad_token_id=0)
