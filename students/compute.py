@@ -16,7 +16,8 @@ Two phases:
 This is what budgets speak of, the same on every device. The FLOPs of prompts that are counted while they run, which
 `elastic bench` predicts time from, differ: fused causal attention computes half of the scores, in student and frozen
 model; and where the host runs ahead of the device (kernels/devices.py), tokens that attention skips and whose keys are
-written attend all the same, 2 H h c more for each of them, and substitutes run on all tokens.
+written attend all the same, 2 H h c more for each of them, and substitutes run on all tokens, as do corrections of q
+and o.
 
 Both are for a sequence that runs on its own. Heads and expert groups save where their linear layers can be narrowed:
 not next to channel routers (channels are chosen there), nor where an architecture keeps q, k and v in one layer.

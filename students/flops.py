@@ -1,7 +1,7 @@
 """FLOPs counted while something runs, whatever kernel attends: formulas for what torch's own counter does not know.
 
 It knows attention kernels of CUDA alone, takes causal attention for full, and in many versions refuses fewer key heads
-than query heads; and it knows no products with packed weights.
+than query heads; and it knows no products over some rows, and none with packed weights.
 """
 
 from __future__ import annotations
@@ -78,12 +78,22 @@ def _packed_flops(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest
 _packed_flops._get_raw = True  # type: ignore[attr-defined]
 
 
-def packed_products() -> dict[Any, Callable[..., int]]:
-    """FLOP formulas of products with packed weights, of the libraries that are imported."""
+def _grouped_flops(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *rest: Any, **options: Any) -> int:
+    """Products of some rows of x [N, I] with weight [G, I, O], up to the last of ends [G]."""
+    return 2 * int(ends[-1]) * weight.shape[1] * weight.shape[2]
+
+
+_grouped_flops._get_raw = True  # type: ignore[attr-defined]
+
+
+def other_products() -> dict[Any, Callable[..., int]]:
+    """FLOP formulas of products over some rows (kernels/first_rows.py) and with packed weights, of the libraries that
+    are imported."""
+    known: dict[Any, Callable[..., int]] = {torch.ops.aten._grouped_mm: _grouped_flops}
     found = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
-    return {} if found is None else {found: _packed_flops}
+    return known if found is None else known | {found: _packed_flops}
 
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter, with the formulas above: within it everything is counted that runs."""
-    return FlopCounterMode(display=False, custom_mapping={**ATTENTION, **packed_products()})
+    return FlopCounterMode(display=False, custom_mapping={**ATTENTION, **other_products()})

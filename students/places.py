@@ -229,8 +229,8 @@ class BlockPlace:
         branch, site = self.branch, f"{self.branch}_{end}"
         linears, channel = self.linears(site), self.channels.get(site)
         corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
-        skips_tokens = any(branch in router.of_kind.touches(router) for router in self.routers)
-        asks, gated = self.record.causal and branch == "attn" and skips_tokens, branch in self.parts
+        keeps = any(branch in router.of_kind.touches(router) and router.kv == "keep" for router in self.routers)
+        asks, gated = self.record.causal and branch == "attn" and keeps, branch in self.parts
         opens, opaque = branch in self.opens, site in self.opaque
         group = LinearGroup(f"{self.number}.{site}", self.context, ends=end == "out", opens=opens, opaque=opaque)
         for name, linear in zip(self.record.linears(site), linears, strict=True):
@@ -240,8 +240,7 @@ class BlockPlace:
             part: Literal["inputs", "outputs", ""]
             part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
             part = self.narrowed.get(name, part)
-            early = asks and self.own_q and end == "in"  # see RoutedLinear.forward
-            if channel is None and not corrected and not part and not per_query and not early:
+            if channel is None and not corrected and not part and not per_query:
                 continue
             routed = RoutedLinear(
                 linear,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from students.flops import ATTENTION, flop_counter, packed_products
+from students.flops import ATTENTION, flop_counter, other_products
 from students.kernels.ops import OPERATORS
 
 _aten = torch.ops.aten
@@ -22,7 +22,7 @@ class _ByteCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-        self.products = {*_PRODUCTS, *packed_products()}
+        self.products = {*_PRODUCTS, *other_products()}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))

@@ -43,9 +43,10 @@ class BlockGather:
         gates = run.decide(router.spec.of_kind.key(attn.block, attn.branch), router, features)
         decided = Exits(x, [(gates, None)], valid=run.call.valid)
         chosen = Chosen(decided.open(), run.counted(x), decided.count)
-        gather, kwargs = chosen.gather(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        chosen.begin()
+        filled, kwargs = chosen.filled(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         placed = place_tokens(chosen, kwargs)
-        some = gather()  # here, or a line above, the host waits, if it is not known beforehand how many there are
+        some = chosen.cut(filled)  # here, or a line above, the host waits, if it is not known how many there are
         exits = Exits(x, specs=[router.spec])
         if exits.weighted:
             gate = take(gates.gate, x, chosen.rows)

@@ -24,8 +24,9 @@ class Exits:
     """[B, T, 1] or [B, 1, 1], with substitutes, in turn: out * gate + substitute * closed."""
     specs: list[RouterSpec] = field(default_factory=list)
     """Of the routers that decided them."""
-    rows: Tensor | None = None
-    """Flat indices of the tokens that the output [1, N, D] holds; None: all [B, T, D]."""
+    rows: Tensor | Chosen | None = None
+    """Flat indices of the tokens that the output [1, N, D] holds, or those tokens, in front of anything; None: all
+    [B, T, D]."""
     valid: Tensor | None = None
     """[B, T] bool; padding is left out when rows are."""
     begun: dict[int, Tensor] = field(default_factory=dict)
@@ -79,21 +80,25 @@ class Exits:
             out = out * gates.gate
         return out
 
-    def _scatter(self, out: Tensor, rows: Tensor) -> Tensor:
-        return (self._fill_all if devices.runs_ahead(out.device) else self._fill_closed)(out, rows)
+    def _scatter(self, out: Tensor, rows: Tensor | Chosen) -> Tensor:
+        out = out.reshape(-1, self.x.shape[-1])
+        if isinstance(rows, Chosen):
+            return self._fill_all(rows.scatter(out))
+        if devices.runs_ahead(out.device):
+            return self._fill_all(scatter_rows(out, rows, self.x.shape[:2].numel()))
+        return self._fill_closed(out, rows)
 
-    def _fill_all(self, out: Tensor, rows: Tensor) -> Tensor:
+    def _fill_all(self, total: Tensor) -> Tensor:
         """Substitutes of all tokens, since nobody waits to hear which are closed, times 0 where they are open."""
-        x, out = self.x, out.reshape(-1, self.x.shape[-1])
+        total = total.view_as(self.x)
         for gates, _ in self.gates if self.weighted else ():
-            out = out * gates.gate.expand(*x.shape[:2], 1).flatten(0, 1).index_select(0, rows)
-        total = scatter_rows(out, rows, x.shape[:2].numel()).view_as(x)
+            total = total * gates.gate
         for number, (gates, substitute) in enumerate(self.gates):
             if substitute is not None:
                 closed = gates.closed
                 for later, _ in self.gates[number + 1 :]:
                     closed = closed * later.gate
-                total.addcmul_(self.begun[number] if number in self.begun else substitute(x), closed)
+                total.addcmul_(self.begun[number] if number in self.begun else substitute(self.x), closed)
         return total
 
     def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:
@@ -112,7 +117,6 @@ class Exits:
             if self.weighted:
                 gate = gates.gate.expand(*self.x.shape[:2], 1).flatten(0, 1)
                 weight = gate if weight is None else weight * gate
-        out = out.reshape(-1, x.shape[-1])
         out = out if weight is None else out * weight.index_select(0, rows)
         total = scatter_rows(out, rows, len(x))
         for chosen, substitute, later in substitutes:
@@ -183,12 +187,10 @@ class LinearGroupContext:
     """How many of them have yet to take it."""
     outputs: list[Tensor | None] = field(default_factory=list)
     """Of all of them, where one computed them all; None where taken."""
-    early: list[Tensor] = field(default_factory=list)
-    """Of those behind the first, in turn, which ran before it."""
 
     def clear(self) -> None:
         """Leave nothing."""
-        self.masked, self.left, self.outputs, self.early = None, 0, [], []
+        self.masked, self.left, self.outputs = None, 0, []
 
 
 @dataclass

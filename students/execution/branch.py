@@ -152,15 +152,16 @@ class RoutedBranch(Wrapper):
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
         """An MLP on the tokens that need it."""
-        chosen, gather = self._chosen(exits), None
-        if isinstance(chosen, Chosen) and chosen.pending:
+        chosen, packed = self._chosen(exits), None
+        if isinstance(chosen, Chosen) and not chosen.known:
+            chosen.begin()
             exits.begin()
-            gather = chosen.gather(exits.x)
+            packed = chosen.cut(chosen.filled(exits.x))
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
         exits.rows = rows = chosen.rows
         context, gate = self.context, self.context.gate
-        packed = take(exits.x, exits.x, rows) if gather is None else gather()
+        packed = take(exits.x, exits.x, rows) if packed is None else packed
         if len(rows) == 0:
             return self._leave(packed, exits)
         context.rows = Rows(rows, chosen, exits.x.shape[:2])
@@ -193,8 +194,9 @@ class RoutedBranch(Wrapper):
             if context.gate is not None and not chosen.every:
                 context.gate = take(context.gate, x, chosen.rows)
         out = self.base_layer(x, *args, **kwargs)
-        exits.rows = None if chosen.every else chosen.rows
-        return self._leave(out, exits, all_open=chosen.every)
+        every = chosen.known and chosen.every
+        exits.rows = None if every else chosen.rows if chosen.known else chosen  # nobody had to know how many
+        return self._leave(out, exits, all_open=every)
 
     def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the chosen tokens, where some that are closed have no key."""
@@ -202,9 +204,10 @@ class RoutedBranch(Wrapper):
         if len(exits.drops) < len(exits.gates):
             kept = Chosen(exits.open(exits.drops), self.runtime.counted(x))
         kwargs["routed"] = plan
-        gather = kept.gather(x)
+        kept.begin()
+        filled = kept.filled(x)
         plan.packing = self._pack(x, kept, kwargs)
-        exits.rows, seen = chosen.rows, gather()
+        exits.rows, seen = chosen.rows, kept.cut(filled)
         if len(kept.rows) == 0:
             return self._leave((seen, None), exits)  # late exit: the block still unpacks a tuple
         if context.gate is not None:

@@ -15,7 +15,7 @@ from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
-from students.kernels import ops
+from students.kernels import first_rows, ops
 from students.routers import ChannelRouter, Lora
 
 
@@ -116,19 +116,24 @@ class RoutedLinear(Wrapper):
     def _run(self, x: Tensor) -> Tensor:
         queries = self.branch.queries
         if queries is None or not self.per_query:
-            early = self.group.context.early
-            return early.pop(0) if early else self._compute(x, together=queries is None)
-        gather = None
-        if isinstance(queries, Chosen) and queries.pending and not self.group.ends:
-            gather = queries.gather(x)  # this, keys and values run while the host waits
-            self.group.context.early = [layer._compute(x, together=False) for layer in self.group.layers[1:]]
+            return self._compute(x, together=queries is None)
+        if isinstance(queries, Chosen) and not queries.known and self._takes_number(x):
+            some = queries.filled(x)
+            weight, bias = weight_of(self.base_layer), self.base_layer.bias
+            out = self._correct(first_rows.linear(some[0], weight, bias, queries.number).unsqueeze(0), some)
+            return out if self.group.ends else queries.spread(out[0]).view(*x.shape[:-1], -1)
         if queries.every:
             return self._compute(x, together=False)
-        some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0) if gather is None else gather()
+        some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0)
         out = self._compute(some, together=False)
         if self.group.ends:
             return out  # the branch ends here and goes on with these tokens
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
+
+    def _takes_number(self, x: Tensor) -> bool:
+        """Whether the device alone has to know how many tokens this runs on."""
+        call, plain = self.runtime.call, not (self.group.opaque or self.part or "channel" in self.routers)
+        return plain and call.skipping and call.rows is None and first_rows.possible(x, self.outputs)
 
     def _compute(self, x: Tensor, together: bool) -> Tensor:
         narrow = self.branch.narrow if self.part else None

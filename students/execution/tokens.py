@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ class Listed:
 
 class Chosen:
     """The open tokens of a batch [B, T]: which they are the device knows; how many, the host is told when it first asks
-    for any of this, and until then what is launched can run. What has no need to know, such as a table of them that is
-    filled up with the first token, is launched before.
+    for that, and what is launched between `begin` and then can run meanwhile. What has no need to know, such as a table
+    of them that is filled up with the last token, is launched before.
 
     of: how many tokens there are, padding aside. count: how many each row has, if that is known; then nothing waits.
     """
@@ -41,21 +40,29 @@ class Chosen:
         if count is not None:
             self.counts = [count] * len(open_)
         if self._ahead:
-            flat = open_.flatten()
-            upto = flat.cumsum(0)
-            self._ends = upto[open_.shape[1] - 1 :: open_.shape[1]]
-            self._fetched = Fetched(self._ends) if count is None else None
-            table = upto.new_zeros(len(flat) + 1)  # the closed ones meet in its first place
-            self._table = table.scatter_(0, upto * flat, torch.arange(len(flat), device=flat.device))[1:]
+            self._flat = open_.flatten()
+            self._upto = self._flat.cumsum(0, dtype=torch.int32)
+            self._table = torch.searchsorted(self._upto[:-1], _numbers(len(self._flat), open_.device))
 
     @property
-    def pending(self) -> bool:
-        """Whether asking would wait."""
-        return self._fetched is not None and "counts" not in self.__dict__
+    def _ends(self) -> Tensor:
+        """[B]: how many there are up to the end of each row."""
+        return self._upto[self._open.shape[1] - 1 :: self._open.shape[1]]
+
+    def begin(self) -> None:
+        """Let the host be told how many there are."""
+        if not self.known and self._fetched is None:
+            self._fetched = Fetched(self._ends)
+
+    @property
+    def known(self) -> bool:
+        """Whether asking how many there are would not wait."""
+        return not self._ahead or "counts" in self.__dict__
 
     @cached_property
     def counts(self) -> list[int]:
         """How many each row of the batch has."""
+        self.begin()
         if self._fetched is None:
             return self._open.sum(1).tolist()
         ends = self._fetched.wait().tolist()
@@ -101,20 +108,48 @@ class Chosen:
         """Whether they are all that there are."""
         return (sum(self.counts) if self._ahead else len(self.rows)) == self._of
 
-    def gather(self, x: Tensor) -> Callable[[], Tensor]:
-        """What says which tokens [1, N, ...] of x [B or 1, T, ...] they are, asking no sooner than that."""
+    def filled(self, x: Tensor) -> Tensor:
+        """These tokens [1, N or more, ...] of x [B or 1, T, ...], filled up where the host runs ahead (see `cut`)."""
         table = self._places[1] if len(x) < len(self._open) else self._listed
-        some = x.flatten(0, 1).index_select(0, table)
-        return lambda: self._known(some).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, table).unsqueeze(0)
 
-    def begin(self) -> None:
+    def cut(self, some: Tensor) -> Tensor:
+        """Them alone."""
+        return self._known(some[0]).unsqueeze(0)
+
+    def prepare_packing(self) -> None:
         """Launch what a packing asks for (see `batch`, `index` and `turn`)."""
         if self._ahead:
             _ = self._places if len(self._open) == 1 else self._turns
 
+    @property
+    def number(self) -> Tensor:
+        """[1] int32: how many there are, for what asks on the device."""
+        return self._upto[-1:]
+
+    def spread(self, some: Tensor) -> Tensor:
+        """[B * T, D]: what some [N or more, D] holds of each, anything for others; where the host runs ahead."""
+        return some.index_select(0, self._before)
+
+    def scatter(self, some: Tensor) -> Tensor:
+        """The same, with zeros for others."""
+        return torch.where(self._flat.unsqueeze(1), self.spread(some), 0)
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """[B * T]: how many come before each token."""
+        return torch.add(self._upto, self._flat, alpha=-1)
+
     def _known(self, x: Tensor) -> Tensor:
         """Of what there is for each place of the table, that of the open tokens."""
         return x[: sum(self.counts)] if self._ahead else x
+
+
+@lru_cache(maxsize=4)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """1 ... count."""
+    with torch.inference_mode(False):
+        return torch.arange(1, count + 1, dtype=torch.int32, device=device)
 
 
 class Rectangle:
@@ -204,11 +239,11 @@ def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
     """Leave in rotary embeddings of language models ([1 or B, T, r] each) those of the chosen tokens, [1, N, r], and
     launch what can be before the host asks how many there are; returns whether there are such embeddings."""
     embeddings = kwargs.get("position_embeddings")
-    chosen.begin()
+    chosen.prepare_packing()
     if embeddings is None:
         return False
-    gathers = [chosen.gather(e) for e in embeddings]
-    kwargs["position_embeddings"] = tuple(gather() for gather in gathers)
+    filled = [chosen.filled(e) for e in embeddings]
+    kwargs["position_embeddings"] = tuple(map(chosen.cut, filled))
     return True
 
 
