@@ -262,17 +262,13 @@ def _in_rectangle(
     run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packing: Packing, rectangle: Rectangle
 ) -> Tensor:
     """All sequences at once, from their start on: what they are filled up with is behind all that see it."""
-
-    def lay(x: Tensor) -> Tensor:
-        return rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2)
-
     layer, window, visible = packing.layer, packing.window, None
-    k, v = (lay(key), lay(value)) if layer is None else (layer.keys, layer.values)
+    k, v = map(rectangle.lay_heads, (key, value)) if layer is None else (layer.keys, layer.values)
     if window is not None and window < packing.tokens:
         places = rectangle.lay(packing.index, fill=packing.tokens)
         visible = places[:, None, None] <= places[:, None, :, None]
         visible &= places[:, None, None] > (places - window)[:, None, :, None]
-    return rectangle.pick(run(lay(query), k, v, visible)).unsqueeze(0)
+    return rectangle.pick(run(rectangle.lay_heads(query), k, v, visible)).unsqueeze(0)
 
 
 def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -59,12 +59,12 @@ class DroppedLayer(CacheLayerMixin):
         """Append keys and values [1, H, N, d] of the tokens that `expect` announced; returns them as they came."""
         if self.incoming is None:
             raise ValueError("this cache belongs to a student: it cannot be continued by the frozen model")
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         (batch, index, counts, rectangle), self.incoming = self.incoming, None
+        if not self.is_initialized and rectangle is None:
+            self.lazy_initialization(key_states, value_states)
         if rectangle is not None:
-            laid = (rectangle.lay(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
-            self.keys, self.values = laid
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = map(rectangle.lay_heads, (key_states, value_states))
             self.index, self.lengths = rectangle.lay(index, fill=-1), counts
         elif len(self.lengths) == 1:
             self.keys = torch.cat([self.keys, key_states], 2)

@@ -59,6 +59,8 @@ class Runtime:
     dial: Tensor | None = None
     """[]: the offset, on the device of calls that skip. Like each row's it is written in place: recorded steps read it
     (execution/fixed.py)."""
+    limit: Tensor | None = None
+    """[1]: the scores from which on gates are then open, where they have no gains of their own."""
     call: Call = field(default_factory=Call)
     """The call that runs, or ran last."""
     contexts: list[BlockContext] = field(default_factory=list)
@@ -99,6 +101,7 @@ class Runtime:
         if not isinstance(self.offset, tuple):
             offset = torch.full((), self.offset, dtype=torch.float32, device=device)
             self.dial, self._dial_at = overwritten(self.dial, offset), self.offset
+            self.limit = overwritten(self.limit, -offset.view(1))
 
     def drop(self) -> None:
         """Leave nothing that was on its way between wrappers: a pass that failed, or was recomputed in part."""
@@ -130,9 +133,12 @@ class Runtime:
         rows = self.call.rows
         if rows is not None:
             return _for_tokens(rows, x, owner)
-        if self.dial is not None and self.call.skipping and self._dial_at == self.offset:
-            return self.dial
-        return self.one_offset
+        return self.dial if self.dial is not None and self._on_device else self.one_offset
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether this call finds the offset that all rows share on its device."""
+        return self.call.skipping and self._dial_at == self.offset and self.call.rows is None
 
     def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
         """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
@@ -158,6 +164,8 @@ class Runtime:
             gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
             self.probed[key] = gate, x.detach()
             return Gates(dtype, gate=gate, closed=1 - gate)
+        if self.limit is not None and self._only_opens(router):  # in float32, as the sum with the offset has it
+            return Gates(dtype, open=router.score_in(x) >= self.limit)
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:
@@ -174,8 +182,8 @@ class Runtime:
             raised = score + router.shift(self.dial_of(score))
             if over_tokens and spec.network == "static" and self.call.skipping and self.call.rows is None:
                 count = x.shape[1] if router.stands(raised, self.one_offset) else 0
-            if self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled():
-                return Gates(dtype, count, open=raised >= 0)  # nobody asks for more
+            if self._asked_for_gates_alone(spec):
+                return Gates(dtype, count, open=raised >= 0)
             gate = selection.threshold(raised)
         if self.decisions is not None or torch.is_grad_enabled():  # what is computed again is computed as it was
             self.note(key, router.spec, router.share(gate), score)
@@ -187,6 +195,17 @@ class Runtime:
                 weight = 1 + (weight - 1) * corrected
             gate, closed = gate.detach() * weight, closed.detach()
         return Gates(dtype, count, gate=gate.to(dtype), closed=closed.to(dtype))
+
+    def _asked_for_gates_alone(self, spec: RouterSpec) -> bool:
+        """Whether neither scores nor weights nor gradients of a router are wanted."""
+        return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
+
+    def _only_opens(self, router: Router) -> bool:
+        """Whether all that its scores are for is whether they reach `limit`."""
+        spec = router.spec
+        by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network != "static"
+        held = router.log_gain is None and self._on_device and (self.causal or not spec.of_kind.over_tokens)
+        return by_token and held and self._asked_for_gates_alone(spec)
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them. Also how

@@ -81,7 +81,7 @@ class Chosen:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         table, tokens = self._listed, self._open.shape[1]
-        return (torch.zeros_like(table), table) if len(self._open) == 1 else (table // tokens, table % tokens)
+        return (_zeros(len(table), table.device), table) if len(self._open) == 1 else (table // tokens, table % tokens)
 
     @cached_property
     def _turns(self) -> Tensor:
@@ -152,6 +152,12 @@ def _numbers(count: int, device: torch.device) -> Tensor:
         return torch.arange(1, count + 1, dtype=torch.int32, device=device)
 
 
+@lru_cache(maxsize=4)
+def _zeros(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.long, device=device)
+
+
 class Rectangle:
     """The open tokens of a batch [N, ...] as [B, most, ...], each row from its start on and filled up behind with
     anything."""
@@ -181,6 +187,10 @@ class Rectangle:
         elif self.sources is not None:
             x = x.index_select(0, self.sources)
         return x.view(self.rows, self.most, *x.shape[1:])
+
+    def lay_heads(self, x: Tensor) -> Tensor:
+        """x [1, H, N, d] -> [B, H, most, d]."""
+        return x if self.rows == 1 else self.lay(x[0].transpose(0, 1)).transpose(1, 2)
 
     def pick(self, x: Tensor) -> Tensor:
         """The inverse."""

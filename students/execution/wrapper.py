@@ -52,6 +52,9 @@ class Wrapper(nn.Module):
         """Undo both: the frozen weights lie as the model had them."""
 
     def __getattr__(self, name: str) -> Any:
+        own = self.__dict__.get("_modules", {})
+        if name in own:  # as ever, for less
+            return own[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

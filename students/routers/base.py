@@ -67,10 +67,12 @@ class Router(nn.Module):
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
+        return self.score_in(x).float()
+
+    def score_in(self, x: Tensor) -> Tensor:
+        """The same, of a router that is not static, in the precision of x."""
         score: Tensor = self.linear(x)
-        if self.spec.network == "mlp":
-            score = score + self.mlp(x)
-        return score.float()
+        return score + self.mlp(x) if self.spec.network == "mlp" else score
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
         """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.

@@ -81,7 +81,9 @@ def _starts() -> bool:
 def implementation(operator: str) -> Callable[..., Any]:
     """The operator for tensors on a GPU; its file is imported at the first call."""
 
-    def run(*arguments: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{OPERATORS[operator]}"), operator)(*arguments)
+    @cache
+    def kernel() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(f"{__name__}.{OPERATORS[operator]}"), operator)
+        return found
 
-    return run
+    return lambda *arguments: kernel()(*arguments)

@@ -8,6 +8,7 @@ first, until one is left. How many threads there are for a row follows from D an
 from __future__ import annotations
 
 from ctypes import c_float
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 
+@lru_cache(maxsize=64)
 def threads_of(rows: int, width: int) -> tuple[int, int]:
     """(threads side by side, groups of them one below the other) that torch sums a row of `width` numbers with, where
     there are so many rows: a block has at most 512 threads, and shares them out between rows and numbers."""
