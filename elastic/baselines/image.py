@@ -159,7 +159,7 @@ class MergingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, n, D] -> [B, n - pairs, D]."""
         block, size = self.block, self.state["size"]
-        mask = None if size is None else key_mask(rearrange(size.log(), "batch key 1 -> batch 1 1 key"), x.shape[1])
+        mask = None if size is None else key_mask(size.squeeze(-1), x.dtype)
         x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
         if self.pairs:
             x, self.state["size"] = merge(x, self._keys, size, self.pairs, self.prefix)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from students.kernels.key_bias import key_mask
+
 
 @dataclass
 class Flow:
@@ -31,17 +33,17 @@ class Flow:
     so_far: list[tuple[float, int]] = field(default_factory=list)
     """What whole numbers have taken away, and how many they left (see Runtime.patches_kept)."""
 
-    _bias: Tensor | None = None
+    _mask: Tensor | None = None
 
     def resize(self, size: Tensor) -> None:
         """Set sizes."""
-        self.size, self._bias = size, None
+        self.size, self._mask = size, None
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, 1, n]: log sizes, which attention adds to the scores of keys; None: all are 1."""
-        if self.size is not None and self._bias is None:
-            self._bias = self.size.log().to(dtype)[:, None, None, :]
-        return self._bias
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, n, n]: log sizes, which attention adds to the scores of keys; None: all are 1."""
+        if self.size is not None and self._mask is None:
+            self._mask = key_mask(self.size, dtype)
+        return self._mask
 
     def back(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D], those that were dropped as they were then, or as what took them in."""

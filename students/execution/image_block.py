@@ -124,13 +124,11 @@ class RoutedBlock(Wrapper):
         places = self._places(flow, index, kwargs)
         if places is not None:
             kwargs = for_tokens(kwargs, places, self.prefix)
-        bias = flow.bias(x.dtype)
         if valid is not None:
-            out = self._by_length(some, valid, bias, args, kwargs)
+            out = self._by_length(some, valid, flow.size, args, kwargs)
         else:
-            if bias is not None:
-                kwargs[self.mask] = key_mask(bias, some.shape[1])
-            out = self.base_layer(some, *args, **kwargs)
+            mask = flow.mask(x.dtype)
+            out = self.base_layer(some, *args, **(kwargs if mask is None else {**kwargs, self.mask: mask}))
         if weight is not None:
             out = some + weight * (out - some)
         if run.decisions is not None and (router is not None or self.shortens):
@@ -139,10 +137,10 @@ class RoutedBlock(Wrapper):
             return out
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
-    def _by_length(self, x: Tensor, valid: Tensor, bias: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _by_length(self, x: Tensor, valid: Tensor, size: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The block, on images of about the same length at a time; what fills x [B, n, D] up stays as it was.
 
-        valid [B, n]: which tokens are there, in front of the others. bias [B, 1, 1, n]: added to scores of keys.
+        valid [B, n]: which tokens are there, in front of the others. size [B, n]: how many each stands for.
         """
         out, rope = x.clone(), kwargs.get("rope")
         lengths = valid.sum(1).tolist()  # waits for the device
@@ -150,12 +148,12 @@ class RoutedBlock(Wrapper):
             most = lengths[members[-1]]
             if most == 0:  # nothing is left of these
                 continue
-            rows, lowest = torch.tensor(members, device=x.device), torch.finfo(x.dtype).min
+            rows = torch.tensor(members, device=x.device)
             some, here = x[:, :most].index_select(0, rows), valid[rows, :most]
-            added = None if bias is None else bias[rows, ..., :most]
+            count = None if size is None else size[rows, :most]
             if lengths[members[0]] < most:
-                added = torch.where(here[:, None, None], 0.0 if added is None else added, lowest).to(x.dtype)
-            own = {} if added is None else {self.mask: key_mask(added, most)}
+                count = here.float() if count is None else count * here
+            own = {} if count is None else {self.mask: key_mask(count, x.dtype)}
             own |= {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
             done = self.base_layer(some, *args, **{**kwargs, **own})
             out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
@@ -337,7 +335,7 @@ class RoutedBlock(Wrapper):
             mask = repeat(weight.to(x.dtype), "b k -> b 1 q k", q=x.shape[1])
         else:
             mask = selection.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
-            bias = flow.bias(x.dtype)
+            bias = flow.mask(x.dtype)
             mask = mask if bias is None else mask + bias
         out = self._run(x, args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Attention masks that say only what is added to the scores of each key, for a kernel that takes no more than that."""
+"""Attention masks that say only how many patches each key stands for, for a kernel that takes no more than that."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from students.kernels import devices, ops
 
 
-def key_mask(bias: Tensor, queries: int) -> Tensor:
-    """The additive mask [B, 1, T, K] of so many queries, from bias [B, 1, 1, K] in the type of what attends."""
-    mask = bias.expand(-1, 1, queries, -1)
-    has_kernel = bias.element_size() == 2 and devices.runs_ahead(bias.device) and ops.compiled(bias)
+def key_mask(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask [B, 1, K, K] of keys that stand for so many each, size [B, K]: their logarithms; dtype: of what
+    attends."""
+    has_kernel = dtype.itemsize == 2 and devices.runs_ahead(size.device) and ops.compiled(size)
     if not has_kernel or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return mask
-    return mask.as_subclass(KeyBias)
+        return _of_queries(size.log().to(dtype))
+    return _of_queries(size).as_subclass(KeyBias)
+
+
+def _of_queries(x: Tensor) -> Tensor:
+    return x[:, None, None].expand(-1, 1, x.shape[1], -1)
 
 
 class KeyBias(Tensor):
-    """An additive mask [B, 1, T, K], the same for every query, with which torch's attention is `ops.biased_attention`.
+    """Numbers [B, 1, T, K], the same for every query, with which torch's attention is `ops.biased_attention`.
 
-    For every other function it is a tensor like any other, and so is all that is made of it.
+    Every other function gets their logarithms, an additive mask.
     """
 
     @classmethod
@@ -32,21 +37,27 @@ class KeyBias(Tensor):
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return (_attend if function is F.scaled_dot_product_attention else function)(*args, **(kwargs or {}))
+            if function is F.scaled_dot_product_attention:
+                return _attend(*args, **(kwargs or {}))
+            return function(*tree_map_only(cls, _logarithms, args), **tree_map_only(cls, _logarithms, kwargs or {}))
+
+
+def _logarithms(mask: KeyBias) -> Tensor:
+    return mask.as_subclass(Tensor).log()
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor,
+    attn_mask: KeyBias,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     if dropout_p or is_causal or query.ndim != 4 or not query.shape[1] == key.shape[1] == value.shape[1]:
-        mask = attn_mask.as_subclass(Tensor)
+        mask = _logarithms(attn_mask).to(query.dtype)
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale

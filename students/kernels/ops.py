@@ -304,13 +304,13 @@ write_slot: Callable[..., None] = _operator(
 """Key and value [B, H, 1, d] of one token into keys and values [B, H, L, d], contiguous, at the place slot [1]."""
 
 biased_attention: One = _operator(
-    "biased_attention(Tensor query, Tensor key, Tensor value, Tensor bias, float scale) -> Tensor",
+    "biased_attention(Tensor query, Tensor key, Tensor value, Tensor size, float scale) -> Tensor",
     lambda query, *_: query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3]),
     lambda query, key, *_, out_val: 4 * query.numel() * key.shape[2],
     lambda query, key, value, *_, out_val: _size(query) + _size(key) + _size(value),
 )
-"""Attention of query [B, H, T, d] to key and value [B, H, K, d], with bias [B, K] added to the scaled scores of each
-key: [B, T, H, d]."""
+"""Attention of query [B, H, T, d] to key and value [B, H, K, d], each of which counts as so many, size [B, K], whose
+logarithm is added to its scaled scores: [B, T, H, d]."""
 
 
 def _attended(heads: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None, window: int) -> int:

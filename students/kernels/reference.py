@@ -313,8 +313,8 @@ def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, grad[..., width:]], -1).contiguous().transpose(1, 2)
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    mask = bias.to(query.dtype)[:, None, None].expand(-1, 1, query.shape[2], -1)
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
+    mask = size.log().to(query.dtype)[:, None, None].expand(-1, 1, query.shape[2], -1)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).contiguous()
 
 

@@ -1,5 +1,5 @@
-"""Attention that adds a number to the scores of each key, in one pass over keys (arXiv 2205.14135): torch's fastest
-kernels take no such numbers, and its others are made for long sequences. Images are short: tiles of 64 waste less."""
+"""Attention to keys that count as several, in one pass over them (arXiv 2205.14135): torch's fastest kernels take no
+numbers for keys, and its others are made for long sequences. Images are short: tiles of 64 waste less."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _biased_attention(
     query,
     key,
     value,
-    bias,
+    number,
     out,
     queries,
     keys,
@@ -42,7 +42,8 @@ def _biased_attention(
     KEYS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """QUERIES queries of one head of one sequence; factor: of scores, whose exponential is then one of base 2."""
+    """QUERIES queries of one head of one sequence; number: as how many a key counts; factor: of scores, whose
+    exponential is then one of base 2."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     kind = query.dtype.element_ty
     channel = tl.arange(0, SIZE)
@@ -58,8 +59,9 @@ def _biased_attention(
         k = start + tl.arange(0, KEYS)
         here = k < keys
         theirs = tl.load(from_key + k[None, :] * key_token, mask=here[None, :] & inside[:, None], other=0.0)
-        added = tl.load(bias + batch * keys + k, mask=here, other=float("-inf")).to(tl.float32)
-        score = tl.dot(mine, theirs) * factor + (added * 1.4426950408889634)[None, :]
+        count = tl.load(number + batch * keys + k, mask=here, other=0.0).to(tl.float32)
+        added = tl.where(count > 0, tl.log2(tl.maximum(count, 1e-30)), float("-inf"))
+        score = tl.dot(mine, theirs) * factor + added[None, :]
         most, shrink, weight = rescale_rows(most, score)
         given = tl.load(from_value + k[:, None] * value_token, mask=here[:, None] & inside[None, :], other=0.0)
         total = total * shrink + tl.sum(weight, 1)
@@ -68,17 +70,17 @@ def _biased_attention(
     tl.store(out + place, (summed / total[:, None]).to(kind), mask=asked)
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
     """As `ops.biased_attention`."""
-    batch, heads, queries, size = query.shape
-    if size > WIDEST or query.dtype == torch.float32:  # which has no tensor cores: torch's kernel is as fast
-        return reference.biased_attention(query, key, value, bias, scale)
-    out, bias = query.new_empty(batch, queries, heads, size), bias.contiguous()
+    batch, heads, queries, width = query.shape
+    if width > WIDEST or query.dtype == torch.float32:  # which has no tensor cores: torch's kernel is as fast
+        return reference.biased_attention(query, key, value, size, scale)
+    out, size = query.new_empty(batch, queries, heads, width), size.contiguous()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    padded = max(16, triton.next_power_of_2(size))
+    padded = max(16, triton.next_power_of_2(width))
     if out.numel():
         _biased_attention[(triton.cdiv(queries, 64), batch * heads)](
-            *(query, key, value, bias, out, queries, key.shape[2], heads, size, scale * math.log2(math.e)),
+            *(query, key, value, size, out, queries, key.shape[2], heads, width, scale * math.log2(math.e)),
             *(stride for x in (query, key, value) for stride in x.stride()[:3]),
             QUERIES=64,
             KEYS=64 if padded <= 64 else 32,

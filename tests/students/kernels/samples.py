@@ -150,7 +150,9 @@ def write_slot(draw: Draw) -> Iterator[Arguments]:
 def biased_attention(draw: Draw) -> Iterator[Arguments]:
     for keys, size in ((7, 16), (150, 24), (66, 136)):
         query, key, value = draw(2, keys, 3, 3, size).permute(2, 0, 3, 1, 4)
-        yield query[..., :5, :], key, value, draw.single(2, keys).abs(), 0.3
+        number = draw.single(2, keys).abs().round()
+        number[:, 1] = 1.0
+        yield query[..., :5, :], key, value, number, 0.3
 
 
 def decode_attention(draw: Draw) -> Iterator[Arguments]:

@@ -38,17 +38,18 @@ def test_libraries_hand_the_mask_on(
 
 @torch.no_grad()
 def test_to_others_it_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias, x = torch.randn(2, 1, 1, 7).bfloat16(), torch.randn(2, 4, 5, 8).bfloat16()
-    keys = torch.randn(2, 4, 7, 8).bfloat16()
-    assert type(key_bias.key_mask(bias, 5)) is Tensor
+    size, (x, keys) = torch.randint(1, 4, (2, 7)).float(), torch.randn(2, 2, 4, 7, 8).bfloat16()
+    plain_mask = key_bias.key_mask(size, x.dtype)
+    assert type(plain_mask) is Tensor and torch.equal(plain_mask[:, 0, 3], size.log().bfloat16())
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
-    mask = key_bias.key_mask(bias, 5)
-    assert type(mask) is key_bias.KeyBias and type(mask + 1) is type(mask[..., :3]) is Tensor
-    plain = F.scaled_dot_product_attention(x, keys, keys, bias.expand(-1, 1, 5, -1))
+    mask = key_bias.key_mask(size, x.dtype)
+    assert type(mask) is key_bias.KeyBias and type(mask[..., :3]) is Tensor
+    torch.testing.assert_close((mask + 1).bfloat16(), plain_mask + 1)
+    plain = F.scaled_dot_product_attention(x, keys, keys, plain_mask)
     torch.testing.assert_close(F.scaled_dot_product_attention(x, keys, keys, mask), plain)
     few = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], mask, enable_gqa=True)
-    expected = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], bias.expand(-1, 1, 5, -1), enable_gqa=True)
+    expected = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], plain_mask, enable_gqa=True)
     torch.testing.assert_close(few, expected)
     with torch.enable_grad():
-        assert type(key_bias.key_mask(bias, 5)) is Tensor
+        assert type(key_bias.key_mask(size, x.dtype)) is Tensor
