@@ -1,8 +1,8 @@
-"""Patches that leave are taken in by the patch most like them (see merging.py): two launches for up to 256
-patches an image, three for more.
+"""Patches that leave are taken in by the patch most like them (see merging.py), in two launches.
 
 Of the patches, every other one may go (goers, counted g), to one of the others (takers, counted t). The first launch
-finds each goer's partner and rank, and, where one program sees a whole image, who goes; the last writes the tokens.
+finds each goer's partner and rank. In the second each program finds out who of an image goes, and writes some of the
+tokens that stay: a launch that does the former once would take longer.
 """
 
 from __future__ import annotations
@@ -16,63 +16,47 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.reference import must_leave_pairs
-from students.kernels.triton.leaving import NOBODY, NOT_NOW, choose
 
-WHOLE = 128
-"""Goers of an image up to which one program has all of them."""
+NOBODY: tl.constexpr = tl.constexpr(2**30)
+NOT_NOW: tl.constexpr = tl.constexpr(1e29)
+"""The score of a patch that others may merge into (see kernels/merging.py)."""
+PROGRAMS = 792
+"""Of the second launch at most, where there are fewer images: six on each of a large GPU's multiprocessors."""
+PAIRS = 2**12
+"""Goers that a program compares with one another at a time."""
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
+@triton.jit(do_not_specialize=["tokens", "prefix", "going"])
 def _match(
     x,
-    size,
     before,
     weight,
     bias,
     distance_weight,
-    top,
+    lengths,
     rank,
     partner,
-    leaves,
-    first,
-    following,
-    total,
-    out_size,
-    out_score,
-    index,
-    into,
-    lengths,
-    shift,
-    counts,
     tokens,
     width,
     prefix,
     going,
-    keep,
-    multiple,
     root,
-    GOERS: tl.constexpr,
     TILE: tl.constexpr,
     TAKERS: tl.constexpr,
     WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """The rank and the partner of the TILE goers of a program; WHOLE: and who goes, TILE being all of an image.
-
-    Half of its lines are names of tensors, which it takes and hands to `choose`.
-    """
+    """The rank and the partner [B, going] of TILE goers of an image."""
     image = tl.program_id(0)
-    length_here = tokens
+    length = tokens
     if lengths is not None:
-        length_here = tl.load(lengths + image).to(tl.int32)
-    taking = (length_here - prefix) // 2
+        length = tl.load(lengths + image).to(tl.int32)
+    taking = (length - prefix) // 2
     lane = tl.arange(0, WIDTH)
     g = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    here = g < (length_here - prefix + 1) // 2
+    here = g < (length - prefix + 1) // 2
     from_x = x + image.to(tl.int64) * tokens * width
     row = from_x + (prefix + 2 * g)[:, None] * width
-    score, length = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    score, square = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     best, where = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.int32)
     for first_taker in range(0, taking, TAKERS):
         t = first_taker + tl.arange(0, TAKERS)
@@ -89,130 +73,148 @@ def _match(
             value, by = mine.to(tl.float32), tl.load(weight + part, mask=part < width, other=0.0).to(tl.float32)
             square += tl.sum(value * value, 1)
             score += tl.sum(value * by[None, :], 1)
-        length = tl.sqrt(square)
-        cosine = dots / tl.maximum(length, 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
+        cosine = dots / tl.maximum(tl.sqrt(square), 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
         cosine = tl.where(there[None, :], cosine, float("-inf"))
         most, which = tl.max(cosine, 1, return_indices=True)
         where = tl.where(most > best, first_taker + which, where)
         best = tl.maximum(most, best)
-    score = score * root / tl.maximum(length, 1e-6) + tl.load(bias).to(tl.float32)
+    score = score * root / tl.maximum(tl.sqrt(square), 1e-6) + tl.load(bias).to(tl.float32)
     score += tl.load(distance_weight).to(tl.float32) * tl.log(tl.maximum(1.0 - best, 1e-3))
     score = tl.where(taking > 0, score, NOT_NOW)  # there is nobody to go to
     if before is not None:
         score = tl.minimum(score, tl.load(before + image * tokens + prefix + 2 * g, mask=here, other=0.0))
     tl.store(rank + image * going + g, score, mask=here)
     tl.store(partner + image * going + g, where, mask=here)
-    if WHOLE:
-        tl.debug_barrier()
-        choose(
-            image,
-            size,
-            before,
-            top,
-            rank,
-            partner,
-            leaves,
-            first,
-            following,
-            total,
-            out_size,
-            out_score,
-            index,
-            into,
-            lengths,
-            shift,
-            counts,
-            tokens,
-            prefix,
-            going,
-            keep,
-            multiple,
-            GOERS,
-            32,
-            TOKENS,
-        )
+
+
+@triton.jit
+def _in_order(score):
+    """Integers in the order of float32 numbers, NaNs at the ends, so that exactly as many leave as should; none is so
+    low that there is no lower one."""
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
+
+
+@triton.jit
+def _in_multiples(wanted, length, prefix, multiple):
+    """As `merging.in_multiples`, for one image."""
+    patches = length - prefix
+    least, whole = prefix + (patches + 1) // 2, prefix + wanted
+    least = tl.where(least >= 3 * multiple, (least + multiple - 1) // multiple * multiple, least)
+    below, over = whole // multiple, 2 * (whole % multiple)
+    up = (over > multiple) | ((over == multiple) & (below % 2 == 1))  # halves go to what is even
+    whole = tl.where(whole >= multiple, multiple * (below + up.to(tl.int32)), whole)
+    whole = tl.maximum(whole, tl.where(prefix > 0, 0, 1))
+    return tl.where(wanted >= patches, length, tl.maximum(tl.minimum(whole, length), least))
 
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
-def _choose_alone(
+def _take_in(
+    x,
     size,
     before,
     top,
+    lengths,
+    shift,
     rank,
     partner,
-    leaves,
-    first,
-    following,
-    total,
+    out,
     out_size,
     out_score,
     index,
     into,
-    lengths,
-    shift,
     counts,
     tokens,
+    width,
     prefix,
     going,
     keep,
     multiple,
     GOERS: tl.constexpr,
     TILE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    choose(
-        tl.program_id(0),
-        size,
-        before,
-        top,
-        rank,
-        partner,
-        leaves,
-        first,
-        following,
-        total,
-        out_size,
-        out_score,
-        index,
-        into,
-        lengths,
-        shift,
-        counts,
-        tokens,
-        prefix,
-        going,
-        keep,
-        multiple,
-        GOERS,
-        TILE,
-        TOKENS,
-    )
+    """Some of an image's tokens, ROWS at a time, once the goers with the lowest ranks have left, of equals the first.
 
-
-@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep"])
-def _take_in(x, size, first, following, index, out_size, out, tokens, width, prefix, going, keep, WIDTH: tl.constexpr):
-    """One token that remains: the mean of what it stands for."""
-    me = tl.program_id(0)
-    image = me // keep
-    i = tl.load(index + me).to(tl.int32)
-    lane = tl.arange(0, WIDTH)
-    here = lane < width
+    A token is the mean of what it stands for. Where there are lengths, shift and multiple say how many stay; what left,
+    and what fills an image up, comes behind them then. (In one piece: all of it follows from who leaves.)
+    """
+    image = tl.program_id(0)
+    g, own, lane = tl.arange(0, GOERS), image * going, tl.arange(0, WIDTH)
+    length = tokens
+    if lengths is not None:
+        length = tl.load(lengths + image).to(tl.int32)
+    going_here, taking_here = (length - prefix + 1) // 2, (length - prefix) // 2
+    here = g < going_here
+    low, to = tl.load(rank + own + g, mask=here, other=0.0), tl.load(partner + own + g, mask=here, other=0)
+    stay = keep
+    if lengths is not None:
+        fine = here & ((low + tl.load(shift + image) >= 0) | (taking_here == 0))
+        stay = _in_multiples(taking_here + tl.sum(fine.to(tl.int32), 0), length, prefix, multiple)
+    key, place = _in_order(low), tl.zeros([GOERS], tl.int32)
+    for start in range(0, going_here, TILE):
+        other = start + tl.arange(0, TILE)
+        there = other < going_here
+        key_o = _in_order(tl.load(rank + own + other, mask=there, other=0.0))
+        lower = key_o[None, :] - (other[None, :] < g[:, None]).to(tl.int32) < key[:, None]
+        place += tl.sum((lower & there[None, :]).to(tl.int32), 1)
+    leaves = here & (place < length - stay) & (taking_here > 0)
+    left = leaves.to(tl.int32)
+    gone = tl.cumsum(left, 0)
+    count = length - tl.sum(left, 0)
+    goer_at = tl.where(here, tl.where(leaves, count + gone - 1, prefix + 2 * g - gone), -1)
+    taker_at = tl.where(g < taking_here, prefix + 2 * g + 1 - gone, -1)
+    if tl.program_id(1) == 0:
+        moved = into + image * tokens + prefix + 2 * g
+        tl.store(moved, (prefix + tl.where(leaves, 2 * to + 1, 2 * g)).to(tl.int64), mask=prefix + 2 * g < tokens)
+        tl.store(moved + 1, (prefix + 2 * g + 1).to(tl.int64), mask=prefix + 2 * g + 1 < tokens)
+        tl.store(into + image * tokens + g, g.to(tl.int64), mask=g < prefix)
+        if lengths is not None:
+            tl.store(counts + image, count.to(tl.int64))
+    weight = tl.full([GOERS], 1.0, tl.float32)
+    if size is not None:
+        weight = tl.load(size + image * tokens + prefix + 2 * g, mask=here, other=0.0)
     from_x = x + image.to(tl.int64) * tokens * width
-    own = tl.load(from_x + i * width + lane, mask=here, other=0.0)
-    mean = own.to(tl.float32)
-    goer = NOBODY
-    if (i >= prefix) & ((i - prefix) % 2 == 1):
-        goer = tl.load(first + image * going + (i - prefix) // 2)
-    total = tl.load(out_size + me)
-    while goer != NOBODY:
-        token = prefix + 2 * goer
-        share = 1.0 / total
+    for start in range(tl.program_id(1) * ROWS, keep, tl.num_programs(1) * ROWS):
+        j = start + tl.arange(0, ROWS)
+        shown = j < keep
+        is_goer, is_taker = goer_at[None, :] == j[:, None], taker_at[None, :] == j[:, None]
+        patch = tl.sum(tl.where(is_goer, 2 * g[None, :], 0) + tl.where(is_taker, 2 * g[None, :] + 1, 0), 1)
+        among = (j >= prefix) & (j < length)
+        i = tl.where(among, prefix + patch, j)
+        taker = among & (patch % 2 == 1)
+        mine = leaves[None, :] & (to[None, :] == tl.where(taker, patch // 2, -1)[:, None])
+        total = tl.full([ROWS], 1.0, tl.float32)
         if size is not None:
-            share = tl.load(size + image * tokens + token) / total
-        other = tl.load(from_x + token * width + lane, mask=here, other=0.0).to(tl.float32)
-        mean += share * (other - own.to(tl.float32))
-        goer = tl.load(following + image * going + goer)
-    tl.store(out + me.to(tl.int64) * width + lane, mean.to(out.dtype.element_ty), mask=here)
+            total = tl.load(size + image * tokens + i, mask=shown, other=1.0)
+        total += tl.sum(tl.where(mine, weight[None, :], 0.0), 1)
+        score = tl.where(j < prefix, tl.load(top + j, mask=j < prefix, other=0.0), NOT_NOW)
+        if before is not None:
+            score = tl.minimum(score, tl.load(before + image * tokens + i, mask=shown, other=0.0))
+        goer = among & (patch % 2 == 0)
+        score = tl.where(goer, tl.load(rank + own + patch // 2, mask=goer, other=0.0), score)
+        row, wide = from_x + i.to(tl.int64)[:, None] * width + lane[None, :], (lane < width)[None, :]
+        first = tl.load(row, mask=shown[:, None] & wide, other=0.0).to(tl.float32)
+        mean = first
+        comes = tl.min(tl.where(mine, g[None, :], NOBODY), 1)
+        while tl.min(comes, 0) < NOBODY:
+            token, some = prefix + 2 * comes, comes < NOBODY
+            share = 1.0 / total
+            if size is not None:
+                share = tl.load(size + image * tokens + token, mask=some, other=0.0) / total
+            there = some[:, None] & wide
+            other = tl.load(from_x + token[:, None] * width + lane[None, :], mask=there, other=0.0).to(tl.float32)
+            mean += tl.where(there, share[:, None] * (other - first), 0.0)
+            comes = tl.min(tl.where(mine & (g[None, :] > comes[:, None]), g[None, :], NOBODY), 1)
+        if lengths is not None:
+            total, score = tl.where(j < count, total, 1.0), tl.where(j < count, score, float("-inf"))
+        at = image * keep + j
+        tl.store(index + at, i.to(tl.int64), mask=shown)
+        tl.store(out_size + at, total, mask=shown)
+        tl.store(out_score + at, score, mask=shown)
+        place_out = out + at.to(tl.int64)[:, None] * width + lane[None, :]
+        tl.store(place_out, mean.to(out.dtype.element_ty), mask=shown[:, None] & wide)
 
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -238,44 +240,38 @@ def _merge(
 ) -> tuple[Tensor, ...]:
     """Both; router: what both take between x and where they end; keep: how many tokens of each image are written, of
     which fewer may be left where there are lengths."""
-    size, before, weight, bias, distance_weight, top = router
-    x, (batch, tokens, width), prefix = x.contiguous(), x.shape, len(top)
+    x, (batch, tokens, width) = x.contiguous(), x.shape
+    size, before, weight, bias, distance_weight, top, lengths, shift = (
+        None if t is None else t.contiguous() for t in (*router, lengths, shift)
+    )
+    prefix = len(top)
     going = max(1, (tokens - prefix + 1) // 2)
-    given = [None if t is None else t.contiguous() for t in (size, before)]
-    weight, top = weight.contiguous(), top.contiguous()
-    rank, total = (x.new_empty(batch, going, dtype=torch.float32) for _ in range(2))
-    partner, leaves, first, following = (x.new_empty(batch, going, dtype=torch.int32) for _ in range(4))
+    rank, partner = x.new_empty(batch, going, dtype=torch.float32), x.new_empty(batch, going, dtype=torch.int32)
     sizes, scores = (x.new_empty(batch, keep, dtype=torch.float32) for _ in range(2))
     index, into = (x.new_empty(batch, count, dtype=torch.int64) for count in (keep, tokens))
     out, counts = x.new_empty(batch, keep, width), x.new_empty(batch, dtype=torch.int64)
     if not out.numel():
         return out, sizes, scores, index, into.copy_(torch.arange(tokens, device=x.device)), counts.fill_(0)
-    own = [None if t is None else t.contiguous() for t in (lengths, shift)]
-    found = rank, partner, leaves, first, following, total, sizes, scores, index, into, *own, counts
-    goers, whole = max(16, triton.next_power_of_2(going)), going <= WHOLE
     wide = x.element_size() > 2  # no tensor cores: registers are what there is least of
-    block, padded = 32 if wide else 64, triton.next_power_of_2(tokens)
-    tile = goers if whole else block
-    counted = prefix, going, keep, multiple
-    _match[(batch, max(1, triton.cdiv(going, tile)))](
-        *(x, *given, weight, bias, distance_weight, top, *found, tokens, width, *counted, math.sqrt(width)),
-        GOERS=goers,
-        TILE=tile,
-        TAKERS=block,
+    block = 32 if wide else 64
+    _match[(batch, triton.cdiv(going, 32))](
+        *(x, before, weight, bias, distance_weight, lengths, rank, partner),
+        *(tokens, width, prefix, going, math.sqrt(width)),
+        TILE=32,
+        TAKERS=32 if wide else 128,
         WIDTH=block,
-        WHOLE=whole,
-        TOKENS=padded,
         num_warps=8,
-        num_stages=2 if wide else 4,
+        num_stages=2 if wide else 3,
     )
-    if not whole:
-        _choose_alone[(batch,)](
-            *(*given, top, *found, tokens, *counted), GOERS=goers, TILE=32, TOKENS=padded, num_warps=16
-        )
-    lanes = triton.next_power_of_2(width)
-    _take_in[(batch * keep,)](
-        *(x, given[0], first, following, index, sizes, out, tokens, width, prefix, going, keep),
+    lanes, goers = triton.next_power_of_2(width), max(16, triton.next_power_of_2(max(going, prefix)))
+    rows = max(1, min(8, 2048 // lanes))
+    _take_in[(batch, min(triton.cdiv(keep, rows), max(1, PROGRAMS // batch)))](
+        *(x, size, before, top, lengths, shift, rank, partner, out, sizes, scores, index, into, counts),
+        *(tokens, width, prefix, going, keep, multiple),
+        GOERS=goers,
+        TILE=min(goers, max(16, PAIRS // goers)),
+        ROWS=rows,
         WIDTH=lanes,
-        num_warps=max(1, min(8, lanes // 256)),
+        num_warps=4 if goers <= 128 else 8,
     )
     return out, sizes, scores, index, into, counts
