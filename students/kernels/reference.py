@@ -21,7 +21,7 @@ TOGETHER = 64
 """Outputs whose squares `fused_channels` sums together."""
 
 
-def _with_rest(
+def with_rest(
     out: Tensor, x: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
 ) -> Tensor:
     """Products out [..., O] with channels of x [..., I], and biases and low-rank corrections."""
@@ -48,7 +48,7 @@ def read_channels(
         out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
     else:
         out = x.new_zeros(weight.shape[1])
-    return _with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
+    return with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
 
 
 def few_channels(
@@ -63,7 +63,7 @@ def few_channels(
     needed = x.abs() >= limit
     rows = needed.any(0).nonzero().squeeze(1)
     out = (x * needed)[:, rows] @ weight[rows]
-    return _with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
+    return with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
 
 
 def entering(x: Tensor, other: Tensor | None, squares: Tensor | None, epsilon: float, kind: int) -> Tensor:

@@ -318,18 +318,10 @@ def _all_channels(
     residual: Tensor | None,
     limit: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from a product with all of the weight."""
     x = reference.entering(x, other, squares, epsilon, kind)
-    out = channel_gate(x, limit)[0] @ weight
-    out = out if bias is None else out + bias
-    if down is not None and up is not None:
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        low = (x @ down.T).chunk(len(ends), 1)
-        out += torch.cat([part @ to for part, to in zip(low, up.split(sizes, 1), strict=True)], 1)
+    out = reference.with_rest(channel_gate(x, limit)[0] @ weight, x, *rest)
     out, found = reference.leaving(out, residual)
     return out, (x.abs() >= limit).any(0).sum(), found
