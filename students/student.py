@@ -58,6 +58,7 @@ class Student(nn.Module):
         self._lengths = AnyLength()
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
+        """How often weights have moved: recorded passes, of the teacher too, read them where they were."""
         self._packed = {bypass: Stamp() for bypass in (False, True)}
         """Of the routed model, and of the teacher."""
         self._added = list(self.added_tensors().values())
@@ -177,6 +178,7 @@ class Student(nn.Module):
             stamp.reset()
         self._laid_out.reset()
         self._dialled.reset()
+        self._layouts += 1
         for wrapper in self._wrappers():
             wrapper.forget()
 

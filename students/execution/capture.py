@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -28,22 +29,23 @@ class Recorder(Protocol):
 
 
 class CudaGraph:
-    """A recorder: work on the current device, which may neither wait for it nor copy from the host.
+    """A recorder: work on a device (None: the current one), which may neither wait for it nor copy from the host.
 
     The result is overwritten by the next call.
     """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        own = counters.lent(torch.device("cuda", torch.cuda.current_device()))
-        with own as self._counters, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._out = work()
+    def __init__(self, work: Callable[[], Any], device: torch.device | None = None) -> None:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            own = counters.lent(torch.device("cuda", torch.cuda.current_device()))
+            with own as self._counters, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._out = work()
 
     def __call__(self) -> Any:
         self._graph.replay()
@@ -57,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on this device; None: nothing does."""
-    return CudaGraph if device.type == "cuda" else None
+    return partial(CudaGraph, device=device) if device.type == "cuda" else None
 
 
 class Recordings(OrderedDict[Hashable, T], Generic[T]):
@@ -132,7 +134,7 @@ class Fetched:
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
             self._done = torch.cuda.Event()
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
         """The tensor on the host."""

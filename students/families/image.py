@@ -77,7 +77,7 @@ class ImageStudent(Student):
         """What a recorded pass depends on besides shapes; ValueError where it would depend on the images."""
         run = self.runtime
         if run.bypass:
-            return "teacher", self._frozen.data_ptr()
+            return "teacher", self._frozen.data_ptr(), self._layouts
         if not self._settled or run.execution != "skip":
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)

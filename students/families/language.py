@@ -77,7 +77,7 @@ class LanguageStudent(Student):
         if run.bypass:
             if self._decoding.replays:
                 raise ValueError("at compute 1.0 CPUs keep the model's bits")
-            return "teacher", self._frozen.data_ptr()
+            return "teacher", self._frozen.data_ptr(), self._layouts
         for router in self.spec.routers:
             if not router.of_kind.fixes_shapes(router):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")

@@ -67,8 +67,10 @@ def on_gpu(name: str) -> Callable[..., Any]:
     kernel, other = triton.implementation(name), getattr(reference, name)
 
     def run(first: Tensor, *rest: Any) -> Any:
-        known = first.dtype != torch.float64 and (not first.is_cuda or triton.available())
-        return (kernel if known else other)(first, *rest)
+        if first.dtype == torch.float64 or (first.is_cuda and not triton.available()):
+            return other(first, *rest)
+        with torch.cuda.device_of(first):  # Triton launches where the current device is
+            return kernel(first, *rest)
 
     return run
 

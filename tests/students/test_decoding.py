@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,11 +154,11 @@ def test_every_row_has_its_budget(tokens: Tensor) -> None:
 
 def test_the_teacher_and_static_choices_have_steps_of_their_own(tokens: Tensor) -> None:
     student, made = student_for(spec=STATIC), []
-    for offset in (0.0, float("inf"), 1.0, 0.0, float("inf")):
+    for offset in (float("inf"), 0.0, 1.0, float("inf"), 0.0, float("inf")):
         turned(student, offset)
         assert torch.equal(*both(student, tokens, **SIX))
         made.append(student._decoding.made)
-    assert made == [1, 1, 1, 0, 0]
+    assert made == [1, 1, 1, 1, 0, 0], "and skipping has laid out weights elsewhere than the teacher found them"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,8 @@ def test_who_decides_for_himself_is_left_alone(options: dict[str, Any], tokens: 
 
 
 def test_cpus_decode_as_ever(tokens: Tensor) -> None:
-    assert recorder_for(torch.device("cpu")) is None and recorder_for(torch.device("cuda")) is CudaGraph
+    record = recorder_for(torch.device("cuda", 1))
+    assert recorder_for(torch.device("cpu")) is None and isinstance(record, partial) and record.func is CudaGraph
     student = student_for()
     student.generate(tokens, **SIX)
     assert not student._decoding._steps
