@@ -103,10 +103,10 @@ class RoutedLinear(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
-        if run.bypass:
+        if run.bypass and not (run.recorded and self.selects and self.group.reads_all(x)):
             out: Tensor = self.base_layer(x)
             return out
-        if run.call.skipping and self.selects:
+        if run.bypass or (run.call.skipping and self.selects):
             return self.group.take(self, x)
         out = self._run(x)
         if self.multiplies and out.requires_grad:

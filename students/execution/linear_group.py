@@ -34,6 +34,8 @@ class SideBySide:
     """[I, outputs side by side]: weights, of which the layers' own are views."""
     product: PackedProduct
     """With them."""
+    none: Tensor
+    """[I]: a limit that all channels reach."""
     bias: Tensor | None = None
     down: Tensor | None = None
     """[ranks, I]: low-rank corrections; up: [rank, outputs]."""
@@ -94,8 +96,9 @@ class LinearGroup:
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers for x [..., I]."""
-        call, limit = self.layers[0].runtime.call, self.limit
-        if self._joins(x):
+        run, limit = self.layers[0].runtime, self.limit
+        call = run.call
+        if run.bypass or self._joins(x):
             return self._joined(x)
         x = settled(x)
         if call.alone and self._reader is not None:  # read only what the token selects
@@ -110,24 +113,35 @@ class LinearGroup:
         out = out.view(*x.shape[:-1], -1)
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
+    def reads_all(self, x: Tensor) -> bool:
+        """Whether the teacher's layers run as routed ones do (see Runtime.recorded): where weights still lie so."""
+        laid, first = self._laid, self.layers[0]
+        if laid is None or not self._fuses(x, first.runtime.recorded):
+            return False
+        return laid.whole.data_ptr() == first.base_layer.weight.data_ptr()
+
     def _joins(self, x: Tensor) -> bool:
-        """Whether this is done along with what stands in front of the layers and behind them (kernels/deferred.py)."""
         run = self.layers[0].runtime
-        return (
-            devices.runs_ahead(x.device)
-            and not torch.compiler.is_compiling()
-            and (self.limit is not None and run.call.rows is None and run.decisions is None)
-            and ops.reads_few(run.call.tokens, self.laid.whole, self._ends)
-        )
+        shared = self.limit is not None and run.call.rows is None and run.decisions is None
+        return shared and self._fuses(x, run.call.tokens)
+
+    def _fuses(self, x: Tensor, tokens: int) -> bool:
+        """Whether this is done along with what stands in front of the layers and behind them (kernels/deferred.py)."""
+        ahead = devices.runs_ahead(x.device) and not torch.compiler.is_compiling()
+        return ahead and ops.reads_few(tokens, self.laid.whole, self._ends)
 
     def _joined(self, x: Tensor) -> list[Tensor]:
         """Outputs of all layers; of a layer that ends its branch, whatever it is to be added to."""
-        laid, limit, shape = self.laid, self.limit, torch.Size([*x.shape[:-1], self._ends[-1]])
+        laid, shape = self.laid, torch.Size([*x.shape[:-1], self._ends[-1]])
+        limit, down, up = self.limit, laid.down, laid.up
+        if self.layers[0].runtime.bypass:
+            limit, down, up = laid.none, None, None
 
         def launch(residual: Tensor | None) -> tuple[Tensor, Tensor]:
             added = None if residual is None else residual.flatten(0, -2)
-            layers = limit, laid.whole, laid.bias, laid.down, laid.up, self._ends
-            out, _, squares = ops.fused_channels(*entering(x), added, *layers)
+            out, _, squares = ops.fused_channels(
+                *entering(x), added, limit, laid.whole, laid.bias, down, up, self._ends
+            )
             return out.view(shape), squares
 
         if self.ends and len(self.layers) == 1:
@@ -202,7 +216,7 @@ class LinearGroup:
             torch.cat([part.detach() for part in columns], 1, out=whole)
             for base, part in zip(bases, whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
-            self._laid = SideBySide(whole, PackedProduct())
+            self._laid = SideBySide(whole, PackedProduct(), whole.new_zeros(len(whole), dtype=torch.float32))
             self._stamp.renew(weights)
         laid = self._laid
         laid.bias = laid.down = laid.up = self._limit = None

@@ -29,6 +29,9 @@ class Runtime:
 
     bypass: bool = False
     """The student is the teacher."""
+    recorded: int = 0
+    """For how many tokens a step of fixed shape (execution/fixed.py) runs with `bypass`; 0: none does. Its masks cost a
+    model its bits anyway, and what can read some channels reads all with fewer launches than the model's own layers."""
     execution: Literal["skip", "mask"] = "skip"
     """skip: what is closed is not computed. mask: it is computed and multiplied by zero, the reference for skip. With
     gradients on, closed gates are masked anyway, because they learn from what they leave out (see `skips`)."""
@@ -149,7 +152,7 @@ class Runtime:
     @property
     def rounds(self) -> bool:
         """Whether this call need not be the teacher's bit for bit where all is open: routers skip, or they learn."""
-        return (self.call.skipping or self.training) and not self.bypass
+        return self.recorded > 0 if self.bypass else self.call.skipping or self.training
 
     def counted(self, x: Tensor) -> int:
         """How many tokens of x [B, T, D] are not padding."""

@@ -171,11 +171,12 @@ class LanguageStudent(Student):
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         self._rotations.begin()
+        settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
         if run.bypass:
+            run.recorded = tokens.numel() if settled else 0
             self._pack_for(tokens.numel())
             return None
         mask = kwargs.get("attention_mask")
-        settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
         self._enter(tokens.numel(), len(tokens), tokens.device, settled)
         call = run.call
         self._lengths.begin(call.skipping and not settled and (bool(self._dropping) or tokens.shape[1] == 1))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students import LoraSpec, RouterSpec, StudentSpec
+from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
 from students.kernels import devices, ops
 from students.kernels.deferred import Deferred, Stream, entering, gate, output, settled
@@ -17,7 +18,7 @@ from students.libraries import cache_of, with_cache
 from tests.backends import running_on
 from tests.students.tape import Tape
 from tests.students.test_execution import CLOSE, make
-from tests.students.test_launches import DEFAULT, of_a_block, routed
+from tests.students.test_launches import DEFAULT, of_a_block, student_of
 
 JOINED = {"llama": {-1, 0, 3}, "phi3": {-1, 0}, "gemma2": {-1, 4}, "cohere2": {-1, 3}, "gpt2": {-1}}
 """Kinds of inputs (see `ops.fused_channels`), by model: norms behind a residual stream, gates of an MLP's own."""
@@ -76,17 +77,29 @@ def test_in_kernels(tokens: Tensor) -> None:
         torch.testing.assert_close(in_steps(student, tokens[:, :4]), whole, **CLOSE)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_block_launches_seven_times(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "opened"), [(1, False), (4, False), (1, True)])
+def test_a_block_launches_seven_times(rows: int, opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """opened: at compute 1.0."""
     monkeypatch.setattr(ops, "observed", lambda: False)
-    launched = of_a_block(lambda blocks: routed(blocks, *DEFAULT), rows)
+
+    def make_decoding(blocks: int) -> Decoding:
+        student = student_of(*DEFAULT, blocks=blocks)
+        student.prepare()
+        student.runtime.bypass = opened
+        student._decoding.recorder = lambda work: work
+        return student._decoding
+
+    launched = of_a_block(make_decoding, rows)
     assert launched["elastic.fused_channels.default"] == 4
     assert sum(launched.values()) == 7, "and rotary embeddings, the cache and attention"
 
 
-def test_recorded_steps(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = make("llama", StudentSpec(DEFAULT))
+@pytest.mark.parametrize("opened", [False, True])
+def test_recorded_steps(opened: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make("llama", StudentSpec(DEFAULT, LoraSpec(2)))
     assert isinstance(student, LanguageStudent)
+    student.prepare()
+    student.runtime.bypass = opened
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     for rows in (1, 2):
         with monkeypatch.context() as patch:
