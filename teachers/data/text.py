@@ -89,10 +89,11 @@ def load_text(
         left_out=(left_out,),
     )
     if len(data.train) == 0 or len(data.held_out) < wanted:
-        need = (wanted + 1) * body
+        need, fewer = (wanted + 1) * body, tokens // body // 2
         raise ValueError(
             f"{source} is too short: {tokens:,} tokens found, {need:,} needed "
-            f"({wanted} held-out windows and one training window of {window})"
+            f"({wanted} held-out windows and one training window of {window}; a document that occurs twice counts once)"
+            + (f"; --set data.held_out={fewer} would do" if 0 < fewer < wanted else "")
             + (f"; {left_out}, {left_out.example}" if len(left_out) else "")
         )
     return data
