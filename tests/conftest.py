@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from students.kernels.cpu import toolchain
 from tests.backends import BACKENDS, running_on
-from tests.elastic.runs import Configure, configurations, silent
+from tests.elastic.runs import Configure, configurations, distill
 from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
@@ -76,12 +76,10 @@ def configure(model_folder: Path, text_file: Path) -> Configure:
 
 
 @pytest.fixture(scope="module")
-def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the configuration that the module's `configure` makes."""
-    from elastic import trainer
-
+def finished(request: pytest.FixtureRequest, configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the configuration that `configure` makes with the settings RUN of the module, if any."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure(), folder, say=silent)
+    distill(configure(*getattr(request.module, "RUN", ())), folder)
     return folder
 
 

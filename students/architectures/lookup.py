@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from students.architectures.image import IMAGE_MODELS, side_by_side
 from students.architectures.language import LANGUAGE_MODELS, LLAMA
-from students.architectures.record import Architecture
+from students.architectures.record import LINEAR_SITES, Architecture
 
 Linear: TypeAlias = nn.Linear | Conv1D
 
@@ -45,12 +45,11 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
             record = replace(record, mlp_in=("fc1_g", "fc1_x"))
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
-    for block in blocks[:1]:
-        names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
-        names += [record.norm] if record.causal and record.prenorm else []
-        names += [name for site in ("attn_in", "attn_out", "mlp_in", "mlp_out") for name in record.linears(site)]
-        for name in filter(None, names):
-            _get(block, name, type(model).__name__)
+    names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
+    names += [record.norm] if record.causal and record.prenorm else []
+    names += [name for site in LINEAR_SITES for name in record.linears(site)]
+    for name in filter(None, names):
+        _get(blocks[0], name, type(model).__name__)
     return record, blocks
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic import trainer
 from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import make_config
@@ -23,12 +22,7 @@ from students.families.language import LanguageStudent
 from tests.elastic.runs import Configure, silent
 from tests.pico.language import make_tiny
 
-
-@pytest.fixture(scope="module")
-def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure("data.held_out=16"), folder, say=silent)
-    return folder
+RUN = ("data.held_out=16",)
 
 
 @pytest.fixture

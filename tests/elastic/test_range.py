@@ -32,6 +32,7 @@ from tests.students.test_image import make as make_image
 from tests.students.test_students import scramble
 
 SETTINGS = ("data.held_out=24", "train.batch=4", "train.steps=24", "student.lora.rank=8")
+RUN = (*SETTINGS, "budget.target=0.6:1.0")
 BUDGETS = (0.6, 0.65, 0.72, 0.8, 0.88, 0.95)
 ALONE = {name: spec for name, spec in SPECS.items() if all(router.selection != "topk" for router in spec.routers)}
 IMAGES = {
@@ -40,13 +41,6 @@ IMAGES = {
 OFFSETS = (-1.5, 1.5, math.inf)
 """Of three rows, the last one the teacher's."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    distill(configure(*SETTINGS, budget__target="0.6:1.0"), folder)
-    return folder
 
 
 @pytest.mark.parametrize("value", ["0.5:1.0", "0.5:0.9", "0.25:0.5"])

@@ -21,15 +21,8 @@ from students.families.language import LanguageStudent
 from tests.elastic.cached import assert_learned
 from tests.elastic.runs import Configure, silent
 
+RUN = ("data.held_out=16", "budget.target=0.7:0.9")
 BUDGETS = 0.9, 0.75, 0.7
-
-
-@pytest.fixture(scope="module")
-def ranged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished run for a range of budgets."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure("data.held_out=16", budget__target="0.7:0.9"), folder, say=silent)
-    return str(folder)
 
 
 @pytest.fixture
@@ -54,9 +47,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def test_a_session_asks_once_and_says_what_runs_alone_say(ranged: str, asked: Counter[str]):
+def test_a_session_asks_once_and_says_what_runs_alone_say(finished: Path, asked: Counter[str]):
     def measured(budget: float, session: Session | None) -> list[dict]:
-        return measure_run(ranged, compute=[budget], baselines=language.BASELINES, session=session, say=silent)
+        return measure_run(str(finished), compute=[budget], baselines=language.BASELINES, session=session, say=silent)
 
     alone = [measured(budget, None) for budget in BUDGETS]
     each = len(BUDGETS)
@@ -67,7 +60,7 @@ def test_a_session_asks_once_and_says_what_runs_alone_say(ranged: str, asked: Co
     for name in ("load", "observe", "features"):
         assert asked[name] - once[name] == once[name] / each
     assert [rows[0] for rows in reversed(together)] == [
-        measure_run(ranged, compute=[b], say=silent)[0] for b in BUDGETS[::-1]
+        measure_run(str(finished), compute=[b], say=silent)[0] for b in BUDGETS[::-1]
     ]
 
 
@@ -89,7 +82,7 @@ def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
         assert_learned(tmp_path / f"alone-{number}", tmp_path / f"together-{number}")
 
 
-def test_another_model_ends_what_is_known(ranged: str, configure: Configure):
+def test_another_model_ends_what_is_known(finished: Path, configure: Configure):
     session, config = Session(), configure()
     first = session.teacher(config)
     again = session.teacher(config)
@@ -100,7 +93,7 @@ def test_another_model_ends_what_is_known(ranged: str, configure: Configure):
     assert session.once("key", lambda: 1) == session.once("key", lambda: 2) == 1
     session.teacher(config)
     assert session.once("key", lambda: 2) == 2
-    assert session.student(Run.open(ranged)).runtime.bypass is False
+    assert session.student(Run.open(finished)).runtime.bypass is False
 
 
 def test_outputs_come_back_from_a_file_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

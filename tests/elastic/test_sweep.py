@@ -81,9 +81,8 @@ def test_details_say_where_compute_went(swept: Path):
     for row in rows:
         details = json.loads(folder.details(row).read_text())
         assert len(details["blocks"]) == len(details["tokens"]) == 3 and details["branches"] == ["attention", "MLP"]
-        assert all(
-            0 < share < 2 for block in details["blocks"] for share in block
-        )  # a LoRA is large beside 32 channels
+        # a LoRA is large beside 32 channels
+        assert all(0 < share < 2 for block in details["blocks"] for share in block)
         assert {len(block) for block in details["tokens"]} == {2 * 32}
         (example,) = details["examples"]
         assert all(piece.strip().startswith("w") for piece, _ in example["pieces"])

@@ -18,14 +18,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from elastic import tasks, trainer
+from elastic import tasks
 from elastic.cli import main
 from elastic.harness.questions import questions
 from students import elasticize
 from students.families.language import LanguageStudent
 from students.spec import LoraSpec, RouterSpec, StudentSpec
-from tests.elastic.runs import Configure, silent
+from tests.elastic.runs import silent
 
+RUN = ("calibration.windows=8",)
 SPECS = {
     "default": StudentSpec((RouterSpec("channel"), RouterSpec("vocab")), LoraSpec(4)),
     "tokens": StudentSpec((RouterSpec("token", kv="drop", substitute=4),)),
@@ -70,13 +71,6 @@ def make_file(path: Path, count: int = 20, blank: bool = False) -> Path:
         records.append({"question": question, "choices": choices, "answer": draw.randrange(len(choices))})
     path.write_text("\n".join(json.dumps(record) for record in records))
     return path
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.distill(configure("calibration.windows=8"), folder, say=silent)
-    return folder
 
 
 def test_the_teachers_scores_are_those_of_the_harness_own_model():

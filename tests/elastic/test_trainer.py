@@ -52,14 +52,7 @@ ROOT = Path(__file__).parents[2]
 
 LORA = "student.lora.rank=8"
 """Low-rank corrections are trained, saved and resumed as well."""
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of the default preset, with corrections."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    distill(configure(LORA), folder)
-    return folder
+RUN = (LORA,)
 
 
 @pytest.mark.parametrize("preset", [*presets(), "prefill"])
