@@ -54,8 +54,6 @@ def pretrain(
     import timm
     from safetensors.torch import load_file, save_file
 
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"this recipe needs torch 2.9 or newer (torch.optim.Muon); this is {torch.__version__}")
     final = Path(output)
     if final.exists():
         raise ValueError(f"{final} exists: name another folder with --output")
