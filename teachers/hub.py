@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from teachers.quiet import first_line, quiet
+from teachers.quiet import first_line, one_line, quiet
 
 _PROBE_SECONDS = 3.0
 """How long the hub may take to answer a HEAD request before it counts as unreachable."""
@@ -133,15 +133,13 @@ def read_model(
             **options,
         )
 
-    try:
+    with one_line(f"{name}: weights cannot be loaded"):
         try:
             model, report = read("sdpa")
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
             model, report = read(None)  # as it can: Gemma 2 caps its scores, which SDPA cannot
-    except Exception as error:  # safetensors, torch and transformers each have their own classes
-        raise ValueError(f"{name}: weights cannot be loaded: {first_line(error)}") from error
     if other := sorted(report["mismatched_keys"]):
         key, found, wanted = other[0]
         shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
@@ -183,10 +181,9 @@ def weight_files(folder: Path) -> list[str]:
     """Names of a model folder's safetensors files as its index lists them; empty where there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} cannot be read: {first_line(error)}") from error
+        with one_line(f"{index} cannot be read"):
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        return files
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 

@@ -29,6 +29,16 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Within the block any error, of whatever class a library has for it, becomes one of this kind, of one line: what
+    cannot be done, and the first line of why."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for errors that the user reads on one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

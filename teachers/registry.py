@@ -13,7 +13,7 @@ from types import MappingProxyType
 import yaml
 
 from teachers import hub
-from teachers.quiet import first_line
+from teachers.quiet import one_line
 
 IMAGE_MODELS = {"vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"}
 IMAGE_MODELS |= {"clip_vision_model", "siglip_vision_model", "clip", "siglip"}
@@ -116,14 +116,12 @@ def family_of(folder: Path) -> str:
 
     Raises ValueError where the file cannot be read.
     """
-    try:
+    with one_line(f"{folder}: config.json cannot be read"):
         config = json.loads((folder / "config.json").read_text("utf-8"))
         kind = config.get("model_type")
-        if kind in VISION_LANGUAGE_MODELS:
-            return "vlm"
-        return "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: config.json cannot be read: {first_line(error)}") from error
+    if kind in VISION_LANGUAGE_MODELS:
+        return "vlm"
+    return "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"
 
 
 def _hub_family(repo: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from teachers import families, hub
-from teachers.quiet import first_line, quiet
+from teachers.quiet import one_line, quiet
 from teachers.registry import LANGUAGE, models, resolve
 
 if TYPE_CHECKING:
@@ -80,9 +80,6 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
     """
     import torch
 
-    try:
-        with torch.device(device), quiet():
-            model = families.of(shape.family).random_model(shape.config or shape.timm or {}, dtype)
-    except Exception as error:  # timm and transformers each have their own classes
-        raise ValueError(f"{shape.name} cannot be built: {first_line(error)}") from error
+    with one_line(f"{shape.name} cannot be built"), torch.device(device), quiet():
+        model = families.of(shape.family).random_model(shape.config or shape.timm or {}, dtype)
     return model.eval().requires_grad_(False)

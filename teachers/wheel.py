@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from teachers.cache import cache_folder, published
-from teachers.quiet import first_line, quiet
+from teachers.quiet import one_line, quiet
 from teachers.registry import ModelEntry, Wheel
 
 
@@ -79,12 +79,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         expected = AutoModelForCausalLM.from_config(model.config).state_dict()
     if {n: t.shape for n, t in model.state_dict().items()} != {n: t.shape for n, t in expected.items()}:
         raise ValueError(f"{gguf.name} was not unpacked into dense weights by this release of transformers")
-    try:
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # safetensors has its own error class for a full disk
-        raise OSError(f"cannot write to {folder.parent.parent}: {first_line(error)}") from error
+    with one_line(f"cannot write to {folder.parent.parent}", OSError), quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _report(message: str) -> None:

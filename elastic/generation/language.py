@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.accounting.language import measured_compute
 from students.families.language import LanguageStudent
-from teachers.quiet import first_line
+from teachers.quiet import one_line
 
 
 def read_image(model: str, image: str | None) -> None:
@@ -21,12 +21,10 @@ def inputs(tokenizer: Any, prompt: str, picture: None) -> tuple[dict[str, Tensor
     """What the model is called with, and its tokenizer; in chat format where the model has one."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        try:
+        with one_line("the model's chat template refuses the prompt"):
             found = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # a template is a program of the model's
-            raise ValueError(f"the model's chat template refuses the prompt: {first_line(error)}") from error
     else:
         found = tokenizer(prompt, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}, tokenizer

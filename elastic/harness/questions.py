@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from teachers.data.records import as_text
-from teachers.quiet import first_line, quiet
+from teachers.quiet import one_line, quiet
 
 _BLANK = re.compile(r"(?<![^\W_])_+(?![^\W_])")
 """Underscores that are no part of a word."""
@@ -81,10 +81,8 @@ def questions(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no such file of questions: {path}")
     records = []
-    try:
+    with one_line(f"{path} cannot be read"):
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold the other ends of lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -22,7 +22,7 @@ from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, folders_of_parts, is_held_out
 from teachers.data.pictures import open_image, open_row
 from teachers.data.records import visible
-from teachers.quiet import first_line, quiet
+from teachers.quiet import first_line, one_line, quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,17 +127,14 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
     if not files:
         return None
     datasets.disable_progress_bars()
-    try:
-        with quiet():
-            rows = datasets.load_dataset(
-                "parquet",
-                data_files=[glob.escape(str(file.absolute())) for file in files],
-                split="train",
-                cache_dir=str(cache_folder() / "datasets"),
-            )
+    with one_line(f"{path} cannot be read"), quiet():
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=[glob.escape(str(file.absolute())) for file in files],
+            split="train",
+            cache_dir=str(cache_folder() / "datasets"),
+        )
         ends = list(accumulate(pyarrow.parquet.read_metadata(file).num_rows for file in files))
-    except Exception as error:  # pyarrow and datasets each have their own classes
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     image, label = _columns(rows.column_names, str(path))
     names = _label_names(rows.features, label)
     values = rows[label][:] if label else [None] * len(rows)

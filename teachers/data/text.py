@@ -17,7 +17,7 @@ from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
 from teachers.data.left_out import LeftOut
 from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, hub_data_set, local_records, visible
-from teachers.quiet import first_line, quiet
+from teachers.quiet import first_line, one_line, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -228,11 +228,8 @@ def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record
         return
     rows, number = iter(_hub(source, streaming)), 0
     while True:
-        try:
-            with quiet():
-                row = next(rows, None)
-        except Exception as error:  # pyarrow, datasets and the HTTP library each have their own classes
-            raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+        with one_line(f"{source} cannot be read"), quiet():
+            row = next(rows, None)
         if row is None:
             return
         number += 1
@@ -307,10 +304,9 @@ def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase) -> str:
             raise ValueError("it calls tools, and the model has no chat template to say so")
         return "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
     messages = [{**turn.others, "role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template may raise anything
-        raise ValueError(f"the model's chat template refuses it: {first_line(error)}") from error
+    with one_line("the model's chat template refuses it"):
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return text
 
 
 def _describe(source: str, tokens: int) -> str:

@@ -10,7 +10,7 @@ from teachers import hub
 from teachers.data.classes import Classes, named, unnamed
 from teachers.data.pictures import standard
 from teachers.families import Loaded
-from teachers.quiet import first_line
+from teachers.quiet import one_line
 from teachers.registry import IMAGE_MODELS
 
 if TYPE_CHECKING:
@@ -37,10 +37,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     hub.require_weights(name, folder)
     if "architecture" not in config:
         return _transformers(name, folder, config, dtype, trust_remote_code)
-    try:
+    with one_line(f"{name} cannot be loaded"):
         model, preprocess = _timm(folder, dtype)
-    except Exception as error:  # timm, safetensors and torch each have their own classes
-        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     parts = [{name for name, _ in block.named_children()} for block in getattr(model, "blocks", ())]
     if type(model).__name__ not in TIMM_MODELS or not all(
         {"attn", "mlp"} <= p or {"attns", "ffns"} <= p for p in parts

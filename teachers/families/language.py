@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teachers import hub
 from teachers.families import Loaded
 from teachers.families.image import SUPPORTED
-from teachers.quiet import first_line
+from teachers.quiet import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,10 +22,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    try:
+    with one_line(f"{name}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote:
         known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
