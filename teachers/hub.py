@@ -149,11 +149,16 @@ def read_model(
     return model, sorted(report["unexpected_keys"])
 
 
-def why_unread(error: Exception, folder: Path, what: str, *patterns: str) -> str:
-    """Why a model's tokenizer or processor cannot be read: no file has such a name, or what the library says."""
-    if any(any(folder.glob(pattern)) for pattern in patterns):
-        return first_line(error)
-    return f"there is none beside the weights ({what}.save_pretrained puts it there)"
+def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_code: bool, *patterns: str) -> Any:
+    """A model's tokenizer or processor (what it is) by `loader.from_pretrained`; ValueError of one line that says that
+    no file in `folder` has such a name, or what the library says."""
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = f"there is none beside the weights ({what.split()[-1]}.save_pretrained puts it there)"
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            reason = first_line(error)
+        raise ValueError(f"{name}: {what} cannot be loaded: {reason}") from error
 
 
 @contextmanager

@@ -92,11 +92,8 @@ def _transformers(
 
     loader, options = _class_of(config)
     model, unused = hub.read_model(name, folder, loader, dtype, trust_remote_code, **options)
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = hub.why_unread(error, folder, "processor", "*processor*")
-        raise ValueError(f"{name}: image processor cannot be loaded: {reason}") from error
+    kind = transformers.AutoImageProcessor
+    processor = hub.read_beside(name, folder, "image processor", kind, trust_remote_code, "*processor*")
     mode = "L" if model.config.num_channels == 1 else "RGB"
 
     def preprocess(image: Image) -> torch.Tensor:

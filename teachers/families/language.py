@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from teachers.families import Loaded
 from teachers.families.image import SUPPORTED
 from teachers.quiet import one_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
     """The causal language model in `folder` and its tokenizer; ValueError of one line where something is wrong."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     with one_line(f"{name}: config.json cannot be read"):
@@ -34,20 +31,11 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     hub.require_weights(name, folder)
     model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
-    return Loaded(model, _tokenizer(name, folder, trust_remote_code), unused)
-
-
-def _tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = hub.why_unread(error, folder, "tokenizer", "*token*", "*vocab*", "*.model")
-        raise ValueError(f"{name}: tokenizer cannot be loaded: {reason}") from error
+    patterns = "*token*", "*vocab*", "*.model"
+    tokenizer = hub.read_beside(name, folder, "tokenizer", AutoTokenizer, trust_remote_code, *patterns)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return Loaded(model, tokenizer, unused)
 
 
 def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:

@@ -39,11 +39,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         return Loaded(*compose(folder, base.model, base.processor), note=f"; language model: {base.source}")
     hub.require_weights(name, folder)
     model, unused = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = hub.why_unread(error, folder, "processor", "*processor*")
-        raise ValueError(f"{name}: processor cannot be loaded: {reason}") from error
+    kind = transformers.AutoProcessor
+    processor = hub.read_beside(name, folder, "processor", kind, trust_remote_code, "*processor*")
     return Loaded(model, processor, unused)
 
 
