@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,10 +128,6 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.questions)
-
-    def subset(self, chosen: Sequence[int]) -> PromptSet:
-        """Only these questions, in this order."""
-        return replace(self, questions=self.questions.subset(chosen))
 
     def load(self, chosen: Sequence[int]) -> Prompts:
         """Prompts of as many questions: others stand in for those that are left out."""

@@ -24,10 +24,6 @@ class RandomImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def subset(self, chosen: Sequence[int]) -> RandomImages:
-        """Only these images, in this order."""
-        return RandomImages(self.pixels[torch.as_tensor(chosen)])
-
     def load(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels [B, C, H, W] and labels [B], all the same, of these images."""
         return self.pixels[torch.as_tensor(chosen)], torch.zeros(len(chosen), dtype=torch.long)
@@ -44,11 +40,6 @@ class RandomQuestions:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def subset(self, chosen: Sequence[int]) -> RandomQuestions:
-        """Only these questions, in this order."""
-        rows = torch.as_tensor(chosen)
-        return RandomQuestions(self.tokens[rows], self.pixels[rows], self.image_token)
 
     def _inputs(self, chosen: Sequence[int], end: int | None) -> dict[str, torch.Tensor]:
         rows = torch.as_tensor(chosen)
