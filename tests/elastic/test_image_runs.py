@@ -132,7 +132,7 @@ def test_batches_without_a_good_image_are_passed_over(
     assert (row["images"], row["broken"]) == (14, 2)
 
 
-def test_an_agreement_of_nothing_is_a_value(finished: Path, configure: Configure) -> None:
+def test_an_agreement_of_nothing_is_a_value(finished: Path) -> None:
     run = Run.open(finished)
     teacher = run.teacher()
     student, held_out = run.load_student(teacher), image.load(run.config, teacher).held_out

@@ -125,7 +125,7 @@ def _language(folder: Path) -> tuple[Path, transformers.PreTrainedModel, transfo
     return language, text, tokenizer
 
 
-def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path) -> None:
     language, text, tokenizer = _language(tmp_path)
     model = assemble(TOWER, text, tokenizer)
     own = {n: p for n, p in model.state_dict().items() if "vision_tower" in n or "projector" in n}

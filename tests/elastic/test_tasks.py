@@ -133,7 +133,7 @@ def test_compute_is_that_of_the_text(finished: Path, tmp_path: Path):
     assert {row["task"] for row in rows.values()} == {"own"} and {row["examples"] for row in rows.values()} == {20}
 
 
-def test_accuracy_is_counted_by_the_preferred_choice(finished: Path, tmp_path: Path):
+def test_accuracy_is_counted_by_the_preferred_choice(tmp_path: Path):
     file = make_file(tmp_path / "own.jsonl")
     task = tasks.load_tasks([str(file)])["own"]
     scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))
