@@ -76,14 +76,13 @@ class Curve:
     @torch.no_grad()
     def __init__(self, choices: list[Choice]) -> None:
         self.points = int((HIGHEST - LOWEST) / FINENESS)
-        saving, losing = (torch.zeros(self.points, dtype=torch.float64) for _ in range(2))
+        saving = torch.zeros(self.points, dtype=torch.float64)
         for choice in choices:
-            rows, cost = len(choice.cost), choice.cost.flatten().cpu()
-            place = ((cost / choice.saving).clamp(min=1e-30).log() - LOWEST) / FINENESS
-            place = place.long().clamp(0, self.points - 1)
-            saving += place.bincount(minlength=self.points) * choice.saving / rows
-            losing += place.bincount(cost.double(), minlength=self.points) / rows
-        self._saved, self._lost = saving.cumsum(0), losing.cumsum(0)
+            place = ((choice.cost.flatten() / choice.saving).clamp(min=1e-30).log() - LOWEST) / FINENESS
+            count = place.long().clamp(0, self.points - 1).bincount(minlength=self.points).cpu()
+            saving += count * choice.saving / len(choice.cost)
+        prices = (LOWEST + FINENESS * (torch.arange(self.points, dtype=torch.float64) + 0.5)).exp()
+        self._saved, self._lost = saving.cumsum(0), (prices * saving).cumsum(0)
 
     def _place(self, price: float) -> int:
         return min(self.points, max(1, round((math.log(price) - LOWEST) / FINENESS))) - 1
