@@ -15,8 +15,8 @@ class RouterSpec:
 
     kind: KindName
     """What a gate switches: token (a branch, for one token), layer (the whole block), head (one attention head), expert
-    (one group of MLP neurons), channel (one input channel of a linear layer), vocab (one row of the LM head), image
-    (one image token in front of a language model); see students/kinds."""
+    (one group of MLP neurons), neuron (one of a gated MLP), channel (one input channel of a linear layer), vocab (one
+    row of the LM head), image (one image token in front of a language model); see students/kinds."""
     sites: tuple[str, ...] = ()
     """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"

@@ -29,7 +29,7 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"{type(model).__name__} (model_type {kind!r}) is not supported: looked for a record of module names in "
-            f"students/architectures, which has {', '.join(ARCHITECTURES)}"
+            f"students/architectures, which has {', '.join(ARCHITECTURES)}; students/README.md says how to add one"
         )
     record = ARCHITECTURES[kind]
     if record.prefix is None:

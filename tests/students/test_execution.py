@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.architectures.language import LANGUAGE_MODELS
 from students.execution import linear_group
 from students.flops import flop_counter
 from students.libraries import cache_of
@@ -47,7 +49,11 @@ SPECS["mixed-neuron"] = StudentSpec(
     ),
     LoraSpec(2),
 )
-GATED = [name for name in TINY if name not in ("phi3", "glm4", "starcoder2", "gpt2", "gpt_neox")]
+GATED = [
+    name
+    for name, (config, _) in TINY.items()
+    if len(LANGUAGE_MODELS[getattr(transformers, config).model_type].mlp_in) == 2
+]
 """Models whose MLP has a gate of its own."""
 COUNTED = ["llama", "gemma2", "phi3", "gpt2", "olmo2"]
 """Models whose FLOPs are counted, and which decode with the references of operators, too."""
