@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,17 @@ from students.spec import RouterSpec
 
 LEVELS = 65
 """Quantiles that are kept of the scores of a router with quota."""
+
+
+class Added(nn.Module):
+    """A part that is added to a model: its parameters stay float32 where the model is converted to another type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def convert(x: Tensor) -> Tensor:
+            out = fn(x)
+            return out if out.dtype == x.dtype else x.to(out.device)
+
+        return super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
 
 
 class ThinLinear(nn.Linear):
@@ -31,7 +44,7 @@ class ThinLinear(nn.Linear):
         return score + bias[0] if bias else score
 
 
-class Router(nn.Module):
+class Router(Added):
     """Scores for n gates from a branch's input: zero at the start, and a gate is open where its score is >= 0.
 
     members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from students.routers import selection
+from students.routers.base import Added
 from students.spec import RouterSpec
 
 OPEN = -30.0
 """log_limit of an open channel: exp(-30) is below every non-zero activation."""
 
 
-class ChannelRouter(nn.Module):
+class ChannelRouter(Added):
     """One learned limit per input channel: the channel is read where |x| reaches it (see selection.channel).
 
     static: the choice is fixed, by a learned score per channel.

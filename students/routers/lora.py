@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.routers.base import Added
 
-class Lora(nn.Module):
+
+class Lora(Added):
     """Low-rank correction of one linear layer (arXiv 2106.09685): zero at the start."""
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from students.prepared import InPrecision
+from students.routers.base import Added
 
 
-class Substitute(nn.Module):
+class Substitute(Added):
     """Rank-r affine map of the branch's input that stands in for the branch; zero until fitted or trained."""
 
     def __init__(self, width: int, rank: int) -> None:

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.routers.base import Added
 
-class VocabRouter(nn.Module):
+
+class VocabRouter(Added):
     """Which rows of the LM head a token needs: a rank-r preview of all logits, exact rows above a learned limit.
 
     The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview

@@ -231,6 +231,15 @@ def test_gradient_checkpointing_changes_no_gradient(name, tokens):
         torch.testing.assert_close(gradient, gradients[1][parameter], msg=parameter)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_was_added_stays_float32_where_a_model_is_converted(dtype, llama, tokens):
+    student = scramble(elasticize(llama, MIXED)).to(dtype)
+    assert {x.dtype for x in student.added_tensors().values() if x.is_floating_point()} == {torch.float32}
+    with torch.no_grad():
+        assert student(tokens)[0].logits.isfinite().all()
+        assert student.generate(tokens[:1], max_new_tokens=3, pad_token_id=0).shape[1] > 12
+
+
 def test_copy_has_its_own_routers(llama, tokens):
     student = elasticize(llama, MIXED)
     other = copy.deepcopy(student)
