@@ -157,6 +157,13 @@ def test_norms_run_on_what_a_layer_router_lets_through_alone(name: str, tokens: 
     assert seen[1:] == [tokens.numel()]
 
 
+def test_rows_with_budgets_of_their_own_may_all_be_closed(tokens: torch.Tensor, operators: None):
+    student = make("llama", StudentSpec((RouterSpec("layer"), RouterSpec("channel"))))
+    student.runtime.offset = (-30.0, -40.0)
+    masked, skipped = in_both_ways(student, tokens)
+    torch.testing.assert_close(masked, skipped, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_hidden_states_are_of_all_tokens(name: str, tokens: torch.Tensor):
     model = make_tiny(name)

@@ -88,7 +88,7 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 def _each(x: Tensor, limit: Tensor) -> int:
     """How many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
-    return max(1, x.numel() // limit.numel())
+    return max(1, x.numel() // max(1, limit.numel()))
 
 
 @_in_c
