@@ -77,6 +77,12 @@ class RouterSpec:
             raise ValueError(
                 "router sizes (hidden, groups, substitute, rank, query) cannot be negative, hidden and groups not 0"
             )
+        if self.network != "mlp" and self.hidden != RouterSpec.hidden:
+            raise ValueError("`hidden` has no effect without `network: mlp`")
+        if self.network == "static" and (
+            self.granularity == "sequence" or (kind.over_tokens and self.selection != "threshold")
+        ):
+            raise ValueError("a static router decides once for all: leave `granularity` and `selection` away")
         if self.multiple != 1 and (self.multiple < 1 or not kind.takes_multiple(self)):
             raise ValueError("`multiple` is for `selection: quota` and, in layer routers, threshold, and at least 1")
         if self.selection == "quota" and not (kind.may_keep_quota and self.granularity == "token"):

@@ -24,6 +24,12 @@ class ChannelKind(Kind):
     in_vision_tower = False
     limits = ("log_limit", "log_gain")
 
+    def check(self, spec: RouterSpec) -> None:
+        if spec.network == "mlp":
+            raise ValueError(
+                "a channel router has one limit for each channel: use `network: linear` or `network: static`"
+            )
+
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
         for site in spec.where:
             if site.startswith(place.branch):

@@ -323,6 +323,10 @@ def test_unsupported_architecture_says_what_was_looked_for():
         (dict(kind="head", sites=("attn",)), "leave `sites`"),
         (dict(kind="head", substitute=4), "no effect"),
         (dict(kind="token", selection="topk", granularity="sequence"), "granularity"),
+        (dict(kind="token", hidden=8), "without `network: mlp`"),
+        (dict(kind="head", network="static", granularity="sequence"), "once for all"),
+        (dict(kind="token", network="static", selection="topk"), "once for all"),
+        (dict(kind="channel", network="mlp"), "one limit for each channel"),
     ],
 )
 def test_router_settings_without_effect_are_errors(settings, problem):
