@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 
 def attention_flops(
@@ -92,6 +92,16 @@ def other_products() -> dict[Any, Callable[..., int]]:
     known: dict[Any, Callable[..., int]] = {torch.ops.aten._grouped_mm: _grouped_flops}
     found = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
     return known if found is None else known | {found: _packed_flops}
+
+
+def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
+    rows, columns = shapes[-2]  # mv(matrix, vector), addmv(start, matrix, vector)
+    return int(2 * rows * columns)
+
+
+for _product in (torch.ops.aten.mv, torch.ops.aten.addmv):
+    if _product not in flop_registry:  # torch counts products with matrices only
+        register_flop_formula(_product)(_mv_flops)
 
 
 def flop_counter() -> FlopCounterMode:

@@ -11,7 +11,7 @@ from torch import nn
 from students.execution.block_context import BlockContext, Exits, Gathered
 from students.execution.branch import RoutedBranch
 from students.execution.gates import Gates
-from students.execution.tokens import Chosen, place_tokens, take
+from students.execution.tokens import place_tokens, take
 from students.routers import Router
 
 
@@ -41,8 +41,7 @@ class BlockGather:
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
         gates = run.decide(router.spec.of_kind.key(attn.block, attn.branch), router, features)
-        decided = Exits(x, [(gates, None)], valid=run.call.valid)
-        chosen = Chosen(decided.open(), run.counted(x), decided.count)
+        chosen = Exits(x, [(gates, None)], valid=run.call.valid).chosen(run.counted(x))
         chosen.begin()
         filled, kwargs = chosen.filled(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         placed = place_tokens(chosen, kwargs)

@@ -59,6 +59,11 @@ class Exits:
                 kept = this if kept is None else kept & this
         return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
 
+    def chosen(self, of: int, only: list[int] | None = None) -> Chosen:
+        """These tokens; of: how many there are, padding aside."""
+        listed = self.gates[0][0].listed if len(self.gates) == 1 and self.valid is None else None
+        return Chosen(self.open(only), of, self.count if only is None else None, listed)
+
     def apply(self, out: Tensor) -> Tensor:
         """The branch's output as the block gets it, [B, T, D]."""
         if self.rows is not None:

@@ -173,13 +173,13 @@ class RoutedBranch(Wrapper):
         """The tokens that need the branch."""
         count, tokens = exits.count, exits.x.shape[1]
         if count is None:
-            return Chosen(exits.open(), self.runtime.counted(exits.x))
+            return exits.chosen(self.runtime.counted(exits.x))
         return Listed(flat_index(gather_open(exits.open(), count)[0], tokens), every=count == tokens)
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Attention of the tokens that need it, to the tokens that have a key."""
         x, context = exits.x, self.context
-        chosen = Chosen(exits.open(), self.runtime.counted(x), exits.count)
+        chosen = exits.chosen(self.runtime.counted(x))
         if exits.drops:
             return self._attend_kept(exits, chosen, plan or Plan(), args, kwargs)
         for_all = devices.runs_ahead(x.device) and x.shape[1] > 1  # attention is cheap there, and finding out is not
@@ -202,7 +202,7 @@ class RoutedBranch(Wrapper):
         """Attention of the chosen tokens, where some that are closed have no key."""
         x, context, kept = exits.x, self.context, chosen
         if len(exits.drops) < len(exits.gates):
-            kept = Chosen(exits.open(exits.drops), self.runtime.counted(x))
+            kept = exits.chosen(self.runtime.counted(x), exits.drops)
         kwargs["routed"] = plan
         kept.begin()
         filled = kept.filled(x)

@@ -11,11 +11,15 @@ from torch import Tensor
 class Gates:
     """Gates of one router, [B, T, N] or [B, 1, N], each form made when it is first asked for."""
 
-    def __init__(self, dtype: torch.dtype, count: int | None = None, **forms: Tensor) -> None:
+    def __init__(
+        self, dtype: torch.dtype, count: int | None = None, listed: list[Tensor] | None = None, **forms: Tensor
+    ) -> None:
         """forms: open, or gate and closed, in this precision."""
         self._dtype = dtype
         self.count = count
         """How many tokens of each row are open, where that is settled beforehand."""
+        self.listed = listed
+        """Where the open ones are, as of `ops.list_open`, where somebody has looked."""
         self.__dict__.update(forms)
 
     @cached_property

@@ -15,6 +15,7 @@ from students.decisions import Decisions
 from students.execution.block_context import BlockContext
 from students.execution.call import Call
 from students.execution.gates import Gates
+from students.kernels import devices, ops
 from students.routers import Router, selection
 from students.spec import RouterSpec
 
@@ -167,8 +168,10 @@ class Runtime:
             gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
             self.probed[key] = gate, x.detach()
             return Gates(dtype, gate=gate, closed=1 - gate)
-        if self.limit is not None and self._only_opens(router):  # in float32, as the sum with the offset has it
-            return Gates(dtype, open=router.score_in(x) >= self.limit)
+        if self._only_lists(router, x):
+            product, *bias = router.linear.parts(x)
+            open_, *listed = ops.list_open(product, bias[0] if bias else None, self.limit)  # as `raised` would be
+            return Gates(dtype, listed=listed, open=open_)
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:
@@ -203,12 +206,13 @@ class Runtime:
         """Whether neither scores nor weights nor gradients of a router are wanted."""
         return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
 
-    def _only_opens(self, router: Router) -> bool:
-        """Whether all that its scores are for is whether they reach `limit`."""
+    def _only_lists(self, router: Router, x: Tensor) -> bool:
+        """Whether all that a router's scores are for is to list the tokens that are open, on a device that the host
+        runs ahead of."""
         spec = router.spec
-        by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network != "static"
-        held = router.log_gain is None and self._on_device and (self.causal or not spec.of_kind.over_tokens)
-        return by_token and held and self._asked_for_gates_alone(spec)
+        by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network == "linear"
+        alone = spec.of_kind.over_tokens and self.causal and router.log_gain is None and devices.runs_ahead(x.device)
+        return by_token and alone and self._on_device and self._asked_for_gates_alone(spec)
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
         """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them. Also how

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.execution.capture import Fetched
-from students.kernels import devices
+from students.kernels import devices, ops
 
 
 @dataclass
@@ -30,9 +30,10 @@ class Chosen:
     of them that is filled up with the last token, is launched before.
 
     of: how many tokens there are, padding aside. count: how many each row has, if that is known; then nothing waits.
+    listed: where they are, as of Gates.
     """
 
-    def __init__(self, open_: Tensor, of: int, count: int | None = None) -> None:
+    def __init__(self, open_: Tensor, of: int, count: int | None = None, listed: list[Tensor] | None = None) -> None:
         self._open = open_
         self._of = of
         self._ahead = devices.runs_ahead(open_.device)
@@ -40,9 +41,7 @@ class Chosen:
         if count is not None:
             self.counts = [count] * len(open_)
         if self._ahead:
-            self._flat = open_.flatten()
-            self._upto = self._flat.cumsum(0, dtype=torch.int32)
-            self._table = torch.searchsorted(self._upto[:-1], _numbers(len(self._flat), open_.device))
+            self._table, self._before, self._upto = listed or ops.list_open(open_, None, None)[1:]
 
     @property
     def _ends(self) -> Tensor:
@@ -133,23 +132,11 @@ class Chosen:
 
     def scatter(self, some: Tensor) -> Tensor:
         """The same, with zeros for others."""
-        return torch.where(self._flat.unsqueeze(1), self.spread(some), 0)
-
-    @cached_property
-    def _before(self) -> Tensor:
-        """[B * T]: how many come before each token."""
-        return torch.add(self._upto, self._flat, alpha=-1)
+        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), 0)
 
     def _known(self, x: Tensor) -> Tensor:
         """Of what there is for each place of the table, that of the open tokens."""
         return x[: sum(self.counts)] if self._ahead else x
-
-
-@lru_cache(maxsize=4)
-def _numbers(count: int, device: torch.device) -> Tensor:
-    """1 ... count."""
-    with torch.inference_mode(False):
-        return torch.arange(1, count + 1, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=4)

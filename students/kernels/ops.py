@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
+import students.flops  # noqa: F401  which knows products that torch does not count
 from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.merging import flops_of_merging, shapes_of_merged
@@ -363,6 +364,18 @@ What is left comes first, then what has left; also returned is how many are left
 """
 
 
+list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
+    "list_open(Tensor score, Tensor? bias, Tensor? limit) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda score, *_: (
+        score.new_empty(score.shape, dtype=torch.bool),
+        *(score.new_empty(score.numel(), dtype=kind) for kind in (torch.long, torch.int32, torch.int32)),
+    ),
+)
+"""Tokens whose score, plus the bias [1], reaches the limit [1], float32; without a limit, those where score, bool, is.
+Returns which these are, of score's shape; their flat indices [N], filled up with the last of all; and how many of them
+come before each token, and with it, flat [N]."""
+
+
 def exact_together(x: Tensor) -> int:
     """For how many inputs at once `exact_rows` is faster than the whole head on the device of x: each of them needs few
     rows, and on GPUs reading these is nearly all that it costs."""
@@ -387,13 +400,3 @@ def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor, slot: Tensor |
     reads every slot; on CPUs where there is a C function, and enough to read."""
     fits = slot is not None and compiled(query) if query.is_cuda else cpu.attends_to_cache(query, keys, values)
     return fits and not query.requires_grad
-
-
-def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
-    rows, columns = shapes[-2]  # mv(matrix, vector), addmv(start, matrix, vector)
-    return int(2 * rows * columns)
-
-
-for _product in (torch.ops.aten.mv, torch.ops.aten.addmv):
-    if _product not in flop_registry:  # torch counts products with matrices only
-        register_flop_formula(_product)(_mv_flops)

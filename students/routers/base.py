@@ -37,11 +37,18 @@ class ThinLinear(nn.Linear):
         self._precise = InPrecision()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, *bias = self._precise(x.dtype, self.weight, *([] if self.bias is None else [self.bias]))
         if self.out_features > 1:
-            return F.linear(x, weight, *bias)
-        score = (x @ weight[0]).unsqueeze(-1)  # faster than a product with a thin matrix
-        return score + bias[0] if bias else score
+            return F.linear(x, *self._parameters_in(x.dtype))
+        product, *bias = self.parts(x)
+        return product + bias[0] if bias else product
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The product [..., 1] of a layer with one output, and the bias [1] where it has one."""
+        weight, *bias = self._parameters_in(x.dtype)
+        return [(x @ weight[0]).unsqueeze(-1), *bias]  # faster than a product with a thin matrix
+
+    def _parameters_in(self, dtype: torch.dtype) -> list[Tensor]:
+        return self._precise(dtype, self.weight, *([] if self.bias is None else [self.bias]))
 
 
 class Router(Added):
@@ -80,12 +87,10 @@ class Router(Added):
         """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
         if self.spec.network == "static":
             return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
-        return self.score_in(x).float()
-
-    def score_in(self, x: Tensor) -> Tensor:
-        """The same, of a router that is not static, in the precision of x."""
         score: Tensor = self.linear(x)
-        return score + self.mlp(x) if self.spec.network == "mlp" else score
+        if self.spec.network == "mlp":
+            score = score + self.mlp(x)
+        return score.float()
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
         """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.

@@ -38,6 +38,7 @@ OPERATORS = {
     "write_slot": "write_slot",
     "biased_attention": "biased_attention",
     "decode_attention": "decode_attention",
+    "list_open": "list_open",
     "merge_lowest": "merge_lowest",
     "merge_below": "merge_lowest",
 }

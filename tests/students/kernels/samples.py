@@ -195,6 +195,15 @@ def merge_below(draw: Draw) -> Iterator[Arguments]:
             yield *arguments, lengths, shift, multiple
 
 
+def list_open(draw: Draw) -> Iterator[Arguments]:
+    for rows, tokens in ((1, 1), (3, 700)):
+        score = draw(rows, tokens, 1)
+        yield score, draw(1), draw.single(1)
+        yield score, None, draw.single(1) - 9
+        yield (score > 0).expand(rows, tokens, 2)[..., :1], None, None
+        yield score > 99, None, None
+
+
 SAMPLES: dict[str, Samples] = {
     "read_channels": lambda draw: channels(draw, 1),
     "few_channels": lambda draw: channels(draw, 3),
@@ -218,6 +227,7 @@ SAMPLES: dict[str, Samples] = {
     "write_slot": write_slot,
     "biased_attention": biased_attention,
     "decode_attention": decode_attention,
+    "list_open": list_open,
     "merge_lowest": merge_lowest,
     "merge_below": merge_below,
 }

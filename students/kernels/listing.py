@@ -1,0 +1,15 @@
+"""Which tokens are open, and where they are, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference of `ops.list_open`."""
+    score = score if bias is None else score + bias
+    open_ = score.clone() if limit is None else score >= limit
+    upto = open_.flatten().cumsum(0, dtype=torch.int32)
+    numbers = torch.arange(1, len(upto) + 1, dtype=torch.int32, device=upto.device)
+    return open_.contiguous(), torch.searchsorted(upto[:-1], numbers), upto - open_.flatten().int(), upto

@@ -1,0 +1,67 @@
+"""Which tokens are open, and where they are, in one launch of one program, which walks over all of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+
+
+@triton.jit(do_not_specialize=["count"])
+def _list_open(
+    score,
+    bias,
+    limit,
+    is_open,
+    table,
+    before,
+    upto,
+    count,
+    DECIDES: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    found = tl.sum(tl.zeros([BLOCK], tl.int32), 0)
+    for start in range(0, count, BLOCK):
+        place = start + lane
+        here = place < count
+        value = tl.load(score + place, mask=here, other=0)
+        if DECIDES:
+            wide = value.to(tl.float32)
+            if BIASED:  # rounded as torch's sum is
+                wide = (wide + tl.load(bias).to(tl.float32)).to(score.dtype.element_ty).to(tl.float32)
+            one = ((wide >= tl.load(limit)) & here).to(tl.int32)
+        else:
+            one = ((value != 0) & here).to(tl.int32)
+        so_far = found + tl.cumsum(one, 0)
+        tl.store(is_open + place, one.to(tl.uint8), mask=here)
+        tl.store(before + place, so_far - one, mask=here)
+        tl.store(upto + place, so_far, mask=here)
+        tl.store(table + so_far - one, place.to(tl.int64), mask=one != 0)
+        found += tl.sum(one, 0)
+    for start in range(0, count, BLOCK):
+        place = start + lane
+        last = tl.full([BLOCK], 0, tl.int64) + (count - 1)
+        tl.store(table + place, last, mask=(place >= found) & (place < count))
+
+
+def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `ops.list_open`."""
+    count, device = score.numel(), score.device
+    is_open = torch.empty(score.shape, dtype=torch.bool, device=device)
+    table = torch.empty(count, dtype=torch.long, device=device)
+    before, upto = torch.empty(2, count, dtype=torch.int32, device=device)
+    given = score.contiguous()
+    _list_open[(1,)](
+        given.view(torch.uint8) if limit is None else given,
+        *(bias, limit, is_open.view(torch.uint8), table, before, upto, count),
+        DECIDES=limit is not None,
+        BIASED=bias is not None,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return is_open, table, before, upto
