@@ -80,7 +80,9 @@ class Chosen:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         table, tokens = self._listed, self._open.shape[1]
-        return (_zeros(len(table), table.device), table) if len(self._open) == 1 else (table // tokens, table % tokens)
+        if len(self._open) == 1:
+            return _zeros(table.shape, table.dtype, table.device), table
+        return table // tokens, table % tokens
 
     @cached_property
     def _turns(self) -> Tensor:
@@ -132,17 +134,20 @@ class Chosen:
 
     def scatter(self, some: Tensor) -> Tensor:
         """The same, with zeros for others."""
-        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), 0)
+        zero = _zeros(
+            (), some.dtype, some.device
+        )  # made once, where a number would be made on the device in every call
+        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), zero)
 
     def _known(self, x: Tensor) -> Tensor:
         """Of what there is for each place of the table, that of the open tokens."""
         return x[: sum(self.counts)] if self._ahead else x
 
 
-@lru_cache(maxsize=4)
-def _zeros(count: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.long, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Rectangle:
