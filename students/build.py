@@ -21,7 +21,7 @@ from students.architectures import (
     sizes_of,
     trunk_of,
 )
-from students.checks import check_head, check_place
+from students.checks import check_corrections, check_head, check_place
 from students.compute import BlockShape, ComputeModel
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
@@ -74,6 +74,8 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         if router.of_kind.place == "input" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
+    if not record.side_by_side:
+        check_corrections(record, blocks[0], spec)
     _freeze(model)
     if record.causal and isinstance(model, PreTrainedModel):
         return _elasticize_language(model, record, blocks, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from students.architectures import can_be_read_in_part
+from students.architectures import Architecture, can_be_read_in_part
 from students.spec import StudentSpec
 
 
@@ -25,3 +25,16 @@ def check_head(model: PreTrainedModel, spec: StudentSpec) -> None:
     head = model.get_output_embeddings()
     if spec.at("head") and not can_be_read_in_part(head):
         raise ValueError("the LM head of this model is quantized, and no row of it is read alone: no vocab routers")
+
+
+def check_corrections(record: Architecture, block: nn.Module, spec: StudentSpec) -> None:
+    """ValueError where a layer is to be corrected that its module does not call: some of timm's attentions multiply by
+    the weight themselves, with a bias that they put together."""
+    if record.causal or not spec.lora.rank or "attn_in" not in spec.lora.sites:
+        return
+    attention = block.get_submodule(record.attn)
+    if getattr(attention, "q_bias", None) is not None and not getattr(attention, "qkv_bias_separate", False):
+        raise ValueError(
+            "the attention of this model reads the weights of its first layer itself: no low-rank corrections there, "
+            "set lora.sites to some of attn_out, mlp_in, mlp_out"
+        )

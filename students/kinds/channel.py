@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from students.architectures import Architecture
 from students.architectures.record import LINEAR_SITES
 from students.calibration.observe import PRICED_ROWS, BlockObservers, BlockStart
 from students.calibration.price import Choice
@@ -11,7 +12,7 @@ from students.compute import BlockCost
 from students.kinds.registry import Kind
 from students.places import BlockPlace
 from students.routers import OPEN, ChannelRouter
-from students.spec import RouterSpec
+from students.spec import RouterSpec, StudentSpec
 
 
 class ChannelKind(Kind):
@@ -28,6 +29,12 @@ class ChannelKind(Kind):
         if spec.network == "mlp":
             raise ValueError(
                 "a channel router has one limit for each channel: use `network: linear` or `network: static`"
+            )
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if not record.causal:
+            raise ValueError(
+                "a channel router saves where tokens are decoded: image models take head and expert routers"
             )
 
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:

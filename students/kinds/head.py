@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from students.architectures import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost
 from students.kinds.registry import GATED, Kind
 from students.places import BlockPlace
-from students.spec import RouterSpec
+from students.spec import RouterSpec, StudentSpec
 
 
 class HeadKind(Kind):
@@ -23,6 +24,13 @@ class HeadKind(Kind):
     def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
         """(gates, channels in front of the branch's last linear layer)."""
         return place.sizes.heads, place.sizes.heads * place.sizes.size
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if not record.causal and spec.granularity == "sequence" and student.find("layer"):
+            raise ValueError(
+                f"beside a layer router, a {self.name} router of an image model decides token by token: leave "
+                "`granularity` away"
+            )
 
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
         if place.branch == self.branch:

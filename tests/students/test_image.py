@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.architectures.record import LINEAR_SITES
 from students.execution.image_block import similar_lengths
 from students.families.image import call
 from students.kernels.merging import match, merge
@@ -119,7 +120,8 @@ def bias_of(student: Student, key: str) -> str:
 
 def routed(name: str, spec: str, pixels: Tensor) -> Student:
     """A student with random routers, some gates open and some closed."""
-    student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2) if spec == "branches" else LoraSpec()))
+    sites = LINEAR_SITES[1:] if name == "timm_eva02" else LINEAR_SITES
+    student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2 if spec == "branches" else 0, sites)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in student.added_parameters().values():
@@ -296,6 +298,23 @@ def test_blocks_of_several_attentions_are_skipped_as_a_whole(spec: str, pixels: 
 def test_branches_that_stand_side_by_side_take_no_routers(spec: str) -> None:
     with pytest.raises(ValueError, match="several attentions and MLPs side by side: it takes layer routers"):
         elasticize(make("parallel"), StudentSpec(SPECS[spec]))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "problem"),
+    [
+        ("vit", StudentSpec((RouterSpec("channel", network="static"),)), "saves where tokens are decoded"),
+        (
+            "vit",
+            StudentSpec((RouterSpec("layer", kv="drop"), RouterSpec("head", granularity="sequence"))),
+            "decides token by token",
+        ),
+        ("timm_eva02", StudentSpec((RouterSpec("head"),), LoraSpec(2)), "no low-rank corrections there"),
+    ],
+)
+def test_what_an_image_model_does_not_take(name: str, spec: StudentSpec, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        elasticize(make(name), spec)
 
 
 def test_a_hybrids_images_have_the_channels_of_its_backbone() -> None:
