@@ -91,27 +91,38 @@ def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def routing_loss(
-    student: Student, decisions: Decisions, loss: LossConfig, budget: BudgetConfig, rows: int
+    student: Student,
+    decisions: Decisions,
+    loss: LossConfig,
+    budget: BudgetConfig,
+    rows: int,
+    counted: Callable[[str], Tensor | None] = lambda key: None,
 ) -> Tensor | float:
     """What presets with fixed capacities add: the hinge, top-k prediction, even use; of `rows` rows, and those of the
-    other processes."""
+    other processes. counted: which tokens [B, T] bool count of a decision, by its key; None: all."""
     total: Tensor | float = 0.0
+
+    def flat(key: str, x: Tensor) -> Tensor:
+        """x [B, T, ...] or [B, 1, ...] of the tokens that count, [N, ...]."""
+        where = counted(key)
+        return x.flatten(0, 1) if where is None or x.shape[1] == 1 else x[where]
+
     capacity = student.runtime.capacity
     if budget.control == "capacity":
         free = [k for k, spec in decisions.spec.items() if spec.selection == "threshold"]
         if free:
-            shares = torch.stack([decisions.share[k].mean() for k in free])
+            shares = torch.stack([flat(k, decisions.share[k]).mean() for k in free])
             total = total + budget.hinge * capacity_hinge(launch.mean_of(shares, rows), capacity)
     if loss.topk_weight:
         specs = decisions.spec
         keys = [k for k in decisions.score if specs[k].selection == "topk" and specs[k].of_kind.over_tokens]
         if keys:
-            parts = [topk_bce(decisions.score[k].squeeze(-1), capacity) for k in keys]
+            parts = [topk_bce(decisions.score[k].squeeze(-1), capacity, counted(k)) for k in keys]
             total = total + loss.topk_weight * launch.mean_of(torch.stack(parts).mean(), rows)
     if loss.load_balance_weight:
         keys = [k for k in decisions.score if decisions.spec[k].of_kind.over_parts]
         if keys:
-            sums = [decisions.score[k].softmax(-1).flatten(0, -2).float().sum(0) for k in keys]
+            sums = [flat(k, decisions.score[k]).softmax(-1).float().sum(0) for k in keys]
             parts = [load_balance(launch.all_reduce(use).unsqueeze(0)) for use in sums]
             total = total + loss.load_balance_weight * torch.stack(parts).mean()
     return total

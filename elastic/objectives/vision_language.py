@@ -13,7 +13,7 @@ from elastic.objectives.sums import Objective, Sums, TeacherSignals, routing_los
 from losses import HIDDEN_DISTANCES
 from students.compute import Phase
 from students.decisions import Decisions
-from students.families.vision_language import VisionLanguageStudent
+from students.families.vision_language import VISION, VisionLanguageStudent
 from teachers.data.prompts import Prompts
 
 
@@ -72,7 +72,12 @@ class Distillation(Objective):
         total = loss.logits_weight * launch.average(kl)
         if not student.by_count:  # a share that is fixed has nothing to learn from a price
             total = total + launch.average(price * macs / dense)
-        total = total + routing_loss(student, decisions, loss, self.budget, len(prompts))
+
+        def counted(key: str) -> Tensor | None:
+            valid = prompts.inputs["attention_mask"].bool()
+            return None if key.startswith(VISION) else prompts.image if key == "image" else valid
+
+        total = total + routing_loss(student, decisions, loss, self.budget, len(prompts), counted)
         if loss.hidden_weight:
             text, distance = _text(prompts), HIDDEN_DISTANCES[loss.hidden]
             apart = distance(hidden[text_rows(text, decisions)], teacher[text[looked_at]], None)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from elastic import families
-from elastic.config import RunConfig
+from elastic.config import BudgetConfig, LossConfig, RunConfig
 from elastic.objectives.language import Distillation
+from elastic.objectives.sums import routing_loss
 from elastic.plan import plan_config
-from students import elasticize
+from students import RouterSpec, StudentSpec, elasticize
+from students.decisions import Decisions
 from students.kernels import devices, ops
 from teachers.shapes import build, find_shape
 from tests.pico.language import make_tiny
@@ -101,3 +103,18 @@ def test_a_block_more_is_few_launches(monkeypatch: pytest.MonkeyPatch):
             step(distillation)
         counted.append(launches.launched.total())
     assert counted[1] - counted[0] <= MOST
+
+
+def test_padding_has_no_say_in_what_routing_pays() -> None:
+    draw = torch.Generator().manual_seed(0)
+    student = elasticize(make_tiny("llama"), StudentSpec((RouterSpec("token"),)))
+    student.runtime.capacity = 0.1
+    kinds = {"0.attn.token": RouterSpec("token"), "0.layer": RouterSpec("layer", selection="topk")}
+    kinds["0.attn.head"] = RouterSpec("head")
+    valid = torch.tensor([[False, False, True, True, True, True]])
+    share = {key: torch.rand(1, 6, generator=draw) for key in kinds}
+    score = {key: torch.randn(1, 6, 4 if "head" in key else 1, generator=draw) for key in kinds}
+    loss, budget = LossConfig(topk_weight=1.0, load_balance_weight=1.0), BudgetConfig(control="capacity")
+    whole = routing_loss(student, Decisions(share, score, kinds), loss, budget, 1, lambda key: valid)
+    some = [{key: x[:, 2:] for key, x in made.items()} for made in (share, score)]
+    assert float(whole) == pytest.approx(float(routing_loss(student, Decisions(*some, kinds), loss, budget, 1)))
