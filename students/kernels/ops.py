@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-import students.flops  # noqa: F401  which knows products that torch does not count
 from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.merging import flops_of_merging, shapes_of_merged
@@ -371,9 +370,8 @@ list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
         *(score.new_empty(score.numel(), dtype=kind) for kind in (torch.long, torch.int32, torch.int32)),
     ),
 )
-"""Tokens whose score, plus the bias [1], reaches the limit [1], float32; without a limit, those where score, bool, is.
-Returns which these are, of score's shape; their flat indices [N], filled up with the last of all; and how many of them
-come before each token, and with it, flat [N]."""
+"""Which tokens have a score that, with the bias [1], reaches the limit [1], float32 (without: where score, bool, is);
+their flat indices [N], filled up with the last of all; and how many come before each token, and with it [N]."""
 
 
 def exact_together(x: Tensor) -> int:
