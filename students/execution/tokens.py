@@ -134,9 +134,7 @@ class Chosen:
 
     def scatter(self, some: Tensor) -> Tensor:
         """The same, with zeros for others."""
-        zero = _zeros(
-            (), some.dtype, some.device
-        )  # made once, where a number would be made on the device in every call
+        zero = _zeros((), some.dtype, some.device)  # a number of Python's would be another launch
         return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), zero)
 
     def _known(self, x: Tensor) -> Tensor:
