@@ -279,7 +279,8 @@ def launch(
     out, count = x.new_empty(rows, outputs), x.new_empty((), dtype=torch.int64)
     shape = (rows, triton.cdiv(outputs, reference.TOGETHER)) if residual is not None else 0
     found = x.new_empty(shape, dtype=torch.float32)
-    each, chunk = triton.next_power_of_2(triton.cdiv(inputs, split)), 1024 // max(2, triton.next_power_of_2(rows))
+    each = triton.next_power_of_2(triton.cdiv(inputs, split))
+    chunk = 256 * plan.warps // max(2, triton.next_power_of_2(rows))
     _gather[(strips, split)](
         *(x, other, squares, limit.contiguous(), weight, bias),
         *(None if low is None else low.contiguous() for low in (down, up, residual)),

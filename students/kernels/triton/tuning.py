@@ -84,8 +84,8 @@ class Attend:
 
 
 _ONE = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
-_FEW = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
-_FEW_NARROW = Gather(strip=128, step=32, resident=4, warps=4, stages=4)
+_FEW = Gather(strip=512, step=16, resident=2, warps=8, stages=4)
+_FEW_NARROW = Gather(strip=256, step=32, resident=2, warps=8, stages=4)
 _ONE_90 = replace(_ONE, stages=6)
 
 GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
@@ -110,13 +110,14 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
 dense product is faster. Reckoned from what the compiled kernels need, not measured: `python -m students.kernels.bench
 --tune` does that.
 
-Four programs fit on a multiprocessor (at most 128 registers a thread), each with 24 to 40 KiB of weights on their way,
-where an H100's bandwidth times latency asks for some 20 KiB of a multiprocessor. The loop is 120 to 145 instructions of
-a warp for 8 KiB of weights that are kept, for one input and for eight: where half of the issue slots are used, that is
-7 TB/s, so that memory is the limit at any share of channels. What stands against 1.05 of a dense product at a share of
-1 is the list, before any weight is read: 70 to 300 instructions of a warp for one input (0.2 to 0.7 us a launch), 150
-to 600 for two to eight, of which only the first 128 to 512 channels' are waited for (0.4 to 1.5 us). A wide strip makes
-fewer programs that repeat the list, a narrow one of few outputs fewer ranges whose sums are added."""
+Four programs of four warps fit on a multiprocessor, or two of eight (at most 128 registers a thread), with 90 to 160
+KiB of weights on their way, where an H200's bandwidth times latency asks for some 30 KiB of a multiprocessor. The loop
+is 120 to 130 instructions of a warp for 2 KiB of weights that are kept. With the list, four inputs take 0.37 to 0.50 of
+the issue slots that go by while memory reads an 8 B model's weights at 4.3 TB/s, and eight inputs 0.39 to 0.53 (with
+four warps and strips half as wide 0.52 to 0.65), so that memory is the limit. What stands against 1.05 of a dense
+product at a share of 1 is the list, before any weight is read: 70 to 300 instructions of a warp for one input (0.2 to
+0.7 us a launch), 250 to 600 for two to eight, of which only the first 256 to 1,024 channels' are waited for. A wide
+strip makes fewer programs that repeat the list, a narrow one of few outputs fewer ranges whose sums are added."""
 
 ROWS: dict[int, dict[str, Rows]] = {
     80: {
