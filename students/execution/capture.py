@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -20,6 +20,14 @@ WARM_UP = 2
 """Runs before the recorded one, in which libraries take their workspaces and kernels are compiled."""
 KEPT = 4
 """Recordings of a kind that are kept, with their tensors; the one that was used longest ago goes first."""
+THREAD = "thread_local"
+"""Other threads may do what would break a capture, as one that pins memory."""
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """What recordings on a device are made on: one for all, as libraries keep a workspace for each."""
+    return torch.cuda.Stream()
 
 
 class Recorder(Protocol):
@@ -36,16 +44,23 @@ class CudaGraph:
 
     def __init__(self, work: Callable[[], Any], device: torch.device | None = None) -> None:
         with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            before, side = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+            side.wait_stream(before)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     work()
-            torch.cuda.current_stream().wait_stream(side)
+            before.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            own = counters.lent(torch.device("cuda", torch.cuda.current_device()))
-            with own as self._counters, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._out = work()
+            own = counters.lent(side.device)
+            try:
+                with own as self._counters, torch.cuda.graph(self._graph, stream=side, capture_error_mode=THREAD):
+                    self._out = work()
+            except RuntimeError:
+                # of a capture that work has broken torch leaves its stream, and no random numbers before one ends well
+                torch.cuda.set_stream(before)
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode=THREAD):
+                    torch.zeros((), device=side.device)
+                raise
 
     def __call__(self) -> Any:
         self._graph.replay()

@@ -400,3 +400,12 @@ def test_cuda_graphs_decode_what_the_model_does(name: str, padded: dict[str, Ten
         plain, recorded = (work(**inputs, **options) for work in (student.model.generate, student.generate))
         assert student._decoding._steps and torch.equal(recorded.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), **CLOSE)
+
+
+@pytest.mark.gpu
+def test_after_a_recording_that_fails_all_is_as_before() -> None:
+    x = torch.ones(1, device="cuda")
+    with pytest.raises(RuntimeError):
+        CudaGraph(lambda: x * x.item())
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and 0 <= float(torch.rand(1, device="cuda")) <= 1
+    assert float(CudaGraph(lambda: x + 1)()) == 2
