@@ -343,17 +343,20 @@ def make_config(
     if traits.data and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
     source = merged["data"].get("source")
-    if isinstance(source, str) and source not in NAMED_DATA:
-        require_data(source)
+    if isinstance(source, str) and source.strip() and source not in NAMED_DATA:
+        require_data(source, entry.family)
         if Path(source).expanduser().exists():
             merged["data"]["source"] = str(Path(source).expanduser().absolute())
     return from_dict(RunConfig, merged)
 
 
-def require_data(source: str) -> None:
+def require_data(source: str, family: str) -> None:
     """ValueError where data can only be a file or folder, and there is none: before a model is loaded for it."""
     path = Path(source).expanduser()
-    if not is_path(source) or path.exists():
+    on_hub = not is_path(source) and ("/" in source or TRAITS[family].one_word)
+    if on_hub or source in NAMED_DATA or path.exists():
         return
     beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
-    raise ValueError(f"no such file or folder: {source}{near(path.name, beside)}; --data takes one that exists")
+    raise ValueError(
+        f"no such file or folder: {source}{near(path.name, [*beside, *NAMED_DATA])}; --data takes one that exists"
+    )

@@ -121,7 +121,7 @@ def _what_to_measure(
     run = Run.open(folder, finished=True)
     config = run.config
     if data is not None:
-        require_data(data)
+        require_data(data, config.family)
     for budget in compute:
         if not 0 < budget <= 1:
             raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
@@ -138,10 +138,10 @@ def _what_to_measure(
 
 def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:
     """How much two runs of one image model decide the same: a row for each router, and their mean as "mean"."""
-    if data is not None:
-        require_data(data)
     runs = [Run.open(path, finished=True) for path in (folder, other)]
     config = runs[0].config
+    if data is not None:
+        require_data(data, config.family)
     family = families.of(config.family)
     if family.score_correlations is None:
         raise ValueError(f"comparing is for image models; {config.model} is none")

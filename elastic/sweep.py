@@ -85,7 +85,8 @@ def sweep(
         tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
         _require_baselines(baselines, tasks)
         if eval_data is not None:
-            require_data(eval_data)
+            for family in {task.config.family for task in tasks}:
+                require_data(eval_data, family)
         return tasks
 
     tasks = launch.together(prepare)

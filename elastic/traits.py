@@ -22,6 +22,8 @@ class Traits:
     """The section of a configuration file that holds for it, whatever the phase."""
     data: str | None = None
     """What has to be named as data, for the user to read; None: there is data that needs no name."""
+    one_word: bool = False
+    """Whether a hub data set may be named without its owner."""
     tasks: bool = False
     """Whether it can be asked multiple-choice tasks of text."""
 
@@ -44,6 +46,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             ("data.max_images", "data.classes"),
             section="vit",
             data=_IMAGES,
+            one_word=True,
         ),
         "vlm": Traits(
             "elastic.families.vision_language",

@@ -105,8 +105,9 @@ def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., s
     (here / "empty.txt").write_text("")
     assert "no such file or folder: missing.txt" in refused(*arguments, "--data", "missing.txt")
     assert "empty.txt is too short: 0 tokens found, 96 needed" in refused(*arguments, "--data", "empty.txt")
-    for source in ("emty.txt", "./empty", "some/where/else"):  # before a model is loaded, or asked of the hub
+    for source in ("emty.txt", "./empty", "some/where/else", "word"):  # before a model is loaded, or asked of the hub
         assert "no such file or folder" in refused("distill", "--model", "gpt2", "--data", source)
+    assert "did you mean builtin?" in refused("distill", "--model", "gpt2", "--data", "buildin")
     assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
     windows = ("--set", "data.window=128", "--set", "train.window=128")
     assert "data.window is 128, but" in refused(*arguments, *windows)  # tiny models have 64 positions
