@@ -1,7 +1,7 @@
 """FLOPs counted while something runs, whatever kernel attends: formulas for what torch's own counter does not know.
 
 It knows attention kernels of CUDA alone, takes causal attention for full, and in many versions refuses fewer key heads
-than query heads; and it knows no products over some rows, and none with packed weights.
+than query heads; and it knows no products of one row or over some rows, and none with packed weights.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from students.kernels import ops
 from students.kernels.attention_gradient import recomputing
 from students.kernels.key_bias import key_mask
 from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
+from students.kernels.normed_tokens import merge_for
 from students.routers import Router, selection
 
 TOP = 1e30
@@ -183,9 +184,8 @@ class RoutedBlock(Wrapper):
         """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
         where each of x [B, n, D] stands then [B, n]."""
         linear = router.linear
-        some, size, flow.score, index, into = ops.merge_lowest(
-            x, flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top, keep
-        )
+        given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
+        some, size, flow.score, index, into = merge_for(self.base_layer, x, *given, keep)
         flow.resize(size)
         return some, index, into
 

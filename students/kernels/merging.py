@@ -100,6 +100,12 @@ def in_multiples(wanted: Tensor, lengths: Tensor, prefix: int, multiple: int) ->
     return torch.where(wanted >= patches, lengths, torch.maximum(torch.minimum(whole, lengths), least))
 
 
+def must_leave_pairs(n: int, prefix: int, keep: int) -> None:
+    """ValueError where so many of n tokens cannot be kept by merging once."""
+    if keep < n - (n - prefix + 1) // 2:
+        raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
+
+
 def flat_index(index: Tensor, tokens: int) -> Tensor:
     """[B * k]: where the tokens at index [B, k] are once batch and tokens [B, tokens] are one dimension."""
     if len(index) == 1:
@@ -108,10 +114,10 @@ def flat_index(index: Tensor, tokens: int) -> Tensor:
 
 
 def flops_of_merging(x: Tensor, *rest: Any, out_val: Any) -> int:
-    """FLOPs of a call of `ops.merge_lowest` or `merge_below`: scores, and products of pairs."""
-    top, chosen = rest[5], rest[6:]
+    """FLOPs of a call of `ops.merge_lowest` or one of its kind: scores, and products of pairs."""
+    top, chosen = rest[5:7]
     batch, n, width = x.shape
-    lengths = [n] * batch if len(chosen) == 1 else chosen[0].tolist()
+    lengths = chosen.tolist() if isinstance(chosen, Tensor) else [n] * batch
     patches = [length - len(top) for length in lengths]
     return 2 * width * (sum(lengths) + sum(k // 2 * ((k + 1) // 2) for k in patches))
 

@@ -349,6 +349,16 @@ prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places 
 the n tokens stands then [B, n]. (See merging.py.)
 """
 
+merge_normed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
+    "merge_normed(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
+    " Tensor top, int keep, Tensor gain, Tensor? offset, float epsilon)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, *rest: (shapes_of_merged(x, rest[6])[0], *shapes_of_merged(x, rest[6])),
+    flops_of_merging,
+    lambda x, *_, out_val: _size(x),
+)
+"""As `merge_lowest`, with the layer norm of the tokens that are left in front, with gain and offset [D] in x's type."""
+
 merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
     "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

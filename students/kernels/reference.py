@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.kernels.listing import list_open as list_open
-from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples, match, merge
+from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples, match, merge, must_leave_pairs
 from students.kernels.scoring import stream_score
 
 TOGETHER = 64
@@ -340,6 +340,12 @@ def merge_lowest(
     return _at(x, index), total.gather(1, index), score.gather(1, index), index, into
 
 
+def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *given, gain, offset, epsilon = rest
+    merged = torch.ops.elastic.merge_lowest(x, *given)
+    return F.layer_norm(merged[0], gain.shape, gain, offset, epsilon), *merged
+
+
 def merge_below(
     x: Tensor,
     size: Tensor | None,
@@ -370,11 +376,6 @@ def merge_below(
     sizes = torch.where(left, total.gather(1, index), 1.0)
     scores = torch.where(left, score.gather(1, index), -torch.inf)
     return _at(merged, index), sizes, scores, index, torch.where(gone, matches.target, own), counts
-
-
-def must_leave_pairs(n: int, prefix: int, keep: int) -> None:
-    if keep < n - (n - prefix + 1) // 2:
-        raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
 
 
 def _scores(

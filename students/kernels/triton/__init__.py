@@ -40,6 +40,7 @@ OPERATORS = {
     "decode_attention": "decode_attention",
     "list_open": "list_open",
     "merge_lowest": "merge_lowest",
+    "merge_normed": "merge_lowest",
     "merge_below": "merge_lowest",
 }
 """Where each operator is: the name of the file, in which a function has the operator's name and arguments."""

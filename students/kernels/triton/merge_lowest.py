@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from students.kernels.reference import must_leave_pairs
+from students.kernels.merging import must_leave_pairs
 
 NOBODY: tl.constexpr = tl.constexpr(2**30)
 NOT_NOW: tl.constexpr = tl.constexpr(1e29)
@@ -124,12 +124,16 @@ def _take_in(
     index,
     into,
     counts,
+    gain,
+    offset,
+    normed,
     tokens,
     width,
     prefix,
     going,
     keep,
     multiple,
+    epsilon,
     GOERS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,8 +141,9 @@ def _take_in(
 ):
     """Some of an image's tokens, ROWS at a time, once the goers with the lowest ranks have left, of equals the first.
 
-    A token is the mean of what it stands for. Where there are lengths, shift and multiple say how many stay; what left,
-    and what fills an image up, comes behind them then. (In one piece: all of it follows from who leaves.)
+    A token is the mean of what it stands for; where there is a gain, its layer norm is written too. Where there are
+    lengths, shift and multiple say how many stay; what left, and what fills an image up, comes behind them then. (In
+    one piece: all of it follows from who leaves. A third of its lines are names of tensors.)
     """
     image = tl.program_id(0)
     g, own, lane = tl.arange(0, GOERS), image * going, tl.arange(0, WIDTH)
@@ -213,15 +218,32 @@ def _take_in(
         tl.store(index + at, i.to(tl.int64), mask=shown)
         tl.store(out_size + at, total, mask=shown)
         tl.store(out_score + at, score, mask=shown)
-        place_out = out + at.to(tl.int64)[:, None] * width + lane[None, :]
-        tl.store(place_out, mean.to(out.dtype.element_ty), mask=shown[:, None] & wide)
+        place_out = at.to(tl.int64)[:, None] * width + lane[None, :]
+        kind = out.dtype.element_ty
+        tl.store(out + place_out, mean.to(kind), mask=shown[:, None] & wide)
+        if gain is not None:
+            mean = mean.to(kind).to(tl.float32)
+            apart = tl.where(wide, mean - (tl.sum(mean, 1) / width)[:, None], 0.0)
+            unit = apart * tl.rsqrt(tl.sum(apart * apart, 1) / width + epsilon)[:, None]
+            scaled = unit * tl.load(gain + lane, mask=lane < width, other=0.0).to(tl.float32)[None, :]
+            if offset is not None:
+                scaled += tl.load(offset + lane, mask=lane < width, other=0.0).to(tl.float32)[None, :]
+            tl.store(normed + place_out, scaled.to(kind), mask=shown[:, None] & wide)
 
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `ops.merge_lowest`."""
     keep: int = rest[-1]
     must_leave_pairs(x.shape[1], len(rest[-2]), keep)
-    return _merge(x, rest[:-1], keep, None, None, 1)[:-1]
+    return _merge(x, rest[:-1], keep)[:-1]
+
+
+def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """As `ops.merge_normed`."""
+    *router, top, keep, gain, offset, epsilon = rest
+    must_leave_pairs(x.shape[1], len(top), keep)
+    normed = x.new_empty(len(x), keep, x.shape[-1])
+    return normed, *_merge(x, (*router, top), keep, norm=(gain, offset, normed), epsilon=epsilon)[:-1]
 
 
 def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -234,17 +256,19 @@ def _merge(
     x: Tensor,
     router: tuple[Any, ...],
     keep: int,
-    lengths: Tensor | None,
-    shift: Tensor | None,
-    multiple: int,
+    lengths: Tensor | None = None,
+    shift: Tensor | None = None,
+    multiple: int = 1,
+    norm: tuple[Tensor | None, ...] = (None, None, None),
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Both; router: what both take between x and where they end; keep: how many tokens of each image are written, of
-    which fewer may be left where there are lengths."""
+    """All; router: what all take between x and where they end; keep: how many tokens of each image are written, of
+    which fewer may be left where there are lengths; norm: gain, offset, and where what it makes of them is written."""
     x, (batch, tokens, width) = x.contiguous(), x.shape
-    size, before, weight, bias, distance_weight, top, lengths, shift = (
-        None if t is None else t.contiguous() for t in (*router, lengths, shift)
+    size, before, weight, bias, distance_weight, top, lengths, shift, *norm_of = (
+        None if t is None else t.contiguous() for t in (*router, lengths, shift, *norm)
     )
-    prefix = len(top)
+    prefix = len(router[-1])
     going = max(1, (tokens - prefix + 1) // 2)
     rank, partner = x.new_empty(batch, going, dtype=torch.float32), x.new_empty(batch, going, dtype=torch.int32)
     sizes, scores = (x.new_empty(batch, keep, dtype=torch.float32) for _ in range(2))
@@ -261,13 +285,13 @@ def _merge(
         TAKERS=32 if wide else 128,
         WIDTH=block,
         num_warps=8,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide else 4,
     )
     lanes, goers = triton.next_power_of_2(width), max(16, triton.next_power_of_2(max(going, prefix)))
     rows = max(1, min(8, 2048 // lanes))
     _take_in[(batch, min(triton.cdiv(keep, rows), max(1, PROGRAMS // batch)))](
-        *(x, size, before, top, lengths, shift, rank, partner, out, sizes, scores, index, into, counts),
-        *(tokens, width, prefix, going, keep, multiple),
+        *(x, size, before, top, lengths, shift, rank, partner, out, sizes, scores, index, into, counts, *norm_of),
+        *(tokens, width, prefix, going, keep, multiple, epsilon),
         GOERS=goers,
         TILE=min(goers, max(16, PAIRS // goers)),
         ROWS=rows,

@@ -101,6 +101,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     for tall in (make(8, 197, 768), make(8, 577, 1024)):
         router = make(tall.shape[2], kind=single), make(1, kind=single), scalar, make(1, kind=single)
         yield call("merge_lowest", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40)
+        norm = make(tall.shape[2]), make(tall.shape[2]), 1e-6
+        yield call("merge_normed", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40, *norm)
         lengths, shift = make(8, kind=torch.int64), make(8, kind=single)
         yield call("merge_below", tall, make(8, tall.shape[1], kind=single), None, *router, lengths, shift, 4)
     yield call("softmax_grad", make(2, 8, 1000, 1000), make(2, 8, 1000, 1000), 1000)

@@ -187,6 +187,11 @@ def merge_lowest(draw: Draw) -> Iterator[Arguments]:
             yield *arguments, keep
 
 
+def merge_normed(draw: Draw) -> Iterator[Arguments]:
+    for number, arguments in enumerate(merge_lowest(draw)):
+        yield *arguments, draw(24), draw(24) if number % 2 else None, 1e-3
+
+
 def merge_below(draw: Draw) -> Iterator[Arguments]:
     for multiple in (1, 4):
         for arguments in merging(draw):
@@ -229,6 +234,7 @@ SAMPLES: dict[str, Samples] = {
     "decode_attention": decode_attention,
     "list_open": list_open,
     "merge_lowest": merge_lowest,
+    "merge_normed": merge_normed,
     "merge_below": merge_below,
 }
 """By operator, what makes calls' arguments."""

@@ -27,12 +27,16 @@ def test_libraries_hand_the_mask_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student, pixels = routed(name, spec, pixels).bfloat16(), pixels.bfloat16()
-    plain = first(call(student.model, pixels))
+    with Launches() as before:
+        plain = first(call(student.model, pixels))
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     with Launches() as launches:
         out = first(call(student.model, pixels))
     assert launches.launched["elastic.biased_attention.default"] >= (3 if spec == "block merges" else 2)
+    norms = [seen.launched["aten.native_layer_norm.default"] for seen in (before, launches)]
+    folded = launches.launched["elastic.merge_normed.default"]
+    assert norms[0] - norms[1] == folded and (folded > 0) == (spec == "block merges")
     torch.testing.assert_close(out, plain, rtol=0.05, atol=0.05)
 
 

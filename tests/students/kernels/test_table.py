@@ -26,7 +26,7 @@ CLOSE = {
     torch.float16: dict(atol=0.05, rtol=0.02),
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
-IN_TORCH = {"fused_channels", "rotary_grad", "biased_attention", "list_open"}
+IN_TORCH = {"fused_channels", "rotary_grad", "biased_attention", "list_open", "merge_normed"}
 """Operators with no C function: few launches and rotating back are for GPUs, and torch's attention takes masks on
 CPUs."""
 
