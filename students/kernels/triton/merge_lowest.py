@@ -285,7 +285,7 @@ def _merge(
         TAKERS=32 if wide else 128,
         WIDTH=block,
         num_warps=8,
-        num_stages=2 if wide else 4,
+        num_stages=2 if wide else 3,
     )
     lanes, goers = triton.next_power_of_2(width), max(16, triton.next_power_of_2(max(going, prefix)))
     rows = max(1, min(8, 2048 // lanes))
