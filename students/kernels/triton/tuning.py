@@ -85,7 +85,7 @@ class Attend:
 
 _ONE = Gather(strip=256, step=16, resident=4, warps=4, stages=5)
 _FEW = Gather(strip=512, step=16, resident=2, warps=8, stages=4)
-_FEW_NARROW = Gather(strip=256, step=32, resident=2, warps=8, stages=4)
+_FEW_NARROW = Gather(strip=256, step=32, resident=2, warps=8, stages=3)
 _ONE_90 = replace(_ONE, stages=6)
 
 GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
@@ -110,10 +110,10 @@ GATHER: dict[int, dict[tuple[str, str], Gather | None]] = {
 dense product is faster. Reckoned from what the compiled kernels need, not measured: `python -m students.kernels.bench
 --tune` does that.
 
-Four programs of four warps fit on a multiprocessor, or two of eight (at most 128 registers a thread), with 90 to 160
+Four programs of four warps fit on a multiprocessor, or two of eight (at most 128 registers a thread), with 60 to 200
 KiB of weights on their way, where an H200's bandwidth times latency asks for some 30 KiB of a multiprocessor. The loop
-is 120 to 130 instructions of a warp for 2 KiB of weights that are kept. With the list, four inputs take 0.37 to 0.50 of
-the issue slots that go by while memory reads an 8 B model's weights at 4.3 TB/s, and eight inputs 0.39 to 0.53 (with
+is 120 to 130 instructions of a warp for 2 KiB of weights that are kept. With the list, four inputs take 0.35 to 0.48 of
+the issue slots that go by while memory reads an 8 B model's weights at 4.3 TB/s, and eight inputs 0.39 to 0.51 (with
 four warps and strips half as wide 0.52 to 0.65), so that memory is the limit. What stands against 1.05 of a dense
 product at a share of 1 is the list, before any weight is read: 70 to 300 instructions of a warp for one input (0.2 to
 0.7 us a launch), 250 to 600 for two to eight, of which only the first 256 to 1,024 channels' are waited for. A wide
