@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ One = Callable[..., Tensor]
 Pair = Callable[..., tuple[Tensor, Tensor]]
 Cost = Callable[..., int]
 """What a call costs: (*arguments, out_val=what it returned) -> a number."""
+FEW_ROWS = 4
+"""For so many inputs on a CPU, reading weights costs more than arithmetic; on GPUs the table of launches says it."""
 
 
 @dataclass(frozen=True)
@@ -286,16 +289,9 @@ rotary: Pair = _operator(
 """Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d], of whose channels the first r are
 turned, the first half of these with the second: by cos and sin [B or 1, T, r]. Each step rounds, as torch does."""
 
-
-def _by_token(x: Tensor) -> Tensor:
-    """[B, H, T, d], in which what belongs to a token lies together."""
-    batch, heads, tokens, size = x.shape
-    return x.new_empty(batch, tokens, heads, size).transpose(1, 2)
-
-
 rotary_grad: Pair = _operator(
     "rotary_grad(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    lambda query, key, *_: (_by_token(query), _by_token(key)),
+    lambda query, key, *_: tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key)),
 )
 """Gradients of `rotary` by query and key, for those by what it returns: in memory [B, T, H, d], as linear layers put
 queries and keys out."""
@@ -334,37 +330,31 @@ H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to s
 the newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
 
 
-merge_lowest: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
+_merging = partial(_operator, flops=flops_of_merging, read=lambda x, *_, out_val: _size(x))
+
+merge_lowest: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _merging(
     "merge_lowest(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *rest: shapes_of_merged(x, rest[-1]),
-    flops_of_merging,
-    lambda x, *_, out_val: _size(x),
 )
 """Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image.
 
 size [B, n]: what each stands for (None: 1). before [B, n]: the lowest score it had so far (None: infinity). Scores are
 those of `stream_score` with weight [D] and bias [1], plus `distance_weight` [] times the distance; top: those of the
 prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of
-the n tokens stands then [B, n]. (See merging.py.)
-"""
+the n tokens stands then [B, n]. (See merging.py.)"""
 
-merge_normed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
+merge_normed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _merging(
     "merge_normed(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
-    " Tensor top, int keep, Tensor gain, Tensor? offset, float epsilon)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor top, int keep, Tensor gamma, Tensor? beta, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *rest: (shapes_of_merged(x, rest[6])[0], *shapes_of_merged(x, rest[6])),
-    flops_of_merging,
-    lambda x, *_, out_val: _size(x),
 )
-"""As `merge_lowest`, with the layer norm of the tokens that are left in front, with gain and offset [D] in x's type."""
+"""As `merge_lowest`, with the layer norm of the tokens that are left in front, with gamma and beta [D] in x's type."""
 
-merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _operator(
+merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _merging(
     "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *_: (*shapes_of_merged(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),
-    flops_of_merging,
-    lambda x, *_, out_val: _size(x),
 )
 """As `merge_lowest`, where the tokens with a score below -shift are taken in, as far as `multiple` allows (see
 `merging.in_multiples`), and each image has its own length [B] and shift [B], float32.
@@ -388,10 +378,6 @@ def exact_together(x: Tensor) -> int:
     """For how many inputs at once `exact_rows` is faster than the whole head on the device of x: each of them needs few
     rows, and on GPUs reading these is nearly all that it costs."""
     return tuning.MOST_ROWS if x.is_cuda and triton.available() else 4
-
-
-FEW_ROWS = 4
-"""For so many inputs on a CPU, reading weights costs more than arithmetic; on GPUs the table of launches says it."""
 
 
 def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
