@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -292,7 +292,7 @@ def _measure(
             "train_seconds": run.about.get("seconds"),
             "train_steps": run.about.get("steps", task.config.train.steps),
             "command": options.command,
-            "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             **surroundings(),
         }
         if baseline is None:
