@@ -343,7 +343,7 @@ def make_config(
     if traits.data and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
     source = merged["data"].get("source")
-    if isinstance(source, str) and source.strip() and source not in NAMED_DATA:
+    if isinstance(source, str) and source.strip() and source not in (*NAMED_DATA, entry.data):
         require_data(source, entry.family)
         if Path(source).expanduser().exists():
             merged["data"]["source"] = str(Path(source).expanduser().absolute())
