@@ -27,6 +27,8 @@ COLUMNS = (
     "of predicted",
     "peak",
 )
+FEWEST = 8
+"""New tokens: the time of fewer is lost in that of their prompt."""
 
 
 def lines(files: Sequence[Path]) -> list[str]:
@@ -41,7 +43,12 @@ def lines(files: Sequence[Path]) -> list[str]:
     out += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for file, made in found:
         name = file.stem.partition("-")[2].replace(",", ", ")
-        out += [_line(_cells(made["timed"].partition(",")[0], name, row)) for row in made["rows"]]
+        shape = made["timed"].partition(",")[0]
+        out += [
+            _line(_cells(shape, name, row))
+            for row in made["rows"]
+            if row["phase"] != "decode" or row["tokens"] >= FEWEST
+        ]
     return out
 
 
