@@ -1,1 +1,1 @@
-"""Operators that read only what is selected, and fused ones for training."""
+"""Operators that read only the selected channels, rows and tokens, and fused operators for training."""

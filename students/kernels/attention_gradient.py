@@ -1,7 +1,7 @@
-"""A faster gradient of attention on CPUs, whose forward pass stays as it is, bit for bit.
+"""A faster backward pass of attention on CPUs; the forward pass remains torch's own, bit for bit.
 
-torch's CPU kernel takes two to three times as long backward as forward, and up to fifteen times where there are few
-tokens; here backward makes the attention weights again, in blocks, by products of matrices.
+torch's CPU kernel takes two to three times as long backward as forward, and up to fifteen times with few tokens. The
+backward pass used here recomputes the attention weights block by block, with matrix products.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from students.kernels.autograd import Attention
 
 
 def fast_attention_gradients(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, attention has the faster gradient, whoever calls it."""
+    """Return a context in which every call of `scaled_dot_product_attention` on a CPU has the faster gradient."""
     return _FastAttention() if device.type == "cpu" and torch.is_grad_enabled() else nullcontext()
 
 
 def recomputing(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of a pass within `fast_attention_gradients`, and of its recomputation in backward (the context_fn of
-    torch's checkpoint)."""
+    """Return the pair of contexts that `context_fn` of torch's checkpoint asks for: one for a forward pass that already
+    runs within `fast_attention_gradients`, and one for the recomputation of that pass in backward."""
     return nullcontext(), fast_attention_gradients(device)
 
 

@@ -1,4 +1,7 @@
-"""Operators with their gradients, which are operators too: torch would keep what backward can make again."""
+"""Autograd functions of the operators in ops.py; each gradient is an operator too.
+
+torch's autograd would store intermediate results that these backward passes recompute.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChannelGate(torch.autograd.Function):
-    """x where |x| >= limit, else 0, and the share of channels kept; written out because it runs at every linear layer.
+    """`ops.channel_gate` with a surrogate gradient; hand-written because it runs at every linear layer.
 
-    The surrogate gradient of the hard comparison is that of a ramp in log|x| - log(limit), of slope 1 on [-1/2, 1/2]:
-    channels near their limit learn, the others cost nothing. The limit's gradient is taken for log(limit).
+    The hard comparison |x| >= limit gets the gradient of a ramp in log|x| - log(limit), of slope 1 on [-1/2, 1/2]: a
+    limit learns from the channels near it, and other channels cost nothing. The gradient is taken by log(limit).
     """
 
     @staticmethod
@@ -37,15 +40,15 @@ class ChannelGate(torch.autograd.Function):
 
 
 def _ramp(limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The limit, and the ends of the ramp around it."""
+    """Return the limit and the lower and upper ends of the surrogate gradient's ramp around it."""
     return limit, limit * math.exp(-0.5), limit * math.exp(0.5)
 
 
 class GatedChannelGate(torch.autograd.Function):
-    """`ChannelGate` of an MLP's product x = activation(gate) * up, which somebody has made without its gradient.
+    """`ChannelGate` of an MLP's product x = activation(gate) * up, which the caller has computed without a gradient.
 
-    Neither product nor activation is kept for backward, which makes them again from what the linear layers put out.
-    kind: as in `ops.gated_grad`.
+    Neither the product nor the activation is stored: backward recomputes both from gate and up, the outputs of the
+    linear layers. kind: the activation, as in `ops.gated_grad`.
     """
 
     @staticmethod
@@ -63,7 +66,10 @@ class GatedChannelGate(torch.autograd.Function):
 
 
 class RowGate(torch.autograd.Function):
-    """Written out because it runs on [rows, V]. Surrogate gradient: a ramp of slope 1, half a nat to either side."""
+    """`ops.row_gate` with a surrogate gradient: a ramp of slope 1 that extends half a nat to either side of the limit.
+
+    Hand-written because its tensors [rows, V] are large.
+    """
 
     @staticmethod
     def forward(ctx: Any, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +83,7 @@ class RowGate(torch.autograd.Function):
 
 
 class ForwardKL(torch.autograd.Function):
-    """KL(teacher || student) of each row; the teacher's logits are fixed."""
+    """`ops.forward_kl` with the gradient by the student's logits; the teacher's logits are constants."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
@@ -91,15 +97,16 @@ class ForwardKL(torch.autograd.Function):
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) [N] of logits [N, V] in nats; the teacher's are fixed."""
+    """Return KL(teacher || student) [N] of logits [N, V] in nats; the teacher's logits are constants."""
     value: Tensor = ForwardKL.apply(student, teacher)
     return value
 
 
 class RoutedKL(torch.autograd.Function):
-    """KL(teacher || student) of the logits that `RowGate` makes, and its share, without these logits.
+    """KL(teacher || student) [N] of the logits that `RowGate` returns, and the share of exact logits [N].
 
-    exact and preview are nobody else's: backward, which runs once, leaves their gradients in their places.
+    The student's logits are never stored. No other code may use `exact` and `preview`: backward, which can run only
+    once, overwrites the two tensors with their gradients.
     """
 
     @staticmethod
@@ -118,7 +125,7 @@ class RoutedKL(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """`ops.rms_norm` with the gradient by its input; the weight is frozen. run: the operator with its settings."""
+    """`ops.rms_norm` with the gradient by x; the weight is frozen. run: the operator with epsilon and kind bound."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) -> Tensor:
@@ -133,13 +140,13 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, run: Norm, epsilon: float, kind: int) -> Tensor:
-    """`ops.rms_norm`, called through `run`, which has the other settings."""
+    """Return `ops.rms_norm` of x with its gradient; run: the operator with epsilon and kind bound."""
     out: Tensor = RMSNorm.apply(x, weight, run, epsilon, kind)
     return out
 
 
 class Rotary(torch.autograd.Function):
-    """`ops.rotary` with the gradients by queries and keys; angles are given."""
+    """`ops.rotary` with the gradients by query and key; cos and sin are constants."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,14 +159,15 @@ class Rotary(torch.autograd.Function):
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.rotary`, where a gradient passes."""
+    """Return `ops.rotary` of query and key with its gradients."""
     out: tuple[Tensor, Tensor] = Rotary.apply(query, key, cos, sin)
     return out
 
 
 class Attention(torch.autograd.Function):
-    """torch's attention, of which backward makes the weights again, a block of queries of some sequences at a time.
+    """torch's attention, with a backward pass that recomputes the attention weights block by block.
 
+    A block is a range of queries of some sequences.
     query [B, H, T, d], key and value [B, K, C, d] -> [B, H, T, d]; each key head serves H / K query heads.
     """
 
@@ -170,7 +178,7 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
         ctx.causal = options["is_causal"]
-        mask = None if mask is None else mask.detach()  # torch would take its slow way for one that learns
+        mask = None if mask is None else mask.detach()  # torch is slow for a mask that requires a gradient
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
     @staticmethod
@@ -181,7 +189,7 @@ class Attention(torch.autograd.Function):
             mask = torch.ones(query.shape[2], tokens, dtype=torch.bool, device=query.device).tril()
         key, value = key.contiguous(), value.contiguous()
         bias = None if mask is None else mask[(None,) * (4 - mask.ndim)]
-        blind = None  # queries that see no key, for which torch puts out zeros
+        blind = None  # queries that see no key: torch's output is zero there
         if bias is not None and bias.dtype == torch.bool and not bool((seeing := bias.any(-1, keepdim=True)).all()):
             blind = ~seeing
         by_query = torch.empty_like(query)
@@ -190,7 +198,7 @@ class Attention(torch.autograd.Function):
         for some, rows in _blocks(query, tokens, causal):
             here = some, slice(None), slice(rows.stop if causal else tokens)
             k, v, to_key, to_value = (x[here].flatten(0, 1) for x in (key, value, by_key, by_value))
-            # the query heads that share a key head follow each other, as rows of one matrix
+            # query heads that share a key head are adjacent, so their queries become rows of one matrix
             q, out = (rearrange(x[some, :, rows], "b (h g) t d -> (b h) (g t) d", h=heads) for x in (query, grad))
             q = q * ctx.scale
             weight, slope = torch.bmm(q, k.transpose(1, 2)), torch.bmm(out, v.transpose(1, 2))
@@ -215,16 +223,15 @@ class Attention(torch.autograd.Function):
 
 
 SCORES = 2**21
-"""Bytes of attention scores that a block of `Attention` holds: what stays in a core's cache."""
+"""Maximum bytes of attention scores in a block of `Attention`, so that the scores stay in a core's cache."""
 QUERIES = 64
-"""Queries of a sequence that a block of `Attention` has at most where they see only what is before them: keys behind
-them are not read."""
+"""Maximum queries of a sequence in a block of causal attention, where keys behind a block's last query are not read."""
 LEAST = 16
-"""Queries of a block at least."""
+"""Minimum queries of a sequence in a block, unless the sequence has fewer."""
 
 
 def _blocks(query: Tensor, keys: int, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Sequences and queries of each block, of query [B, H, T, d] and so many keys."""
+    """Yield the slices of sequences and of queries of each block, for query [B, H, T, d] and `keys` keys."""
     batch, heads, tokens, _ = query.shape
     row = heads * keys * query.element_size()
     most = max(LEAST, SCORES // row)
@@ -236,7 +243,7 @@ def _blocks(query: Tensor, keys: int, causal: bool) -> Iterator[tuple[slice, sli
 
 
 def _part(x: Tensor, some: slice, rows: slice) -> Tensor:
-    """Of a mask x [B or 1, H or 1, T or 1, C or 1], what a block sees."""
+    """Return the part of a mask x [B or 1, H or 1, T or 1, C or 1] for sequences `some` and queries `rows`."""
     return x[some if len(x) > 1 else slice(None), :, rows if x.shape[2] > 1 else slice(None)]
 
 

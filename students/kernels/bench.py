@@ -1,9 +1,9 @@
-"""Time the kernels on the GPU that is here, else on the CPU: `python -m students.kernels.bench`; with `--tune`, try
-other launches than those in triton/tuning.py, and print what to write there.
+"""Time the kernels on the available GPU, else on the CPU: `python -m students.kernels.bench`. With `--tune`, try other
+launch configurations than those in triton/tuning.py and print the fastest as entries for that file.
 
-What is compared runs in turn, over as many copies of a weight as no cache holds; times are medians, of one call. On a
-GPU calls are captured into a CUDA graph, as decoding does. GB/s are of what has to be read (and, in the second table,
-written); dense is the product of the whole weight: by cuBLAS, or by oneDNN with packed weights.
+Competing calls run in turn, over enough copies of a weight to exceed every cache; a time is the median of one call. On
+a GPU, calls are captured into a CUDA graph, as in decoding. GB/s counts the bytes that must be read (in the last table
+also written). "dense" is the product with the whole weight: by cuBLAS, or by oneDNN with packed weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from students.kernels import cpu, ops
 from students.kernels.timing import ON_CPU, ON_GPU, Call, Setup, limits, reading
 
 SHARES = (0.5, 0.2, 0.05)
-"""Of rows of the LM head."""
+"""Shares of the LM head's rows that are read."""
 
 
 def row_of(name: str, rows: int, size: int, times: Mapping[str, float], read: Mapping[str, float]) -> str:
-    """A line of the table: the dense product, then what reads these shares of a weight of so many bytes."""
+    """Return a table line: microseconds and GB/s of the dense product, then of the calls in `read`, which maps a call's
+    name to the share that the call reads of a weight of `size` bytes."""
     whole = min(time for name, time in times.items() if name not in read)
     cells = [f"{whole:.0f} | {size / whole / 1000:.0f}"]
     cells += [
@@ -38,13 +39,13 @@ def row_of(name: str, rows: int, size: int, times: Mapping[str, float], read: Ma
 
 
 def head_of(first: str, shares: Sequence[float]) -> list[str]:
-    """The first two lines of a table of `row_of`."""
+    """Return the two header lines of a table whose other lines come from `row_of`."""
     kept = " | ".join(f"{share:g}: us | GB/s | of dense" for share in shares)
     return [f"| {first} | rows | dense us | GB/s | {kept} |", "|---" * (4 + 3 * len(shares)) + "|"]
 
 
 def channel_lines(on: Setup) -> Iterator[str]:
-    """A table of reading channels, for shares of them."""
+    """Yield the lines of a table of products that read a share of the channels."""
     yield from head_of("read_channels, few_channels", on.keeps)
     for inputs, outputs in on.weights:
         matrices = on.copies(inputs, outputs)
@@ -60,7 +61,7 @@ def channel_lines(on: Setup) -> Iterator[str]:
 
 
 def head_lines(on: Setup) -> Iterator[str]:
-    """A table of the LM head, for shares of its rows, and one of its preview."""
+    """Yield the lines of a table of the LM head that reads a share of its rows, and of a table of its preview."""
     yield from head_of("exact_rows", SHARES)
     vocabulary, width = on.head
     matrices = on.copies(vocabulary, width)
@@ -81,7 +82,8 @@ def head_lines(on: Setup) -> Iterator[str]:
 
 
 def other_lines(on: Setup) -> Iterator[str]:
-    """What the other kernels take, and how fast what they must move goes by."""
+    """Yield the lines of a table of the other kernels: microseconds, GB/s of the bytes that must be read and written,
+    and torch's microseconds where torch has a counterpart."""
 
     def line(name: str, moved: float, call: Call, other: Call | None = None) -> str:
         times = on.medians({"kernel": [call] * 4, **({} if other is None else {"torch": [other] * 4})})

@@ -1,14 +1,14 @@
-"""Tensors that whoever reads them computes along with its own work, so that a token's step on a GPU launches less.
+"""Deferred tensors, which the kernel that reads them computes in its own launch: fewer launches in a GPU's decode step.
 
-A block adds what its layers put out to the residual stream, normalises that for the next layers, and multiplies an
-MLP's gate with up: launches of their own, each of which takes longer to start than to run. Layers that read some
-channels can do all of it (see `ops.fused_channels`), but a model's code asks for one thing after the other. In the
-place of tensors it gets these, which note what it asks for:
+A block adds the outputs of its layers to the residual stream, normalises the sum for the next layers, and multiplies an
+MLP's gate with up. Each of these launches takes longer to start than to run. Layers that read some channels can include
+all of this work (see `ops.fused_channels`), but the model's code calls one operator after the other. Instead of tensors
+the code gets deferred tensors, which record the operators:
 
     output, then + the residual stream (Stream), then its norm -> read by the next layers
     gate, then its activation, then * up                       -> read by the next layer
 
-Layers take what is noted (`entering`). Anybody else, and any other question, finds the tensor computed as ever, once.
+Layers get the recorded operators from `entering`. Any other use of a deferred tensor computes it as usual, once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.utils._pytree import tree_map
 
 _FACTS = {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")}
 _FACTS |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")}
-"""What can be asked of a tensor that is not computed."""
+"""Properties of a deferred tensor that are known before it is computed."""
 _ADD = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
 _MULTIPLY = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
 ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (F.silu, {}), (F.gelu, {"approximate": "tanh"})
-"""Those that kernels know, in the order of their numbers, and their options."""
+"""Activation functions of the kernels, in the order of the kernels' numbers, and the options of each function."""
 
 
 class Entering(NamedTuple):
-    """What layers read, as the first arguments of `ops.fused_channels`."""
+    """The input of linear layers, as the first arguments of `ops.fused_channels`."""
 
     x: Tensor
     other: Tensor | None = None
@@ -43,17 +43,18 @@ class Entering(NamedTuple):
 
 
 class Deferred(Tensor):
-    """In the place of a tensor of this shape, and of the type and on the device of `like`.
+    """A tensor that is not computed yet, of this shape, and of the dtype and on the device of `like`.
 
-    compute: what computes it alone. read: what layers read in its place (None: the tensor). joins: functions of torch
-    that can wait in their turn, with their options, and what makes a Deferred of the other tensor they are given.
+    compute: returns the computed tensor. read: returns the input of layers that read the tensor (None: the computed
+    tensor). joins: by torch function that can be deferred in turn, the options that the function must have, and a
+    function that maps the other tensor argument to the resulting Deferred.
     """
 
     made: Tensor | None = None
 
     @staticmethod
     def __new__(cls, shape: torch.Size, like: Tensor, *rest: Any, **more: Any) -> Deferred:
-        """As torch has it for tensors with no memory."""
+        """Create a tensor without memory, as torch's wrapper subclasses are created."""
         new: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         return new
 
@@ -68,7 +69,7 @@ class Deferred(Tensor):
         self.compute, self.read, self.joins = compute, read, joins
 
     def settle(self) -> Tensor:
-        """The tensor."""
+        """Return the tensor, computed at the first call."""
         if self.made is None:
             self.made = self.compute()
         return self.made
@@ -97,11 +98,11 @@ class Deferred(Tensor):
 
 
 Launch = Callable[[Tensor | None], tuple[Tensor, Tensor]]
-"""(residual stream [..., O] or None) -> what layers put out, added to that, and the sums of squares of this [B, n]."""
+"""(residual stream [..., O] or None) -> the layers' outputs plus the stream, and the sum's sums of squares [B, n]."""
 
 
 class Stream(Deferred):
-    """A residual stream, to which a layer adds what it puts out."""
+    """A deferred residual stream: the sum of the previous stream and a layer's output."""
 
     squares: Tensor
 
@@ -109,13 +110,13 @@ class Stream(Deferred):
         super().__init__(shape, like, partial(launch, like))
 
     def settle(self) -> Tensor:
-        """The tensor, and its squares."""
+        """Return the tensor; the first call computes it and `squares`, the sums of squares [B, n]."""
         if self.made is None:
             self.made, self.squares = self.compute()
         return self.made
 
     def normed(self, weight: Tensor, epsilon: float, kind: int, run: Callable[[Tensor, Tensor], Tensor]) -> Deferred:
-        """Its RMS norm. kind: as in `ops.rms_norm`; run: what computes it alone."""
+        """Return the deferred RMS norm of the stream. kind: as in `ops.rms_norm`; run: computes the norm by itself."""
 
         def read() -> Entering:
             return Entering(_rows(self.settle()), weight, self.squares, epsilon, kind)
@@ -124,7 +125,7 @@ class Stream(Deferred):
 
 
 def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
-    """What a layer puts out, in a launch that can add it to a residual stream."""
+    """Return the deferred output of a layer whose launch can also add a residual stream."""
 
     def add(residual: Tensor) -> Deferred:
         return Stream(shape, residual, launch)
@@ -133,7 +134,7 @@ def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
 
 
 def gate(x: Tensor) -> Deferred:
-    """What an MLP's gate has put out, x."""
+    """Return x [..., I], the output of an MLP's gate, as a tensor that defers its activation and product with up."""
 
     def active(kind: int) -> Deferred:
         function, options = ACTIVATIONS[kind]
@@ -149,12 +150,12 @@ def gate(x: Tensor) -> Deferred:
 
 
 def settled(x: Any) -> Any:
-    """x, computed if it is a tensor that is not."""
+    """Return the computed tensor if x is a Deferred, else x itself."""
     return x.settle() if isinstance(x, Deferred) else x
 
 
 def entering(x: Tensor) -> Entering:
-    """What layers read who read x [..., I]."""
+    """Return the input of layers that read x [..., I], as rows [B, I], with the operators that x has recorded."""
     read = x.read if isinstance(x, Deferred) and x.made is None else None
     return Entering(_rows(settled(x))) if read is None else read()
 

@@ -1,7 +1,7 @@
-"""Operators with all arguments but the input given beforehand, for calls so short that the dispatcher's microseconds
-show: what a C function is told is put together once.
+"""Operators with all arguments but the input bound in advance, for calls so short that the dispatcher's microseconds
+matter: the arguments of the C function are put together once.
 
-The operator itself is called where somebody counts or compiles, and where there is no such function.
+The operator itself is called where operations are counted or compiled, and where there is no C function.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from students.kernels.cpu.operators import layers
 
 
 def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
-    """`ops.read_channels` for one set of weights and many inputs x, each [I]."""
+    """Return `ops.read_channels` for one set of weights as a function of the input x [I]."""
     outputs, dtype, function = weight.shape[1], weight.dtype, None
     if toolchain.native(weight) is not None:
         given = layers(limit, weight, *rest)
@@ -35,7 +35,7 @@ def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor
 
 
 def channel_gate(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The first output of `ops.channel_gate` for one limit [C] and many inputs."""
+    """Return the first output of `ops.channel_gate` for one limit [C] as a function of the input x [..., C]."""
     probe, size, place = torch.empty(0, dtype=dtype, device=limit.device), len(limit), limit.data_ptr()
     native = toolchain.native(probe) is not None
     function = toolchain.function("channel_gate", probe, 0, 0, limit, 0, probe, None) if native else None
@@ -52,7 +52,7 @@ def channel_gate(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor
 
 
 def rms_norm(dtype: torch.dtype, device: torch.device, epsilon: float, kind: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`ops.rms_norm` for inputs and weights of one type on one device."""
+    """Return `ops.rms_norm` as a function of the input and the weight, both of this dtype and on this device."""
     probe = torch.empty(0, dtype=dtype, device=device)
     if toolchain.native(probe) is None:
         return lambda x, weight: ops.rms_norm(x, weight, epsilon, kind)

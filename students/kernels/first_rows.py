@@ -1,4 +1,4 @@
-"""Products over the first rows of what they are given, of which the device alone knows how many there are."""
+"""Products with the first rows of a matrix, where only the device knows how many rows these are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def possible(x: Tensor, outputs: int) -> bool:
-    """Whether nothing waits for that number: torch's grouped product takes it from the device in bfloat16 on Hopper,
-    where rows begin at multiples of 16 bytes, and asks the host for it elsewhere."""
+    """Return whether `linear` runs without the host waiting for the number of rows. torch's grouped product reads the
+    number on the device in bfloat16 on Hopper if rows begin at multiples of 16 bytes, and asks the host elsewhere."""
     fits = x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 == outputs % 8
     return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
-    """F.linear for the first rows of x [N, I], and anything in those behind: [N, O]; number [1], int32."""
+    """Return F.linear [N, O] of the first `number` [1] (int32) rows of x [N, I]; the rows behind them are undefined."""
     out = F.grouped_mm(x, weight.T.unsqueeze(0), offs=number)
     return out if bias is None else out.add_(bias)
