@@ -1,4 +1,4 @@
-"""Which tokens are open, and where they are, in one pass."""
+"""The reference of the operator that decides which tokens are open and lists them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reference of `ops.list_open`."""
+    """Return what `ops.list_open` returns, computed with torch's operators."""
     score = score if bias is None else score + bias
     open_ = score.clone() if limit is None else score >= limit
     upto = open_.flatten().cumsum(0, dtype=torch.int32)

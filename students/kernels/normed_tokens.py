@@ -1,4 +1,4 @@
-"""Merged tokens and what the layer norm that reads them next makes of them: one launch on a GPU writes both."""
+"""Merged tokens that carry the output of the layer norm that reads them next: one launch on a GPU writes both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from students.kernels import devices, ops
 
 
 class NormedTokens(Tensor):
-    """Tokens [B, n, D] whose layer norm with one weight is known; to every other function a tensor like any other."""
+    """Tokens [B, n, D] that carry their layer norm with one weight; F.layer_norm with that weight returns it.
+
+    For every other function they are an ordinary tensor.
+    """
 
     weight: Tensor
     normed: Tensor
@@ -30,7 +33,8 @@ class NormedTokens(Tensor):
 
 
 def merge_for(block: nn.Module, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """What `ops.merge_lowest` makes of tokens x [B, n, D] for a block, whose first layer norm reads them."""
+    """Return `ops.merge_lowest` of tokens x [B, n, D], which the first layer norm of `block` reads next. On a GPU the
+    merged tokens are NormedTokens where the kernel can apply that layer norm."""
     norm = next((part for part in block.children() if isinstance(part, nn.LayerNorm)), None)
     ahead = devices.runs_ahead(x.device) and ops.compiled(x) and not torch.compiler.is_compiling()
     if norm is None or not ahead or norm.weight is None or norm.weight.dtype != x.dtype:

@@ -1,8 +1,8 @@
-"""RMS norms (arXiv 1910.07467) in one pass, in the places of a model's own.
+"""RMS norms (arXiv 1910.07467) in one pass, in place of a model's own norm modules.
 
-Written in Python, as transformers has them, they are eight operators in float32 and leave a dozen behind for backward.
-The forward pass has the same bits: it is used only for norms for which a trial shows that. On a GPU where no order of
-sums gives them, what differs by rounding is used while routers skip or learn.
+A norm written in Python, as in transformers, is eight operators in float32 and a dozen in backward. The one-pass
+forward has the same bits: it is used only for norms for which a trial shows that. On a GPU where no order of summation
+gives these bits, a kernel that differs by rounding is used while routers skip or learn.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from students.kernels.stand_in import exchange, stand_in
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the frozen RMS norms in a model run in one pass; they are found by the name of their class.
+    """Let the frozen RMS norms of a model run in one pass; norms are found by the name of their class.
 
-    Each is replaced by a FusedNorm. Those of one class, width and epsilon share a trial.
+    Each norm is replaced by a FusedNorm. Norms of one class, width and epsilon share a trial.
     """
     trials: dict[tuple[Any, ...], Trial] = {}
     found: dict[nn.Module, nn.Module] = {}
@@ -34,26 +34,26 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 class Routing(Protocol):
-    """What a norm asks of the student that it is in (see students/execution/runtime.py)."""
+    """What a norm needs to know of the student that it belongs to (implemented in students/execution/runtime.py)."""
 
     @property
     def rounds(self) -> bool:
-        """Whether this call need not be the teacher's bit for bit, whatever its routers choose."""
+        """Whether this call may differ from the teacher by rounding even where all gates are open."""
         ...
 
 
 def let_round(part: nn.Module, routing: Routing) -> None:
-    """Let the fused norms in a part of a model differ from its own by rounding where the whole may."""
+    """Let the fused norms in `part` of a model differ from the model's norms by rounding while `routing.rounds`."""
     for norm in part.modules():
         if isinstance(norm, FusedNorm):
             norm.routing = routing
 
 
 class FusedNorm(nn.Module):
-    """In place of a norm, with its parameters: x [..., D] -> [..., D].
+    """Stands in for a norm module, with the same parameters: x [..., D] -> [..., D].
 
-    The norm's own forward runs where there is no kernel, where its weight learns, where somebody counts operations or
-    compiles them, and where it computes something else than the kernels know.
+    The norm's own forward runs where there is no kernel, where the weight is trained, where operations are counted or
+    compiled, and where the norm computes something that the kernels do not.
     """
 
     weight: nn.Parameter
@@ -73,7 +73,7 @@ class FusedNorm(nn.Module):
         recipe = near if exact is None and may_round else exact
         if recipe is None:
             return self._plainly(x)
-        if isinstance(x, Stream) and may_round:  # squares are not summed in torch's order
+        if isinstance(x, Stream) and may_round:  # a Stream's squares are not summed in torch's order
             return x.normed(weight, self.trial.epsilon, recipe.kind, recipe.run)
         x = settled(x)
         if grad and x.requires_grad:
@@ -86,36 +86,37 @@ class FusedNorm(nn.Module):
 
 
 ROWS = (1, 2, 4, 8, 64)
-"""Numbers of rows for which a GPU adds up in different orders."""
+"""Numbers of rows for which torch sums in different orders on a GPU."""
 
 
 class Recipe(NamedTuple):
-    """How an operator computes a norm."""
+    """An operator, and the settings with which it computes a norm."""
 
     kind: int
-    """As in `ops.rms_norm`."""
+    """The variant of the norm, as in `ops.rms_norm`."""
     run: Callable[[Tensor, Tensor], Tensor]
-    """The operator, for (x, weight)."""
+    """The operator as a function of (x, weight)."""
 
 
 class Recipes(NamedTuple):
-    """What computes a norm in one pass; None: nothing does."""
+    """Recipes that compute a norm in one pass; None where there is none."""
 
     exact: Recipe | None = None
-    """With its bits."""
+    """A recipe with the same bits as the norm's own forward."""
     near: Recipe | None = None
-    """But for rounding."""
+    """A recipe that differs from the norm's own forward by rounding only; searched on GPUs where no recipe is exact."""
 
 
 class Trial:
-    """What computes norms of one class, width and epsilon, which is found at their first call."""
+    """Finds, at the first call, the recipes for norms of one class, width and epsilon by comparing results."""
 
     def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
-        self._found: dict[tuple[torch.dtype, torch.device], Recipes] = {}  # of nothing else
+        self._found: dict[tuple[torch.dtype, torch.device], Recipes] = {}  # recipes depend on nothing else
 
     def recipes(self, norm: nn.Module, weight: Tensor) -> Recipes:
-        """None are found where there was no trial yet for this type and device and now is no time for one."""
+        """Return the recipes for the weight's dtype and device, found by a trial at the first call. Without a trial so
+        far, a CUDA graph capture gets no recipes: a trial cannot run during capture."""
         key = weight.dtype, weight.device
         if key not in self._found:
             if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -125,7 +126,8 @@ class Trial:
 
     @torch.no_grad()
     def _find(self, norm: nn.Module, weight: Tensor) -> Recipes:
-        """By a trial on numbers drawn for the purpose, first of the order of sums, in float32, then of the rest."""
+        """Return the recipes that pass a trial on random numbers: first of the order of summation, in float32, then of
+        the whole norm in the weight's dtype."""
         draw, width, device = torch.Generator().manual_seed(0), len(weight), weight.device
         gpu = device.type == "cuda"
 

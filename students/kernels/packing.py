@@ -1,9 +1,9 @@
-"""Frozen linear layers whose weight is laid out once for this CPU's matrix products, instead of in every call.
+"""Frozen linear layers whose weight is packed once for this CPU's matrix products, instead of in every call.
 
 In bfloat16 on a CPU, torch hands a linear layer to oneDNN, which copies the weight into blocks before it multiplies,
-however few rows there are. A weight that never changes can be copied once. The products are the same, bit for bit; the
-price is a second copy of the weights in memory. (For fewer outputs than a vector holds they need not be the same: some
-CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
+however few rows the input has. A weight that never changes can be copied once. The products are the same, bit for bit;
+the cost is a second copy of the weights in memory. (With fewer outputs than a vector register holds, products may
+differ: some CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from students.kernels.stand_in import exchange, stand_in
 from students.prepared import Stamp
 
 MOST_ROWS = 256
-"""For more of them packing a weight costs little beside the product, which then likes its own blocks better."""
+"""Maximum rows of the input of a packed product. With more rows, packing costs little beside the product, and oneDNN is
+faster with blocks of its own choice."""
 
 LEAST_OUTPUTS = 32
-"""For fewer of them, which never takes long, the order of sums can be another one."""
+"""Minimum outputs of a packed layer. With fewer outputs, which never take long, the order of summation may differ."""
 
 
 class PackedProduct:
-    """F.linear for one frozen weight [O, I] that `prepare` has packed as it is now.
+    """F.linear for one frozen weight [O, I], computed with the packed copy that `prepare` has made.
 
-    F.linear itself runs where it has not, on many rows, for few outputs, where gradients are wanted, elsewhere than in
-    bfloat16 on a CPU, and where somebody counts operations or compiles them.
+    F.linear itself runs if there is no packed copy or the weight has changed since, on many rows, for few outputs, with
+    gradients enabled, in any other dtype or on any other device than bfloat16 on a CPU, and where operations are
+    counted or compiled.
     """
 
     def __init__(self) -> None:
@@ -38,14 +40,14 @@ class PackedProduct:
         self._stamp = Stamp()
 
     def prepare(self, weight: Tensor) -> None:
-        """Pack the weight, where it can be and has not been as it is now."""
+        """Pack the weight if it can be packed and has changed since it was packed last."""
         if self._stamp.renew([weight]):
             self._packed = None
             if _can_be_packed(weight):
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether this weight is packed as it is now."""
+        """Return whether there is a packed copy of this weight's current values."""
         return self._packed is not None and self._stamp.holds([weight])
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,11 +64,11 @@ class PackedProduct:
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedProduct:
-        return PackedProduct()  # what is packed cannot be copied
+        return PackedProduct()  # a packed weight cannot be copied
 
 
 class PackedLinear(nn.Linear):
-    """In place of a frozen linear layer [..., I] -> [..., O]: keeps the packed weight beside its parameters."""
+    """Stands in for a frozen linear layer [..., I] -> [..., O] and holds the packed weight beside its parameters."""
 
     def __init__(self, plain: nn.Linear) -> None:
         stand_in(self, plain)
@@ -77,8 +79,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Let a model's frozen bfloat16 linear layers have packed weights, which Student.prepare makes, or prepare_linears;
-    False where none can."""
+    """Replace a model's frozen bfloat16 linear layers by PackedLinear; Student.prepare or `prepare_linears` then packs
+    the weights. Return False if no layer can be packed."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]
@@ -88,12 +90,12 @@ def pack_linears(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def prepare_linears(model: nn.Module, but: Collection[nn.Module] = ()) -> None:
-    """Pack the weights of a model's linear layers that may have packed ones, `but` those of some."""
+    """Pack the weights of all PackedLinear layers of a model but those in `but`."""
     for module in model.modules():
         if isinstance(module, PackedLinear) and module not in but:
             module.product.prepare(module.weight)
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter)  # and not quantized
+    plain = type(weight) in (Tensor, nn.Parameter)  # quantized weights have other types
     return plain and weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS

@@ -1,8 +1,8 @@
 """Rotary embeddings (arXiv 2104.09864) of queries and keys in one pass, in place of a model's own function.
 
-That is ten operators a block, as transformers has it, and sixteen on the way back: of a decoding step on a GPU, nearly
-half of what is launched. It is exchanged while a model runs, where there is a kernel, and only where a trial shows that
-the bits are the same; on CPUs, where there is none of the way back, not where a gradient passes.
+The function in transformers is ten operators a block and sixteen in backward, nearly half of the launches of a decode
+step on a GPU. It is replaced while a model runs, where there is a kernel and a trial shows that the bits are the same;
+on CPUs, which have no kernel for backward, only where no gradient is needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from students.kernels import autograd, devices, ops
 
 NAME = "apply_rotary_pos_emb"
-"""What transformers calls the function, beside each attention module."""
+"""Name of the function in transformers, in each module that defines an attention class."""
 
 
 class Rotary:
-    """In place of such a function: (query [B, H, T, d], key [B, K, T, d], cos, sin [B or 1, T, r]) -> (query, key)."""
+    """Replaces a model's function (query [B, H, T, d], key [B, K, T, d], cos, sin [B or 1, T, r]) -> (query, key)."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
@@ -50,7 +50,7 @@ class Rotary:
 
     @torch.no_grad()
     def _agrees(self, query: Tensor, cos: Tensor) -> bool:
-        """Whether both give the same for numbers drawn for the purpose."""
+        """Return whether the kernel and the model's function give the same bits on random numbers."""
         draw = torch.Generator().manual_seed(0)
 
         def make(*shape: int) -> Tensor:
@@ -70,14 +70,14 @@ def _at_once(plain: Any) -> Rotary:
 
 
 class Rotations:
-    """Between `begin` and `end`, models that have their code where this one has it rotate in one pass."""
+    """From `begin` to `end`, models whose code is in the same Python module as that of `trunk` rotate in one pass."""
 
     def __init__(self, trunk: nn.Module) -> None:
         self._where = type(trunk).__module__
         self._before: list[Any] = []
 
     def begin(self) -> None:
-        """May be called again before the end."""
+        """Replace the model's function; calls may be nested."""
         if torch.compiler.is_compiling():
             return
         namespace = vars(sys.modules[self._where])
@@ -87,7 +87,7 @@ class Rotations:
             namespace[NAME] = _at_once(before)
 
     def end(self) -> None:
-        """The function is there that was there before."""
+        """Restore the function that was in place at the matching `begin`."""
         if torch.compiler.is_compiling() or not self._before:
             return
         before = self._before.pop()

@@ -1,4 +1,5 @@
-"""What kernels are timed on, and how: medians of calls in turn, over as many copies of a weight as no cache holds."""
+"""Shapes on which kernels are timed, and the method: medians of calls in turn, over copies of a weight that together
+exceed every cache."""
 
 from __future__ import annotations
 
@@ -21,37 +22,41 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is timed, and where."""
+    """The device, shapes and dtype of the timed calls."""
 
     device: torch.device
     weights: Sequence[tuple[int, int]]
-    """Inputs and outputs: of an MLP's down projection, of its gate and up, of queries, keys and values, of a head."""
+    """(inputs, outputs) of weights: MLP down, MLP gate and up, attention q, k and v, LM head."""
     head: tuple[int, int]
     """Rows and width of an LM head."""
     logits: tuple[int, int]
+    """[N, V]."""
     tokens: tuple[int, int]
+    """[N, D]."""
     images: Sequence[tuple[int, int, int]]
+    """[B, n, D]: images, tokens and width."""
     rows: Sequence[int]
-    """Inputs at a time."""
+    """Numbers of inputs per call."""
     dtype: torch.dtype = torch.bfloat16
     beyond: int = 256 * 2**20
-    """Bytes that copies of a weight exceed together."""
+    """Bytes that all copies of a weight together reach at least."""
     replays: int = 10
+    """Measurements of each contender."""
     keeps: Sequence[float] = (1.0, 0.7, 0.4)
-    """Shares of channels."""
+    """Shares of channels that are read."""
 
     def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers, in the type that is timed by default."""
+        """Return standard normal numbers of this shape, by default in the dtype that is timed."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
     def copies(self, rows: int, columns: int) -> list[Tensor]:
-        """Copies of a weight, in memory as students lay them out."""
+        """Return copies of a random weight [rows, columns], laid out in memory as in students."""
         probe = self.make(rows, columns)
         count = max(1, -(-self.beyond // (probe.numel() * probe.element_size())))
         return [large_pages.empty(probe, rows, columns).copy_(probe) for _ in range(count)]
 
     def medians(self, contenders: Mapping[str, Sequence[Call]]) -> dict[str, float]:
-        """Median microseconds of one call of each contender, all in turn."""
+        """Return the median microseconds of one call of each contender, measured in turn."""
         timers = {name: self._timer(calls) for name, calls in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(self.replays):
@@ -86,7 +91,8 @@ class Setup:
         return on_gpu
 
     def dense(self, x: Tensor, matrices: Sequence[Tensor]) -> dict[str, list[Call]]:
-        """Products of x [B, I] with weights [O, I]; on a GPU, where one or the other is faster, also as [I, O]."""
+        """Return calls of products of x [B, I] with each weight [O, I]. On a GPU, also with the weights stored as
+        [I, O]: either layout can be the faster one."""
         if self.device.type == "cpu":
             return {"dense": [partial(_packed(matrix), x, matrix) for matrix in matrices]}
         turned = [matrix.T.contiguous() for matrix in matrices]
@@ -100,7 +106,7 @@ def _packed(weight: Tensor) -> PackedProduct:
     return product
 
 
-ON_GPU = Setup(  # of 8 B parameters
+ON_GPU = Setup(  # shapes of a model with 8 B parameters
     torch.device("cuda"),
     weights=((14336, 4096), (4096, 28672), (4096, 6144), (4096, 128256)),
     head=(128256, 4096),
@@ -110,7 +116,7 @@ ON_GPU = Setup(  # of 8 B parameters
     rows=(1, 4, 8),
     keeps=(1.0, 0.6, 0.4),
 )
-ON_CPU = Setup(  # of 1 B parameters, and of 0.1 B
+ON_CPU = Setup(  # shapes of models with 1 B and 0.1 B parameters
     torch.device("cpu"),
     weights=((8192, 2048), (2048, 16384), (2048, 3072), (1536, 576), (576, 3072)),
     head=(128256, 2048),
@@ -122,12 +128,12 @@ ON_CPU = Setup(  # of 1 B parameters, and of 0.1 B
 
 
 def limits(x: Tensor, keep: float) -> Tensor:
-    """A limit [I] that the share `keep` of channels reaches, each in some of x [B, I]."""
+    """Return a limit [I] that a share `keep` of the channels reaches, each in at least one row of x [B, I]."""
     size = x.abs().float().max(0).values
     cut = size.sort(descending=True).values[round(keep * len(size)) - 1]
     return cut.expand(len(size)).contiguous()
 
 
 def reading(call: Callable[..., object], x: Tensor, limit: Tensor, matrices: Sequence[Tensor]) -> list[Call]:
-    """Calls of `few_channels`, or of what takes the same, with one weight after the other."""
+    """Return one call for each weight [I, O] of `few_channels`, or of a function with the same arguments."""
     return [partial(call, x, limit, matrix, None, None, None, [matrix.shape[1]]) for matrix in matrices]
