@@ -68,7 +68,11 @@ def parser() -> argparse.ArgumentParser:
         help="student's compute over the teacher's (default 0.7), or LOW:HIGH for any",
     )
     distill.add_argument("--preset", help=f"one of {', '.join(presets())}")
-    distill.add_argument("--data", help="text, JSON-lines or parquet file or folder, hub dataset id, or builtin")
+    distill.add_argument(
+        "--data",
+        help="file, folder or hub data set of text, images or questions about images; or builtin (default for text), "
+        "fashion-mnist, easy-vqa",
+    )
     distill.add_argument("--output", type=expanduser, metavar="RUN", help="run folder (default runs/MODEL-C)")
     distill.add_argument("--steps", type=int, help="optimizer steps")
     distill.add_argument("--minutes", type=float, help="training time, instead of steps (default 10)")

@@ -103,7 +103,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         numbers = (f"{row['compute_target']:.3f}", f"{row['compute']:.3f}")
         table.add_row(*which, *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys))
     Console(width=160).print(table)
-    print(f"{len(rows)} points: {options.output}   a page about them: elastic report {options.output} -o report.html")
+    points = "1 point" if len(rows) == 1 else f"{len(rows)} points"
+    print(f"{points}: {options.output}   a page about them: elastic report {options.output} -o report.html")
     return _report_missed(rows)
 
 
