@@ -23,6 +23,9 @@ from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
+IN_PARTS = "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"
+"""Arguments of `generate` with which a prompt is read in parts, or along with guesses at what follows."""
+
 
 class LanguageStudent(Student):
     """A frozen causal language model and its routers."""
@@ -65,8 +68,15 @@ class LanguageStudent(Student):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate` of the routed model, on GPUs through recorded steps (execution/decoding.py).
 
-        `student.model` is what a pipeline takes.
+        `student.model` is what a pipeline takes. ValueError where the prompt would not be read at once by routers that
+        decide from it.
         """
+        parts = [name for name in IN_PARTS if kwargs.get(name) is not None]
+        if parts and not self.runtime.bypass and any(router.granularity == "sequence" for router in self.spec.routers):
+            raise ValueError(
+                "routers with `granularity: sequence` decide from the whole prompt, and from nothing else: generate "
+                f"without {', '.join(parts)}"
+            )
         return self._decoding.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
 
     def _recorded_for(self) -> Any:

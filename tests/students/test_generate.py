@@ -70,6 +70,13 @@ def test_sampling_is_repeatable(student: Student, tokens: Tensor):
     assert texts[0].shape == (4, 18) and torch.equal(*texts)
 
 
+def test_a_prompt_that_is_decided_from_is_read_at_once(tokens: Tensor):
+    student = make("llama", SPECS["token-sequence"])
+    for name, value in (("assistant_model", make_tiny("llama")), ("prefill_chunk_size", 4)):
+        with pytest.raises(ValueError, match=f"generate without {name}"):
+            generate(student, tokens[:1], **{name: value})
+
+
 def test_continued_from_a_cache(student: Student, tokens: Tensor):
     first = generate(student, tokens, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
     more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=cache_of(first))
