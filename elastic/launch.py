@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -378,11 +379,19 @@ def is_said_here(error: Exception) -> bool:
 def wait_until_said(error: Exception) -> None:
     """Where an error is everybody's, wait until the first process has said it: a launcher ends all with the first that
     ends."""
-    if launched() > 1 and _have_met() and is_everyones(error):
+    if not _have_met():
+        let_the_first_speak()
+    elif launched() > 1 and is_everyones(error):
         import torch
 
         with suppress(RuntimeError):
             torch.distributed.monitored_barrier(_join().group, timedelta(seconds=30))
+
+
+def let_the_first_speak() -> None:
+    """Before processes have met, give the first one time to say what is wrong."""
+    if not is_main():
+        time.sleep(5.0)
 
 
 def _have_met() -> bool:

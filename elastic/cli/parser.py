@@ -39,6 +39,7 @@ class _Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
+        launch.let_the_first_speak()
         self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n" if launch.is_main() else None)
 
 
