@@ -17,6 +17,7 @@ from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
 from elastic.run import DTYPES, share_weights
 from elastic.timing.workload import Workload
+from students.execution.capture import KEPT
 from teachers import Teacher
 from teachers.load import preferred_dtype
 from teachers.quantize import quantize
@@ -73,7 +74,8 @@ def _fits(
     model = build(shape, dtype, "meta")
     sizes = families.of(config.family).timing.input_sizes(model, config, workload)
     need, free = need_of(model, sizes.trunk), free_memory(device)
-    work = need.inference(max(workload.batch) * sizes.longest)
+    held = sum(sorted(workload.batch)[-KEPT:]) * sizes.longest
+    work = need.inference(max(workload.batch) * sizes.longest) + need.recorded(held)
     work = max(work, need.calibration(sizes.calibrated, sizes.sampled))
     step = need.backward(config.train.batch * sizes.trained)
     if need.copies(1) + work > free:

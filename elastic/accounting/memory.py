@@ -45,6 +45,11 @@ class Need:
         """Forward passes of so many tokens, the caches of one model while another's is filled."""
         return round(SLACK * tokens * (2 * self.passing + 3 * self.cache))
 
+    def recorded(self, tokens: int) -> int:
+        """What recordings of student and dense model hold of so many tokens in all: caches with up to half as many
+        slots again (students/execution/decoding.py), or what passes through where there are none."""
+        return round(SLACK * 2 * tokens * (1.5 * self.cache or self.passing))
+
     def calibration(self, tokens: int, sampled: int) -> int:
         """A closed-form start from so many tokens at a time, of which so many are kept in all."""
         return self.backward(tokens) + round(SLACK * (sampled * self.kept + 1.5 * self.head))

@@ -203,11 +203,11 @@ def plan_command(options: argparse.Namespace) -> None:
         ("calibration", "or calibration's"),
         ("needed", f"needed of {options.memory:g} GB"),
     ):
-        table.add_row(what, f"{found[name] / 1e9:,.2f} GB a GPU")
+        table.add_row(what, f"{_size(found[name])} a GPU")
     table.add_row("fits", "yes" if found["fits"] else "no: every GPU has all weights")
     if options.gpus > 1:
         spread = found["spread"]
-        parts = f"{spread['needed'] / 1e9:,.2f} GB a GPU, of weights {spread['weights'] / 1e9:,.2f}"
+        parts = f"{_size(spread['needed'])} a GPU, of weights {_size(spread['weights'])}"
         table.add_row(f"spread over {options.gpus}", f"{parts}: {'fits' if spread['fits'] else 'does not fit'}")
     table.add_row("a step", f"{found['batch']} {found['unit']} of {found['length']} tokens, {found['rows']} a GPU")
     table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
@@ -216,6 +216,11 @@ def plan_command(options: argparse.Namespace) -> None:
     trained = f"{found['samples']:.3g} {found['unit']}, {found['tokens']:.3g} tokens"
     table.add_row(trained, f"{found['steps']:,} steps, {_duration(found['days'])}")
     Console(soft_wrap=True, markup=False).print(table)
+
+
+def _size(count: float) -> str:
+    """Bytes, in a unit that shows them."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
 
 
 def _duration(days: float) -> str:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from elastic import families
 from elastic.cli import main
-from elastic.cli.measuring import _duration
+from elastic.cli.measuring import _duration, _size
 from elastic.config import RunConfig
 from elastic.plan import plan_config, step_bytes, step_flops
 from students import Student, elasticize
@@ -147,6 +147,7 @@ def test_a_table_and_what_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--model", "llama3-70b", "--gpus", "8", "--memory", "80"]) == 0
     said = capsys.readouterr().out
     assert "141.11 GB a GPU" in said and "no: every GPU has all weights" in said and "fits" in said
+    assert _size(123_456) == "0.12 MB" and _size(1.5e10) == "15.00 GB"
     assert " hours" in said and _duration(2.5) == "2.5 days" and _duration(0.004) == "5.76 minutes"
     for arguments in (["--model", "llama3-8b", "--share", "40"], ["--model", "llama3-9b"], ["--model", "timm/foo"]):
         assert main(["plan", *arguments]) == 2
