@@ -135,8 +135,10 @@ def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
     """A training step in forward passes of the teacher.
 
     Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
-    step runs in (prefill); frozen weights need no gradients of their own. Speed-ups are over one teacher forward.
-    Cached: a step that has been told what the teacher says.
+    step runs in (prefill); frozen weights need no gradients of their own. Routers of tokens, layers and images learn by
+    masks, from what their gates close as well (all but weighted top-k): their steps cost 3 or more, whatever c is, and
+    cannot reach their ideal. Speed-ups are over one teacher forward. Cached: a step that has been told what the teacher
+    says.
     """
     family = families.of(config.family)
     module: Any = family.Distillation(student, config.loss, config.budget, config.data).train()
