@@ -1,1 +1,1 @@
-"""How a routed model runs: wrappers in front of frozen modules, attention, caches and merging."""
+"""How a routed model runs: wrappers around frozen modules, attention, key/value caches, recorded steps."""

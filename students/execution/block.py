@@ -16,11 +16,11 @@ from students.routers import Router
 
 
 class BlockGather:
-    """Hooks that let a language model's block run on the tokens that its layer router lets through, and on no others.
+    """Hooks that run a language model's block on the open tokens of its layer router only.
 
-    For routers whose closed tokens write no key and get no substitute: then norms and additions to the residual stream
-    shrink with the rest. attn: the branch that the router stands in front of; norm: the one in front of both.
-    context: the block's.
+    For routers whose closed tokens write no keys and get no substitute: norms and residual additions then run on fewer
+    tokens too. attn: the attention branch, which holds the router; norm: the norm in front of attention (None in
+    post-norm models: the router then reads the input divided by its root mean square); context: the block's.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BlockGather:
         chosen.begin()
         filled, kwargs = chosen.filled(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         placed = place_tokens(chosen, kwargs)
-        some = chosen.cut(filled)  # here, or a line above, the host waits, if it is not known how many there are
+        some = chosen.cut(filled)  # the host waits here, or in the line above, unless it knows the number of tokens
         exits = Exits(x, specs=[router.spec])
         if exits.weighted:
             gate = take(gates.gate, x, chosen.rows)
@@ -55,11 +55,11 @@ class BlockGather:
 
     def _scatter(self, block: nn.Module, args: Any, out: Any) -> Any:
         gathered = self._context.gathered
-        if not (block.training and torch.is_grad_enabled()):  # else backward computes the block again, without hooks
+        if not (block.training and torch.is_grad_enabled()):  # else checkpointing runs forward again, without hooks
             self._context.gathered = None
         if gathered is None or out is None:  # out is None where the block failed
             return None
-        args[0] = gathered.x  # as other hooks, such as transformers' for hidden states, expect it
+        args[0] = gathered.x  # hooks that run later, such as transformers' for hidden states, expect all tokens
         some = out[0] if isinstance(out, tuple) else out
         full = gathered.x.flatten(0, 1).index_copy(0, gathered.chosen.rows, some.squeeze(0)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full

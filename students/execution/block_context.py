@@ -1,4 +1,4 @@
-"""What the wrappers of one block hand on to each other during a forward pass; empty outside of it."""
+"""State that the wrappers of one block pass to each other during a forward pass; empty outside of it."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from students.spec import RouterSpec
 
 @dataclass
 class Exits:
-    """What token and layer gates do to the output of their branch."""
+    """Token and layer gates of a branch, and how they are applied to the branch's output."""
 
     x: Tensor
     """The branch's input [B, T, D], which substitutes read."""
     gates: list[tuple[Gates, Substitute | None]] = field(default_factory=list)
-    """[B, T, 1] or [B, 1, 1], with substitutes, in turn: out * gate + substitute * closed."""
+    """Gates [B, T, 1] or [B, 1, 1] with their substitutes, applied in this order: out * gate + substitute * closed."""
     specs: list[RouterSpec] = field(default_factory=list)
-    """Of the routers that decided them."""
+    """Specifications of the routers that decided the gates."""
     rows: Tensor | Chosen | None = None
-    """Flat indices of the tokens that the output [1, N, D] holds, or those tokens, in front of anything; None: all
-    [B, T, D]."""
+    """The tokens that the branch's output holds. Flat indices [N]: the output is [1, N, D]. A Chosen: arbitrary rows
+    may follow. None: all tokens [B, T, D]."""
     valid: Tensor | None = None
-    """[B, T] bool; padding is left out when rows are."""
+    """Tokens [B, T] bool that are not padding, set where closed tokens are skipped: padding is skipped too."""
     begun: dict[int, Tensor] = field(default_factory=dict)
-    """What substitutes make of all tokens, by the number of their gates, where they have run already."""
+    """Outputs [B, T, D] of substitutes that have already run on all tokens, by the index of their gates."""
 
     @property
     def weighted(self) -> bool:
-        """Whether some gate multiplies what it lets through by something other than 1."""
+        """Whether a router multiplies the output of open tokens by a weight (`weight: score`) instead of by 1."""
         return any(spec.weight == "score" for spec in self.specs)
 
     @property
     def drops(self) -> list[int]:
-        """The numbers of the gates whose closed tokens write no key."""
+        """Indices of the gates whose closed tokens write no keys and values."""
         return [number for number, spec in enumerate(self.specs) if spec.kv == "drop"]
 
     @property
     def count(self) -> int | None:
-        """How many tokens of each row are open, where that is settled beforehand."""
+        """Number of open tokens in each row, if it is known without reading the gates; otherwise None."""
         counts = [gates.count for gates, _ in self.gates if gates.count is not None]
         if self.valid is not None or not counts or len(counts) < len(self.gates):
             return None
         return min(counts) if len(counts) == 1 or {*counts} <= {0, self.x.shape[1]} else None
 
     def open(self, only: list[int] | None = None) -> Tensor:
-        """[B, T] bool: tokens that are not padding and that these gates (all, by default) let through."""
+        """Return which tokens [B, T] are not padding and open in the gates with indices `only` (default: all)."""
         kept = self.valid
         for number, (gates, _) in enumerate(self.gates):
             if only is None or number in only:
@@ -60,12 +60,12 @@ class Exits:
         return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
 
     def chosen(self, of: int, only: list[int] | None = None) -> Chosen:
-        """These tokens; of: how many there are, padding aside."""
+        """Return the tokens of `open(only)`. of: number of tokens in the batch that are not padding."""
         listed = self.gates[0][0].listed if len(self.gates) == 1 and self.valid is None else None
         return Chosen(self.open(only), of, self.count if only is None else None, listed)
 
     def apply(self, out: Tensor) -> Tensor:
-        """The branch's output as the block gets it, [B, T, D]."""
+        """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""
         if self.rows is not None:
             return self._scatter(out, self.rows)
         for gates, substitute in self.gates:
@@ -74,13 +74,13 @@ class Exits:
         return out
 
     def begin(self) -> None:
-        """Let substitutes of all tokens run while the host waits to hear which are closed."""
+        """Launch the substitutes on all tokens, to run while the host waits for the number of open tokens."""
         for number, (_, substitute) in enumerate(self.gates):
             if substitute is not None:
                 self.begun[number] = substitute(self.x)
 
     def pass_all(self, out: Tensor) -> Tensor:
-        """As `apply`, where all gates turned out to be open."""
+        """Apply the gates to an output of which all tokens turned out to be open: only weights have an effect."""
         for gates, _ in self.gates if self.weighted else ():
             out = out * gates.gate
         return out
@@ -94,7 +94,10 @@ class Exits:
         return self._fill_closed(out, rows)
 
     def _fill_all(self, total: Tensor) -> Tensor:
-        """Substitutes of all tokens, since nobody waits to hear which are closed, times 0 where they are open."""
+        """Weight the output and add substitutes, computed for all tokens and multiplied by 0 where a token is open.
+
+        Selecting the closed tokens would make the host wait for the device.
+        """
         total = total.view_as(self.x)
         for gates, _ in self.gates if self.weighted else ():
             total = total * gates.gate
@@ -107,7 +110,7 @@ class Exits:
         return total
 
     def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:
-        """Substitutes of the tokens that are closed."""
+        """Weight and scatter the output, and write the substitutes of closed tokens, computed for those tokens only."""
         x = self.x.flatten(0, 1)
         passing = self.valid
         weight: Tensor | None = None
@@ -139,95 +142,95 @@ class Gathered:
     x: Tensor
     """The block's input [B, T, D]."""
     chosen: Chosen
-    """The tokens that are let through."""
+    """The open tokens."""
     exits: Exits
-    """What is left to do to the output [1, N, D] of a branch: weights."""
+    """Weights of the gates, still to be applied to the output [1, N, D] of each branch."""
     placed: bool
-    """Whether the block was called with rotary embeddings of these tokens."""
+    """Whether the block was called with rotary embeddings, which then hold the open tokens only."""
 
 
 @dataclass
 class Narrow:
-    """The channels in front of a branch's last linear layer that are open, for all tokens of this call alike."""
+    """Open channels in front of a branch's last linear layer, the same for all tokens of a call."""
 
     channels: Tensor
-    """[n], ascending."""
+    """Indices [n] of the open channels, ascending."""
     size: int
-    """How many there are, open or not."""
+    """Number of channels, open or closed."""
     weight: Tensor | None
-    """[n]: what they are multiplied by; None: 1."""
+    """Factors [n] of the open channels; None: 1."""
     keep: bool
-    """The choice stands for more calls (sequence-level, static): weights may be sliced and kept."""
+    """Whether later calls use the same choice (sequence-level and static routers), so that sliced weights are kept."""
 
 
 @dataclass
 class Rows:
-    """Which tokens of a batch the linear layers of a branch run on, where not all, as flat indices."""
+    """The tokens of a batch, as flat indices, that the linear layers of a branch run on if not on all."""
 
     keys: Tensor | None
-    """Those that have keys, which is what the branch is called with; None: all."""
+    """The tokens that the branch is called with (in attention: those with keys); None: all."""
     wanted: Chosen | Listed
-    """Those whose output is wanted."""
+    """The tokens whose output is wanted."""
     shape: torch.Size
-    """[B, T]: of the batch."""
+    """Shape [B, T] of the batch."""
 
     @property
     def queries(self) -> Tensor:
-        """Those whose output is wanted."""
+        """Flat indices of the tokens whose output is wanted."""
         return self.wanted.rows
 
     @property
     def all(self) -> bool:
-        """Whether all of the batch have keys and are wanted."""
+        """Whether the branch is called with all tokens and the output of all is wanted."""
         return self.keys is None and self.wanted.every
 
 
 @dataclass
 class LinearGroupContext:
-    """Between linear layers that read one input through one selection of channels."""
+    """State shared by linear layers that read the same input through one selection of channels."""
 
     masked: Tensor | None = None
-    """The input without closed channels, which the first of them chose for all."""
+    """The input with closed channels set to 0, made by the first layer that runs, for all layers of the group."""
     left: int = 0
-    """How many of them have yet to take it."""
+    """Number of layers that have yet to read `masked`."""
     outputs: list[Tensor | None] = field(default_factory=list)
-    """Of all of them, where one computed them all; None where taken."""
+    """Outputs of all layers, if the first one computed them together; None for a layer that has taken its output."""
 
     def clear(self) -> None:
-        """Leave nothing."""
+        """Drop all state."""
         self.masked, self.left, self.outputs = None, 0, []
 
 
 @dataclass
 class BranchContext:
-    """From a branch to its linear layers, and to the module that its output leaves by."""
+    """State that a branch passes to its linear layers and to its last module (RoutedExit)."""
 
     gate: Tensor | None = None
-    """[..., C]: gates of heads or expert groups, for each channel in front of the last linear layer, which takes it."""
+    """Gates [..., C] of heads or groups, for each channel in front of the last linear layer, which applies them."""
     narrow: Narrow | None = None
-    """Which of those channels are open instead, where the linear layers leave the others out."""
+    """The open ones of these channels, set instead of `gate` where the linear layers leave closed channels out."""
     rows: Rows | None = None
-    """Which tokens there are; None: all of the batch."""
+    """The tokens that the branch runs on; None: all of the batch."""
     queries: Chosen | Listed | None = None
-    """Of those, the ones that attend; None: all."""
+    """The tokens that are queries, as flat indices into the tokens that the branch is called with; None: all."""
     factors: dict[int, Tensor] = field(default_factory=dict)
-    """Outputs of the MLP's gate (0) and up (1), with the gradients that their product was made without."""
+    """Outputs of the MLP's gate (0) and up (1) with their gradients; their product is made without (product.py)."""
     exit: Exit | None = None
-    """What a RoutedExit does to the output."""
+    """The token and layer gates that the branch's RoutedExit has to apply."""
 
     def clear(self) -> None:
-        """Leave nothing."""
+        """Drop all state."""
         self.release()
         self.factors, self.exit = {}, None
 
     def release(self) -> None:
-        """Leave nothing for linear layers, which have run."""
+        """Drop what was passed to linear layers, once they have run."""
         self.gate = self.narrow = self.rows = self.queries = None
 
 
 @dataclass
 class Exit:
-    """What token and layer gates do to a branch's output further on."""
+    """Token and layer gates that a RoutedExit applies to a branch's output; all_open: whether every token is open."""
 
     exits: Exits
     all_open: bool
@@ -235,16 +238,16 @@ class Exit:
 
 @dataclass
 class BlockContext:
-    """Between the branches of a block."""
+    """State that the branches of one block pass to each other."""
 
     attn: BranchContext = field(default_factory=BranchContext)
     mlp: BranchContext = field(default_factory=BranchContext)
     linear_groups: list[LinearGroupContext] = field(default_factory=list)
-    """Of the block's linear layers."""
+    """State of each group of linear layers in the block."""
     gates: Gates | None = None
-    """Of a router of the whole block, from attention, in front of which it stands, to the MLP."""
+    """Gates of a router of the whole block, passed from attention, where they are decided, to the MLP."""
     gathered: Gathered | None = None
-    """The tokens that the block runs on, where it was called with more."""
+    """The tokens that the block runs on, if a BlockGather has left some out."""
 
     def clear(self) -> None:
         """Leave nothing."""

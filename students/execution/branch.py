@@ -23,10 +23,10 @@ from students.routers import Router, Substitute, selection
 class RoutedBranch(Wrapper):
     """An attention or MLP branch whose routers read its input.
 
-    block: the block's number. context: the block's. prenorm: whether the input is normalised already. late_exit: gates
-    are applied by a RoutedExit further on (post-norm architectures) instead of here. narrows: whether closed heads or
-    groups can be left out of the linear layers. window: the layer's sliding window. mask: the keyword under which
-    attention takes one.
+    block: index of the block. context: state of the block. prenorm: whether the input is already normalised. late_exit:
+    whether a RoutedExit behind a post-norm applies the gates instead of this module. narrows: whether the linear layers
+    can leave out closed heads or groups. window: width of the layer's sliding window. mask: name of the keyword
+    argument that takes attention's mask.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class RoutedBranch(Wrapper):
         self.routers = Named[Router]()
         self.substitutes = Named[Substitute]()
         self.decided: tuple[Router, ...] = ()
-        """Routers of the whole block, which stand in front of the branch before."""
+        """Routers of the whole block, whose gates attention decides and this MLP applies too."""
         self._standing: tuple[Narrow, Tensor] | None = None
 
     def set_dial(self) -> None:
-        """Let the next call find out what a static router leaves open."""
+        """Forget which parts a static router leaves open; the next call decides again."""
         self._standing = None
 
     def forget(self) -> None:
-        """As `set_dial`."""
+        """Forget which parts a static router leaves open."""
         self._standing = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class RoutedBranch(Wrapper):
         if run.bypass:
             return self.base_layer(*args, **kwargs)
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if args and not run.causal:  # vision towers of transformers hand the mask on by its place
+        if args and not run.causal:  # transformers' vision towers pass the mask by position
             kwargs[self.mask], args = args[0], args[1:]
         if self.of_block.gathered is not None:
             return self._run_gathered(self.of_block.gathered, x, args, kwargs)
@@ -97,7 +97,7 @@ class RoutedBranch(Wrapper):
             self.context.release()
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
-        """Gates of tokens. Those of whole blocks are decided in front of attention and handed on to the MLP."""
+        """Decide the token and layer gates. Layer gates are decided in front of attention and passed on to the MLP."""
         exits = Exits(x)
         for name, router in self.routers.items():
             kind = router.spec.of_kind
@@ -115,7 +115,7 @@ class RoutedBranch(Wrapper):
         return exits
 
     def _pass_parts(self, features: Tensor, skip: bool) -> Plan | None:
-        """Decide heads or expert groups and hand them to the linear layers; the plan for attention, if it shrinks."""
+        """Decide head or expert gates and pass them to linear layers; return a plan if closed parts are left out."""
         router = next((router for router in self.routers.values() if router.spec.of_kind.over_parts), None)
         if router is None:
             return None
@@ -131,7 +131,7 @@ class RoutedBranch(Wrapper):
         return Plan(heads=heads)
 
     def _narrow(self, key: str, router: Router, gate: Tensor) -> tuple[Narrow, Tensor]:
-        """(open channels, open gates) of gates [N]; remembered where they stand for more than this call."""
+        """Return (open channels, indices of open gates) of gates [N]; kept if they hold for later calls too."""
         run, static = self.runtime, router.spec.network == "static"
         memory = None if static else run.call.memory
         if static and run.call.skipping and self._standing is not None:
@@ -151,7 +151,7 @@ class RoutedBranch(Wrapper):
         return result
 
     def _compute_some(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An MLP on the tokens that need it."""
+        """Run the MLP on the open tokens only."""
         chosen, packed = self._chosen(exits), None
         if isinstance(chosen, Chosen) and not chosen.known:
             chosen.begin()
@@ -170,19 +170,19 @@ class RoutedBranch(Wrapper):
         return self._leave(self.base_layer(packed, *args, **kwargs), exits)
 
     def _chosen(self, exits: Exits) -> Chosen | Listed:
-        """The tokens that need the branch."""
+        """Return the open tokens."""
         count, tokens = exits.count, exits.x.shape[1]
         if count is None:
             return exits.chosen(self.runtime.counted(exits.x))
         return Listed(flat_index(gather_open(exits.open(), count)[0], tokens), every=count == tokens)
 
     def _attend_some(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Attention of the tokens that need it, to the tokens that have a key."""
+        """Run attention from the open tokens as queries to all tokens that have keys."""
         x, context = exits.x, self.context
         chosen = exits.chosen(self.runtime.counted(x))
         if exits.drops:
             return self._attend_kept(exits, chosen, plan or Plan(), args, kwargs)
-        for_all = devices.runs_ahead(x.device) and x.shape[1] > 1  # attention is cheap there, and finding out is not
+        for_all = devices.runs_ahead(x.device) and x.shape[1] > 1  # attention costs less there than a wait
         if for_all or chosen.every:
             if plan is not None:
                 kwargs["routed"] = plan
@@ -195,11 +195,11 @@ class RoutedBranch(Wrapper):
                 context.gate = take(context.gate, x, chosen.rows)
         out = self.base_layer(x, *args, **kwargs)
         every = chosen.known and chosen.every
-        exits.rows = None if every else chosen.rows if chosen.known else chosen  # nobody had to know how many
+        exits.rows = None if every else chosen.rows if chosen.known else chosen  # the host did not ask how many
         return self._leave(out, exits, all_open=every)
 
     def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Attention of the chosen tokens, where some that are closed have no key."""
+        """Run attention from the chosen tokens where some closed tokens have no keys."""
         x, context, kept = exits.x, self.context, chosen
         if len(exits.drops) < len(exits.gates):
             kept = exits.chosen(self.runtime.counted(x), exits.drops)
@@ -220,7 +220,7 @@ class RoutedBranch(Wrapper):
         return self._leave(self.base_layer(seen, *args, **kwargs), exits)
 
     def _run_gathered(self, gathered: Gathered, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The branch of a block that runs on the tokens x [1, N, D] (see BlockGather)."""
+        """Run the branch in a block that was called with the open tokens x [1, N, D] only (see BlockGather)."""
         attends = self.branch == "attn"
         if attends:
             kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.chosen, kwargs, gathered.placed))
@@ -234,7 +234,7 @@ class RoutedBranch(Wrapper):
             self.context.release()
 
     def _attend_patches(self, exits: Exits, plan: Plan | None, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Attention among the tokens of an image that need it."""
+        """Run attention among the open tokens of each image; closed tokens are neither queries nor keys."""
         run, x = self.runtime, exits.x
         index, valid = gather_open(exits.open(), exits.count)
         if index.shape[1] == x.shape[1] and valid is None:
@@ -260,8 +260,8 @@ class RoutedBranch(Wrapper):
         return self._leave(packed if rest is None else (packed, *rest), exits)
 
     def _pack(self, x: Tensor, kept: Chosen, kwargs: dict[str, Any], placed: bool = False) -> Packing:
-        """Prepare the cache and the arguments of attention for those of the tokens x [B, T, D] that are kept; placed:
-        `place_tokens` has been called."""
+        """Prepare the cache and attention's arguments for the tokens of x [B, T, D] that have keys, `kept`. placed:
+        whether rotary embeddings already hold these tokens only."""
         tokens, layer, rectangle = x.shape[1], None, None
         kwargs["attention_mask"] = None
         if not placed:
@@ -278,7 +278,7 @@ class RoutedBranch(Wrapper):
         return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)
 
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
-        """Apply the exits to the branch's output (an attention branch returns a tuple), here or later."""
+        """Apply the exits to the branch's output (a tuple from attention), or pass them to the RoutedExit."""
         if self.late_exit:
             self.context.exit = Exit(exits, all_open)
             return out
@@ -294,7 +294,7 @@ class RoutedBranch(Wrapper):
 
 
 class RoutedExit(Wrapper):
-    """The last module of a branch (a post-norm): what the branch decided is applied to its output."""
+    """The last module of a branch (a post-norm); applies the token and layer gates to the branch's output."""
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime, context: BranchContext) -> None:
         super().__init__(base_layer, runtime)

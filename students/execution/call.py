@@ -1,4 +1,4 @@
-"""The facts of one call of a student, and what a cache keeps for the calls that continue it."""
+"""Facts about one call of a student, and the prompt's decisions that a cache keeps for the calls that continue it."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from students.execution.tokens import Order
 
 @dataclass
 class Memory:
-    """What a key/value cache remembers of the prompt's decisions: while decoding, they stand."""
+    """Decisions taken from the prompt, kept with the key/value cache and used unchanged while decoding."""
 
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Of sequence-level routers [B, 1, N], by the key of their decisions."""
+    """Scores [B, 1, N] of sequence-level routers, by the key of their decisions."""
     narrow: dict[str, tuple[Narrow, Tensor]] = field(default_factory=dict)
-    """Open channels and open gates of such routers, where they are left out for the whole batch alike."""
+    """Open channels and indices of open gates of sequence-level routers, where the whole batch shares them."""
     held: Tensor | None = None
-    """[B, L] bool, vision-language models: which places of the cache hold something to attend to; None: all."""
+    """Vision-language models: [B, L] bool, which slots of the cache hold a token to attend to; None: all."""
     next: Tensor | None = None
-    """[..., B, 1], with `held`: the position of the next token."""
+    """Position [..., B, 1] of the next token; set together with `held`."""
 
     def append(self, held: Tensor) -> None:
-        """Add places [B, n] of the cache, each of which holds something or not."""
+        """Append n slots of the cache; held [B, n] bool: which of them hold a token to attend to."""
         self.held = held if self.held is None else torch.cat([self.held, held], 1)
 
 
 @dataclass
 class Call:
-    """The facts of one call. They stand until the next one, for what is computed again during backward."""
+    """Facts about one call, kept until the next call, because recomputation in backward reads them again."""
 
     tokens: int = 0
-    """How many tokens the call is for."""
+    """Number of tokens in the batch; 0 where it does not matter."""
     rows: Tensor | None = None
-    """[B]: the offsets, where each row has its own."""
+    """Offsets [B] of the dial if each row has its own; None: all rows share one."""
     skipping: bool = False
-    """Whether this call skips and needs no gradients."""
+    """Whether closed parts are skipped and no gradients are recorded."""
     alone: bool = False
-    """Whether it is also for one token only: then reading less is faster."""
+    """Whether the call is `skipping` and for one token only: reading fewer weights is then faster."""
     valid: Tensor | None = None
     """[B, T] bool: the tokens that are not padding; None: all."""
     padded: int = 0
-    """How many tokens are padding."""
+    """Number of padding tokens."""
     order: Order | None = None
-    """Of padded prompts in which every token sees all before it that are not padding, where a mask would be dear."""
+    """Padded causal prompts on a GPU: the order with padding behind the other tokens, where attention needs no mask."""
     prompt: Tensor | None = None
-    """[B, T] bool: the tokens from which sequence-level decisions are taken; None: all."""
+    """[B, T] bool: the tokens that sequence-level decisions are taken from; None: all."""
     memory: Memory | None = None
-    """Of the cache that the call continues, or fills."""
+    """Memory of the cache that the call continues or fills; None without a cache."""
     flow: Flow | None = None
-    """Image models: the tokens on their way through the blocks, where dropped ones stay away."""
+    """Image models whose dropped tokens stay away: the tokens on their way through the blocks."""

@@ -1,4 +1,4 @@
-"""The product of an MLP's gate and up, whose gradient the layer behind it makes."""
+"""The product of an MLP's gate and up, whose gradient is computed by the linear layer that reads the product."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from students.kernels.deferred import ACTIVATIONS
 
 
 def join_product(block: nn.Module, record: Architecture) -> None:
-    """Let gate and up hand their gradients on to the layer behind their product, where channels of that are chosen.
+    """Let the MLP's last linear layer compute the gradients of gate and up, if it has a channel router.
 
-    The model multiplies as ever, but without a gradient: backward needs what gate and up have put out and nothing else,
-    where torch would keep the activation and the product beside them (see autograd.GatedChannelGate).
+    The model still multiplies activation(gate) by up, but without recording a gradient. Backward then needs only the
+    outputs of gate and up; torch would also keep the activation and the product (see autograd.GatedChannelGate).
     """
     if len(record.mlp_in) != 2:
         return

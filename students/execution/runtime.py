@@ -1,4 +1,4 @@
-"""What all wrappers of one student share while it runs."""
+"""Settings and per-call state that all wrappers of a student share, and how gates are decided from scores."""
 
 from __future__ import annotations
 
@@ -22,103 +22,106 @@ from students.spec import RouterSpec
 
 @dataclass
 class Runtime:
-    """Settings of a student, the facts of its last call, and where its blocks hand on what they decide.
+    """Settings of a student, facts about its last call, and the state that its blocks pass on.
 
-    The settings stay as they are until somebody changes them, and the facts until the next call, so that a
-    recomputation during backward (gradient checkpointing) sees the same ones.
+    Settings hold until they are changed, facts about a call until the next call, so that recomputation in backward
+    (gradient checkpointing) sees the same values.
     """
 
     bypass: bool = False
-    """The student is the teacher."""
+    """Whether routers are bypassed, so that the student is its teacher."""
     recorded: int = 0
-    """For how many tokens a step of fixed shape (execution/fixed.py) runs with `bypass`; 0: none does. Its masks cost a
-    model its bits anyway, and what can read some channels reads all with fewer launches than the model's own layers."""
+    """Number of tokens of the fixed-shape step (execution/fixed.py) that runs with `bypass`; 0: none runs. Its masks
+    change the rounding anyway, so routed layers may run: they read all channels with fewer launches than the model's
+    own layers."""
     execution: Literal["skip", "mask"] = "skip"
-    """skip: what is closed is not computed. mask: it is computed and multiplied by zero, the reference for skip. With
-    gradients on, closed gates are masked anyway, because they learn from what they leave out (see `skips`)."""
+    """skip: closed parts are not computed. mask: closed parts are computed and multiplied by zero, the reference for
+    skip. With gradients on, most gates are masked anyway: they learn from what they leave out (see `skips`)."""
     offset: float | tuple[float, ...] = 0.0
     """The dial: added to every threshold router's scores and to the log odds of `capacity`; higher opens more gates.
-    Several: one for each row of the batch (or each group of as many rows), infinity where the row is the teacher's."""
+    A tuple: one offset for each row of the batch (or for equal groups of neighbouring rows); at infinity a row is
+    computed as by the teacher."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
     multiples: bool = True
-    """Whether images keep multiples of patches where routers ask for them; else any number of them."""
+    """Whether images keep a multiple of tokens where a router asks for one (`multiple`); else any number."""
     training: bool = False
-    """Whether routers are being trained. Over the tokens of a sequence, language models choose a top-k only then."""
+    """Whether routers are being trained. Causal models choose a top-k of a sequence's tokens only then."""
     pool: selection.Pool = selection.alone
-    """Finds what other processes have of a batch, where training shares it with them."""
+    """Gathers a tensor [n] over the data-parallel ranks that share a batch in training."""
     causal: bool = True
-    """Whether a token sees only what is before it."""
+    """Whether attention is causal."""
     prefix: int = 0
-    """Tokens in front of an image's patches; they are never closed."""
+    """Number of tokens in front of an image's patches (class and register tokens), which are never closed."""
     restores: bool = True
-    """Image models: whether tokens that stayed away are put back in their places behind the last block."""
+    """Image models: whether dropped tokens are put back in their places after the last block."""
     recompute: bool = False
-    """Image models: compute a block's activations again in backward instead of keeping them."""
+    """Image models: whether backward recomputes a block's activations instead of keeping them."""
     probed: dict[str, tuple[Tensor, Tensor]] | None = None
-    """Calibration of image models: (gates, what the router reads) by key. All gates are open then, and have a gradient
-    of their own."""
+    """Calibration of image and vision-language models: (gates, features that the router reads) by key of the decision.
+    While this is set, all gates are open and require gradients."""
     decisions: Decisions | None = None
-    """Where this forward pass records what it decides, if anybody asked."""
+    """The record of this forward pass's decisions; None if nobody asked for it."""
     dial: Tensor | None = None
-    """[]: the offset, on the device of calls that skip. Like each row's it is written in place: recorded steps read it
-    (execution/fixed.py)."""
+    """The offset as a tensor [] on the device, for calls that skip. It is overwritten in place, as the rows' offsets
+    are, because recorded steps read it (execution/fixed.py)."""
     limit: Tensor | None = None
-    """[1]: the scores from which on gates are then open, where they have no gains of their own."""
+    """The score [1] from which on gates are open at the offset `dial`, for routers without gains."""
     call: Call = field(default_factory=Call)
-    """The call that runs, or ran last."""
+    """Facts about the call that runs, or ran last."""
     contexts: list[BlockContext] = field(default_factory=list)
-    """Of all blocks; empty outside of a forward pass."""
+    """State of each block; empty outside of a forward pass."""
     _dial_at: float | None = None
     _rows: Tensor | None = None
     _rows_at: tuple[Any, ...] = ()
 
     def skips(self, specs: Iterable[RouterSpec]) -> bool:
-        """Whether what these routers close is left out: always without gradients; with them, where the gradient takes
-        the way of what is open (top-k weighted by the score), so that training gets cheaper and stays the same."""
+        """Return whether what these routers close is skipped rather than masked: in mode `skip`, always without
+        gradients; with gradients if all gates are a top-k weighted by the score, whose gradient flows through open
+        gates alone, so that training gets cheaper with the same result."""
         if self.execution == "mask":
             return False
         return not torch.is_grad_enabled() or all(s.selection == "topk" and s.weight == "score" for s in specs)
 
     @property
     def kept(self) -> float:
-        """The share of gates that top-k head and expert routers keep: the capacity, turned by the dial."""
+        """The share of gates that top-k routers keep: `capacity` with the offset added to its log odds."""
         if self.offset == 0.0 or not 0 < self.capacity < 1:
             return self.capacity
         return 1 / (1 + (1 / self.capacity - 1) * math.exp(-self.one_offset))
 
     @property
     def one_offset(self) -> float:
-        """The offset, where all rows share it."""
+        """The offset that all rows share."""
         assert not isinstance(self.offset, tuple), "rows have offsets of their own"
         return self.offset
 
     def begin(self, batch: int, device: torch.device, tokens: int = 0) -> Call:
-        """A new call, for so many rows and tokens (0: it does not matter). ValueError as in `offsets`."""
+        """Start a call for `batch` rows with `tokens` tokens in all (0: irrelevant). ValueError as in `offsets`."""
         self.drop()
         skipping = self.execution == "skip" and not torch.is_grad_enabled()
         self.call = Call(tokens, self._offsets(batch, device, skipping), skipping, alone=skipping and tokens == 1)
         return self.call
 
     def set_dial(self, device: torch.device) -> None:
-        """Write the offset that all rows share, where they do, to where calls that skip read it."""
+        """Write the offset to the tensors that calls that skip read, if all rows share it."""
         if not isinstance(self.offset, tuple):
             offset = torch.full((), self.offset, dtype=torch.float32, device=device)
             self.dial, self._dial_at = overwritten(self.dial, offset), self.offset
             self.limit = overwritten(self.limit, -offset.view(1))
 
     def drop(self) -> None:
-        """Leave nothing that was on its way between wrappers: a pass that failed, or was recomputed in part."""
+        """Clear state between wrappers that a pass may have left because it failed or was recomputed in part."""
         self.call.flow = None
         for context in self.contexts:
             context.clear()
 
     def offsets(self, batch: int, device: torch.device) -> Tensor | None:
-        """[B]: the offset of each row, where they have their own. ValueError where there are not as many."""
+        """Return the offset [B] of each row, or None if all rows share one. ValueError as in `_each`."""
         return _each(self.offset, batch, device) if isinstance(self.offset, tuple) else None
 
     def _offsets(self, batch: int, device: torch.device, skipping: bool) -> Tensor | None:
-        """As `offsets`, in place of the last ones where no gradient asks for those."""
+        """As `offsets`, but calls that skip, which no backward follows, overwrite the tensor of the last such call."""
         at = self.offset, batch, device
         if not skipping or not isinstance(self.offset, tuple):
             return self.offsets(batch, device)
@@ -129,10 +132,11 @@ class Runtime:
         return self._rows
 
     def dial_of(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
-        """The dial for x [B, ..., C]: one number, which calls that skip find on their device, or one for each row
-        [B, ..., 1].
+        """Return the offset for x [B, ..., C]: one number (in calls that skip a tensor [] on the device), or one for
+        each row [B, 1, ..., 1].
 
-        owner: the row of the batch that each token of x [..., C] belongs to, flat, where x is packed.
+        owner: the row of the batch that each token of x [..., C] belongs to, flat, if x is packed; the result is then
+        [..., 1].
         """
         rows = self.call.rows
         if rows is not None:
@@ -141,26 +145,26 @@ class Runtime:
 
     @property
     def _on_device(self) -> bool:
-        """Whether this call finds the offset that all rows share on its device."""
+        """Whether `dial` and `limit` hold the offset of this call."""
         return self.call.skipping and self._dial_at == self.offset and self.call.rows is None
 
     def corrected(self, x: Tensor, owner: Tensor | None = None) -> Tensor | None:
-        """1 for tokens of x that low-rank corrections and weights of open gates are for, 0 where the row is the
-        teacher's: shapes as in `dial_of`, in x's dtype; None: all are."""
+        """Return 1 for tokens of x that get low-rank corrections and weights of open gates, 0 for those of rows at the
+        teacher's compute; shape as in `dial_of`, x's dtype; None if all tokens get them."""
         rows = self.call.rows
         return None if rows is None else (_for_tokens(rows, x, owner) < math.inf).to(x.dtype)
 
     @property
     def rounds(self) -> bool:
-        """Whether this call need not be the teacher's bit for bit where all is open: routers skip, or they learn."""
+        """Whether this call may differ from the teacher by rounding with all gates open: routers skip or learn."""
         return self.recorded > 0 if self.bypass else self.call.skipping or self.training
 
     def counted(self, x: Tensor) -> int:
-        """How many tokens of x [B, T, D] are not padding."""
+        """Return how many tokens of x [B, T, D] are not padding."""
         return x.shape[:2].numel() - self.call.padded
 
     def decide(self, key: str, router: Router, x: Tensor) -> Gates:
-        """Gates of one router for the branch input x [B, T, D]: [B, T, N], or [B, 1, N], in x's dtype."""
+        """Return one router's gates for the branch input x [B, T, D]: [B, T, N] or [B, 1, N], in x's dtype."""
         dtype = x.dtype
         spec = router.spec
         if self.probed is not None:
@@ -170,7 +174,7 @@ class Runtime:
             return Gates(dtype, gate=gate, closed=1 - gate)
         if self._only_lists(router, x):
             product, *bias = router.linear.parts(x)
-            open_, *listed = ops.list_open(product, bias[0] if bias else None, self.limit)  # as `raised` would be
+            open_, *listed = ops.list_open(product, bias[0] if bias else None, self.limit)  # as raised >= 0 below
             return Gates(dtype, listed=listed, open=open_)
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
@@ -191,7 +195,7 @@ class Runtime:
             if self._asked_for_gates_alone(spec):
                 return Gates(dtype, count, open=raised >= 0)
             gate = selection.threshold(raised)
-        if self.decisions is not None or torch.is_grad_enabled():  # what is computed again is computed as it was
+        if self.decisions is not None or torch.is_grad_enabled():  # a recomputation runs the same operators
             self.note(key, router.spec, router.share(gate), score)
         closed = 1 - gate
         if spec.weight == "score":
@@ -207,16 +211,16 @@ class Runtime:
         return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
 
     def _only_lists(self, router: Router, x: Tensor) -> bool:
-        """Whether all that a router's scores are for is to list the tokens that are open, on a device that the host
-        runs ahead of."""
+        """Whether one launch can decide and list the open tokens (`ops.list_open`): a causal linear threshold router
+        without gains whose scores nobody else needs, on a device that the host runs ahead of."""
         spec = router.spec
         by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network == "linear"
         alone = spec.of_kind.over_tokens and self.causal and router.log_gain is None and devices.runs_ahead(x.device)
         return by_token and alone and self._on_device and self._asked_for_gates_alone(spec)
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
-        """Gates [B, T, 1] of an image's tokens, those of the prefix open; or [B, 1, 1], one for all of them. Also how
-        many tokens of each image are open, where that is settled beforehand."""
+        """Return gates [B, T, 1] of an image's tokens, those of the prefix open, or [B, 1, 1], one for all tokens; and
+        the number of open tokens of each image, None if it depends on the scores."""
         if score.shape[1] == 1:  # one decision for all tokens
             return selection.threshold(score + router.shift(self.dial_of(score))), None
         score = score[:, self.prefix :].squeeze(-1)
@@ -228,8 +232,11 @@ class Runtime:
     def choose(
         self, router: Router, score: Tensor, count: int | tuple[int, ...] | None, here: Tensor | None = None
     ) -> Tensor:
-        """Gates [B, n] of an image's patches with these scores; here [B, n] bool: those that are still there. count: as
-        `patches_kept` says, which is not asked for while quotas are trained."""
+        """Return gates [B, n] of image patches with these scores [B, n].
+
+        count: the result of `patches_kept`; unused while quotas are trained. here [B, n] bool: the patches that earlier
+        blocks have kept; None: all.
+        """
         if self.training and router.spec.selection == "quota":
             return selection.even(score, router.shift(self.dial_of(score)), here, self.pool)
         if count is None:
@@ -241,11 +248,12 @@ class Runtime:
     def patches_kept(
         self, router: Router, patches: int, so_far: list[tuple[float, int]] | None = None
     ) -> int | tuple[int, ...] | None:
-        """How many of an image's `patches` patches pass, or of each row's; None: as many as have a score of at least 0.
+        """Return how many of `patches` patches an image keeps: one number, or one for each row if rows have offsets of
+        their own; None if an image keeps the patches with a score of at least 0.
 
-        so_far: where patches merge, or stay away and come in multiples, what rounding has taken from earlier blocks and
-        how many they left, for all rows or each; brought up to date. What one block rounds away the next ones get, so
-        that compute follows the quotas more closely than by a `multiple` in every block.
+        so_far, where patches merge or stay away in multiples: (patches lost by rounding, patches left) after earlier
+        blocks, for all rows or for each; updated in place. Later blocks get back what one block rounds away, so that
+        compute follows the quotas more closely than to a `multiple` in every block.
         """
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
@@ -268,19 +276,19 @@ class Runtime:
         return counts[0] if rows is None else tuple(counts)
 
     def multiple(self, spec: RouterSpec) -> int:
-        """Of how many tokens an image keeps a multiple."""
+        """Return the number of tokens of which an image keeps a multiple; 1: any number."""
         return spec.multiple if self.multiples else 1
 
     def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
-        """How many patches pass of images of which so many are `left`, where so many have a score of at least 0."""
+        """Return how many of the patches `left` each image keeps; wanted: how many have a score of at least 0."""
         return tuple(
             max(self._least(spec, here), self._whole(spec, count / max(here, 1), here))
             for count, here in zip(wanted, left, strict=True)
         )
 
     def _least(self, spec: RouterSpec, left: int) -> int:
-        """How many of `left` patches stay at least: where they merge in pairs, half of them; with the prefix a multiple
-        where that is not too far up."""
+        """Return how many of `left` patches must stay: half where patches merge in pairs, else none. From three
+        multiples on, prefix included, the number is rounded up to a multiple."""
         if spec.dropped != "merge":
             return 0
         tokens, multiple = self.prefix + math.ceil(left / 2), self.multiple(spec)
@@ -289,7 +297,7 @@ class Runtime:
         return tokens - self.prefix
 
     def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
-        """A share of the patches in whole ones, or all: with the prefix a multiple where the router asks for one."""
+        """Return a share of the patches, rounded with the prefix to a multiple where the router asks for one."""
         if share >= 1:
             return patches
         tokens, multiple = self.prefix + max(0, round(share * patches)), self.multiple(spec)
@@ -298,7 +306,7 @@ class Runtime:
         return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
-        """Scores [B, 1, N] from the prompt's tokens; those that the cache remembers where it does."""
+        """Return scores [B, 1, N] from the mean of the prompt's tokens, or those that the cache remembers."""
         memory, prompt = self.call.memory, self.call.prompt
         if memory is not None and key in memory.scores:
             return memory.scores[key]
@@ -308,8 +316,8 @@ class Runtime:
         return score
 
     def note(self, key: str, spec: RouterSpec | None, share: Tensor, score: Tensor | None = None) -> None:
-        """Record the open share [B, T] that a router of this specification decided, if one did, and its scores
-        [B, T, N] where it has them."""
+        """Record the open share [B, T] of a router's gates and its scores [B, T, N], if it has any; spec: None where no
+        router decided."""
         if self.decisions is not None:
             self.decisions.share[key] = share
             if spec is not None:
@@ -319,7 +327,7 @@ class Runtime:
 
 
 def _each(offsets: tuple[float, ...], batch: int, device: torch.device) -> Tensor:
-    """[B]: the offset of each row. ValueError where there are not as many."""
+    """Return the offset [B] of each row. ValueError if `batch` is no multiple of the number of offsets."""
     if batch % len(offsets):
         raise ValueError(
             f"this batch has {batch} rows, and budgets were set for {len(offsets)}: call set_compute with one "
@@ -329,14 +337,14 @@ def _each(offsets: tuple[float, ...], batch: int, device: torch.device) -> Tenso
 
 
 def _for_tokens(rows: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:
-    """Offsets rows [B] as Runtime.dial_of has them for x."""
+    """Return offsets rows [B] in the shape that Runtime.dial_of returns for x."""
     if owner is None:
         return rows.view(-1, *[1] * (x.ndim - 1))
     return rows[owner].view(*x.shape[:-1], 1)
 
 
 def overwritten(old: Tensor | None, new: Tensor) -> Tensor:
-    """The old tensor with the new one's values, or the new one where there is none of its kind."""
+    """Copy `new` into `old` and return `old`; return `new` if `old` has another shape, dtype or device, or is None."""
     if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return new
     return old.copy_(new)
