@@ -1,9 +1,9 @@
-"""The operators: one table of their names and arguments, the shapes of what they return, and what they cost.
+"""The operators: one table of their schemas, the shapes of their results, and their costs.
 
-They are operators so that torch's FlopCounterMode sees them and torch.compile leaves them whole. torch's dispatcher
-chooses what runs: on CPUs the C functions of cpu/, on GPUs Triton's kernels of triton/, and elsewhere, or for types
-that these do not know, the reference (reference.py). None has a gradient of its own (see autograd.py). Numbers of what
-was read are on the inputs' device, and only references wait for it.
+They are torch operators so that FlopCounterMode counts them and torch.compile leaves them whole. torch's dispatcher
+chooses the implementation: on CPUs the C functions of cpu/, on GPUs the Triton kernels of triton/, and elsewhere, or
+for dtypes that these do not support, the reference (reference.py). No operator has a gradient of its own (see
+autograd.py). Counts of channels and rows read stay on the inputs' device; only references wait for the device.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from students.kernels.triton import tuning
 One = Callable[..., Tensor]
 Pair = Callable[..., tuple[Tensor, Tensor]]
 Cost = Callable[..., int]
-"""What a call costs: (*arguments, out_val=what it returned) -> a number."""
+"""Computes the cost of a call: (*arguments, out_val=results) -> number."""
 FEW_ROWS = 4
-"""For so many inputs on a CPU, reading weights costs more than arithmetic; on GPUs the table of launches says it."""
+"""Inputs up to which reading weights costs more than arithmetic on a CPU; for GPUs see triton/tuning.py."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Operator:
 
     schema: str
     shapes: Callable[..., Any]
-    """Empty tensors of the shapes, types and device of what is returned."""
+    """Returns empty tensors with the shapes, dtypes and device of the results."""
     flops: Cost | None
-    """None: no products, and torch counts no others."""
+    """FLOPs of the products; None for an operator without products, as torch counts no other FLOPs."""
     read: Cost | None
-    """Bytes that products read of weights and tokens; None as above."""
+    """Bytes of weights and tokens that the products read; None for an operator without products."""
 
 
 OPERATORS: dict[str, Operator] = {}
-"""The table, by name."""
+"""The table, by operator name."""
 _library = torch.library.Library("elastic", "DEF")
 
 
 def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None, read: Cost | None = None) -> Any:
-    """Define an operator, with the implementations of its name."""
+    """Define an operator, register the implementations that have its name, and return the operator."""
     name = _library.define(schema)
     OPERATORS[name] = Operator(schema, shapes, flops, read)
     _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -66,7 +66,7 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
 
 
 def on_gpu(name: str) -> Callable[..., Any]:
-    """Triton's kernel, and the reference for what it does not take, and where it cannot be launched."""
+    """Return the function for GPUs: the Triton kernel, or the reference in float64 and where Triton cannot launch."""
     kernel, other = triton.implementation(name), getattr(reference, name)
 
     def run(first: Tensor, *rest: Any) -> Any:
@@ -79,37 +79,37 @@ def on_gpu(name: str) -> Callable[..., Any]:
 
 
 def on_cpu(operator: Any) -> Callable[..., Any]:
-    """What an operator runs on CPUs."""
+    """Return the function that runs an operator on CPUs."""
     name = operator.__name__.partition(".")[0]
     return cpu.OPERATORS.get(name) or getattr(reference, name)
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether operators run as kernels made for tensors like this one, and not as references."""
+    """Return whether operators run as compiled kernels, not as references, for the dtype and device of x."""
     if x.is_cuda:
         return triton.available() and x.dtype != torch.float64
     return toolchain.native(x) is not None
 
 
 def observed() -> bool:
-    """Whether somebody counts operations or compiles them, and has to see torch's own."""
+    """Return whether operations are being counted or compiled, for which torch's own operators have to be called."""
     counted = is_in_torch_dispatch_mode() and toolchain.recording.calls is None
     return torch.compiler.is_compiling() or counted
 
 
 def _like(x: Tensor) -> Tensor:
-    """What is returned is contiguous, whatever is given."""
+    """Return an empty contiguous tensor like x: results are contiguous whatever the inputs are."""
     return x.new_empty(x.shape)
 
 
 def _size(x: Tensor | None) -> int:
-    """Bytes."""
+    """Return the number of bytes of x; 0 for None."""
     return 0 if x is None else x.numel() * x.element_size()
 
 
 def _channels_taken(x: Tensor, weight: Tensor, kept: Tensor) -> int:
-    """How many channels are multiplied by: all, where a GPU's table of launches has a dense product take the kernel's
-    place, and nothing is saved."""
+    """Return how many channels are multiplied: `kept`, or all of them where the tuning table of a GPU replaces the
+    kernel by a dense product, which saves nothing."""
     rows, (inputs, outputs) = x.numel() // x.shape[-1], weight.shape
     dense = weight.is_cuda and triton.available() and tuning.gather(weight.device, rows, outputs) is None
     return inputs if dense else int(kept)
@@ -135,11 +135,11 @@ read_channels: Pair = _operator(
     _channels_flops,
     _channels_read,
 )
-"""Several linear layers that read one input x [I], side by side, from the channels with |x| >= limit [I] (float32).
+"""Several linear layers with the same input x [I], computed from the channels with |x| >= limit [I] (float32).
 
-weight [I, O], contiguous rows; bias [O]; low-rank corrections, which read every channel: down [parts * r, I], up
-[r, O]; ends: where the outputs of each layer end. Returns out [O] and the number of channels read.
-"""
+weight [I, O]: the layers side by side, with contiguous rows; bias [O]; down [parts * r, I] and up [r, O]: low-rank
+corrections, which read every channel; ends: the end of each layer's outputs. Returns out [O] and the number of channels
+read."""
 
 few_channels: Pair = _operator(
     "few_channels(Tensor x, Tensor limit, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int[] ends)"
@@ -148,7 +148,7 @@ few_channels: Pair = _operator(
     _channels_flops,
     _channels_read,
 )
-"""As `read_channels`, for a few inputs x [B, I] at once: channels that any of them needs are read, once for all."""
+"""`read_channels` for a few inputs x [B, I] -> [B, O]: the channels that any of them needs are read, once for all."""
 
 
 def _fused_shapes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,13 +166,12 @@ fused_channels: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     lambda x, *rest, out_val: _channels_flops(x, *rest[5:], out_val=out_val[:2]),
     lambda x, *rest, out_val: _channels_read(x, *rest[5:], out_val=out_val[:2]),
 )
-"""As `few_channels`, with what stands in front of the layers and behind them.
+"""`few_channels` fused with the operators in front of the layers and behind them.
 
-kind: -1 where they read x [B, I]; 0 to 2 where they read its RMS norm as of `rms_norm`, with the weight `other` [I] and
-squares [B, n], which add up to each input's sum of squares; 3 where they read SiLU(x) * other [B, I], 4 for GELU with
-tanh. residual [B, O], for one layer: what is added to its output, both rounded; the sums of squares of that are
-returned too, every 64 outputs [B, n].
-"""
+kind: the layers' input. -1: x [B, I]; 0 to 2: the RMS norm of x as in `rms_norm`, with weight `other` [I] and partial
+sums of squares `squares` [B, n], which add up to each input's sum; 3: SiLU(x) * other [B, I]; 4: GELU(x), with tanh,
+times other. residual [B, O], for one layer only: added to the layer's output; output and sum are each rounded. The
+third result is the sums of squares [B, n] of each 64 outputs of that sum."""
 
 dot_rows: One = _operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
@@ -180,7 +179,7 @@ dot_rows: One = _operator(
     lambda x, *_, out_val: 2 * len(x) * len(out_val),
     lambda x, weight, *_, out_val: len(out_val) * weight.shape[1] * weight.element_size(),
 )
-"""A linear layer, weight [O, I] contiguous, of which some outputs are wanted, rows [n] (None: all): x [I] -> [n]."""
+"""The outputs `rows` [n] (None: all) of a linear layer with contiguous weight [O, I]: x [I] -> [n]."""
 
 exact_rows: Pair = _operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
@@ -188,42 +187,43 @@ exact_rows: Pair = _operator(
     lambda x, *_, out_val: 2 * int(out_val[1].sum()) * x.shape[1],
     lambda x, head, *_, out_val: min(int(out_val[1].sum()), len(head)) * head.shape[1] * head.element_size(),
 )
-"""The LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where the preview [B, V] reaches the limit
-[B], preview + tail [] elsewhere. Returns logits [B, V] and the numbers of exact rows [B]."""
+"""Logits [B, V] of the LM head, head [V, D] contiguous, for hidden states x [B, D]: exact where preview [B, V] reaches
+limit [B], preview + tail [] elsewhere. Also returns the numbers of exact logits [B]."""
 
 channel_gate: Pair = _operator(
     "channel_gate(Tensor x, Tensor limit) -> (Tensor, Tensor)",
     lambda x, limit: (_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)),
 )
-"""x [..., C] with 0 where |x| < limit, which is float32 [C], or [B, 1, C] for x [B, T, C]; the share kept [...]."""
+"""x [..., C] with 0 where |x| < limit, and the share of channels kept [...]; limit: float32 [C], or [B, 1, C] for x
+[B, T, C]."""
 
 channel_gate_grad: Pair = _operator(
     "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
     " -> (Tensor, Tensor)",
     lambda grad_out, grad_share, x, limit, *_: (_like(x), _like(limit)),
 )
-"""Gradients of `channel_gate` by x and log(limit), the latter from the channels with low <= |x| < high."""
+"""Gradients of `channel_gate` by x and by log(limit); only channels with low <= |x| < high contribute to the latter."""
 
 gated_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     "gated_grad(Tensor grad_out, Tensor grad_share, Tensor gate, Tensor up, Tensor limit, Tensor low, Tensor high,"
     " int kind) -> (Tensor, Tensor, Tensor)",
     lambda grad_out, grad_share, gate, up, limit, *_: (_like(gate), _like(up), _like(limit)),
 )
-"""Gradients of `channel_gate` of activation(gate) * up by gate, up and log(limit); kind: 0 for SiLU, 1 for GELU with
-tanh."""
+"""Gradients by gate, up and log(limit) of `channel_gate` applied to activation(gate) * up. kind: the activation, 0 for
+SiLU and 1 for GELU with tanh."""
 
 row_gate: Pair = _operator(
     "row_gate(Tensor exact, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",
     lambda exact, *_: (_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)),
 )
-"""exact [..., V] where preview >= limit [..., 1], float32, else preview + tail []; the share of exact ones [...]."""
+"""exact [..., V] where preview >= limit [..., 1] (float32), else preview + tail []; the share of exact logits [...]."""
 
 row_gate_grad: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "row_gate_grad(Tensor grad_out, Tensor grad_share, Tensor exact, Tensor preview, Tensor limit, Tensor tail)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda grad_out, grad_share, exact, preview, limit, tail: tuple(_like(x) for x in (exact, preview, limit, tail)),
 )
-"""Gradients of `row_gate` by exact, preview, limit (from the rows within half a nat of it) and tail."""
+"""Gradients of `row_gate` by exact, preview, limit (from the previews within half a nat of the limit) and tail."""
 
 
 def _kl_shapes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,13 +232,13 @@ def _kl_shapes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 forward_kl: Pair = _operator("forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)", _kl_shapes)
-"""KL(teacher || student) [N] of logits [N, V] in nats, and the logarithms of each row's sum of exponentials [2, N]."""
+"""KL(teacher || student) [N] of logits [N, V] in nats, and the log-sum-exp of each row [2, N]: student, teacher."""
 
 forward_kl_grad: One = _operator(
     "forward_kl_grad(Tensor student, Tensor teacher, Tensor logs, Tensor grad) -> Tensor",
     lambda student, *_: _like(student),
 )
-"""The gradient of `forward_kl` by the student's logits, for the gradient [N] by the divergences."""
+"""Gradient of `forward_kl` by the student's logits; grad [N]: the gradient by the divergences."""
 
 routed_kl: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     "routed_kl(Tensor exact, Tensor preview, Tensor teacher, Tensor limit, Tensor tail) -> (Tensor, Tensor, Tensor)",
@@ -248,58 +248,56 @@ routed_kl: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
         shapes[1],
     ),
 )
-"""`forward_kl` of what `row_gate` makes of exact and preview [N, V], which is written nowhere: the divergences [N], the
-shares of exact ones [N] and the logarithms [2, N]."""
+"""`forward_kl` of the logits that `row_gate` makes of exact and preview [N, V], without storing these logits: the
+divergences [N], the shares of exact logits [N] and the log-sum-exps [2, N]."""
 
 routed_kl_grad: Pair = _operator(
     "routed_kl_grad(Tensor(a!) exact, Tensor(b!) preview, Tensor teacher, Tensor limit, Tensor tail, Tensor logs,"
     " Tensor grad, Tensor grad_share) -> (Tensor, Tensor)",
     lambda exact, preview, teacher, limit, tail, *_: (_like(limit), _like(tail)),
 )
-"""Gradients of `routed_kl` by limit and tail; exact and preview, which are contiguous, become the gradients by them."""
+"""Gradients of `routed_kl` by limit and tail; exact and preview, both contiguous, are overwritten by theirs."""
 
 softmax_grad: Callable[..., None] = _operator(
     "softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None
 )
-"""Scores [..., T, K], contiguous as grad is, become their softmax, and gradients by that softmax those by the scores.
-
-tokens: T, at most K, where the last of T tokens sees all keys, the one before it one fewer and so on; 0 where all see
-all.
-"""
+"""Overwrite scores [..., T, K] by their softmax, and grad, the gradient by that softmax, by the gradient by the scores;
+both are contiguous. tokens: T, at most K, for causal attention, where the last of T queries sees all keys, the one
+before it one key fewer, and so on; 0 if every query sees all keys."""
 
 rms_norm: One = _operator(
     "rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: _like(x)
 )
-"""x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D] (arXiv 1910.07467), with the sums in torch's order.
+"""x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D] (arXiv 1910.07467), summed in torch's order.
 
-kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
-factor is 1 + weight.
+kind: 0 if the quotient is rounded to x's dtype before it is multiplied by the weight, 1 if it is not, 2 if it is not
+and the factor is 1 + weight.
 """
 
 rms_norm_grad: One = _operator(
     "rms_norm_grad(Tensor grad, Tensor x, Tensor weight, float epsilon, int kind) -> Tensor",
     lambda grad, x, *_: _like(x),
 )
-"""The gradient of `rms_norm` by x."""
+"""Gradient of `rms_norm` by x."""
 
 rotary: Pair = _operator(
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     lambda query, key, *_: (_like(query), _like(key)),
 )
-"""Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d], of whose channels the first r are
-turned, the first half of these with the second: by cos and sin [B or 1, T, r]. Each step rounds, as torch does."""
+"""Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d] by cos and sin [B or 1, T, r]. The
+first r channels are rotated, their first half with their second half; every step rounds, as torch's operators do."""
 
 rotary_grad: Pair = _operator(
     "rotary_grad(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     lambda query, key, *_: tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key)),
 )
-"""Gradients of `rotary` by query and key, for those by what it returns: in memory [B, T, H, d], as linear layers put
-queries and keys out."""
+"""Gradients of `rotary` by its inputs; query and key: the gradients by its outputs. The results lie in memory as
+[B, T, H, d], like the outputs of the linear layers that make queries and keys."""
 
 write_slot: Callable[..., None] = _operator(
     "write_slot(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot) -> ()", lambda *_: None
 )
-"""Key and value [B, H, 1, d] of one token into keys and values [B, H, L, d], contiguous, at the place slot [1]."""
+"""Write key and value [B, H, 1, d] of one token into slot [1] of the contiguous cache keys and values [B, H, L, d]."""
 
 biased_attention: One = _operator(
     "biased_attention(Tensor query, Tensor key, Tensor value, Tensor size, float scale) -> Tensor",
@@ -307,12 +305,12 @@ biased_attention: One = _operator(
     lambda query, key, *_, out_val: 4 * query.numel() * key.shape[2],
     lambda query, key, value, *_, out_val: _size(query) + _size(key) + _size(value),
 )
-"""Attention of query [B, H, T, d] to key and value [B, H, K, d], each of which counts as so many, size [B, K], whose
-logarithm is added to its scaled scores: [B, T, H, d]."""
+"""Attention of query [B, H, T, d] to key and value [B, H, K, d] -> [B, T, H, d], where each key counts size [B, K]
+times: log(size) is added to the scaled scores."""
 
 
 def _attended(heads: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None, window: int) -> int:
-    """Numbers of keys and values that heads [B, H, ...] see."""
+    """Return how many numbers of keys and values are read if each of the heads [B, H, ...] reads all that it sees."""
     seen = min(keys.shape[2] if slot is None else int(slot) + 1, window or keys.shape[2])
     return heads.shape[:2].numel() * seen * (keys.shape[3] + values.shape[3])
 
@@ -325,10 +323,10 @@ decode_attention: One = _operator(
     lambda q, k, v, _, slot, scale, window, cap, *, out_val: _size(q) + q.itemsize * _attended(k, k, v, slot, window),
 )
 """Attention of one new token, query [B, H, 1, d], to a cache: keys [B, K, L, d] and values [B, K, L, v], each shared by
-H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or what is added to scores; each row sees something. slot
-[1]: the place of the newest key, behind which nothing is read (None: the last). window: how many keys are seen at most,
-the newest ones (0: all). Scores are products times scale, bounded to -cap ... cap by tanh where cap is not 0."""
-
+H / K heads -> [B, 1, H, v]. mask [B or 1, 1, 1, L]: bool, or added to the scores; every row sees at least one key. slot
+[1]: index of the newest key, behind which nothing is read (None: the last). window: maximum number of keys seen, the
+newest ones (0: all). Scores are products times scale, bounded to [-cap, cap] by cap * tanh(score / cap) unless cap is
+0."""
 
 _merging = partial(_operator, flops=flops_of_merging, read=lambda x, *_, out_val: _size(x))
 
@@ -337,31 +335,28 @@ merge_lowest: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _me
     " Tensor top, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *rest: shapes_of_merged(x, rest[-1]),
 )
-"""Match tokens x [B, n, D], and have those with the lowest scores taken in until `keep` are left, of every image.
+"""Match tokens x [B, n, D] and merge those with the lowest scores into their matches, until each image has `keep` left.
 
-size [B, n]: what each stands for (None: 1). before [B, n]: the lowest score it had so far (None: infinity). Scores are
-those of `stream_score` with weight [D] and bias [1], plus `distance_weight` [] times the distance; top: those of the
-prefix. Returns what is left: tokens [B, keep, D], sizes, scores and old places [B, keep], in order, and where each of
-the n tokens stands then [B, n]. (See merging.py.)"""
+size [B, n]: how many patches each token stands for (None: 1). before [B, n]: each token's lowest score so far (None:
+infinity). Scores are those of `stream_score` with weight [D] and bias [1], plus `distance_weight` [] times the distance
+to the match; top [prefix]: the prefix's scores. Returns, for the tokens left, in order: tokens [B, keep, D], sizes,
+scores and old indices [B, keep]; and [B, n]: for each old token the old index of the token that it is now part of."""
 
 merge_normed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _merging(
     "merge_normed(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, int keep, Tensor gamma, Tensor? beta, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *rest: (shapes_of_merged(x, rest[6])[0], *shapes_of_merged(x, rest[6])),
 )
-"""As `merge_lowest`, with the layer norm of the tokens that are left in front, with gamma and beta [D] in x's type."""
+"""`merge_lowest`, with the layer norm of the tokens left as an additional first result; gamma, beta [D]: x's dtype."""
 
 merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = _merging(
     "merge_below(Tensor x, Tensor? size, Tensor? before, Tensor weight, Tensor bias, Tensor distance_weight,"
     " Tensor top, Tensor lengths, Tensor shift, int multiple) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda x, *_: (*shapes_of_merged(x, x.shape[1]), x.new_empty(len(x), dtype=torch.long)),
 )
-"""As `merge_lowest`, where the tokens with a score below -shift are taken in, as far as `multiple` allows (see
-`merging.in_multiples`), and each image has its own length [B] and shift [B], float32.
-
-What is left comes first, then what has left; also returned is how many are left [B].
-"""
-
+"""`merge_lowest` of the tokens with a score below -shift, as far as `multiple` allows (see `merging.in_multiples`);
+each image has its own length [B] and shift [B] (float32). Results hold n tokens an image: the tokens left, then the
+rest. A last result is the number of tokens left [B]."""
 
 list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "list_open(Tensor score, Tensor? bias, Tensor? limit) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -370,27 +365,28 @@ list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
         *(score.new_empty(score.numel(), dtype=kind) for kind in (torch.long, torch.int32, torch.int32)),
     ),
 )
-"""Which tokens have a score that, with the bias [1], reaches the limit [1], float32 (without: where score, bool, is);
-their flat indices [N], filled up with the last of all; and how many come before each token, and with it [N]."""
+"""Whether each token is open: score + bias [1] >= limit [1] (float32), or score itself, bool, without a limit; flat
+indices [N] of the open tokens, then the last token's to fill up; and [N]: the number of open tokens before each token,
+and up to and with it."""
 
 
 def exact_together(x: Tensor) -> int:
-    """For how many inputs at once `exact_rows` is faster than the whole head on the device of x: each of them needs few
-    rows, and on GPUs reading these is nearly all that it costs."""
+    """Return up to how many inputs `exact_rows` is faster than the whole LM head on the device of x. Each input needs
+    few rows, and on GPUs reading these rows is nearly the whole cost."""
     return tuning.MOST_ROWS if x.is_cuda and triton.available() else 4
 
 
 def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
-    """Whether `few_channels` is the faster way for so many inputs (more of them need nearly everything, which is then
-    faster read as a whole), and has a kernel for such a weight: on a GPU with Triton; on a CPU that multiplies
-    bfloat16, in that type, where outputs come in multiples of 32."""
+    """Return whether `few_channels` has a kernel for such a weight (on a GPU: with Triton; on a CPU: in bfloat16, if
+    the CPU has bfloat16 products and outputs come in multiples of 32) and is faster than a dense product for so many
+    inputs: many inputs together need nearly all channels, which a dense product reads faster."""
     if weight.is_cuda:
         return triton.available() and tuning.gather(weight.device, rows, weight.shape[1]) is not None
     return rows <= FEW_ROWS and cpu.reads_few(weight, ends)
 
 
 def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None) -> bool:
-    """Whether `decode_attention` is the faster way: on GPUs in steps of fixed shape, of whose caches torch's attention
-    reads every slot; on CPUs where there is a C function, and enough to read."""
+    """Return whether `decode_attention` is faster than torch's attention: on GPUs in steps of fixed shape, where torch
+    reads every slot of the cache; on CPUs where there is a C function and enough to read."""
     fits = slot is not None and compiled(query) if query.is_cuda else cpu.attends_to_cache(query, keys, values)
     return fits and not query.requires_grad

@@ -1,7 +1,7 @@
-"""What every operator computes, in torch's own, on any device and in any type: the implementation where there is no
-other, and what the others are tested against. Arguments and results are explained in ops.py; results are contiguous.
+"""References of all operators, in torch's own operators, for any device and dtype: the implementation where there is no
+other, and the expectation in tests. Arguments and results are explained in ops.py; results are contiguous.
 
-Where the number of rows or channels that are read is not known before, these wait for the device, once a call.
+Where the number of rows or channels to read depends on the data, a reference waits for the device once a call.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples,
 from students.kernels.scoring import stream_score
 
 TOGETHER = 64
-"""Outputs whose squares `fused_channels` sums together."""
+"""Outputs whose squares `fused_channels` adds up to one partial sum."""
 
 
 def with_rest(
     out: Tensor, x: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
 ) -> Tensor:
-    """Products out [..., O] with channels of x [..., I], and biases and low-rank corrections."""
+    """Return the products out [..., O] with biases and the low-rank corrections of x [..., I] added."""
     if bias is not None:
         out = out + bias
     if down is not None and up is not None:
@@ -68,7 +68,7 @@ def few_channels(
 
 
 def entering(x: Tensor, other: Tensor | None, squares: Tensor | None, epsilon: float, kind: int) -> Tensor:
-    """What the layers of `ops.fused_channels` read."""
+    """Return the input [B, I] of the layers of `ops.fused_channels`."""
     if squares is not None and other is not None:
         wide, gain = _wide(x), _wide(other) + (kind == 2)
         scale = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[1] + epsilon)
@@ -80,7 +80,7 @@ def entering(x: Tensor, other: Tensor | None, squares: Tensor | None, epsilon: f
 
 
 def leaving(out: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out [B, O] with the residual stream added, and its sums of squares."""
+    """Return out [B, O] plus the residual stream, and the partial sums of squares [B, n] (empty without a stream)."""
     if residual is None:
         return out, out.new_empty(0, dtype=torch.float32)
     out = residual + out
@@ -161,7 +161,7 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
     exact, preview = exact.contiguous(), preview.contiguous()
     keep = _reaches(preview, limit)
     guess = preview + tail.to(preview.dtype)
-    # both products are exact, and one of them is zero
+    # the factors are 0 and 1: both products are exact, and one of them is zero
     return torch.addcmul(guess * (1 - keep), exact, keep), keep.mean(-1, dtype=torch.float32)
 
 
@@ -179,14 +179,14 @@ def row_gate_grad(
 
 
 def _reaches(x: Tensor, limit: Tensor) -> Tensor:
-    """1 where x >= limit, else 0, in x's dtype: on CPUs faster than a boolean, and so are products with it."""
+    """Return 1 where x >= limit, else 0, in x's dtype: on CPUs faster than a bool mask, and so are products with it."""
     return torch.ge(x, limit.to(x.dtype), out=torch.empty_like(x))
 
 
 def _sum_tokens(weight: Tensor | None, x: Tensor, shape: torch.Size) -> Tensor:
-    """sum_n weight[n] x[n, C] as a matrix product, over all tokens (shape [C]) or those of each row ([B, 1, C]).
+    """Return sum_n weight[n] x[n, C] over all tokens (shape [C]) or over those of each row ([B, 1, C]).
 
-    x [..., C], weight [...]; None: all ones.
+    It is computed as a matrix product. x [..., C], weight [...] (None: all ones).
     """
     weight = x.new_ones(x.shape[:-1]) if weight is None else weight.to(x.dtype)
     if len(shape) == 1:
@@ -387,7 +387,7 @@ def _scores(
     distance_weight: Tensor,
     top: Tensor,
 ) -> Tensor:
-    """[B, n]: what decides who goes; the lowest so far, far up where a token may not go."""
+    """Return scores [B, n], by which tokens leave: the lowest so far; NOT_NOW for patches that may not leave now."""
     score = stream_score(x, weight, bias) + distance_weight * matches.distance
     score = score.masked_fill(~matches.may_go, NOT_NOW)
     score[:, : len(top)] = top
@@ -395,5 +395,5 @@ def _scores(
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of x [B, n, D] at index [B, k]."""
+    """Return the tokens of x [B, n, D] at index [B, k]."""
     return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, -1)
