@@ -1,8 +1,8 @@
-"""The operators' kernels for GPUs, in Triton: a file each, imported when a tensor on a GPU first meets the operator.
+"""The operators' kernels for GPUs, in Triton; a kernel's file is imported when the operator first gets a GPU tensor.
 
-None waits for the device, and none adds in an order that could change: the same inputs give the same bits. Shapes of
-launches follow from shapes of tensors alone, so that every call can be captured into a CUDA graph. What varies between
-calls (rows, chunks, tokens that stay) is not specialised for, so that nothing compiles in the middle of a run.
+No kernel makes the host wait for the device, and none sums in an order that could change: equal inputs give equal bits.
+Launch grids follow from tensor shapes alone, so that every call can be captured into a CUDA graph. Numbers that vary
+between calls (rows, chunks, tokens that stay) are not specialised on, so that nothing compiles in the middle of a run.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ OPERATORS = {
     "merge_normed": "merge_lowest",
     "merge_below": "merge_lowest",
 }
-"""Where each operator is: the name of the file, in which a function has the operator's name and arguments."""
+"""The file of each operator; a function in the file has the operator's name and arguments."""
 
 
 @cache
 def installed() -> bool:
-    """Whether Triton is there, for NVIDIA's GPUs: torch brings it where it is built for them."""
+    """Return whether Triton for NVIDIA GPUs is installed: builds of torch for these GPUs depend on it."""
     return util.find_spec("triton") is not None and torch.version.hip is None
 
 
 _launches: list[bool] = []
-"""What `available` says, once it has been asked; torch.compile can read a list, and cannot look for a compiler."""
+"""The result of `available`, after its first call. torch.compile can read a list, but cannot look for a compiler."""
 
 
 def available() -> bool:
-    """Whether Triton can launch kernels on the GPU that is here, for which it compiles functions in C first; where it
-    cannot, a warning says why, and operators run as their references."""
+    """Return whether Triton can launch kernels on the available GPU, for which it first compiles C functions. If it
+    cannot, a warning gives the reason, and operators run as their references."""
     if not _launches:
         _launches.append(installed() and _starts())
     return _launches[0]
@@ -81,7 +81,7 @@ def _starts() -> bool:
 
 
 def implementation(operator: str) -> Callable[..., Any]:
-    """The operator for tensors on a GPU; its file is imported at the first call."""
+    """Return the Triton implementation of an operator; the first call of the returned function imports the file."""
 
     @cache
     def kernel() -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Channels closed by their magnitude, and the gradient of that: sums over tokens are made in two steps."""
+"""The gate that closes channels by their magnitude, and its gradient, whose sums over tokens take two launches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 64
-"""Tokens whose gradients one program adds up."""
+"""Tokens over which one program sums gradients."""
 
 
 @triton.jit(do_not_specialize=["each"])
@@ -42,7 +42,10 @@ def _channel_gate_grad(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of channels, ROWS of the `each` rows of x that share a limit."""
+    """Write the gradients of one block of channels for ROWS of the `each` rows of x that share a limit.
+
+    partial [groups, chunks, channels]: the limit's gradient, negated, summed over these ROWS rows.
+    """
     chunk, group = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = channel < channels
@@ -70,6 +73,7 @@ def _channel_gate_grad(
 
 @triton.jit(do_not_specialize=["chunks"])
 def add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the negated sum over chunks of partial [groups, chunks, channels] to to_limit [groups, channels]."""
     group = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([TILE, BLOCK], tl.float32)
@@ -81,7 +85,7 @@ def add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: t
 
 
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.channel_gate`."""
+    """Triton implementation of `ops.channel_gate`."""
     x, limit = x.contiguous(), limit.contiguous()
     channels = x.shape[-1]
     out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -92,14 +96,14 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def each(x: Tensor, limit: Tensor) -> int:
-    """How many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
+    """Return how many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
     return max(1, x.numel() // limit.numel())
 
 
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.channel_gate_grad`."""
+    """Triton implementation of `ops.channel_gate_grad`."""
     grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
     channels, rows = x.shape[-1], each(x, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)

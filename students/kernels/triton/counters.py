@@ -1,7 +1,7 @@
-"""Counters by which the programs of a launch find out which of them is the last: zeros before a launch, and after it.
+"""Counters by which the programs of a launch find out which of them finishes last; zero before and after each launch.
 
-Launches of one stream follow one another and share them. A recorded launch is replayed on whatever stream, so that a
-recording has counters of its own (see `lent`).
+Launches on one stream run one after another and share counters. A captured launch can be replayed on any stream, so
+that a recording has counters of its own (see `lent`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 SIZE = 8192
+"""Counters of a stream or a recording."""
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _lent: ContextVar[Tensor | None] = ContextVar("lent", default=None)
 
 
 def zeros(device: torch.device, count: int) -> Tensor:
-    """int32 [at least count]: counters for a launch that puts back the zeros it found."""
+    """Return at least `count` int32 zeros: counters for a launch, whose programs must reset them to zero."""
     if device.type != "cuda" or count > SIZE:
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
@@ -33,7 +34,8 @@ def zeros(device: torch.device, count: int) -> Tensor:
 
 @contextmanager
 def lent(device: torch.device) -> Iterator[Tensor]:
-    """Within this context, recorded launches use these counters, which have to be kept as long as the recording."""
+    """Yield new counters for launches captured within this context; the caller has to keep them as long as the
+    recording."""
     own = torch.zeros(SIZE, dtype=torch.int32, device=device)
     before = _lent.set(own)
     try:

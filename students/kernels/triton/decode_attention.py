@@ -1,9 +1,9 @@
 """Attention of one new token to a cache, whose slots are read by many programs at once (split-K).
 
-A program owns the heads that share keys, and a range of the slots that there are, as a tensor on the device says: keys
-and values are read once, and nothing behind the newest is. Each keeps a softmax of its own while it reads (arXiv
-2205.14135); these meet in memory, where the program that comes last adds them up, in the order of the ranges. A second
-launch in its place would begin where all of the first have ended, and would have as much to read.
+A program owns the query heads that share a key head, and a range of the slots in use, whose number is a tensor on the
+device: keys and values are read once, and nothing behind the newest slot is read. Each program keeps an online softmax
+of its range (arXiv 2205.14135). The partial sums go to memory, where the program that finishes last adds them up in the
+order of the ranges. A second launch for this would begin only once all of the first had ended, and read as much.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from students.kernels.triton import counters, tuning
 from students.kernels.triton.forward_kl import rescale_rows
 
 AT_ONCE = 1 << 14
-"""Numbers of ranges that a program asks for at once: 128 registers a thread."""
+"""Partial sums that a program loads at once when it adds up ranges: 128 registers a thread."""
 
 
 @triton.jit
 def _hidden(mask, place, last):
-    """What is added to the scores of these slots: minus infinity behind the last."""
+    """Return what is added to the scores of the slots at `place`: the mask or 0, and -inf from slot `last` on."""
     if mask is None:
         return tl.where(place < last, 0.0, float("-inf"))
     return tl.load(mask + place, mask=place < last, other=float("-inf")).to(tl.float32)
@@ -42,8 +42,8 @@ def _add_up(
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """out for the heads of one key head, from its first `parts` ranges. Those of SOME heads are asked for at once, and
-    memory is waited for once, not for each range."""
+    """Write the output of the heads of key head `one` from the partial sums of its first `parts` ranges. The sums of
+    SOME heads are loaded together, which waits for memory once and not once for each range."""
     part, lane = tl.arange(0, SPLIT), tl.arange(0, WIDTH)
     for start in tl.static_range(0, FEW, SOME):
         head = start + tl.arange(0, SOME)
@@ -99,8 +99,12 @@ def _decode_attention(
     CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [B * K, SPLIT, HEADS, width] and tops [B * K, SPLIT, 2, HEADS], float32: what ranges add up to, over
-    exponentials of scores less the highest, which is in tops beside their sum. Exponentials are of base 2."""
+    """Attend to one range of slots with the heads of one key head; the last program of a key head adds up the ranges.
+
+    partial [B * K, SPLIT, HEADS, width], float32: each range's sum of values weighted by exponentials, to base 2, of
+    the scores less the range's highest score. tops [B * K, SPLIT, 2, HEADS], float32: that highest score, and the sum
+    of the exponentials.
+    """
     one, part = tl.program_id(0), tl.program_id(1)
     row, group = (one // groups).to(tl.int64), one % groups
     newest = slots - 1
@@ -112,7 +116,7 @@ def _decode_attention(
     begin = oldest // BLOCK
     blocks = newest // BLOCK + 1 - begin
     each = tl.cdiv(blocks, SPLIT)
-    parts = tl.cdiv(blocks, each)  # ranges that have something to read
+    parts = tl.cdiv(blocks, each)  # number of ranges with slots to read
     if part >= parts:
         return
     first = (begin + part * each) * BLOCK
@@ -128,7 +132,7 @@ def _decode_attention(
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     whole = tl.zeros([ROWS, WIDTH], tl.float32)
-    hidden = _hidden(mask, first + step, last)  # read a step ahead, while keys are on their way
+    hidden = _hidden(mask, first + step, last)  # loaded a step ahead, while keys are in flight
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         slot_ = start + step
         inside = slot_ < last
@@ -154,7 +158,7 @@ def _decode_attention(
         tl.store(partial + (mine * HEADS + own)[:, None] * width + lane[None, :], whole, mask=shown)
         tl.store(tops + mine * 2 * HEADS + own, most, mask=own < HEADS)
         tl.store(tops + (mine * 2 + 1) * HEADS + own, total, mask=own < HEADS)
-        tl.debug_barrier()  # all of this program's sums are written before it says so
+        tl.debug_barrier()  # all of this program's sums are written before it counts as finished
         if tl.atomic_add(arrivals + one, 1, sem="acq_rel") == parts - 1:
             tl.store(arrivals + one, 0)
             _add_up(partial, tops, out, one, parts, width, HEADS, FEW, SOME, WIDTH, SPLIT)
@@ -170,7 +174,7 @@ def decode_attention(
     window: int,
     cap: float,
 ) -> Tensor:
-    """As `ops.decode_attention`."""
+    """Triton implementation of `ops.decode_attention`."""
     batch, heads, _, size = query.shape
     groups, slots, width = keys.shape[1], keys.shape[2], values.shape[3]
     out = query.new_empty(batch, 1, heads, width)

@@ -1,4 +1,4 @@
-"""Chosen outputs of a linear layer whose weight holds a row for each: rows that are not chosen are not read."""
+"""Selected outputs of a linear layer whose weight has a row for each output: the other rows are not read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def products(
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products [STEP, ROWS] of x [rows, inputs] with the rows of weight [*, inputs] in row [STEP], where wanted."""
+    """Return the products [STEP, ROWS] of x [rows, inputs] with the rows `row` [STEP] of weight [*, inputs]; 0 where
+    `wanted` [STEP] is false."""
     lane, batch = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     from_row = row.to(tl.int64)[:, None] * inputs
     if ROWS == 1:
@@ -70,7 +71,7 @@ def _dot_rows(
 
 
 def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-    """As `ops.dot_rows`: x [I] with the rows [n] of weight [O, I] -> [n]."""
+    """Triton implementation of `ops.dot_rows`: x [I] with the rows [n] of weight [O, I] -> [n]."""
     if rows is None:
         return F.linear(x, weight, bias)
     x, rows, out = x.contiguous(), rows.contiguous(), x.new_empty(len(rows))

@@ -1,7 +1,7 @@
 """The LM head, exact only for rows whose preview reaches a limit.
 
-One launch writes the guesses and lists the rows to be read, part of the vocabulary by part; in the next, a fixed number
-of programs share the lists, put end to end by the lengths that they read from memory.
+The first launch writes the guesses and lists the rows to read, one list for each chunk of the vocabulary. In the second
+launch, a fixed number of programs share the concatenated lists, whose lengths they read from memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from students.kernels.triton import tuning
 from students.kernels.triton.dot_rows import products
 
 CHUNK = 1024
-"""Rows of the head that one program lists."""
+"""Rows of the head in a chunk, for which one program makes the list."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -32,7 +32,10 @@ def _choose_rows(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """lengths [1 + rows, chunks]: how many rows of the head some input needs, and each of them."""
+    """Write the guesses of one chunk of the vocabulary, and list the rows of the head that some input needs.
+
+    lengths [1 + rows, chunks]: the number of listed rows, then the number of rows that each input needs.
+    """
     me, chunks = tl.program_id(0), tl.num_programs(0)
     row, token = tl.arange(0, ROWS)[:, None], me * CHUNK + tl.arange(0, CHUNK)
     mask = (row < rows) & (token < vocabulary)[None, :]
@@ -97,7 +100,7 @@ def _exact_rows(
 def exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.exact_rows`: logits [B, V] and the numbers of exact rows [B]."""
+    """Triton implementation of `ops.exact_rows`: logits [B, V] and the numbers of exact logits [B]."""
     (rows, inputs), vocabulary = x.shape, len(head)
     if rows > tuning.MOST_ROWS:
         needed = preview >= limit.unsqueeze(1)

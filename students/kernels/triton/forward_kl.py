@@ -1,4 +1,4 @@
-"""Forward KL of logits in one pass, and its gradient: no copy in float32, and sums that are made while reading."""
+"""Forward KL of logits and its gradient, in one pass each: sums are made while reading, without a float32 copy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 @triton.jit
 def rescale(most, values):
-    """The largest so far with these values, and the factor that sums of exponentials up to here shrink by."""
+    """Return the running maximum `most` updated with values, the same or 0 if it is -inf, and the factor by which
+    earlier sums of exponentials shrink."""
     new = tl.maximum(most, tl.max(values, 0))
-    safe = tl.where(new == float("-inf"), 0.0, new)  # nothing finite yet
+    safe = tl.where(new == float("-inf"), 0.0, new)  # no finite value yet
     return new, safe, tl.exp(most - safe)
 
 
 @triton.jit
 def add_logits(s, t, most_s, most_t, sum_s, sum_t, apart):
-    """Largest logits, sums of exponentials and sum of p * (t - s) so far, once these are added; -inf adds nothing."""
+    """Return the running maxima, sums of exponentials and sum of p * (t - s), with the logits s (student) and t
+    (teacher) added; a logit of -inf adds nothing."""
     most_s, safe_s, shrink_s = rescale(most_s, s)
     most_t, safe_t, shrink_t = rescale(most_t, t)
     weight = tl.exp(t - safe_t)
@@ -30,7 +32,7 @@ def add_logits(s, t, most_s, most_t, sum_s, sum_t, apart):
 
 @triton.jit
 def write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart):
-    """The divergence of a row, and the logarithms of its sums of exponentials."""
+    """Write the divergence of a row, and the row's log-sum-exps of student and teacher."""
     whole = tl.sum(sum_t, 0)
     log_s, log_t = most_s + tl.log(tl.sum(sum_s, 0)), most_t + tl.log(whole)
     tl.store(value + row, tl.sum(apart, 0) / whole - (log_t - log_s))
@@ -40,9 +42,10 @@ def write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart):
 
 @triton.jit
 def rescale_rows(most, score):
-    """As `rescale`, for each row of scores [Q, K], whose exponentials [Q, K], of base 2, are returned too."""
+    """Return, for each row of scores [Q, K], the updated running maximum and the factor by which earlier sums of
+    exponentials shrink, and the exponentials [Q, K], to base 2, of the scores less that maximum."""
     new = tl.maximum(most, tl.max(score, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)  # nothing that is seen yet
+    safe = tl.where(new == float("-inf"), 0.0, new)  # no key seen yet
     return new, tl.exp2(most - safe), tl.exp2(score - safe[:, None])
 
 
@@ -74,7 +77,7 @@ def _forward_kl_grad(student, teacher, logs, grad, to_student, rows, vocabulary,
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.forward_kl`."""
+    """Triton implementation of `ops.forward_kl`."""
     student, teacher = student.contiguous(), teacher.contiguous()
     rows, vocabulary = student.shape
     value, logs = student.new_empty(rows, dtype=torch.float32), student.new_empty(2, rows, dtype=torch.float32)
@@ -85,7 +88,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    """As `ops.forward_kl_grad`."""
+    """Triton implementation of `ops.forward_kl_grad`."""
     student, teacher, logs, grad = (x.contiguous() for x in (student, teacher, logs, grad))
     rows, vocabulary = student.shape
     out, block = torch.empty_like(student), min(4096, triton.next_power_of_2(vocabulary))

@@ -1,4 +1,4 @@
-"""The gradient of an MLP's gated product whose channels are closed by their magnitude: the product is made again."""
+"""The gradient of an MLP's gated product whose channels are closed by their magnitude; it recomputes the product."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def _gated_grad(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of channels, ROWS of the rows that share a limit."""
+    """Write the gradients of one block of channels for ROWS of the `rows` rows that share a limit.
+
+    partial [groups, chunks, channels]: the limit's gradient, negated, summed over these ROWS rows.
+    """
     chunk, group = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = channel < channels
@@ -82,7 +85,7 @@ def gated_grad(
     high: Tensor,
     kind: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.gated_grad`."""
+    """Triton implementation of `ops.gated_grad`."""
     grad_out, grad_share, gate, up = (x.contiguous() for x in (grad_out, grad_share, gate, up))
     channels, rows = gate.shape[-1], each(gate, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)

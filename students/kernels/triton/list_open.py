@@ -1,4 +1,4 @@
-"""Which tokens are open, and where they are, in one launch of one program, which walks over all of them."""
+"""The decision which tokens are open, and their list, in a launch of a single program that loops over all tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
+"""Tokens in a step of the loop."""
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -50,7 +51,7 @@ def _list_open(
 
 
 def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `ops.list_open`."""
+    """Triton implementation of `ops.list_open`."""
     count, device = score.numel(), score.device
     is_open = torch.empty(score.shape, dtype=torch.bool, device=device)
     table = torch.empty(count, dtype=torch.long, device=device)

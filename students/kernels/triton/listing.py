@@ -1,4 +1,4 @@
-"""The first part of read_channels.py: which channels some input needs, and what the inputs have there."""
+"""The first part of read_channels.py: the list of channels that some input needs, with the inputs' values there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from students.kernels.triton.gated_grad import sigmoid
 
 @triton.jit
 def scales(squares, row, inputs, sums, epsilon, SUMS: tl.constexpr, ONE: tl.constexpr):
-    """[R, 1]: one over the root mean square of each input, from sums of squares; [] where there is one input."""
+    """Return one over the root mean square of each input [R, 1], or of ONE input [], from its partial sums of squares
+    [R, sums]."""
     part = tl.arange(0, SUMS)
     if ONE:
         total = tl.sum(tl.load(squares + part, mask=part < sums, other=0.0), 0)
@@ -22,7 +23,7 @@ def scales(squares, row, inputs, sums, epsilon, SUMS: tl.constexpr, ONE: tl.cons
 
 @triton.jit
 def _inputs(x, other, scale, place, channel, mask, here, KIND: tl.constexpr):
-    """What the layers read in some places of x, each step rounded as the model's own does."""
+    """Return the layers' input at `place` of x (KIND: see `ops.fused_channels`), each step rounded as in the model."""
     kind = x.dtype.element_ty
     value = tl.load(x + place, mask=mask, other=0.0)
     if KIND >= 0 and KIND < 3:
@@ -69,11 +70,12 @@ def list_channels(
     CHUNK: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    """How many of CHUNK channels some input needs; each of them, and what the inputs have there, go into the list. One
-    input's products with a correction's rows [1, RANK], too; for those of several, all that they have goes there.
+    """List those of CHUNK channels that some input needs, with the inputs' values there; return their number and lows.
 
-    unit: 1, which the compiler is not told. It would have a thread load several neighbours, which then have to change
-    places for the scan.
+    lows [1, RANK]: for ONE input, the running products with the low-rank correction's rows. For several inputs, all
+    values of these channels are stored behind the list instead, and multiplied later.
+    unit: 1, but not known to the compiler, which would otherwise let a thread load several adjacent channels and then
+    have to exchange them between threads for the scan.
     """
     channel = start + tl.arange(0, CHUNK) * unit
     here = channel < last

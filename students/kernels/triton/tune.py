@@ -1,4 +1,4 @@
-"""The fastest launches of read_channels.py on the GPU that is here: `python -m students.kernels.bench --tune`."""
+"""Search for the fastest launches of read_channels.py on this GPU: `python -m students.kernels.bench --tune`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from students.kernels.triton.read_channels import launch
 
 
 def tune(on: Setup, keep: float = 0.6) -> Iterator[str]:
-    """Lines for tuning.GATHER, for a share of channels, with one weight for each number of outputs there."""
+    """Yield the lines of an entry of tuning.GATHER: the fastest launches at a share `keep` of channels, timed on one
+    weight for each class of widths in that table."""
     on = replace(on, replays=4)
     shapes = {tuning.width_of(outputs): (inputs, outputs) for inputs, outputs in (*on.weights, on.head[::-1])}
     yield f"{tuning.capability(on.device)}: {{"
@@ -43,7 +44,7 @@ def _launch(plan: tuning.Gather, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _neighbours(usual: tuning.Gather) -> list[tuning.Gather]:
-    """A launch, and others that differ from it in one or two respects."""
+    """Return a launch configuration, and others that differ from it in one or two fields."""
     shapes = ({"strip": usual.strip // 2}, {"strip": usual.strip * 2}, {"step": usual.step * 2}, {"warps": 8})
     counts = ({"resident": usual.resident // 2}, {"resident": usual.resident * 2}, {"stages": 3}, {"stages": 8})
     one = [replace(usual, **change) for change in (*shapes, *counts)]

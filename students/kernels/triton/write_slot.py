@@ -1,4 +1,4 @@
-"""The keys and values of one token into their places of a cache, in one launch."""
+"""Write the keys and values of one token into their slot of a cache, in one launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _write_slot(keys, values, key, value, slot, length, key_size, value_size, KE
 
 
 def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
-    """As `ops.write_slot`."""
+    """Triton implementation of `ops.write_slot`."""
     batch, heads, length, size = keys.shape
     other = values.shape[3]
     _write_slot[(batch * heads,)](
