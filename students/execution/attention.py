@@ -1,7 +1,7 @@
-"""Attention for some tokens and some heads, by calling the model's own attention function on less.
+"""Attention for some tokens and some heads, by calling the model's own attention function on smaller tensors.
 
-transformers dispatches attention by name (`ALL_ATTENTION_FUNCTIONS`). A routed attention module gets a name of ours,
-which does what the original does until its branch passes a `Plan` along.
+transformers dispatches attention by name (`ALL_ATTENTION_FUNCTIONS`). A routed attention module gets a name that is
+registered here; unless its branch passes a `Plan`, the function of that name computes what the original does.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ from students.execution.tokens import Order, Rectangle, scatter_rows
 from students.kernels import ops
 
 BLOCK = 256
-"""Queries that share one causal mask: keys after the last of them are not read."""
+"""Number of queries that share one causal mask; keys after the last of these queries are not read."""
 
 
 @dataclass
 class Packing:
-    """Tokens of several sequences, one after the other: [1, N, ...]."""
+    """Layout of the tokens of several sequences, one sequence after the other: [1, N, ...]."""
 
     index: Tensor
-    """[N]: a token's place in its sequence, counted from the start of the cache."""
+    """Position [N] of each token in its sequence, counted from the start of the cache."""
     batch: Tensor
-    """[N]: the sequence it belongs to."""
+    """Index [N] of the sequence that each token belongs to."""
     counts: list[int]
-    """Tokens of each sequence."""
+    """Number of tokens in each sequence."""
     layer: DroppedLayer | None
-    """Where the keys so far are, these tokens' included; None without a cache."""
+    """The cache layer with all keys and values so far, including those of these tokens; None without a cache."""
     window: int | None
-    """A key further back than this is not seen."""
+    """Width of the sliding window: keys further back are not seen; None: no window."""
     rectangle: Rectangle | None
-    """How they attend all at once; None: sequence by sequence."""
+    """The layout in which all sequences attend in one call; None: one call for each sequence."""
     tokens: int
-    """Of how many tokens of each sequence these are left."""
+    """Number of tokens in each sequence before some were left out."""
 
 
 @dataclass
 class Plan:
-    """What is left of an attention layer to compute."""
+    """The part of an attention layer that is computed."""
 
     queries: Tensor | None = None
     """Flat indices, ascending, of the tokens whose output is wanted; None: all."""
     counts: tuple[int, ...] = ()
-    """How many of the queries each sequence has."""
+    """Number of queries in each sequence."""
     heads: Tensor | None = None
-    """The query heads that are open, for all tokens alike; None: all."""
+    """Indices of the open query heads, the same for all tokens; None: all."""
     packing: Packing | None = None
-    """How tokens are packed; None: [B, T, ...] as usual."""
+    """Layout of packed tokens; None: tokens come as [B, T, ...]."""
 
 
 def route_attention(module: nn.Module, runtime: Runtime | None = None, window: int | None = None) -> None:
-    """Let an attention module listen to plans, attend from one new token with all heads of a key head at once, and
-    from padded prompts without a mask where a call has an `order`.
+    """Let an attention module call `routed_attention`, which follows plans, lets query heads that share a key head
+    attend together from one new token, and needs no mask for padded prompts where the call has an `order`.
 
-    runtime: with whose `bypass`, or where it does not skip, the module computes exactly what it did without a plan, but
-    in steps of fixed shape, whose masks cost a model its bits anyway.
-    window: the layer's sliding window.
+    runtime: the student's; None for a model without routers. Under its `bypass`, or where it does not skip, results
+    without a plan keep the original's bits, except in steps of fixed shape, whose masks change the rounding anyway.
+    window: width of the layer's sliding window.
     """
     attention: Any = module
     base = attention.config._attn_implementation or "eager"
@@ -80,7 +80,7 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None, window: i
 
 
 def route_trunk(trunk: nn.Module) -> None:
-    """As `route_attention`, for all blocks of a language model that has no routers."""
+    """Call `route_attention` for every block of a language model without routers."""
     record, blocks = architecture_of(trunk)
     for number, block in enumerate(blocks):
         window = sizes_of(trunk, record, number, block).window
@@ -97,10 +97,11 @@ def routed_attention(
     routed: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As transformers' attention functions: query [B, H, T, d], key and value [B, K, C, d] -> ([B, T, H, d], weights).
+    """Attention with the arguments of transformers' functions: query [B, H, T, d], key and value [B, K, C, d] ->
+    ([B, T, H, d], weights).
 
-    Tokens that the plan leaves out get zeros. Of H heads, a plan with `heads` expects only those that are open. With
-    `slot` [1], on the device, a step of fixed shape says where the newest key is (execution/fixed.py).
+    Tokens that the plan leaves out get zeros. If the plan has `heads`, query holds the open heads only. `slot` [1], a
+    device tensor, is the index of the newest key in a step of fixed shape (execution/fixed.py).
     """
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
@@ -112,11 +113,11 @@ def routed_attention(
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
-        shared = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        fixed = slot is not None and base in ("sdpa", "eager")  # nobody asks for weights
+        shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads
+        fixed = slot is not None and base in ("sdpa", "eager")  # such steps return no attention weights
         if (free or (fixed and plain)) and tokens == 1 and shared and ops.attends_to_cache(query, key, value, slot):
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
-            window = 0 if slot is None else module.window or 0  # the mask knows where it is
+            window = 0 if slot is None else module.window or 0  # else the model's mask applies it
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
         if free and tokens == 1 and key.shape[1] < query.shape[1] and shared:
             return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
@@ -125,7 +126,7 @@ def routed_attention(
     kwargs.pop("position_ids", None)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if base == "eager":  # adds its mask, and takes none for: everything is seen
+        if base == "eager":  # takes additive masks only; without one, every key is seen
             if mask is None and q.shape[2] > 1:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
             if mask is not None and mask.dtype == torch.bool:
@@ -133,7 +134,7 @@ def routed_attention(
         if routed.heads is None:
             out: Tensor = attend(module, q, k, v, mask, **kwargs)[0]
             return out
-        if len(routed.heads) == 0:  # torch before 2.14 divides by their number
+        if len(routed.heads) == 0:  # torch before 2.14 divides by the number of heads
             return q.new_zeros(len(q), q.shape[2], 0, v.shape[-1])
         of = routed.heads // getattr(module, "num_key_value_groups", 1)
         out = attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
@@ -147,8 +148,8 @@ def routed_attention(
 
 
 def _from_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of query [B, H, 1, d] to all keys: heads that share keys are rows of one product, which reads the keys
-    once instead of once a head."""
+    """Attention of query [B, H, 1, d] to all keys. Query heads that share a key head are rows of one product, which
+    reads the keys once instead of once for each query head."""
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -165,13 +166,13 @@ def _in_order(
     mask: None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of padded rows, whose padding is moved behind all that counts and sees what it likes there."""
+    """Causal attention of padded rows without a mask: padding is moved behind all other tokens, which do not see it."""
     query, key, value = (order.lay(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
     return order.pick(attend(module, query, key, value, mask, **kwargs)[0]), None
 
 
 class _OneKeyPerHead:
-    """An attention module as attention functions see it, with as many key heads as query heads."""
+    """A view of an attention module for attention functions, with one key head for each query head."""
 
     num_key_value_groups = 1
 
@@ -191,7 +192,7 @@ def _selected(
     queries: Tensor,
     counts: tuple[int, ...],
 ) -> Tensor:
-    """Every token has its key; only some are queries (see Plan)."""
+    """Run attention where every token has a key and only some are queries (see Plan); the others get zeros."""
     batch, heads, tokens, _ = query.shape
     shape = batch, tokens, heads, value.shape[-1]
     if len(queries) == 0:
@@ -204,7 +205,7 @@ def _selected(
         rows, start = queries[start : start + count], start + count
         for part in rows.split(BLOCK) if count else ():
             places = part - b * tokens
-            if mask is None:  # as transformers has it: causal, from the first key on
+            if mask is None:  # transformers then means: causal, from the first key on
                 visible = _causal_bias(places, query.dtype)
                 last = visible.shape[-1]
                 k, v = key[b : b + 1, :, :last], value[b : b + 1, :, :last]
@@ -218,7 +219,7 @@ def _selected(
 def _packed(
     run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan, packing: Packing
 ) -> Tensor:
-    """Tokens that are not here have no key either."""
+    """Run attention of packed tokens: tokens that were left out are neither queries nor keys."""
     if packing.rectangle is not None:
         return _in_rectangle(run, query, key, value, packing, packing.rectangle)
     layer, window = packing.layer, packing.window
@@ -261,7 +262,7 @@ def _packed(
 def _in_rectangle(
     run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, packing: Packing, rectangle: Rectangle
 ) -> Tensor:
-    """All sequences at once, from their start on: what they are filled up with is behind all that see it."""
+    """Run causal attention of all sequences in one call: the filling at the end of a row is seen by no token before."""
     layer, window, visible = packing.layer, packing.window, None
     k, v = map(rectangle.lay_heads, (key, value)) if layer is None else (layer.keys, layer.values)
     if window is not None and window < packing.tokens:
@@ -272,7 +273,7 @@ def _in_rectangle(
 
 
 def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """[1, 1, Q, K] bool: key places at or before the query's, and within its window."""
+    """Return [1, 1, Q, K] bool: whether a key is at or before the query's position, and within its window."""
     visible = keys <= queries[:, None]
     if window is not None:
         visible &= keys > (queries - window)[:, None]
@@ -280,9 +281,10 @@ def _causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def _causal_bias(queries: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1, 1, Q, K]: what to add to the scores of keys 0 ... K - 1 = the last query's place; queries [Q] ascending.
+    """Return the additive causal mask [1, 1, Q, K] of queries at positions [Q], ascending, for keys 0 ... K - 1, where
+    K - 1 is the last query's position.
 
-    All queries see the keys up to the first of them, so that only the others are compared.
+    All queries see the keys up to the first query's position, so that only later keys are compared.
     """
     first, last = int(queries[0]), int(queries[-1])
     bias = queries.new_zeros(len(queries), last + 1, dtype=dtype)

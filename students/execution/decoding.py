@@ -1,9 +1,8 @@
-"""transformers' `generate` through recorded steps: greedy and sampled, stopped and streamed as ever.
+"""transformers' `generate` through recorded decode steps, with its greedy search, sampling, stopping and streaming.
 
-The prompt runs as the model runs it, or, with images, through recorded passes (see execution/prompt.py). From then on
-every token is one replay of a step of fixed shape (see execution/fixed.py), of which there is one for each batch size
-and number of slots; where the slots are taken, the next larger one goes on. What was recorded stays right when the dial
-turns.
+The prompt is computed by the model itself or, with images, through recorded passes (execution/prompt.py). After that
+every token is one replay of a step of fixed shape (execution/fixed.py). There is one recording for each batch size and
+number of slots; when all slots are taken, a step with more slots continues. Turning the dial keeps recordings valid.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from students.kernels import ops
 from students.libraries import CACHE_NAMES, cache_of
 
 SMALLEST = 256
-"""Slots of the smallest cache."""
+"""Number of slots of the smallest cache."""
 OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
-"""Arguments of `generate` with which the caller takes decoding in hand."""
+"""Arguments of `generate` with which the caller controls decoding; recorded steps are then not used."""
 OURS = "students.", "transformers."
-"""Where hooks are from that have nothing to do between recorded steps."""
+"""Modules, by the start of their names, whose hooks may be left out when a step is replayed."""
 
 
 def slots_for(tokens: int) -> int:
-    """The number of slots of a cache for so many tokens: 256, 384, 512, 768, 1024, ..., at most half as many again."""
+    """Return the number of slots for so many tokens, from 256, 384, 512, 768, 1024, ...; each is at most half more."""
     slots = SMALLEST
     while slots < tokens:
         slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3
@@ -45,7 +44,7 @@ def slots_for(tokens: int) -> int:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module calls somebody's own functions, which recorded steps would not."""
+    """Whether a module has hooks of the caller's, which a replayed step would not run."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return not all(hook.__module__.startswith(OURS) for hook in hooks)
 
@@ -53,9 +52,10 @@ def _has_hooks(module: nn.Module) -> bool:
 class Decoding:
     """A model whose tokens are decoded through recorded steps.
 
-    trunk: the part that holds the blocks. state: what a recorded step is made for, besides shapes; raises ValueError
-    where none can be made, in words that complete "decoding without recorded steps: ". settle: called with (batch,
-    device) in front of replays, to write what has changed to where steps read it. recorder: None for the device's own.
+    trunk: the module that holds the blocks. state: returns what a recording depends on besides shapes; raises
+    ValueError where nothing can be recorded, in words that complete "decoding without recorded steps: ". settle: called
+    with (batch, device) before replays; writes changed settings to the tensors that steps read. recorder: None for the
+    device's default. pruning: how image tokens are pruned; None: not at all.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Decoding:
         return Decoding(model, trunk, state, settle, self.recorder, pruning)  # what is recorded cannot be copied
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's `generate`. Where tokens cannot be decoded through recorded steps they are decoded as ever; if
-        that is not what the call asked for, a warning says so, once."""
+        """The model's `generate`, through recorded steps where possible. Otherwise the model decodes by itself; unless
+        the call asked for that, a warning gives the reason, once."""
         try:
             possible = self._possible(args, kwargs)
         except ValueError as reason:
@@ -101,11 +101,11 @@ class Decoding:
         if strings is not None:
             mine = [StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)]
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), *mine]
-        # transformers keeps the streamer from a callable of ours, but for the prompt, unless it has another name
+        # transformers streams the prompt but passes no `streamer` to a custom callable: it gets another name
         return self.model.generate(*args, custom_generate=self._decode, words_to=kwargs.get("streamer"), **kwargs)
 
     def reader(self, **inputs: Any) -> Callable[[], Read]:
-        """What reads this prompt, again and again, as `generate` does before it decodes."""
+        """Return a function that reads this prompt as `generate` does before it decodes, at each call anew."""
         prepared: list[Any] = []
 
         def take(
@@ -147,11 +147,11 @@ class Decoding:
 
     @property
     def replays(self) -> bool:
-        """Whether steps are recorded as lists of calls, on a CPU: for few rows, and else without a word."""
+        """Whether steps are recorded as lists of calls, on a CPU: only for few rows, and without warnings otherwise."""
         return self.recorder is None and recorder_for(self.model.device) is None
 
     def _possible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call decodes through recorded steps; ValueError where it might have, and cannot."""
+        """Return whether this call decodes through recorded steps. ValueError where it cannot and a warning is due."""
         if self.replays and (self._prompts is not None or not ops.compiled(next(self.model.parameters()))):
             return False
         if ops.observed() or any(map(_has_hooks, self.model.modules())):
@@ -188,7 +188,7 @@ class Decoding:
         words_to: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What `generate` calls with all that it has prepared."""
+        """The decoding loop, which the model's `generate` calls with the arguments that it has prepared."""
         config, prompt = generation_config, input_ids.shape[1]
         padding = config._pad_token_tensor
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -215,7 +215,7 @@ class Decoding:
             seen = tuple(kept["scores"]) if kept["scores"] else None
             unfinished = unfinished & ~stopping_criteria(input_ids, seen)
             fetched = Fetched(torch.stack([tokens, unfinished]))
-            if input_ids.shape[1] < config.max_length:  # begun before anybody knows whether it is needed
+            if input_ids.shape[1] < config.max_length:  # launched before the host knows whether it is needed
                 if step is None or replay is None:
                     step, replay = self._begin(read, valid)
                 elif step.full:
@@ -238,7 +238,7 @@ class Decoding:
         return GenerateDecoderOnlyOutput(**made)
 
     def _begin(self, read: Read, valid: Tensor | None) -> tuple[DecodeStep, Callable[[], Tensor]]:
-        """The step that goes on behind a prompt; valid [B, T]: as of the call."""
+        """Return the step that continues behind a prompt, and its replay; valid [B, T]: the call's attention mask."""
         cache, used = read.cache, read.used
         memory, rows = memory_of(cache), len(keys_and_values(cache)[0][0])
         if memory.held is not None and memory.next is not None:  # only some tokens were kept
@@ -259,7 +259,7 @@ class Decoding:
         return larger, replay
 
     def _step(self, like: Cache, slots: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
-        """A recorded step for a batch such as this cache's."""
+        """Return a step for a batch of this cache's size and dtype, and its replay; both are kept."""
         keys, _ = keys_and_values(like)[0]
         self._settle(len(keys), keys.device)
         key = len(keys), slots, keys.device, keys.dtype, self._state()
@@ -275,7 +275,7 @@ class Decoding:
         return self._steps.take(key, make)
 
     def _as_cache(self, step: DecodeStep, read: Read, new: int) -> DynamicCache:
-        """What a step holds of the prompt and of so many new tokens, as a cache of the model's own."""
+        """Copy what a step holds, the prompt and `new` further tokens, into a dynamic cache."""
         used = read.used + new
         cache, memory = step.dynamic(used), replace(memory_of(read.cache))
         vars(cache).update(elastic=memory)

@@ -1,7 +1,7 @@
 """A decoding step of fixed shape: the same operators on the same tensors for every token, so that it can be recorded.
 
-Keys and values are written into tensors of a fixed length, and what is not there yet is masked. Nothing in a step waits
-for the device, and nothing that differs from one step to the next is a number of Python's.
+Keys and values are written into a static cache, tensors of a fixed length, whose empty slots are masked. A step never
+waits for the device, and values that differ from one step to the next are tensors on the device, not Python numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from students.libraries import with_cache
 
 
 def windows_of(trunk: nn.Module) -> list[int | None]:
-    """How many tokens each block of a trunk sees; None: all."""
+    """Return the width of each block's sliding window, None where there is none."""
     record, blocks = architecture_of(trunk)
     return [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
 
 
 class FixedLayer(CacheLayerMixin):
-    """Keys and values [B, H, L, d] of one layer; a step writes those of its token at `slot` [1], the same for all."""
+    """Static cache of one layer: keys and values [B, H, L, d]; a step writes at index `slot` [1], in all rows alike."""
 
     is_sliding = False
     is_compileable = True
@@ -42,28 +42,28 @@ class FixedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: keys and values are allocated from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write those of one token; returns all, most of which the mask hides."""
+        """Write the key and value of one token; returns all slots, of which the mask hides the empty ones."""
         ops.write_slot(self.keys, self.values, key_states, value_states, self.slot)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All slots."""
+        """Return (number of slots, 0): the mask covers all slots."""
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> Any:
-        """Tokens that came before: a tensor [], on the device."""
+        """Return the number of tokens so far, as a tensor [] on the device."""
         return self.slot[0]
 
     def get_max_length(self) -> int:
-        """The number of slots."""
+        """Return the number of slots."""
         return self.keys.shape[2]
 
 
 class FixedCache(Cache):
-    """The cache of a step of fixed shape."""
+    """The static cache of a step of fixed shape."""
 
     def __init__(self, layers: list[FixedLayer]) -> None:
         super().__init__(layers=[*layers])
@@ -71,23 +71,23 @@ class FixedCache(Cache):
 
 
 class DecodeStep:
-    """One more token for each row of a batch: call it with tokens [B] for logits [B, V] in float32.
+    """One more token for each row of a batch: `advance` takes the tokens [B], `run` returns logits [B, V] in float32.
 
-    model: a causal language model or a vision-language model, routed or not; trunk: the part of it that holds the
-    blocks; like: a cache of the model's own that has seen a prompt of B rows; length: the number of slots.
+    model: a causal language model or a vision-language model, routed or not; trunk: its module that holds the blocks;
+    like: a cache of the model's own that holds a prompt of B rows; length: number of slots.
     """
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module, like: Cache, length: int) -> None:
         self.model = model
         self.length = length
         self.used = 0
-        """Slots that are taken."""
+        """Number of slots that are taken."""
         self._windows = windows_of(trunk)
         self._rotations = Rotations(trunk)
         self._kinds: Any = getattr(trunk.config, "layer_types", None)
         held = keys_and_values(like)
         batch, device, self._dtype = len(held[0][0]), held[0][0].device, model.dtype
-        with torch.inference_mode(False):  # they are written in calls of either kind
+        with torch.inference_mode(False):  # they are written with and without inference mode
             self.slot = torch.zeros(1, dtype=torch.long, device=device)
             self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
             self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
@@ -104,8 +104,9 @@ class DecodeStep:
         return self.used == self.length
 
     def load(self, cache: Cache, used: int, valid: Tensor | None, positions: Tensor) -> None:
-        """Begin behind what a cache holds, `used` tokens of each row, of which those at valid [B, used] count (None:
-        all); positions [B]: of the next ones. Layers with a sliding window may hold the newest tokens only."""
+        """Copy the first `used` tokens of each row from a cache and continue behind them. valid [B, used]: tokens that
+        are not padding (None: all); positions [B]: those of the next tokens. Layers with a sliding window may hold the
+        newest tokens only."""
         for mine, theirs in zip(keys_and_values(self.cache), keys_and_values(cache), strict=True):
             held = min(theirs[0].shape[2], used)
             for into, kept in zip(mine, theirs, strict=True):
@@ -118,16 +119,16 @@ class DecodeStep:
         self.used = used
 
     def take_over(self, other: DecodeStep) -> None:
-        """Go on where a step with fewer slots is."""
+        """Copy the state of a step with fewer slots and continue from there."""
         self.load(other.cache, other.used, other.open[:, : other.used], other.positions.squeeze(1))
 
     def advance(self, tokens: Tensor) -> None:
-        """Note what the next run is for."""
+        """Set the input tokens [B] of the next run."""
         self.ids.copy_(tokens.unsqueeze(1))
         self.used += 1
 
     def run(self) -> Tensor:
-        """The part that is recorded."""
+        """Return the logits [B, V] of the next token, float32; this is the part that is recorded."""
         self.open.index_fill_(1, self.slot, True)
         inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": True}
         inputs |= {"attention_mask": self._masks(), "slot": self.slot, "logits_to_keep": 1}  # see `routed_attention`
@@ -142,7 +143,7 @@ class DecodeStep:
         return logits
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
-        """What each kind of layer adds to its scores [B, 1, 1, L]; one tensor where all are alike."""
+        """Return the additive mask [B, 1, 1, L] of each type of layer; one tensor if all layers share a window."""
         if len(set(self._windows)) == 1:
             return self._mask(self._windows[0])
         made = {window: self._mask(window) for window in set(self._windows)}
@@ -155,7 +156,7 @@ class DecodeStep:
         return mask[:, None, None]
 
     def dynamic(self, used: int) -> DynamicCache:
-        """The first `used` tokens as a cache of the model's own, copied."""
+        """Copy the first `used` tokens into a dynamic cache."""
         cache = DynamicCache()
         for number, (keys, values) in enumerate(keys_and_values(self.cache)):
             cache.update(keys[:, :, :used].clone(), values[:, :, :used].clone(), number)

@@ -1,4 +1,4 @@
-"""The LM head, of which only some rows are exact."""
+"""The LM head with a vocab router: some logits are exact, the others come from a low-rank preview."""
 
 from __future__ import annotations
 
@@ -32,34 +32,37 @@ class RoutedHead(Wrapper):
         self._down, self._down_product = InPrecision(), PackedProduct()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `routed_logits` needs of the router: its parameters, and what is worth computing once for many rows."""
+        """Return the router's arguments of `routed_logits`: spread, tail, preview weight [V, r] and log gain.
+
+        The preview weight costs a product with the head, so that callers compute it once for many tokens.
+        """
         router = self.routers["vocab"]
         gain = torch.zeros_like(router.spread) if router.log_gain is None else router.log_gain
         return router.spread, router.tail, self._preview_weight(), gain
 
     def lay_out(self) -> None:
-        """Preview the head."""
+        """Make the preview weight, and the weight of the features in the head's precision."""
         self._preview_weight()
         self._features_weight()
 
     def pack(self) -> bool:
-        """Pack what makes the preview."""
+        """Pack both weights of the preview; the head's own packed weight is still needed (False)."""
         if isinstance(self.base_layer, PackedLinear):
             self._product.prepare(self._preview_weight())
             self._down_product.prepare(self._features_weight())
         return False
 
     def forget(self) -> None:
-        """Forget the preview."""
+        """Drop the preview weight."""
         self._preview = None
         self._stamp.reset()
 
     def _features_weight(self) -> Tensor:
-        """What `VocabRouter.features` multiplies by, in the head's precision."""
+        """Return the weight [r, D] of `VocabRouter.features` in the head's precision."""
         return self._down(self.base_layer.weight.dtype, self.routers["vocab"].down)[0]
 
     def _preview_weight(self) -> Tensor:
-        """The router's preview of the head [V, r], which calls that do not skip read too."""
+        """Return the preview weight [V, r], made again when router or head change; mask execution reads it too."""
         router, weight = self.routers["vocab"], self.base_layer.weight
         if torch.compiler.is_compiling() and self._preview is not None:
             return self._preview
@@ -86,8 +89,8 @@ class RoutedHead(Wrapper):
         return logits
 
     def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; no other row of the head is read. dial: the
-        dial, for all or each [n, 1]."""
+        """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; only exact rows of the head are read. dial:
+        one offset, or one for each token [n, 1]."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
         features = self._down_product(hidden, self._features_weight())
         gain = 1.0 if router.log_gain is None else router.log_gain.exp()
@@ -124,8 +127,9 @@ class RoutedHead(Wrapper):
         log_gain: Tensor,
         owner: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """KL(teacher || student) [N] of the logits that `routed_logits` makes of hidden [N, D], which are not made, for
-        the teacher's [N, V]; and the same share. Backward runs once."""
+        """Return KL(teacher || student) [N], in nats, and the share of exact rows [N], for hidden [N, D] and the
+        teacher's logits [N, V]. The student's logits, those of `routed_logits`, are never stored. Backward can run only
+        once."""
         parts = self._parts(hidden, spread, preview_weight, log_gain, owner)
         out: tuple[Tensor, Tensor] = RoutedKL.apply(*parts, tail, teacher)
         return out
@@ -133,7 +137,7 @@ class RoutedHead(Wrapper):
     def _parts(
         self, hidden: Tensor, spread: Tensor, preview_weight: Tensor, log_gain: Tensor, owner: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact and previewed logits [..., V], and the limit [..., 1]."""
+        """Return exact logits and previewed logits [..., V], and the limit [..., 1] of the preview."""
         router = self.routers["vocab"]
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))

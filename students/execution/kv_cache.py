@@ -17,7 +17,7 @@ class DroppedLayer(CacheLayerMixin):
     """Keys and values [B, H, L, d] of one layer, packed to the left: row b has lengths[b] of them.
 
     `index` [B, L] says which token of the sequence a slot holds, -1 where it holds none; `seen` counts the tokens of
-    the sequence, kept or not. A window drops keys that no later token can see.
+    the sequence, kept or not. With a window, keys that no later token can see are removed.
     """
 
     is_sliding = False
@@ -34,7 +34,7 @@ class DroppedLayer(CacheLayerMixin):
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """An empty row for each row of the batch, which `expect` has counted."""
+        """Make keys, values and indices without slots, for as many rows as `expect` was given."""
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = len(self.lengths)
         self.keys = key_states.new_zeros(rows, key_states.shape[1], 0, key_states.shape[-1])
@@ -45,9 +45,9 @@ class DroppedLayer(CacheLayerMixin):
     def expect(
         self, batch: Tensor, index: Tensor, counts: list[int], tokens: int, rectangle: Rectangle | None = None
     ) -> None:
-        """Announce `tokens` tokens, of which those at rows `batch` [N] and indices `index` [N], in order, are kept;
-        counts: how many in each row; rectangle: how the first ones lie. Where there are any, the next `update` brings
-        their keys and values."""
+        """Announce `tokens` tokens of each row, of which those at rows `batch` [N] and indices `index` [N], in order,
+        are kept. counts: kept tokens of each row; rectangle: layout in which an empty cache stores these tokens. If
+        N > 0, the next `update` brings their keys and values."""
         if self.window is not None and self.is_initialized:
             self._forget(self.window)
         self.incoming = batch, index, counts, rectangle
@@ -97,19 +97,19 @@ class DroppedLayer(CacheLayerMixin):
         self.keys, self.values, self.index = choose(self.keys, 2), choose(self.values, 2), choose(self.index, 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of a cache that holds every token: the model's masks speak of the sequence."""
+        """Return the sizes of a cache that holds every token: the model's masks cover the whole sequence."""
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens of the sequence so far, kept or not."""
+        """Return the number of tokens of the sequence so far, kept or not."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: the length is not limited."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens of the sequence."""
+        """Remove the last -tokens_to_remove tokens of the sequence (the argument is negative)."""
         self.seen += tokens_to_remove
         if self.is_initialized:
             self.lengths = ((self.index >= 0) & (self.index < self.seen)).sum(1).tolist()
@@ -118,7 +118,7 @@ class DroppedLayer(CacheLayerMixin):
             self.index = self.index.masked_fill(self.index >= self.seen, -1)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens and rows."""
         CacheLayerMixin.__init__(self)
         self.seen = 0
         self.lengths = []
@@ -126,11 +126,11 @@ class DroppedLayer(CacheLayerMixin):
         self.incoming = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row beam_idx[b] was."""
+        """Replace each row b by row beam_idx[b]."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row of the batch `repeats` times."""
         rows = torch.arange(len(self.lengths)).repeat_interleave(repeats)
         self.batch_select_indices(rows)
 
@@ -155,7 +155,7 @@ class RoutedCache(DynamicCache):
 
 
 def memory_of(cache: Any) -> Memory:
-    """What a student remembers with this cache, wherever it came from: an attribute, which is copied with the cache."""
+    """Return the Memory of any cache, made if missing. It is an attribute of the cache, and copied with the cache."""
     if not hasattr(cache, "elastic"):
         cache.elastic = Memory()
     memory: Memory = cache.elastic
@@ -163,12 +163,12 @@ def memory_of(cache: Any) -> Memory:
 
 
 def keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Those of all layers [B, H, L, d], of a cache that has seen a prompt."""
+    """Return (keys, values) [B, H, L, d] of every layer, of a cache that holds a prompt."""
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 
 def cache_bytes(cache: Any) -> int:
-    """What the keys and values of a cache take, and the indices of those that were kept."""
+    """Return the bytes of a cache's keys and values, and of the indices of kept tokens."""
     held = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "index", None))]
     return sum(x.numel() * x.element_size() for x in held if x is not None)
