@@ -1,4 +1,10 @@
-"""What a student is made of, as data: which routers, at which sites, and which low-rank corrections."""
+"""Specification of a student: the routers and low-rank corrections that are added to a frozen model.
+
+These dataclasses are the section `student` of a configuration (see configs/presets). A router computes *scores*, and a
+*gate* is open where score + offset >= 0; what a closed gate switches is not computed. Channel, neuron and vocab routers
+compare an activation or a preview of a logit with a learned *limit* instead, which falls as the offset rises. The
+*offset* is one number for the whole student, set by the dial: 0 leaves gates as learned, lower values close more.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +17,78 @@ from students.kinds.registry import Kind, KindName, kinds
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """One kind of router and where it stands."""
+    """Settings of one kind of router, and the places of the model that get such a router."""
 
     kind: KindName
-    """What a gate switches: token (a branch, for one token), layer (the whole block), head (one attention head), expert
-    (one group of MLP neurons), neuron (one of a gated MLP), channel (one input channel of a linear layer), vocab (one
-    row of the LM head), image (one image token in front of a language model); see students/kinds."""
+    """What one gate switches, for one token unless `granularity` says otherwise (see students/kinds):
+
+    - token: a branch of a block, attention or MLP;
+    - layer: the whole block;
+    - head: one attention head;
+    - expert: one group of MLP neurons;
+    - neuron: one neuron of a gated MLP;
+    - channel: one input channel of a linear layer;
+    - vocab: one row of the LM head;
+    - image: one image token in front of a language model.
+    """
     sites: tuple[str, ...] = ()
-    """token: attn, mlp. channel: attn_in, attn_out, mlp_in, mlp_out. Empty means all of them; other kinds have one."""
+    """Sites within a block that get a router: attn, mlp (token) or attn_in, attn_out, mlp_in, mlp_out (channel). Empty:
+    all of these. Other kinds have one site only and take no `sites`."""
     blocks: Literal["all", "odd", "even", "thirds"] = "all"
-    """Which blocks carry this router, counted from zero; thirds: 1, 4, 7, ..."""
+    """Which blocks get this router, counted from zero; thirds: blocks 1, 4, 7, ..."""
     granularity: Literal["token", "sequence"] = "token"
-    """sequence: one decision per sequence, taken from the mean of the prompt's tokens."""
+    """token: one decision for each token. sequence: one decision for the whole sequence, made from the mean of the
+    prompt's tokens (images: of all tokens) and kept while decoding."""
     network: Literal["linear", "mlp", "static"] = "linear"
-    """How a score is computed: a linear map of the input, that plus a small MLP, or a learned constant (no input)."""
+    """How scores are computed. linear: a linear map of the router's input. mlp: the linear map plus an MLP with one
+    hidden layer. static: a learned constant for each gate, so that the input has no influence."""
     hidden: int = 32
-    """Width of the router's hidden layer (network: mlp)."""
+    """`network: mlp`: width of the router's hidden layer."""
     selection: Literal["threshold", "topk", "quota"] = "threshold"
-    """threshold: a gate opens where its score is >= 0. topk: head and expert routers keep the best k for each token;
-    token and layer routers keep the best k of the sequence, in language models only while training. quota (image
-    routers, and token and layer routers of image models): every image keeps its best k, k being how many scores are
-    >= 0 on average (while training, of the batch; from then on, of training images): each router learns its share, and
-    shapes stay the same from image to image."""
+    """Which gates the scores open.
+
+    - threshold: every gate with score + offset >= 0.
+    - topk: the k highest scores, k given by the budget's capacity: head and expert routers choose k gates for each
+      token, token and layer routers k tokens of each sequence. Language models choose tokens by top-k in training only,
+      since it looks at later tokens, and by threshold afterwards.
+    - quota (image routers, and token and layer routers of image models): the k tokens of each image with the highest
+      scores, k being the mean number of scores >= 0, in training over the batch, afterwards over training images. Each
+      router so learns the share that it keeps, and shapes are the same for every image.
+    """
     weight: Literal["none", "score"] = "none"
-    """score: what passes an open gate is multiplied by 2*sigmoid(score) (token, layer) or n*softmax(score) (head,
-    expert), which is 1 at the zero start; the gradient flows through that weight instead of straight through."""
+    """Factor of what passes an open gate. none: 1; scores get their gradient by a straight-through estimator. score:
+    2*sigmoid(score) (token, layer) or n*softmax(score) over the n gates (head, expert), which is 1 for the zero scores
+    that training starts with; scores get their gradient through this factor instead."""
     kv: Literal["keep", "drop"] = "keep"
-    """token and layer: whether a token that attention skips still writes its keys and values."""
+    """token, layer: whether a token that skips attention still writes its keys and values (keep) or not (drop), so that
+    later tokens cannot attend to it and the key/value cache is shorter."""
     dropped: Literal["return", "stay", "merge"] = "return"
-    """layer, image models: whether a token that a block leaves out is back for the next one, or stays out until the
-    last block is done (the sequence gets shorter). merge: it stays out, and the token most like it becomes the mean of
-    what it stands for and counts as so many in attention (kernels/merging.py); half of them can go at a time."""
+    """layer, image models: what happens to a token whose gate in a block is closed.
+
+    - return: it skips this block and takes part in the next one.
+    - stay: it leaves the sequence, which gets shorter, and is put back after the last block.
+    - merge: it leaves the sequence, and the most similar remaining token becomes the mean of all tokens that it stands
+      for and counts as that many in attention (kernels/merging.py). At most half of the patches merge in one block.
+    """
     multiple: int = 1
-    """quota, and threshold in layer routers of image models: an image keeps a multiple of so many tokens, the prefix
-    included, or fewer than that; attention on some CPUs takes a third of the time for 32 tokens that it takes for 50,
-    and as long for 37."""
+    """`selection: quota`, and threshold in layer routers of image models: the number of tokens that an image keeps,
+    class and register tokens included, is rounded to a multiple of this number unless it is smaller. On some CPUs,
+    attention over 37 tokens takes as long as over 50, and over 32 tokens a third of that."""
     groups: int = 16
-    """expert: into how many groups the MLP's neurons are split."""
+    """expert: number of groups that the neurons of an MLP are split into."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"
-    """expert: neighbouring neurons, or neurons that are active together on calibration data."""
+    """expert: which neurons form a group: neighbours, or neurons that are active together on calibration data."""
     substitute: int = 0
-    """token and layer: rank of the affine map that stands in for a closed branch; 0 puts nothing there."""
+    """token, layer: rank of the affine map of the branch's input that replaces a closed branch; 0: a closed branch adds
+    nothing to the residual stream."""
     rank: int = 0
-    """vocab: rank of the cheap preview of the logits; 0 means a quarter of the hidden width."""
+    """vocab: rank of the low-rank preview of the logits that decides which rows are computed exactly; 0: a quarter of
+    the model's width."""
     query: int = 0
-    """image: rank of a bilinear form of image token and question, added to the score; 0 looks at the image alone."""
+    """image: rank of a bilinear form of image token and question that is added to the score; 0: scores depend on the
+    image alone."""
     part: Literal["language", "vision"] = "language"
-    """Vision-language models: in the blocks of which tower the router stands."""
+    """Vision-language models: the tower whose blocks get the router."""
 
     def __post_init__(self) -> None:
         if self.kind not in kinds():
@@ -93,16 +124,16 @@ class RouterSpec:
 
     @property
     def of_kind(self) -> Kind:
-        """What its kind says about it."""
+        """The `Kind` object of this router's kind."""
         return kinds()[self.kind]
 
     @property
     def where(self) -> tuple[str, ...]:
-        """The sites with the default filled in."""
+        """The router's sites: `sites`, or all sites of its kind if `sites` is empty."""
         return self.sites or self.of_kind.sites
 
     def on(self, block: int) -> bool:
-        """Whether block number `block` carries this router."""
+        """Return whether block number `block` gets this router."""
         if self.blocks == "thirds":
             return block % 3 == 1
         return self.blocks == "all" or (block % 2 == 1) == (self.blocks == "odd")
@@ -110,12 +141,15 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank corrections of linear layers (arXiv 2106.09685), trained by the same loss; they read all channels."""
+    """Low-rank corrections of linear layers (LoRA, arXiv 2106.09685), trained with the routers by the same loss.
+
+    A correction reads all input channels of its layer, also those that a channel router closes.
+    """
 
     rank: int = 0
-    """Rank of every correction; 0 switches LoRA off."""
+    """Rank of every correction; 0: no corrections."""
     sites: tuple[str, ...] = LINEAR_SITES
-    """Which linear layers are corrected."""
+    """Sites whose linear layers are corrected: attn_in (q, k, v), attn_out (o), mlp_in (gate, up), mlp_out (down)."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -127,14 +161,14 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """Everything that is added to a frozen model."""
+    """Everything that `elasticize` adds to a frozen model."""
 
     routers: tuple[RouterSpec, ...] = ()
-    """The routers; a kind may appear once per site."""
+    """The routers; a kind may appear once per site of a tower."""
     lora: LoraSpec = field(default_factory=LoraSpec)
-    """Low-rank corrections."""
+    """The low-rank corrections of linear layers."""
     gains: bool = False
-    """Whether each router learns how far it turns with the dial: for a student that serves a range of budgets."""
+    """Whether each router learns a gain, its factor of the offset, for a student that serves a range of budgets."""
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, str, str]] = set()
@@ -145,21 +179,24 @@ class StudentSpec:
                 seen.add((router.part, router.kind, place))
 
     def of(self, part: str) -> StudentSpec:
-        """What is added to the blocks of one tower of a vision-language model; LoRA is the language model's."""
+        """Return the specification of one tower of a vision-language model, "language" or "vision".
+
+        Routers of image tokens stand between the towers and are in neither; low-rank corrections are in "language".
+        """
         routers = tuple(r for r in self.routers if r.part == part and r.of_kind.place != "input")
         return StudentSpec(routers, self.lora if part == "language" else LoraSpec(), self.gains)
 
     def at(self, place: str) -> list[RouterSpec]:
-        """The routers in a model's blocks, at its head or its input (see Kind.place), in the order of their kinds."""
+        """Return the routers with this `Kind.place`: "block", "head" or "input", in the order of `KindName`."""
         return [r for name, kind in kinds().items() if kind.place == place for r in self.routers if r.kind == name]
 
     @property
     def over_blocks(self) -> RouterSpec | None:
-        """The router of whole blocks, or None."""
+        """The first router whose gates switch whole blocks, or None."""
         return next((router for router in self.routers if router.of_kind.over_blocks), None)
 
     def find(self, kind: str, block: int | None = None, site: str = "") -> RouterSpec | None:
-        """The router of this kind at this block and site, or None."""
+        """Return the first router of a kind in a block (None: any block) and at a site ("": any site), or None."""
         for router in self.routers:
             at_site = not site or not router.where or site in router.where
             if router.kind == kind and at_site and (block is None or router.on(block)):
