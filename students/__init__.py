@@ -1,4 +1,4 @@
-"""Students: frozen models with routers that decide what an input needs."""
+"""Students: frozen models with routers that decide which of their parts are computed for an input."""
 
 from students.build import elasticize
 from students.spec import LoraSpec, RouterSpec, StudentSpec

@@ -1,4 +1,4 @@
-"""Tensors on disk: one safetensors file with a description in it, complete or absent, never half-written."""
+"""Checkpoint files: tensors and a description in one safetensors file, which is never left half-written."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMER_NAMES = {"bend": "mlp", "unlike": "distance_weight"}
-"""Parameters that files of earlier versions name otherwise."""
+"""Parts of parameter names in files of earlier versions, and their present names."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Tensors and a JSON-able description in one file, written under a temporary name and then renamed."""
+    """Write tensors and a JSON-able description to one file, under a temporary name that is then renamed to `path`."""
     part = path.with_name(f".{path.name}.part")
     try:
         clones = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         part.touch()
         mode = part.stat().st_mode
         save_file(clones, part, metadata={"elastic": json.dumps(about)})
-        part.chmod(mode)  # safetensors keeps files to their owner
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -34,7 +34,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `write_tensors`; ValueError where the file is truncated or not one of ours."""
+    """Read the tensors and the description of a file that `write_tensors` wrote. ValueError if the file is missing,
+    truncated or none of Elastic's."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["elastic"])
@@ -48,5 +49,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _today(name: str) -> str:
-    """The present name of a tensor."""
+    """Return the present name of a tensor, given its name in a file of any version."""
     return ".".join(FORMER_NAMES.get(part, part) for part in name.split("."))

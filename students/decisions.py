@@ -1,4 +1,4 @@
-"""What a forward pass decided."""
+"""The record of a forward pass's routing decisions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from students.spec import RouterSpec
 
 @dataclass
 class Decisions:
-    """What one forward pass decided. Keys: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert",
-    "3.mlp_in.channel", "vocab". All tensors are differentiable with respect to the routers."""
+    """Routing decisions of one forward pass, by key: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert",
+    "3.mlp.neuron", "3.mlp_in.channel" (3: the block's number), "vocab". Tensors are differentiable with respect to the
+    routers' parameters."""
 
     share: dict[str, Tensor] = field(default_factory=dict)
-    """Open share of each router's gates per token [B, T] (or [B, 1], [1, 1] where it is the same for all)."""
+    """Share of each router's gates that are open, per token [B, T] (or [B, 1], [1, 1] if it is the same for all)."""
     score: dict[str, Tensor] = field(default_factory=dict)
-    """Scores of the gated routers [B, T, N], for the losses that read them."""
+    """Scores [B, T, N] of the routers that have scores, for the losses that read them."""
     spec: dict[str, RouterSpec] = field(default_factory=dict)
-    """Of the router that decided, by the same keys; an image model's blocks without one have none."""
+    """Specifications of the routers; image models have shares, but no entry here, of blocks without a router."""
     bypassed: bool = False
-    """Nothing was decided: the frozen model ran."""
+    """Whether routers were bypassed, so that the frozen model ran and nothing was decided."""
     index: Tensor | None = None
-    """[B, L] vision-language models: which token of the input each row of the output is; None: all are there."""
+    """Vision-language models: index [B, L] into the input of each token of the output; None: no token was pruned."""
     valid: Tensor | None = None
-    """[B, L] vision-language models: how far each of them is there: 0 for filling, or gates, for masks."""
+    """Vision-language models: presence [B, L] of each token of the output: 1, or 0 for padding; where closed image
+    tokens are masked instead of pruned, their gates."""
     vision: Decisions | None = None
-    """Vision-language models: what routers in the vision tower decided, also to be found under "vision." above."""
+    """Vision-language models: decisions of the vision tower; `share`, `score`, `spec` have them under "vision." too."""

@@ -1,7 +1,8 @@
-"""FLOPs counted while something runs, whatever kernel attends: formulas for what torch's own counter does not know.
+"""FLOPs counted while a model runs, for any attention kernel: formulas that torch's own counter lacks.
 
-It knows attention kernels of CUDA alone, takes causal attention for full, and in many versions refuses fewer key heads
-than query heads; and it knows no products of one row or over some rows, and none with packed weights.
+torch's counter knows CUDA's attention kernels only, counts causal attention as full attention, and in many versions
+refuses fewer key heads than query heads. It does not count matrix-vector products, products with some rows of a
+matrix, and products with packed weights.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 def attention_flops(
     query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], causal: bool = False, backward: bool = False
 ) -> int:
-    """FLOPs of attention with query [B, H, Q, d], key [B, K, C, d] and value [B, K, C, v]; K divides H.
+    """Return the FLOPs of attention with query [B, H, Q, d], key [B, K, C, d] and value [B, K, C, v]; K divides H.
 
-    causal: query i sees the first i + 1 keys, and fused kernels compute no others. backward: five products, of which
-    three have the width d and two the width v, where the forward pass has one of each.
+    causal: query i sees the first i + 1 keys, and fused kernels compute no others. backward: count the backward pass,
+    which has three products of width d and two of width v; the forward pass has one of each.
     """
     batch, heads, queries, size = query
     keys, value_size = key[2], value[3]
@@ -33,8 +34,8 @@ def attention_flops(
 
 
 def _attention(names: list[str], skips: bool, backward: bool, *args: Any, **kwargs: Any) -> int:
-    """As `attention_flops`, for a call of an operator whose arguments have these names; skips: where it is causal it
-    leaves out what is not seen."""
+    """Return `attention_flops` of a call (args, kwargs) of an operator whose arguments are called `names`; skips:
+    whether the operator, if causal, leaves out the scores that the mask hides."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     query, key, value = (tuple(given[name].shape) for name in ("query", "key", "value"))
     return attention_flops(query, key, value, causal=skips and bool(given.get("is_causal")), backward=backward)
@@ -48,12 +49,12 @@ _SKIPS = {
     "_scaled_dot_product_flash_attention_for_cpu": True,
     "_scaled_dot_product_attention_math_for_mps": False,
 }
-"""torch's attention operators that are not made of other operators, and whether they skip what is not seen where they
-are causal. Each but the last has a `_backward`."""
+"""torch's attention operators that are not composed of other operators, and whether they leave out the scores that a
+causal mask hides. Each but the last has a `_backward`."""
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """By operator, those that this version of torch has."""
+    """Return the FLOP formulas of the operators in `_SKIPS`, and of their backward, that this version of torch has."""
     found: dict[Any, Callable[..., int]] = {}
     for name, skips in _SKIPS.items():
         for backward in (False, True):
@@ -61,17 +62,17 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             if operator is not None:
                 names = [argument.name for argument in operator.default._schema.arguments]
                 formula: Any = partial(_attention, names, skips, backward)
-                formula._get_raw = True  # it is called with tensors, not with their shapes
+                formula._get_raw = True  # the counter then passes tensors, not their shapes
                 found[operator] = formula
     return found
 
 
 ATTENTION = _formulas()
-"""FLOP formulas of attention operators."""
+"""FLOP formulas by attention operator."""
 
 
 def _packed_flops(x: torch.Tensor, packed: torch.Tensor, shape: list[int], *rest: Any, **options: Any) -> int:
-    """A product of x [..., I] with a weight of this shape, [O, I]."""
+    """Return the FLOPs of a product of x [..., I] with a packed weight of shape [O, I]."""
     return 2 * x.numel() * shape[0]
 
 
@@ -79,7 +80,7 @@ _packed_flops._get_raw = True  # type: ignore[attr-defined]
 
 
 def _grouped_flops(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *rest: Any, **options: Any) -> int:
-    """Products of some rows of x [N, I] with weight [G, I, O], up to the last of ends [G]."""
+    """Return the FLOPs of products with weight [G, I, O] of the rows of x [N, I] before the last of ends [G]."""
     return 2 * int(ends[-1]) * weight.shape[1] * weight.shape[2]
 
 
@@ -87,23 +88,23 @@ _grouped_flops._get_raw = True  # type: ignore[attr-defined]
 
 
 def other_products() -> dict[Any, Callable[..., int]]:
-    """FLOP formulas of products over some rows (kernels/first_rows.py) and with packed weights, of the libraries that
-    are imported."""
+    """Return FLOP formulas of products with some rows of a matrix (kernels/first_rows.py) and, if bitsandbytes has been
+    imported, with its packed weights."""
     known: dict[Any, Callable[..., int]] = {torch.ops.aten._grouped_mm: _grouped_flops}
     found = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
     return known if found is None else known | {found: _packed_flops}
 
 
 def _mv_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
-    rows, columns = shapes[-2]  # mv(matrix, vector), addmv(start, matrix, vector)
+    rows, columns = shapes[-2]  # the matrix, in mv(matrix, vector) and addmv(start, matrix, vector)
     return int(2 * rows * columns)
 
 
 for _product in (torch.ops.aten.mv, torch.ops.aten.addmv):
-    if _product not in flop_registry:  # torch counts products with matrices only
+    if _product not in flop_registry:  # torch itself counts products of two matrices only
         register_flop_formula(_product)(_mv_flops)
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, with the formulas above: within it everything is counted that runs."""
+    """Return torch's counter with the formulas above: a context manager that counts the operators run within it."""
     return FlopCounterMode(display=False, custom_mapping={**ATTENTION, **other_products()})

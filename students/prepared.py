@@ -1,4 +1,4 @@
-"""When something that was made of weights and settings has to be made again: the one rule for all of it."""
+"""When tensors that were made from weights and settings are stale and must be made again: one rule for all of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from students.shards import unit_of
 
 
 class Stamp:
-    """What prepared state was made of: it is stale once one of these tensors has been written to, moved or replaced, or
-    a setting has changed. (Tensors of inference mode count no writes.)"""
+    """The sources of a prepared tensor, to tell whether it is stale: whether since its preparation a source tensor was
+    written to, moved or replaced, or a setting has changed. (Writes to tensors of inference mode go unnoticed, because
+    torch does not count them.)"""
 
     def __init__(self) -> None:
         self._made_of: tuple[Hashable, ...] | None = None
 
     def renew(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
-        """Whether what was prepared last is stale. From now on it is what is made of these."""
+        """Return whether these sources differ from the stored ones, and store them: where True, the caller prepares."""
         made_of = self._of(tensors, settings)
         if made_of == self._made_of:
             return False
@@ -27,7 +28,7 @@ class Stamp:
         return True
 
     def holds(self, tensors: Sequence[Tensor], *settings: Hashable) -> bool:
-        """Whether what was prepared last is made of these."""
+        """Return whether these sources equal the stored ones; nothing is stored."""
         return self._of(tensors, settings) == self._made_of
 
     @staticmethod
@@ -35,24 +36,25 @@ class Stamp:
         return (*((_place(x), None if x.is_inference() else x._version) for x in tensors), *settings)
 
     def reset(self) -> None:
-        """Nothing is prepared."""
+        """Forget the sources, so that the next `renew` returns True."""
         self._made_of = None
 
 
 def _place(x: Tensor) -> Hashable:
-    """Where a tensor is: in memory, or the weight of a unit that comes and goes."""
+    """Return what identifies a tensor: its address, or for a weight that is spread over processes, whose memory is
+    released and allocated again (students/shards.py), the tensor object."""
     return x.data_ptr() if unit_of(x) is None else id(x)
 
 
 class InPrecision:
-    """Parameters in another precision: kept while no gradient is wanted, and made again once they have changed."""
+    """Casts parameters to another dtype; without gradients the copies are kept until a parameter changes."""
 
     def __init__(self) -> None:
         self._stamp = Stamp()
         self._kept: list[Tensor] = []
 
     def __call__(self, dtype: torch.dtype, *parameters: Tensor) -> list[Tensor]:
-        """The parameters in this precision."""
+        """Return the parameters in this dtype."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return [x.to(dtype) for x in parameters]
         if self._stamp.renew(parameters, dtype):
@@ -64,6 +66,6 @@ class InPrecision:
 
 
 def writes(tensors: Sequence[Tensor]) -> int:
-    """How often these tensors, which stay where they are or move together, have been written to: a setting that stands
-    for many of them."""
+    """Return the number of writes to these tensors: one setting of a Stamp in place of many tensors, for tensors that
+    stay where they are or move together."""
     return sum(x._version for x in tensors)

@@ -49,8 +49,8 @@ class RouterSpec:
 
     - threshold: every gate with score + offset >= 0.
     - topk: the k highest scores, k given by the budget's capacity: head and expert routers choose k gates for each
-      token, token and layer routers k tokens of each sequence. Language models choose tokens by top-k in training only,
-      since it looks at later tokens, and by threshold afterwards.
+      token, token and layer routers k tokens of each sequence, image routers k image tokens. Language models choose
+      tokens by top-k in training only, since it looks at later tokens, and by threshold afterwards.
     - quota (image routers, and token and layer routers of image models): the k tokens of each image with the highest
       scores, k being the mean number of scores >= 0, in training over the batch, afterwards over training images. Each
       router so learns the share that it keeps, and shapes are the same for every image.

@@ -1,4 +1,4 @@
-"""What every student has: a frozen model, what was added to it, a dial, and a file to keep them in."""
+"""The base class of all students: a frozen model with routers, a dial for its compute, and checkpoints of both."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from students.shards import are_spread
 from students.spec import StudentSpec
 
 ADDED = {"routers", "substitutes", "lora"}
-"""Names under which a wrapper holds what was added; nothing else in the model is trainable or saved."""
+"""Names of the children that hold added modules in a wrapper; nothing else in the model is trainable or saved."""
 
 
 class Student(nn.Module):
-    """A frozen model and its routers; the same weights are the teacher (see `teacher`)."""
+    """A frozen model and its routers; with routers bypassed, the same weights are the teacher (see `teacher`)."""
 
     def __init__(
         self,
@@ -52,15 +52,16 @@ class Student(nn.Module):
         self.compute = compute
         self.recompute = False
         self.dial: tuple[tuple[float, float], ...] = ()
-        """(measured compute, offset), ascending."""
+        """Measured points (compute ratio, offset), ascending, between which `set_compute` interpolates."""
         self.span: tuple[float, float] | None = None
-        """The lowest and the highest budget, where the student was trained for a range of them."""
+        """The lowest and highest budget of the range that the student was trained for; None: not for a range."""
         self._lengths = AnyLength()
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
-        """How often weights have moved: recorded passes, of the teacher too, read them where they were."""
+        """Number of changes of the weights' memory layout. Recorded passes, the teacher's too, read weights at the
+        addresses of recording time and hold for one layout only."""
         self._packed = {bypass: Stamp() for bypass in (False, True)}
-        """Of the routed model, and of the teacher."""
+        """Stamps of the packed weights that the routed model (False) and the teacher (True) read."""
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
         self._spread = are_spread(model)
@@ -68,7 +69,7 @@ class Student(nn.Module):
 
     @contextmanager
     def teacher(self) -> Iterator[Student]:
-        """Within this context the student is the frozen model it was made from."""
+        """Context in which routers are bypassed: the student computes what the frozen model computes."""
         before, self.runtime.bypass = self.runtime.bypass, True
         try:
             yield self
@@ -77,7 +78,7 @@ class Student(nn.Module):
 
     @contextmanager
     def _deciding(self) -> Iterator[Decisions]:
-        """Record what the model decides."""
+        """Context that records the routers' decisions, with fast gradients of attention."""
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
@@ -88,30 +89,33 @@ class Student(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether backward computes activations of blocks again (see `checkpoint_blocks`)."""
+        """Whether backward recomputes activations of blocks (see `checkpoint_blocks`)."""
         return self.recompute or self.runtime.recompute
 
     def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
-        """What every forward pass starts with; tokens: how many it is for, 0 where that does not matter; prepared:
-        nothing has changed since `prepare`."""
+        """Start a forward pass: begin a call, and prepare what skip execution reads.
+
+        tokens: number of tokens in the batch, 0 if it does not matter. prepared: whether nothing has changed since
+        `prepare`, so that preparation is skipped.
+        """
         run = self.runtime
         if run.begin(batch, device, tokens).skipping and not prepared:
             self._prepare()
             self._pack_for(tokens or batch)
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
-        """What every forward pass ends with; out is None where it failed, and then leaves nothing behind."""
+        """Forward hook that ends every pass; if the pass failed (out is None), it clears the state between wrappers."""
         self._lengths.end()
         if out is None:
             self.runtime.drop()
 
     def train(self, mode: bool = True) -> Student:
-        """Switch what differs between training and inference: only routing does, the frozen model stays in eval()."""
+        """Switch routing between training and inference; the frozen model always stays in eval mode."""
         self.training = mode
         self.runtime.training = mode
         self.model.eval()
         for block in self.blocks:
-            # transformers recomputes a block only where block.training is set; its dropouts are children, still in eval
+            # transformers recomputes a block only if block.training is set; dropouts are its children and stay in eval
             block.training = mode and self.recompute
         return self
 
@@ -129,20 +133,20 @@ class Student(nn.Module):
         return recomputing(self._frozen.device)
 
     def prepare(self) -> None:
-        """Lay out frozen weights for skip execution, and make what it reads of corrections, routers and the dial.
+        """Lay out frozen weights for skip execution, convert corrections, routers and the dial, and pack weights.
 
-        The first call that skips does so, and so does every other one that finds it stale (see students/prepared.py): a
-        call beforehand, after loading, or moving the model, only saves that one the time. So it is with weights that
-        are packed (kernels/packing.py), which only calls for few tokens read, and calls of the teacher as well.
+        Calling this is optional: a forward pass that skips prepares whatever is missing or stale (see
+        students/prepared.py), so that a call after loading or moving the model only saves the first pass this time.
+        Packed weights (kernels/packing.py) are read by passes with few tokens only, and by the teacher too.
         """
         self._prepare()
         self._pack()
 
     def pack(self) -> bool:
-        """Let frozen bfloat16 layers on a CPU have packed weights (kernels/packing.py), which the next call for few
-        tokens makes, or `prepare`; False where none can."""
+        """Let frozen bfloat16 layers on a CPU have packed weights (kernels/packing.py), which `prepare` or the next
+        forward pass with few tokens makes. Return False if no layer can be packed."""
         for stamp in self._packed.values():
-            stamp.reset()  # of calls before, which found nothing to pack
+            stamp.reset()  # earlier calls have renewed it though they found nothing to pack
         return pack_linears(self.model)
 
     def _prepare(self) -> None:
@@ -153,7 +157,7 @@ class Student(nn.Module):
         if not self._dialled.renew([self._frozen], written, run.offset, run.capacity):
             return
         self._layouts += moved
-        with torch.inference_mode(False), torch.no_grad():  # calls of either kind read it
+        with torch.inference_mode(False), torch.no_grad():  # so that passes in and out of inference mode can read it
             run.set_dial(self._frozen.device)
             for wrapper in self._wrappers():
                 if moved:
@@ -161,7 +165,7 @@ class Student(nn.Module):
                 wrapper.set_dial()
 
     def _pack_for(self, rows: int) -> None:
-        """As `prepare`, packed weights alone, for a call with about so many rows."""
+        """Pack weights before a forward pass with about `rows` rows, if a pass with so few rows reads them."""
         if rows <= MOST_ROWS and not torch.is_grad_enabled():
             self._pack()
 
@@ -173,7 +177,7 @@ class Student(nn.Module):
                 prepare_linears(self.model, but=needless)
 
     def forget_layouts(self) -> None:
-        """Undo `prepare`: the frozen weights lie as the model had them."""
+        """Undo `prepare`: give the frozen weights the memory layout of the original model."""
         for stamp in self._packed.values():
             stamp.reset()
         self._laid_out.reset()
@@ -183,24 +187,24 @@ class Student(nn.Module):
             wrapper.forget()
 
     def _wrappers(self) -> list[Wrapper]:
-        """Those of this student: a vision tower's are its own student's."""
+        """Return the wrappers of this student; those in a vision tower with routers belong to the tower's student."""
         return [x for x in self.model.modules() if isinstance(x, Wrapper) and x.runtime is self.runtime]
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters by name."""
+        """Return the parameters of all added modules by name: the trainable ones."""
         return {n: p for n, p in self.model.named_parameters() if ADDED & set(n.split("."))}
 
     def added_state(self) -> dict[str, Tensor]:
-        """Everything that was added and nothing of the base: what a checkpoint holds."""
+        """Return the tensors of all added modules, detached: what a checkpoint holds, without the frozen model."""
         return {n: x.detach() for n, x in self.added_tensors().items()}
 
     def added_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of everything that was added, by name."""
+        """Return parameters and buffers of all added modules by name."""
         buffers = {n: b for n, b in self.model.named_buffers() if ADDED & set(n.split("."))}
         return {**self.added_parameters(), **buffers}
 
     def load_added_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `added_state`; ValueError where names or shapes differ."""
+        """Copy the result of `added_state` back into the added modules. ValueError if names or shapes differ."""
         own = self.added_state()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
@@ -216,16 +220,17 @@ class Student(nn.Module):
                 tensor.copy_(state[name])
 
     def uniform(self, share: float, tokens: Any, phase: Phase) -> float:
-        """The compute ratio if every router kept the same share of its gates; tokens: how many the model reads."""
+        """Return the compute ratio of a pass over `tokens` tokens if every router kept the same share of its gates;
+        subclasses say what `tokens` is where it is not a number."""
         return self.compute.uniform(share, tokens, phase)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Where the dial is and what it reaches, as plain data."""
+        """Position and reach of the dial, as plain data for checkpoints; assigning it restores them."""
         run = self.runtime
         about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
         if not run.multiples:
-            about["multiples"] = False  # files of students that keep them are as those of earlier versions
+            about["multiples"] = False  # only where it is off: other files stay as earlier versions wrote them
         return about
 
     @setting.setter
@@ -238,23 +243,24 @@ class Student(nn.Module):
         self.runtime.multiples = about.get("multiples", True)
 
     def save(self, path: str | Path) -> None:
-        """Write what was added to the model, and the dial, to one safetensors file."""
+        """Write the tensors of all added modules and the dial to one safetensors file."""
         write_tensors(Path(path), self.added_state(), self.setting)
 
     def restore(self, path: str | Path) -> None:
-        """Read what `save` wrote; ValueError where the file is damaged or belongs to another student."""
+        """Load a file that `save` wrote. ValueError if it is damaged or belongs to another student."""
         tensors, self.setting = read_tensors(Path(path))
         self.load_added_state(tensors)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:
-        """Turn the dial: from here on the student spends this share of the teacher's compute; at 1.0 it is the teacher.
+        """Turn the dial: from now on the student spends this share of the teacher's compute; at 1.0 it is the teacher.
 
-        Several: one for each row of the batches to come (where a batch has a multiple of as many rows, as beam search
-        makes of them, neighbours share one). A row at 1.0 has all gates open and no corrections.
+        A sequence or tensor [B] sets one budget for each row of the batches to come; in a batch with a multiple of B
+        rows, as beam search makes it, equal groups of neighbouring rows share one. A row at 1.0 has all gates open and
+        no corrections.
 
-        Interpolates between the measured points of `dial`. ValueError outside of them, or of the range that the student
-        was trained for.
+        Offsets are interpolated between the measured points of `dial`. ValueError for a budget outside of these points
+        or of the range that the student was trained for.
         """
         budgets = compute.tolist() if isinstance(compute, Tensor) else compute
         budgets = [budgets] if isinstance(budgets, int | float) else list(budgets)
@@ -269,11 +275,11 @@ class Student(nn.Module):
 
     @property
     def stepwise(self) -> bool:
-        """Whether compute goes in steps as the dial turns: there are quotas alone, whole numbers of patches."""
+        """Whether compute changes in steps as the dial turns: all routers keep quotas, whole numbers of patches."""
         return all(router.selection == "quota" for router in self.spec.routers)
 
     def _offset(self, compute: float) -> float:
-        """Where the dial is for a budget below 1."""
+        """Return the offset for a budget below 1: interpolated, or if `stepwise` that of the nearest measured point."""
         points = sorted(self.dial)
         low, high = self.span or (points and (points[0][0], points[-1][0])) or (1.0, 1.0)
         if not low <= compute <= high:
@@ -290,7 +296,7 @@ class Student(nn.Module):
 
 
 def _keep_frozen(*args: Any, **kwargs: Any) -> None:
-    """In the place of a model's save_pretrained, which would write the frozen weights under the wrappers' names."""
+    """Replace a model's save_pretrained, which would write the frozen weights under the wrappers' names: ValueError."""
     raise ValueError(
         "a student's model is not saved: its weights are as they were. Save what was added to them with "
         "student.save(FILE), or open the folder of its run with elastic.load"
