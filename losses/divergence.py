@@ -23,8 +23,8 @@ ChunkLoss = Callable[..., tuple[Tensor, Tensor]]
 """Sums over one chunk of rows: (*inputs [n, ...]) -> (loss [], to be differentiated; statistics [K], only reported)."""
 
 ValueAndSlope = Callable[..., tuple[Tensor, Tensor]]
-"""(log q [n, V], what is known of p) -> (divergence [n], its derivative [n, V] by the logits of q); may overwrite log
-q, and log p [n, V] where that is what is known."""
+"""(log q [n, V], tensors that describe p) -> (divergence [n], its derivative [n, V] with respect to the logits of q).
+May overwrite log q, and log p [n, V] if that is the tensor that describes p."""
 
 
 def chunked(
@@ -42,10 +42,10 @@ def chunked(
     gradients found, in place, and can therefore run only once.
 
     Args:
-        chunk_loss: sums over the rows it is given, so that chunks add up.
-        inputs: tensors with the same number of rows in front.
-        parameters: what else `chunk_loss` uses and wants gradients for, summed over chunks in float32; a tensor that
-            requires grad and is not listed gets none.
+        chunk_loss: returns sums, not means, over the rows it is given, so that chunks add up.
+        inputs: tensors with the same number of rows in their first dimension.
+        parameters: other tensors that `chunk_loss` uses and that need gradients, which are summed over chunks in
+            float32; a tensor that requires grad and is not listed gets no gradient.
         chunk_rows: rows per chunk; see `default_chunk_rows`.
         mask: bool [N]; rows that are False are not computed, and their gradient is zero.
     """
@@ -108,12 +108,12 @@ def _chunks(n: int, chunk_rows: int, mask: Tensor | None) -> Sequence[slice | Te
 
 
 TILE = 128
-"""Rows of a matrix product that a GPU computes together, whether they are there or not."""
+"""Rows in a tile of a GPU's matrix product: a partly filled tile takes as long as a full one."""
 
 
 def default_chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many rows of logits of this type to hold at a time: 16 MB of them on a CPU, elsewhere 256 MB and, from
-    as many on, a multiple of TILE.
+    """Return how many rows of logits of this type to hold at a time: as many as fill 16 MB on a CPU or 256 MB
+    elsewhere, there rounded down to a multiple of TILE if there are more than TILE.
 
     Above 32 MB glibc maps every tensor afresh and each of its pages faults; far below 16 MB the threads of a CPU spend
     their time meeting after each operation, above all where other programs want the same cores.
@@ -153,7 +153,7 @@ class _RowDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # In the gradient's own dtype: a wider factor would make PyTorch widen all rows at once.
+        # The factor gets the gradient's own dtype: a wider factor would make PyTorch widen all rows at once.
         slope = gradient.mul_(grad_values.to(gradient.dtype).unsqueeze(1))
         return slope, *(None for _ in ctx.needs_input_grad[1:])
 
@@ -181,9 +181,9 @@ def _require_positive(temperature: float) -> None:
 
 
 def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return KL(teacher || student) of each row, which makes the student cover all that the teacher would say.
+    """Return KL(teacher || student) of each row, which makes the student cover every token the teacher finds likely.
 
-    This holds for all row divergences here: finite logits [N, V] of any float type in; nats [N] out, in float32 or
+    All row divergences in this module take finite logits [N, V] of any float type and return nats [N] in float32 or
     wider; both distributions are softened by `temperature` and the result is multiplied by its square, so that
     gradients keep their size (arXiv 1503.02531). The teacher is a constant: it gets no gradient. Backward runs once.
     """
@@ -191,15 +191,16 @@ def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return KL(student || teacher) of each row, which keeps the student off what the teacher would not say."""
+    """Return KL(student || teacher) of each row, which keeps the student off tokens the teacher finds unlikely."""
     return _row_divergence(student, teacher, temperature, _reverse_kl)
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Return the generalised Jensen-Shannon divergence of each row (arXiv 2306.13649).
 
-    With m = beta p + (1 - beta) q it is beta KL(p || m) + (1 - beta) KL(q || m), never above ln 2 and zero at both ends
-    of beta. There it is taken as the limit of itself over beta (0: forward KL) and over 1 - beta (1: reverse KL).
+    With m = beta p + (1 - beta) q it is beta KL(p || m) + (1 - beta) KL(q || m), which never exceeds ln 2 and is zero
+    at beta = 0 and beta = 1. At these ends its limit is returned, divided by beta (at 0: forward KL) or by 1 - beta (at
+    1: reverse KL).
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
@@ -220,8 +221,8 @@ def topk_kl(student: Tensor, teacher: Tensor, *, k: int = 64, temperature: float
 
 @torch.no_grad()
 def top_of(teacher: Tensor, *, k: int = 64, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return all that `topk_kl` needs of logits [N, V]: log p of the k likeliest tokens and of all others together
-    [N, k + 1], and which they are [N, k], in int32."""
+    """Return the teacher's part of `topk_kl` from logits [N, V]: the log-probabilities [N, k + 1] of the k likeliest
+    tokens and, last, of all others together; and the ids [N, k] of the k likeliest tokens, in int32."""
     _require_positive(temperature)
     parts = [
         _top_of(_log_softmax(teacher[rows], temperature), k)
@@ -232,7 +233,8 @@ def top_of(teacher: Tensor, *, k: int = 64, temperature: float = 1.0) -> tuple[T
 
 
 def topk_kl_to(student: Tensor, masses: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the same as `topk_kl`, of student logits [N, V] and what `top_of` returns at this temperature."""
+    """Return `topk_kl` of student logits [N, V] and the teacher's `masses` and `tokens`, which `top_of` returns at the
+    same temperature."""
     _require_positive(temperature)
     values: Tensor = _RowDivergence.apply(student, temperature, _kl_to_top, masses, tokens)
     return values
@@ -267,7 +269,7 @@ def _topk_kl(log_q: Tensor, log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _top_of(log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     top_log_p, top = log_p.topk(min(k, log_p.shape[1]), dim=1)
-    tiny = torch.finfo(log_p.dtype).tiny  # an empty bucket has mass zero: a finite logarithm makes it count nothing
+    tiny = torch.finfo(log_p.dtype).tiny  # a finite logarithm, so that an empty bucket (mass zero) adds zero, not NaN
     rest = log_p.exp_().scatter_(1, top, 0).sum(1, keepdim=True).clamp_(min=tiny).log_()
     return torch.cat([top_log_p, rest], dim=1), top
 
@@ -304,8 +306,8 @@ def mean_divergence(
     Args:
         mask: bool [...], the rows that count; all if None.
         kind: a name in `DIVERGENCES`.
-        chunk_rows: rows held in float32 at a time; None takes what is fastest.
-        options: `temperature`, and what else the row divergence takes.
+        chunk_rows: rows held in float32 at a time; None chooses by `default_chunk_rows`.
+        options: `temperature` and other keyword arguments of the row divergence.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"unknown divergence {kind!r}; there are {', '.join(DIVERGENCES)}")

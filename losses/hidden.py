@@ -15,7 +15,7 @@ HiddenDistance = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean of 1 - cos(student, teacher), which lies in [0, 2] and ignores length."""
+    """Return the mean of 1 - cos(student, teacher), which lies in [0, 2] and ignores the vectors' lengths."""
     student, teacher = _counted(student, teacher, mask)
     distances = 1 - F.cosine_similarity(student, teacher, dim=-1)
     return distances.sum() / max(1, len(distances))
@@ -28,9 +28,9 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def relative_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared difference over the teacher's own square: 0 if equal, 1 for a student that says zero.
+    """Return the squared difference divided by the teacher's squared norm: 0 if equal, 1 for a student of all zeros.
 
-    Free of scale, so that layers whose states differ in size by orders of magnitude can be added up.
+    It does not depend on scale, so layers whose states differ in size by orders of magnitude can be added up.
     """
     student, teacher = _counted(student, teacher, mask)
     scale = teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
@@ -47,7 +47,7 @@ def per_layer(
 
 
 def _counted(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the counted positions of both as [N, d]."""
+    """Return the counted positions of student and teacher, [N, d] each, in float32 or wider."""
     if student.shape != teacher.shape:
         raise ValueError(f"hidden states differ in shape: student {student.shape}, teacher {teacher.shape}")
     dtype = torch.promote_types(student.dtype, torch.float32)

@@ -12,21 +12,22 @@ from torch import Tensor
 
 
 def budget_price(multiplier: Tensor, compute: Tensor, target: float, stiffness: float) -> tuple[Tensor, Tensor]:
-    """Return what a unit of compute costs in the next step's loss, and the multiplier for the step after it.
+    """Return the price of a unit of compute in the next step's loss, and the multiplier for the step after it.
 
-    The augmented Lagrangian of "compute = target": its gradient is (multiplier + stiffness * miss) times that of the
-    expected compute. Taken as a price, the penalty stays a sum over rows and chunks. The multiplier integrates the
-    miss, so that the budget is met whatever the loss demands; neither is ever negative.
+    This is the augmented Lagrangian of "compute = target", whose gradient is (multiplier + stiffness * miss) times that
+    of the expected compute. With that factor as a constant price, the penalty stays a sum over rows and chunks. The
+    multiplier integrates the miss (compute - target), so that the budget is met however strongly the loss pulls the
+    other way. Price and multiplier are never negative.
     """
     miss = compute - target
     return F.relu(multiplier + stiffness * miss), F.relu(multiplier + stiffness * miss / 20)
 
 
 def budget_prices(prices: Tensor, misses: Tensor, stiffness: float) -> Tensor:
-    """Return what a unit of compute costs in the next step at each of several budgets, prices [K], misses [K].
+    """Return the price [K] of a unit of compute in the next step at each of K budgets, from prices [K] and misses [K].
 
-    Prices of a range of budgets differ by orders of magnitude, so each answers to its miss (compute - budget) in
-    proportion to itself. They are slow: what remains missed is for the dial to correct.
+    Prices of a range of budgets differ by orders of magnitude, so each is multiplied by a factor that depends on its
+    miss (compute - budget). Prices adapt slowly; the dial corrects the miss that remains.
     """
     return prices * (misses * (stiffness / 20)).exp()
 
@@ -40,8 +41,8 @@ def load_balance(gates: Tensor, probabilities: Tensor | None = None, mask: Tenso
     """Return M * sum_i f_i P_i of gates [..., M]: 1 if all experts are used equally, M if one takes everything.
 
     f_i is expert i's share of all open gates, a constant, and P_i its share of the routing probabilities (Switch
-    Transformers, arXiv 2101.03961). Without `probabilities` [..., M] the gates themselves stand in, and the value is
-    1 plus the squared coefficient of variation of the experts' use.
+    Transformers, arXiv 2101.03961). Without `probabilities` [..., M], P_i is the share of the gates as well, and the
+    value is 1 plus the squared coefficient of variation of the experts' use.
     """
     f = _shares(gates.detach(), mask)
     p = _shares(gates if probabilities is None else probabilities, mask)
@@ -55,11 +56,11 @@ def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def topk_bce(scores: Tensor, share: float, mask: Tensor | None = None) -> Tensor:
-    """Teach scores [B, T] (before the sigmoid) to tell by themselves which tokens their sequence's top-k would choose.
+    """Return the loss that trains scores [B, T] (before the sigmoid) to predict the top-k choice in their sequence.
 
-    k is `share` of each sequence's counted tokens, rounded up. The choice is a constant, the loss a binary
-    cross-entropy, its mean over counted tokens. A threshold of 0.5 then chooses much like the top-k, without looking at
-    other tokens (Mixture-of-Depths, arXiv 2404.02258; ElastiFormer, arXiv 2411.15281).
+    k is `share` of each sequence's counted tokens, rounded up. The top-k choice is a constant target, and the loss is
+    the mean binary cross-entropy over counted tokens. After training, a threshold of 0.5 chooses much like the top-k,
+    without looking at other tokens (Mixture-of-Depths, arXiv 2404.02258; ElastiFormer, arXiv 2411.15281).
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}")

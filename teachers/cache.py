@@ -1,4 +1,4 @@
-"""Where Elastic keeps what it has made once, and how it gets there whole or not at all."""
+"""The cache folder, and the atomic writing of files and folders."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$ELASTIC_CACHE`, else `elastic` in `$XDG_CACHE_HOME` or `~/.cache`; it need not exist yet."""
+    """Return `$ELASTIC_CACHE`, else `elastic` in `$XDG_CACHE_HOME` or `~/.cache`; the folder need not exist yet."""
     if own := os.environ.get("ELASTIC_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elastic"
@@ -17,11 +17,12 @@ def cache_folder() -> Path:
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """Yield a fresh folder beside `final`; what the body leaves there at the name `final.name` becomes `final`.
+    """Yield a temporary folder beside `final`; the file or folder that the body leaves there as `final.name` becomes
+    `final`.
 
-    The file or folder appears in one rename after the body has succeeded. On any failure (full disk, Ctrl-C) the fresh
-    folder is removed with all that is in it. Where another process was quicker, its result stays and ours is dropped.
-    Files are as readable as any new one is: safetensors keeps its own to the owner.
+    `final` appears in one rename after the body has succeeded. On any failure (full disk, Ctrl-C) the temporary folder
+    is removed with its contents. If another process has made `final` meanwhile, that one stays and this one is dropped.
+    Safetensors files get the permissions of any new file; their library makes them readable by the owner only.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     workshop = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))

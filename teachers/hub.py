@@ -1,4 +1,4 @@
-"""The Hugging Face hub and its cache, with answers in seconds where there is no network."""
+"""Access to the Hugging Face hub and its cache, which fails within seconds where there is no network."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ _PROBE_SECONDS = 3.0
 """How long the hub may take to answer a HEAD request before it counts as unreachable."""
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-"""What a model needs besides its weights: config, tokenizer, chat template, and code for `trust_remote_code`."""
+"""Files that a model needs besides its weights: config, tokenizer, chat template, and code for `trust_remote_code`."""
 
 
 @functools.cache
 def unreachable() -> str | None:
-    """Why the hub cannot be used, or None when it can; asked once per process, with one short request.
+    """Return why the hub cannot be used, or None if it can; probed once per process, with one short request.
 
     The libraries' own retries would take half a minute per file, hence the separate probe.
     """
@@ -44,7 +44,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Within the block `datasets` and `huggingface_hub` use their caches and send no request."""
+    """Make `datasets` and `huggingface_hub` use their caches and send no request within the block."""
     import datasets
     from huggingface_hub import constants
 
@@ -57,7 +57,7 @@ def offline() -> Iterator[None]:
 
 
 def cached_model(repo: str) -> Path | None:
-    """The folder of a model that is complete in the hub's cache (`HF_HOME`), or None."""
+    """Return the model's folder in the hub's cache (`HF_HOME`) if the cache holds all its weights, else None."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json")
@@ -69,7 +69,7 @@ def cached_model(repo: str) -> Path | None:
 
 
 def config_file(repo: str) -> Path | None:
-    """A model's config.json, from the cache or the hub; None where neither has it."""
+    """Return the path of a model's config.json, from the cache or downloaded; None if neither works."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo, "config.json")
@@ -86,8 +86,8 @@ def config_file(repo: str) -> Path | None:
 def download_model(repo: str) -> Path:
     """Fetch a model's small files and safetensors weights into the hub's cache and return the folder.
 
-    Raises OSError with one line for a model that does not exist, is gated, or breaks off; ValueError for one without
-    safetensors weights (pickled ones are never loaded).
+    Raises a one-line OSError for a model that does not exist or is gated and for a download that fails; ValueError for
+    a model without safetensors weights (pickled weights are never loaded).
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -115,10 +115,10 @@ def download_model(repo: str) -> Path:
 def read_model(
     name: str, folder: Path, loader: Any, dtype: Any, trust_remote_code: bool, **options: Any
 ) -> tuple[Any, list[str]]:
-    """The transformers model in `folder` by `loader.from_pretrained`, all of its weights from safetensors, and the
-    names of weights in the checkpoint that the model has no place for.
+    """Return the transformers model in `folder`, read by `loader.from_pretrained` from safetensors files only, and the
+    names of checkpoint weights that the model does not use.
 
-    Raises ValueError with one line that starts with `name` where they cannot be read or some are missing.
+    Raises a one-line ValueError starting with `name` if weights cannot be read, are missing or have another shape.
     """
 
     def read(attention: str | None) -> Any:
@@ -129,7 +129,7 @@ def read_model(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused below, by name
+            ignore_mismatched_sizes=True,  # mismatches are refused below, with the name of a weight
             **options,
         )
 
@@ -139,7 +139,7 @@ def read_model(
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            model, report = read(None)  # as it can: Gemma 2 caps its scores, which SDPA cannot
+            model, report = read(None)  # the library's choice: Gemma 2 caps its scores, which SDPA cannot do
     if other := sorted(report["mismatched_keys"]):
         key, found, wanted = other[0]
         shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
@@ -150,8 +150,10 @@ def read_model(
 
 
 def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_code: bool, *patterns: str) -> Any:
-    """A model's tokenizer or processor (what it is) by `loader.from_pretrained`; ValueError of one line that says that
-    no file in `folder` has such a name, or what the library says."""
+    """Return a model's tokenizer or processor, read by `loader.from_pretrained`; messages call it `what`.
+
+    Raises a one-line ValueError with the library's message, or saying that `folder` has no file matching `patterns`.
+    """
     try:
         return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -163,9 +165,10 @@ def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_co
 
 @contextmanager
 def streamed(source: str, name: str, config: str | None, parts: Sequence[str], accepted: str) -> Iterator[Any]:
-    """A hub data set's part that is the first of `parts` it has, as a stream; None where it has none of them.
+    """Yield a stream of a hub data set's split, the first of `parts` that it has; None if it has none of them.
 
-    What goes wrong in the block is a ValueError of one line about `source`; accepted: what to name where no hub is.
+    Any error in the block becomes a one-line ValueError about `source`. accepted: the kinds of data that the message
+    lists if the hub cannot be reached.
     """
     import datasets
 
@@ -183,7 +186,7 @@ def streamed(source: str, name: str, config: str | None, parts: Sequence[str], a
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a model folder's safetensors files as its index lists them; empty where there are none."""
+    """Return the names of a model's safetensors files, as the folder's index lists them; empty if there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         with one_line(f"{index} cannot be read"):
@@ -193,7 +196,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def require_weights(name: str, folder: Path) -> None:
-    """ValueError where the folder of a model of this name has not all of its safetensors files."""
+    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model."""
     files = weight_files(folder)
     if not files:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Load a pretrained model as a teacher: frozen, in eval mode, and with a word on where it came from."""
+"""Load a pretrained model as a teacher: frozen, in eval mode, and with a description of its source."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 LOCAL = "local folder "
-"""What the source of a model in a folder of the user's begins with."""
+"""Beginning of `Teacher.source` for a model from a folder of the user's."""
 _SAMPLES_PER_TENSOR = 64
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A pretrained model, frozen and in eval mode, with what belongs to it."""
+    """A pretrained model, frozen and in eval mode, with its processor and a fingerprint of its weights."""
 
     name: str
-    """What the user asked for: short name, hub id or folder."""
+    """The name that the user gave: short name, hub id or folder."""
     model: Any
     """The model, of transformers or timm; no parameter requires a gradient."""
     processor: Any
-    """What turns raw inputs into the model's: a tokenizer, a processor of images and text, an image model's
-    preprocessing; None where weights are random, and so is what is read."""
+    """Converts raw inputs to the model's inputs: a tokenizer, a processor of images and text, or an image model's
+    preprocessing; None for a model with random weights, whose inputs are random too."""
     family: str
     """How the model is trained and measured: "llm", "vit" or "vlm"."""
     source: str
-    """Where the weights came from, for the user to read."""
+    """Description of where the weights came from, for the user to read."""
     identity: str
-    """Names architecture and weights (see `fingerprint`), to recognise a checkpoint made for another model."""
+    """Identifies architecture and weights (see `fingerprint`), to recognise a checkpoint made for another model."""
 
 
 def load(
@@ -53,14 +53,14 @@ def load(
 ) -> Teacher:
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
-    `device` None is CUDA where there is one, else the CPU; `dtype` None is bfloat16 where the device computes faster in
-    it, else float32. quantization: what its linear layers are kept in (see teachers/quantize.py); a model that is
-    quantized already is read as it is. `place` puts the model where it is to be, instead of onto the device, and
-    returns what of its weights is there; before, they are the file's own, mapped and not copied, if the file has them
-    in `dtype`.
+    `device` None is CUDA if available, else the CPU; `dtype` None is `preferred_dtype(device)`. quantization: the
+    format of the linear layers' weights (see teachers/quantize.py); a checkpoint that is quantized already is read as
+    it is. place: called instead of moving the model to the device (for weights spread over processes); returns the
+    weights that this process holds, by name. Until `place` is called, weights that the file has in `dtype` are
+    memory-mapped, not copied.
 
     Raises ValueError for an unknown name or a model that is neither a language model, an image model nor a
-    vision-language model, OSError where no source of the weights can be reached; both with one line.
+    vision-language model, OSError if no source of the weights can be reached; both with one line.
     """
     import torch
 
@@ -103,7 +103,7 @@ def load(
 
 
 def _must_fit(name: str, model: Any, device: torch.device) -> None:
-    """ValueError where a GPU has no room for what of the model is not there yet."""
+    """Raise ValueError if a GPU has no room for the parameters that are not on a GPU yet."""
     need, free = kept_bytes(model, besides=device.type), free_bytes(device)
     if free is not None and need > free:
         raise ValueError(
@@ -114,7 +114,7 @@ def _must_fit(name: str, model: Any, device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU; None elsewhere, where models are loaded first."""
+    """Return the free bytes of a GPU; None for other devices, as models are read into CPU memory first in any case."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -128,7 +128,7 @@ def _must_be_finite(name: str, weights: dict[str, Tensor]) -> None:
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and CPUs with instructions for it, else float32."""
+    """Return bfloat16 for GPUs and CPUs with instructions for it, else float32."""
     import torch
 
     if device.type == "cuda":
@@ -141,10 +141,10 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
 
 
 def fingerprint(model: Any) -> str:
-    """A name for architecture and weights, such as "llama-1f0c...": the same however the model was loaded.
+    """Return an identifier of architecture and weights, such as "llama-1f0c...", the same however the model was loaded.
 
     Hashes every parameter's name and shape and 64 of its values, rounded to bfloat16, so that loading a checkpoint in
-    float32 or bfloat16 gives the same name. (float16 does too, unless it cannot hold the checkpoint's values.)
+    float32 or bfloat16 gives the same identifier. (float16 does too, unless it cannot hold the checkpoint's values.)
     """
     import torch
 
@@ -166,10 +166,10 @@ def fingerprint(model: Any) -> str:
 
 
 def _locate(entry: ModelEntry) -> tuple[Path, str]:
-    """A local folder with the model in it, and a sentence on where it came from.
+    """Return a local folder that holds the model, and a description of its source.
 
-    In this order: the folder itself, the hub's cache, an earlier conversion, the hub, the wheel. What lies on the disk
-    goes first, so that a model neither needs the network twice nor changes between two runs.
+    Tried in this order: the entry's folder, the hub's cache, an earlier conversion, the hub, the wheel. Local copies go
+    first, so that a model neither needs the network twice nor changes between two runs.
     """
     if entry.folder:
         shipped = entry.name in models()

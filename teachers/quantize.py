@@ -1,4 +1,4 @@
-"""Keep the linear layers of a frozen model in fewer bits, and look into layers that are."""
+"""Quantize the linear layers of a frozen model, and inspect quantized parameters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
-"""What quantizes, by scheme: int8 with a scale for each output, int4 and nf4 (arXiv 2305.14314) with one for each group
-of inputs. Activations stay as they are."""
+"""The package that implements each scheme: int8 with a scale for each output, int4 and nf4 (arXiv 2305.14314) with a
+scale for each group of inputs. Activations are not quantized."""
 GROUPS = {"int4": (128, 64, 32), "nf4": (64,)}
-"""Inputs that share a scale: the first number that divides them all. Layers that none divides stay as they are."""
+"""Sizes of a group of inputs that shares a scale: the first that divides a layer's inputs is used. A layer whose inputs
+no size divides is not quantized."""
 
 
 def require(scheme: str) -> None:
-    """ValueError where the package that this scheme needs is missing."""
+    """Raise ValueError if the package that this scheme needs is missing."""
     if find_spec(PACKAGES[scheme]) is None:
         raise ValueError(
             f"quantization={scheme} needs a package that is missing: pip install {PACKAGES[scheme]} "
@@ -33,7 +34,7 @@ def require(scheme: str) -> None:
 def quantize(model: nn.Module, scheme: str, device: torch.device) -> None:
     """Quantize the linear layers of a model's blocks in place, one after the other, and put each on the device.
 
-    Embeddings, projectors and heads stay as they are. ValueError where the package is missing.
+    Embeddings, projectors and heads are not quantized. Raises ValueError if the package is missing.
     """
     import torch
 
@@ -53,7 +54,7 @@ def _in_place_of(model: nn.Module, name: str, linear: nn.Linear, scheme: str) ->
         bnb: Any = import_module("bitsandbytes")
         options = {"bias": linear.bias is not None, "quant_type": "nf4", "compute_dtype": linear.weight.dtype}
         small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, device="meta", **options)
-        # on its way to a device it is quantized
+        # bitsandbytes quantizes a Params4bit when it moves to a device
         packed = {"requires_grad": False, "quant_type": "nf4", "blocksize": group, "module": small}
         small.weight = bnb.nn.Params4bit(linear.weight.detach(), **packed)
         small.bias = linear.bias
@@ -69,8 +70,8 @@ def _in_place_of(model: nn.Module, name: str, linear: nn.Linear, scheme: str) ->
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Let no layer of bitsandbytes pack its weight anew when it first runs on a CPU: from then on, its input would get
-    no gradient, and no error would say so."""
+    """Stop layers of bitsandbytes from repacking their weights at the first call on a CPU: after that, a layer's input
+    would get no gradient, without any error."""
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -78,9 +79,10 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def quantized_by(name: str, folder: Path) -> str | None:
-    """What has quantized the checkpoint in a folder, None where nothing has.
+    """Return the name of the package that quantized the checkpoint in a folder, or None if it is not quantized.
 
-    ValueError where it is not read so, or where tokens would change each other's outputs.
+    Raises ValueError if that package is not supported or is missing, and for LLM.int8() with a threshold, where tokens
+    of a batch would change each other's outputs.
     """
     about = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
     if about is None:
@@ -100,8 +102,8 @@ def quantized_by(name: str, folder: Path) -> str | None:
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a parameter is kept in: itself, or what a quantized one is made of."""
-    state = getattr(tensor, "quant_state", None)  # bitsandbytes: beside the packed weights
+    """Return the tensors that store a parameter: the parameter itself or, if quantized, its codes, scales and so on."""
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes keeps scales in an object beside the packed weights
     if state is not None:
         import torch
 
@@ -112,5 +114,5 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def kept_bytes(module: nn.Module, besides: str = "") -> int:
-    """Bytes that a module's parameters take; besides: a kind of device, whose own are not counted."""
+    """Return the bytes of a module's parameters, leaving out those on devices of the type `besides`."""
     return sum(x.nbytes for p in module.parameters() for x in plain_parts(p) if x.device.type != besides)

