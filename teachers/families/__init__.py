@@ -1,4 +1,4 @@
-"""Families of models: how each is loaded. No other module of this package asks which family a model is of."""
+"""Families of models, each with its own loader. No other module of this package asks which family a model is of."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ _MODULES = {
 
 
 class Loaded(NamedTuple):
-    """A model with what belongs to it."""
+    """A model with its processor and remarks on its weights."""
 
     model: nn.Module
     processor: Any
-    """What turns raw inputs into the model's (see Teacher.processor)."""
+    """Converts raw inputs to the model's inputs (see Teacher.processor)."""
     unused: Sequence[str] = ()
-    """Names of weights that the model has no place for."""
+    """Names of checkpoint weights that the model does not use."""
     note: str = ""
-    """What is to be said of the source besides the folder, for the user to read."""
+    """Text to append to the description of the model's source, for the user to read."""
 
 
 class Family(Protocol):
-    """What every family's module has."""
+    """The functions that every family's module has."""
 
     def load(self, name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-        """The model in a folder, by its config.json and safetensors weights; ValueError of one line, which starts with
-        `name`, where something is wrong."""
+        """Load the model in a folder from its config.json and safetensors weights.
+
+        Raises a one-line ValueError, starting with `name`, if that fails.
+        """
 
     def random_model(self, settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        """A model of a shape (see configs/shapes.yaml), its random weights on the device that is the default."""
+        """Return a model of a shape (see configs/shapes.yaml) with random weights on torch's default device."""
 
 
 def of(family: str) -> Family:
-    """The module of a family: "llm", "vit" or "vlm"."""
+    """Return the module of a family: "llm", "vit" or "vlm"."""
     return cast(Family, import_module(_MODULES[family]))

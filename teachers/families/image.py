@@ -1,4 +1,4 @@
-"""Load image models: of timm or transformers, from a folder with config.json and safetensors weights."""
+"""Load image models of timm or transformers from a folder with config.json and safetensors weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from teachers.data.image_set import Preprocess
 
 TIMM_MODELS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
-"""timm's classes that are supported, where blocks have attentions and MLPs of their own."""
+"""timm's classes that are supported, if each block has separate attention and MLP modules."""
 SUPPORTED = (
     "image models that are: vision transformers of timm (vit_*, deit_*, eva02_*), and of transformers "
     + ", ".join(sorted(IMAGE_MODELS))
 )
-"""For the user to read."""
+"""The supported image models, for error messages."""
 SCALES = ".scale"
-"""Ending of the name of the tensor [rows, 1] that int8 weights of a shipped model are multiplied by, row by row."""
+"""Ending of the name of the tensor of scales [rows, 1] that belongs to an int8 weight of a shipped model, one scale for
+each row."""
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """The image model in `folder` and its own preprocessing; ValueError of one line where something is wrong."""
+    """Load the image model in `folder` and its preprocessing; raise a one-line ValueError if that fails."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     hub.require_weights(name, folder)
     if "architecture" not in config:
@@ -48,7 +49,7 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
 
 
 def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model with random weights: of timm, or of transformers by the settings of its configuration."""
+    """Return a model with random weights, of transformers if `settings` have a `model_type`, else of timm."""
     if "model_type" not in settings:
         import timm
 
@@ -58,7 +59,7 @@ def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     loader, options = _class_of(settings)
     config = transformers.AutoConfig.for_model(**settings)
     if (kind := getattr(loader, "config_class", None)) is not None and not isinstance(config, kind):
-        config = config.vision_config  # the image tower's part of a model of images and text
+        config = config.vision_config  # CLIP and SigLIP: the image tower's part of the configuration
     for name in options.keys() & config.to_dict().keys():
         setattr(config, name, options.pop(name))
     make = loader.from_config if loader is transformers.AutoModel else loader._from_config
@@ -99,14 +100,14 @@ def _transformers(
     def preprocess(image: Image) -> torch.Tensor:
         return processor(standard(image, mode), return_tensors="pt")["pixel_values"][0].to(dtype)
 
-    # other towers, decoders and heads are left out on purpose
+    # weights of parts that the model does not have (text towers, decoders, heads) are dropped on purpose: not reported
     parts = {key.partition(".")[0] for key in model.state_dict()}
     unused = [key for key in unused if key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in parts]
     return Loaded(model, preprocess, unused)
 
 
 def _class_of(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class of transformers that a configuration is read with, and options."""
+    """Return the transformers class that loads a model with this configuration, and options for the model."""
     import transformers
 
     kind, saved_as = config["model_type"], (config.get("architectures") or [""])[0]
@@ -122,7 +123,7 @@ def _class_of(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def classes_of(model: Any) -> Classes | None:
-    """The classes that an image model tells apart, by the names that its configuration has; None without classifier."""
+    """Return the classes of an image model, with the names in its configuration; None if it has no classifier."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -144,7 +145,7 @@ def classes_of(model: Any) -> Classes | None:
 
 
 def pack(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights with every matrix rounded to int8, row by row: a quarter of the size."""
+    """Return weights with every matrix rounded to int8, with one scale for each row: a quarter of the size."""
     packed = {}
     for name, tensor in state.items():
         if tensor.ndim < 2 or tensor.numel() < 4096:
@@ -158,7 +159,7 @@ def pack(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def unpack(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `pack`, in float32."""
+    """Return the weights that `pack` packed, in float32."""
     state = {}
     for name, tensor in packed.items():
         if name.endswith(SCALES):

@@ -15,7 +15,7 @@ from teachers.quiet import one_line
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """The causal language model in `folder` and its tokenizer; ValueError of one line where something is wrong."""
+    """Load the causal language model in `folder` and its tokenizer; raise a one-line ValueError if that fails."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -39,14 +39,14 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
 
 
 def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model of transformers with random weights, of these settings of its configuration."""
+    """Return a transformers model with random weights; settings: of its configuration, `model_type` included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
 
 
 def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:
-    """ValueError where one of the token ids, of any shape, has no row in the model's embedding."""
+    """Raise ValueError if one of the token ids, a tensor of any shape, has no row in the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     worst = int(ids.max()) if ids.numel() else 0
     if worst >= rows:
@@ -58,7 +58,8 @@ def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:
 
 
 def most_tokens(trunk: Any) -> int | None:
-    """How many tokens a model can read, where every position has learned numbers of its own; None: any number."""
+    """Return how many tokens a model with a learned embedding of each position can read; None for other models, which
+    read any number."""
     most, words = getattr(trunk.config, "max_position_embeddings", None), trunk.get_input_embeddings()
     tables = (m for m in trunk.modules() if isinstance(m, nn.Embedding) and m is not words)
     return most if any(table.num_embeddings == most for table in tables) else None

@@ -1,4 +1,4 @@
-"""Load vision-language models, or put them together of their parts."""
+"""Load vision-language models, or assemble one from a language model, a vision tower and a projector."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 IMAGE_TOKEN = "<file_sep>"
-"""What stands for an image token in those models: a token that SmolLM2 has and prose has not."""
+"""Placeholder of an image token in assembled models: a token in SmolLM2's vocabulary that does not occur in prose."""
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     + IMAGE_TOKEN
     + "{% else %}\n{{ 'Q: ' if message['role'] == 'user' else 'A: ' }}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}\nA:{% endif %}"
 )
-"""Shorter than SmolLM2's own: an answer is learned sooner where it is nearer to the question."""
+"""Chat template of assembled models, shorter than SmolLM2's own: an answer nearer to its question is learned sooner."""
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """The vision-language model in `folder`, of which there may be tower and projector only, and its processor;
-    ValueError of one line where something is wrong."""
+    """Load the vision-language model in `folder` and its processor; a folder with tower and projector only names the
+    language model to add in its config.json. Raises a one-line ValueError if that fails."""
     import transformers
 
     from teachers.load import load as load_teacher
@@ -45,21 +45,23 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
 
 
 def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model of transformers with random weights, of these settings of its configuration."""
+    """Return a transformers model with random weights; settings: of its configuration, `model_type` included."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings), dtype=dtype)
 
 
 def language_of(folder: Path) -> str | None:
-    """The name of the language model that a vision tower and projector in `folder` were made for, or None."""
+    """Return the name of the language model that the tower and projector in `folder` were trained for; None if `folder`
+    holds a whole model."""
     return json.loads((folder / "config.json").read_text("utf-8")).get(LANGUAGE)
 
 
 def compose(
     folder: Path, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A LLaVA (arXiv 2304.08485) of a language model, taken over as it is, and the tower and projector in `folder`."""
+    """Return a LLaVA model (arXiv 2304.08485) made of an unchanged language model and the tower and projector in
+    `folder`, and its processor."""
     from safetensors.torch import load_file
 
     dtype = next(language.parameters()).dtype
@@ -71,8 +73,8 @@ def compose(
 def assemble(
     settings: dict[str, Any], language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """As `compose`, with a tower and projector that are yet to be trained; settings: those of LlavaConfig, without a
-    text part."""
+    """Return a LLaVA model made of a language model and a tower and projector with random weights; settings: of
+    LlavaConfig, without `text_config`."""
     import torch
     from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -91,7 +93,8 @@ def assemble(
 
 
 def processor_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    """The processor of a model that `assemble` made: images to 64 x 64 or whatever its size is, values in -1 ... 1."""
+    """Return the processor of a model made by `assemble`: it resizes images to the tower's size (64 x 64 for those
+    shipped) and scales values to -1 ... 1."""
     from transformers import LlavaProcessor, SiglipImageProcessor
 
     vision = model.config.vision_config

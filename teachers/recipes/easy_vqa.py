@@ -1,4 +1,4 @@
-"""What the images of easy-VQA show, and what is asked about them."""
+"""The images of easy-VQA, sorted by the shape and colour they show, and the questions about them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ WORDS = (
     ("circle", "rectangle", "triangle"),
     ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
 )
-"""What there is to say about an image of easy-VQA: its shape and its colour."""
+"""Names of the shapes and of the colours in easy-VQA; an image shows one of each."""
 Pair = tuple[str, str]
 """A question and its answer."""
 Kind = tuple[int, int]
-"""The numbers of the words for an image's shape and colour."""
+"""Indices in WORDS of an image's shape and colour."""
 
 
 def sort_by_image(questions: QuestionSet) -> tuple[Tensor, list[list[Pair]]]:
-    """Images [N, 3, H, W] in -1 ... 1, and the questions and answers of each."""
+    """Return all images [N, 3, H, W] in -1 ... 1, and the list of questions and answers about each."""
     from torchvision.transforms.functional import pil_to_tensor
 
     numbers: dict[str, int] = {}
@@ -41,21 +41,22 @@ def sort_by_image(questions: QuestionSet) -> tuple[Tensor, list[list[Pair]]]:
 
 @dataclass(frozen=True)
 class ImagesByKind:
-    """Images by the shape and colour that they show, and the questions that were asked about such images."""
+    """Images by kind (shape and colour), and the questions that were asked about images of each kind."""
 
     images: dict[Kind, Tensor]
-    """[N, 3, H, W] in -1 ... 1."""
+    """Images [N, 3, H, W] of each kind, values in -1 ... 1."""
     pairs: dict[Kind, tuple[list[Pair], list[Pair], list[Pair]]]
-    """Questions of what is there, of what is not, and all others, each with its answer."""
+    """Questions with their answers, in three groups: yes/no questions about something that the image shows, yes/no
+    questions about something that it does not show, and all others."""
 
     def draw(self, kind: Kind, counts: Sequence[int]) -> list[Pair]:
-        """So many questions of each group."""
+        """Return `counts[i]` random questions of group i, with replacement."""
         groups = zip(self.pairs[kind], counts, strict=True)
         return [group[place] for group, count in groups for place in torch.randint(len(group), (count,)).tolist()]
 
 
 def sort_by_kind(questions: QuestionSet) -> ImagesByKind:
-    """Images whose questions give away what they show."""
+    """Return the images whose shape and colour both follow from their questions and answers, by kind."""
     pixels, about = sort_by_image(questions)
     rows: dict[Kind, list[int]] = {}
     for row, pairs in enumerate(about):
@@ -72,14 +73,14 @@ def sort_by_kind(questions: QuestionSet) -> ImagesByKind:
 
 
 def _affirmed(question: str, answer: str) -> bool | None:
-    """Whether what the question names is in the image; None where that is not what it asks."""
+    """Return whether the image shows what a yes/no question names; None for other questions."""
     if answer not in ("yes", "no"):
         return None
     return (answer == "yes") != bool({"not", "no"} & set(re.findall("[a-z]+", question)))
 
 
 def _kind_of(pairs: Sequence[Pair]) -> list[int | None]:
-    """The numbers of the words for an image's shape and colour, None where no question gives it away."""
+    """Return the indices in WORDS of an image's shape and colour, None for one that no question and answer tells."""
     found: list[int | None] = [None] * len(WORDS)
     for question, answer in pairs:
         named = set(re.findall("[a-z]+", question)) if _affirmed(question, answer) else {answer}
@@ -91,7 +92,7 @@ def _kind_of(pairs: Sequence[Pair]) -> list[int | None]:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Each of the images [B, C, H, W] mirrored or not, shifted, scaled by 0.75 to 1.35, and every other one turned."""
+    """Return images [B, C, H, W] randomly mirrored, shifted and scaled by 0.75 to 1.35, half of them also rotated."""
     count = len(images)
     angle = 2 * math.pi * torch.rand(count) * (torch.rand(count) < 0.5)
     scale = 1 / (0.75 + 0.6 * torch.rand(count))

@@ -1,4 +1,4 @@
-"""Train a small vision transformer from scratch: how the image teachers were made that no registry offers."""
+"""Train a small vision transformer from scratch: the recipe of the shipped image teacher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMOOTHING = 0.1
 REPORT = 100
 """Steps between lines about progress, and between snapshots."""
 DROPPED_PATCHES = ((0.0, 0.5), (0.5, 0.3), (0.75, 0.0))
-"""(share of the run, share of the patches left out from there on): PatchDropout (arXiv 2208.07220)."""
+"""PatchDropout (arXiv 2208.07220): pairs of a share of the run and the share of patches left out from there on."""
 ARCHITECTURE = "vit_tiny_patch16_224"
 """timm's name of the model: depth 12, width 192, 3 heads."""
 PATCH = 4
@@ -46,10 +46,10 @@ def pretrain(
 ) -> float:
     """Train a ViT-Tiny with patches of 4 x 4 pixels on images of one size and write it to the folder `output`.
 
-    The folder is as timm writes them, but for weights in int8, so that 5.4 million parameters take 5.4 MB. start: a
-    folder that this function wrote, to go on from at half the learning rate and with fewer patches left out. Where a
-    call was stopped, the same one goes on from `output`.part.safetensors. Returns the top-1 accuracy of what was
-    written, on the source's validation part. Raises ValueError for data that does not fit.
+    The folder is laid out as timm writes it, except that weights are int8: 5.4 million parameters take 5.4 MB. start: a
+    folder written by this function, to continue from its weights at half the learning rate and with fewer patches left
+    out. If a call is stopped, the same call resumes from `output`.part.safetensors. Returns the top-1 accuracy of the
+    written model on the source's validation part. Raises ValueError for data that does not fit.
     """
     import timm
     from safetensors.torch import load_file, save_file
@@ -95,7 +95,7 @@ def _config(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, Any]:
-    """config.json as timm reads it; names: of the classes, where they have some."""
+    """Return the content of config.json as timm reads it; names: of the classes, None if they have none."""
     return {
         "architecture": ARCHITECTURE,
         "num_classes": classes,
@@ -123,7 +123,10 @@ def _as_bytes(image: Image) -> Tensor:
 
 
 def _all(images: ImageSet) -> tuple[Tensor, Tensor]:
-    """All images [N, C, H, W] uint8 and labels [N]; ValueError where most differ in size or labels are missing."""
+    """Return all images [N, C, H, W] in uint8 and labels [N]; images of another size than most are left out.
+
+    Raises ValueError if more than half of the images cannot be used, or if labels are missing.
+    """
     found = images.load_readable(range(len(images)))
     if found is None:
         raise ValueError(f"none of {len(images):,} images can be used, {images.left_out.example}")
@@ -135,7 +138,7 @@ def _all(images: ImageSet) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy of a model on normalised images [N, C, H, W]."""
+    """Return the top-1 accuracy of a model on normalised images [N, C, H, W]."""
     right = [model(x).argmax(-1) == y for x, y in zip(images.split(250), labels.split(250), strict=True)]
     return float(torch.cat(right).float().mean())
 
@@ -150,18 +153,22 @@ def train_vit(
     about: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Train in place on images [N, C, H, W] uint8 and labels [N]; again: the model was trained like this before.
+    """Train a model in place on images [N, C, H, W] in uint8 and labels [N].
 
-    part: where snapshots go, described by `told`.
+    Hidden matrices are trained by Muon (Jordan et al., 2024), all other parameters by AdamW. Master weights are
+    float32; forward and backward run in bfloat16.
 
-    Hidden matrices by Muon (Jordan et al., 2024), everything else by AdamW; weights are kept in float32 and multiplied
-    in bfloat16. The loop stands here whole, to be read from top to bottom.
+    Args:
+        again: the model was trained by this function before; the peak learning rate is halved, and the schedule of left
+            out patches starts in its middle.
+        part: file for snapshots, from which a stopped run resumes.
+        about: settings that identify the run, stored in snapshots (see `Snapshot`).
     """
     from timm.layers import PatchDropout
 
     blocks: Any = model.blocks
     for block in blocks:
-        block.attn.fused_attn = False  # on CPUs the fused kernel's backward takes half of the step
+        block.attn.fused_attn = False  # on CPUs the fused kernel's backward would take half of a step's time
     mean, std = channel_statistics(images)
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     optimizers = _optimizers([name for name, _ in model.named_parameters()], masters)
@@ -210,7 +217,7 @@ def train_vit(
 
 
 def _optimizers(names: Sequence[str], masters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices in blocks, AdamW for all other parameters, vectors without weight decay."""
+    """Return Muon for matrices in blocks and AdamW for all other parameters, without weight decay for vectors."""
     hidden = [m for m, n in zip(masters, names, strict=True) if n.startswith("blocks.") and m.ndim == 2]
     others = [m for m, n in zip(masters, names, strict=True) if not (n.startswith("blocks.") and m.ndim == 2)]
     decayed = [m for m in others if m.ndim > 1]
@@ -224,13 +231,14 @@ def _optimizers(names: Sequence[str], masters: Sequence[nn.Parameter]) -> list[t
 
 @torch.no_grad()
 def _take_over(parameters: Iterable[nn.Parameter], masters: Iterable[nn.Parameter]) -> None:
-    """Set parameters to their masters, which are more precise."""
+    """Copy the float32 master weights into the bfloat16 parameters."""
     for parameter, master in zip(parameters, masters, strict=True):
         parameter.copy_(master)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of images [N, C, H, W] uint8, in units of 0 ... 1."""
+    """Return mean and standard deviation of each channel of images [N, C, H, W] in uint8, scaled to 0 ... 1; the first
+    10,000 images are measured."""
     sample = images[:10_000].float() / 255
     return (
         tuple(round(float(v), 4) for v in sample.mean((0, 2, 3))),
@@ -239,13 +247,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """images uint8 -> float32, each channel with mean 0 and standard deviation 1."""
+    """Return uint8 images [N, C, H, W] in float32, each channel with mean 0 and standard deviation 1."""
     shape = (1, -1, 1, 1)
     return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each of the images [B, C, H, W] shifted by up to an eighth, mirrored or not, and one in four with a hole."""
+    """Return images [B, C, H, W] shifted by up to an eighth and mirrored at random, and a quarter of them with a random
+    rectangle erased; empty places get the image's lowest value."""
     count, _, height, width = images.shape
     reach = height // 8
     dy, dx = (torch.randint(-reach, reach + 1, (count, 1)) for _ in range(2))

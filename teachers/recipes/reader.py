@@ -1,4 +1,4 @@
-"""A frozen language model that is asked about images."""
+"""A frozen language model that answers questions about image tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """The frozen language model, asked several questions about an image in one sequence: all see the image, none
-    another."""
+    """A frozen language model that reads several questions about one image in one sequence, masked so that every
+    question sees the image and no question sees another."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.model = model
@@ -27,15 +27,21 @@ class Reader:
         self.before: list[int] = self._ids("")[0]
 
     def _ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt in front of its image, and behind it."""
+        """Return the token ids of a prompt before its image, and those after its image."""
         front, _, behind = prompt_text(self.processor, question).partition(IMAGE_TOKEN)
         return self.tokenizer(front).input_ids, self.tokenizer(behind).input_ids
 
     def __call__(
         self, image: Tensor, questions: Sequence[Sequence[Pair]], kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens [B, tokens, D], questions and answers of each -> logits [N, V] of answers' tokens, and those
-        tokens. kept: [B, tokens] bool, image tokens that are not hidden from all others; None: all."""
+        """Return the logits [N, V] at the N positions that predict an answer's token, over all answers, and the ids [N]
+        of these tokens.
+
+        Args:
+            image: image tokens [B, tokens, D].
+            questions: for each of the B images, its questions with their answers.
+            kept: bool [B, tokens], False for image tokens that are masked from all positions; None keeps all.
+        """
         model, dtype = self.model, self.model.lm_head.weight.dtype
         start = len(self.before) + image.shape[1]
         ids, places, numbers, targets = (
@@ -60,7 +66,8 @@ class Reader:
         return model.lm_head(out[:, start:][answers]).float(), targets[answers]
 
     def _row(self, pairs: Sequence[Pair], start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, positions, numbers of the questions and tokens to be said, of one image's questions."""
+        """Return four tensors [T] for the questions about one image: token ids, positions (each question starts at
+        `start`), the question's number (from 1), and the target id, -100 where no answer's token is predicted."""
         parts: tuple[list[int], list[int], list[int], list[int]] = [], [], [], []
         ids, places, numbers, targets = parts
         for number, (question, answer) in enumerate(pairs):

@@ -1,9 +1,12 @@
 """Train a small vision tower and projector for a frozen language model: how vlm-easyvqa was made.
 
-Four stages, on easy-VQA's training questions alone. The tower learns to name what its images show, which the questions
-give away. What the language model has to read of an image of each kind, to answer questions about it, is learned
-through the frozen model without any image, as in prompt tuning (arXiv 2104.08691). Tower and projector learn to write
-that; and then they learn from the answers, through the language model.
+Four stages use easy-VQA's training questions alone:
+
+1. The tower learns to classify the shape and colour in its images, which follow from the questions and answers.
+2. Soft image tokens for each kind of image (shape and colour) are learned through the frozen language model, without
+   any image, as in prompt tuning (arXiv 2104.08691): with them the model answers questions about such images.
+3. Tower and projector learn to output these tokens.
+4. Tower and projector learn from the answers, through the frozen language model.
 """
 
 from __future__ import annotations
@@ -48,19 +51,20 @@ SETTINGS: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
 }
-"""A SigLIP tower (arXiv 2303.15343) of 2.7 million parameters, all of whose 64 tokens LLaVA's projector takes."""
+"""LlavaConfig with a SigLIP tower (arXiv 2303.15343) of 2.7 million parameters, whose 64 tokens all go to LLaVA's
+projector."""
 TOWER_EPOCHS = 30
 WRITING_EPOCHS = 20
 TOWER_BATCH = 64
 FIRST_STEPS = 100
-"""Steps in which the language model learns to read images of one kind, before all others."""
+"""Steps of stage 2 on one kind of image, before all kinds are learned."""
 READING_STEPS = 300
 ANSWERING_STEPS = 250
 ROWS = 5
-"""Images, or kinds of them, in a batch that the language model reads."""
+"""Images, or kinds of images, in a batch of the language model."""
 QUESTIONS = (6, 6, 2)
-"""Questions asked about each: of what it shows and what it does not ("is there ...?"), and what it shows ("what ...?").
-"""
+"""Questions about each image in a batch: yes/no questions ("is there ...?") about something that it shows, the same
+about something that it does not show, and others ("what ...?")."""
 INNER = (slice(1, 7), slice(2, 6))
 """Rows and columns of the image tokens, 8 x 8, that are never left out in training."""
 REPORT = 25
@@ -72,9 +76,9 @@ Say = Callable[[str], None]
 def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: int = 0, say: Say = print) -> float:
     """Train a tower and projector on easy-VQA and write them to the folder `output`, in int8.
 
-    What was learned so far is kept in `output`.stages until all is done: after an interruption the same call goes on
-    with the loop that was interrupted. Returns the share of test questions whose answer is right, of what was written.
-    ValueError where the folder exists.
+    Intermediate results are kept in the folder `output`.stages until the end: after an interruption the same call
+    resumes the interrupted loop. Returns the accuracy of the written model on the test questions. Raises ValueError if
+    `output` exists.
     """
     from safetensors.torch import load_file, save_file
 
@@ -95,7 +99,7 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
     )
     say(f"stage 1: the tower learns to name what {sum(map(len, by_kind.images.values())):,} images show")
     _stage(stages / "1.safetensors", seed, say, functools.partial(_name, tower, by_kind), tower=tower)
-    with torch.no_grad():  # what the projector reads is not normalised, and this layer is its first
+    with torch.no_grad():  # the tower's states are not normalised: the projector's first layer divides by their scale
         scale = float(_states(tower, torch.cat(list(by_kind.images.values()))[:TOWER_BATCH]).std(-1).mean())
         projector.linear_1.weight.div_(scale)
     say(f"stage 2: what {language} has to read of an image, to answer questions about it")
@@ -121,7 +125,7 @@ def pretrain_vlm(output: str | Path, *, language: str = "smollm2-135m", seed: in
 
 
 def _stage(path: Path, seed: int, say: Say, learn: Callable[[Loops], None], **modules: nn.Module) -> None:
-    """Let the modules learn and keep the result in the file `path`; where that exists, only take it from there."""
+    """Train the modules by `learn` and save them to the file `path`; if `path` exists, load them instead."""
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(seed)
@@ -144,7 +148,7 @@ def _prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 class Loops:
-    """A stage's training loops: AdamW with warm-up and cosine decay, gradients clipped. What was stopped goes on."""
+    """Training loops of a stage: AdamW, warm-up and cosine decay, clipped gradients; a stopped loop resumes."""
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.folder = folder
@@ -154,7 +158,10 @@ class Loops:
     def __call__(
         self, parameters: list[dict[str, Any]], steps: int, warmup: int, decay: float = 0.05
     ) -> Iterator[Callable[[Tensor], None]]:
-        """For each step that is not done yet what takes its loss. decay: of weights, per step of learning rate 1."""
+        """Yield, for each remaining step, a function that takes the step's loss and updates the parameters.
+
+        parameters: groups for the optimizer, each with its peak learning rate `lr`. decay: AdamW's weight decay.
+        """
         self.count += 1
         optimizer = torch.optim.AdamW(parameters, weight_decay=decay, betas=(0.9, 0.98))
         flat = [p for group in optimizer.param_groups for p in group["params"]]
@@ -193,12 +200,13 @@ def _learn(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 def _states(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """What LLaVA takes of images [B, 3, H, W]: the states after the last block [B, tokens, D], not normalised."""
+    """Return the tower's states [B, tokens, D] for images [B, 3, H, W] as LLaVA reads them: those after the last block,
+    before the final norm."""
     return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
 def _name(tower: nn.Module, by_kind: ImagesByKind, loops: Loops) -> None:
-    """The tower learns shape and colour from the mean of its tokens."""
+    """Train the tower to classify shape and colour, by a linear head on the mean of its tokens."""
     images, kinds = _listed(by_kind)
     sizes = [len(words) for words in WORDS]
     config: Any = tower.config
@@ -214,33 +222,33 @@ def _name(tower: nn.Module, by_kind: ImagesByKind, loops: Loops) -> None:
 
 
 def _listed(by_kind: ImagesByKind) -> tuple[Tensor, Tensor]:
-    """All images [N, 3, H, W], and the kind of each [N, 2]."""
+    """Return all images [N, 3, H, W] and the kind of each [N, 2]."""
     kinds = [torch.tensor(kind).expand(len(images), -1) for kind, images in by_kind.images.items()]
     return torch.cat(list(by_kind.images.values())), torch.cat(kinds)
 
 
 def _embeddings(model: PreTrainedModel, tokenizer: Any, words: Sequence[str]) -> Tensor:
-    """[words, D]: where the language model has them."""
+    """Return the language model's embeddings of the words [words, D], each the mean over the word's tokens."""
     embed = model.get_input_embeddings()
     return torch.stack([embed(torch.tensor(tokenizer(f" {word}").input_ids)).float().mean(0) for word in words])
 
 
 def inner(side: int) -> Tensor:
-    """[side * side] bool: which image tokens are in the middle."""
+    """Return a bool mask [side * side] of the image tokens in the middle (INNER), which are never left out."""
     chosen = torch.zeros(side, side, dtype=torch.bool)
     chosen[INNER] = True
     return chosen.flatten()
 
 
 class KindTokens(nn.Module):
-    """What stands for an image of each kind: in the middle learned tokens, changed by its shape and by its colour,
-    and around them one that is always the same."""
+    """Learned image tokens for each kind of image: in the middle (INNER), a common token at each place plus a term for
+    the shape and a term for the colour; around it, one token that is the same everywhere and for every kind."""
 
     inner: Tensor
 
     def __init__(self, side: int, words: Sequence[Tensor]) -> None:
-        """side: tokens along an image. words: [W, D] for shape and for colour; every other token starts as the one, the
-        others as the other."""
+        """side: image tokens in a row. words: embeddings [W, D] of the shapes and of the colours; tokens at even places
+        start as the shape's word, those at odd places as the colour's."""
         super().__init__()
         count, width = side * side, words[0].shape[1]
         self.register_buffer("inner", inner(side))
@@ -252,16 +260,17 @@ class KindTokens(nn.Module):
                 part[:, number :: len(words)] += places.unsqueeze(1)
 
     def forward(self, kinds: Sequence[Kind]) -> Tensor:
-        """[B, tokens, D]"""
+        """Return the image tokens [B, tokens, D] for B kinds."""
         parts = ([self.of[place][number] for place, number in enumerate(kind)] for kind in kinds)
         learned = torch.stack([self.common + sum(part) for part in parts])
         return torch.where(self.inner.unsqueeze(-1), learned, self.around)
 
 
 def _read(reader: Reader, tokens: KindTokens, by_kind: ImagesByKind, loops: Loops) -> None:
-    """The tokens learn what lets the language model answer: for images of one kind, then for all.
+    """Train the image tokens so that the language model answers right: for one kind of image first, then for all.
 
-    What was learned of one kind is a start for all: the words of the one are put in the place of the other's.
+    The change learned for the first kind goes into the common tokens, and the terms for shape and colour are reset to
+    the embeddings of their words, so that all kinds start from it.
     """
     kinds = list(by_kind.pairs)
     words = [part.detach().clone() for part in tokens.of]
@@ -278,10 +287,10 @@ def _read(reader: Reader, tokens: KindTokens, by_kind: ImagesByKind, loops: Loop
 
 
 def _loss(reader: Reader, image: Tensor, questions: Sequence[Sequence[Pair]]) -> Tensor:
-    """How far the answers are from what the language model says, with tokens around the middle left out at random.
+    """Return the mean cross-entropy of the answers, with image tokens around the middle masked at random.
 
-    So that those, as the background of an image, can be done without (as in PatchDropout, arXiv 2208.07220); of tokens
-    that were learned together none could.
+    The masking, as in PatchDropout (arXiv 2208.07220), makes these tokens dispensable, as an image's background is;
+    none of the tokens could be left out if all were always learned together.
     """
     count, length = image.shape[:2]
     kept = inner(math.isqrt(length)) | (torch.rand(count, length) < torch.rand(count, 1))
@@ -291,7 +300,8 @@ def _loss(reader: Reader, image: Tensor, questions: Sequence[Sequence[Pair]]) ->
 def _groups(
     tower: nn.Module, projector: nn.Module, lr: float, projector_lr: float, scale: float
 ) -> list[dict[str, Any]]:
-    """Parameters and learning rates; the layer that reads states of this scale learns in steps that much smaller."""
+    """Return parameter groups with learning rates; the projector's first layer, which reads states of size `scale`, has
+    its learning rate divided by `scale`."""
     first = projector.get_parameter("linear_1.weight")
     others = [p for p in _learn(projector) if p is not first]
     return [
@@ -304,7 +314,7 @@ def _groups(
 def _write(
     tower: nn.Module, projector: nn.Module, tokens: KindTokens, by_kind: ImagesByKind, scale: float, loops: Loops
 ) -> None:
-    """Tower and projector learn to make of an image the tokens of its kind."""
+    """Train tower and projector to output, for each image, the learned tokens of its kind (relative squared error)."""
     images, kinds = _listed(by_kind)
     with torch.no_grad():
         spread = tokens(list(by_kind.pairs)).var(0).mean()
@@ -321,7 +331,7 @@ def _write(
 def _answer(
     reader: Reader, tower: nn.Module, projector: nn.Module, by_kind: ImagesByKind, scale: float, loops: Loops
 ) -> None:
-    """Tower and projector learn from the answers to questions about each image, read in one sequence."""
+    """Train tower and projector on the answers to several questions about each image, read in one sequence."""
     kinds = list(by_kind.images)
     for take in loops(_groups(tower, projector, 1e-4, 2e-4, scale), ANSWERING_STEPS, 50):
         chosen = [kinds[number] for number in torch.randperm(len(kinds))[:ROWS].tolist()]
@@ -333,7 +343,7 @@ def _answer(
 
 @torch.no_grad()
 def accuracy(reader: Reader, questions: QuestionSet) -> float:
-    """The share of questions whose answer's tokens are all the likeliest."""
+    """Return the share of questions for which every token of the answer is the likeliest one."""
     images, about = sort_by_image(questions)
     model, end = reader.model.model, reader.tokenizer.eos_token_id
     right = seen = 0
