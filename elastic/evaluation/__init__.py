@@ -1,1 +1,1 @@
-"""How good a student is against its teacher, and where its compute goes, family by family."""
+"""Evaluation of students against their teacher: quality, and where compute goes; one module per model family."""

@@ -1,4 +1,4 @@
-"""What an image student is worth: accuracy, and agreement with its teacher."""
+"""Evaluation of image students: accuracy, agreement with the teacher, and where compute goes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from teachers.data.image_set import ImageSet
 P = TypeVar("P")
 T = TypeVar("T")
 MEASURED = 256
-"""Images that are measured together."""
+"""Images per evaluation batch."""
 EXAMPLES = 8
-"""Images that routing is looked at on, and that are shown."""
+"""Number of images on which `routing` profiles the student, and which a report shows."""
 METRICS = (
     ("top1", "top-1 accuracy", "higher"),
     ("kl", "KL to the teacher (nats per image)", "lower"),
@@ -43,13 +43,15 @@ METRICS = (
 def evaluate(
     student: ImageStudent, images: ImageSet, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on images, all processes together.
+    """Measure a student on images; all processes share the work and return the same numbers.
 
-    Keys: compute, as a share of the teacher's; top1, teacher_top1, top5, teacher_top5, where there are labels and a
-    classifier; agreement of the most likely class; kl, in nats per image, of the student to the teacher; cosine
-    similarity of the features that the classifier reads; images, how many more were broken, and how many are labelled;
-    unlabelled, why classes of the data have no number; images_per_second and teacher_images_per_second, which is of the
-    time when the teacher was asked, both of all processes together.
+    Keys: `compute`, the student's FLOPs over the teacher's; `top1`, `teacher_top1`, `top5`, `teacher_top5`, if the
+    images have labels and the model a classifier; `agreement`, the share of images with the same most likely class;
+    `kl`, the divergence of the student from the teacher in nats per image; `cosine`, the mean cosine similarity of the
+    features that the classifier reads; `images`, the number of images measured, `broken`, the number left out, and
+    `labelled`, the number with a label; `unlabelled`, why the data's classes have no number in the model;
+    `images_per_second` and `teacher_images_per_second`, summed over all processes (for the teacher, the speed when its
+    outputs were first computed).
     """
 
     def run(pixels: Tensor) -> tuple[Features, float]:
@@ -67,8 +69,8 @@ def compare(
     run: Callable[[Tensor], tuple[Features, float]],
     kept: TeacherOutputs | None = None,
 ) -> dict[str, Any]:
-    """As `evaluate`, for anything that makes features of pixels, at a share of the teacher's compute; kept: what the
-    teacher made of the same images before."""
+    """Like `evaluate`, for any function `run` from pixels to (features, share of the teacher's compute); kept: the
+    teacher's outputs from an earlier evaluation on the same images, which are reused."""
     kept = kept or TeacherOutputs()
     own: list[dict[str, float]] = []
     spent = 0.0
@@ -99,7 +101,10 @@ def compare(
 
 
 def _sums(out: Features, target: dict[str, Any], labels: Tensor) -> dict[str, float]:
-    """Over the images of a batch, and over those with a label [B]; without a classifier there is but the cosine."""
+    """Return the metrics of a batch as sums over its images; top-k counts only images with a label >= 0 (labels [B]).
+
+    Models without a classifier have the keys `images` and `cosine` alone.
+    """
     cosine = 1 - float(cosine_distance(out.pooled, target["pooled"]))
     found = {"images": len(labels), "cosine": len(labels) * cosine}
     if out.logits is None:
@@ -122,8 +127,10 @@ def _teacher_outputs(student: ImageStudent, pixels: Tensor) -> dict[str, Any]:
 
 
 def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Pixels and labels of this process's share of the images that can be used, on the student's device, and whether
-    they count."""
+    """Yield (pixels, labels, counts) for each of this process's batches, on the student's device.
+
+    counts is False for a batch whose results are to be left out: padding, or none of its images can be read.
+    """
     device = next(student.parameters()).device
 
     def read(local: LocalBatch) -> tuple[Tensor, Tensor, bool]:
@@ -135,15 +142,18 @@ def _batches(student: ImageStudent, images: ImageSet) -> Iterator[tuple[Tensor, 
 
 
 def chosen_pixels(student: ImageStudent, images: ImageSet, chosen: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Pixels of as many images as are chosen, batch by batch, on the student's device."""
+    """Yield the pixels of each batch of chosen image numbers, on the student's device; unusable images are replaced by
+    others, so that every batch has as many images as numbers."""
     device = next(student.parameters()).device
     for pixels, _ in _ahead(images.load, chosen):
         yield pixels.to(device)
 
 
 def _ahead(read: Callable[[P], T], parts: Sequence[P]) -> Iterator[T]:
-    """What is read of each of these parts of the images, the next one while this one is worked on; an error of one
-    process is everybody's, which all have as many parts."""
+    """Yield `read(part)` for each part; a thread reads the next part while the caller works on the current one.
+
+    All processes have the same number of parts, and an error while reading in one process is raised in all of them.
+    """
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, parts[0])
         for following in Watched([*parts[1:], None]):
@@ -155,8 +165,10 @@ def _ahead(read: Callable[[P], T], parts: Sequence[P]) -> Iterator[T]:
 
 @torch.no_grad()
 def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageSet) -> dict[str, float]:
-    """How similarly two students of one model decide: Spearman's rank correlation of their scores on the same images,
-    by router, each student routing as it does in training."""
+    """Return Spearman's rank correlation, by router key, of the scores of two students of one model on the same images.
+
+    Both students run in mask mode as in training. ValueError if they have different routers.
+    """
     from torchmetrics.functional import spearman_corrcoef
 
     seen: dict[str, list[list[Tensor]]] = {}
@@ -164,7 +176,7 @@ def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageS
         if not counts:
             continue
         for place, student in enumerate((first, second)):
-            student.runtime.execution, student.runtime.training = "mask", True  # where all routers have a say
+            student.runtime.execution, student.runtime.training = "mask", True  # so that every router scores
             _, decisions = student(pixels)
             for key in (placed.key for placed in student.routers()):
                 seen.setdefault(key, [[], []])[place].append(decisions.score[key].flatten().float().cpu())
@@ -176,11 +188,11 @@ def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageS
 
 @torch.no_grad()
 def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
-    """Where compute goes in a few of the images (see elastic/accounting/routing.py), and how they look then.
+    """Return the routing profile (see elastic/accounting/routing.py) of the student on EXAMPLES images.
 
-    Adds the key examples: for each, original and image, a data URI each, the second with patches as opaque as the
-    share of gates is that are open to them, and compute, as a share of the teacher's. None where the patches are no
-    squares.
+    Adds the key `examples`, a dictionary per image: `original` and `image`, data URIs of the picture, where in `image`
+    the opacity of a patch is the share of gates open to that patch; and `compute`, the share of the teacher's compute.
+    The list is empty if the number of patches does not match a grid of square patches.
     """
     chosen = [len(images) * n // EXAMPLES for n in range(min(EXAMPLES, len(images)))]
     pixels = images.load(chosen)[0].to(next(student.parameters()).device)

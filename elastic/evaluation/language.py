@@ -1,4 +1,4 @@
-"""What a language student is worth: perplexity and agreement with its teacher."""
+"""Evaluation of language students: perplexity, agreement with the teacher, and where compute goes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from students.families.language import LanguageStudent
 from teachers import Teacher
 
 EXAMPLE_TOKENS = 512
-"""Tokens that routing is looked at on."""
+"""Number of held-out tokens on which `routing` profiles the student."""
 SHOWN = 200
-"""How many of them are shown."""
+"""Number of these tokens that a report shows."""
 METRICS = (
     ("perplexity_ratio", "perplexity over the teacher's", "lower"),
     ("kl", "KL to the teacher (nats per token)", "lower"),
@@ -37,11 +37,12 @@ METRICS = (
 def evaluate(
     student: LanguageStudent, windows: Tensor, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on token windows [N, T], all processes together.
+    """Measure a student on token windows [N, T]; all processes share the work and return the same numbers.
 
-    Keys: compute (decode phase) and compute_prefill, both as shares of the teacher's; perplexity, teacher_perplexity
-    and their ratio; kl, in nats per token, of the student to the teacher; agreement of the most likely next token;
-    tokens. Where a router decides per sequence, quality is that of the tokens after the prompt.
+    Keys: `compute` (decode phase) and `compute_prefill`, the student's FLOPs over the teacher's; `perplexity`,
+    `teacher_perplexity` and `perplexity_ratio`; `kl`, the divergence of the student from the teacher in nats per token;
+    `agreement`, the share of tokens with the same most likely next token; `tokens`, the number of tokens measured. If a
+    router decides per sequence, quality is measured on the tokens after the prompt only.
     """
     total = _measure(student, windows, config, kept or TeacherOutputs())
     nll, teacher_nll = (float(x / total.predicted) for x in (total.nll, total.teacher_nll))
@@ -74,9 +75,9 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
 
 @torch.no_grad()
 def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
-    """Where compute goes in the first of the windows [N, T] (see accounting/routing.py), and what it reads there.
+    """Return the routing profile (see accounting/routing.py) of the student on the first of the windows [N, T].
 
-    Adds the key examples: one text, in pieces of [text, compute as a share of the teacher's].
+    Adds the key `examples`: one text as `pieces`, a list of [text of a token, share of the teacher's compute].
     """
     shown = windows[: max(1, EXAMPLE_TOKENS // windows.shape[1])].to(next(student.parameters()).device)
     valid, phase = torch.ones_like(shown, dtype=torch.bool), config.budget.phase
@@ -87,7 +88,7 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
     ids, text = shown.flatten().tolist(), ""
     pieces = []
     for number, share in enumerate(shares[:SHOWN].tolist()):
-        # what a token adds to the text in front of it: alone, some tokenizers would take its space away
+        # the text that a token adds to the tokens before it: some tokenizers drop the space of a token decoded alone
         before, text = text, teacher.processor.decode(ids[: number + 1])
         pieces.append([text[len(before) :], round(share, 3)])
     found = routing_profile(student, decisions, shown, valid, phase)

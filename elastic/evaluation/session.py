@@ -1,4 +1,4 @@
-"""What runs that are measured in one process have in common: it is loaded, asked and calibrated once."""
+"""State shared by the runs of one process: weights, data, the teacher's outputs and calibration, each made once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class Session:
-    """A model, what was read for it, and what was found out about it; all of it is let go when another model comes.
+    """One model with its data, the teacher's outputs and calibration results; all are freed when the model changes.
 
-    Students have modules of their own on one copy of the weights, which lie as the one that ran last has laid them out
-    (see `Student.prepare`): `turn_to` is called before another one runs.
+    Every student has its own modules, but all share one copy of the weights, whose memory layout is the one that the
+    last student to run has prepared (see `Student.prepare`). Call `turn_to` before another student runs.
     """
 
     def __init__(self, *, several: bool = False) -> None:
-        """several: whether more than one run is trained, so that what calibration sees is worth its memory."""
+        """several: whether more than one run is trained, so that keeping calibration statistics is worth its memory."""
         self.several = several
         self.memory = Watch()
         self._forget(None)
@@ -41,15 +41,19 @@ class Session:
         self._running: Student | None = None
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` makes, which it does for this key the first time only."""
+        """Return `make()`, called only the first time that this key is asked for."""
         if key not in self._found:
             self._found[key] = make()
         found: T = self._found[key]
         return found
 
     def observed(self, of: Hashable, needed: frozenset[Any], make: Callable[[], T], *, keep: bool | None = None) -> T:
-        """What calibration sees of the teacher in the data `of`: what `make` makes, unless it was seen before on behalf
-        of routers that need as much or more. keep: whether others may ask for it (None: where runs are several)."""
+        """Return the calibration statistics of the teacher on the data `of`.
+
+        Statistics kept for the same data are reused if they cover everything in `needed`; otherwise `make()` collects
+        them. keep: whether to keep them for later calls (None: only if the session has several runs); they are not
+        kept if they take more than the share ROOM of the free memory in any process.
+        """
         known: list[tuple[frozenset[Any], T]] = self.once(("observed", of), list)
         for had, seen in known:
             if needed <= had:
@@ -62,13 +66,14 @@ class Session:
         return seen
 
     def teacher(self, config: RunConfig) -> Teacher:
-        """The run's teacher; its modules are nobody else's."""
+        """Return the run's teacher with modules of its own, on the shared weights."""
         teacher = self.loaded(config)
         self.turn_to(None)
         return replace(teacher, model=share_weights(teacher.model))
 
     def loaded(self, config: RunConfig) -> Teacher:
-        """The one that the others are copies of, which never runs."""
+        """Return the original teacher, loaded if the session holds none or one of another model, precision or
+        quantization. The original never runs: `teacher` returns copies of its modules on the same weights."""
         model = config.model, config.train.precision, config.quantization
         if model != self._model:
             self._forget(model)
@@ -87,7 +92,7 @@ class Session:
         return self.once(key, lambda: families.of(config.family).load_all(source, config, teacher))
 
     def kept(self, data: Any) -> TeacherOutputs:
-        """What the teacher made of this data, which `data` or `all_of` gave."""
+        """Return the store of the teacher's outputs for this data object, which `data` or `all_of` returned."""
         for known, kept in self._kept:
             if known is data:
                 return kept
@@ -95,11 +100,11 @@ class Session:
         return self._kept[-1][1]
 
     def student(self, run: Run) -> Student:
-        """The student of a finished run, its dial where training left it."""
-        run.teacher(self.loaded)  # which says where it is gone, or another
+        """Return the student of a finished run, with the dial where training left it."""
+        run.teacher(self.loaded)  # raises if the model is gone or its weights are not those of the run
         folder = str(run.folder.absolute())
         if self._loaded is None or self._loaded[0] != folder:
-            self._loaded = None  # its packed weights go before those of the next one come
+            self._loaded = None  # frees the previous student's packed weights before the next student is loaded
             self._loaded = folder, run.load_student(run.teacher(self.teacher), prepare=False)
         student = self._loaded[1]
         student.restore(run.routers)
@@ -107,14 +112,15 @@ class Session:
         return student
 
     def turn_to(self, student: Student | None) -> None:
-        """Let this student run next."""
+        """Undo the weight layout of the student that ran before, unless it is this one, and record this one as running
+        (None: a teacher)."""
         if self._running is not None and self._running is not student:
             self._running.forget_layouts()
         self._running = student
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
-    """All that are somewhere in dictionaries, sequences and dataclasses."""
+    """Yield every tensor in nested dictionaries, lists, tuples and dataclasses."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, dict | list | tuple) or is_dataclass(x):

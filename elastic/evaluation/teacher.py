@@ -1,4 +1,4 @@
-"""What a teacher makes of data that several students or budgets are measured on."""
+"""The teacher's outputs on evaluation data, kept while several students or budgets are measured on the same data."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ from elastic import launch
 from teachers.cache import cache_folder
 
 ROOM = 0.25
-"""The share of the free memory that outputs of all processes may take before they go to files."""
+"""Share of the free host memory that the outputs of all processes may take before further outputs go to files."""
 
 Outputs = dict[str, Any]
 """Tensors and plain values by name."""
 
 
 class TeacherOutputs:
-    """Outputs of a teacher, batch by batch: asked for once, kept for whatever else is measured on the same data, of
-    which each process has its own share.
+    """Outputs of the teacher on this process's batches, each computed once and reused by later evaluations.
 
-    They wait in the host's memory, and where there is no more room for them in a file of the cache folder, which has no
-    name and goes with the process, however that ends. room: bytes; None: a process's part of ROOM of the free memory.
+    Outputs are kept in host memory up to `room` bytes (None: this process's part of the share ROOM of the free memory)
+    and beyond that in an unnamed temporary file in the cache folder, which the system removes when the process ends,
+    even if it is killed.
     """
 
     def __init__(self, room: int | None = None) -> None:
         self.seconds = 0.0
-        """What they took to compute."""
+        """Seconds that the teacher took to compute all outputs so far."""
         self._room = int(ROOM * psutil.virtual_memory().available) // launch.size() if room is None else room
         self._batches: list[Outputs] = []
         self._places: dict[int, tuple[int, int]] = {}
-        """Of each batch whose tensors are in the file: where they begin, and how many bytes they are."""
+        """(offset, size) in bytes within the file of the tensors of each batch that is stored there."""
         self._file: IO[bytes] | None = None
 
     def of(self, number: int, compute: Callable[[], Outputs], device: torch.device | str = "cpu") -> Outputs:
-        """Those of batch `number`, which is the next one or was there before; tensors on this device."""
+        """Return the outputs of batch `number`, tensors on this device; `compute()` makes them if the batch is new.
+
+        A new batch has to be the next number in order.
+        """
         if number == len(self._batches):
             started = time.perf_counter()
             outputs = compute()

@@ -1,4 +1,4 @@
-"""What a vision-language student is worth: its answers, and agreement with its teacher."""
+"""Evaluation of vision-language students: accuracy of answers, agreement with the teacher, where compute goes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from teachers.data.prompts import Example, Prompts, PromptSet, answer_text, call
 from teachers.data.questions import QuestionSet
 
 MEASURED = 16
-"""Questions that are measured together."""
+"""Questions per evaluation batch."""
 LONGEST_ANSWER = 16
-"""Tokens of an answer that is generated."""
+"""Maximum number of tokens of a generated answer."""
 EXAMPLES = 6
-"""Questions that a report shows."""
+"""Number of questions on which `routing` profiles the student, and which a report shows."""
 METRICS = (
     ("accuracy", "accuracy", "higher"),
     ("agreement", "agreement of answers", "higher"),
@@ -44,18 +44,19 @@ METRICS = (
 def evaluate(
     student: VisionLanguageStudent, held_out: PromptSet, config: RunConfig, kept: TeacherOutputs | None = None
 ) -> dict[str, Any]:
-    """Measure a student on questions, all processes together.
+    """Measure a student on questions; all processes share the work and return the same numbers.
 
-    Keys: accuracy and teacher_accuracy, the share of answers that are exactly right: the likeliest of a closed set of
-    answers (by the first token that they differ in), else what is generated, ignoring case and a full stop; agreement
-    of the two's answers; kl, in nats per token of the answer, of the student to the teacher; compute, as a share of the
-    teacher's, of prompt and answer in one pass; compute_vision, the part of that in vision tower and projector;
-    image_tokens_kept, as a share; questions, and how many more were broken.
+    Keys: `accuracy` and `teacher_accuracy`, the share of exactly right answers, ignoring case and a full stop (an
+    answer is the most likely one of a closed set, by its first token, if the data has such a set with distinct first
+    tokens; otherwise it is generated); `agreement`, the share of questions that both answer alike; `kl`, the divergence
+    of the student from the teacher in nats per answer token; `compute`, the student's FLOPs over the teacher's for
+    prompt and answer in one pass; `compute_vision`, the part of `compute` in the vision tower and projector;
+    `image_tokens_kept`, a share; `questions`, the number measured; `broken`, the number left out.
     """
     questions, processor, kept = held_out.questions, held_out.processor, kept or TeacherOutputs()
     first = _first_tokens(processor, questions)
     device, total = student.model.device, None
-    counts = [0, 0, 0, 0]  # right answers, the teacher's, those that are the same, questions
+    counts = [0, 0, 0, 0]  # right answers of the student, right answers of the teacher, equal answers, questions
     for number, local in enumerate(Watched(local_batches(len(questions), MEASURED))):
         prompts, samples, counted = launch.together(partial(_read, held_out, local))
         prompts = prompts.to(device)
@@ -93,13 +94,17 @@ def evaluate(
 
 
 def _read(held_out: PromptSet, local: LocalBatch) -> tuple[Prompts, list[Example], bool]:
-    """Prompts of a batch's questions, what they consist of, and whether they count."""
+    """Return (prompts, the (image, question, answer) samples in them, whether the results count) of a batch.
+
+    Results do not count for padding, or if none of the batch's questions can be read.
+    """
     found = held_out.read_readable(local.samples) if local.counts else None
     return (*(found or held_out.read(local.samples[:1])), found is not None)
 
 
 def _measure(student: VisionLanguageStudent, prompts: Prompts, target: Tensor) -> tuple[Tensor, Measured]:
-    """Logits of the answers' tokens, and what was measured against the teacher's."""
+    """Return the student's logits [answer tokens, vocabulary] and the sums measured against the teacher's logits
+    `target`."""
     out, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
     rows = out.last_hidden_state[text_rows(prompts.answers, decisions)]
     logits = student.logits(rows, *student.head_tensors())[0]
@@ -108,7 +113,8 @@ def _measure(student: VisionLanguageStudent, prompts: Prompts, target: Tensor) -
 
 
 def _likeliest(logits: Tensor, prompts: Prompts, first: dict[str, int]) -> list[str]:
-    """Of a closed set of answers, with the first token of each, the likeliest by logits of the answers' tokens."""
+    """Return, for each prompt, the most likely answer of a closed set; first: the first token of each answer; logits
+    [answer tokens, vocabulary]: of all prompts, of which each prompt's first row decides."""
     starts = prompts.answers.sum(1).cumsum(0) - prompts.answers.sum(1)
     best = logits[starts][:, torch.tensor(list(first.values()), device=logits.device)].argmax(-1)
     return [list(first)[number] for number in best.tolist()]
@@ -117,7 +123,8 @@ def _likeliest(logits: Tensor, prompts: Prompts, first: dict[str, int]) -> list[
 def _teacher_outputs(
     student: VisionLanguageStudent, prompts: Prompts, asked: tuple[Any, Sequence[tuple[Any, str, str]]] | None
 ) -> dict[str, Any]:
-    """Logits of the answers' tokens and, where asked with (processor, samples), the answers that it would give."""
+    """Return the teacher's logits of the answer tokens and, if `asked` is (processor, samples), its generated
+    answers."""
     with student.teacher():
         out, _ = student.features(**prompts.inputs)
         logits = student.logits(out.last_hidden_state[prompts.answers])[0]
@@ -125,12 +132,13 @@ def _teacher_outputs(
 
 
 def _first_tokens(processor: Any, questions: QuestionSet) -> dict[str, int] | None:
-    """The first token of each answer of a closed set; None where there is no such set or two have the same."""
+    """Return the first token of each answer of the data's closed set; None if there is no such set, or if two answers
+    begin with the same token."""
     if not questions.choices:
         return None
     tokenizer, prompt = processor.tokenizer, prompt_text(processor, questions.samples[0].question)
     before, end = len(token_ids(tokenizer, prompt)), tokenizer.eos_token or ""
-    # with the end, as an answer may be empty
+    # with the end-of-text token, because an answer may be empty
     texts = {choice: prompt + answer_text(prompt, choice) + end for choice in questions.choices}
     tokens = {choice: token_ids(tokenizer, text)[before:] for choice, text in texts.items()}
     first = {choice: ids[0] for choice, ids in tokens.items() if ids}
@@ -147,7 +155,10 @@ def answers(
     processor: Any,
     samples: Sequence[tuple[Any, str, str]],
 ) -> list[str]:
-    """What the model says to (image, question, anything), greedily; every process takes as many steps as the others."""
+    """Return the model's greedy answers to samples (image, question, ignored answer).
+
+    All processes take the same number of decode steps, because the weights may be spread over the processes.
+    """
     texts = [prompt_text(processor, question) for _, question, _ in samples]
     inputs = call(processor, texts, [image for image, _, _ in samples], "left")
     inputs = {name: tensor.to(student.model.device) for name, tensor in inputs.items()}
@@ -161,16 +172,16 @@ def answers(
 def routing(
     student: VisionLanguageStudent, questions: PromptSet, teacher: Teacher, config: RunConfig
 ) -> dict[str, Any]:
-    """Where compute goes in a few of the questions (see elastic/accounting/routing.py), and which image tokens pass.
+    """Return the routing profile (see elastic/accounting/routing.py) of the student on EXAMPLES questions.
 
-    Adds the key examples: for each, original and image, a data URI each, the second without the patches that stay
-    outside, caption, question and answer, and compute, the prompt's share of the teacher's. None where patches are no
-    square.
+    Adds the key `examples`, a dictionary per question: `original` and `image`, data URIs of the picture, where `image`
+    lacks the patches whose tokens the image router drops; `caption`, the question and answer; and `compute`, the share
+    of the prompt's tokens that are kept. Questions whose image tokens do not form a square are left out.
     """
     chosen = [len(questions) * n // EXAMPLES for n in range(min(EXAMPLES, len(questions)))]
     prompts, samples = questions.read(chosen)
     prompts = prompts.to(student.model.device)
-    before, student.runtime.execution = student.runtime.execution, "mask"  # where all tokens have a place
+    before, student.runtime.execution = student.runtime.execution, "mask"  # in which every token keeps its position
     try:
         _, decisions = student.features(**prompts.inputs, prompt=prompts.prompt)
     finally:

@@ -1,1 +1,1 @@
-"""Text from models that generate it, family by family: what they are called with, and what it costs."""
+"""Text generation: model inputs and measured compute, one module per model family that generates text."""

@@ -1,4 +1,4 @@
-"""Prompts of language models."""
+"""Text generation with language models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from teachers.quiet import one_line
 
 
 def read_image(model: str, image: str | None) -> None:
-    """ValueError where there is one."""
+    """Raise ValueError if an image is given, because language models read none."""
     if image is not None:
         raise ValueError(f"{model} reads no images: leave --image away")
 
 
 def inputs(tokenizer: Any, prompt: str, picture: None) -> tuple[dict[str, Tensor], Any]:
-    """What the model is called with, and its tokenizer; in chat format where the model has one."""
+    """Return the model's inputs for a prompt, in the tokenizer's chat format if it has one, and the tokenizer."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         with one_line("the model's chat template refuses the prompt"):
@@ -31,6 +31,6 @@ def inputs(tokenizer: Any, prompt: str, picture: None) -> tuple[dict[str, Tensor
 
 
 def compute(student: LanguageStudent, inputs: dict[str, Tensor], whole: Tensor) -> float:
-    """The share of the teacher's FLOPs that the new tokens of `whole` [1, T] took."""
+    """Return the student's FLOPs over the teacher's for the tokens of `whole` [1, T] after the prompt."""
     length = inputs["input_ids"].shape[1]
     return measured_compute(student, whole, "decode", length, after=length)

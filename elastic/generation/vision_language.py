@@ -1,4 +1,4 @@
-"""Questions to vision-language models."""
+"""Text generation with vision-language models: answers to questions about an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from teachers.data.prompts import call, prompt_text
 
 
 def read_image(model: str, image: str | None) -> Any:
-    """The image in a file, read to its end; ValueError where there is none, or it cannot be read."""
+    """Return the image in a file, fully decoded, as RGB; ValueError if no file is given or it cannot be read."""
     if image is None:
         raise ValueError(f"{model} is asked about an image: add --image FILE")
     try:
@@ -24,13 +24,13 @@ def read_image(model: str, image: str | None) -> Any:
 
 
 def inputs(processor: Any, prompt: str, picture: Any) -> tuple[dict[str, Tensor], Any]:
-    """What the model is called with, and its tokenizer."""
+    """Return the model's inputs for a prompt about an image, and the tokenizer."""
     return call(processor, [prompt_text(processor, prompt)], [picture], "left"), processor.tokenizer
 
 
 @torch.no_grad()
 def compute(student: VisionLanguageStudent, inputs: dict[str, Tensor], whole: Tensor) -> float:
-    """The share of the teacher's FLOPs that the prompt took."""
+    """Return the student's FLOPs over the teacher's for the prompt and one row of the LM head."""
     _, decisions = student.features(**inputs)
     image = inputs["input_ids"] == student.model.config.image_token_id
     macs, _, dense = student.spent(decisions, image, inputs["attention_mask"].bool(), 1)
