@@ -1,1 +1,1 @@
-"""EleutherAI's lm-evaluation-harness: students as models of it, files of questions as tasks of it."""
+"""Adapters for EleutherAI's lm-evaluation-harness: students as its models, files of questions as its tasks."""

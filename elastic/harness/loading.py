@@ -1,4 +1,4 @@
-"""Tasks of the harness by name, and files of questions by path."""
+"""Loading of the harness's tasks by name, and of files of questions by path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from teachers.quiet import first_line, quiet
 
 
 def load_tasks(items: Sequence[str], say: Say = print) -> dict[str, ConfigurableTask]:
-    """Tasks by name, zero-shot, of names that the harness knows and of paths. ValueError for what is none of both."""
+    """Return zero-shot tasks by name for items that are names of the harness's tasks or paths of files of questions.
+
+    ValueError if an item is neither, cannot be loaded, is no multiple-choice task, or has the name of another.
+    """
     if not items:
         raise ValueError(
             "--tasks names no task: give names of the harness and paths of files, with commas between them"
@@ -42,7 +45,7 @@ def load_tasks(items: Sequence[str], say: Say = print) -> dict[str, Configurable
 
 
 def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
-    """The harness's own tasks; a group's or tag's all."""
+    """Return (name, task) of the harness's own tasks; for a group or tag, of all tasks in it."""
     from lm_eval.tasks import TaskManager
 
     with quiet(stderr=True):
@@ -58,7 +61,7 @@ def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
         try:
             with quiet(stderr=True), hub.offline() if reason else nullcontext():
                 found += manager.load([name])["tasks"].items()
-        except Exception as error:  # datasets, the HTTP library and the tasks' own code each have their classes
+        except Exception as error:  # datasets, the HTTP library and the tasks' code raise classes of their own
             if reason:
                 raise ValueError(
                     f"the data of {name} comes from the hub, which cannot be reached ({reason}), and is not in the "

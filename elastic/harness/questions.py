@@ -1,4 +1,4 @@
-"""Files of questions as tasks of the harness."""
+"""Files of questions as multiple-choice tasks of the harness."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from teachers.data.records import as_text
 from teachers.quiet import one_line, quiet
 
 _BLANK = re.compile(r"(?<![^\W_])_+(?![^\W_])")
-"""Underscores that are no part of a word."""
+"""Matches a run of underscores that is not part of a word: a blank."""
 
 
 class ClozeTask(ConfigurableTask):
-    """Questions with one blank each, in which a choice is put.
+    """A task of questions with one blank each, which is filled with each choice in turn.
 
-    What follows the blank is scored, as the harness does with WinoGrande: choices are judged by what they lead to.
-    Where no word follows, the choice itself is scored.
+    As the harness does for WinoGrande, the text after the blank is scored, given the question up to and including the
+    choice. If no word follows the blank, the choice itself is scored.
     """
 
     def construct_requests(self, doc: dict[str, Any], ctx: Any, **options: Any) -> list[Instance]:
         parts = _around_blank(doc["question"])
-        assert parts is not None  # or the task is none of this kind
+        assert parts is not None  # `file_task` uses this class only if every question has one blank
         before, after = parts
         context = before.rstrip()
         if any(letter.isalnum() for letter in after):
@@ -40,23 +40,24 @@ class ClozeTask(ConfigurableTask):
 
 
 def _around_blank(question: str) -> tuple[str, str] | None:
-    """The text before and after a question's one blank; None where there is none, or several."""
+    """Return the text before and after a question's only blank; None if it has no blank, or several."""
     parts = _BLANK.split(question)
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def file_task(path: Path) -> ConfigurableTask:
-    """A file of questions as a task of the harness.
+    """Return a file of questions as a task of the harness.
 
-    Asked is "Question: ...\\nAnswer:", as the harness asks ARC; but where every question has one blank, `_`, see
-    `ClozeTask`.
+    The prompt is "Question: ...\\nAnswer:", as in the harness's ARC tasks; if every question has exactly one blank,
+    `_`, the task is a `ClozeTask`.
     """
     import datasets
 
     records = questions(path)
     parts = [_around_blank(record["question"]) for record in records]
     blanks = all(parts)
-    # where a word follows a blank, all choices have the same continuation, whose length says nothing
+    # if a word follows the blank, all choices have the same continuation, and acc_norm, which divides by its length,
+    # would equal acc
     shared = blanks and any(letter.isalnum() for part in parts if part for letter in part[1])
     config: dict[str, Any] = {
         "task": path.stem,
@@ -76,13 +77,13 @@ def file_task(path: Path) -> ConfigurableTask:
 
 
 def questions(path: Path) -> list[dict[str, Any]]:
-    """The questions of a file, one JSON object a line: `question`, `choices` (texts) and `answer`, the number of the
-    right one from 0. ValueError names the line that is none."""
+    """Return the questions of a file with one JSON object per line: `question`, `choices` (texts) and `answer`, the
+    index of the right choice from 0. ValueError names the first line that is not such an object."""
     if not path.is_file():
         raise ValueError(f"no such file of questions: {path}")
     records = []
     with one_line(f"{path} cannot be read"):
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold the other ends of lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may contain other separators
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -1,5 +1,5 @@
-"""A student as a model of the harness. A request is a context and a continuation; what counts is the continuation's
-log-probability."""
+"""A student as a language model of the harness, which requests the log-probability of a continuation given a
+context."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 2048
-"""Tokens that are scored together."""
+"""Tokens per batch of texts that are scored together."""
 LONGEST = 2048
-"""Tokens that a model reads at once where its configuration does not say."""
+"""Maximum length of a text in tokens for models whose configuration has no `max_position_embeddings`."""
 Request = tuple[tuple[str, str], list[int], list[int]]
-"""What the harness hands over: (texts, tokens of the context, tokens of the continuation)."""
+"""A request of the harness: ((context, continuation) as text, tokens of the context, tokens of the continuation)."""
 
 
 class Scorer(TemplateLM):
-    """A student as the harness sees a language model, which all processes ask the same and run together.
+    """A student as a language model of the harness; all processes receive the same requests and share the work.
 
-    Texts of one length make a batch, so that nothing is padded and no decision can depend on padding; routers that
-    decide per sequence look at the context only; the LM head runs where a continuation is scored.
+    Batches contain texts of equal length, so that no routing decision can depend on padding. Routers that decide per
+    sequence decide from the context alone. The LM head runs only at positions whose next token is scored.
     """
 
     backend = "causal"
@@ -46,26 +46,29 @@ class Scorer(TemplateLM):
         config = student.model.config.get_text_config()
         self.longest = getattr(config, "max_position_embeddings", None) or LONGEST
         self.spent = dict.fromkeys(PHASES, 0.0)
-        """Multiply-accumulates of the student for all tokens that this process has scored so far, by phase."""
+        """The student's multiply-accumulates for all texts that this process has scored so far, by phase."""
         self.dense = dict.fromkeys(PHASES, 0.0)
-        """Those of the teacher."""
+        """The teacher's multiply-accumulates for the same texts, by phase."""
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text, which stands in front of a continuation without context if there is no BOS token."""
+        """Token id of the end of a text, used as the context of a request without one if there is no BOS token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in front of a continuation without context."""
+        """Token id that serves as context for a request without one: BOS, or the end of a text if there is no BOS."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts around one unless asked not to."""
+        """Return the token ids of a text, with the tokenizer's special tokens unless `add_special_tokens` is False."""
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests: list[Request], **options: Any) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is the most likely continuation) for each request."""
+        """Return, for each request, (log-probability of the continuation, whether greedy decoding would give it).
+
+        ValueError if a continuation has no tokens, or too many for the model.
+        """
         numbers: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (texts, context, continuation) in enumerate(requests):
             if not continuation:
@@ -76,7 +79,7 @@ class Scorer(TemplateLM):
             given = len(read) + 1 - len(continuation)
             if given < 1:
                 raise ValueError(f"a choice has {len(continuation)} tokens, too many for this model: {texts[1][:40]!r}")
-            # choices that differ in their last token only have the same text to be read
+            # choices that differ only in their last token, which the model does not read, share one text
             numbers.setdefault((read, given), []).append(number)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = []
@@ -84,7 +87,7 @@ class Scorer(TemplateLM):
             group, size = list(same), max(1, BATCH_TOKENS // length)
             batches += [group[first : first + size] for first in range(0, len(group), size)]
         tokens = [token for read, _ in numbers for token in read]
-        require_rows(self.student.model, self.tokenizer, torch.tensor(tokens))  # said by all processes, or by none
+        require_rows(self.student.model, self.tokenizer, torch.tensor(tokens))  # for all batches: all processes raise
         own, shard = scatter(batches)
         found: list[tuple[int, tuple[float, bool]]] = []
         for batch, info in shard.enumerate(Watched(own)):
@@ -104,7 +107,8 @@ class Scorer(TemplateLM):
     def _score(
         self, batch: list[tuple[tuple[int, ...], int]], continuations: list[list[list[int]]]
     ) -> Iterator[list[tuple[float, bool]]]:
-        """For each text of one length (tokens, how many of them are context) the scores of its continuations."""
+        """Yield, for each text (tokens, number of context tokens) of a batch of one length, the (log-probability,
+        greedy) pairs of its continuations."""
         student = self.student
         device = student.model.device
         ids = torch.tensor([read for read, _ in batch], device=device)
@@ -112,7 +116,7 @@ class Scorer(TemplateLM):
         places = torch.arange(ids.shape[1], device=device)
         out, decisions = student.features(ids, prompt=places < given)
         rows = out.last_hidden_state[places >= given - 1]
-        # the k-th continuation of each text, row by row; those that have fewer repeat their first
+        # column k holds the k-th continuation of each text, row by row; texts with fewer repeat their first
         most = max(map(len, continuations))
         columns = [[choices[k] if k < len(choices) else choices[0] for choices in continuations] for k in range(most)]
         targets = torch.tensor([[t for choice in column for t in choice] for column in columns], device=device).T
@@ -135,7 +139,8 @@ class Scorer(TemplateLM):
             yield [answer for answer, _ in zip(found, choices, strict=False)]
 
     def _count(self, ids: Tensor, decisions: Any, share: Tensor | None) -> None:
-        """Add what these texts cost; the head's cost is that of the rows it ran on, taken for all tokens."""
+        """Add the compute of texts ids [B, T] to `spent` and `dense`; the LM head's compute is that at the scored
+        positions, extrapolated to all tokens. share: mean share of exact LM-head rows; None without a vocab router."""
         compute = self.student.compute
         valid = torch.ones_like(ids, dtype=torch.bool)
         for phase in PHASES:
@@ -144,9 +149,9 @@ class Scorer(TemplateLM):
             self.dense[phase] += float(compute.dense(valid, phase).sum())
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Not for multiple choice."""
+        """Raise NotImplementedError: multiple-choice tasks do not use this method."""
         raise NotImplementedError
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Not for multiple choice."""
+        """Raise NotImplementedError: multiple-choice tasks do not use this method."""
         raise NotImplementedError

@@ -1,1 +1,1 @@
-"""Results, plots and the pages that show them."""
+"""Sweep results, and the plots, tables and pages made from them."""

@@ -1,4 +1,4 @@
-"""What a report says: of each model, and of where the numbers come from."""
+"""Contents of a report: plots, tables and examples of each model, and the origin of every number."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from elastic.reporting import plots
 from elastic.reporting.results import Row
 
 LEVELS = 10
-"""Shades that a text's compute is shown in."""
+"""Number of shades in which a report shows the compute of a text's tokens."""
 ALONE = 3
-"""How many metrics the plot for a README shows."""
+"""Maximum number of metrics in the plot that is written as a file of its own (for a README)."""
 Details = dict[str, Any]
 
 
 @dataclass
 class Series:
-    """Rows that make one line of a plot: one preset, or one baseline beside it, at several budgets and seeds."""
+    """The rows of one line of a plot: one preset, or one baseline of a preset, at all its budgets and seeds."""
 
     rows: list[Row]
     label: str = ""
     style: int = 0
     budgets: list[float] = field(default_factory=list)
-    """From the largest to the smallest."""
+    """Target compute of the rows, descending, each value once."""
 
     @property
     def baseline(self) -> bool:
-        """Whether it is one."""
+        """Whether the rows are of a baseline instead of a trained student."""
         return self.rows[0]["baseline"] is not None
 
     def at(self, budget: float) -> list[Row]:
-        """The rows at a budget, one for each seed."""
+        """Return the rows at a budget, one per seed."""
         return [row for row in self.rows if row["compute_target"] == budget]
 
     def first(self) -> list[Row]:
-        """The rows of one seed, the smallest, from the largest budget to the smallest."""
+        """Return the rows of the smallest seed, by descending budget."""
         seed = min(row["seed"] for row in self.rows)
         return sorted((r for r in self.rows if r["seed"] == seed), key=lambda r: -r["compute_target"])
 
 
 @dataclass
 class Table:
-    """Cells as text, for HTML and Markdown."""
+    """A table with cells as text, for HTML and Markdown."""
 
     caption: str
     header: list[str]
@@ -57,7 +57,7 @@ class Table:
 
 
 class Model:
-    """What a report says of one model."""
+    """The part of a report about one model: its plots, tables, examples and similarities."""
 
     def __init__(self, name: str, rows: list[Row]) -> None:
         self.name = name
@@ -68,11 +68,11 @@ class Model:
         self.students = [series for series in self.series if not series.baseline]
         self.axis = "compute, share of the teacher's"
         phases = {row["phase"] for row in rows}
-        if len(phases) == 1 and any("compute_prefill" in row for row in rows):  # there is another phase, too
+        if len(phases) == 1 and any("compute_prefill" in row for row in rows):  # rows also have another phase
             self.axis = f"compute in {phases.pop()}, share of the teacher's"
 
     def quality_panels(self) -> list[plots.Panel]:
-        """One for each metric, against measured compute."""
+        """Return one panel per metric, plotted against measured compute."""
         panels = []
         for key, label, better in self.metrics:
             teachers = {round(row[f"teacher_{key}"], 6) for row in self.rows if f"teacher_{key}" in row}
@@ -86,11 +86,11 @@ class Model:
         return panels
 
     def quality_plot(self) -> str:
-        """The first metrics side by side, as a file of its own."""
+        """Return an SVG file with the first ALONE metrics side by side."""
         return plots.curves(self.quality_panels()[:ALONE], f"Quality of {self.title} against compute", alone=True)
 
     def quality_plots(self) -> list[Markup]:
-        """Each metric on its own."""
+        """Return one SVG element per metric, for an HTML page."""
         return [
             Markup(
                 plots.curves([panel], f"{self.title}: {panel.title} against compute; the table below has the numbers")
@@ -99,7 +99,7 @@ class Model:
         ]
 
     def speed_plots(self) -> list[Markup]:
-        """Measured against predicted speed-up, one plot for every way to run the model."""
+        """Return one SVG element per way of running the model (see `ways`): measured against predicted speed-up."""
         drawn = []
         for way in self.ways():
             pairs = [
@@ -112,11 +112,11 @@ class Model:
         return drawn
 
     def ways(self) -> list[str]:
-        """In which ways speed was measured."""
+        """Return the names of all timed passes, such as "decode, batch 1, 128 tokens", in order of appearance."""
         return list(dict.fromkeys(way for row in self.rows for way in benched(row)))
 
     def quality_table(self) -> Table:
-        """Quality and compute at every budget, means over seeds."""
+        """Return the table of quality and compute at every budget, as means over seeds."""
         seeds = max(len(series.at(b)) for series in self.series for b in series.budgets)
         header = [
             "preset or baseline",
@@ -138,7 +138,7 @@ class Model:
         return Table(caption, header, rows)
 
     def speed_table(self) -> Table:
-        """Predicted and measured speed-ups at every budget."""
+        """Return the table of predicted and measured speed-ups at every budget, as means over seeds."""
         rows = []
         for series in self.students:
             for budget in series.budgets:
@@ -156,7 +156,8 @@ class Model:
         )
 
     def heat_maps(self) -> list[tuple[str, Markup, str, Table]]:
-        """(label, plot, what it leaves out, table) for every preset: which layers and branches compute goes to."""
+        """Return (label, plot, compute outside of the blocks as text, table) per preset: the compute of every layer's
+        branches at every budget."""
         maps = []
         for series in self.students:
             found = [(row, details) for row in series.first() if (details := details_of(row))]
@@ -184,7 +185,10 @@ class Model:
         return maps
 
     def examples(self, room: int) -> list[dict[str, Any]]:
-        """For every preset its examples at every budget, none where they would need more than `room` bytes in all."""
+        """Return every preset's examples at every budget.
+
+        Presets share `room` bytes of the page in order; a preset whose examples do not fit has an empty list.
+        """
         shown = []
         for series in self.students:
             found = [(row, details["examples"]) for row in series.first() if (details := details_of(row))]
@@ -206,7 +210,8 @@ class Model:
         return shown
 
     def similarities(self) -> list[tuple[str, list[str], list[list[float | None]]]]:
-        """(what is compared, names, matrix) of runs at one budget, and of every preset's budgets."""
+        """Return (title, names, matrix of rank correlations) for all runs at each budget, and for the budgets of each
+        preset; groups with fewer than two members are left out."""
         groups: list[tuple[str, list[tuple[str, Row]]]] = []
         for budget in sorted({row["compute_target"] for row in self.rows}, reverse=True):
             at = [(f"{s.label}, seed {row['seed']}", row) for s in self.students for row in s.at(budget)]
@@ -225,7 +230,7 @@ class Model:
 
 
 class Origins:
-    """Where rows come from: their commands and surroundings, each listed once and then named C1, C2, E1, E2."""
+    """Origins of rows: the commands (C1, C2, ...) and environments (E1, E2, ...) that made them, each listed once."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -233,7 +238,7 @@ class Origins:
         self.surroundings = list(dict.fromkeys(_surroundings(row) for row in rows))
 
     def runs(self) -> list[dict[str, str]]:
-        """Every run folder, its configuration and what training took."""
+        """Return the path, configuration and training time of every run folder."""
         runs = {}
         for row in self.rows:
             path = row["folder"].folder / row["run"]
@@ -247,7 +252,7 @@ class Origins:
         return list(runs.values())
 
     def table(self) -> Table:
-        """Every row and what it was made by."""
+        """Return the table of every row with its data, time of measurement, command and environment."""
         header = ["run", "seed", "baseline", "asked", "measured on", "measured at", "command", "surroundings"]
         cells = []
         for row in self.rows:
@@ -262,13 +267,13 @@ class Origins:
 
 
 def _surroundings(row: Row) -> str:
-    """Machine and versions in a line."""
+    """Return a row's machine and library versions as one line of text."""
     parts = [*row["machine"].items(), *row["versions"].items()]
     return ", ".join(f"{name} {value}" for name, value in parts)
 
 
 def _series(rows: list[Row]) -> list[Series]:
-    """Rows as lines of a plot, students first, each with a label that tells it from the others."""
+    """Group rows into lines of a plot, students before baselines; a label names every property that varies."""
     found: dict[tuple, Series] = {}
     for row in rows:
         each = "one checkpoint" if ":" in row["trained_for"] else "a run per budget"
@@ -286,7 +291,8 @@ def _series(rows: list[Row]) -> list[Series]:
 
 
 def _lines(series: Sequence[Series], pairs: Sequence[list[list[tuple[float, float]]]]) -> list[plots.Line]:
-    """A line for each series that has pairs (x, y), listed by budget: their means, and the spread of y."""
+    """Return a line for each series with at least one pair: at each budget the mean x and y, and the smallest and
+    largest y; pairs: for each series a list, per budget, of (x, y) of its seeds."""
     lines = []
     for one, budgets in zip(series, pairs, strict=True):
         columns = [[list(column) for column in zip(*at, strict=True)] for at in budgets if at]
@@ -298,34 +304,35 @@ def _lines(series: Sequence[Series], pairs: Sequence[list[list[tuple[float, floa
 
 
 def spent(row: Row) -> float:
-    """Measured compute in the phase that the budget speaks of."""
+    """Return a row's measured compute in the phase of its budget."""
     key = f"compute_{row['phase']}"
     return float(row[key] if key in row else row["compute"])
 
 
 def benched(row: Row) -> dict[str, dict[str, Any]]:
-    """A row's timings of inference by the way the model ran, such as "decode, batch 1, 128 tokens"."""
+    """Return a row's timings of inference by phase and sizes, such as "decode, batch 1, 128 tokens"."""
     parts = [part for part in row["bench"] or () if part["phase"] != "train"]
     return {f"{part['phase']}, batch {part['batch']}, {part['tokens']} tokens": part for part in parts}
 
 
 def speed_ups(row: Row, way: str) -> list[tuple[float, float]]:
-    """The (predicted, measured) speed-up of a row, if it was timed in this way."""
+    """Return [(predicted, measured) speed-up] of a row's pass named `way`; an empty list if it was not timed."""
     part = benched(row).get(way)
     return [] if part is None else [(part["predicted_speedup"], part["measured_speedup"])]
 
 
 def details_of(row: Row) -> Details | None:
-    """What was kept of the point of a row (see elastic/accounting/routing.py); None at 1.0, where nothing is routed."""
+    """Return the routing profile saved for a row's point (see elastic/accounting/routing.py); None if there is none, as
+    at compute 1.0, where nothing is routed."""
     path = row["folder"].details(row)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def ranked(details: Details) -> tuple[str, np.ndarray]:
-    """(what was looked at, the rank of each token [layers, tokens], scaled so that products are correlations).
+    """Return (fingerprint of the input, ranks [layers, tokens]), each layer's ranks centred and of length 1.
 
-    Ranks are by the share of gates that a layer opens to a token; equal ones share their mean rank. NaN where a layer
-    treats all tokens the same.
+    Tokens are ranked by the share of the layer's gates that is open to the token; ties share their mean rank. The
+    scaling makes the dot product of two layers' ranks their correlation. A layer that treats all tokens alike is NaN.
     """
     ranks = np.array([_ranks(values) for values in details["tokens"]])
     ranks = ranks - ranks.mean(1, keepdims=True)
@@ -334,9 +341,10 @@ def ranked(details: Details) -> tuple[str, np.ndarray]:
 
 
 def rank_correlation(first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> float | None:
-    """Spearman's rank correlation over tokens of how two students route, mean over the layers in which both choose.
+    """Return Spearman's rank correlation over tokens of two students' routing (see `ranked`), as the mean over the
+    layers in which both students distinguish tokens.
 
-    None where there are none, or they did not see the same tokens.
+    None if there is no such layer, or if the two did not see the same input.
     """
     if first[0] != second[0] or first[1].shape != second[1].shape:
         return None
@@ -351,12 +359,13 @@ def _ranks(values: Sequence[int]) -> np.ndarray:
 
 
 def _size(example: dict[str, Any]) -> int:
-    """About how many bytes of a page an example takes."""
+    """Return about how many bytes of an HTML page an example takes."""
     return len(example.get("image", "")) + sum(40 + len(text) for text, _ in example.get("pieces", ()))
 
 
 def _shaded(example: dict[str, Any], low: float, high: float) -> dict[str, Any]:
-    """An example whose pieces of text have a shade, 0 to LEVELS - 1, each, and their compute in words."""
+    """Return an example whose pieces are (text, shade from 0 to LEVELS - 1, compute as text); shares of compute from
+    low to high are spread over the shades."""
 
     def shade(share: float) -> int:
         return int(min(LEVELS - 1, max(0, LEVELS * (share - low) / max(high - low, 1e-9))))
@@ -365,7 +374,7 @@ def _shaded(example: dict[str, Any], low: float, high: float) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float], form: str = "") -> str:
-    """A mean and how far the furthest value is from it."""
+    """Return the mean as text, with several values followed by ± the largest deviation; "" without values."""
     if not values:
         return ""
     middle = mean(values)

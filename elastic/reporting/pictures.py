@@ -1,4 +1,4 @@
-"""Pictures in a report."""
+"""Pictures embedded in a report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 WIDTH = 112
-"""About how many pixels wide a picture is shown."""
+"""Approximate width in pixels of a picture in a report."""
 
 
 def data_uri(pixels: Tensor, opaque: Tensor | None = None) -> str:
-    """A picture of pixels [C, H, W] of any range, in WebP; opaque [h, w]: of each patch, 0 to 1."""
+    """Return pixels [C, H, W] of any range, rescaled to their minimum and maximum, as the data URI of a WebP image;
+    opaque: opacity of each patch [h, w], 0 to 1."""
     from PIL import Image
 
     size = max(1, round(WIDTH / pixels.shape[-1])) * pixels.shape[-1] if pixels.shape[-1] < WIDTH else WIDTH

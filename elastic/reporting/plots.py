@@ -1,4 +1,4 @@
-"""Plots as SVG: text stays text, and colours are the page's, so that they follow it into the dark."""
+"""Plots as SVG: text stays text, and colours are CSS properties of the page, so that they follow its dark mode."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 INK, FAINT = "#00f0f0", "#00f0f1"
 SERIES = [f"#00f0a{n}" for n in range(8)]
-"""Colours that matplotlib draws with; they stand for CSS properties, which take their place."""
+"""Placeholder colours that matplotlib draws with; `_svg` replaces each by a CSS property (see PROPERTIES)."""
 PROPERTIES = {INK: "currentColor", FAINT: "var(--faint)"}
 PROPERTIES |= {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)}
 LIGHT = ["#0067b9", "#c8460e", "#00805a", "#a83d8b", "#8a6500", "#2e8bc0", "#6a51c9", "#5f6b76"]
 DARK = ["#58a9f0", "#ff8f5c", "#3cc996", "#e48fcf", "#dfb13f", "#86cdf5", "#b0a0ff", "#a9b4bf"]
-"""Of the series on light and on dark pages."""
+"""Colours of the series on light pages (LIGHT) and on dark pages (DARK)."""
 MARKERS = "osD^vPX*"
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -48,37 +48,39 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a plot, in the order of x."""
+    """One line of a plot, with points in ascending order of x."""
 
     label: str
     x: list[float]
     y: list[float]
     low: list[float]
-    """Smallest y at each x, over seeds."""
+    """Smallest y over seeds at each x."""
     high: list[float]
+    """Largest y over seeds at each x."""
     style: int
-    """Which colour and marker it has; the same in all plots of a page."""
+    """Number of the line's colour and marker; the same in all plots of a page."""
     dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes with its lines."""
 
     title: str
     x: str
     y: str
     lines: list[Line]
     level: tuple[float, str] | None = None
-    """A horizontal line and what it says."""
+    """Height and label of a horizontal line; None for no line."""
     diagonal: str = ""
-    """What the line y = x says, where there is one."""
+    """Label of a line y = x; empty for no line."""
     linear: bool = False
-    """For values such as accuracies, which stay within 0 and 1, however far they span."""
+    """Whether the y axis is always linear, for values such as accuracies, which lie between 0 and 1."""
 
 
 def curves(panels: Sequence[Panel], alt: str, *, alone: bool = False) -> str:
-    """Panels side by side with one legend below; alone: a file of its own instead of a part of a page."""
+    """Return an SVG of panels side by side with one legend below; alone: as a complete file instead of an element of an
+    HTML page; alt: the plot in words."""
     with matplotlib.rc_context(STYLE):
         labels = {line.label for panel in panels for line in panel.lines}
         width = (4.3 if len(panels) == 1 else 3.9) * len(panels)
@@ -122,7 +124,8 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, Any]) -> 
 
 
 def _scale(axes: matplotlib.axes.Axes, values: Sequence[float], linear: bool) -> None:
-    """Logarithmic where values span more than a factor of 20, with a place for zero where one is there; or linear."""
+    """Make the y axis logarithmic if the values span more than a factor of 20 and none is negative (symmetric
+    logarithmic if there are zeros); otherwise, or with `linear`, linear."""
     positive = [value for value in values if value > 0]
     if linear or not positive or min(values) < 0 or max(positive) <= 20 * min(positive):
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -140,7 +143,8 @@ def _scale(axes: matplotlib.axes.Axes, values: Sequence[float], linear: bool) ->
 
 
 def heat(names: Sequence[str], budgets: Sequence[str], shares: np.ndarray, alt: str) -> str:
-    """Shares [budgets, layers, branches] as a map for each branch, one below the other; names: of the branches."""
+    """Return an SVG with one heat map (budgets by layers) per branch, one below the other, of shares of the teacher's
+    compute [budgets, layers, branches]; names: the branches' names; alt: the plot in words."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         rows = len(names)
         figure = Figure(figsize=(4.3, rows * (0.55 + 0.2 * len(budgets)) + 0.9), layout="constrained")
@@ -161,7 +165,8 @@ def heat(names: Sequence[str], budgets: Sequence[str], shares: np.ndarray, alt: 
 
 
 def _svg(figure: Figure, alt: str, alone: bool = False) -> str:
-    """A figure as an SVG element with ids of its own, the page's fonts and colours, and what it says in words."""
+    """Return a figure as an SVG element with ids unique in the page, the page's fonts and colours, and `alt` as its
+    label; alone: as a complete file with its own style sheet and title."""
     file = io.StringIO()
     figure.patch.set_alpha(0)
     figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
@@ -182,7 +187,7 @@ def _svg(figure: Figure, alt: str, alone: bool = False) -> str:
 
 
 def palette(selector: str) -> str:
-    """The CSS properties that colours are taken from, on light and on dark pages."""
+    """Return CSS rules that define the plots' colour properties for a selector, in light and in dark mode."""
 
     def rule(page: str, ink: str, faint: str, series: Sequence[str]) -> str:
         colours = "".join(f"--series-{number}: {colour}; " for number, colour in enumerate(series))

@@ -1,4 +1,4 @@
-"""How far long loops are, for whoever watches."""
+"""Progress of long loops, reported to a watcher."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 Say = Callable[[str], None]
-"""Says a line to the user."""
+"""Prints a line for the user."""
 Watcher = Callable[[int, int], None]
-"""Called with how many parts of a loop are done, and of how many: 0 at first, all at the end."""
+"""Called with (parts of a loop that are done, parts in all), from (0, n) to (n, n)."""
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Within it, loops over `Watched` parts report to this watcher."""
+    """Within this context, loops over `Watched` sequences report their progress to this watcher."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -28,7 +28,7 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 class Watched(Sequence[T]):
-    """The parts of a piece of work. Looping over them tells the watcher how far it is."""
+    """A sequence that, while it is looped over, reports its progress to the watcher set by `watched_by`, if any."""
 
     def __init__(self, parts: Sequence[T]) -> None:
         self._parts = parts

@@ -1,4 +1,7 @@
-"""A page about sweeps that opens anywhere, and its tables and plots for papers: made of rows alone, without torch."""
+"""Reports on sweeps: a self-contained HTML page, and its tables and plots as files, made from result rows alone.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ from elastic.reporting.contents import LEVELS, Model, Origins, Table, benched
 from elastic.reporting.results import Row, SweepFolder
 
 EXAMPLE_BYTES = 1_200_000
-"""How much of a page examples may fill."""
+"""Maximum size in bytes of the examples on a page, divided evenly among its models."""
 
 
 def report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Write a page about sweep folders, and beside it .md, .csv and for every model a plot; returns their paths.
+    """Write an HTML page about sweep folders and, beside it, .md and .csv files and an SVG plot per model.
 
-    ValueError where a folder is no sweep's, or has no finished point yet.
+    Returns the paths written. ValueError if `output` does not end in .html, if a folder is not a sweep folder, or if no
+    point is finished in any of the folders.
     """
     page = Path(output)
     if page.suffix != ".html":
@@ -65,7 +69,7 @@ def _page(models: list[Model], origins: Origins) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell of a table is to be aligned as a number."""
+    """Whether a table cell is a number, which the page aligns to the right."""
     return bool(re.match(r"^[\d.,]+x?( ± [\d.,]+x?)?$", cell))
 
 
@@ -91,7 +95,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _csv(rows: list[Row]) -> str:
-    """Every row with one column for each of its numbers; those of speed are called after the way the model ran."""
+    """Return all rows as CSV with one column per value; columns of timings begin with the name of the timed pass."""
     flat = []
     for row in rows:
         cells = {key: value for key, value in row.items() if not isinstance(value, dict | list | SweepFolder)}

@@ -1,7 +1,7 @@
-"""A sweep folder: one line for every finished point, what was seen there, and the runs that were measured.
+"""Sweep folders: one line of results per finished point, the routing profiles, and the measured runs.
 
-results.jsonl              a row of results for every point; of two rows for one point, the later counts
-details/RUN/BUDGET.json    where compute went at that point (see elastic/accounting/routing.py)
+results.jsonl              a row of results per point; of two rows for the same point, the later counts
+details/RUN/BUDGET.json    the routing profile at that point (see elastic/accounting/routing.py)
 runs/RUN                   run folders (see elastic/run.py)
 """
 
@@ -27,16 +27,16 @@ class SweepFolder:
 
     @classmethod
     def open(cls, folder: str | Path) -> SweepFolder:
-        """An existing sweep folder; ValueError where it is none."""
+        """Open an existing sweep folder; ValueError if the folder has no results.jsonl."""
         sweep = cls(folder)
         if not sweep.results.is_file():
             raise ValueError(f"{folder} is not a sweep folder (no results.jsonl in it); elastic sweep makes one")
         return sweep
 
     def rows(self) -> list[Row]:
-        """The newest row of every point, in the order in which points were first finished.
+        """Return the newest row of every point, in the order in which points were first finished.
 
-        A last line that a kill cut short does not count; ValueError where another line is no row.
+        A last line without its newline, cut short by a kill, is ignored; ValueError if another line is not a row.
         """
         *lines, _ = self.results.read_text(encoding="utf-8").split("\n")
         newest: dict[Key, Row] = {}
@@ -49,28 +49,28 @@ class SweepFolder:
         return list(newest.values())
 
     def prepare(self) -> None:
-        """Make the folder where there is none; where a kill cut the last line short, leave that out."""
+        """Create the folder if necessary, and remove a last line of results.jsonl that a kill cut short."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self.results.read_text(encoding="utf-8") if self.results.exists() else ""
         whole, newline, _ = found.rpartition("\n")
         write_text(self.results, whole + newline)
 
     def append(self, row: Row) -> None:
-        """Add a row, on disk when this returns."""
+        """Append a row to results.jsonl and sync the file to disk."""
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def run(self, name: str) -> Path:
-        """The run folder of this name."""
+        """Return the path of the run folder with this name."""
         return self.folder / "runs" / name
 
     def details(self, row: Row) -> Path:
-        """Where the details of a row are, those of a baseline being its student's."""
+        """Return the path of a row's routing profile; a baseline's row has the path of its student's profile."""
         return self.folder / "details" / Path(row["run"]).name / f"{row['compute_target']:g}.json"
 
 
 def key_of(row: Row) -> Key:
-    """What makes a point: the run, the budget, the baseline if it is one, and the data measured on."""
+    """Return what identifies a row's point: the run, the budget, the baseline (None for a student) and the data."""
     return row["run"], row["compute_target"], row["baseline"], row["data"]
