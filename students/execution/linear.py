@@ -22,10 +22,10 @@ from students.routers import ChannelRouter, Lora
 class RoutedLinear(Wrapper):
     """A linear layer of which only a part is computed, with an optional low-rank correction.
 
-    group: the layers that share its input and one selection of channels, which the first of them to run makes. branch:
-    what its branch says is open. part: which of a branch's heads or groups this layer touches: the "inputs" it reads
-    (o, down), the "outputs" it writes (q, gate, up), or none. per_query: its output is wanted only for tokens that
-    attend (q, o).
+    group: the layers that read the same input through one selection of channels, made by the first of them to run.
+    branch: state of the branch, such as its open heads. part: where the branch's heads or groups are in this layer: its
+    "inputs" (o, down), its "outputs" (q, gate, up), or nowhere. per_query: whether the output is needed for queries
+    only (q, o).
     """
 
     base_layer: Linear
@@ -51,15 +51,15 @@ class RoutedLinear(Wrapper):
         self.place = len(group.layers)
         self.selects = False  # set by add_channels
         self.multiplies = False
-        """Whether its output is a factor of a product whose gradient another layer makes (see product.py)."""
+        """Whether the output is a factor of a product whose gradient another layer computes (see product.py)."""
         self.activation: int | None = None
-        """In the product that this layer makes the gradient of: as in `ops.gated_grad`."""
+        """Number of the activation (see `ops.gated_grad`) in the product whose gradient this layer computes."""
         self._slice: tuple[Tensor | None, Any] = (None, None)
         self._low: tuple[Tensor, Tensor] | None = None
         group.layers.append(self)
 
     def lay_out(self) -> None:
-        """Put the layers of the group side by side, once for all, and corrections into the model's precision."""
+        """Lay the weights of the group side by side (the first layer does), and convert the correction's precision."""
         self._slice = None, None
         base = self.base_layer
         if self.place == 0:
@@ -71,7 +71,7 @@ class RoutedLinear(Wrapper):
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
 
     def set_dial(self) -> None:
-        """The group's limits, and what a static choice leaves of the weight."""
+        """Set the group's limits, and slice the weight for a static choice of channels."""
         if self.place == 0:
             self.group.set_dial()
         if "channel" in self.routers and self.routers["channel"].spec.network == "static":
@@ -81,13 +81,13 @@ class RoutedLinear(Wrapper):
                 self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
 
     def pack(self) -> bool:
-        """Pack what the layers of a group read together."""
+        """Pack the weight that the layers of the group read together."""
         if self.selects and self.place == 0:
             self.group.pack()
         return self.selects
 
     def forget(self) -> None:
-        """As the model had it."""
+        """Give the weight the memory layout that the model had, and drop slices and converted corrections."""
         self._slice, self._low = (None, None), None
         if self.place == 0:
             self.group.forget()
@@ -95,10 +95,10 @@ class RoutedLinear(Wrapper):
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
 
     def add_channels(self, router: ChannelRouter) -> None:
-        """Choose the channels that are read with this router, which all layers of the group share."""
+        """Let this router, which all layers of the group share, choose the channels that are read."""
         self.routers["channel"] = router
         apart = any(layer.part or layer.per_query for layer in self.group.layers)
-        for layer in self.group.layers:  # one runs for all where all run on the same tokens, and whole
+        for layer in self.group.layers:  # one product for all, if all run whole and on the same tokens
             layer.selects = not (apart or self.group.opaque or router.spec.network == "static")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,11 +127,11 @@ class RoutedLinear(Wrapper):
         some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0)
         out = self._compute(some, together=False)
         if self.group.ends:
-            return out  # the branch ends here and goes on with these tokens
+            return out  # the last layer of its branch, whose output stays packed
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _takes_number(self, x: Tensor) -> bool:
-        """Whether the device alone has to know how many tokens this runs on."""
+        """Whether the layer can run without the host knowing the number of queries (see first_rows)."""
         call, plain = self.runtime.call, not (self.group.opaque or self.part or "channel" in self.routers)
         return plain and call.skipping and call.rows is None and first_rows.possible(x, self.outputs)
 
@@ -153,7 +153,7 @@ class RoutedLinear(Wrapper):
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
 
     def _owner(self) -> Tensor | None:
-        """The row of the batch that each of this call's tokens belongs to, where they are packed."""
+        """Return the row of the batch that each token of the input belongs to; None unless tokens are packed."""
         rows = self.branch.rows
         if rows is None or rows.all:
             return None
@@ -162,22 +162,22 @@ class RoutedLinear(Wrapper):
         return None if index is None else index // rows.shape[1]
 
     def dial_of(self, x: Tensor) -> float | Tensor:
-        """The dial for x [..., I] (see Runtime.dial_of)."""
+        """Return the dial's offset for x [..., I] (see Runtime.dial_of)."""
         return self.runtime.dial_of(x, None if self.runtime.call.rows is None else self._owner())
 
     def corrected(self, x: Tensor) -> Tensor | None:
-        """Which tokens of x [..., I] are corrected (see Runtime.corrected)."""
+        """Return which tokens of x [..., I] are corrected (see Runtime.corrected)."""
         return None if self.runtime.call.rows is None else self.runtime.corrected(x, self._owner())
 
     def _alone(self, x: Tensor) -> bool:
-        """Whether this is one token, decoded on its own: then reading less is faster."""
+        """Return whether x is one token in a call of its own, where reading fewer weights is faster."""
         return self.runtime.call.alone and not self.group.opaque and x.shape[:-1].numel() == 1
 
     def note(self, share: Tensor) -> None:
-        """Record the share of channels that was read; 0 for tokens that are not here."""
+        """Record the share of channels that is read; 0 for tokens that the layer does not run on."""
         run, rows, ends = self.runtime, self.branch.rows, self.group.ends
         asked = self.per_query and self.branch.queries is not None
-        if run.decisions is None or (asked and not ends):  # keys and values read for more tokens
+        if run.decisions is None or (asked and not ends):  # q; k and v record more tokens
             return
         here = None if rows is None or rows.all else rows.queries if ends else rows.keys
         if here is not None and rows is not None:
@@ -186,7 +186,7 @@ class RoutedLinear(Wrapper):
         run.note(f"{self.group.name}.channel", self.routers["channel"].spec, share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:
-        """out [..., O] of our own making plus the low-rank correction from x [..., I]."""
+        """Add the low-rank correction of x [..., I] to out [..., O], which may be overwritten."""
         if self.lora is None:
             return out
         call = self.runtime.call
@@ -198,12 +198,12 @@ class RoutedLinear(Wrapper):
         return out
 
     def _only_corrected(self, low: Tensor, x: Tensor) -> Tensor:
-        """The low-rank correction [..., O] from x [..., I], but for rows that are the teacher's."""
+        """Return the low-rank correction low [..., O] of x [..., I], set to 0 in rows at the teacher's compute."""
         corrected = self.corrected(x)
         return low if corrected is None else low * corrected
 
     def _mask(self, router: ChannelRouter, x: Tensor, together: bool) -> Tensor:
-        """x without the channels that stay closed; the first layer of a group chooses for all."""
+        """Return x with closed channels set to 0; the first layer of a group chooses for all of them."""
         passed = self.group.context
         if together and passed.masked is not None:
             masked, passed.left = passed.masked, passed.left - 1
@@ -220,14 +220,14 @@ class RoutedLinear(Wrapper):
         return masked
 
     def _read_static(self, x: Tensor) -> Tensor:
-        """The same channels for every token: a smaller matrix product."""
+        """Read the channels of a static choice, the same for every token: a smaller matrix product."""
         channels, weight = self._slice
         assert channels is not None, "Student.prepare comes first"
         self.note(x.new_full(x.shape[:-1], len(channels) / self.inputs, dtype=torch.float32))
         return self._correct(F.linear(x[..., channels], weight, self.base_layer.bias), x)
 
     def _write_open(self, x: Tensor, narrow: Narrow) -> Tensor:
-        """Outputs of open heads or groups only: [..., n], or [..., 2 n] where a layer holds gate and up."""
+        """Compute outputs of open heads or groups only: [..., n], or [..., 2 n] where a layer holds gate and up."""
         copies = self.outputs // narrow.size
         rows = torch.cat([narrow.channels + copy * narrow.size for copy in range(copies)])
         base = self.base_layer
@@ -244,7 +244,7 @@ class RoutedLinear(Wrapper):
         return out + self._only_corrected(low, x)
 
     def _read_open(self, x: Tensor, narrow: Narrow) -> Tensor:
-        """From x [..., n], the channels of open heads or groups only."""
+        """Compute the output from x [..., n], the channels of open heads or groups only."""
         channels = narrow.channels
         if narrow.weight is not None:
             x = x * narrow.weight
@@ -259,7 +259,7 @@ class RoutedLinear(Wrapper):
         return out + self._only_corrected(low, x)
 
     def _sliced(self, choice: Tensor, make: Callable[[], Any]) -> Any:
-        """Parts of the weight for a choice that stands, made once while the same tensor says so."""
+        """Return parts of the weight, made once and kept while `choice` is the same tensor."""
         if self._slice[0] is not choice:
             self._slice = choice, make()
         return self._slice[1]

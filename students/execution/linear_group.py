@@ -1,4 +1,4 @@
-"""Linear layers that share an input and one selection of its channels, put together."""
+"""Linear layers that share an input and one selection of its channels, computed together."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
     from students.execution.linear import RoutedLinear
 
 JOINT_ROWS = 2048
-"""Up to so many tokens, layers that read the same channels are one product; for more its output would be too large."""
+"""Up to so many tokens, layers that read the same channels run as one product; for more, its output is too large."""
 
 
 @dataclass
 class SideBySide:
-    """What the layers of a group hold, put together."""
+    """Weights, biases and corrections of a group's layers, side by side."""
 
     whole: Tensor
-    """[I, outputs side by side]: weights, of which the layers' own are views."""
+    """Weights [I, outputs of all layers]; the layers' own weights are views of this tensor."""
     product: PackedProduct
-    """With them."""
+    """The product with `whole`, which may be packed."""
     none: Tensor
-    """[I]: a limit that all channels reach."""
+    """Zeros [I]: a limit that all channels reach."""
     bias: Tensor | None = None
     down: Tensor | None = None
-    """[ranks, I]: low-rank corrections; up: [rank, outputs]."""
+    """Low-rank corrections: down [layers * rank, I], up [rank, outputs of all layers]."""
     up: Tensor | None = None
 
 
 class LinearGroup:
     """The linear layers of a block that read one input through one selection of channels, without gradients.
 
-    Their weights are put together (see Student.prepare): [inputs, outputs side by side], of which the layers' own
-    become views, so that there is one copy.
+    Their weights are laid side by side in one tensor [inputs, outputs of all layers] (see Student.prepare), of which
+    the layers' own weights become views, so that there is one copy.
 
-    name: as in the key of what is decided, such as "3.mlp_in". ends: whether the branch ends here. opens: whether a
-    token on its own chooses heads or groups, which are then left out of this side of them. opaque: whether weights
-    are only read whole, and inputs masked. context: the block's.
+    name: the start of decision keys, such as "3.mlp_in". ends: whether these layers are the last of their branch.
+    opens: whether a token on its own chooses heads or groups, of which the layers leave out the closed ones. opaque:
+    whether weights can only be read whole, so that inputs are masked. context: state of the block.
     """
 
     def __init__(self, name: str, context: BlockContext, *, ends: bool, opens: bool, opaque: bool) -> None:
@@ -59,7 +59,7 @@ class LinearGroup:
         self.opens = opens
         self.opaque = opaque
         self.gates = False  # set by join_product
-        """Whether these layers are an MLP's gate and up, whose product is read by layers that can make it."""
+        """Whether these layers are an MLP's gate and up, whose product the layer that reads it can compute itself."""
         self.layers: list[RoutedLinear] = []
         self.context = LinearGroupContext()
         context.linear_groups.append(self.context)
@@ -67,24 +67,24 @@ class LinearGroup:
         self._drop()
 
     def _drop(self) -> None:
-        """Hold nothing that is prepared."""
+        """Drop everything that is prepared."""
         self._laid: SideBySide | None = None
         self.limit: Tensor | None = None
-        """[I]: what a channel has to reach (see ChannelRouter.limit); None: it differs between rows."""
+        """Limit [I] that channel magnitudes have to reach (see ChannelRouter.limit); None: it differs between rows."""
         self._limit: Tensor | None = None
-        """The limit that was made last, written in place: recorded steps read it (execution/fixed.py)."""
+        """The tensor of the last limit, overwritten in place because recorded steps read it (execution/fixed.py)."""
         self._mask: Callable[[Tensor], Tensor] | None = None
         self._reader: Callable[[Tensor], tuple[Tensor, int | Tensor]] | None = None
         self._stamp.reset()
 
     @property
     def laid(self) -> SideBySide:
-        """What `lay_out` has put together."""
+        """What `lay_out` has laid side by side."""
         assert self._laid is not None, "Student.prepare comes first"
         return self._laid
 
     def take(self, layer: RoutedLinear, x: Tensor) -> Tensor:
-        """The layer's output [..., O] for x [..., I]; the layer that comes first has all of them computed."""
+        """Return one layer's output [..., O] for x [..., I]; the first layer to ask has all outputs computed."""
         waiting = self.context.outputs
         out = waiting[layer.place] if waiting else None
         if out is None:
@@ -95,7 +95,7 @@ class LinearGroup:
         return out
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        """Outputs of all layers for x [..., I]."""
+        """Return the outputs [..., O] of all layers for x [..., I]."""
         run, limit = self.layers[0].runtime, self.limit
         call = run.call
         if run.bypass or self._joins(x):
@@ -114,7 +114,8 @@ class LinearGroup:
         return [out] if len(self.layers) == 1 else list(out.split(self._sizes, -1))
 
     def reads_all(self, x: Tensor) -> bool:
-        """Whether the teacher's layers run as routed ones do (see Runtime.recorded): where weights still lie so."""
+        """Return whether the teacher's layers may run like routed layers that read all channels (see Runtime.recorded):
+        only while their weights are views of `whole`."""
         laid, first = self._laid, self.layers[0]
         if laid is None or not self._fuses(x, first.runtime.recorded):
             return False
@@ -126,12 +127,13 @@ class LinearGroup:
         return shared and self._fuses(x, run.call.tokens)
 
     def _fuses(self, x: Tensor, tokens: int) -> bool:
-        """Whether this is done along with what stands in front of the layers and behind them (kernels/deferred.py)."""
+        """Whether one launch computes the layers and what stands in front of and behind them (kernels/deferred.py)."""
         ahead = devices.runs_ahead(x.device) and not torch.compiler.is_compiling()
         return ahead and ops.reads_few(tokens, self.laid.whole, self._ends)
 
     def _joined(self, x: Tensor) -> list[Tensor]:
-        """Outputs of all layers; of a layer that ends its branch, whatever it is to be added to."""
+        """Return the outputs of all layers from one launch. That of a branch's last layer is deferred, so that the
+        launch can add the residual stream; that of an MLP's gate can be multiplied by up in the next launch."""
         laid, shape = self.laid, torch.Size([*x.shape[:-1], self._ends[-1]])
         limit, down, up = self.limit, laid.down, laid.up
         if self.layers[0].runtime.bypass:
@@ -152,7 +154,7 @@ class LinearGroup:
         return outs
 
     def _many(self, x: Tensor) -> list[Tensor]:
-        """Many tokens: nothing is saved by leaving channels out, so they are masked."""
+        """Compute outputs for many tokens: leaving out channels would save nothing, so closed channels are masked."""
         first, run, laid = self.layers[0], self.layers[0].runtime, self.laid
         if run.call.rows is None and run.decisions is None and self._mask is not None:
             masked = self._mask(x)
@@ -178,7 +180,7 @@ class LinearGroup:
         return [out.view(*x.shape[:-1], -1) for out in outs]
 
     def one(self, layer: RoutedLinear, x: Tensor) -> Tensor:
-        """The output of one layer only, for a token x [1, 1, I] on its own."""
+        """Return the output of one layer only, for a token x [1, 1, I] on its own."""
         part = slice(self._ends[layer.place] - layer.outputs, self._ends[layer.place])
         laid, limit = self.laid, self.limit
         assert limit is not None, "a token on its own has one budget"
@@ -190,7 +192,7 @@ class LinearGroup:
         return out.view(*x.shape[:-1], -1)
 
     def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
-        """From x [1, 1, n], the open channels of a token on its own, the only layer's output without corrections."""
+        """Return the only layer's output, without corrections, from the open channels x [1, 1, n] of a single token."""
         layer = self.layers[0]
         full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
         limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
@@ -202,7 +204,7 @@ class LinearGroup:
             self.layers[0].note(share())
 
     def lay_out(self) -> None:
-        """Put weights, biases and corrections of all layers side by side, where a token reads only some inputs."""
+        """Lay weights, biases and corrections of all layers side by side, if a token may read some inputs only."""
         if self.opaque or not ((self.ends and self.opens) or "channel" in self.layers[0].routers):
             return
         self._sizes = [layer.outputs for layer in self.layers]
@@ -230,12 +232,12 @@ class LinearGroup:
             laid.up = torch.cat([part.up.detach() for part in lora]).T.to(dtype).contiguous()
 
     def pack(self) -> None:
-        """Pack the weights that lie side by side, where those of the layers may be packed."""
+        """Pack the weights that lie side by side, if the layers' own weights may be packed."""
         if isinstance(self.layers[0].base_layer, PackedLinear):
             self.laid.product.prepare(self.laid.whole.T)
 
     def set_dial(self) -> None:
-        """Limits, where all rows of a batch share them."""
+        """Set the limits of channels, if all rows of a batch share one offset."""
         first, self.limit = self.layers[0], None
         if not self.opaque and "channel" in first.routers and not isinstance(first.runtime.offset, tuple):
             laid = self.laid

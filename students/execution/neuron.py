@@ -1,4 +1,4 @@
-"""An MLP's activation function, behind which neurons that hardly answer are left out."""
+"""An MLP's activation function that closes neurons with small activations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from students.routers import ChannelRouter
 
 
 class RoutedActivation(Wrapper):
-    """The activation of an MLP's gate: where it stays below a neuron's limit, the rest of the neuron is left out.
+    """The activation of an MLP's gate; a neuron is closed where the magnitude stays below the neuron's limit.
 
-    A token on its own hands on which neurons are open, and their activations alone: `up` then computes their rows and
-    `down` reads their channels (see RoutedLinear.part). More tokens are masked, and all where no part of these
-    layers can be read. block: the block's number.
+    For a token on its own, the activations of open neurons only are returned and their indices passed on: `up` computes
+    only their rows and `down` reads only their channels (see RoutedLinear.part). Where there are more tokens, or these
+    layers cannot be read in part (opaque), closed neurons are masked. block: index of the block.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class RoutedActivation(Wrapper):
         return out.index_select(-1, open_)
 
     def _owner(self) -> Tensor | None:
-        """The row of the batch that each token belongs to, where they are packed."""
+        """Return the row of the batch that each token belongs to; None unless tokens are packed."""
         rows = self.branch.rows
         return None if rows is None else rows.queries // rows.shape[1]
 
     def _note(self, share: Tensor) -> None:
-        """Record the share of neurons that are open; 0 for tokens that are not here."""
+        """Record the share of open neurons; 0 for tokens that the MLP does not run on."""
         rows = self.branch.rows
         if rows is not None:
             full = share.new_zeros(rows.shape.numel())

@@ -1,5 +1,5 @@
-"""Work that is recorded once on a CPU and done again as a list of calls: for one token its operators take microseconds,
-and the modules between them as long again."""
+"""Work on a CPU that is recorded once and replayed as a list of calls: for one token, operators take microseconds, and
+the Python modules around them as long again."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from students.kernels import ops
 from students.kernels.cpu import toolchain
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Tags of operators that answer with numbers or shapes that depend on data."""
+"""Tags of operators that return numbers or shapes that depend on data."""
 
 
 class DependsOnData(Exception):
-    """Work asks for a number or a shape that a record would not have."""
+    """Raised when work that is being recorded reads a number or shape that a replay could not update."""
 
 
 RECORDED = 8
-"""The run that is recorded, which costs what so many replays save: fewer are not worth it. Those before it make what is
-made once."""
+"""Number of the run that is recorded. Recording costs about as much as so many replays save; earlier runs make what is
+made only once."""
 
 
 class Replay(TorchDispatchMode):
-    """A recorder for CPUs: work on tensors that stay where they are; its operators run again on the same tensors.
+    """A recorder for CPUs: work on tensors that stay where they are; a replay runs its operators on the same tensors.
 
-    C functions are called as they are, with the addresses that they had. The result is overwritten by the next call.
-    Work that turns out to depend on data begins anew, and is done as ever.
+    C functions are called directly, with the recorded addresses. The next call overwrites the result. Work that turns
+    out to depend on data is started again and never recorded.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorded = False
-        """Whether calls replay."""
+        """Whether the work is recorded, so that calls replay it."""
         self._work = work
         self._runs = 0
         self._calls: list[Callable[[int], Any]] = []
-        """Each takes the number of threads."""
+        """The recorded calls; each takes the number of threads."""
         self._kept: list[Any] = []
-        """Results, of which C functions know the addresses."""
+        """Results of operators, kept alive because recorded calls hold their addresses."""
 
     def __call__(self) -> Any:
         if not self.recorded:
             self._runs += 1
-            with torch.inference_mode(False), torch.no_grad():  # results are written in calls of either kind
+            with torch.inference_mode(False), torch.no_grad():  # results are written with and without inference mode
                 return self._record() if self._runs == RECORDED else self._work()
         threads = torch.get_num_threads()
         with torch.inference_mode():
@@ -87,14 +87,14 @@ class Replay(TorchDispatchMode):
 
 
 def _is_view(out: Any, given: list[Any]) -> bool:
-    """Whether a result, or the first of several, lies where something that was given does."""
+    """Return whether a result, or the first of several, shares memory with an argument."""
     first = out if isinstance(out, Tensor) else out[0]
     places = [x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor) and not x.is_mkldnn]
     return first.untyped_storage().data_ptr() in places
 
 
 def _again(function: Any, args: Any, kwargs: Any, out: Any) -> Callable[[int], Any]:
-    """What runs an operator again, with its results where the first ones are."""
+    """Return a call that runs an operator again and writes its results over the first ones."""
     if not isinstance(out, Tensor):
 
         def run(threads: int) -> None:

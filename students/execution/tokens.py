@@ -1,4 +1,4 @@
-"""Some of a batch's tokens, by their places."""
+"""Subsets of a batch's tokens: their indices, and how they are gathered, laid out and scattered."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from students.kernels import devices, ops
 
 @dataclass
 class Listed:
-    """Tokens whose places are known."""
+    """Tokens whose indices are known."""
 
     rows: Tensor
-    """[N], ascending."""
+    """Flat indices [N] of the tokens, ascending."""
     every: bool = False
-    """Whether they are all that there are."""
+    """Whether these are all tokens."""
 
 
 class Chosen:
-    """The open tokens of a batch [B, T]: which they are the device knows; how many, the host is told when it first asks
-    for that, and what is launched between `begin` and then can run meanwhile. What has no need to know, such as a table
-    of them that is filled up with the last token, is launched before.
+    """The open tokens of a batch, open_ [B, T] bool. Only the device knows which tokens are open, and how many.
 
-    of: how many tokens there are, padding aside. count: how many each row has, if that is known; then nothing waits.
-    listed: where they are, as of Gates.
+    The host waits when it first asks how many; what is launched between `begin` and that question runs meanwhile. Work
+    that does not need the number is launched earlier, on a table of the open tokens, filled up with the last token.
+
+    of: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then waits.
+    listed: as in Gates.
     """
 
     def __init__(self, open_: Tensor, of: int, count: int | None = None, listed: list[Tensor] | None = None) -> None:
@@ -45,22 +46,22 @@ class Chosen:
 
     @property
     def _ends(self) -> Tensor:
-        """[B]: how many there are up to the end of each row."""
+        """Number [B] of open tokens from the first row to the end of each row."""
         return self._upto[self._open.shape[1] - 1 :: self._open.shape[1]]
 
     def begin(self) -> None:
-        """Let the host be told how many there are."""
+        """Start to copy the number of open tokens to the host."""
         if not self.known and self._fetched is None:
             self._fetched = Fetched(self._ends)
 
     @property
     def known(self) -> bool:
-        """Whether asking how many there are would not wait."""
+        """Whether the number of open tokens can be asked for without waiting."""
         return not self._ahead or "counts" in self.__dict__
 
     @cached_property
     def counts(self) -> list[int]:
-        """How many each row of the batch has."""
+        """Number of open tokens of each row."""
         self.begin()
         if self._fetched is None:
             return self._open.sum(1).tolist()
@@ -69,12 +70,12 @@ class Chosen:
 
     @cached_property
     def rows(self) -> Tensor:
-        """[N]: their flat indices, ascending."""
+        """Flat indices [N] of the open tokens, ascending."""
         return self._known(self._table) if self._ahead else self._open.flatten().nonzero().squeeze(1)
 
     @property
     def _listed(self) -> Tensor:
-        """Their flat indices, filled up where the host runs ahead."""
+        """Flat indices of the open tokens, filled up to [B * T] where the host runs ahead."""
         return self._table if self._ahead else self.rows
 
     @cached_property
@@ -91,54 +92,55 @@ class Chosen:
 
     @property
     def batch(self) -> Tensor:
-        """[N]: the row of the batch that each belongs to."""
+        """Row [N] of the batch that each open token belongs to."""
         return self._known(self._places[0])
 
     @property
     def index(self) -> Tensor:
-        """[N]: the place of each in its row."""
+        """Index [N] of each open token in its row."""
         return self._known(self._places[1])
 
     @property
     def turn(self) -> Tensor:
-        """[N]: how many come before it in its row; on a device that the host runs ahead of."""
+        """Number [N] of open tokens before each one in its row; only on devices that the host runs ahead of."""
         return self._known(self._turns)
 
     @property
     def every(self) -> bool:
-        """Whether they are all that there are."""
+        """Whether all tokens but padding are open."""
         return (sum(self.counts) if self._ahead else len(self.rows)) == self._of
 
     def filled(self, x: Tensor) -> Tensor:
-        """These tokens [1, N or more, ...] of x [B or 1, T, ...], filled up where the host runs ahead (see `cut`)."""
+        """Gather the open tokens of x [B or 1, T, ...]: [1, N, ...], longer where the host runs ahead (see `cut`)."""
         table = self._places[1] if len(x) < len(self._open) else self._listed
         return x.flatten(0, 1).index_select(0, table).unsqueeze(0)
 
     def cut(self, some: Tensor) -> Tensor:
-        """Them alone."""
+        """Cut the result of `filled`, or of work on it, to the open tokens: [1, N, ...]."""
         return self._known(some[0]).unsqueeze(0)
 
     def prepare_packing(self) -> None:
-        """Launch what a packing asks for (see `batch`, `index` and `turn`)."""
+        """Launch the work behind `batch`, `index` and `turn`, which a Packing needs."""
         if self._ahead:
             _ = self._places if len(self._open) == 1 else self._turns
 
     @property
     def number(self) -> Tensor:
-        """[1] int32: how many there are, for what asks on the device."""
+        """Number of open tokens, an int32 tensor [1] that kernels read on the device."""
         return self._upto[-1:]
 
     def spread(self, some: Tensor) -> Tensor:
-        """[B * T, D]: what some [N or more, D] holds of each, anything for others; where the host runs ahead."""
+        """Return [B * T, D] with the rows some [N or more, D] at open tokens and arbitrary rows at others; only where
+        the host runs ahead."""
         return some.index_select(0, self._before)
 
     def scatter(self, some: Tensor) -> Tensor:
-        """The same, with zeros for others."""
-        zero = _zeros((), some.dtype, some.device)  # a number of Python's would be another launch
+        """As `spread`, with zeros at closed tokens."""
+        zero = _zeros((), some.dtype, some.device)  # a Python number would be another launch
         return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), zero)
 
     def _known(self, x: Tensor) -> Tensor:
-        """Of what there is for each place of the table, that of the open tokens."""
+        """Cut a tensor with one entry for each place of the table to those of the open tokens."""
         return x[: sum(self.counts)] if self._ahead else x
 
 
@@ -149,8 +151,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class Rectangle:
-    """The open tokens of a batch [N, ...] as [B, most, ...], each row from its start on and filled up behind with
-    anything."""
+    """A layout of the open tokens [N, ...] as [B, most, ...]: each row begins with its tokens, and arbitrary entries
+    fill the rest."""
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = chosen
@@ -159,19 +161,19 @@ class Rectangle:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """[N]: a token's place in it, flat; None: nothing is filled up."""
+        """Flat place [N] of each token in the rectangle; None: there is nothing to fill."""
         return None if self._full else self._chosen.batch * self.most + self._chosen.turn
 
     @cached_property
     def sources(self) -> Tensor | None:
-        """[B * most]: the token that is in each place."""
+        """Token [B * most] in each place, token 0 where filled; None: there is nothing to fill."""
         if self.slots is None:
             return None
         order = torch.arange(len(self.slots), device=self.slots.device)
         return order.new_zeros(self.rows * self.most).index_copy_(0, self.slots, order)
 
     def lay(self, x: Tensor, fill: int | None = None) -> Tensor:
-        """x [N, ...] -> [B, most, ...]; fill: what it is filled up with."""
+        """x [N, ...] -> [B, most, ...]; fill: value of the filling, None: arbitrary."""
         if self.slots is not None and fill is not None:
             x = x.new_full((self.rows * self.most, *x.shape[1:]), fill).index_copy_(0, self.slots, x)
         elif self.sources is not None:
@@ -183,14 +185,14 @@ class Rectangle:
         return x if self.rows == 1 else self.lay(x[0].transpose(0, 1)).transpose(1, 2)
 
     def pick(self, x: Tensor) -> Tensor:
-        """The inverse."""
+        """x [B, most, ...] -> [N, ...], the inverse of `lay`."""
         x = x.flatten(0, 1)
         return x if self.slots is None else x.index_select(0, self.slots)
 
 
 class Order:
-    """Of padded rows, whose tokens count where valid [B, T] says so: those first, in turn, and padding behind them,
-    where causal attention needs no mask to leave it out."""
+    """An order of padded rows: first the tokens at valid [B, T], in their order, then padding, which causal attention
+    leaves out without a mask there."""
 
     def __init__(self, valid: Tensor) -> None:
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
@@ -198,21 +200,21 @@ class Order:
         self._sources, self._places = (begins + order).flatten(), (begins + order.argsort(dim=1)).flatten()
 
     def lay(self, x: Tensor) -> Tensor:
-        """x [B, T, ...] in this order."""
+        """Return x [B, T, ...] in this order."""
         return x.flatten(0, 1).index_select(0, self._sources).view_as(x)
 
     def pick(self, x: Tensor) -> Tensor:
-        """The inverse."""
+        """Return x [B, T, ...] in the original order, the inverse of `lay`."""
         return x.flatten(0, 1).index_select(0, self._places).view_as(x)
 
 
 def take(values: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Values [B or 1, T or 1, N] of the tokens x [B, T, D], for the flat rows only: [1, n, N]."""
+    """Return values [B or 1, T or 1, N] at flat indices rows [n] of the tokens x [B, T, D]: [1, n, N]."""
     return values.expand(*x.shape[:2], -1).flatten(0, 1).index_select(0, rows).unsqueeze(0)
 
 
 def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, ...]: what some [N, ...] holds at rows [N], zeros elsewhere."""
+    """Return [count, ...] with some [N, ...] at indices rows [N] and zeros elsewhere."""
     if devices.runs_ahead(some.device):
         return some.new_zeros(count, *some.shape[1:]).index_copy_(0, rows, some)
     # on CPUs faster than copying into zeros
@@ -221,13 +223,15 @@ def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Where the open tokens of open_ [B, T] are: index [B, k], k the most that any row has (at least 1), the open ones
-    first; and which of them are open [B, k], None where all are. count: how many each row has, if that is known; then
-    nothing waits."""
+    """Return the indices [B, k] of the open tokens of open_ [B, T], and which of them are open [B, k] (None: all).
+
+    k is the largest number of open tokens of any row, at least 1; rows with fewer end in closed tokens. count: number
+    of open tokens of each row, if known; nothing then waits.
+    """
     if count is not None:
         table = torch.empty(len(open_), count + 1, dtype=torch.long, device=open_.device)
         places = torch.arange(open_.shape[1], device=open_.device).expand(open_.shape)
-        return table.scatter_(1, open_.cumsum(1) * open_, places)[:, 1:], None  # the closed ones meet in the first
+        return table.scatter_(1, open_.cumsum(1) * open_, places)[:, 1:], None  # column 0 takes the closed ones
     counts = open_.sum(1)
     most = max(1, int(counts.max()))  # waits for the device
     index = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -236,8 +240,8 @@ def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor
 
 
 def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
-    """Leave in rotary embeddings of language models ([1 or B, T, r] each) those of the chosen tokens, [1, N, r], and
-    launch what can be before the host asks how many there are; returns whether there are such embeddings."""
+    """Cut a language model's rotary embeddings in kwargs ([1 or B, T, r] each) to the chosen tokens, [1, N, r]; return
+    whether there are any. Work that needs no number of tokens is launched before the host asks for it."""
     embeddings = kwargs.get("position_embeddings")
     chosen.prepare_packing()
     if embeddings is None:
@@ -248,7 +252,7 @@ def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
 
 
 def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:
-    """What a block of an image model is called with, for the tokens at index [B, k] only, which begins with the prefix.
+    """Return kwargs of an image model's block for the tokens at index [B, k] only, which begins with the prefix.
 
     Rotary embeddings (timm's `rope`) hold patches alone, [..., N, C]; they become [B, 1 or heads, k - prefix, C].
     """

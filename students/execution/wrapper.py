@@ -1,6 +1,6 @@
-"""Modules that stand in front of a frozen model's own: they hold `base_layer` and never copy its forward.
+"""Modules that wrap a frozen model's own: they hold the original as `base_layer` and never copy its forward.
 
-Each executes in two ways (see Runtime.execution) that agree: as masks, and by leaving out what is closed.
+Each executes in two modes with the same result (see Runtime.execution): mask closed parts, or leave them out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Named(nn.ModuleDict, Generic[M]):
 
 
 class Wrapper(nn.Module):
-    """A module in place of another; unknown attributes are the other's."""
+    """A module in the place of `base_layer`, which answers for attributes that the wrapper does not have."""
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class Wrapper(nn.Module):
         """Prepare what skip execution reads of frozen weights and corrections (see Student.prepare)."""
 
     def set_dial(self) -> None:
-        """Prepare what it reads of routers at the offset that the dial has now."""
+        """Prepare what skip execution reads of routers, at the current offset of the dial."""
 
     def pack(self) -> bool:
-        """Pack weights that it reads for few tokens (kernels/packing.py), where its base layer may have packed ones;
-        whether it then has no use for those of its base layer."""
+        """Pack the weights that skip execution reads for few tokens (kernels/packing.py), if the base layer may have
+        packed weights. Return whether the base layer itself then needs none."""
         return False
 
     def forget(self) -> None:
-        """Undo both: the frozen weights lie as the model had them."""
+        """Undo `lay_out` and `set_dial`; frozen weights get the memory layout that the model had."""
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__.get("_modules", {})
-        if name in own:  # as ever, for less
+        if name in own:  # same result as below, but faster
             return own[name]
         try:
             return super().__getattr__(name)
