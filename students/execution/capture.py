@@ -17,29 +17,29 @@ from students.kernels.triton import counters
 T = TypeVar("T")
 
 WARM_UP = 2
-"""Runs before the recorded one, in which libraries take their workspaces and kernels are compiled."""
+"""Number of warm-up runs before capture, in which libraries allocate workspaces and kernels are compiled."""
 KEPT = 4
-"""Recordings of a kind that are kept, with their tensors; the one that was used longest ago goes first."""
+"""Number of recordings of one kind that are kept, with their tensors; the least recently used is dropped first."""
 THREAD = "thread_local"
-"""Other threads may do what would break a capture, as one that pins memory."""
+"""Capture mode in which other threads may make calls that would break a capture, as a thread that pins memory does."""
 
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """What recordings on a device are made on: one for all, as libraries keep a workspace for each."""
+    """Return the stream for captures on a device: one for all, as libraries keep a workspace for each stream."""
     return torch.cuda.Stream()
 
 
 class Recorder(Protocol):
-    """Makes of work on tensors that stay where they are a function that does it again and returns the same tensors."""
+    """Turns work on tensors that stay where they are into a function that repeats it and returns the same tensors."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]: ...
 
 
 class CudaGraph:
-    """A recorder: work on a device (None: the current one), which may neither wait for it nor copy from the host.
+    """A recorder that captures work on a device (None: the current one) into a CUDA graph.
 
-    The result is overwritten by the next call.
+    The work may neither wait for the device nor copy from the host. The next call overwrites the result.
     """
 
     def __init__(self, work: Callable[[], Any], device: torch.device | None = None) -> None:
@@ -56,7 +56,7 @@ class CudaGraph:
                 with own as self._counters, torch.cuda.graph(self._graph, stream=side, capture_error_mode=THREAD):
                     self._out = work()
             except RuntimeError:
-                # of a capture that work has broken torch leaves its stream, and no random numbers before one ends well
+                # after a failed capture torch stays on its stream, and has no random numbers until a capture succeeds
                 torch.cuda.set_stream(before)
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode=THREAD):
                     torch.zeros((), device=side.device)
@@ -68,20 +68,20 @@ class CudaGraph:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """Return the first line of an error's message, or the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on this device; None: nothing does."""
+    """Return the recorder for work on this device; None if there is none."""
     return partial(CudaGraph, device=device) if device.type == "cuda" else None
 
 
 class Recordings(OrderedDict[Hashable, T], Generic[T]):
-    """What was recorded, by what it was recorded for."""
+    """The most recently used recordings, by the key that each was made for."""
 
     def take(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is kept under a key, or made now."""
+        """Return the recording of a key, made now if it is missing."""
         if key not in self:
             self[key] = make()
         self.move_to_end(key)
@@ -91,10 +91,11 @@ class Recordings(OrderedDict[Hashable, T], Generic[T]):
 
 
 class Forward:
-    """A forward pass on images through recordings, of which there is one for each shape.
+    """A forward pass on images through recordings, one for each shape.
 
-    run: what is recorded, of pixels [B, C, H, W]. state: as of Decoding, of the pixels. recorder: None for the device's
-    own; where nothing records, or `state` raises ValueError, the pass runs as ever, and the latter is said once.
+    run: the function of pixels [B, C, H, W] that is recorded. state: as in Decoding, called with the pixels. recorder:
+    None for the device's default. Without any, or where `state` raises ValueError, `run` is called directly; one
+    warning then gives the error's reason.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Forward:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:
-        """What `run` returns; it is overwritten by the next call."""
+        """Return the result of `run`; the next call overwrites it."""
         record = self.recorder or recorder_for(pixels.device)
         try:
             key = None if record is None else (pixels.shape, pixels.dtype, pixels.device, self._state(pixels))
@@ -141,7 +142,7 @@ class Forward:
 
 
 class Fetched:
-    """A tensor on its way to the host, asked for now and waited for later: what is launched between runs meanwhile."""
+    """A tensor whose copy to the host starts now and is waited for later; what is launched in between runs already."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._done = tensor, None
@@ -152,7 +153,7 @@ class Fetched:
             self._done.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
-        """The tensor on the host."""
+        """Return the tensor on the host."""
         if self._done is not None:
             self._done.synchronize()
         return self._tensor

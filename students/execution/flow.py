@@ -1,4 +1,4 @@
-"""The tokens of images on their way through the blocks."""
+"""State of the tokens of images on their way through the blocks."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ class Flow:
     """The tokens of a batch of images on their way through the blocks, where some stay away once they are dropped."""
 
     tokens: int
-    """How many each image started with."""
+    """Number of tokens that each image started with."""
     score: Tensor | None = None
-    """[B, n]: the lowest score that each token still here has had so far."""
+    """The lowest score [B, n] so far of each remaining token."""
     left: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
-    """(tokens before a drop [B, n, D], flat indices of those that went on, `stand_in` of then), drop by drop."""
+    """For each drop: (tokens [B, n, D] before it, flat indices of those that went on, new places [B, n] of all where
+    patches merge)."""
     places: Tensor | None = None
-    """[B, n]: where the tokens still here were at the start; None: all are here."""
+    """Original index [B, n] of each remaining token; None: all tokens remain."""
     valid: Tensor | None = None
-    """[B, n] bool: which of them are not there to fill up the shape; None: all."""
+    """[B, n] bool: which entries are tokens and not filling; None: all."""
     kept: Tensor | None = None
-    """[B, T] gates, for masks: 1 for tokens still here."""
+    """For mask execution: gates [B, T], 1 for remaining tokens; None: all remain."""
     size: Tensor | None = None
-    """[B, n]: how many patches each token stands for, where they merge; None: one."""
+    """Number of patches [B, n] that each token stands for, where patches merge; None: one each."""
     stand_in: Tensor | None = None
-    """[B, T], for masks: the place of the token that each has been merged into; None: its own."""
+    """For mask execution: index [B, T] of the token that each token has been merged into; None: itself."""
     so_far: list[tuple[float, int]] = field(default_factory=list)
-    """What whole numbers have taken away, and how many they left (see Runtime.patches_kept)."""
+    """(Patches lost by rounding, patches left) after the blocks so far (see Runtime.patches_kept)."""
 
     _mask: Tensor | None = None
 
     def resize(self, size: Tensor) -> None:
-        """Set sizes."""
+        """Set the sizes, and drop the mask made of the old ones."""
         self.size, self._mask = size, None
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, n, n]: log sizes, which attention adds to the scores of keys; None: all are 1."""
+        """Return the additive attention mask [B, 1, n, n], the logarithm of each key's size; None: all are 1."""
         if self.size is not None and self._mask is None:
             self._mask = key_mask(self.size, dtype)
         return self._mask
 
     def back(self, x: Tensor) -> Tensor:
-        """All tokens [B, T, D], those that were dropped as they were then, or as what took them in."""
+        """Return all tokens [B, T, D]: a dropped token as it was when dropped, or as the token that it merged into."""
         for before, rows, stand_in in reversed(self.left):
             x = before.flatten(0, 1).index_copy(0, rows, x.flatten(0, 1)).view_as(before)
             if stand_in is not None:
@@ -55,5 +56,5 @@ class Flow:
 
 
 def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """The tokens x [B, n, D] at these places [B, k]."""
+    """Return the tokens of x [B, n, D] at places [B, k]."""
     return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,4 +1,4 @@
-"""Blocks of image models that run on the tokens they need."""
+"""Blocks of image models that run on the open tokens of their layer router."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from students.kernels.normed_tokens import merge_for
 from students.routers import Router, selection
 
 TOP = 1e30
-"""Scores of the tokens that are never closed start here."""
+"""Lowest score of a token of the prefix, which is never closed."""
 LEAK = 1e-3
-"""Weight of a closed key while routers are trained."""
+"""Weight in attention of a closed token's key while routers are trained."""
 CALL = 2**26
-"""About as many multiply-accumulates take as long as what a block does besides them, at two cores of a CPU."""
+"""Fixed cost of one call of a block, as the number of multiply-accumulates that take as long on two CPU cores."""
 
 
 class RoutedBlock(Wrapper):
-    """A block that runs on the tokens that its router lets through, which are all it sees.
+    """A block that runs on the open tokens of its router only; closed tokens are no keys in it either.
 
-    key: of what is decided. prefix: how many tokens in front are never closed. mask: the keyword of the block's mask.
-    dropped: as in RouterSpec. last: whether this is the last block.
+    key: of its decisions. prefix: number of tokens in front that are never closed. mask: name of the keyword argument
+    that takes the attention mask. dropped: as in RouterSpec. last: whether this is the last block.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RoutedBlock(Wrapper):
 
     @property
     def router(self) -> Router | None:
-        """The block's own; None where tokens that stay away are missing alone."""
+        """The block's router; None where the block only lacks the tokens that earlier blocks dropped."""
         return next(iter(self.routers.values()), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -61,7 +61,7 @@ class RoutedBlock(Wrapper):
         if run.bypass:
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
-        if args:  # vision towers of transformers hand their mask, which is None, on by its place
+        if args:  # transformers' vision towers pass their mask, which is None, by position
             kwargs[self.mask], args = args[0], args[1:]
         flow = run.call.flow
         if flow is None:
@@ -81,10 +81,10 @@ class RoutedBlock(Wrapper):
     def _scores(
         self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None = None, matches: Matches | None = None
     ) -> Tensor:
-        """Scores [B, n] of tokens x [B, n, D], the prefix on top; where tokens stay away, the lowest so far.
+        """Return scores [B, n] of tokens x [B, n, D], highest for the prefix; if tokens stay away, the lowest so far.
 
-        choosing [B] bool: rows that have a choice here; None: all. The others' scores stay as they were, and so do
-        those of tokens that may not go.
+        choosing [B] bool: rows that drop tokens in this block; None: all. Scores of other rows stay as they were, as do
+        those of tokens that may not merge now.
         """
         if matches is None:
             score = router.of_stream(x)
@@ -139,15 +139,15 @@ class RoutedBlock(Wrapper):
         return x.flatten(0, 1).index_copy(0, rows, out.flatten(0, 1)).view_as(x)
 
     def _by_length(self, x: Tensor, valid: Tensor, size: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """The block, on images of about the same length at a time; what fills x [B, n, D] up stays as it was.
+        """Run the block on groups of images of similar length; filling in x [B, n, D] stays as it was.
 
-        valid [B, n]: which tokens are there, in front of the others. size [B, n]: how many each stands for.
+        valid [B, n]: which entries are tokens, first in each row. size [B, n]: patches that each token stands for.
         """
         out, rope = x.clone(), kwargs.get("rope")
         lengths = valid.sum(1).tolist()  # waits for the device
         for members in similar_lengths(lengths, CALL / (12 * x.shape[-1] ** 2)):
             most = lengths[members[-1]]
-            if most == 0:  # nothing is left of these
+            if most == 0:  # these images have no tokens left
                 continue
             rows = torch.tensor(members, device=x.device)
             some, here = x[:, :most].index_select(0, rows), valid[rows, :most]
@@ -163,8 +163,8 @@ class RoutedBlock(Wrapper):
     def _merge_below(
         self, x: Tensor, flow: Flow, router: Router
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """As `_merge_some`, where each image keeps as many as have a score of at least 0; filled up, and which of the
-        tokens are there (None: all). No old places where none has left."""
+        """As `_merge_some`, but each image keeps the tokens with scores of at least 0; tokens [B, k, D] are filled up.
+        The third result says which are no filling (None: all). Old places are None if no token has left."""
         linear, tokens, device = router.linear, x.shape[1], x.device
         lengths = torch.full((len(x),), tokens, device=device) if flow.valid is None else flow.valid.sum(1)
         shift = torch.as_tensor(router.shift(self.runtime.dial_of(x[:, 0, 0])), device=device).float().expand(len(x))
@@ -181,8 +181,8 @@ class RoutedBlock(Wrapper):
         return some[:, :most], index[:, :most], valid, into
 
     def _merge_some(self, x: Tensor, flow: Flow, router: Router, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens [B, keep, D] that the same number of merges leaves of every image, where they were [B, keep], and
-        where each of x [B, n, D] stands then [B, n]."""
+        """Merge tokens of x [B, n, D] until `keep` of each image are left: returns the tokens left [B, keep, D], their
+        old places [B, keep], and the new places [B, n] of all tokens."""
         linear = router.linear
         given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
         some, size, flow.score, index, into = merge_for(self.base_layer, x, *given, keep)
@@ -192,8 +192,8 @@ class RoutedBlock(Wrapper):
     def _choose_some(
         self, x: Tensor, flow: Flow, router: Router, count: int | tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """x [B, n, D], where patches may have been taken in; where those that go on are [B, k], and which of them are
-        there [B, k]; where each stands then [B, n] (None: all; all; in its own place); weights [B, k, 1], if any."""
+        """Choose which tokens go on: returns x [B, n, D], with merged patches; places [B, k] of these tokens (None:
+        all); which are no filling [B, k] (None: all); new places [B, n] of all (None: unchanged); weights [B, k, 1]."""
         run, prefix, valid = self.runtime, self.prefix, flow.valid
         index = choosing = stand_in = None
         if self.merges and isinstance(count, int):
@@ -229,9 +229,9 @@ class RoutedBlock(Wrapper):
     def _rank(
         self, x: Tensor, flow: Flow, router: Router, choosing: Tensor | None, here: Tensor | None
     ) -> tuple[Tensor, Tensor, Matches | None]:
-        """(scores [B, n], what to choose by [B, n], who could merge); here [B, n] bool: who is still there; None: all.
+        """Return (scores [B, n], ranks [B, n] to choose by, Matches or None); here [B, n]: remaining tokens, None: all.
 
-        Where patches merge, those that may not go are above all that may.
+        Where patches merge, patches that may not merge now rank above all that may.
         """
         if not self.merges:
             score = self._scores(x, flow, router, choosing)
@@ -242,8 +242,8 @@ class RoutedBlock(Wrapper):
         return score, score.masked_fill(stuck, NOT_NOW), matches
 
     def _in_multiples(self, router: Router, rank: Tensor, here: Tensor | None) -> tuple[int, ...] | None:
-        """How many patches of each image pass by their ranks [B, n] where only multiples do, but not while routers are
-        trained; here as in `_rank`. None: as many as have a rank of at least 0."""
+        """Return how many patches of each image pass by their ranks [B, n], in multiples; here as in `_rank`. None if
+        any number of patches may pass, as while routers are trained: those with a rank of at least 0."""
         run = self.runtime
         if run.multiple(router.spec) == 1 or run.training:
             return None
@@ -253,15 +253,15 @@ class RoutedBlock(Wrapper):
         return run.in_multiples(router.spec, wanted, left)
 
     def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens x [B, n, D] after a share `leaving` [B, n] of them was taken in, and the place that each then stands
-        in, if anybody asks."""
+        """Merge a share `leaving` [B, n] of each token of x [B, n, D] into its match: returns the tokens, and the new
+        places [B, n] of all tokens (None if tokens are not restored)."""
         places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
         x, size = merge(x, flow.size, leaving.float(), matches.target)
         flow.resize(size)
         return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 
     def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
-        """How many patches pass (see Runtime.patches_kept)."""
+        """Return how many patches pass (see Runtime.patches_kept)."""
         if router is None:
             return None
         carries = router.spec.dropped == "merge" or (self.shortens and router.spec.multiple > 1)
@@ -269,7 +269,7 @@ class RoutedBlock(Wrapper):
         return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
 
     def _idle(self, router: Router, count: int | tuple[int, ...] | None, patches: int, choosing: Tensor | None) -> bool:
-        """Whether there is nothing to choose: the quota lets all patches pass that are still here."""
+        """Return whether there is nothing to choose, since the quota lets all remaining patches pass."""
         if count is None or router.spec.weight == "score":
             return False
         if choosing is not None:
@@ -277,7 +277,7 @@ class RoutedBlock(Wrapper):
         return isinstance(count, int) and count >= patches
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """Where the tokens of this block, at index [B, k] of those before, were at the start, if anybody asks."""
+        """Return the original places of this block's tokens, at index [B, k] before it; None: all, or not needed."""
         if self.runtime.decisions is None and kwargs.get("rope") is None:
             return None
         if not self.shortens:
@@ -345,7 +345,7 @@ class RoutedBlock(Wrapper):
         return at_places(out, flow.stand_in) if self.last and flow.stand_in is not None else out
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """The block, whose activations are kept for backward or not."""
+        """Run the block; backward recomputes its activations where `Runtime.recompute` says so."""
         run: Any = self.base_layer
         if self.runtime.recompute and torch.is_grad_enabled():
             again = partial(recomputing, x.device)
@@ -356,8 +356,8 @@ class RoutedBlock(Wrapper):
     def _probe(
         self, x: Tensor, args: Any, kwargs: dict[str, Any], flow: Flow, probed: dict[str, tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """All gates open, each with its gradient: on the token's change, and as a key of others, here and wherever it
-        would be missed later."""
+        """Run the block with all gates open and requiring gradients, for calibration. A gate scales the token's update
+        and the token's weight as a key, in this block and in later blocks that would lack the token."""
         gate = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=True)
         features = F.rms_norm(x.detach(), x.shape[-1:])
         kept = gate if flow.kept is None else flow.kept * gate
@@ -374,7 +374,7 @@ class RoutedBlock(Wrapper):
         return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the change of each token is multiplied by [B, T, 1], from the scores of those behind the prefix."""
+        """Return the factor [B, T, 1] of each token's update, from the scores of the tokens behind the prefix."""
         weight = selection.score_weight(score, over_gates=False).to(dtype)
         corrected = self.runtime.corrected(weight)
         weight = weight if corrected is None else 1 + (weight - 1) * corrected
@@ -382,10 +382,10 @@ class RoutedBlock(Wrapper):
 
 
 def similar_lengths(lengths: list[int], price: float) -> list[list[int]]:
-    """The rows of a batch with these lengths in groups, each from short to long: those that cost the least where every
-    row is filled up to the longest of its group, and a group costs as much as `price` tokens."""
+    """Split rows with these lengths into groups, each from short to long, at the least cost: every row costs the length
+    of the longest row of its group, and every group `price` tokens more."""
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best = {0: (0.0, 0)}  # what the first so many rows cost at least, and where their last group begins then
+    best = {0: (0.0, 0)}  # by number of rows: their least cost, and where their last group then begins
     for end in range(1, len(rows) + 1):
         if end == len(rows) or lengths[rows[end]] > lengths[rows[end - 1]]:
             longest = lengths[rows[end - 1]]

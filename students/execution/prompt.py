@@ -1,7 +1,8 @@
-"""Prompts with images through recorded passes: the vision tower is one launch, pruning and all tokens another.
+"""Prompts with images through recorded passes: one launch for the vision tower, one for pruning and all tokens.
 
-Where no image token stays outside, or as many as a quota says, numbers settle every shape. They are asked for once, in
-front of a pass, which then waits for nothing. Prompts are filled up behind, so that few lengths are recorded.
+Where no image token is pruned, or a quota says how many are, the numbers of tokens determine every shape. The host asks
+for these numbers once, before a pass, which then never waits. Prompts are padded at the end, so that few lengths are
+recorded.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ from students.libraries import with_cache
 from students.routers import selection
 
 MULTIPLE = 16
-"""Prompts are filled up to a multiple of so many tokens."""
+"""Prompts are padded to a multiple of so many tokens."""
 TEXT = ("input_ids", "position_ids", "token_type_ids")
-"""Inputs with a place for each token that a pass hands on."""
+"""Inputs with one entry for each token that a pass gives to the model."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a batch of prompts takes in the language model."""
+    """Numbers of tokens that a batch of prompts takes in the language model."""
 
     tokens: int
-    """Of each row, what fills it up included."""
+    """Tokens of each row, padding included."""
     kept: int
-    """Of all rows, without that."""
+    """Tokens of all rows together, without padding."""
     fewer: bool
-    """Whether some tokens stay outside."""
+    """Whether some tokens are pruned."""
 
     @classmethod
     def of(cls, kept: Sequence[int], valid: Sequence[int]) -> Room:
-        """For rows of which so many tokens pass, out of so many."""
+        """For rows of which `kept` tokens each pass, out of `valid`."""
         return cls(max(kept), sum(kept), sum(kept) < sum(valid))
 
 
 @dataclass
 class Prompted:
-    """What the model was called with, as far as pruning has to know."""
+    """The facts that pruning needs about a call of the model."""
 
     image: Tensor | None
     """[B, T] bool: places of image tokens; None: no image came with this call."""
@@ -59,33 +60,33 @@ class Prompted:
     asked: Tensor | None = None
     """[B, T] bool: tokens that may belong to the question; None: all."""
     room: Room | None = None
-    """What they take behind the pruning point, in a pass that has to know beforehand."""
+    """Numbers of tokens after pruning, for a pass that needs these numbers beforehand."""
     counts: Fetched | None = None
-    """[2, B]: how many image tokens and how many tokens each row has, where that is on its way to the host."""
+    """Numbers [2, B] of image tokens and of all tokens in each row, if these are being copied to the host."""
 
 
 class PromptPruning:
-    """How image tokens are pruned in front of the language model: here not at all. Students override it."""
+    """How image tokens are pruned in front of the language model: here not at all; subclasses do it for students."""
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk: Any = trunk
 
     def tower_state(self, pixels: Tensor) -> Hashable:
-        """What a recorded pass through the vision tower depends on besides shapes; ValueError where it would depend on
+        """Return what a recorded pass through the vision tower depends on besides shapes; ValueError if that includes
         the images."""
         return None
 
     def state(self) -> Hashable:
-        """The same of what is behind it."""
+        """Return the same for a recorded pass through all modules behind the vision tower."""
         return None
 
     def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """For rows of `tokens` tokens with so many image tokens and so many tokens in all."""
+        """Return the Room of rows of length `tokens`, with so many image tokens and so many `valid` tokens each."""
         return Room(tokens, sum(valid), fewer=False)
 
     @contextmanager
     def told(self, prompted: Prompted) -> Iterator[None]:
-        """Within it the model is called with embeddings, and this is what they are."""
+        """A context in which the model is called with the embeddings that `prompted` describes."""
         valid = prompted.valid
         if prompted.room is None or prompted.room.kept == valid.numel():
             yield
@@ -103,8 +104,8 @@ class PromptPruning:
 
 
 def masked(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores [B, 1, T, T], so that only valid [B, T] tokens are attended to; mask: the model's own,
-    None where it is causal."""
+    """Return the additive mask [B, 1, T, T] under which only valid [B, T] tokens are attended to; mask: the model's
+    own, None where it is causal."""
     allowed = selection.hide_closed_keys(mask, valid, dtype)
     if allowed.dtype != torch.bool:
         return allowed
@@ -112,7 +113,7 @@ def masked(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ReadLayer(CacheLayerMixin):
-    """Keys and values [B, H, L, d] of one layer, as the only pass that fills it brings them."""
+    """Cache of one layer, filled by one pass: holds the keys and values [B, H, L, d] of that pass uncopied."""
 
     is_sliding = False
     is_compileable = False
@@ -121,25 +122,25 @@ class ReadLayer(CacheLayerMixin):
         CacheLayerMixin.__init__(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is copied."""
+        """Note dtype and device; nothing is allocated."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep them."""
+        """Keep the keys and values of the pass, and return both."""
         self.lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Those of the pass alone."""
+        """Return (number of tokens of the pass, 0): no token came before."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """How many there are."""
+        """Return the number of tokens."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: the length is not limited."""
         return -1
 
 
@@ -152,23 +153,23 @@ class ReadCache(DynamicCache):
 
 
 class Read(NamedTuple):
-    """What reading a prompt leaves. What a recorded pass leaves is overwritten by the next one."""
+    """The result of reading a prompt. The next recorded pass overwrites the result of a recorded pass."""
 
     logits: Tensor
-    """[B, V] float32, behind each row's last token."""
+    """Logits [B, V] of the token after each row's last one, float32."""
     cache: Any
     positions: Tensor | None = None
-    """[B]: of the next tokens, where that was asked."""
+    """Positions [B] of the next tokens, if the model was given position ids."""
     fill: int = 0
-    """Tokens at the end of the cache that only fill it up."""
+    """Number of padding tokens at the end of the cache."""
 
     @property
     def used(self) -> int:
-        """Tokens of the cache that count."""
+        """Number of tokens in the cache, without the padding at its end."""
         return int(self.cache.get_seq_length()) - self.fill
 
     def owned(self) -> DynamicCache:
-        """The cache, which nothing overwrites."""
+        """Return the cache, copied where the next recorded pass would overwrite it."""
         if not isinstance(self.cache, ReadCache):
             own: DynamicCache = self.cache
             return own
@@ -182,24 +183,24 @@ class Read(NamedTuple):
 
 
 def following(positions: Tensor) -> Tensor:
-    """[B]: the positions behind tokens at positions [B, T] or, in several dimensions, of which the first may be another
-    count, [3 or 4, B, T]."""
+    """Return the next position [B] after tokens at positions [B, T] or, as in M-RoPE, [3 or 4, B, T]; the first of 4
+    counts something else and is left out."""
     last = positions.amax(-1)
     return (last if last.ndim == 1 else last[-3:].amax(0)) + 1
 
 
 class PromptPass:
-    """A pass over prompts of one shape, on tensors that stay where they are: what is recorded.
+    """A pass over prompts of one shape, on tensors that stay where they are, so that it can be recorded.
 
-    text: inputs with a place for each token, of which valid [B, T] are no padding; images: what the model made of them
-    [n, D].
+    text: inputs with one entry for each token; valid [B, T]: tokens that are not padding; images: embeddings [n, D] of
+    the image tokens.
     """
 
     def __init__(
         self, model: Any, pruning: PromptPruning, text: dict[str, Tensor], valid: Tensor, images: Tensor, room: Room
     ) -> None:
         self._model, self._pruning, self._room = model, pruning, room
-        with torch.inference_mode(False):  # they are written in calls of either kind
+        with torch.inference_mode(False):  # they are written with and without inference mode
             self._text = {name: tensor.clone() for name, tensor in text.items()}
             self._valid, self._images = valid.clone(), images.clone()
             self._places = torch.arange(valid.shape[1], device=valid.device)
@@ -207,7 +208,7 @@ class PromptPass:
             self._last = torch.zeros(1, dtype=torch.long, device=valid.device)
 
     def write(self, text: dict[str, Tensor], valid: Tensor, images: Tensor, fill: int) -> None:
-        """Note what the next run is for; fill: how many tokens at the end fill it up."""
+        """Set the inputs of the next run; fill: number of padding tokens at the end."""
         for name, tensor in text.items():
             self._text[name].copy_(tensor)
         self._valid.copy_(valid)
@@ -216,7 +217,7 @@ class PromptPass:
         self._last.fill_(self._room.tokens - fill - 1)
 
     def run(self) -> tuple[Tensor, ReadCache]:
-        """The part that is recorded: (logits [B, V], cache)."""
+        """Return (logits [B, V], cache); this is the part that is recorded."""
         text = dict(self._text)
         ids = text.pop("input_ids")
         image = ids == self._model.config.image_token_id
@@ -231,9 +232,9 @@ class PromptPass:
 
 
 class Prompts:
-    """Reads prompts through recorded passes, of which there is one for each shape.
+    """Reads prompts through recorded passes, one for each shape.
 
-    pruning: what stands in front of the model's language model. settle: as of Decoding.
+    pruning: how image tokens are pruned in front of the language model. settle: as in Decoding.
     """
 
     def __init__(
@@ -243,14 +244,14 @@ class Prompts:
         self.pruning = pruning
         self.kept = Recordings[tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]]()
         self.tower = Forward(self._look, pruning.tower_state)
-        """Images that come as pixels and nothing else, all of one shape, to what the model makes of them."""
+        """From pixels of one shape to the embeddings of image tokens, where images come as pixels and nothing else."""
         self._settle = settle
 
     def _look(self, pixels: Tensor) -> Any:
         return self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
 
     def seen(self, kwargs: dict[str, Any], recorder: Recorder | None) -> dict[str, Any]:
-        """What `generate` is called with, for what it was called with: images are looked at."""
+        """Return the arguments of `generate` with the images' pixels replaced by the vision tower's output."""
         look = self.model.base_model.get_image_features
         takes = {name for name in inspect.signature(look).parameters if kwargs.get(name) is not None}
         if not isinstance(kwargs.get("pixel_values"), Tensor) or kwargs.get("mm_encoder_outputs") is not None:
@@ -260,12 +261,12 @@ class Prompts:
             made = BaseModelOutputWithPooling(pooler_output=self.tower(pixels))
         else:
             made = look(**{name: kwargs[name] for name in takes}, return_dict=True)
-        kept = {name: x for name, x in kwargs.items() if name != "pixel_values"}  # positions follow from sizes
+        kept = {name: x for name, x in kwargs.items() if name != "pixel_values"}  # sizes stay, for positions
         return kept | {"mm_encoder_outputs": {"image": made}}
 
     def read(self, inputs: dict[str, Any], recorder: Recorder | None, say: Callable[[str], None]) -> Read | None:
-        """What reading leaves; inputs: what the model would be called with. None: there is nothing to record, or it
-        cannot be, and then `say` hears why."""
+        """Read a prompt through a recorded pass; inputs: those of the model. None if there is nothing to record, or if
+        recording is impossible: `say` is then called with the reason."""
         ids, made = inputs["input_ids"], (inputs.get("mm_encoder_outputs") or {}).get("image")
         record = recorder or recorder_for(ids.device)
         if record is None or made is None:
@@ -284,7 +285,7 @@ class Prompts:
         image = ids == self.model.config.image_token_id
         of_rows, in_all = Fetched(torch.stack([image.sum(1), valid.sum(1)])).wait().tolist()
         if sum(of_rows) != len(images):
-            return None  # what is wrong the model says
+            return None  # the model raises the error
         room = self.pruning.room(of_rows, in_all, valid.shape[1])
         text = self._filled(inputs, fill)
         padded = room.kept < len(ids) * room.tokens
@@ -307,20 +308,20 @@ class Prompts:
         return Read(logits, cache, fill=fill)
 
     def _state(self) -> Hashable:
-        """What a recorded pass depends on besides shapes; ValueError where there can be none."""
+        """Return what a recorded pass depends on besides shapes; ValueError if no pass can be recorded."""
         if any(windows_of(self.pruning.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
         return self.pruning.state()
 
     def _filled(self, inputs: dict[str, Any], fill: int) -> dict[str, Tensor]:
-        """What there is for each token, for so many more behind."""
+        """Return the inputs with one entry for each token, padded at the end by `fill` tokens."""
         text = {name: inputs[name] for name in TEXT if inputs.get(name) is not None}
         for name, tensor in text.items() if fill else ():
             if name == "position_ids":
                 more = tensor[..., -1:] + torch.arange(1, fill + 1, device=tensor.device)
                 text[name] = torch.cat([tensor, more], -1)
             else:
-                # no image token, and none that PaliGemma's prompts look at
+                # no image token, nor (by its type) one that PaliGemma's prompts attend to
                 no_image = int(self.model.config.image_token_id == 0)
                 text[name] = F.pad(tensor, (0, fill), value=no_image if name == "input_ids" else 1)
         return text
