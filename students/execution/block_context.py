@@ -214,7 +214,7 @@ class BranchContext:
     queries: Chosen | Listed | None = None
     """The tokens that are queries, as flat indices into the tokens that the branch is called with; None: all."""
     factors: dict[int, Tensor] = field(default_factory=dict)
-    """Outputs of the MLP's gate (0) and up (1) with their gradients; their product is made without (product.py)."""
+    """Outputs of the MLP's gate (0) and up (1), which carry gradients; their product carries none (see product.py)."""
     exit: Exit | None = None
     """The token and layer gates that the branch's RoutedExit has to apply."""
 
@@ -250,7 +250,7 @@ class BlockContext:
     """The tokens that the block runs on, if a BlockGather has left some out."""
 
     def clear(self) -> None:
-        """Leave nothing."""
+        """Drop all state."""
         self.gates = self.gathered = None
         for branch in (self.attn, self.mlp):
             branch.clear()

@@ -142,7 +142,7 @@ class Forward:
 
 
 class Fetched:
-    """A tensor whose copy to the host starts now and is waited for later; what is launched in between runs already."""
+    """A tensor whose copy to the host starts now; what is launched between now and `wait` runs meanwhile."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._done = tensor, None

@@ -36,7 +36,7 @@ OURS = "students.", "transformers."
 
 
 def slots_for(tokens: int) -> int:
-    """Return the number of slots for so many tokens, from 256, 384, 512, 768, 1024, ...; each is at most half more."""
+    """Return the number of slots for so many tokens: 256, 384, 512, 768, 1024, ..., in steps of a half or a third."""
     slots = SMALLEST
     while slots < tokens:
         slots += slots // 2 if slots & (slots - 1) == 0 else slots // 3

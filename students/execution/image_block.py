@@ -33,8 +33,8 @@ CALL = 2**26
 class RoutedBlock(Wrapper):
     """A block that runs on the open tokens of its router only; closed tokens are no keys in it either.
 
-    key: of its decisions. prefix: number of tokens in front that are never closed. mask: name of the keyword argument
-    that takes the attention mask. dropped: as in RouterSpec. last: whether this is the last block.
+    key: name of its decisions. prefix: number of tokens in front that are never closed. mask: name of the keyword
+    argument that takes the attention mask. dropped: as in RouterSpec. last: whether this is the last block.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class Room:
 
     @classmethod
     def of(cls, kept: Sequence[int], valid: Sequence[int]) -> Room:
-        """For rows of which `kept` tokens each pass, out of `valid`."""
+        """Make the Room of rows of which so many `kept` tokens pass out of so many `valid` ones."""
         return cls(max(kept), sum(kept), sum(kept) < sum(valid))
 
 
@@ -77,7 +77,7 @@ class PromptPruning:
         return None
 
     def state(self) -> Hashable:
-        """Return the same for a recorded pass through all modules behind the vision tower."""
+        """Return what a recorded pass through all modules behind the vision tower depends on; as `tower_state`."""
         return None
 
     def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
@@ -184,7 +184,7 @@ class Read(NamedTuple):
 
 def following(positions: Tensor) -> Tensor:
     """Return the next position [B] after tokens at positions [B, T] or, as in M-RoPE, [3 or 4, B, T]; the first of 4
-    counts something else and is left out."""
+    holds positions in the text, and is left out."""
     last = positions.amax(-1)
     return (last if last.ndim == 1 else last[-3:].amax(0)) + 1
 
@@ -244,7 +244,7 @@ class Prompts:
         self.pruning = pruning
         self.kept = Recordings[tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]]()
         self.tower = Forward(self._look, pruning.tower_state)
-        """From pixels of one shape to the embeddings of image tokens, where images come as pixels and nothing else."""
+        """Recorded passes from pixels to embeddings of image tokens, where images come as pixels alone."""
         self._settle = settle
 
     def _look(self, pixels: Tensor) -> Any:

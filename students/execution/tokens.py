@@ -192,7 +192,7 @@ class Rectangle:
 
 class Order:
     """An order of padded rows: first the tokens at valid [B, T], in their order, then padding, which causal attention
-    leaves out without a mask there."""
+    then leaves out without a mask."""
 
     def __init__(self, valid: Tensor) -> None:
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
@@ -225,8 +225,8 @@ def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
 def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Return the indices [B, k] of the open tokens of open_ [B, T], and which of them are open [B, k] (None: all).
 
-    k is the largest number of open tokens of any row, at least 1; rows with fewer end in closed tokens. count: number
-    of open tokens of each row, if known; nothing then waits.
+    k is the largest number of open tokens of any row, or 1 if none is open; rows with fewer end in closed tokens.
+    count: number of open tokens of each row, if known; k is then `count`, and nothing waits.
     """
     if count is not None:
         table = torch.empty(len(open_), count + 1, dtype=torch.long, device=open_.device)
