@@ -79,7 +79,7 @@ class LinearGroup:
 
     @property
     def laid(self) -> SideBySide:
-        """What `lay_out` has laid side by side."""
+        """The tensors that `lay_out` has laid side by side."""
         assert self._laid is not None, "Student.prepare comes first"
         return self._laid
 
