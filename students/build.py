@@ -124,6 +124,13 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
                 )
         _check(inside, tower_record)
     _check(language, record)
+    if kind_of(model) == "paligemma" and any(
+        r.kv == "drop" and r.of_kind.touches(r) != ("mlp",) for r in language.routers
+    ):
+        raise ValueError(
+            f"{type(model).__name__} attends to its prompt in both directions, and tokens without keys are packed for "
+            "causal attention: use `kv: keep`"
+        )
     _freeze(model)
     runtime, compute = _language_parts(model, trunk, record, blocks, language)
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None

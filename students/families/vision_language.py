@@ -261,6 +261,10 @@ class VisionLanguageStudent(LanguageStudent):
         mask = kwargs.get("attention_mask")
         if kept is not None and padded and not (isinstance(mask, Tensor) and mask.ndim == 2):
             self.runtime.call.valid, self.runtime.call.padded = kept, padded
+        call, decisions = self.runtime.call, self.runtime.decisions
+        if kept is not None and call.prompt is not None:  # what does not pass has no say in what is decided behind
+            passing = kept if decisions is None or decisions.valid is None else decisions.valid.detach() != 0
+            call.prompt = call.prompt & passing
         return out
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:

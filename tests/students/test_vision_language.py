@@ -205,6 +205,18 @@ def test_routers_in_both_towers_leave_out_what_they_mask() -> None:
     torch.testing.assert_close(out.logits[decisions.valid], rows[decisions.valid], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("images", [(1, 1), (2, 1)])
+def test_image_tokens_that_stay_outside_have_no_say_in_decisions_on_sequences(images: tuple[int, int]) -> None:
+    student = student_of("llava", PRUNING, RouterSpec("head", granularity="sequence"))
+    inputs, scores = make_prompts(student.model, images), []
+    for execution, grad in (("skip", False), ("mask", False), ("mask", True)):
+        student.runtime.execution = execution
+        with torch.set_grad_enabled(grad):
+            scores.append(student(**inputs)[1].score["0.attn.head"])
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("selection", ["quota", "threshold", "topk"])
 def test_gradients_reach_the_image_router_and_nothing_else(selection: str) -> None:
     student = student_of("llava", RouterSpec("image", selection=selection, query=4)).train()
@@ -241,5 +253,7 @@ def test_what_does_not_fit_says_so() -> None:
             student(**make_prompts(student.model), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="cannot stand in the vision tower"):
         elasticize(make_vlm("llava"), StudentSpec((RouterSpec("layer", part="vision", kv="drop"),)))
+    with pytest.raises(ValueError, match="in both directions"):
+        elasticize(make_vlm("paligemma"), StudentSpec((RouterSpec("layer", kv="drop"),)))
     with pytest.raises(ValueError, match="not supported"):
         elasticize(make_vlm("qwen2_vl"), StudentSpec((RouterSpec("token", part="vision", kv="drop"),)))
