@@ -143,8 +143,8 @@ class RoutedBlock(Wrapper):
 
         valid [B, n]: which entries are tokens, first in each row. size [B, n]: patches that each token stands for.
         """
-        out, rope = x.clone(), kwargs.get("rope")
-        lengths = valid.sum(1).tolist()  # waits for the device
+        out, rope, call = x.clone(), kwargs.get("rope"), self.runtime.call
+        lengths, offsets = valid.sum(1).tolist(), call.rows  # waits for the device
         for members in similar_lengths(lengths, CALL / (12 * x.shape[-1] ** 2)):
             most = lengths[members[-1]]
             if most == 0:  # these images have no tokens left
@@ -156,8 +156,10 @@ class RoutedBlock(Wrapper):
                 count = here.float() if count is None else count * here
             own = {} if count is None else {self.mask: key_mask(count, x.dtype)}
             own |= {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
+            call.rows = None if offsets is None else offsets[rows]
             done = self.base_layer(some, *args, **{**kwargs, **own})
             out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
+        call.rows = offsets
         return out
 
     def _merge_below(

@@ -249,6 +249,22 @@ def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
     assert found.target[0, [2, 5]].tolist() == [5, 2] and found.target[0, 1] in (4, 6)
 
 
+@pytest.mark.parametrize("dropped", ["return", "stay"])
+def test_parts_of_images_of_several_lengths_have_their_own_budgets(dropped: str, pixels: Tensor) -> None:
+    student = elasticize(
+        make("vit"), StudentSpec((RouterSpec("layer", kv="drop", dropped=dropped), RouterSpec("head")))
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in student.added_parameters().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    student.runtime.offset = (1.0, -0.5, 0.2)
+    skipped = outputs(student, pixels)
+    student.runtime.execution = "mask"
+    for one, other in zip(skipped, outputs(student, pixels), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", BOTH)
 def test_batch_mates_change_nothing(name: str, spec: str, pixels: Tensor) -> None:
