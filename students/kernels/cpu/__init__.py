@@ -1,4 +1,4 @@
-"""The operators on CPUs: C sources, what compiles them, and what calls them."""
+"""The operators on CPUs: C sources, their compilation (toolchain.py), and their calls (operators.py)."""
 
 from students.kernels.cpu.operators import OPERATORS, attends_to_cache, reads_few
 from students.kernels.cpu.toolchain import build

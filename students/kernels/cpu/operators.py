@@ -1,5 +1,5 @@
-"""The operators on CPUs: calls of the C library. Where it is not there, or does not know a tensor's type, the reference
-runs. Arguments and results are explained in ../ops.py."""
+"""The operators on CPUs: calls of the C library. Where there is no library, or it does not support a tensor's dtype,
+the reference runs. Arguments and results are explained in ../ops.py."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from students.kernels.cpu import toolchain
 from students.kernels.merging import NOT_NOW, must_leave_pairs
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-"""By name, what torch's dispatcher calls for tensors on a CPU."""
+"""By operator name, the function that torch's dispatcher calls for tensors on a CPU."""
 
 
 def _in_c(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the reference of the same name for what the C library does not take."""
+    """Register a function as the CPU's operator of the same name, with the reference in its place for tensors that the
+    C library does not support."""
     other = getattr(reference, function.__name__)
 
     def run(first: Tensor, *rest: Any) -> Any:
@@ -32,7 +33,7 @@ def _in_c(function: Callable[..., Any]) -> Callable[..., Any]:
 def layers(
     limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
 ) -> tuple[Any, ...]:
-    """Linear layers side by side, as the C functions that read channels take them between input and output."""
+    """Return the arguments between input and output of the C functions that read channels, for layers side by side."""
     rank, where = 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)
     return limit, weight, weight.stride(0), *weight.shape, bias, down, up, rank, where, len(ends)
 
@@ -44,7 +45,8 @@ def read_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple
 
 
 def reads_few(weight: Tensor, ends: Sequence[int]) -> bool:
-    """Whether there is a C function for `few_channels`: in bfloat16, where the CPU has products of it."""
+    """Return whether there is a C function of `few_channels` for this weight: in bfloat16 if the CPU has bfloat16
+    products, and if the ends of all layers are multiples of 32."""
     return (
         toolchain.native(weight) == "bf16"
         and hasattr(toolchain.loaded, "few_channels_bf16")
@@ -87,7 +89,7 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _each(x: Tensor, limit: Tensor) -> int:
-    """How many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
+    """Return how many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
     return max(1, x.numel() // max(1, limit.numel()))
 
 
@@ -215,16 +217,17 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind:
 
 
 FEW_NUMBERS = 1 << 14
-"""With fewer numbers in all keys, torch's attention is as fast as a call of ours."""
+"""Minimum numbers in all keys: with fewer, torch's attention is as fast as a call of the C function."""
 
 
 def attends_to_cache(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the C function for `decode_attention` is the faster way."""
+    """Return whether there is a C function of `decode_attention` for these tensors that is faster than torch's."""
     return keys.numel() >= FEW_NUMBERS and _attends_in_c(query, keys, values)
 
 
 def _attends_in_c(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is one: in bfloat16, where the CPU has products of it."""
+    """Return whether there is a C function of `decode_attention` for these tensors: in bfloat16 if the CPU has bfloat16
+    products, for heads of multiples of 32 channels, of which at most 32 share a key head."""
     return (
         toolchain.native(query) == "bf16"
         and hasattr(toolchain.loaded, "decode_attention_bf16")
@@ -300,8 +303,8 @@ def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _merge(
     name: str, x: Tensor, given: Sequence[Tensor | None], scalars: Sequence[Tensor | int], length: int, *more: Tensor
 ) -> tuple[Tensor, ...]:
-    """What a C function finds for tokens x [B, n, D]: tokens, sizes, scores and old places of `length` of each image,
-    and where each of the n stands then; and `more`, which it fills as well."""
+    """Call a C function that merges tokens x [B, n, D]. Return tokens, sizes, scores and old indices, `length` for each
+    image, the index [B, n] of the token that each old token is now part of, and the tensors `more`, filled as well."""
     batch, n, width = x.shape
     out = x.new_empty(batch, length, width)
     sizes, scores = (torch.empty(batch, length) for _ in range(2))

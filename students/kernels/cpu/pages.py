@@ -1,5 +1,5 @@
-"""Memory in large pages, for weights that are read row by row: a row here and a row there is then found with fewer
-look-ups of pages, and fetched ahead across the borders of small ones."""
+"""Memory in large pages, for weights of which scattered rows are read: finding a row takes fewer page-table look-ups,
+and prefetching is not stopped at the boundaries of small pages."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 PIECE = 16 * 2**20
-"""Bytes that small tensors share, which is several large pages."""
+"""Bytes of a mapping that small tensors share: several large pages."""
 
 
 class LargePages:
-    """Hands out tensors, small ones side by side. Memory goes back once none of those that share it is left."""
+    """Allocates tensors, small ones side by side. Memory is freed once no tensor that shares it is left."""
 
     def __init__(self) -> None:
         self._piece: mmap.mmap | None = None
         self._used = 0
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of this shape, of another's type and device; in large pages where there are any."""
+        """Return an uninitialised tensor of this shape, with the dtype and device of `like`; on CPUs whose operating
+        system has large pages, in these."""
         count = math.prod(shape)
         if not like.is_cpu or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
             return like.new_empty(shape)
@@ -38,10 +39,10 @@ class LargePages:
 
 def _mapped(size: int) -> mmap.mmap:
     piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without large pages
         piece.madvise(mmap.MADV_HUGEPAGE)
     return piece
 
 
 large_pages = LargePages()
-"""That of the process."""
+"""The allocator of this process."""

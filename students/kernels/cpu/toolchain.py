@@ -1,4 +1,4 @@
-"""The C library of the operators' functions on CPUs, compiled for this machine where a compiler is present."""
+"""The C library with the operators' CPU functions, compiled for this machine where a compiler is present."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 _NAMES = "numbers.h", "kernels.c", "attention.c", "fused.c", "merging.c", "norms.c"
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-# sums keep their order in what has to have torch's bits
+# functions that have to give torch's bits keep the order of sums
 _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _COUNT = {"read_channels", "few_channels"}
@@ -29,10 +29,10 @@ loaded: ctypes.CDLL | None = None
 
 
 class Recording(threading.local):
-    """Where calls of C functions by this thread are noted, while somebody records them (see execution/replay.py)."""
+    """The C calls of this thread, while they are recorded for a replay (see execution/replay.py)."""
 
     calls: list[Callable[[int], Any]] | None = None
-    """Each takes the number of threads."""
+    """The recorded calls, as functions of the number of threads; None while nothing is recorded."""
 
 
 recording = Recording()
@@ -41,7 +41,7 @@ recording = Recording()
 def build(folder: Path) -> bool:
     """Compile the C library into this folder, unless it is there already, and use it from now on.
 
-    False, and torch's operators stay in use, where there is no C compiler or it fails.
+    Return False if there is no C compiler or it fails; torch's operators then stay in use.
     """
     global loaded
     if loaded is not None:
@@ -62,7 +62,7 @@ def build(folder: Path) -> bool:
                     objects.append(str(Path(workshop, f"{source.stem}.o")))
                     flags = (*_FLAGS, *_EXACT.get(source.name, ()), "-fopenmp", "-fPIC")
                     _run(compiler, *flags, "-c", str(source), "-o", objects[-1])
-                # left without OpenMP's library on purpose: torch has loaded one, and two would fight for the cores
+                # not linked with OpenMP's library on purpose: torch has loaded one, and two would compete for the cores
                 _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
                 library.replace(final)
         found = ctypes.CDLL(str(final))
@@ -77,7 +77,7 @@ def _run(*command: str) -> None:
 
 
 def _machine() -> str:
-    """What `-march=native` depends on, so that a cache folder can be shared by unlike machines."""
+    """Return the CPU's features, on which `-march=native` depends, so that unlike machines can share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -86,12 +86,13 @@ def _machine() -> str:
 
 
 def native(x: Tensor) -> str | None:
-    """The suffix of the C functions that take this tensor, or None."""
+    """Return the suffix of the C functions for the dtype of x; None if there are none, or x is not on a CPU."""
     return _KINDS.get(x.dtype) if loaded is not None and x.device.type == "cpu" else None
 
 
 def function(name: str, *arguments: Any) -> Any:
-    """The C function for the type of the first argument, which takes such arguments and the number of threads."""
+    """Return the C function for the first argument's dtype, which takes arguments like these, then the number of
+    threads."""
     found = getattr(loaded, f"{name}_{native(arguments[0])}")
     if found.argtypes is None:
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
@@ -101,17 +102,17 @@ def function(name: str, *arguments: Any) -> Any:
 
 
 def addresses(*arguments: Any) -> list[Any]:
-    """What C sees of arguments: tensors, which are contiguous, by where they are."""
+    """Return the arguments as C takes them: tensors as the address of their data."""
     return [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call a C function; those that count return a number."""
+    """Call the C function `name`; return its result if it returns a count, else None."""
     return run(function(name, *arguments), *addresses(*arguments))
 
 
 def run(function: Any, *given: Any) -> Any:
-    """Call a C function with all that it takes but the number of threads."""
+    """Call a C function with these arguments and torch's number of threads; note the call while recording."""
     if recording.calls is not None:
         recording.calls.append(partial(function, *given))
     return function(*given, torch.get_num_threads())

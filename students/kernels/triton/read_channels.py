@@ -1,11 +1,11 @@
 """Linear layers side by side that read only the channels that a few inputs need.
 
-A program owns a strip of one layer's outputs and a range of the inputs. It lists the channels of its range that some
-input needs, with what stands in front of the layers (a norm, an MLP's gate) done on the way, and then copies the rows
-of the weight that are on the list: what is not copied costs neither bandwidth, which is all that a product with one
-input takes, nor steps of the loop. Programs of one range write the same list to the same place. Ranges' sums meet in
-memory, where the program that comes last adds them up, in the order of the ranges, and adds what follows the layers (a
-residual stream).
+A program owns a strip of one layer's outputs and a range of the inputs (split-K). It lists the channels of its range
+that some input needs, and applies the operators in front of the layers (a norm, an MLP's gated product) on the way. It
+then copies the listed rows of the weight: a row that is not copied costs neither bandwidth, on which alone the time of
+a product with one input depends, nor steps of the loop. All programs of a range write the same list to the same place.
+The ranges' partial sums go to memory, where the program that finishes last adds them up in the order of the ranges, and
+adds the residual stream behind the layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _TOGETHER = tl.constexpr(reference.TOGETHER)
 
 @triton.jit
 def _write(total, bias, residual, out, squares, row, column, end, rows, outputs, strip, STRIP: tl.constexpr):
-    """Round total [R, STRIP] into out [rows, outputs]; with a residual stream added, and its squares summed."""
+    """Round total [R, STRIP] into out [rows, outputs]. With a residual stream: add it, and write the partial sums of
+    squares of the result."""
     if bias is not None:
         total += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
     place = row[:, None] * outputs + column[None, :]
@@ -47,7 +48,7 @@ def _write(total, bias, residual, out, squares, row, column, end, rows, outputs,
 
 @triton.jit
 def _lows(x, down, row, first, last, rows, inputs, rank, layer, RANK: tl.constexpr, ROWS: tl.constexpr):
-    """The products [R, RANK] of a few inputs with a correction's rows."""
+    """Return the products [R, RANK] of a few inputs' channels `first` to `last` with a layer's correction `down`."""
     feature = tl.arange(0, RANK)
     lows = tl.zeros([ROWS, RANK], tl.float32)
     for start in range(first, last, 128):
@@ -62,7 +63,7 @@ def _lows(x, down, row, first, last, rows, inputs, rank, layer, RANK: tl.constex
 
 @triton.jit
 def _listed(values, row, slot, stop, rows, inputs, ROWS: tl.constexpr, STEP: tl.constexpr, ONE: tl.constexpr):
-    """[ROWS, STEP]: what inputs have in some slots of the list; where there is one input, all rows are that."""
+    """Return the inputs' values [ROWS, STEP] in some slots of the list; with ONE input, all rows are equal."""
     if ONE:
         value = tl.load(values + slot, mask=slot < stop, other=0.0)
         return tl.broadcast_to(value[None, :], [ROWS, STEP])
@@ -91,9 +92,9 @@ def _products(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """total [ROWS, STRIP] and the products with rows of the weight that are listed, from a slot to another."""
+    """Return total [ROWS, STRIP] plus the products with the weight's rows in slots `first` to `stop` of the list."""
     step = tl.arange(0, STEP)
-    # the list is read a step ahead, while weights are on their way
+    # the list is read a step ahead, while weights are in flight
     channel = tl.load(chosen + first + step, mask=first + step < stop, other=0)
     value = _listed(values, row, first + step, stop, rows, inputs, ROWS, STEP, ONE)
     for start in tl.range(first, stop, STEP, num_stages=STAGES):
@@ -109,7 +110,7 @@ def _products(
 
 @triton.jit
 def _added(partial, row, column, inside, rows, outputs, STRIP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):
-    """Sums [R, STRIP] of all ranges, in their order; as many as fit into registers are on their way together."""
+    """Return the sums [R, STRIP] over all ranges, added in order; as many as fit into registers are loaded together."""
     place = row[:, None] * outputs + column[None, :]
     mask = (row < rows)[:, None] & inside[None, :]
     total = tl.zeros([ROWS, STRIP], tl.float32)
@@ -162,8 +163,8 @@ def _gather(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [rows, outputs], and how many channels were read. One function, because what it keeps in registers from the
-    first line to the last (where its strip lies, what it has summed) would be most of what parts of it hand over."""
+    """Write out [rows, outputs], and how many channels were read. This is one function, because the values that it
+    keeps in registers throughout (where its strip lies, its sums) would be most of what parts of it would pass on."""
     strip, part = tl.program_id(0), tl.program_id(1)
     layer, begin, end, own = 0, 0, ENDS[0], strip
     for another in tl.static_range(1, len(ENDS)):
@@ -179,7 +180,7 @@ def _gather(
     last = tl.minimum(first + each, inputs)
     row, feature = tl.arange(0, ROWS), tl.arange(0, RANK)
     listing = tl.arange(0, LISTING)
-    held = tl.minimum(listing, rows - 1)  # rows that there are not are the last one
+    held = tl.minimum(listing, rows - 1)  # rows beyond the last input repeat the last input
     scale = 1.0 if squares is None else scales(squares, held, inputs, sums, epsilon, SUMS, ONE)
     total = tl.zeros([ROWS, STRIP], tl.float32)
     lows = tl.zeros([1 if ONE else ROWS, RANK], tl.float32)
@@ -191,8 +192,8 @@ def _gather(
             *(layer, unit, KIND, RANK, CHUNK, ONE),
         )
         read += listed
-        if not ONE:  # while some of a multiprocessor's programs list what is next, others read weights
-            tl.debug_barrier()  # all of the list is written before it is read
+        if not ONE:  # while some programs of a multiprocessor list the next channels, others read weights
+            tl.debug_barrier()  # the whole list is written before it is read
             total = _products(
                 *(total, weight, stride, column, inside, chosen, values, row, into, into + listed, rows, inputs),
                 *(WHOLE, ONE, ROWS, STEP, STAGES),
@@ -222,7 +223,7 @@ def _gather(
         tl.store(partial + part * rows * outputs + place, total, mask=mask)
         if strip == 0:
             tl.store(counts + part, read)
-        tl.debug_barrier()  # all of this program's sums are written before it says so
+        tl.debug_barrier()  # all of this program's sums are written before it counts as finished
         if tl.atomic_add(arrivals + strip, 1, sem="acq_rel") == SPLIT - 1:
             tl.store(arrivals + strip, 0)
             whole = _added(partial, listing, column, inside, rows, outputs, STRIP, LISTING, SPLIT)
@@ -235,18 +236,18 @@ def _gather(
 
 
 def few_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As `ops.few_channels`: out [B, O] for x [B, I], and how many channels some input needs."""
+    """Triton implementation of `ops.few_channels`: out [B, O] for x [B, I], and how many channels some input needs."""
     return fused_channels(x, None, None, 0.0, -1, None, *rest)[:2]
 
 
 def read_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As `ops.read_channels`: out [O] for x [I], and how many channels it needs."""
+    """Triton implementation of `ops.read_channels`: out [O] for x [I], and how many channels x needs."""
     out, count = few_channels(x.unsqueeze(0), *rest)
     return out.squeeze(0), count
 
 
 def fused_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.fused_channels`."""
+    """Triton implementation of `ops.fused_channels`; a dense product where the tuning table has no launch."""
     plan = tuning.gather(x.device, len(x), rest[6].shape[1])
     return _all_channels(x, *rest) if plan is None else launch(plan, x, *rest)
 
@@ -266,7 +267,7 @@ def launch(
     up: Tensor | None,
     ends: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_channels` as a plan has it."""
+    """Run `ops.fused_channels` with the launch configuration `plan`."""
     (rows, inputs), outputs = x.shape, weight.shape[1]
     if x.stride(1) != 1 or (kind >= 3 and other is not None and other.stride() != x.stride()):
         x, other = x.contiguous(), None if other is None else other.contiguous()
@@ -321,7 +322,7 @@ def _all_channels(
     weight: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from a product with all of the weight."""
+    """Compute `ops.fused_channels` with a dense product of the whole weight."""
     x = reference.entering(x, other, squares, epsilon, kind)
     out = reference.with_rest(channel_gate(x, limit)[0] @ weight, x, *rest)
     out, found = reference.leaving(out, residual)

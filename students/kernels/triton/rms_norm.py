@@ -1,8 +1,8 @@
-"""RMS norms in one pass, with the bits that torch's own operators give on GPUs, and their gradient.
+"""RMS norms in one pass, with the same bits as torch's own operators on GPUs, and their gradient.
 
-torch (2.11 to 2.14) sums a contiguous row [D] of float32 like this: threads take four numbers at a time, side by side,
-and keep four sums; these are added from left to right; then the sums of threads are added, the second half to the
-first, until one is left. How many threads there are for a row follows from D and the number of rows.
+torch (2.11 to 2.14) sums a contiguous row [D] of float32 as follows. Threads side by side take four numbers each at a
+time and keep four sums, which are then added from left to right; the threads' sums are added, the second half to the
+first half, until one sum is left. The number of threads for a row follows from D and the number of rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 @lru_cache(maxsize=64)
 def threads_of(rows: int, width: int) -> tuple[int, int]:
-    """(threads side by side, groups of them one below the other) that torch sums a row of `width` numbers with, where
-    there are so many rows: a block has at most 512 threads, and shares them out between rows and numbers."""
+    """Return (threads side by side, groups of such threads) with which torch sums each of `rows` rows of `width`
+    numbers: a block has at most 512 threads, which are divided between rows and numbers."""
     most = 512
     across, along = (min(most, 1 << (max(1, n).bit_length() - 1)) for n in (width // 4, rows))
     height = min(along, most // min(across, 32))
@@ -30,7 +30,7 @@ def threads_of(rows: int, width: int) -> tuple[int, int]:
 
 @triton.jit
 def _total(value, GROUPS: tl.constexpr, N: tl.constexpr):
-    """[GROUPS, N] -> [GROUPS, 1]: the second half added to the first, until one is left."""
+    """Return the row sums [GROUPS, 1] of value [GROUPS, N], adding the second half to the first until one is left."""
     if N == 1:
         return value
     else:
@@ -91,16 +91,12 @@ def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLO
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    """x [..., D] / sqrt(mean(x^2) + epsilon), times weight [D].
-
-    kind: 0 where the quotient is rounded to x's type before that product, 1 where it is not, 2 where it is not and the
-    factor is 1 + weight.
-    """
+    """Triton implementation of `ops.rms_norm`."""
     x, width = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // width
     if rows:
         threads, groups = threads_of(rows, width)
-        factor = c_float(c_float(rows).value / c_float(x.numel()).value)  # rounded as torch does
+        factor = c_float(c_float(rows).value / c_float(x.numel()).value)  # rounded to float32 where torch does
         _rms_norm[(rows,)](
             *(x, weight, out, width, epsilon, factor.value),
             KIND=kind,
@@ -113,7 +109,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    """The gradient of `rms_norm` by x."""
+    """Triton implementation of `ops.rms_norm_grad`."""
     x, grad, width = x.contiguous(), grad.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     if x.numel():

@@ -1,5 +1,5 @@
-"""Rotary embeddings of queries and keys in one launch, and their gradients in one, rounded after each step as torch's
-operators do."""
+"""Rotary embeddings of queries and keys in one launch, and their gradients in another, rounded after each step as by
+torch's operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 HEADS = 8
-"""Of a token, that one program turns."""
+"""Heads of a token that one program rotates."""
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _turn(
     HEADS: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Turn some heads of one token; BACK: by the transposed matrix, into a tensor in which a token's heads lie side by
-    side."""
+    """Rotate some heads of one token. BACK: rotate by the transposed matrix, for the gradient, and write to a tensor in
+    which the heads of a token lie side by side."""
     own, part = group * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
     kind = x.dtype.element_ty
     half = column // 2
@@ -53,7 +53,7 @@ def _turn(
         across = ((low if second else high) * turn[None, :]).to(kind).to(tl.float32)
         across = -across if second == BACK else across
         tl.store(target + second * half, (straight + across).to(kind), mask=mask)
-    for start in range(column, size, HALF):  # what is not turned
+    for start in range(column, size, HALF):  # channels that are not rotated
         mask = (own < heads)[:, None] & (start + part < size)[None, :]
         tl.store(target + start, tl.load(source + start, mask=mask, other=0.0), mask=mask)
 
@@ -100,14 +100,14 @@ def _rotary(
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.rotary`."""
+    """Triton implementation of `ops.rotary`."""
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
     _launch(query, key, cos, sin, outs, back=False)
     return outs[0], outs[1]
 
 
 def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.rotary_grad`."""
+    """Triton implementation of `ops.rotary_grad`."""
     outs = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key))
     _launch(query, key, cos, sin, outs, back=True)
     return outs[0].transpose(1, 2), outs[1].transpose(1, 2)

@@ -1,5 +1,5 @@
-"""Forward KL of logits that are exact or guessed, and its gradient: what `row_gate` would write down is made while
-reading."""
+"""Forward KL of logits that are exact or guessed, and its gradient; the logits of `row_gate` are computed while reading
+and never stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from students.kernels.triton.forward_kl import add_logits, write_row
 
 @triton.jit
 def _chosen(exact, preview, least, added, here):
-    """Logits in float32; both products of the gate are exact."""
+    """Return previews, exact logits, guesses, and exact logits where the preview reaches `least` and guesses elsewhere;
+    all in float32. Selecting equals the gate's products in the reference, which are exact."""
     kind = exact.dtype.element_ty
     guess = tl.load(preview, mask=here, other=0.0).to(tl.float32)
     value = tl.load(exact, mask=here, other=0.0).to(tl.float32)
@@ -89,7 +90,7 @@ def _routed_kl_grad(
 def routed_kl(
     exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.routed_kl`."""
+    """Triton implementation of `ops.routed_kl`."""
     exact, preview, teacher, limit = (x.contiguous() for x in (exact, preview, teacher, limit))
     rows, vocabulary = exact.shape
     value, share, logs = (exact.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (2, rows)))
@@ -110,7 +111,7 @@ def routed_kl_grad(
     grad: Tensor,
     grad_share: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.routed_kl_grad`."""
+    """Triton implementation of `ops.routed_kl_grad`."""
     teacher, limit, *by = (x.contiguous() for x in (teacher, limit, logs, grad, grad_share))
     to_limit, rest = torch.empty_like(limit), torch.zeros_like(limit, dtype=torch.float32)
     rows, vocabulary = exact.shape

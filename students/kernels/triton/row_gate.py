@@ -1,4 +1,4 @@
-"""Logits that are exact where a preview reaches a limit and guessed elsewhere, and the gradient of that."""
+"""Logits that are exact where a preview reaches a limit and guessed elsewhere, and their gradient."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _row_gate_grad(
 
 
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.row_gate`."""
+    """Triton implementation of `ops.row_gate`."""
     exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
     vocabulary = exact.shape[-1]
     out, share = torch.empty_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)
@@ -81,7 +81,7 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
 def row_gate_grad(
     grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `ops.row_gate_grad`."""
+    """Triton implementation of `ops.row_gate_grad`."""
     grad_out, grad_share = grad_out.contiguous(), grad_share.contiguous()
     exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
     grads = torch.empty_like(exact), torch.empty_like(preview), torch.empty_like(limit)

@@ -1,4 +1,4 @@
-"""Scores become their softmax, and gradients by it those by the scores, in place: each row is read twice."""
+"""Softmax of attention scores and the gradient by the scores, both in place; each row is read twice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _softmax_grad(score, grad, keys, tokens, BLOCK: tl.constexpr):
 
 
 def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
-    """As `ops.softmax_grad`."""
+    """Triton implementation of `ops.softmax_grad`."""
     keys = score.shape[-1]
     if score.numel():
         block = min(2048, triton.next_power_of_2(keys))
