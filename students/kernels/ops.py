@@ -378,7 +378,7 @@ def exact_together(x: Tensor) -> int:
 
 def reads_few(rows: int, weight: Tensor, ends: list[int]) -> bool:
     """Return whether `few_channels` has a kernel for such a weight (on a GPU: with Triton; on a CPU: in bfloat16, if
-    the CPU has bfloat16 products and outputs come in multiples of 32) and is faster than a dense product for so many
+    the CPU has bfloat16 products and outputs come in multiples of 32) and is faster than a dense product for `rows`
     inputs: many inputs together need nearly all channels, which a dense product reads faster."""
     if weight.is_cuda:
         return triton.available() and tuning.gather(weight.device, rows, weight.shape[1]) is not None

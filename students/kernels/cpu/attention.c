@@ -1,8 +1,8 @@
-// Attention of one new token to a cache: keys and values are read once for all heads that share them, with bfloat16's own
-// products, and never written out in float32.
+// Attention of one new token to a cache. Keys and values are read once for all heads that share them, multiplied with
+// the CPU's bfloat16 instructions, and never stored in float32.
 //
-// Compiled with kernels.c (see toolchain.py), where the CPU has such products. A task owns a key head and a range of the
-// slots, and keeps a softmax of its own while it reads (arXiv 2205.14135); ranges are added up in order.
+// Compiled with kernels.c (see toolchain.py), on CPUs with AVX512-BF16. A task owns a key head and a range of the
+// slots, and keeps an online softmax of this range (arXiv 2205.14135); the ranges are added up in order.
 
 #include <math.h>
 #include <stdint.h>
@@ -13,9 +13,9 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
-enum { BLOCK = 64, MOST = 32 };  // slots at a time; heads that share a key head, at most
+enum { BLOCK = 64, MOST = 32 };  // slots per step; maximum heads that share a key head
 
-// Lane j: the sum of x[j].
+// Returns a vector whose lane j is the sum of the lanes of x[j].
 static inline __m512 sums_of_16(const __m512 *x) {
     __m512 two[8], four[4];
     for (int i = 0; i < 8; i++)
@@ -29,7 +29,8 @@ static inline __m512 sums_of_16(const __m512 *x) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-// score[g][n]: products of G queries q [G, d] with n keys [n, d]; what n and G are short of four is filled up with others.
+// Writes score[g][c], the products of G queries q [G, d] with n keys [n, d], four by four. Where n or G is no multiple
+// of four, the last row is repeated.
 static void products_with_keys(const uint16_t *q, int64_t G, const uint16_t *keys, int64_t n, int64_t d,
                                float (*score)[BLOCK]) {
     for (int64_t g = 0; g < G; g += 4)
@@ -55,8 +56,9 @@ static void products_with_keys(const uint16_t *q, int64_t G, const uint16_t *key
         }
 }
 
-// sums[g][v] = shrink[g] * sums[g][v] + products of weights [G][n] with values [n, v], n even and the last of an odd number
-// twice; weights come in pairs of neighbours. Within 32 outputs sums are in the order that unpacking leaves.
+// sums[g][v] = shrink[g] * sums[g][v] + products of weights [G][n] with values [n, v]. pair: two adjacent weights in 32
+// bits; if n is odd, the last value is read twice, the second time with weight 0. Within 32 outputs, sums stay in the
+// order in which unpacking leaves them.
 static void add_values(uint32_t (*pair)[BLOCK / 2], int64_t G, const uint16_t *values, int64_t n, int64_t v,
                        const float *shrink, float *sums) {
     for (int64_t g = 0; g < G; g += 4)
@@ -85,9 +87,9 @@ static void add_values(uint32_t (*pair)[BLOCK / 2], int64_t G, const uint16_t *v
         }
 }
 
-// What a range of slots adds up to: sums [G, v] of values by exponentials of scores less the highest; tops[g] and
-// totals[g]: the highest, and the sum of the exponentials. hides [slots]: bool where `is_bool`, or what is added to scores;
-// may be NULL.
+// Attends with G queries to the slots from .. to. sums [G, v]: sums of values weighted by the exponentials of the
+// scores less the highest score; tops[g]: that highest score; totals[g]: the sum of the exponentials. hides [slots]:
+// bool if `is_bool`, else bfloat16 numbers added to the scores; may be NULL.
 static void attend(const uint16_t *q, int64_t G, const uint16_t *keys, const uint16_t *values, int64_t d, int64_t v,
                    const void *hides, int64_t is_bool, int64_t from, int64_t to, float scale, float cap, float *sums,
                    float *tops, float *totals) {
@@ -119,9 +121,9 @@ static void attend(const uint16_t *q, int64_t G, const uint16_t *keys, const uin
     }
 }
 
-// out [B, K * G, v] of query [B, K * G, d] with keys [B, K, L, d] and values [B, K, L, v], of which those up to the place
-// *slot (NULL: all) are seen, and of these the last `window` (0: all). mask: as in `attend`, its rows mask_row apart;
-// partial [B * K * ranges, G, v + 2]: what ranges add up to.
+// Writes out [B, K * G, v], the attention of query [B, K * G, d] to keys [B, K, L, d] and values [B, K, L, v]. Slots up
+// to *slot (NULL: all) are seen, and of these the last `window` (0: all). mask: as `hides` of `attend`, with rows
+// mask_row apart. partial [B * K * ranges, G, v + 2]: memory for the sums, tops and totals of the ranges.
 void decode_attention_bf16(const uint16_t *query, const uint16_t *keys, const uint16_t *values, int64_t B, int64_t K,
                            int64_t G, int64_t L, int64_t d, int64_t v, const void *mask, int64_t is_bool,
                            int64_t mask_row, const int64_t *slot, int64_t window, float scale, float cap, int64_t ranges,

@@ -1,8 +1,8 @@
-// One pass over activations, scores or logits where torch's operators would make ten: gates, divergences and gradients
-// of a training step.
+// Gates, divergences and gradients of a training step, in one pass over activations, scores or logits where torch's
+// operators would make ten.
 //
-// Compiled with kernels.c (see toolchain.py). Arithmetic is in float32; limits are rounded to the tensors' own type first,
-// as torch would compare them.
+// Compiled with kernels.c (see toolchain.py). Arithmetic is in float32; limits are first rounded to the tensors' type,
+// in which torch would compare them.
 
 #include <math.h>
 #include <stdint.h>
@@ -10,8 +10,8 @@
 
 #include "numbers.h"
 
-// x [N, I] with 0 where |x| < limit; limit [*, I], a row of it for every `each` rows of x; share[n]: of channels that
-// stay; may be NULL.
+// Writes to out x [N, I] with 0 where |x| < limit. limit [*, I]: one row for every `each` rows of x. share[n]: the
+// share of channels kept; may be NULL.
 #define CHANNEL_GATE(S, T)                                                                                       \
     void channel_gate_##S(const T *x, int64_t N, int64_t I, const float *limit, int64_t each, T *out,            \
                           float *share, int threads) {                                                           \
@@ -31,15 +31,15 @@
 
 #define WIDE 512
 
-// Channels that a thread goes through side by side: the more, the fewer pages are in use at a time.
+// Returns how many adjacent channels a thread processes together: the more, the fewer pages are in use at a time.
 static inline int64_t wide_of(int64_t I, int threads) {
     int64_t wide = (I / threads + 63) / 64 * 64;
     return wide < 64 ? 64 : wide > WIDE ? WIDE : wide;
 }
 
-// The gradients of that: in[n, i] = grad[n, i] where kept; slope[g, i] -= grad x + by_share[n] / I, summed over the rows
-// of x with `low` <= |x| < `high`, which are [*, I] as limit is. by_share may be NULL. What is written goes through
-// arrays of its own, since compilers vectorise nothing that may overlap.
+// Gradients of CHANNEL_GATE: in[n, i] = grad[n, i] where x is kept, else 0; slope[g, i] -= grad x + by_share[n] / I,
+// summed over the rows of x with low <= |x| < high. low and high are [*, I] as limit is; by_share may be NULL. Results
+// go through local arrays, since compilers do not vectorise loops over arrays that may overlap.
 #define CHANNEL_GATE_GRAD(S, T)                                                                                  \
     void channel_gate_grad_##S(const T *grad, const T *x, int64_t N, int64_t I, const float *limit,              \
                                const float *low, const float *high, int64_t each, const float *by_share,         \
@@ -70,7 +70,7 @@ static inline int64_t wide_of(int64_t I, int threads) {
         }                                                                                                        \
     }
 
-// Activations and their slopes at x [m]; kind: 0 for SiLU, 1 for GELU with tanh.
+// Writes the activations of x [m] and their derivatives; kind: 0 for SiLU, 1 for GELU with tanh.
 static inline void activation(const float *x, int64_t m, int64_t kind, float *active, float *slope) {
     const float root = 0.797884561f, cube = 0.044715f;
     if (kind == 0)
@@ -87,7 +87,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }
 }
 
-// As CHANNEL_GATE_GRAD for x = activation(gate) * up [N, I], which is made again: by_gate and by_up [N, I], and slope.
+// CHANNEL_GATE_GRAD for x = activation(gate) * up [N, I], which is recomputed. Writes the gradients by_gate and by_up
+// [N, I], and slope.
 #define GATED_GRAD(S, T)                                                                                         \
     void gated_grad_##S(const T *grad, const T *gate, const T *up, int64_t N, int64_t I, const float *limit,     \
                         const float *low, const float *high, int64_t each, const float *by_share, int64_t kind,  \
@@ -122,7 +123,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// exact [N, V] where preview >= limit[n], else preview + tail; share[n]: of exact ones.
+// Writes to out exact [N, V] where preview >= limit[n], else preview + tail; share[n]: the share of exact logits.
 #define ROW_GATE(S, T)                                                                                           \
     void row_gate_##S(const T *exact, const T *preview, int64_t N, int64_t V, const float *limit, float tail,    \
                       T *out, float *share, int threads) {                                                       \
@@ -141,8 +142,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// The gradients of that: to_exact [N, V] where kept, to_preview elsewhere, to_limit[n] and to_tail[n]. to_preview and
-// by_share may be NULL.
+// Gradients of ROW_GATE: to_exact [N, V] is grad where the exact logit is kept, else 0; to_preview [N, V] is grad
+// elsewhere; to_limit[n] and to_tail[n]. to_preview and by_share may be NULL.
 #define ROW_GATE_GRAD(S, T)                                                                                      \
     void row_gate_grad_##S(const T *grad, const T *exact, const T *preview, int64_t N, int64_t V,                \
                            const float *limit, float tail, const float *by_share, T *to_exact, T *to_preview,    \
@@ -168,30 +169,30 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
 #define LARGEST(S, T)                                                                                            \
     static float largest_##S(const T *x, int64_t V) {                                                            \
         float most = -INFINITY;                                                                                  \
-        _Pragma("omp simd reduction(max : most)") /* compilers do not see it by themselves */                    \
+        _Pragma("omp simd reduction(max : most)") /* not vectorised without the pragma */                        \
         for (int64_t v = 0; v < V; v++) most = up_##S(x[v]) > most ? up_##S(x[v]) : most;                        \
         return most;                                                                                             \
     }
 
-// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and the logarithm of each row's
-// sum of e^x, [2, N]: student, teacher.
+// KL(p || q) [N] of teacher logits t and student logits s [N, V] at a temperature of 1, and the log-sum-exp of each
+// row, logs [2, N]: student, teacher.
 #define FORWARD_KL(S, T)                                                                                         \
     void forward_kl_##S(const T *s, const T *t, int64_t N, int64_t V, float *value, float *logs, int threads) {  \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \
             const T *a = s + n * V, *b = t + n * V;                                                              \
-            int same = !memcmp(a, b, V * sizeof(T)); /* sums differ with the rows' alignment */                  \
+            int same = !memcmp(a, b, V * sizeof(T)); /* else equal rows of unlike alignment sum differently */   \
             float most_a = largest_##S(a, V), most_b = largest_##S(b, V), sum_a = 0, sum_b = 0, apart = 0;       \
             for (int64_t v = 0; v < V; v++) {                                                                    \
                 float x = up_##S(a[v]), y = up_##S(b[v]), p = expf_(y - most_b);                                 \
                 sum_a += expf_(x - most_a), sum_b += p, apart += p * (y - x);                                    \
             }                                                                                                    \
             float log_a = most_a + logf(sum_a), log_b = same ? log_a : most_b + logf(sum_b);                     \
-            float kl = same ? log_a - log_a : apart / sum_b - (log_b - log_a); /* NaN: infinite logits */          \
+            float kl = same ? log_a - log_a : apart / sum_b - (log_b - log_a); /* NaN if logits are infinite */    \
             value[n] = kl, logs[n] = log_a, logs[N + n] = log_b;                                                 \
         }                                                                                                        \
     }
 
-// Its gradient by s: (q - p) * by[n].
+// Gradient of FORWARD_KL by s: (q - p) * by[n].
 #define FORWARD_KL_GRAD(S, T)                                                                                    \
     void forward_kl_grad_##S(const T *s, const T *t, int64_t N, int64_t V, const float *logs, const float *by,   \
                              T *to, int threads) {                                                               \
@@ -201,8 +202,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                                           - expf_(up_##S(t[n * V + v]) - logs[N + n])) * by[n]);                 \
     }
 
-// ROW_GATE and FORWARD_KL at once, of teacher logits t: logits of the student are nowhere written down. Both are loaded
-// before one is chosen, since compilers vectorise no load that depends on something.
+// ROW_GATE and FORWARD_KL in one pass, with teacher logits t: the student's logits are never stored. Exact logit and
+// preview are both loaded before one is chosen, since compilers do not vectorise conditional loads.
 #define CHOSEN(S, v)                                                                                             \
     float guess = up_##S(p[v]), value_ = up_##S(e[v]), other = up_##S(down_##S(guess + tail)), y = up_##S(b[v]);  \
     int keep = guess >= least;                                                                                   \
@@ -227,12 +228,12 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                 sum_a += expf_(x - most_a), sum_b += q, apart += q * (y - x);                                    \
             }                                                                                                    \
             float log_a = most_a + logf(sum_a), log_b = differ ? most_b + logf(sum_b) : log_a;                   \
-            value[n] = differ ? apart / sum_b - (log_b - log_a) : log_a - log_a; /* NaN: infinite logits */      \
+            value[n] = differ ? apart / sum_b - (log_b - log_a) : log_a - log_a; /* NaN if logits are infinite */ \
             share[n] = (float)count / V, logs[n] = log_a, logs[N + n] = log_b;                                   \
         }                                                                                                        \
     }
 
-// The gradients of that, as those of both: by exact and preview in their places.
+// Gradients of ROUTED_KL, as of ROW_GATE and FORWARD_KL; exact and preview are overwritten by their gradients.
 #define ROUTED_KL_GRAD(S, T)                                                                                     \
     void routed_kl_grad_##S(T *exact, T *preview, const T *t, int64_t N, int64_t V, const float *limit,          \
                             float tail, const float *logs, const float *by, const float *by_share,               \
@@ -256,7 +257,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// The gradient by x [N, D] of gain * x / sqrt(mean(x^2) + epsilon), for the gradient by that.
+// Gradient by x [N, D] of gain * x / sqrt(mean(x^2) + epsilon); grad: the gradient by that product.
 #define RMS_NORM_GRAD(S, T)                                                                                      \
     void rms_norm_grad_##S(const T *grad, const T *x, int64_t N, int64_t D, const float *gain, float epsilon,    \
                            T *to, int threads) {                                                                 \
@@ -273,8 +274,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// Scores [N, K] become their softmax, and gradients by that softmax those by the scores. tokens: 0, or of every so many
-// rows the last sees all keys, the one before it one fewer ...
+// Overwrites scores [N, K] by their softmax, and grad, the gradient by that softmax, by the gradient by the scores.
+// tokens: 0, or T for causal attention: of every T rows the last sees all keys, the one before it one key fewer, etc.
 #define SOFTMAX_GRAD(S, T)                                                                                       \
     void softmax_grad_##S(T *score, T *grad, int64_t N, int64_t K, int64_t tokens, int threads) {                \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t n = 0; n < N; n++) {                       \

@@ -1,7 +1,7 @@
-// Decoding one token reads only what is selected: matrix-vector products over some rows of a weight, no copies made.
+// Matrix-vector products of decoding that read only selected rows of a weight, without copying them.
 //
 // Compiled once for this machine by toolchain.py, for float32 and bfloat16 (see numbers.h). Accumulation is in float32.
-// Every thread takes a contiguous part of the selected rows.
+// Every thread processes a contiguous part of the selected rows.
 
 #include <math.h>
 #include <stdint.h>
@@ -16,7 +16,8 @@
 
 #include "numbers.h"
 
-// Memory of the calling thread, 64-byte aligned, until its next call: fresh memory would have to be mapped every time.
+// Returns memory of the calling thread, 64-byte aligned, valid until the thread's next call of this function. It is
+// kept because fresh memory would have to be mapped every time.
 static void *scratch(size_t size) {
     static _Thread_local void *kept;
     static _Thread_local size_t held;
@@ -24,15 +25,15 @@ static void *scratch(size_t size) {
     return kept;
 }
 
-// How many bytes of each of several rows are on their way while those before are multiplied: 8 KiB in all, which is what
-// one core can have in flight. Of rows that are shorter, as many of the next ones are.
+// How many bytes of each of several rows are prefetched while the bytes before are multiplied: 8 KiB in all, which is
+// what one core can have in flight. Of shorter rows, the whole next row is prefetched.
 #define AHEAD(rows) (8192 / (rows) / 64 * 64)
 
 #define OF_SIX(S) (v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j])  \
                  + v[3] * up_##S(r[3][j]) + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j]))
 
-// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; a cache line of six rows at a
-// time
+// acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; six rows at a time, and of
+// each a cache line
 #define ADD_ROWS(S, T)                                                                                                 \
     static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,        \
                              int64_t n, float *restrict acc) {                                                         \
@@ -64,7 +65,7 @@ static void *scratch(size_t size) {
         return sum;                                                                                       \
     }
 
-// sum[i] = r[i][:] . x[i][:] for eight rows of n numbers, read as add_rows reads them, while those of `next` come
+// sum[i] = r[i][:] . x[i][:] for eight rows of n numbers, read as in add_rows; the rows `next` are prefetched meanwhile
 #define EIGHT_DOTS(S, T)                                                                                               \
     static void eight_dots_##S(const T *const *r, const T *const *next, const float *const *x, int64_t n, float *sum) { \
         enum { line = 64 / sizeof(T) };                                                                                \
@@ -83,10 +84,10 @@ static void *scratch(size_t size) {
         }                                                                                                              \
     }
 
-// Several linear layers that read one input x [I], side by side: out[O] = bias + sum of x[k] * w[k, :] over the
-// channels with |x| >= limit[k], plus low-rank corrections that read every channel. w [I, O], its rows `stride` apart; down [parts * r, I] and
-// up [r, O], where layer p writes outputs ends[p - 1] to ends[p]. bias, down and up may be NULL. Returns how many
-// channels were read.
+// Several linear layers side by side with the same input x [I]: out[O] = bias + sum of x[k] * w[k, :] over the channels
+// with |x[k]| >= limit[k], plus low-rank corrections that read every channel. w [I, O], its rows `stride` apart; down
+// [parts * r, I] and up [r, O], where layer p writes outputs ends[p - 1] to ends[p]. bias, down and up may be NULL.
+// Returns the number of channels read.
 #define READ_CHANNELS(S, T)                                                                                       \
     int64_t read_channels_##S(const T *x, const float *limit, const T *w, int64_t stride, int64_t I, int64_t O,   \
                               const T *bias, const T *down, const T *up, int64_t r, const int64_t *ends,          \
@@ -138,15 +139,16 @@ static void *scratch(size_t size) {
         }                                                                                                      \
     }
 
-// Whether `walk` takes rows of D numbers, and how: products of all inputs with the rows from .. to of head [V, D] into out
-// [B, V], where preview reaches the limit. It reads the rows one after the other, once for all inputs.
+// WALKS: whether `walk` supports rows of D numbers. `walk` writes the products of all inputs with rows from .. to of
+// head [V, D] to out [B, V], where preview reaches the limit. It reads the rows one after the other, once for all
+// inputs.
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #define WALKS_bf16(D) ((D) % 32 == 0)
 #define WALKS_f32(D) 0
 #define walk_f32(...) (void)0
 
-// four rows side by side, r [4, D], and inputs x [n, D], of which n is known to the compiler
+// sum[i, b] = r[i, :] . x[b, :] for four adjacent rows r [4, D] and inputs x [n, D]; inlined, so that n is a constant
 static inline __attribute__((always_inline)) void four_rows(const uint16_t *r, const uint16_t *x, int64_t D, int n, float *sum) {
     __m512 sums[4][4];
     for (int i = 0; i < 4; i++)
@@ -169,7 +171,7 @@ static inline __attribute__((always_inline)) void four_rows(const uint16_t *r, c
 static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const uint16_t *bias, int64_t V, int64_t D,
                       const uint16_t *preview, const float *limit, uint16_t *out, int64_t from, int64_t to) {
     for (int64_t v = from; v < to; v += 4) {
-        int64_t at = v + 4 <= V ? v : V - 4; // the last ones again
+        int64_t at = v + 4 <= V ? v : V - 4; // fewer than four rows left: start earlier, with some rows again
         for (int64_t b = 0; b < B; b += 4) {
             int n = B - b < 4 ? (int)(B - b) : 4;
             float sum[16];
@@ -194,11 +196,11 @@ static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const 
 #endif
 
 // out[b][v] = head[v, :] . x[b] + bias[v] where preview[b][v] reaches limit[b], else preview + tail; head [V, D],
-// x [B, D], preview and out [B, V]; bias may be NULL. count[b]: how many rows were exact.
+// x [B, D], preview and out [B, V]; bias may be NULL. count[b]: the number of exact logits.
 #define EXACT_ROWS(S, T)                                                                                           \
     void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,                 \
                         const T *preview, const float *limit, const float *tail, T *out, int64_t *count, int threads) { \
-        enum { near = 64 }; /* rows that stay in the cache until all inputs have had them */                       \
+        enum { near = 64 }; /* rows that stay in the cache until all inputs have read them */                      \
         int64_t total = 0, *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
         float *values = (float *)(chosen + V * B);                                                                 \
         for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                              \
@@ -225,7 +227,7 @@ static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const 
             }                                                                                                      \
             _Pragma("omp atomic") total += n;                                                                      \
             _Pragma("omp barrier")                                                                                 \
-            if (WALKS_##S(D) && V >= 4 && 5 * total > 6 * V) { /* which is faster than the list, measured */       \
+            if (WALKS_##S(D) && V >= 4 && 5 * total > 6 * V) { /* measured: then faster than the list */           \
                 walk_##S(x, B, head, bias, V, D, preview, limit, out, from, to);                                   \
                 n = 0;                                                                                             \
             }                                                                                                      \
@@ -234,7 +236,7 @@ static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const 
                 const float *with[8];                                                                              \
                 int64_t v[8], b[8];                                                                                \
                 float sum[8];                                                                                      \
-                for (int64_t i = 0; i < 8; i++) { /* the last one fills up what is missing of eight */             \
+                for (int64_t i = 0; i < 8; i++) { /* a short group repeats its last row */                         \
                     int64_t at = mine[k + i < n ? k + i : n - 1], later = mine[k + 8 + i < n ? k + 8 + i : n - 1]; \
                     v[i] = (uint32_t)at, b[i] = at >> 32;                                                          \
                     r[i] = head + v[i] * D, next[i] = head + (uint32_t)later * D, with[i] = values + b[i] * D;     \
@@ -253,8 +255,9 @@ KERNELS(bf16, uint16_t)
 
 #ifdef __AVX512BF16__
 
-// sums[b][O] += sum of value[b][k] * w[row[k], :] for B inputs at once: n rows (a multiple of 16) are read once for all.
-// pairs[b][n / 2] holds two neighbouring values. Within 32 outputs sums are in the order that unpacking leaves.
+// sums[b][O] += sum of value[b][k] * w[row[k], :] for B inputs: n rows (a multiple of 16) are read once for all inputs.
+// pairs[b][n / 2]: two adjacent values in 32 bits. Within 32 outputs, sums stay in the order in which unpacking leaves
+// them.
 static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int64_t *row, int64_t n,
                          const uint32_t *pairs, int64_t wide, int64_t B, float *sums) {
     int64_t ahead = AHEAD(16) / sizeof(uint16_t) < O ? AHEAD(16) / sizeof(uint16_t) : O;
@@ -290,7 +293,7 @@ static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int
     }
 }
 
-// Sums of 32 outputs over the team, [team][B][O], back in order.
+// Adds up the sums of 32 outputs over the team's threads, which are `apart` from one another, and restores their order.
 static void gather_32(const float *sums, int64_t apart, int64_t team, float *whole) {
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -303,8 +306,8 @@ static void gather_32(const float *sums, int64_t apart, int64_t team, float *who
     _mm512_storeu_ps(whole + 16, _mm512_permutex2var_ps(first, back, second));
 }
 
-// As read_channels, for a few inputs x [B, I] at once; O and all ends are multiples of 32. Returns how many channels
-// some input needs.
+// read_channels for a few inputs x [B, I]; O and all ends are multiples of 32. Returns the number of channels that some
+// input needs.
 int64_t few_channels_bf16(const uint16_t *x, int64_t B, const float *limit, const uint16_t *w, int64_t stride, int64_t I,
                           int64_t O, const uint16_t *bias, const uint16_t *down, const uint16_t *up, int64_t r,
                           const int64_t *ends, int64_t parts, uint16_t *out, int threads) {

@@ -1,4 +1,4 @@
-// Patches that leave an image model are taken in by those most like them (see ../merging.py), each image on its own.
+// Merging of the patches of an image model into the patches most similar to them (see ../merging.py), image by image.
 
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@
 
 #include "numbers.h"
 
-// The largest of a . b[j] over `count` rows of b, which are `stride` apart, and its j; four rows at a time
+// Returns the largest a . b[j] over `count` rows of b, which are `stride` apart, and writes its j; four rows at a time
 static float most_alike(const float *a, const float *b, int64_t count, int64_t stride, int64_t D, int64_t *which) {
     float best = -INFINITY;
     for (int64_t j = 0; j < count; j += 4) {
@@ -28,7 +28,7 @@ static float most_alike(const float *a, const float *b, int64_t count, int64_t s
     return best;
 }
 
-// How many of n tokens stay, behind a prefix, where so many patches are wanted: as `Runtime.in_multiples` has it
+// How many of n tokens stay, prefix included, where `wanted` patches are wanted: as `in_multiples` of ../merging.py
 static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t multiple) {
     int64_t patches = n - prefix, least = prefix + (patches + 1) / 2, whole = prefix + wanted;
     if (least >= 3 * multiple) least = (least + multiple - 1) / multiple * multiple;
@@ -39,10 +39,12 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
     return whole > least ? whole : least;
 }
 
-// x [n, D], behind a prefix every other patch of which may go: those n - keep with the lowest scores do, or, where keep
-// is negative, those with a score below -shift, as far as multiples allow. weight [D], bias and apart (the distance's
-// weight) are the router's; top [prefix]; size and before [n] may be NULL (1, infinity). Writes tokens, sizes, scores and
-// old places of those that stay, in order, and where each of the n stands then; returns how many stay.
+// Merges the tokens x [n, D] of one image. Behind the prefix every other patch may leave: the n - keep with the lowest
+// scores leave or, if keep is negative, those with a score below -shift, as far as multiples allow. weight [D], bias
+// and apart (the distance's weight) are the router's; top [prefix]: the prefix's scores; never: the score of a patch
+// that may not leave; size and before [n] may be NULL (1, infinity). Writes tokens, sizes, scores and old indices of
+// the tokens that stay, in order, and into [n], the old index of the token that each token is now part of. Returns how
+// many stay.
 #define MERGE_ONE(S, T)                                                                                                \
     static int64_t merge_one_##S(const T *x, int64_t n, int64_t D, const float *size, const float *before,             \
                                  const float *weight, float bias, float apart, const float *top, float never,          \
@@ -69,7 +71,7 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
         }                                                                                                              \
         for (int64_t g = 0; g < going; g++) {                                                                          \
             int64_t partner = 0, i = prefix + 2 * g;                                                                   \
-            if (!taking) { rank[i] = never; break; } /* there is nobody to go to */                                    \
+            if (!taking) { rank[i] = never; break; } /* there is no patch to merge into */                             \
             float best = most_alike(unit + 2 * g * D, unit + D, taking, 2 * D, D, &partner);                           \
             rank[i] += apart * logf(fmaxf(1 - best, 1e-3f));                                                           \
             into[i] = prefix + 2 * partner + 1;                                                                        \
@@ -117,7 +119,7 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
         return place;                                                                                                  \
     }
 
-// All of the above for B images; bias and apart are where the router keeps them
+// MERGE_ONE for B images, of which `keep` tokens each stay; bias and apart point to the router's parameters
 #define MERGE_LOWEST(S, T)                                                                                             \
     void merge_lowest_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,         \
                           const float *weight, const float *bias, const float *apart, const float *top, float never,   \
@@ -130,8 +132,8 @@ static int64_t in_multiples(int64_t wanted, int64_t n, int64_t prefix, int64_t m
                           out_score + b * keep, index + b * keep, into + b * n);                                       \
     }
 
-// The same where each image has its own length, in front of what fills it up to n, and its own shift; written at that
-// distance, and filled up with those that left. count: how many stay
+// MERGE_ONE for B images padded to n tokens, each with its own length and shift. Results have n places an image: the
+// tokens that stay, then all others, with size 1 and score -infinity. count[b]: how many stay
 #define MERGE_BELOW(S, T)                                                                                              \
     void merge_below_##S(const T *x, int64_t B, int64_t n, int64_t D, const float *size, const float *before,          \
                          const float *weight, const float *bias, const float *apart, const float *top, float never,    \

@@ -1,6 +1,6 @@
-// RMS norms and rotary embeddings in one pass over their input, with the bits that torch's own operators give.
+// RMS norms and rotary embeddings in one pass over their input, with the same bits as torch's own operators.
 //
-// Compiled without leave to reorder sums or to fuse products into them (see toolchain.py).
+// Compiled with flags that forbid reordering sums and fusing products into sums (see toolchain.py).
 
 #include <math.h>
 #include <stdint.h>
@@ -8,8 +8,8 @@
 
 #include "numbers.h"
 
-// The sum of x[D]^2 in the order in which torch sums a contiguous row: vectors of 8 numbers, four of them side by side,
-// and partial sums of partial sums so that rounding errors stay small; the numbers that fill no vector come first.
+// Returns the sum of x[D]^2 in the order in which torch sums a contiguous row: four vectors of 8 numbers side by side,
+// with partial sums of partial sums, which keep rounding errors small; numbers that fill no vector are added first.
 #define SUM_SQUARES(S, T)                                                                                     \
     static float sum_squares_##S(const T *x, int64_t D) {                                                     \
         int64_t vectors = D / 8, steps = vectors / 4, bits = 0, i = 0;                                        \
@@ -38,8 +38,8 @@
     }
 #define SQUARE(S, v) (up_##S(v) * up_##S(v))
 
-// out [N, D]: x / sqrt(mean(x^2) + epsilon), times weight [D]. kind: 0 where the quotient is rounded to T before that
-// product, 1 where it is not, 2 where it is not and the factor is 1 + weight.
+// Writes to out [N, D] x / sqrt(mean(x^2) + epsilon), times weight [D]. kind: 0 if the quotient is rounded to T before
+// it is multiplied by the weight, 1 if it is not, 2 if it is not and the factor is 1 + weight.
 #define RMS_NORM(S, T)                                                                                        \
     void rms_norm_##S(const T *x, int64_t N, int64_t D, const T *weight, float epsilon, int64_t kind, T *out, \
                       int threads) {                                                                          \
@@ -56,8 +56,8 @@
         }                                                                                                     \
     }
 
-// out [B, H, L, D]: x [B, H, L, D], its dimensions `batch`, `head` and `token` apart, of whose D numbers the first r are
-// turned by cos and sin [*, L, r], which are `each` apart from row to row of the batch. Every step rounds.
+// Writes to out [B, H, L, D] x [B, H, L, D], of strides `batch`, `head` and `token`, with the first r of D channels
+// rotated by cos and sin [*, L, r], whose stride from row to row of the batch is `each`. Every step rounds.
 #define ROTARY(S, T)                                                                                          \
     static inline T turned_##S(T v, T cos, float w, T sin) {                                                  \
         float straight = up_##S(down_##S(up_##S(v) * up_##S(cos)));                                           \
@@ -77,7 +77,7 @@
         }                                                                                                     \
     }
 
-// Key [N, K] and value [N, V] of one token into keys [N, L, K] and values [N, L, V], at the place *slot.
+// Writes key [N, K] and value [N, V] of one token to slot *slot of keys [N, L, K] and values [N, L, V].
 #define WRITE_SLOT(S, T)                                                                                      \
     void write_slot_##S(T *keys, T *values, const T *key, const T *value, int64_t N, int64_t L, int64_t K,    \
                         int64_t V, const int64_t *slot, int threads) {                                        \
