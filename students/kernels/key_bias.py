@@ -1,4 +1,4 @@
-"""Attention masks that say only how many patches each key stands for, for a kernel that takes no more than that."""
+"""Attention masks that hold only how many patches each key stands for, for a kernel that takes one number per key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from students.kernels import devices, ops
 
 
 def key_mask(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive mask [B, 1, K, K] of keys that stand for so many each, size [B, K]: their logarithms; dtype: of what
-    attends."""
+    """Return the additive attention mask [B, 1, K, K], log(size), for keys that stand for size [B, K] patches each; a
+    KeyBias where there is a kernel for such masks. dtype: that of queries, keys and values."""
     has_kernel = dtype.itemsize == 2 and devices.runs_ahead(size.device) and ops.compiled(size)
     if not has_kernel or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _of_queries(size.log().to(dtype))
@@ -27,9 +27,10 @@ def _of_queries(x: Tensor) -> Tensor:
 
 
 class KeyBias(Tensor):
-    """Numbers [B, 1, T, K], the same for every query, with which torch's attention is `ops.biased_attention`.
+    """Sizes [B, 1, T, K] of keys, equal for all queries, for which F.scaled_dot_product_attention runs
+    `ops.biased_attention`.
 
-    Every other function gets their logarithms, an additive mask.
+    Every other function gets log(size), an additive mask.
     """
 
     @classmethod

@@ -1,7 +1,8 @@
-"""Patches that leave are taken in by the patch most like them, as ToMe merges pairs (arXiv 2210.09461).
+"""Merging: patches that leave are merged into the patch most similar to them, as pairs in ToMe (arXiv 2210.09461).
 
-Which go is a router's choice, and only patches in every other place may go at a time, each to one of the others: nobody
-is taken in by a patch that goes itself. Shapes: B images, n tokens, a prefix in front that neither goes nor takes in.
+A router chooses which patches leave. At a time, only every other patch may leave, each into one of the remaining ones:
+no patch is merged into a patch that leaves itself. Shapes: B images, n tokens; the tokens of a prefix in front neither
+leave nor take patches in.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NOT_NOW = 1e29
-"""The score of a patch that others may merge into, for as long as it has no other."""
+"""The score of a patch that others may merge into, and that has had no lower score in earlier blocks."""
 
 
 @dataclass
 class Matches:
-    """Who could go where."""
+    """The tokens that may leave, and the token that each of them would merge into."""
 
     may_go: Tensor
-    """[B, n] bool."""
+    """Whether each token [B, n] may leave; bool."""
     target: Tensor
-    """[B, n]: the token that would take each in; itself where it may not go."""
+    """Index [B, n] of the token that each token would merge into; its own index where it may not leave."""
     distance: Tensor
-    """[B, n]: log of how unlike the two are, 1 - cosine; 0 where a token may not go."""
+    """Logarithm [B, n] of 1 - cosine similarity of each token and its target; 0 where a token may not leave."""
 
 
 @torch.no_grad()
 def match(
     x: Tensor, prefix: int, here: Tensor | None = None, every: bool = False, lengths: Tensor | None = None
 ) -> Matches:
-    """The most similar partners among tokens x [B, n, D]; here [B, n] bool: those that are still there; or the first
-    so many of each image: lengths [B].
+    """Match tokens x [B, n, D] with the most similar tokens that they may merge into.
 
-    every: each patch may go, to any other.
+    here [B, n] bool: the tokens that are still there; or lengths [B]: how many tokens at the front of each image are.
+    every: each patch may leave, and merge into any other.
     """
     n = x.shape[1]
     unit = F.normalize(x[:, prefix:].float(), dim=-1)
@@ -62,7 +63,7 @@ def match(
         cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     else:
         here = here[:, prefix:]
-        odd = here.cumsum(1) % 2 == 0  # places among those that are here, counted from zero
+        odd = here.cumsum(1) % 2 == 0  # odd places among the patches that are here, counted from zero
         goes, takes = here & ~odd, here & odd
     best, partner = cosine.masked_fill(~takes[:, None, :], -torch.inf).max(-1)
     goes = goes & takes.any(1, keepdim=True)
@@ -77,9 +78,10 @@ def _distance(cosine: Tensor) -> Tensor:
 
 
 def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens x [B, n, D] and sizes [B, n] once a share `leaving` [B, n] of each has been taken in by `target` [B, n].
+    """Return tokens x [B, n, D] and sizes [B, n] once a share `leaving` [B, n] of each token is merged into its target.
 
-    A token becomes the mean of what it stands for; those that take nobody in, and those that leave, are as they were.
+    target [B, n]: indices of tokens. A token becomes the mean of all patches that it stands for; tokens that take no
+    others in, and tokens that leave, stay as they are.
     """
     size = leaving.new_ones(x.shape[:2]) if size is None else size
     flat, places = x.flatten(0, 1), flat_index(target, x.shape[1])
@@ -90,8 +92,8 @@ def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tu
 
 
 def in_multiples(wanted: Tensor, lengths: Tensor, prefix: int, multiple: int) -> Tensor:
-    """How many tokens [B] stay of images of these lengths [B], prefix included, where so many patches [B] are wanted:
-    at least every other patch, and a multiple where that is not too far up (see Runtime.in_multiples)."""
+    """Return how many tokens [B], prefix included, stay of images with `lengths` [B] tokens if `wanted` [B] patches are
+    to stay: at least every other patch, and a multiple where that is not too far up (see Runtime.in_multiples)."""
     patches = lengths - prefix
     least, whole = prefix + (patches + 1) // 2, prefix + wanted
     least = torch.where(least >= 3 * multiple, (least + multiple - 1) // multiple * multiple, least)
@@ -101,20 +103,22 @@ def in_multiples(wanted: Tensor, lengths: Tensor, prefix: int, multiple: int) ->
 
 
 def must_leave_pairs(n: int, prefix: int, keep: int) -> None:
-    """ValueError where so many of n tokens cannot be kept by merging once."""
+    """Raise ValueError if merging once cannot reduce n tokens to `keep`, because only every other patch may leave."""
     if keep < n - (n - prefix + 1) // 2:
         raise ValueError(f"of {n - prefix} patches every other may go, which does not leave {keep - prefix}")
 
 
 def flat_index(index: Tensor, tokens: int) -> Tensor:
-    """[B * k]: where the tokens at index [B, k] are once batch and tokens [B, tokens] are one dimension."""
+    """Return the flat indices [B * k] of the tokens at index [B, k] in a tensor [B, tokens, ...] flattened to
+    [B * tokens, ...]."""
     if len(index) == 1:
         return index.flatten()
     return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def flops_of_merging(x: Tensor, *rest: Any, out_val: Any) -> int:
-    """FLOPs of a call of `ops.merge_lowest` or one of its kind: scores, and products of pairs."""
+    """Return the FLOPs of a call of `ops.merge_lowest`, `ops.merge_normed` or `ops.merge_below`: those of the scores
+    and of the similarities of pairs."""
     top, chosen = rest[5:7]
     batch, n, width = x.shape
     lengths = chosen.tolist() if isinstance(chosen, Tensor) else [n] * batch
@@ -123,7 +127,7 @@ def flops_of_merging(x: Tensor, *rest: Any, out_val: Any) -> int:
 
 
 def shapes_of_merged(x: Tensor, keep: int) -> tuple[Tensor, ...]:
-    """Empty tensors like what merging returns of x [B, n, D] where `keep` tokens of each image are written."""
+    """Return empty tensors like the results of merging x [B, n, D] where `keep` tokens of each image are written."""
     return (
         x.new_empty(len(x), keep, x.shape[-1]),
         *(x.new_empty(len(x), keep, dtype=torch.float32) for _ in range(2)),

@@ -1,5 +1,5 @@
-"""Attention to keys that count as several, in one pass over them (arXiv 2205.14135): torch's fastest kernels take no
-numbers for keys, and its others are made for long sequences. Images are short: tiles of 64 waste less."""
+"""Attention to keys that count several times, in one pass over the keys (arXiv 2205.14135). torch's fastest kernels
+take no bias for keys, and its others are made for long sequences. Images are short: tiles of 64 waste less."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from students.kernels import reference
 from students.kernels.triton.forward_kl import rescale_rows
 
 WIDEST = 128
-"""Channels of a head up to which a program has all of them."""
+"""Maximum channels of a head: a program holds all of them."""
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -42,8 +42,8 @@ def _biased_attention(
     KEYS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """QUERIES queries of one head of one sequence; number: as how many a key counts; factor: of scores, whose
-    exponential is then one of base 2."""
+    """Attend with QUERIES queries of one head of one sequence. number [B, K]: how many times each key counts; factor:
+    the scale of scores times log2(e), since exponentials are to base 2."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     kind = query.dtype.element_ty
     channel = tl.arange(0, SIZE)
@@ -71,9 +71,9 @@ def _biased_attention(
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
-    """As `ops.biased_attention`."""
+    """Triton implementation of `ops.biased_attention`."""
     batch, heads, queries, width = query.shape
-    if width > WIDEST or query.dtype == torch.float32:  # which has no tensor cores: torch's kernel is as fast
+    if width > WIDEST or query.dtype == torch.float32:  # no tensor cores in float32: torch's kernel is as fast
         return reference.biased_attention(query, key, value, size, scale)
     out, size = query.new_empty(batch, queries, heads, width), size.contiguous()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))

@@ -1,8 +1,8 @@
-"""Patches that leave are taken in by the patch most like them (see merging.py), in two launches.
+"""Merging of patches that leave into the patch most similar to them (see merging.py), in two launches.
 
-Of the patches, every other one may go (goers, counted g), to one of the others (takers, counted t). The first launch
-finds each goer's partner and rank. In the second each program finds out who of an image goes, and writes some of the
-tokens that stay: a launch that does the former once would take longer.
+Every other patch may leave (goers, indexed g), into one of the remaining patches (takers, indexed t). The first launch
+finds each goer's partner and rank, which is its score. In the second launch each program finds out which goers of an
+image leave, and writes some of the tokens that stay: a launch of its own to find this out once would take longer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from students.kernels.merging import must_leave_pairs
 
 NOBODY: tl.constexpr = tl.constexpr(2**30)
 NOT_NOW: tl.constexpr = tl.constexpr(1e29)
-"""The score of a patch that others may merge into (see kernels/merging.py)."""
+"""The score of a patch that others may merge into (see ../merging.py)."""
 PROGRAMS = 792
-"""Of the second launch at most, where there are fewer images: six on each of a large GPU's multiprocessors."""
+"""Maximum programs of the second launch, unless there are more images: six for each multiprocessor of a large GPU."""
 PAIRS = 2**12
-"""Goers that a program compares with one another at a time."""
+"""Pairs of goers that a program compares at a time."""
 
 
 @triton.jit(do_not_specialize=["tokens", "prefix", "going"])
@@ -45,7 +45,7 @@ def _match(
     TAKERS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The rank and the partner [B, going] of TILE goers of an image."""
+    """Write the rank and the partner [B, going] of TILE goers of an image."""
     image = tl.program_id(0)
     length = tokens
     if lengths is not None:
@@ -63,7 +63,7 @@ def _match(
         there = t < taking
         from_t = from_x + (prefix + 1 + 2 * t)[:, None] * width
         dots, square_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS], tl.float32)
-        square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)  # in each round, for one pass less
+        square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)  # in every round, to save a pass
         for start in range(0, width, WIDTH):
             part = start + lane
             mine = tl.load(row + part[None, :], mask=here[:, None] & (part < width)[None, :], other=0.0)
@@ -80,7 +80,7 @@ def _match(
         best = tl.maximum(most, best)
     score = score * root / tl.maximum(tl.sqrt(square), 1e-6) + tl.load(bias).to(tl.float32)
     score += tl.load(distance_weight).to(tl.float32) * tl.log(tl.maximum(1.0 - best, 1e-3))
-    score = tl.where(taking > 0, score, NOT_NOW)  # there is nobody to go to
+    score = tl.where(taking > 0, score, NOT_NOW)  # there is no taker
     if before is not None:
         score = tl.minimum(score, tl.load(before + image * tokens + prefix + 2 * g, mask=here, other=0.0))
     tl.store(rank + image * going + g, score, mask=here)
@@ -89,20 +89,20 @@ def _match(
 
 @triton.jit
 def _in_order(score):
-    """Integers in the order of float32 numbers, NaNs at the ends, so that exactly as many leave as should; none is so
-    low that there is no lower one."""
+    """Return integers in the order of float32 scores, NaNs at the ends, so that exactly as many goers leave as should;
+    no result is the lowest integer, so that 1 can be subtracted."""
     bits = score.to(tl.int32, bitcast=True)
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
 
 
 @triton.jit
 def _in_multiples(wanted, length, prefix, multiple):
-    """As `merging.in_multiples`, for one image."""
+    """Return `merging.in_multiples` for one image."""
     patches = length - prefix
     least, whole = prefix + (patches + 1) // 2, prefix + wanted
     least = tl.where(least >= 3 * multiple, (least + multiple - 1) // multiple * multiple, least)
     below, over = whole // multiple, 2 * (whole % multiple)
-    up = (over > multiple) | ((over == multiple) & (below % 2 == 1))  # halves go to what is even
+    up = (over > multiple) | ((over == multiple) & (below % 2 == 1))  # halves are rounded to even
     whole = tl.where(whole >= multiple, multiple * (below + up.to(tl.int32)), whole)
     whole = tl.maximum(whole, tl.where(prefix > 0, 0, 1))
     return tl.where(wanted >= patches, length, tl.maximum(tl.minimum(whole, length), least))
@@ -139,11 +139,12 @@ def _take_in(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Some of an image's tokens, ROWS at a time, once the goers with the lowest ranks have left, of equals the first.
+    """Write some of an image's tokens, ROWS at a time, after the goers with the lowest ranks have left; of equal ranks
+    the first leaves first.
 
-    A token is the mean of what it stands for; where there is a gain, its layer norm is written too. Where there are
-    lengths, shift and multiple say how many stay; what left, and what fills an image up, comes behind them then. (In
-    one piece: all of it follows from who leaves. A third of its lines are names of tensors.)
+    A token is the mean of the patches that it stands for; with a gain, its layer norm is written too. With lengths,
+    shift and multiple determine how many tokens stay, and the tokens that left and the padding follow behind. (One
+    function, because all of it follows from which goers leave. A third of its lines are names of tensors.)
     """
     image = tl.program_id(0)
     g, own, lane = tl.arange(0, GOERS), image * going, tl.arange(0, WIDTH)
@@ -232,14 +233,14 @@ def _take_in(
 
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """As `ops.merge_lowest`."""
+    """Triton implementation of `ops.merge_lowest`."""
     keep: int = rest[-1]
     must_leave_pairs(x.shape[1], len(rest[-2]), keep)
     return _merge(x, rest[:-1], keep)[:-1]
 
 
 def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """As `ops.merge_normed`."""
+    """Triton implementation of `ops.merge_normed`."""
     *router, top, keep, gain, offset, epsilon = rest
     must_leave_pairs(x.shape[1], len(top), keep)
     normed = x.new_empty(len(x), keep, x.shape[-1])
@@ -247,7 +248,7 @@ def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """As `ops.merge_below`."""
+    """Triton implementation of `ops.merge_below`."""
     lengths, shift, multiple = rest[-3:]
     return _merge(x, rest[:-3], x.shape[1], lengths, shift, multiple)
 
@@ -262,8 +263,9 @@ def _merge(
     norm: tuple[Tensor | None, ...] = (None, None, None),
     epsilon: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """All; router: what all take between x and where they end; keep: how many tokens of each image are written, of
-    which fewer may be left where there are lengths; norm: gain, offset, and where what it makes of them is written."""
+    """Run both launches and return the results of `ops.merge_below`. router: the operators' arguments from size to top;
+    keep: how many tokens of each image are written, of which fewer may be left if there are lengths; norm: gain and
+    offset of a layer norm, and the tensor [B, keep, D] that its output is written to."""
     x, (batch, tokens, width) = x.contiguous(), x.shape
     size, before, weight, bias, distance_weight, top, lengths, shift, *norm_of = (
         None if t is None else t.contiguous() for t in (*router, lengths, shift, *norm)
@@ -276,7 +278,7 @@ def _merge(
     out, counts = x.new_empty(batch, keep, width), x.new_empty(batch, dtype=torch.int64)
     if not out.numel():
         return out, sizes, scores, index, into.copy_(torch.arange(tokens, device=x.device)), counts.fill_(0)
-    wide = x.element_size() > 2  # no tensor cores: registers are what there is least of
+    wide = x.element_size() > 2  # float32 has no tensor cores: registers are the scarcest resource
     block = 32 if wide else 64
     _match[(batch, triton.cdiv(going, 32))](
         *(x, before, weight, bias, distance_weight, lengths, rank, partner),
