@@ -1,26 +1,27 @@
-"""What a student's forward pass costs, in multiply-accumulates (MACs; a FLOP count is twice that), gate by gate.
+"""The cost of a student's forward pass in multiply-accumulates (MACs; one MAC is two FLOPs), given its open gates.
 
-For one token, with D the width, H heads and K key/value heads of size h, F the MLP's width, V the vocabulary, c the
-number of keys the token attends to:
+The cost of one token, with D the model's width, H heads and K key/value heads of size h, F the MLP's width, V the
+vocabulary, c the number of keys that the token attends to:
 
     q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each matrix    head: D V
 
-A gate multiplies what it switches by its open share. Routers, substitutes and low-rank corrections are counted too.
-Two phases:
+The cost of what a gate switches is multiplied by the share of open gates. Routers, substitutes and low-rank corrections
+are counted too. Costs depend on the phase:
 
 - decode: one token at a time, c = keys so far; every kind of router saves.
 - prefill: all tokens of a window at once, c = the whole window (as torch's FlopCounterMode counts attention). Choices
   that differ from token to token do not make a matrix product cheaper unless whole rows drop out of it, so only token
   and layer routers, and decisions that are the same for the whole sequence, save.
 
-This is what budgets speak of, the same on every device. The FLOPs of prompts that are counted while they run, which
-`elastic bench` predicts time from, differ: fused causal attention computes half of the scores, in student and frozen
-model; and where the host runs ahead of the device (kernels/devices.py), tokens that attention skips and whose keys are
-written attend all the same, 2 H h c more for each of them, and substitutes run on all tokens, as do corrections of q
-and o.
+Both phases are counted for a sequence that is alone in its batch. Heads and expert groups save only where their linear
+layers can be narrowed: not next to channel routers, which choose the channels there, and not in architectures that
+compute q, k and v in one layer.
 
-Both are for a sequence that runs on its own. Heads and expert groups save where their linear layers can be narrowed:
-not next to channel routers (channels are chosen there), nor where an architecture keeps q, k and v in one layer.
+Budgets are ratios of these costs, which are the same on every device. The FLOPs of prompts that are counted while the
+model runs, from which `elastic bench` predicts time, differ: fused causal attention computes half of the scores, in
+the student and in the frozen model. And where the host runs ahead of the device (kernels/devices.py), tokens that skip
+attention but write keys attend all the same, which costs 2 H h c more for each of them, and substitutes and the
+corrections of q and o run on all tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Sizes of one block, and what was added to it. All in MACs for one token unless said otherwise."""
+    """Costs of one block and of the modules added to it, in MACs for one token unless stated otherwise.
+
+    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together.
+    """
 
     q: int
     kv: int
@@ -51,24 +55,27 @@ class BlockShape:
     mlp_in: int
     mlp_out: int
     per_key: int
-    """Scores and weighted values, for one key."""
+    """Attention's score and weighted value for one key, all heads together."""
     window: int | None
-    """Keys that a sliding-window layer sees at most."""
+    """Maximum number of keys that a token attends to, in sliding-window layers; None: no limit."""
     own_q: bool
-    """Whether queries have a linear layer of their own: only then can a token that keeps its key go without one."""
+    """Whether queries have a linear layer of their own: only then can a token write its key without paying for a
+    query."""
     narrows: dict[str, bool]
-    """Whether closed heads ("attn") and groups ("mlp") can be left out of the linear layers and of attention."""
+    """Whether closed heads ("attn") and groups ("mlp") can be left out of linear layers and of attention."""
     lora: dict[str, int]
-    """Low-rank corrections: "q", "kv", "attn_out", "mlp_in", "mlp_out"; with "_open", the side that heads or groups
-    narrow."""
+    """Low-rank corrections by place: "q", "kv", "attn_out", "mlp_in", "mlp_out"; with "_open" behind it, the one of a
+    correction's two factors that gets cheaper where heads or groups are closed."""
     routers: dict[str, int]
-    """Cost of a router that decides token by token, by the key of its decision."""
+    """Routers that decide token by token, by the key of their decisions without the block's number."""
     substitutes: dict[str, int]
+    """Substitutes, for one closed token: "attn", "mlp", or "layer"."""
     opaque: frozenset[str] = frozenset()
-    """Sites whose linear layers cannot be read in part: choices of channels save nothing there."""
+    """Sites whose linear layers cannot be read in part (quantized): closed channels save nothing there."""
 
     def only(self, branch: str) -> BlockShape:
-        """One branch alone, "attn" or "mlp"; what belongs to neither, such as a router of the block, is attention's."""
+        """Return the costs of one branch, "attn" or "mlp"; costs of the whole block, such as a layer router, are
+        counted as attention's."""
 
         def mine(key: str) -> bool:
             return key.startswith("mlp") == (branch == "mlp")
@@ -82,22 +89,23 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ComputeModel:
-    """Cost of a student as a differentiable function of its decisions."""
+    """Cost of a student as a differentiable function of its decisions, in MACs."""
 
     spec: StudentSpec
     blocks: tuple[BlockShape, ...]
     head: int
+    """Cost of the LM head for one token, all rows computed."""
     head_routed: int
-    """Cost of the vocab router: features, preview and limit."""
+    """Cost of the vocab router for one token: features, preview and limit."""
     image: bool = False
-    """Whether the tokens are an image's, of which a layer router hands the block only those that are open."""
+    """Whether this is an image model, whose layer routers hand a block the open tokens only."""
     prefix: int = 0
-    """Tokens in front of an image's patches, which are never closed."""
+    """Number of tokens in front of an image's patches (class and register tokens), which are never closed."""
     outside: int = 0
-    """Cost for one image of what is not in its blocks: patch embedding, pooling, classifier."""
+    """Cost for one image outside of the blocks: patch embedding, pooling, classifier."""
 
     def dense(self, valid: Tensor, phase: Phase) -> Tensor:
-        """Cost [B, T] of the frozen model for tokens valid [B, T] (bool; padding costs nothing)."""
+        """Return the cost [B, T] of the frozen model; valid [B, T] bool: which tokens are not padding (cost 0)."""
         products = sum(block.q + block.kv + block.o + block.mlp_in + block.mlp_out for block in self.blocks)
         total = torch.full(valid.shape, float(self.head + products), device=valid.device)
         for window in {block.window for block in self.blocks}:
@@ -106,8 +114,10 @@ class ComputeModel:
         return (total + self.outside / valid.sum(1, keepdim=True)) * valid
 
     def routed_blocks(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
-        """Cost [B, T] of all blocks under the decisions; the LM head is `routed_head`'s. valid [B, T]: which tokens are
-        there, or how far (gates), where image tokens may be left out."""
+        """Return the cost [B, T] of all blocks given the decisions, without the LM head (see `routed_head`).
+
+        valid [B, T]: tokens that are not padding, bool; or gates between 0 and 1, if image tokens are masked.
+        """
         if decisions.bypassed:
             return self.dense(valid, phase) - self.head * valid
         total = self.outside / valid.sum(1, keepdim=True)
@@ -118,8 +128,9 @@ class ComputeModel:
 
     @cached_property
     def _alike(self) -> list[tuple[int, ...]]:
-        """The numbers of blocks that cost the same if the same is decided, together: for all of them it is a few
-        operations then. In image models a block's cost depends on the one before."""
+        """Groups of block numbers whose blocks cost the same for the same decisions, so that the cost of a group takes
+        a few tensor operations, however many blocks it has. In image models, where a block's cost depends on the block
+        before, every block is a group of its own."""
         if self.image:
             return [(number,) for number in range(len(self.blocks))]
         found: list[tuple[Any, list[int]]] = []
@@ -133,16 +144,16 @@ class ComputeModel:
         return [tuple(numbers) for _, numbers in found]
 
     def routed_head(self, share: Tensor | None, phase: Phase) -> Tensor | float:
-        """Cost of the LM head for tokens whose exact rows have this share; None: no vocab router.
+        """Return the cost of the LM head for tokens with this share of exact rows; None: there is no vocab router.
 
-        In prefill all rows are computed, and the preview too, for it says which of them count.
+        In prefill all rows are computed exactly, and the preview as well, since it decides which exact rows are used.
         """
         if share is None:
             return float(self.head)
         return self.head_routed + self.head * (share if phase == "decode" else 1.0)
 
     def by_branch(self, decisions: Decisions, valid: Tensor, phase: Phase) -> tuple[Tensor, Tensor]:
-        """(student's, frozen model's) cost [blocks, 2, B, T] of every block's attention and MLP for each token."""
+        """Return (student's, frozen model's) costs [blocks, 2, B, T] of attention and MLP in every block."""
         spent, dense = [], []
         for number, block in enumerate(self.blocks):
             for part in map(block.only, BRANCHES):
@@ -155,18 +166,18 @@ class ComputeModel:
         return one, other
 
     def ratio(self, decisions: Decisions, valid: Tensor, phase: Phase) -> Tensor:
-        """Student's cost over the frozen model's, over all valid tokens: a scalar, differentiable."""
+        """Return the compute ratio, student's over frozen model's cost of all valid tokens: a differentiable scalar."""
         shares = [decisions.share.get(router.kind) for router in self.spec.at("head")]
         head = self.routed_head(shares[0] if shares else None, phase) * valid
         return (self.routed_blocks(decisions, valid, phase) + head).sum() / self.dense(valid, phase).sum()
 
     def uniform(self, share: float, tokens: int, phase: Phase) -> float:
-        """The compute ratio of a window of `tokens` tokens if every router kept the same share of its gates."""
+        """Return the compute ratio of a window of `tokens` tokens if every router kept the same share of its gates."""
         valid = torch.ones(1, tokens, dtype=torch.bool)
         return float(self.ratio(self._evenly(share, tokens), valid, phase))
 
     def uniform_blocks(self, share: float, valid: Tensor, phase: Phase) -> Tensor:
-        """As `routed_blocks`, if every router kept the same share of its gates."""
+        """Return the cost of all blocks as `routed_blocks` does, if every router kept the same share of its gates."""
         return self.routed_blocks(self._evenly(share, valid.shape[1]), valid, phase)
 
     def _evenly(self, share: float, tokens: int) -> Decisions:
@@ -178,7 +189,7 @@ class ComputeModel:
     def _cost(
         self, numbers: tuple[int, ...], block: BlockShape, decisions: Decisions, valid: Tensor, phase: Phase
     ) -> Tensor:
-        """Cost of blocks of one shape: [B, T], or [blocks, B, T] where it differs between them."""
+        """Return the cost [B, T] of each of these blocks of one shape, or [blocks, B, T] if decisions differ."""
         cost = BlockCost(numbers, block, decisions, valid, phase, self.image, self.prefix)
         for router in self.spec.at("block"):
             if router.of_kind.concerns(router, numbers[0]):
@@ -188,8 +199,10 @@ class ComputeModel:
 
 @dataclass
 class BlockCost:
-    """What is open of a block: shares [B, T], [B, 1] or numbers, to which each kind of router adds its own; of several
-    blocks, [blocks, B, T] and so on where it differs between them."""
+    """Open shares of a block, which each kind of router lowers by what it closes (Kind.cost), and the resulting cost.
+
+    Shares are numbers or tensors [B, T] or [B, 1]; for several blocks of one shape, [blocks, B, T] or [blocks, B, 1].
+    """
 
     numbers: tuple[int, ...]
     shape: BlockShape
@@ -199,23 +212,27 @@ class BlockCost:
     image: bool
     prefix: int
     inside: Tensor | float = 1.0
-    """Tokens that go through the block."""
+    """Share of tokens that go through the block."""
     open: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 1.0))
-    """Of those, the tokens that go through each branch."""
+    """Share of the tokens inside the block that go through each branch."""
     written: Tensor | float = 1.0
-    """Tokens that have a key."""
+    """Share of tokens whose keys and values are written."""
     parts: dict[str, Tensor | float] = field(default_factory=lambda: dict.fromkeys(BRANCHES, 1.0))
-    """Heads, and groups of neurons, by branch."""
+    """Share of heads ("attn") and of groups of neurons ("mlp")."""
     read: dict[str, Tensor | float] = field(default_factory=dict)
-    """Channels that are read at each site, where a router chooses them."""
+    """Share of channels that are read, by site with a channel router."""
     left: dict[str, Tensor | float] = field(default_factory=dict)
-    """What is left of a site's weights, where some are left out that are neither heads, groups nor channels read."""
+    """Share of a site's weights that are read, where a router leaves out other weights than those of heads, groups or
+    channels (neuron routers)."""
     scored: dict[str, Tensor | float] = field(default_factory=dict)
-    """Tokens that pay for a router, by its key, where they are not those that go through the block."""
+    """How often a router's cost is paid per token, by its key in BlockShape.routers, where the default of `total` (all
+    tokens; in image models those inside the block) does not hold."""
 
     def share(self, spec: RouterSpec, key: str, missing: float | None = None) -> Tensor | float:
-        """The open share of a router's gates, 1 where closing them saves nothing in this phase; key: of its decisions,
-        after the block's number; missing: what to take where it decided nothing."""
+        """Return the share of a router's gates that are open, or 1 if closing them saves nothing in this phase.
+
+        key: key of the router's decisions without the block's number; missing: the share if it has decided nothing.
+        """
         if not spec.of_kind.saves(spec, self.phase):
             return 1.0
         shares, keys = self.decisions.share, [f"{number}.{key}" for number in self.numbers]
@@ -229,7 +246,7 @@ class BlockCost:
         return found[0] if len(found) == 1 else torch.stack(found)
 
     def total(self) -> Tensor:
-        """Cost [B, T] of the block, or [blocks, B, T]."""
+        """Return the cost [B, T] of the block, or [blocks, B, T]."""
         block, lora, read = self.shape, self.shape.lora, self.read
         attn, mlp = (self.inside * self.open[branch] for branch in BRANCHES)
         head, neurons = (self.parts[branch] for branch in BRANCHES)
@@ -274,7 +291,7 @@ class _Uniform(dict[str, Tensor]):
 
 
 def _keys(valid: Tensor, phase: Phase, window: int | None, written: Tensor | float = 1.0) -> Tensor:
-    """How many keys each token attends to, [..., B, T], if a share `written` of each token's keys exists."""
+    """Return the number of keys [..., B, T] that each token attends to, if a share `written` of all keys is written."""
     present = valid.float() * written
     if phase == "prefill":
         return present.sum(-1, keepdim=True).expand(present.shape)

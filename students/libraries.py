@@ -1,8 +1,8 @@
-"""Every place where Elastic leans on the inside of torch, transformers or timm: one adapter each, and a check.
+"""Every use of internals of torch, transformers or timm: an adapter for some, and a check of the assumption for all.
 
-`ASSUMPTIONS` is the list. tests/students/test_libraries.py runs every check, and `students.selfcheck` does where a
-model goes wrong, to say which of them no longer holds. What differs from architecture to architecture is in the records
-of students/architectures, whose names are looked up when a student is made.
+`ASSUMPTIONS` lists the checks. tests/students/test_libraries.py runs all of them, and so does `students.selfcheck` when
+a student differs from its teacher, to name the assumptions that no longer hold. Module names that differ between
+architectures are not here but in the records of students/architectures; they are looked up when a student is made.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""What transformers calls a key/value cache in a forward pass: the first since 5.24, the second before, the third in
-the blocks of GPT-NeoX."""
+"""Keywords by which forward passes of transformers take a key/value cache: the first since version 5.24, the second
+before, the third in the blocks of GPT-NeoX."""
 
 
 def cache_name(module: nn.Module) -> str:
-    """The keyword under which a module's forward takes a key/value cache; ValueError where it has none of ours."""
+    """Return the keyword by which a module's forward takes a key/value cache; ValueError if there is none."""
     names = inspect.signature(type(module).forward).parameters
     for name in CACHE_NAMES:
         if name in names:
@@ -38,24 +38,25 @@ def cache_name(module: nn.Module) -> str:
 
 
 def cache_in(kwargs: MutableMapping[str, Any]) -> Any:
-    """The cache among the keyword arguments of a forward pass, or None."""
+    """Return the cache among the keyword arguments of a forward pass, or None."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def with_cache(module: nn.Module, kwargs: MutableMapping[str, Any], cache: Any) -> dict[str, Any]:
-    """Keyword arguments for a module's forward that hold this cache, under the module's own name and no other."""
+    """Return the keyword arguments with this cache, by the keyword of the module's forward, and no other cache."""
     others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     return others if cache is None else {**others, cache_name(module): cache}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in the output of a model or of `generate`, or None."""
+    """Return the cache in the output of a model or of `generate`, or None."""
     return next((output[name] for name in CACHE_NAMES if name in output), None)
 
 
 @contextmanager
 def fresh_positions(model: nn.Module) -> Iterator[None]:
-    """Within it a model knows nothing of earlier prompts: those of Qwen2-VL keep the last one's shift of positions."""
+    """Context in which a model has no state of earlier prompts: Qwen2-VL models keep the last prompt's position shift
+    (`rope_deltas`)."""
     base = getattr(model, "base_model", model)
     if not hasattr(base, "rope_deltas"):
         yield
@@ -69,8 +70,8 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """Within it transformers takes every row of a batch for one sequence where nobody gives positions; else it reads
-    those that it has just made itself, and the host waits for the device."""
+    """Context in which transformers takes every row of a batch for one sequence, if the caller passes no positions.
+    Else it looks for packed sequences in the positions that it has just made, and the host waits for the device."""
     name = "find_packed_sequence_indices"
     before = getattr(masking_utils, name)
     setattr(masking_utils, name, lambda position_ids: None)
@@ -82,17 +83,17 @@ def one_sequence_a_row() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Assumption:
-    """Something that a library does today without promising it."""
+    """A behaviour of a library that code relies on although the library does not document it."""
 
     library: str
     what: str
-    """What is assumed, as the end of the sentence "LIBRARY no longer ..."."""
+    """The assumption, as the end of the sentence "LIBRARY no longer ..."."""
     where: str
-    """The code of ours that relies on it: where to mend it."""
+    """The code that relies on the assumption and has to be changed if it no longer holds."""
     holds: Callable[[], bool]
 
     def broken(self) -> str | None:
-        """A sentence that says what no longer holds, or None."""
+        """Return a sentence that says what no longer holds, or None if the assumption holds."""
         try:
             holds = self.holds()
         except Exception as error:  # whatever a changed library raises is a broken assumption
@@ -104,12 +105,12 @@ ASSUMPTIONS: list[Assumption] = []
 
 
 def broken_assumptions() -> list[str]:
-    """A sentence for each assumption that does not hold with the libraries that are installed."""
+    """Return a sentence for each assumption that does not hold for the installed libraries."""
     return [sentence for assumption in ASSUMPTIONS if (sentence := assumption.broken()) is not None]
 
 
 def _assumed(library: str, what: str, where: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
-    """List an assumption, for the function that says whether it holds."""
+    """Return a decorator that adds an assumption to ASSUMPTIONS; the decorated function returns whether it holds."""
 
     def listed(holds: Callable[[], bool]) -> Callable[[], bool]:
         ASSUMPTIONS.append(Assumption(library, what, where, holds))
@@ -218,7 +219,7 @@ def _masks_by_first_layer() -> bool:
 @_assumed("transformers", "looks for several sequences in a row in one place", "one_sequence_a_row")
 @torch.no_grad()
 def _looks_for_packed_rows() -> bool:
-    tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # of which nobody can ask for numbers
+    tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # reading values of which raises an error
     with one_sequence_a_row():
         return bool(_llama("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 8))
 
@@ -275,7 +276,8 @@ def _rotates_by_a_function() -> bool:
 )
 @torch.no_grad()
 def _calls_branches() -> bool:
-    """Blocks take hidden states first and return them; attention takes them by name, an MLP by place."""
+    """Blocks take hidden states as the first argument and return them; attention takes arguments by keyword, an MLP its
+    input by position."""
     model, calls = _llama(), {}
     block = model.model.layers[0]
 

@@ -1,4 +1,4 @@
-"""Places of a frozen model where routers are put in."""
+"""Places of a frozen model where kinds of routers attach their modules: its input, its blocks, its LM head."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class InputPlace:
-    """Where image tokens enter a language model."""
+    """The place where image tokens enter the language model of a vision-language model.
+
+    trunk: the language model. beside: a module on the device for routers. width: of the residual stream. gains: as in
+    StudentSpec.
+    """
 
     trunk: PreTrainedModel
     beside: nn.Module
@@ -52,13 +56,13 @@ class InputPlace:
 
 @dataclass
 class HeadPlace:
-    """The LM head of a model."""
+    """The LM head of a model; gains: as in StudentSpec."""
 
     model: PreTrainedModel
     runtime: Runtime
     gains: bool
     macs: int = 0
-    """Cost of what was added, for one token."""
+    """Multiply-accumulates of the added modules for one token."""
 
     @property
     def head(self) -> nn.Module:
@@ -70,9 +74,10 @@ class HeadPlace:
 
 
 class BlockPlace:
-    """A block whose routers are being put in, and what they cost.
+    """A block that routers are being attached to, and the costs of what is attached.
 
-    Kinds are asked for one branch after the other: `branch` says which, `wrapper` is what stands in front of it.
+    Kind.attach is called once for each branch: `branch` is the present one, `wrapper` the module in front of it.
+    number: the block's number; last: whether it is the last block.
     """
 
     def __init__(
@@ -95,24 +100,25 @@ class BlockPlace:
         self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
         self.channels: dict[str, ChannelRouter] = {}
-        """Routers of channels by site."""
+        """Channel routers by site."""
         self.parts: set[str] = set()
-        """Branches with gates among their parts."""
+        """Branches with a router of heads or groups."""
         self.opens: set[str] = set()
-        """Those where a token on its own chooses parts, which its linear layers leave out."""
+        """Branches whose linear layers leave out closed parts that a token, alone in its call, chooses for itself."""
         self.narrowed: dict[str, Literal["inputs", "outputs"]] = {}
-        """Linear layers, by path, of which other gates leave out inputs or outputs."""
+        """Linear layers, by path, whose inputs or outputs a kind leaves out by itself (neuron routers)."""
         self.around: RoutedBlock | None = None
-        """What stands around the block."""
+        """The wrapper of the whole block, if a kind has put one around it (see `enclose`)."""
         self.gathers: Router | None = None
-        """The router on whose open tokens alone the block may run, norms and all."""
+        """The router whose open tokens alone are handed to the block, norms included (see BlockGather)."""
         self.costs: dict[str, int] = {}
+        """Multiply-accumulates of routers, as `BlockShape.routers`; `substitutes` and `lora` are as there too."""
         self.substitutes: dict[str, int] = {}
         self.lora: dict[str, int] = {}
         chosen = (site for router in self.routers if router.of_kind.over_channels for site in router.where)
         channels = {site.split("_")[0] for site in chosen}
         self.opaque = {site for site in LINEAR_SITES if not all(map(can_be_read_in_part, self.linears(site)))}
-        """Sites with layers of which no part can be read: gates are masks there."""
+        """Sites with quantized layers, of which no part can be read: gates are masks there."""
         stay = channels | {site.split("_")[0] for site in self.opaque}
         self.narrows = {
             "attn": self.own_q and not record.whole_heads and "attn" not in stay,
@@ -121,56 +127,60 @@ class BlockPlace:
 
     @property
     def wrapper(self) -> RoutedBranch:
-        """What stands in front of the branch."""
+        """The module in front of the present branch."""
         return self.wrappers[self.branch]
 
     def linears(self, site: str) -> list[Linear]:
-        """The linear layers at a site."""
+        """Return the linear layers at a site."""
         layers: list[Any] = [self.block.get_submodule(name) for name in self.record.linears(site)]
         return layers
 
     def inputs(self, site: str) -> int:
-        """Channels that a site's linear layers read."""
+        """Return the number of channels that a site's linear layers read."""
         return shape_of(self.linears(site)[0])[1]
 
     def add_router(self, spec: RouterSpec, key: str, gates: int = 1, members: Tensor | None = None) -> None:
-        """Let the branch ask a router; key: of its decisions, after the block's number."""
+        """Add a router that decides on the present branch.
+
+        key: key of its decisions without the block's number; gates, members: as in Router.
+        """
         router = Router(spec, self.sizes.width, gates, members, self.spec.gains)
         self.wrapper.routers[spec.kind] = _like(self.wrapper.base_layer, router)
         if spec.granularity == "token":
             self.costs[key] = router.macs(self.sizes.width)
 
     def add_substitute(self, spec: RouterSpec, key: str) -> None:
-        """What stands in for closed tokens, if the router has it."""
+        """Add the substitute of a router of the present branch, if its specification asks for one; key: for costs."""
         if spec.substitute:
             substitute = Substitute(self.sizes.width, min(self.sizes.width, spec.substitute))
             self.wrapper.substitutes[spec.kind] = _like(self.wrapper.base_layer, substitute)
             self.substitutes[key] = substitute.macs()
 
     def add_parts(self, spec: RouterSpec, gates: int, channels: int) -> None:
-        """Gates among the parts of the branch, which share the channels in front of its last linear layer."""
+        """Add a router of heads or groups, which divide the `channels` channels in front of the present branch's last
+        linear layer into `gates` parts of equal size (give or take one)."""
         self.parts.add(self.branch)
         if self.narrows[self.branch] and spec.granularity == "token" and spec.network != "static":
             self.opens.add(self.branch)
         self.add_router(spec, f"{self.branch}.{spec.kind}", gates, torch.arange(channels) * gates // channels)
 
     def add_channels(self, site: str, router: ChannelRouter) -> None:
-        """A router of the channels that a site's linear layers read."""
+        """Add a router of the channels that a site's linear layers read."""
         self.channels[site] = _like(self.linears(site)[0], router)
 
     def enclose(self, spec: RouterSpec) -> RoutedBlock:
-        """A wrapper around the block that hands it only some tokens."""
+        """Wrap the whole block in a RoutedBlock, which hands it the open tokens only; return the wrapper."""
         key, prefix = spec.of_kind.key(self.number, self.branch), self.record.prefix or 0
         routed = RoutedBlock(self.block, self.runtime, key, prefix, self.record.mask, spec.dropped, last=self.last)
         self.around = _like(self.block, routed)
         return routed
 
     def like(self, added: M) -> M:
-        """An added module where the block is."""
+        """Return an added module, moved to the block's device."""
         return _like(self.block, added)
 
     def elasticize(self) -> BlockShape:
-        """Put everything in; returns what the block costs."""
+        """Attach all routers and corrections to the block and wrap its modules; return the costs of the block."""
         record, sizes = self.record, self.sizes
         macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
         for self.branch in BRANCHES:
@@ -216,7 +226,7 @@ class BlockPlace:
         for end in ("in", "out"):
             self._elasticize_site(end)
         if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
-            # timm's attention is no function by name
+            # timm does not look its attention function up by name, as transformers does
             route_attention(wrapper.base_layer, self.runtime, self.sizes.window)
         if wrapper.routers or wrapper.decided:
             self.block.set_submodule(path, wrapper)
@@ -225,7 +235,7 @@ class BlockPlace:
                 self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.context))
 
     def _elasticize_site(self, end: str) -> None:
-        """Wrap the linear layers of which only a part is computed, or that are corrected."""
+        """Wrap the linear layers of one site, "in" or "out" of the branch, that run in part or have a correction."""
         branch, site = self.branch, f"{self.branch}_{end}"
         linears, channel = self.linears(site), self.channels.get(site)
         corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
@@ -257,7 +267,7 @@ class BlockPlace:
             self.block.set_submodule(name, routed)
 
     def _correct(self, routed: RoutedLinear, linear: Linear, site: str, first: bool) -> None:
-        """Add a low-rank correction, and count it: the side that heads or groups narrow apart from the other."""
+        """Add a low-rank correction and count its cost, apart for the factor that closed heads or groups narrow."""
         rank = self.spec.lora.rank
         outputs, inputs = shape_of(linear)
         routed.lora = _like(linear, Lora(inputs, outputs, rank))
@@ -270,5 +280,5 @@ class BlockPlace:
 
 
 def _like(place: nn.Module, added: M) -> M:
-    """Put a new module on the device of the module it serves (its parameters stay float32)."""
+    """Move an added module to the device of the module it serves; its parameters stay float32."""
     return added.to(next(place.parameters()).device)

@@ -1,8 +1,8 @@
-"""Whether a new student is its teacher, and decodes as it reads, with the libraries that are installed.
+"""Self-check of a new student: whether it equals its teacher, and cached decoding equals the full forward pass.
 
-Models change from release to release of transformers and timm, and what changes inside them rarely raises an error. So
-a student is tried on a few tokens or images before anybody relies on it: at an architecture's first use in a process,
-and always where a library is of a version that the project's tests have not seen (see `untested`).
+Models change from release to release of transformers and timm, and changes inside them rarely raise an error. So a new
+student is run on a few tokens or images before it is used: when a process uses an architecture for the first time, and
+always if a library has a version that the project's tests have not seen (see `untested`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SWITCH = "ELASTIC_SELF_CHECK"
 """Environment variable; "off" switches the check off."""
 
 LIBRARIES = ("torch", "transformers", "timm")
-"""Whose insides a student depends on."""
+"""Libraries on whose internals a student depends."""
 
 TOKENS = 6
-"""Length of the sequence that is tried; the last token is decoded from a cache of the others."""
+"""Length of the sequence that the check runs; its last token is also decoded from a cache of the others."""
 
 _seen: set[tuple[Any, ...]] = set()
 
 
 def untested() -> list[str]:
-    """Libraries of a version outside the range that pyproject.toml allows, which is the range that is tested.
+    """Return the libraries whose version is outside the range that pyproject.toml allows, which is the tested range.
 
-    A checkout that is not installed says nothing of versions: all of them count as untested there.
+    The ranges are read from the installed distribution; in a checkout that is not installed, all count as untested.
     """
     try:
         required = [Requirement(line) for line in metadata.requires("elastic-distill") or ()]
@@ -47,7 +47,7 @@ def untested() -> list[str]:
 
 
 def must_check(model: nn.Module, spec: StudentSpec) -> bool:
-    """Whether a student of this model is to be tried now."""
+    """Return whether a new student of this model has to be checked, and remember its architecture as checked."""
     parameter = next(model.parameters())
     if os.environ.get(SWITCH, "").lower() == "off" or parameter.is_meta:
         return False
@@ -60,10 +60,10 @@ def must_check(model: nn.Module, spec: StudentSpec) -> bool:
 
 
 class SelfCheck:
-    """What a frozen model answers to a few inputs, before routers are added, to compare a student's answers with.
+    """Outputs of a frozen model for a few inputs, taken before routers are added, to compare a student's outputs with.
 
     run: calls the model. inputs: token ids [1, TOKENS] or images [2, C, H, W]. language: whether there is a cache.
-    ValueError, in one line, where the frozen model or the student answers otherwise than it should.
+    ValueError of one line if the frozen model's outputs are unusable or (`compare`) the student's differ.
     """
 
     def __init__(self, model: nn.Module, run: Callable[..., Any], inputs: Tensor, language: bool) -> None:
@@ -84,8 +84,12 @@ class SelfCheck:
             )
 
     def compare(self, student: Student) -> None:
-        """Bit for bit: the teacher, and the student with all gates open, as masks (but where keys are dropped, since
-        attention gets another mask then). Within rounding: skip execution, and decoding from the student's cache."""
+        """Compare a student's outputs with the frozen model's; ValueError if they differ.
+
+        Bit for bit: the student as its teacher, and with all gates open in mode `mask` (within rounding if closed
+        tokens drop their keys, because attention then gets another mask). Within rounding: mode `skip`, and decoding
+        from the student's own cache.
+        """
         run, before = student.runtime, student.runtime.execution
         drops = any(router.kv == "drop" for router in student.spec.routers)
         try:
@@ -117,7 +121,7 @@ class SelfCheck:
 
     @torch.no_grad()
     def _decode(self) -> Tensor:
-        """Output [1, 1, V] of the last token, from a cache of those before it."""
+        """Return the output [1, 1, V] for the last token, decoded from a cache of the tokens before it."""
         before = self._call(self._inputs[:, :-1], use_cache=True)
         return self._run(self._inputs[:, -1:], **with_cache(self._model, {"use_cache": True}, cache_of(before)))
 
@@ -128,7 +132,7 @@ class SelfCheck:
         if exact and torch.equal(out, whole):
             return
         apart = float((out.float() - whole.float()).abs().max())
-        rounding = 1e-3 if whole.dtype == torch.float32 else 0.25  # another past moves logits by about their spread
+        rounding = 1e-3 if whole.dtype == torch.float32 else 0.25  # a wrong cache moves logits by about their spread
         own = float((self._cached.float() - self._whole[:, -1:].float()).abs().max()) if self._language else 0.0
         if exact or not apart <= max(4 * own, rounding * float(whole.float().std())):
             raise _Differs(f"{what} differs from the frozen model by {apart:.3g}")
@@ -145,11 +149,11 @@ class SelfCheck:
 
 
 class _Differs(Exception):
-    """A comparison that failed."""
+    """Raised where an output differs from the frozen model's; the message says by how much."""
 
 
 def some_tokens(model: PreTrainedModel) -> Tensor:
-    """Token ids [1, TOKENS] of a language model, drawn for the purpose; none of them stands for an image."""
+    """Return random token ids [1, TOKENS] of a language model, none of which is the placeholder of an image."""
     embeddings, draw = model.get_input_embeddings().get_parameter("weight"), torch.Generator().manual_seed(0)
     ids = torch.randint(len(embeddings), (1, TOKENS), generator=draw)
     return ids.masked_fill(ids == getattr(model.config, "image_token_id", -1), 0).to(model.device)

@@ -1,9 +1,10 @@
-"""Frozen weights of which each of several processes keeps one part (ZeRO-3, arXiv 1910.02054; FSDP, 2304.11277).
+"""Frozen weights that are sharded over data-parallel ranks (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277).
 
-A *unit* of a model, such as a block, is open, its weights whole, from when one of its modules runs, forward or back,
-until another unit is opened: one at a time. While it is, the one that has always come next is gathered, so that there
-is memory for two. Frozen weights have no gradients, so that nothing else is exchanged. The model keeps its parameters,
-which are views of memory that comes and goes: models that share them share the parts.
+Every rank keeps one part of the weights of each *unit* of a model, such as a block, and gathers the others before a
+module of the unit runs forward or backward. The unit is then *open* until another is opened: one unit at a time.
+Meanwhile the unit that has always followed is prefetched, so that memory is needed for two whole units. Frozen weights
+have no gradients, so that nothing else is exchanged. Parameters stay the same objects, views of memory that is released
+and allocated again: models that share parameters share the parts.
 """
 
 from __future__ import annotations
@@ -17,41 +18,41 @@ import torch
 from torch import Tensor, nn
 
 ALIGNED = 64
-"""Bytes that a weight's place in a unit is a multiple of."""
+"""Alignment in bytes of each weight within a unit."""
 UNIT = "unit"
-"""Under which name a weight knows its unit."""
+"""Attribute of a weight that holds its unit."""
 
 
 @dataclass
 class Shards:
-    """What all units of a model share."""
+    """The settings and the state that all units of a model share."""
 
     rank: int
-    """Which part this process keeps."""
+    """Index of the part that this process keeps."""
     size: int
-    """Into how many parts a unit is cut."""
+    """Number of parts of a unit, one for each process."""
     gather: Callable[[Tensor], Callable[[], None]]
-    """Begins to fill a buffer [bytes] of which this process's part is there with those of the others, and returns what
-    waits until it is full; all processes call both, in the same order."""
+    """Starts an all-gather into a buffer [bytes] that holds this process's part in its place, and returns a function
+    that waits until the buffer is full. All processes call both in the same order."""
     device: torch.device
-    """Where weights are whole."""
+    """Device of whole weights."""
     kept_on: torch.device
-    """Where the parts are."""
+    """Device of the parts, possibly the host."""
     now: Unit | None = field(default=None, init=False)
-    """The unit that is open."""
+    """The open unit."""
     before: Unit | None = field(default=None, init=False)
-    """The one that was open before, which tells a way forward from one back."""
+    """The unit that was open before `now`: the order of the two tells a forward pass from a backward pass."""
     ahead: tuple[Unit, Callable[[], None]] | None = field(default=None, init=False)
-    """The unit that is being gathered, and what waits for it."""
+    """The unit that is being prefetched, and the function that waits for its weights."""
     after: dict[tuple[Unit | None, Unit | None], Unit | None] = field(default_factory=dict, init=False)
-    """What was opened after these two; None where it was not always the same."""
+    """The unit that was opened after the pair (`before`, `now`); None if it was not always the same one."""
 
     def spread(self, modules: Sequence[nn.Module]) -> None:
-        """Make the weights of these modules, which learn nothing, a unit; they may be anywhere."""
+        """Make the frozen weights of these modules, on any device, a unit, and keep this process's part of them."""
         Unit(self, modules)
 
     def open(self, unit: Unit) -> None:
-        """Have all weights of a unit whole, no other's, and the next one's on their way."""
+        """Gather the weights of a unit, release those of the open one, and prefetch the unit that usually follows."""
         if self.now is unit:
             return
         last = self.before, self.now
@@ -69,7 +70,7 @@ class Shards:
             self.ahead = following, following.enter()
 
     def _give_up(self) -> None:
-        """Gather nothing ahead."""
+        """Abandon the prefetched unit, once its weights have arrived, and release it."""
         if self.ahead is not None:
             unit, wait = self.ahead
             wait()
@@ -77,7 +78,7 @@ class Shards:
             self.ahead = None
 
     def close(self) -> None:
-        """Leave no unit open."""
+        """Release the open and the prefetched unit."""
         self._give_up()
         if self.now is not None:
             self.now.leave()
@@ -85,7 +86,7 @@ class Shards:
 
 
 class Unit:
-    """Weights that are whole at the same time."""
+    """Weights that are gathered and released together."""
 
     def __init__(self, shards: Shards, modules: Sequence[nn.Module]) -> None:
         self._shards = shards
@@ -94,9 +95,9 @@ class Unit:
         for weight in weights:
             starts.append(_up(starts[-1] + weight.numel() * weight.element_size(), ALIGNED))
         self._part = _up(starts[-1], ALIGNED * shards.size) // shards.size
-        """Bytes of a part."""
+        """Size of a part in bytes."""
         self.parts: dict[Tensor, Tensor] = {}
-        """What of each weight is in this process's part, flat."""
+        """The piece of each weight that is in this process's part, flat; empty if there is none."""
         self._kept = self._cut(weights, starts)
         self.whole = torch.empty(self._part * shards.size, dtype=torch.uint8, device=shards.device)
         for weight, start in zip(weights, starts, strict=False):
@@ -109,10 +110,10 @@ class Unit:
             module.register_forward_hook(self._behind)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unit:
-        return self  # copies of a model on the same weights have the same units
+        return self  # copies of a model share its weights, and so its units
 
     def _cut(self, weights: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-        """This process's part [bytes]; of each weight no more is read than what is in it."""
+        """Copy this process's part [bytes] out of the weights; only this piece of each weight is read."""
         shards = self._shards
         kept = torch.zeros(self._part, dtype=torch.uint8, device=shards.kept_on)
         if shards.kept_on.type == "cpu" and shards.device.type != "cpu":
@@ -127,12 +128,15 @@ class Unit:
         return kept
 
     def open(self) -> None:
-        """Have all weights whole, and no other unit's."""
+        """Gather this unit's weights and release those of the open unit."""
         self._shards.open(self)
 
     def enter(self) -> Callable[[], None]:
-        """Begin to gather all parts; returns what waits for them. (What a GPU does with a buffer is queued in the order
-        of these calls, so that its memory can come from what was freed while it was still being read.)"""
+        """Allocate memory for all parts and start to gather them; return a function that waits for them.
+
+        The memory may have been freed while kernels still read it: a GPU runs what is queued in order, so that they
+        finish before the gather writes.
+        """
         shards = self._shards
         self.whole.untyped_storage().resize_(self._part * shards.size)
         first = shards.rank * self._part
@@ -140,14 +144,14 @@ class Unit:
         return shards.gather(self.whole)
 
     def leave(self) -> None:
-        """Keep this process's part alone."""
+        """Release the whole weights; this process's part stays."""
         self.whole.untyped_storage().resize_(0)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self.open()
 
     def _behind(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Open again before the gradient of what the module puts out goes back through it."""
+        """Forward hook: open the unit again before gradients of the module's outputs go back through the module."""
         for tensor in out if isinstance(out, tuple) else (out,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(_open, self))
@@ -162,8 +166,8 @@ def _up(number: int, multiple: int) -> int:
 
 
 def open_unit(module: nn.Module) -> None:
-    """Before weights of a module are read while it does not run: have them whole, if they are spread, until another
-    module runs or is opened."""
+    """Gather a module's weights, if they are sharded, to read them outside of its forward pass. They stay whole until a
+    module of another unit runs or is opened."""
     for weight in module.parameters():
         unit = unit_of(weight)
         if unit is not None:
@@ -171,16 +175,16 @@ def open_unit(module: nn.Module) -> None:
 
 
 def unit_of(weight: Tensor) -> Unit | None:
-    """The unit that a weight belongs to; None where it is not spread."""
+    """Return the unit that a weight belongs to; None if the weight is not sharded."""
     return getattr(weight, UNIT, None)
 
 
 def part_of(weight: Tensor) -> Tensor:
-    """What this process keeps of a weight, flat; all of it where it is not spread."""
+    """Return the piece of a weight that this process keeps, flat; the weight itself if it is not sharded."""
     unit = unit_of(weight)
     return weight if unit is None else unit.parts[weight]
 
 
 def are_spread(model: nn.Module) -> bool:
-    """Whether a process has only a part of some of these weights."""
+    """Return whether some weights of a model are sharded."""
     return any(unit_of(weight) is not None for weight in model.parameters())
