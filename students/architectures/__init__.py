@@ -1,4 +1,4 @@
-"""Architectures that are supported: records of names, and what they say of a model."""
+"""Supported architectures: records of module names, and functions that look up a model's modules and sizes."""
 
 from students.architectures.lookup import (
     ARCHITECTURES,

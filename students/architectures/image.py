@@ -1,4 +1,4 @@
-"""Image models that are supported."""
+"""Records of the supported image models."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ IMAGE_MODELS: dict[str, Architecture] = {
     "VisionTransformerDistilled": _TIMM,
     "Eva": _TIMM,
 }
-"""Keyed by the config's `model_type`, or for models of timm by the name of their class."""
+"""Records by the config's `model_type`, or for models of timm by class name."""
 
 
 def side_by_side(record: Architecture, count: int) -> Architecture:
-    """The record of blocks of so many attentions, then so many MLPs (timm's parallel blocks, arXiv 2203.09795)."""
+    """Return a record for blocks with `count` attentions side by side, followed by `count` MLPs side by side (timm's
+    parallel blocks, arXiv 2203.09795)."""
 
     def each(branch: str, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{number}.{branch}.{name}" for number in range(count) for name in names)

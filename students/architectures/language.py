@@ -1,4 +1,4 @@
-"""Language models that are supported."""
+"""Records of the supported language models."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)
     ),
 }
-"""Keyed by the config's `model_type`."""
+"""Records by the config's `model_type`."""

@@ -1,4 +1,4 @@
-"""The record of a model, and what it says of its blocks."""
+"""Look up the record of a model, its blocks, and the sizes and weights of its linear layers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from students.architectures.record import LINEAR_SITES, Architecture
 Linear: TypeAlias = nn.Linear | Conv1D
 
 ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
-"""Keyed by the config's `model_type`, or for models of timm by the name of their class."""
+"""All records by the config's `model_type`, or for models of timm by class name."""
 
 
 def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
-    """The record that fits a model, and its blocks.
+    """Return the record of a model, adapted to its configuration, and the model's blocks.
 
-    Raises ValueError where no record fits, or a module that the record names is missing.
+    ValueError if there is no record for the model, or a module that the record names is missing.
     """
     kind = kind_of(model)
     if kind not in ARCHITECTURES:
@@ -38,7 +38,7 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         record = replace(record, prefix=prefix)
     container: Any = _get(trunk_of(model), record.blocks, type(model).__name__)
     blocks = list(container)
-    if kind == "Eva":  # whose layers differ from model to model
+    if kind == "Eva":  # a class of models whose blocks have different linear layers
         if getattr(blocks[0].attn, "qkv", None) is None:
             record = replace(record, attn_in=LLAMA.attn_in)
         if hasattr(blocks[0].mlp, "fc1_g"):
@@ -54,12 +54,12 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
 
 
 def kind_of(model: nn.Module) -> str:
-    """What `ARCHITECTURES` calls this model."""
+    """Return the key of a model in `ARCHITECTURES`."""
     return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks: the model without its head, or itself."""
+    """Return the module that holds the blocks: a transformers model without its head, a timm model itself."""
     return model.base_model if isinstance(model, PreTrainedModel) else model
 
 
@@ -68,18 +68,19 @@ class Sizes:
     """Sizes of a block's attention."""
 
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
     heads: int
+    """Number of query heads."""
     size: int
-    """Channels of a head."""
+    """Number of channels of a head."""
     groups: int
-    """Heads of keys and values."""
+    """Number of key/value heads."""
     window: int | None
-    """Keys that a sliding-window layer sees at most."""
+    """Maximum number of keys that a token attends to in a sliding-window layer; None: no limit."""
 
 
 def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Module) -> Sizes:
-    """Sizes of block `number`."""
+    """Return the sizes of the attention in `block`, which is block `number` of the model."""
     if not isinstance(model, PreTrainedModel):
         out = record.linears("attn_out")
         attn: Any = block.get_submodule(out[0].rpartition(".")[0])
@@ -114,14 +115,14 @@ def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in], whichever way the layer stores it, wrapped or not."""
+    """Return the weight of a linear layer as [out, in], in whichever order it is stored; the layer may be wrapped."""
     base: Any = getattr(linear, "base_layer", linear)
     weight: Tensor = base.weight
     return weight.T if isinstance(base, Conv1D) else weight
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, also where its weight is packed."""
+    """Return (outputs, inputs) of a linear layer, which may be wrapped or quantized."""
     base: Any = getattr(linear, "base_layer", linear)
     if isinstance(base, Conv1D):
         inputs, outputs = base.weight.shape
@@ -130,16 +131,16 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
 
 
 def can_be_read_in_part(linear: nn.Module) -> bool:
-    """Whether single rows and columns of a linear layer's weight can be read: not where it is quantized, in a way that
-    only its own library knows."""
+    """Return whether single rows and columns of a linear layer's weight can be read: not if it is quantized, in a
+    layout that only the quantization library knows."""
     base: Any = getattr(linear, "base_layer", linear)
     return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
 
 
 @torch.no_grad()
 def values_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer [out, in] in float32, also where it is packed: then it is the layer's answer to each
-    input on its own."""
+    """Return the weight of a linear layer [out, in] in float32. A quantized weight is recovered as the layer's outputs,
+    less the bias, for the rows of an identity matrix."""
     if can_be_read_in_part(linear):
         return weight_of(linear).float()
     base: Any = getattr(linear, "base_layer", linear)

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer block are called what: one record of names per architecture."""
+"""The record of an architecture: what the modules of its transformer blocks are called."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Literal
 Branch = Literal["attn", "mlp"]
 BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
 LINEAR_SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-"""The four places of a block where linear layers read one input: q/k/v, o, gate/up, down."""
+"""The four sites of a block, each with linear layers that read the same input: q/k/v, o, gate/up, down."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of modules, as attribute paths: `blocks` from the base model, `attn`..`mlp_exit` from a block, the
-    linear layers from their branch."""
+    """Names and properties of the modules in an architecture; the defaults are Llama's.
+
+    Names are attribute paths: `blocks` relative to the base model; `attn`, `mlp`, `attn_exit`, `mlp_exit` and `norm`
+    relative to a block; linear layers (`attn_in` ... `mlp_out`) and `activation` relative to their branch.
+    """
 
     blocks: str = "layers"
     attn: str = "self_attn"
@@ -24,34 +27,38 @@ class Architecture:
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: tuple[str, ...] = ("down_proj",)
     activation: str = "act_fn"
-    """The module between gate and up, where both are linear layers of their own."""
+    """The activation function of a gated MLP whose gate and up are separate linear layers."""
     attn_exit: str | None = None
-    """The branch's last module where that is not the branch itself (post-norms): gates act after it."""
+    """The post-norm behind attention, after which gates are applied; None: the branch has no module behind it."""
     mlp_exit: str | None = None
+    """The same for the MLP."""
     prenorm: bool = True
-    """Whether the branch reads a normalised input; where it does not, routers normalise for themselves."""
+    """Whether branches read a normalised input; if not, routers normalise their input themselves."""
     norm: str = "input_layernorm"
-    """The norm in front of attention, for language models that have one."""
+    """The norm in front of attention; used for language models with `prenorm`."""
     residual_scale: str | None = None
-    """The config's name for what a branch's output is multiplied by before it is added to the residual stream."""
+    """Config key of the factor of a branch's output, applied before the output is added to the residual stream."""
     logit_scale: str | None = None
-    """The config's name for what logits are multiplied by; logit_divisor: for what they are divided by."""
+    """Config key of the factor of the logits."""
     logit_divisor: str | None = None
+    """Config key of the divisor of the logits."""
     logit_cap: str | None = None
-    """The config's name for the bound c of logits c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
+    """Config key of the soft cap c of the logits, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
     whole_heads: bool = False
-    """Whether no head can be left out: queries are normalised over all heads, or attention passes no plan on."""
+    """Whether closed heads must be computed all the same: because queries are normalised over all heads, or attention
+    does not hand further keyword arguments on to its attention function."""
     side_by_side: bool = False
-    """Whether a block has several attentions, then several MLPs, that read one input each: only whole blocks are
-    routed."""
+    """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
+    blocks can be routed."""
     causal: bool = True
-    """Whether a token sees only what is before it (language), or everything (images)."""
+    """Whether attention is causal (language models) or bidirectional (image models)."""
     mask: str = "attention_mask"
-    """The keyword under which blocks and attention take a mask."""
+    """The keyword by which blocks and attention take a mask."""
     prefix: int | None = 0
-    """Images: class, distillation and register tokens in front of the patches; None: the model says how many."""
+    """Image models: number of class, distillation and register tokens in front of the patches; None: it differs, and is
+    read from the model."""
 
     def linears(self, site: str) -> list[str]:
-        """Names of the linear layers at a site, from the block."""
+        """Return the names of the linear layers at a site, relative to the block."""
         branch = self.attn if site.startswith("attn") else self.mlp
         return [f"{branch}.{name}" for name in getattr(self, site)]

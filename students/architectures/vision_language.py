@@ -1,4 +1,4 @@
-"""Vision-language models that are supported; their two towers are models of their own."""
+"""The supported vision-language models; their vision tower and language model have records of their own."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ VISION_TOWERS = {
     "qwen2_vl": "visual",
     "qwen2_5_vl": "visual",
 }
-"""Vision-language models by `model_type`, and where their base model keeps the vision tower."""
+"""Attribute of the base model that holds the vision tower, by `model_type` of the vision-language model."""

@@ -1,4 +1,4 @@
-"""The trainable parts: routers, substitutes and low-rank corrections. Parameters are float32 whatever the model is."""
+"""The trainable modules: routers, substitutes and low-rank corrections, in float32 whatever the model's dtype."""
 
 from students.routers.base import Router
 from students.routers.channel import OPEN, ChannelRouter

@@ -1,4 +1,4 @@
-"""Routers that score gates from what their branch reads."""
+"""Routers that compute scores of gates from the input of their branch, and the base class of all added modules."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from students.prepared import InPrecision, Stamp
 from students.spec import RouterSpec
 
 LEVELS = 65
-"""Quantiles that are kept of the scores of a router with quota."""
+"""Number of quantiles that represent the score distribution of a router with quota."""
 
 
 class Added(nn.Module):
-    """A part that is added to a model: its parameters stay float32 where the model is converted to another type."""
+    """A module that is added to a model: its parameters stay float32 if the model is converted to another dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def convert(x: Tensor) -> Tensor:
@@ -30,7 +30,8 @@ class Added(nn.Module):
 
 
 class ThinLinear(nn.Linear):
-    """A linear layer in its input's precision: on many tokens a copy of them in float32 costs more than the router."""
+    """A linear layer with float32 parameters that computes in its input's dtype: for many tokens, copying the input to
+    float32 costs more than the router itself."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
@@ -43,22 +44,26 @@ class ThinLinear(nn.Linear):
         return product + bias[0] if bias else product
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """The product [..., 1] of a layer with one output, and the bias [1] where it has one."""
+        """Return the product [..., 1] of a layer with one output, and then the bias [1] if the layer has one."""
         weight, *bias = self._parameters_in(x.dtype)
-        return [(x @ weight[0]).unsqueeze(-1), *bias]  # faster than a product with a thin matrix
+        return [(x @ weight[0]).unsqueeze(-1), *bias]  # faster than with a matrix of one row
 
     def _parameters_in(self, dtype: torch.dtype) -> list[Tensor]:
         return self._precise(dtype, self.weight, *([] if self.bias is None else [self.bias]))
 
 
 class Router(Added):
-    """Scores for n gates from a branch's input: zero at the start, and a gate is open where its score is >= 0.
+    """Computes scores of `gates` gates from a branch's input. Scores are zero at the start; a gate is open where its
+    score plus what the dial adds (`shift`) is >= 0.
 
-    members: which gate each channel in front of the branch's last linear layer belongs to (head and expert routers).
+    width: of the input. members: see the buffer. gains: whether a gain is learned (see StudentSpec).
     """
 
     members: Tensor | None
+    """Index [C] of the gate that each channel in front of the branch's last linear layer belongs to (head and expert
+    routers); None for other kinds."""
     levels: Tensor | None
+    """Quantiles [LEVELS] of the scores on training images, ascending (`selection: quota`); None for other routers."""
 
     def __init__(
         self, spec: RouterSpec, width: int, gates: int, members: Tensor | None = None, gains: bool = False
@@ -84,18 +89,18 @@ class Router(Added):
             nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> scores [B, T, N] (static: [1, 1, N]), float32."""
+        """Return float32 scores [B, T, N] (static: [1, 1, N]) for the branch's input x [B, T, D]."""
         if self.spec.network == "static":
-            return self.score.clone()[None, None]  # a view would claim a gradient where none is recorded
+            return self.score.clone()[None, None]  # a view would require a gradient even under no_grad
         score: Tensor = self.linear(x)
         if self.spec.network == "mlp":
             score = score + self.mlp(x)
         return score.float()
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
-        """Scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.
+        """Return scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.
 
-        distance [B, T]: of each token to the one that would take it in, where tokens merge.
+        distance [B, T]: if tokens merge, the distance of each token to the token that it would merge into.
         """
         if self.spec.network == "mlp":
             score: Tensor = self(x * per_size(x).unsqueeze(-1).to(x.dtype)).squeeze(-1)
@@ -105,44 +110,44 @@ class Router(Added):
 
     @property
     def of_channel(self) -> Tensor:
-        """`members` of a head or expert router."""
+        """`members` of a head or expert router, which always has them."""
         assert self.members is not None, "its gates are among no channels"
         return self.members
 
     def share(self, gate: Tensor) -> Tensor:
-        """What gates [..., N] leave open of the channels that they switch [...]; groups may differ in size by one."""
+        """Return the share [...] of channels whose gate [..., N] is open; groups may differ in size by one."""
         if self.members is None or len(self.members) % self.gates == 0:
             return gate.mean(-1)
         sizes: Tensor = self.members.bincount(minlength=self.gates) / len(self.members)
         return gate @ sizes
 
     def shift(self, dial: float | Tensor) -> float | Tensor:
-        """What the dial adds to the scores."""
+        """Return what is added to the scores at this offset of the dial: gain * offset."""
         return dial if self.log_gain is None else self.log_gain.exp() * dial
 
     @torch.no_grad()
     def open_by(self, offset: float) -> None:
-        """Raise all scores as far as the dial would at this offset; for routers with a linear map."""
+        """Add permanently to all scores what the dial would add at this offset; for routers with a linear map."""
         rise = self.shift(offset)
         for raised in (self.linear.bias, self.levels):
             if raised is not None:
                 raised.add_(rise)
 
     def stands(self, raised: Tensor, offset: float) -> bool:
-        """Whether the one gate of a static router is open, given its score as the dial raises it at this offset; the
-        device is asked once for each setting."""
+        """Return whether the single gate of a static router is open, given `raised`, its score with the shift at this
+        offset. The host waits for the device once for each value of score, gain and offset."""
         if self._stood.renew([x for x in (self.score, self.log_gain) if x is not None], offset):
             self._stands = bool((raised >= 0).all())
         return self._stands
 
     def set_quota(self, scores: Tensor) -> None:
-        """Take the distribution of scores [N] as the one that `quota` answers for."""
+        """Store the distribution of scores [N], from which `quota` computes shares."""
         assert self.levels is not None, "only a router with quota has levels"
         steps = torch.linspace(0, 1, LEVELS, device=scores.device)
         self.levels.copy_(torch.quantile(scores.float().flatten(), steps))
 
     def quota(self, offset: float) -> float:
-        """The share of scores that are at least as large as the dial asks, between 0 and 1."""
+        """Return the share of the stored distribution's scores that are open at this offset, between 0 and 1."""
         assert self.levels is not None, "only a router with quota has levels"
         if self._stamp.renew([x for x in (self.levels, self.log_gain) if x is not None], offset):
             with torch.no_grad():
@@ -158,7 +163,7 @@ class Router(Added):
         return 1 - (place - 1 + (-offset - low) / (high - low)) / (len(levels) - 1)
 
     def macs(self, width: int) -> int:
-        """Multiply-accumulates for one token."""
+        """Return the multiply-accumulates for one token."""
         if self.spec.network == "static":
             return 0
         mlp = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0

@@ -1,4 +1,4 @@
-"""Channels of a linear layer's input."""
+"""Routers of channels in the input of a linear layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ OPEN = -30.0
 
 
 class ChannelRouter(Added):
-    """One learned limit per input channel: the channel is read where |x| reaches it (see selection.channel).
+    """One learned limit for each input channel: a channel is read where |x| >= limit (see selection.channel).
 
-    static: the choice is fixed, by a learned score per channel.
+    `network: static`: the same channels are read for every input, those with log_limit <= 0 at the present offset.
     """
 
     def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
@@ -26,20 +26,22 @@ class ChannelRouter(Added):
         self.log_gain = nn.Parameter(torch.zeros(width)) if gains else None
 
     def log_limit_at(self, dial: float | Tensor) -> Tensor:
-        """The logarithm of the limit at this offset of the dial: [C], or [..., C] for offsets [..., 1]."""
+        """Return the logarithm of the limits at this offset: [C], or [..., C] for offsets [..., 1]."""
         return self.log_limit - (dial if self.log_gain is None else self.log_gain.exp() * dial)
 
     def limit(self, dial: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """What |x| has to reach [C] or [..., C], float32 but rounded to x's dtype; static: 0 where open, infinity where
-        closed."""
+        """Return the limits [C] or [..., C] of |x|, in float32 but rounded to x's dtype; static: 0 for open channels,
+        infinity for closed ones."""
         log_limit = self.log_limit_at(dial).detach()
         if self.spec.network == "static":
             return torch.where(log_limit <= 0, 0.0, torch.inf)
         return log_limit.exp().to(dtype).float()
 
     def read(self, x: Tensor, dial: float | Tensor, factors: selection.Factors | None = None) -> tuple[Tensor, Tensor]:
-        """x [..., C] without the channels that stay closed, and the share that is read [...]; dial: its offset for x;
-        factors: as in `selection.channel`."""
+        """Return x [..., C] with closed channels set to 0, and the share [...] of open channels.
+
+        dial: offset for x; factors: as in `selection.channel`.
+        """
         log_limit = self.log_limit_at(dial)
         if self.spec.network == "static":
             gate = selection.threshold(-log_limit)

@@ -1,4 +1,4 @@
-"""Image tokens in front of a language model."""
+"""The router of image tokens in front of a language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from students.spec import RouterSpec
 
 
 class ImageRouter(Router):
-    """Scores image tokens in front of a language model, alone and against the question."""
+    """Scores image tokens in front of a language model: from the token alone and, with `query`, from a bilinear form of
+    rank `query` of the token and the prompt's mean text token."""
 
     def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
         super().__init__(spec, width, 1, gains=gains)
@@ -21,7 +22,7 @@ class ImageRouter(Router):
             nn.init.zeros_(self.ask.weight)
 
     def of_prompt(self, x: Tensor, question: Tensor) -> Tensor:
-        """Scores [B, T] of embedded tokens x [B, T, D], of which question [B, T] bool are the prompt's text."""
+        """Return scores [B, T] of embedded tokens x [B, T, D]; question [B, T] bool: which are the prompt's text."""
         score = self.of_stream(x)
         if self.spec.query:
             unit = F.rms_norm(x, x.shape[-1:])
@@ -30,5 +31,5 @@ class ImageRouter(Router):
         return score
 
     def macs(self, width: int) -> int:
-        """Multiply-accumulates for one token."""
+        """Return the multiply-accumulates for one token."""
         return super().macs(width) + self.spec.query * (width + 1)

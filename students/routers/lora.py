@@ -10,7 +10,7 @@ from students.routers.base import Added
 
 
 class Lora(Added):
-    """Low-rank correction of one linear layer (arXiv 2106.09685): zero at the start."""
+    """Low-rank correction of one linear layer (LoRA, arXiv 2106.09685): zero at the start."""
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()
@@ -18,5 +18,5 @@ class Lora(Added):
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Return the correction [..., out] of the layer's output for the layer's input x [..., in]."""
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))

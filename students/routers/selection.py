@@ -1,4 +1,4 @@
-"""Hard gates and their gradients: pure functions on tensors.
+"""Hard gates from scores, with surrogate gradients: pure functions on tensors.
 
 Shapes: B batch, T tokens, N gates of one router, C channels.
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 from students.kernels import autograd
 
 Pool = Callable[[Tensor], Tensor]
-"""From what this process has of something [n] to what all that share a batch have of it [m]."""
+"""Gathers a tensor [n] from all data-parallel ranks that share a batch, into one [m]."""
 
 Factors = tuple[Tensor, Tensor, int]
-"""Of an MLP's product activation(gate) * up: (gate, up, which activation it is, as in `ops.gated_grad`)."""
+"""Factors of an MLP's product activation(gate) * up: (gate, up, activation as numbered in `ops.gated_grad`)."""
 
 
 def alone(x: Tensor) -> Tensor:
-    """The pool of a process that shares its batches with no other."""
+    """Return x: the Pool of a process that does not share its batches."""
     return x
 
 
 def threshold(score: Tensor) -> Tensor:
-    """1 where the score is >= 0, else 0; the gradient is that of sigmoid(score) (straight-through, arXiv 1308.3432)."""
+    """Return 1 where score >= 0, else 0, with the gradient of sigmoid(score) (straight-through, arXiv 1308.3432)."""
     hard = (score >= 0).to(score.dtype)
     if not torch.is_grad_enabled():
         return hard
@@ -34,19 +34,20 @@ def threshold(score: Tensor) -> Tensor:
 
 
 def topk(score: Tensor, share: float, dim: int) -> Tensor:
-    """1 for the round(share * size) largest scores along `dim` (at least one), else 0; gradient as in `threshold`."""
+    """Return 1 for the round(share * size) largest scores along `dim` (at least one), else 0; gradient as in
+    `threshold`."""
     return best(score, how_many(score.shape[dim], share), dim)
 
 
 def how_many(size: int, share: float) -> int:
-    """How many of so many `topk` chooses."""
+    """Return how many of `size` scores `topk` chooses."""
     return min(size, max(1, round(share * size)))
 
 
 def best(score: Tensor, count: int | Sequence[int], dim: int) -> Tensor:
-    """1 for the `count` largest scores along `dim`, else 0; gradient as in `threshold`.
+    """Return 1 for the `count` largest scores along `dim`, else 0; gradient as in `threshold`.
 
-    count may differ between the rows of score [B, n] (dim 1). Scores of -infinity are never among the largest.
+    A sequence has a count for each row of score [B, n] (with dim 1). Scores of -infinity are never chosen.
     """
     if isinstance(count, int):
         hard = torch.zeros_like(score).scatter_(dim, score.topk(count, dim).indices, 1.0)
@@ -60,15 +61,16 @@ def best(score: Tensor, count: int | Sequence[int], dim: int) -> Tensor:
 
 
 def _rank(score: Tensor) -> Tensor:
-    """The place [B, n] of each score in its row, the largest first."""
+    """Return the rank [B, n] of each score in its row, 0 for the largest."""
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None, pool: Pool = alone) -> Tensor:
-    """1 for the k largest scores [B, n] of each row, k being how many are >= -shift in the mean over rows, else 0.
+    """Return 1 for the k largest scores of each row of score [B, n], else 0, where k, rounded, is the mean over rows of
+    the number of scores >= -shift: the same k for all rows. Gradient as of `threshold` of score + shift.
 
-    shift: one number, or [B, 1], one for each row. Gradient as in `threshold` of score + shift; here [B, n] bool: which
-    may be chosen; pool: finds what other processes have of the batch. Nothing waits for the device.
+    shift: one number, or [B, 1], one for each row, which then has a k of its own. here [B, n] bool: the scores that may
+    be chosen. pool: gathers the scores of the other ranks' rows. The host does not wait for the device.
     """
     if isinstance(shift, Tensor):
         limit = -shift.detach().to(score.dtype)
@@ -83,20 +85,22 @@ def even(score: Tensor, shift: float | Tensor, here: Tensor | None = None, pool:
 
 
 def score_weight(score: Tensor, over_gates: bool) -> Tensor:
-    """What ElastiFormer (arXiv 2411.15281) multiplies an open gate's output by, scaled to 1 at equal or zero scores.
+    """Return the factor of an open gate's output as in ElastiFormer (arXiv 2411.15281), scaled to be 1 for zero scores.
 
-    over_gates: n*softmax over the last dimension; else 2*sigmoid, gate by gate.
+    over_gates: n*softmax over the n gates of the last dimension; otherwise 2*sigmoid of each score.
     """
     return score.shape[-1] * score.softmax(-1) if over_gates else 2 * score.sigmoid()
 
 
 def channel(x: Tensor, log_limit: Tensor, factors: Factors | None = None) -> tuple[Tensor, Tensor]:
-    """Keep the channels of x [..., C] whose magnitude reaches exp(log_limit); also the share kept [...], float32.
+    """Return x [..., C] with the channels below the limit, |x| < exp(log_limit), set to 0, and the share [...] of the
+    others, float32.
 
-    log_limit [C], or [B, 1, C] where it differs from row to row of x [B, T, C]. factors: of which x is the product,
-    made without a gradient, which goes to them.
+    log_limit [C], or [B, 1, C] if each row of x [B, T, C] has limits of its own. factors: the factors of x, if it is an
+    MLP's product that was computed without recording gradients; gradients then go to the factors.
 
-    Channel selection by calibrated magnitude is TEAL (arXiv 2408.14690); weighing by the columns WINA (2505.19427).
+    Selecting channels by a calibrated magnitude is TEAL's method (arXiv 2408.14690); weighting the magnitudes by the
+    weight's columns, as the limits' start does, WINA's (arXiv 2505.19427).
     """
     out: tuple[Tensor, Tensor]
     if factors is None:
@@ -107,21 +111,23 @@ def channel(x: Tensor, log_limit: Tensor, factors: Factors | None = None) -> tup
 
 
 def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """exact [..., V] where preview >= limit [..., 1], else preview + tail []; also the share of exact rows [...]."""
+    """Return logits, exact [..., V] where preview >= limit [..., 1], else preview + tail [], and the share [...] of
+    exact rows."""
     out: tuple[Tensor, Tensor] = autograd.RowGate.apply(exact, preview, limit, tail)
     return out
 
 
 def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:
-    """Mean over the prompt's tokens: x [B, T, D], prompt [B, T] bool -> [B, 1, D]. Nothing after the prompt enters."""
+    """Return the mean [B, 1, D] of x [B, T, D] over the prompt's tokens alone; prompt [B, T] bool: which these are."""
     weight = prompt.to(x.dtype).unsqueeze(-1)
     return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype, causal: bool = True) -> Tensor:
-    """The attention mask [B, 1, T, T] under which only tokens with kept [B, T] are attended to, and each token itself.
+    """Return the attention mask [B, 1, T, T] that hides the keys of all tokens outside of kept [B, T] bool, except from
+    the token itself.
 
-    mask: what the model would use: None, boolean (True attends) or additive. causal: what None means.
+    mask: the model's mask: None, boolean (True: visible) or additive. causal: whether None stands for causal attention.
     """
     tokens = kept.shape[1]
     allowed = kept[:, None, None, :] | torch.eye(tokens, dtype=torch.bool, device=kept.device)

@@ -1,4 +1,4 @@
-"""What stands in for a branch that is closed."""
+"""The low-rank map that replaces a closed branch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from students.routers.base import Added
 
 
 class Substitute(Added):
-    """Rank-r affine map of the branch's input that stands in for the branch; zero until fitted or trained."""
+    """Rank-r affine map of a branch's input that replaces the closed branch; zero until fitted or trained."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -21,10 +21,10 @@ class Substitute(Added):
         self._precise = InPrecision()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+        """Return the substitute [..., D] of the branch's output for the branch's input x [..., D], in x's dtype."""
         down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
         return F.linear(F.linear(x, down), up, bias)
 
     def macs(self) -> int:
-        """Multiply-accumulates for one token."""
+        """Return the multiply-accumulates for one token."""
         return self.down.numel() + self.up.numel()

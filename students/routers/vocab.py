@@ -1,4 +1,4 @@
-"""Rows of the LM head."""
+"""The router of rows of the LM head."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from students.routers.base import Added
 
 
 class VocabRouter(Added):
-    """Which rows of the LM head a token needs: a rank-r preview of all logits, exact rows above a learned limit.
+    """Chooses rows of the LM head for each token: a rank-r preview of all logits, exact rows above a learned limit.
 
-    The preview W (up f), f = down h, costs r (D + V) instead of D V. A row is computed exactly where its preview
-    reaches the limit slope . f + spread |f|: about `spread` standard deviations above the mean of the token's logits.
-    The others keep preview + tail. Previewing the softmax by a truncated head is SVD-Softmax's idea (NIPS 2017); here
-    the map is fitted to hidden states, in closed form, and stays as fitted; spread and tail are trained.
+    The preview (W up) f of a hidden state h, with W [V, D] the head's weight and f = down h, costs r (D + V) instead of
+    D V. A row is computed exactly where its preview reaches the limit slope . f + spread |f|, which is about `spread`
+    standard deviations above the mean of the token's logits; the other logits are preview + tail. Previewing the
+    softmax with a truncated head is SVD-Softmax's idea (NIPS 2017). Here, down, up and slope are fitted to hidden
+    states in closed form and then stay fixed; spread and tail are trained.
     """
 
     down: Tensor
@@ -32,15 +33,15 @@ class VocabRouter(Added):
         self.tail = nn.Parameter(torch.zeros(()))
 
     def preview_weight(self, weight: Tensor) -> Tensor:
-        """The head's weight [V, D] seen through `up`: [V, r]."""
+        """Return the product [V, r] of the head's weight [V, D] and `up`, which maps features to previews of logits."""
         return weight @ self.up.to(weight.dtype)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [..., D] -> f [..., r]."""
+        """Return features f [..., r] of final hidden states [..., D]."""
         return F.linear(hidden, self.down.to(hidden.dtype))
 
     def limit(self, features: Tensor, spread: Tensor, gain: Tensor | float, dial: Tensor | float) -> Tensor:
-        """f [..., r] -> the limit [..., 1] of each token's preview, float32, at this offset of the dial.
+        """Return the limit [..., 1] of each token's preview, given features f [..., r], at this offset; float32.
 
         Zero parameters open every row.
         """
