@@ -1,1 +1,1 @@
-"""What teachers and students learn from."""
+"""Data sets: text, images, and questions about images."""

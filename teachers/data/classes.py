@@ -1,4 +1,4 @@
-"""Which of a model's classes a class of the data is: by name, and by number where that can mean nothing else."""
+"""Match the classes of a data set to a model's classes: by name, or by number where that is unambiguous."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 5
-"""Names that a message shows."""
+"""Number of class names that an error message lists."""
 
 _SYNSET = re.compile(r"n\d{8}")
 _UNNAMED = re.compile(r"label_?\d+", re.IGNORECASE)
-"""What transformers calls classes that were never given a name."""
+"""Placeholder names of transformers for classes without names, such as LABEL_0."""
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
@@ -23,27 +23,27 @@ class Classes:
 
     count: int
     names: Mapping[str, int] = field(default_factory=dict)
-    """Their numbers by name, as `plain` writes it; empty where the model does not name them."""
+    """Class numbers by name, normalised by `plain`; empty if the model does not name its classes."""
     imagenet: Mapping[str, int] = field(default_factory=dict)
-    """The same of ImageNet, where an unnamed model has as many classes and may be one of it."""
+    """Class numbers of ImageNet by name, if the model names no classes but has as many as a version of ImageNet."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Class numbers, of classes or of images."""
+    """Class numbers of a list of classes or of a list of images."""
 
     numbers: list[int]
-    """-1 where there is none."""
+    """Class numbers; -1 for a class or image without one."""
     missing: str | None = None
-    """Why there is none for classes that the data has, for the user to read."""
+    """Why classes of the data have no number, for the user to read; None if all have one."""
     names: tuple[str, ...] | None = None
-    """The data's own names, where a number is a place in their list."""
+    """The data's class names, if the numbers are indices in this list; otherwise None."""
 
 
 def named(labels: Mapping[int, Iterable[str]]) -> Classes:
-    """Classes of which each has some names, which may be lists themselves, with commas: `tench, Tinca tinca`.
+    """Return classes from the names of each class number; a name may be a list with commas: `tench, Tinca tinca`.
 
-    Of ImageNet's classes, the synsets (n01440764) are names too.
+    If most names are those of ImageNet's classes, all of ImageNet's names and synsets (n01440764) are names too.
     """
     labels = {number: [name for name in names if not _UNNAMED.fullmatch(name)] for number, names in labels.items()}
     if not any(labels.values()):
@@ -57,20 +57,20 @@ def named(labels: Mapping[int, Iterable[str]]) -> Classes:
 
 
 def unnamed(count: int) -> Classes:
-    """So many classes without names."""
+    """Return `count` classes without names."""
     return Classes(count, imagenet=_imagenet(count))
 
 
 def plain(name: str) -> str:
-    """A name in lower case, its words parted by single spaces."""
+    """Return a name in lower case, with its words (letters and digits) separated by single spaces."""
     return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def labels_of_names(names: Sequence[str], model: Classes | None, *, ordered: bool = False) -> Labels:
-    """The number of each of the data's classes among the model's.
+    """Return the model's class number for each class name of the data.
 
-    model: None where there is none, or it tells no classes apart: numbers are then those of ImageNet where all names
-    are its synsets, else places in the list. ordered: the names are in the data's own order, not sorted.
+    model: the model's classes; without them (None) numbers are those of ImageNet if all names are its synsets, else
+    indices in `names`. ordered: `names` are in the data's own order, not sorted.
     """
     places = list(range(len(names)))
     if model is None:
@@ -93,9 +93,10 @@ def labels_of_names(names: Sequence[str], model: Classes | None, *, ordered: boo
 def labels_of_column(
     values: Sequence[Any], names: Sequence[str] | None, model: Classes | None, others: Sequence[Any] = ()
 ) -> Labels:
-    """The class number of each value of a column: numbers, names, or nothing.
+    """Return the model's class number for each value of a column, which may hold numbers, names or nulls.
 
-    names: those of the numbers in the column, where it has any. others: the same column in the data's other part.
+    names: class names that belong to the numbers in the column, if known. others: the same column of the data's other
+    part, so that both parts number their names alike.
     """
     texts = sorted({value for value in (*values, *others) if isinstance(value, str)})
     if names is None and texts:
@@ -111,7 +112,8 @@ def labels_of_column(
 
 
 def _as_they_are(values: Sequence[Any], numbers: list[int], model: Classes | None) -> Labels:
-    """Numbers of classes that the data does not name."""
+    """Return the numbers of a column without class names as they are; all -1, with the reason, if a value is neither a
+    number nor null, or if the model has fewer classes."""
     nothing = [-1] * len(numbers)
     for value, number in zip(values, numbers, strict=True):
         null = value is None or value != value or (isinstance(value, int) and value < 0)
@@ -123,7 +125,7 @@ def _as_they_are(values: Sequence[Any], numbers: list[int], model: Classes | Non
 
 
 def _whole(value: Any) -> int:
-    """A class number; -1 for what is none."""
+    """Return a value as a class number; -1 if it is not a whole number of at least 0."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return int(value) if whole and value >= 0 else -1
 
@@ -139,13 +141,15 @@ def _missing(names: Sequence[str], found: Sequence[int], model: Classes) -> str 
 
 
 def _number(name: str, known: Mapping[str, int]) -> int:
-    """By the whole name, or without a number in front of it (001.Black_footed_Albatross)."""
+    """Return the class number of a name, looked up whole, then without a leading number (001.Black_footed_Albatross);
+    -1 if it is not known."""
     words = plain(name)
     return known.get(words, known.get(words.lstrip("0123456789 "), -1))
 
 
 def _by_number(names: Sequence[str], count: int) -> list[int] | None:
-    """Numbers that stand at the end of all names, after one and the same beginning: 0, 1, 2; class0, class1."""
+    """Return the numbers at the end of all names if they are distinct, below `count` and follow the same prefix (0, 1;
+    class0, class1); else None."""
     parts = [_NUMBERED.fullmatch(name) for name in names]
     if not all(parts) or len({part[1] for part in parts if part}) > 1:
         return None
@@ -154,7 +158,8 @@ def _by_number(names: Sequence[str], count: int) -> list[int] | None:
 
 
 def _one_order(names: Sequence[str]) -> bool:
-    """Whether sorting by letters, as torchvision does, and by numbers, as timm does, is the same (not of 1, 2, 10)."""
+    """Return whether sorting names by letters, as torchvision does, and by numbers, as timm does, gives the same order
+    (not so for 1, 2, 10)."""
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name.lower())]
@@ -163,7 +168,8 @@ def _one_order(names: Sequence[str]) -> bool:
 
 
 def _by_name(labels: Mapping[int, Iterable[str]]) -> dict[str, int]:
-    """Numbers by name, and by parts of a name; what names two classes names none."""
+    """Return class numbers by whole name and by part of a name (between commas or semicolons), leaving out names that
+    two classes share."""
     listed = [(name, number) for number, names in labels.items() for name in names]
     parts = [(plain(part), number) for name, number in listed for part in re.split(r"[,;]", name)]
     found: dict[str, int] = {}
@@ -175,7 +181,8 @@ def _by_name(labels: Mapping[int, Iterable[str]]) -> dict[str, int]:
 
 
 def _imagenet(count: int) -> dict[str, int]:
-    """The classes of the ImageNet that has so many, by synset and by name; empty where there is none."""
+    """Return the class numbers, by synset and by name, of the version of ImageNet with `count` classes; empty if there
+    is none."""
     from timm.data import ImageNetInfo
     from timm.data.imagenet_info import infer_imagenet_subset
 

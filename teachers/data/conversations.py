@@ -1,4 +1,4 @@
-"""Conversations of any usual form, read by who speaks: OpenAI's `role` and `content`, ShareGPT's `from` and `value`."""
+"""Read conversations in the usual formats: OpenAI's `role` and `content`, ShareGPT's `from` and `value`."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any
 from teachers.data.records import as_text, rows_of
 
 FIELDS = ("messages", "conversations")
-"""What the field of a record that holds a conversation may be called."""
+"""Names of the field of a record that holds a conversation."""
 IMAGE = "<image>"
-"""What stands for an image in LLaVA's conversations."""
+"""Placeholder of an image in LLaVA's conversations."""
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
 }
-"""Other names of the two who speak; all other roles keep theirs."""
+"""Standard role by the names that formats use for user and assistant; other roles keep their names."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """One turn of a conversation."""
 
     role: str
     text: str
     images: tuple[Any, ...] = ()
-    """The images among its parts, each as it is given there (a path), or None where another field has it."""
+    """Images among the turn's parts, each as given there (such as a path); None if the image is in another field of the
+    record."""
     others: dict[str, Any] = field(default_factory=dict)
-    """Fields besides role and content, such as calls of tools."""
+    """Fields besides role and content, such as tool calls."""
 
 
 def turns_of(value: Any) -> list[Turn]:
-    """The turns of a conversation, without system turns that say nothing. ValueError says what is wrong with it."""
-    if isinstance(value, str):  # tables without nested columns have it as JSON
+    """Return the turns of a conversation, without empty system turns; raise ValueError if it is not a conversation."""
+    if isinstance(value, str):  # tables without nested columns store a conversation as JSON
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     rows = rows_of(value)
@@ -49,9 +50,10 @@ def turns_of(value: Any) -> list[Turn]:
 
 
 def questions_and_answers(turns: Sequence[Turn]) -> list[tuple[str, str]]:
-    """What the user says with what the assistant answers, which is for its own question alone.
+    """Return pairs of a question by the user and the assistant's answer, each without the turns before it.
 
-    System turns and an assistant's opening are no part of either; turns of one side in a row are one.
+    System turns and an assistant's opening turn are skipped; consecutive turns of one side are joined by newlines.
+    Raises ValueError for turns of other roles, or if there is no pair.
     """
     pairs: list[tuple[list[str], list[str]]] = []
     for turn in turns:
@@ -71,7 +73,7 @@ def questions_and_answers(turns: Sequence[Turn]) -> list[tuple[str, str]]:
 
 
 def _turn(number: int, row: Any) -> Turn | None:
-    """None for a system turn that says nothing."""
+    """Return the turn of one row of a conversation; None for a system turn without content."""
     names = next((n for n in (("role", "content"), ("from", "value")) if isinstance(row, dict) and n[0] in row), None)
     if names is None or not isinstance(row[names[0]], str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -90,7 +92,7 @@ def _turn(number: int, row: Any) -> Turn | None:
 
 
 def _content(content: Any) -> tuple[str, tuple[Any, ...]]:
-    """The text of a turn, and the images among its parts."""
+    """Return the text of a turn and the images among its parts."""
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):

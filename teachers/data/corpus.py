@@ -18,7 +18,7 @@ from pydoc_data import topics
 from teachers.cache import cache_folder, published
 
 RECIPE = 1
-"""Part of the cached file's name; raised whenever the rules below give another corpus."""
+"""Version of the rules below, part of the cached file's name; increased when they give another corpus."""
 
 MIN_CHARS = 120
 """Shorter paragraphs are mostly captions and one-line descriptions."""
@@ -63,7 +63,7 @@ _EDGES = "\"'“”‘’()[],.;:!?-–—"  # noqa: RUF001
 
 
 def corpus_file() -> Path:
-    """Path of the corpus (parquet, column `text`, most natural documents first), built and cached on first use."""
+    """Return the path of the corpus (parquet, column `text`, most natural documents first), built on first use."""
     path = cache_folder() / "text" / f"builtin-{_fingerprint()}.parquet"
     if not path.is_file():
         import pyarrow
@@ -77,7 +77,8 @@ def corpus_file() -> Path:
 
 
 def collect() -> list[str]:
-    """All documents (the prose of one file each), the most natural first; the same packages give the same list."""
+    """Return all documents (the prose of one file each), the most natural first; the same packages give the same
+    list."""
     seen: set[int] = set()
     scored = []
     for texts in _files():
@@ -89,13 +90,14 @@ def collect() -> list[str]:
 
 
 def prose_paragraphs(raw: str) -> list[str]:
-    """The paragraphs of a docstring, comment or reST/markdown text that read as ordinary English, as one line each."""
+    """Return the paragraphs of a docstring, comment or reST/Markdown text that read as ordinary English, each as one
+    line."""
     found = []
     for block in _BLANK_LINES.split(_HEADING.sub("\n", inspect.cleandoc(raw))):
         first, _, rest = textwrap.dedent(block).partition("\n")
         body = textwrap.dedent(rest)
         if body == rest:
-            body = f"{first}\n{rest}"  # else the first line names what the indented rest describes
+            body = f"{first}\n{rest}"  # before an indented rest, the first line is only a name, as of a parameter
         if _INDENTED_LINE.search(body):  # a list, a table, code
             continue
         text = " ".join(body.split())
@@ -107,7 +109,7 @@ def prose_paragraphs(raw: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether one paragraph consists of whole sentences of mostly plain words."""
+    """Return whether a paragraph consists of whole sentences of mostly plain words."""
     if len(text) < MIN_CHARS or _NOT_PROSE.search(text):
         return False
     if not (_STARTS_SENTENCE.match(text) and _ENDS_SENTENCE.search(text)):
@@ -119,7 +121,7 @@ def is_prose(text: str) -> bool:
 
 
 def naturalness(text: str) -> float:
-    """A score for the order: share of function words and of plain words, and a bonus for length."""
+    """Return a document's score for sorting: shares of function words and of plain words, and a bonus for length."""
     words = [word.strip(_EDGES) for word in text.split()]
     plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words) / len(words)
     return _function_share(words) + 2 * plain + 0.3 * min(len(words), 400) / 400
@@ -130,7 +132,10 @@ def _function_share(words: list[str]) -> float:
 
 
 def _is_new(paragraph: str, seen: set[int]) -> bool:
-    """Record a paragraph's sentences; false where most were seen before (templated docstrings differ in names only)."""
+    """Add a paragraph's sentences to `seen` and return whether most of them are new.
+
+    Sentences are compared by their lower-case words, because templated docstrings differ in names only.
+    """
     keys = {
         hash(tuple(word for word in sentence.split() if word.islower()))
         for sentence in _SENTENCE_BREAK.split(paragraph)
@@ -141,7 +146,7 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
 
 
 def _files() -> Iterator[list[str]]:
-    """For each file of the standard library and of site-packages, in a fixed order, its texts that may hold prose."""
+    """Yield the texts that may hold prose of each file of the standard library and site-packages, in a fixed order."""
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     for root in (library, packages):
         for path in sorted(root.rglob("*")):
@@ -160,6 +165,6 @@ def _files() -> Iterator[list[str]]:
 
 
 def _fingerprint() -> str:
-    """Twelve hex digits that name the recipe, the Python version and every installed distribution's version."""
+    """Return twelve hex digits, a hash of the recipe, the Python version and all installed distributions."""
     installed = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     return hashlib.sha256("\n".join([str(RECIPE), sys.version, *installed]).encode()).hexdigest()[:12]

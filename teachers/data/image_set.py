@@ -1,4 +1,4 @@
-"""Labelled images by number, read when they are asked for."""
+"""A set of labelled images that are read on access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Preprocess = Callable[["Image"], torch.Tensor]
-"""What turns one image into a model's input [C, H, W]."""
+"""Converts one image to a model's input [C, H, W]."""
 
 _READERS = 4
 """Threads that read images."""
@@ -24,23 +24,23 @@ _READERS = 4
 
 @dataclass
 class ImageSet(Samples):
-    """Labelled images, read when they are asked for. Those that cannot be used are left out (see left_out.py)."""
+    """Labelled images that are read on access; images that cannot be used are left out (see left_out.py)."""
 
     items: Sequence[Any]
-    """Whatever `decode` takes, each different from all others: paths, places in a table."""
+    """Arguments of `decode`, one for each image and all different: paths, or row numbers of a table."""
     labels: list[int]
-    """Class numbers; -1 where there is none."""
+    """Class numbers; -1 for an image without one."""
     decode: Callable[[Any], Image]
     preprocess: Preprocess
     left_out: LeftOut
     name: Callable[[Any], str] = str
-    """How an item is called when it is left out."""
+    """Returns the name of an item, for messages when it is left out."""
     unlabelled: str | None = None
-    """Why there are no numbers for classes that the data has, for the user to read."""
+    """Why classes of the data have no number, for the user to read; None if all have one."""
     classes: tuple[str, ...] | None = None
-    """What the data calls its classes, where numbers are places in this list."""
+    """The data's class names, if labels are indices in this list (see Labels.names)."""
     shape: tuple[int, ...] | None = None
-    """[C, H, W] of most of the images that were read first: others are left out."""
+    """Most frequent input shape [C, H, W] in the first batch that was read; images of other shapes are left out."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,16 +49,16 @@ class ImageSet(Samples):
         return self.items[number]
 
     def subset(self, chosen: Sequence[int]) -> ImageSet:
-        """Only these images, in this order."""
+        """Return a set of only these images, in this order."""
         items, labels = [self.items[i] for i in chosen], [self.labels[i] for i in chosen]
         return replace(self, items=items, labels=labels)
 
     def load(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [B, C, H, W] and labels [B] of as many images: others stand in for those that are left out."""
+        """Return pixels [B, C, H, W] and labels [B] of B = len(chosen) images; other images replace unusable ones."""
         return self._stacked(self.filled(chosen))
 
     def load_readable(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """As `load`, of those of the images that can be used; None where there are none."""
+        """Return pixels [B, C, H, W] and labels [B] of the chosen images that can be used; None if none can."""
         found = self.readable(chosen)
         return self._stacked(found) if found else None
 

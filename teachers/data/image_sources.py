@@ -1,4 +1,4 @@
-"""Where labelled images come from: one part, to train on or to measure on, of each kind of source."""
+"""Sources of labelled images: for each kind of source, a function that returns its training or held-out part."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 FASHION = "fashion-mnist"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts it."""
+"""Folder where Debian's package dataset-fashion-mnist puts the data set."""
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".avif", ".heic", ".heif", ".jp2"),
     *(".bmp", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-"""Endings of files that are images; those that this Pillow cannot read are left out, and named."""
+"""Endings of image files; images that the installed Pillow cannot read are left out and reported."""
 
 ACCEPTED = (
     "--data takes a folder with train/ and val/ or class sub-folders, a parquet file or folder of them, "
@@ -44,9 +44,10 @@ ACCEPTED = (
 
 
 def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet | None:
-    """`root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`, or `root/CLASS/*.jpg`, which has no parts.
+    """Return the images of `root/train/CLASS/*.jpg` or `root/val/CLASS/*.jpg`; None if that part is missing.
 
-    Hidden folders, and those without an image, are no classes.
+    A folder without parts, `root/CLASS/*.jpg`, is all training part. Hidden folders and folders without an image are
+    not classes.
     """
     root = _unpacked(root)
     parts = folders_of_parts(root)
@@ -78,21 +79,23 @@ def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: 
 
 
 def _unpacked(root: Path) -> Path:
-    """The one folder in `root`, as archives unpack, where that has parts and `root` has none."""
+    """Return the only folder in `root` if it has train and val folders and `root` has none, as in unpacked archives;
+    else `root`."""
     inside = [child for child in root.iterdir() if child.is_dir() and visible(child, root)]
     alone = len(inside) == 1 and folders_of_parts(root) == (None, None) != folders_of_parts(inside[0])
     return inside[0] if alone else root
 
 
 def _class_folders(part: Path) -> dict[str, list[str]]:
-    """The images in each folder of a part, by the folder's name, sorted; folders without any are left out."""
+    """Return the sorted image files of each class folder in a part, by the folder's name; folders without images are
+    left out."""
     folders = [folder for folder in part.iterdir() if folder.is_dir() and visible(folder, part)]
     found = {folder.name: sorted(_images_below(folder)) for folder in folders}
     return {name: files for name, files in found.items() if files}
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    """Paths of the images in a folder and in those below it, each folder once, however links lead there."""
+    """Yield the paths of images in a folder and its sub-folders, visiting each folder once even if links lead back."""
     seen: set[str] = set()
     for place, inside, names in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(place)
@@ -113,7 +116,8 @@ def _open_rgb(file: str) -> Image:
 
 
 def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet | None:
-    """A parquet file, which has no parts, or a folder of them, told apart by their names."""
+    """Return the images of a parquet file, which is all training part, or of a folder of parquet files, told apart by
+    their names; None if the part is missing."""
     import datasets
     import pyarrow.parquet
 
@@ -151,7 +155,7 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
 
 
 def _column(file: Path, name: str) -> list[Any]:
-    """A column of a parquet file; nothing where it has none of this name."""
+    """Return the values of a column of a parquet file; an empty list if it has no such column."""
     import pyarrow
     import pyarrow.parquet
 
@@ -172,7 +176,7 @@ def from_hub(
     most: int | None,
     model_classes: Classes | None,
 ) -> ImageSet | None:
-    """A hub data set, streamed: at most `most` of its images are fetched, in encoded form."""
+    """Return the images of a part of a hub data set, streamed: at most `most` images are fetched, as encoded bytes."""
     import datasets
 
     with hub.streamed(source, repository, config, TRAIN_NAMES if train else HELD_OUT_NAMES, ACCEPTED) as stream:
@@ -192,7 +196,7 @@ def from_hub(
 def _table(
     source: str, decode: Callable[[int], Image], preprocess: Preprocess, labels: Labels, name: Callable[[int], str]
 ) -> ImageSet:
-    """Images that are told apart by their place in a table."""
+    """Return an image set whose items are the row numbers of a table."""
     count = len(labels.numbers)
     left_out = LeftOut(source, "images", count)
     return ImageSet(
@@ -201,7 +205,7 @@ def _table(
 
 
 def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
-    """The names of the columns of images and of labels, the second None where there is none."""
+    """Return the names of the columns of images and of labels, the second None if there is no such column."""
     image = next((name for name in ("image", "img", "pixel_values") if name in names), None)
     if image is None:
         raise ValueError(f"{source} has the columns {', '.join(names)}; `image` is needed, and `label` for accuracy")
@@ -209,7 +213,7 @@ def _columns(names: Sequence[str], source: str) -> tuple[str, str | None]:
 
 
 def _label_names(features: Any, label: str | None) -> list[str] | None:
-    """What the data set calls its class numbers, where it does."""
+    """Return the names of a hub data set's class numbers, or None if it has none."""
     import datasets
 
     feature = features.get(label)
@@ -221,7 +225,8 @@ def _decode_nth(rows: Any, image: str, number: int) -> Image:
 
 
 def from_fashion(folder: Path | None, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet:
-    """Fashion-MNIST (arXiv 1708.07747) from a folder of its four files, Debian's, or as torchvision fetches it."""
+    """Return a part of Fashion-MNIST (arXiv 1708.07747) from a folder with its four files; if `folder` is None, from
+    Debian's package or else downloaded by torchvision."""
     from PIL import Image
     from torchvision.datasets import FashionMNIST
 

@@ -1,4 +1,4 @@
-"""Images to train on and to measure on, of any source: folders, parquet files, hub data sets, Fashion-MNIST."""
+"""Load training and held-out images from any source: folders, parquet files, hub data sets, Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from teachers.data.records import hub_data_set
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images to train on, and others to measure on."""
+    """Images to train on, and held-out images to measure on."""
 
     train: ImageSet
     held_out: ImageSet
     description: str
-    """What they are, for the user to read."""
+    """Number and source of the training images, for the user to read."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Images that cannot be used, of one part and of the other."""
+        """Unusable images of the training part and of the held-out part."""
         return self.train.left_out, self.held_out.left_out
 
 
@@ -39,11 +39,11 @@ def load_images(
     classes: Sequence[int] | None = None,
     model_classes: Classes | None = None,
 ) -> ImageData:
-    """Images to train on, and `held_out` others: of the source's own validation part where it has one.
+    """Return images to train on and `held_out` other images, from the source's own validation part if it has one.
 
-    `seed` chooses both; at most `max_images` are trained on. classes: take only images of these. model_classes: the
-    model's own classes, to which those of the data are matched by name. Raises ValueError with one line for a source
-    that cannot be read, has too few images, or has mostly images that cannot be used.
+    `seed` chooses both; at most `max_images` are trained on. classes: use only images with these class numbers.
+    model_classes: the model's classes, to which the classes of the data are matched by name. Raises a one-line
+    ValueError for a source that cannot be read, has too few images, or has mostly images that cannot be used.
     """
     train = _open(source, True, preprocess, max_images, model_classes)
     other = _open(source, False, preprocess, held_out, model_classes)
@@ -66,7 +66,7 @@ def load_images(
 
 
 def _only(images: ImageSet, classes: Sequence[int] | None, source: str) -> ImageSet:
-    """The images of some classes; None: all."""
+    """Return the images with these class numbers; all images if `classes` is None."""
     if classes is None:
         return images
     chosen = [number for number, label in enumerate(images.labels) if label in classes]
@@ -77,17 +77,20 @@ def _only(images: ImageSet, classes: Sequence[int] | None, source: str) -> Image
 
 
 def load_all(source: str, preprocess: Preprocess, model_classes: Classes | None = None) -> ImageSet:
-    """The validation part of a source, or all of it where it has no parts; model_classes: as `load_images` has it."""
+    """Return all images of a source's validation part, or of the whole source if it has no such part.
+
+    model_classes: see `load_images`.
+    """
     images = _open(source, False, preprocess, None, model_classes)
     images = images if images is not None else _open(source, True, preprocess, None, model_classes)
-    assert images is not None  # one of the two
+    assert images is not None  # every source has at least one of the two parts
     return images
 
 
 def _open(
     source: str, train: bool, preprocess: Preprocess, most: int | None, model_classes: Classes | None
 ) -> ImageSet | None:
-    """One part of a source; None where it has no such part. most: how many are wanted, of what is only streamed."""
+    """Return one part of a source; None if it has no such part. most: limit on images streamed from the hub."""
     path = Path(source).expanduser()
     if source == FASHION or (path.is_dir() and any(path.glob("*-ubyte*"))):
         return from_fashion(path if path.is_dir() else None, train, preprocess, model_classes)

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: they are left out, counted, and named with the reason once."""
+"""Samples that cannot be used: they are left out, counted, and reported once with the reason."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from teachers.quiet import first_line
 
 NAMED = 20
-"""So many samples of a source are named on the user's screen; all are in `LeftOut.reasons`."""
+"""Number of samples of a source that are named on the user's screen; all are in `LeftOut.reasons`."""
 PROBED = 256
-"""Samples that are read before anything else is done with a source."""
+"""Number of samples that are read as a trial before anything else is done with a source."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ class LeftOut:
 
     source: str
     unit: str = "samples"
-    """What a sample is, in the plural."""
+    """Word for the samples in messages, in the plural."""
     total: int | None = None
-    """Samples in the source; None until all of them have been read."""
+    """Number of samples in the source; None if that is not known before all of them have been read."""
     used: int = 0
-    """Samples that were read and can be used, while `total` is not known."""
+    """Number of usable samples read so far, counted while `total` is not known."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why, by the sample's name (a path, a line of a file)."""
+    """Why a sample was left out, by the sample's name (a path, a line of a file)."""
     keys: set[Hashable] = field(default_factory=set)
-    """Which samples, in whatever way whoever reads them tells them apart."""
+    """Identifiers of the samples left out, such as `Samples.key` returns."""
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
@@ -52,7 +52,8 @@ class LeftOut:
         return f"{len(self):,}{of} {self.unit} of {self.source} are left out: broken, or of no use"
 
     def add(self, key: Hashable, name: str, reason: str | Exception) -> None:
-        """Leave a sample out; several samples may share a name, such as that of their image."""
+        """Leave out a sample, and log its name unless another sample of this name was logged (such as for an image that
+        several samples share). Raises ValueError if more than half of the samples are left out now."""
         with self._lock:
             self.keys.add(key)
             if name not in self.reasons:
@@ -65,26 +66,26 @@ class LeftOut:
             self.check(len(self), self.total)
 
     def finish(self) -> None:
-        """All that is read of the source has been read."""
+        """Note that the source has been read to its end: set `total`, check it, and log the number left out."""
         self.total = self.used + len(self)
         self.check(len(self), self.total)
         if self.keys:
             _log.warning("%s", self)
 
     def check(self, count: int, total: int) -> None:
-        """ValueError where `count` samples that are left out are more than half of `total`."""
+        """Raise ValueError if `count` samples left out are more than half of `total`."""
         if 2 * count > total:
             raise ValueError(f"{count:,} of {total:,} {self.unit} of {self.source} cannot be used, {self.example}")
 
     @property
     def example(self) -> str:
-        """The first sample that was left out, and why."""
+        """Name of the first sample left out, and the reason, for messages."""
         name, reason = next(iter(self.reasons.items()))
         return f"such as {name}: {reason}"
 
 
 def reason_of(error: str | Exception) -> str:
-    """What went wrong with a sample, in one line."""
+    """Return why a sample cannot be used, in one line."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
@@ -95,7 +96,7 @@ def reason_of(error: str | Exception) -> str:
 
 
 class Samples:
-    """Samples by number, which are read when they are asked for."""
+    """Base class of numbered samples that are read on access."""
 
     left_out: LeftOut
 
@@ -103,31 +104,32 @@ class Samples:
         raise NotImplementedError
 
     def key(self, number: int) -> Hashable:
-        """What tells a sample from all others of its source, whatever subset it is in."""
+        """Return an identifier of a sample that is unique in its source and the same in every subset."""
         raise NotImplementedError
 
     def readable(self, chosen: Sequence[int]) -> list[tuple[int, Any]]:
-        """(number, sample) of those of the chosen ones that can be read; the others are left out."""
+        """Return (number, sample) for the chosen samples that can be read; the others are left out."""
         raise NotImplementedError
 
     @property
     def broken(self) -> int:
-        """How many of these samples are known to be unusable."""
+        """Number of these samples that are known to be unusable."""
         return sum(self.key(number) in self.left_out for number in range(len(self))) if len(self.left_out) else 0
 
     @property
     def usable(self) -> int:
-        """How many of these samples are not known to be unusable."""
+        """Number of these samples that are not known to be unusable."""
         return len(self) - self.broken
 
     def shuffled(self, seed: int) -> list[int]:
-        """The numbers of these samples, in an order that the seed chooses."""
+        """Return the numbers of all samples in a random order that `seed` determines."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def filled(self, chosen: Sequence[int]) -> list[tuple[int, Any]]:
-        """As many samples as were chosen: the next ones stand in for those that cannot be read.
+        """Return as many samples as were chosen; samples behind the last chosen one replace those that cannot be read.
 
-        A function of the numbers and of the data alone. Raises ValueError where no sample at all can be read.
+        The result depends on the numbers and the data alone. If too few samples can be read, samples repeat; if none
+        can, ValueError is raised.
         """
         found = self.readable(chosen)
         if len(found) < len(chosen):
@@ -141,7 +143,8 @@ class Samples:
         return list(islice(cycle(found), len(chosen)))
 
     def probe(self) -> None:
-        """Read a few samples, or all of few, and refuse a source of which too many cannot be used."""
+        """Read PROBED random samples (all if there are fewer), and raise ValueError if over three quarters of PROBED
+        or over half of the source cannot be used."""
         chosen = sorted(self.shuffled(0)[:PROBED])
         bad = len(chosen) - len(self.readable(chosen))
         if len(self) > PROBED and 4 * bad > 3 * PROBED:
@@ -149,5 +152,5 @@ class Samples:
 
 
 def distinct(parts: Iterable[LeftOut]) -> list[LeftOut]:
-    """Each of them once, without those that left nothing out."""
+    """Return each object in `parts` once, without those that left nothing out."""
     return list({id(part): part for part in parts if len(part)}.values())

@@ -1,4 +1,4 @@
-"""Which files, folders and splits of a data set are trained on, and which are held out, by what they are called."""
+"""Tell a data set's training files, folders and splits from the held-out ones by their names."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 from pathlib import Path
 
 TRAIN_NAMES = ("train", "training")
-"""What the part that is trained on may be called, whatever the case, and with a year or number behind it."""
+"""Names of the training part; files and folders may use any case and add a year or number."""
 HELD_OUT_NAMES = ("val", "validation", "valid", "test", "testing", "dev")
-"""The same of the part that is not; the first of these that there is, is taken."""
+"""Names of the held-out part, likewise; the first of these names that a data set has is used."""
 
 
 def is_held_out(stem: str) -> bool:
-    """Whether a file of this name, without its ending, is of the held-out part: the last whole word that names a part
-    counts (`latest`, `interval` and `contest` name none)."""
+    """Return whether a file belongs to the held-out part, by its name without the ending: the last whole word that is
+    a part's name counts (`latest`, `interval` and `contest` are none)."""
     words = [word for word in re.findall(r"[a-z]+", stem.lower()) if word in (*TRAIN_NAMES, *HELD_OUT_NAMES)]
     return bool(words) and words[-1] in HELD_OUT_NAMES
 
 
 def folders_of_parts(root: Path) -> tuple[Path | None, Path | None]:
-    """The folders of the two parts in `root`, each None where there is none."""
+    """Return the folders of the training and the held-out part in `root`, each None if it is missing."""
     folders = {re.sub(r"\d+$", "", child.name.lower()): child for child in sorted(root.iterdir()) if child.is_dir()}
     train, held_out = (
         next((folders[name] for name in names if name in folders), None) for names in (TRAIN_NAMES, HELD_OUT_NAMES)

@@ -1,4 +1,4 @@
-"""Images of any kind as models read them: upright, in 8 bits, grey or RGB."""
+"""Decode images of any kind into the form that models read: upright, 8 bits a channel, grey or RGB."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST = 200
-"""An image whose one side is more than so many times the other is refused, as Qwen2-VL's processor does: resized by its
-short side it would take gigabytes."""
+"""Largest ratio of an image's sides; images beyond it are refused, as in Qwen2-VL's processor: resized by its short
+side, such an image would take gigabytes."""
 
 _GREY = ("1", "L", "LA")
 _RANGES = (1, 255, 65535)
-"""What values of 32 bits may go up to: the smallest that holds an image's values is taken."""
+"""Usual maxima of 32-bit pixel values (1 for floats only): the smallest that holds all values of an image is white."""
 
 
 def open_image(file: str | Path | BinaryIO) -> Image:
-    """The image in a file, read to its end, as `standard` has it. Raises whatever Pillow raises, and ValueError for an
-    image that is too long."""
+    """Return the image in a file, fully decoded and converted by `standard`. Raises whatever Pillow raises, and
+    ValueError for an image that is too long (see LONGEST)."""
     from PIL import Image
 
     with Image.open(file) as image:
@@ -30,7 +30,8 @@ def open_image(file: str | Path | BinaryIO) -> Image:
 
 
 def open_row(row: Any) -> Image:
-    """As `open_image`, of an image as `datasets` stores it (encoded bytes, or a path), or of the bytes alone."""
+    """Return the image in a cell of a table, as `open_image` does; row: a dictionary with encoded bytes or a path, as
+    `datasets` stores it, or the bytes alone. Raises ValueError if the cell is empty."""
     data = row["bytes"] if isinstance(row, dict) else row
     if data is None and isinstance(row, dict):
         data = row["path"]
@@ -40,10 +41,10 @@ def open_row(row: Any) -> Image:
 
 
 def standard(image: Image, mode: str | None = None) -> Image:
-    """An image turned as its EXIF orientation says, with 8 bits a channel, as transformers' `load_image` has it.
+    """Return an image turned as its EXIF orientation says, with 8 bits a channel, as transformers' `load_image` does.
 
-    mode: "L" or "RGB"; None: what fits the image. Grey levels of 16 bits are scaled by their whole range, those of 32
-    bits by the smallest usual range that holds them. Transparency is dropped.
+    mode: "L" or "RGB"; None chooses "L" for grey images, else "RGB". Grey levels of 16 bits are scaled by their whole
+    range, those of 32 bits by the smallest usual range that holds them. Transparency is dropped.
     """
     from PIL import ImageOps
 
