@@ -1,4 +1,4 @@
-"""Questions about images as a vision-language model reads them."""
+"""Encode questions about images as a vision-language model's inputs."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Example = tuple[Any, str, str]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Questions about images, each with its answer, as a model reads them."""
+    """A batch of encoded questions about images, each followed by its answer."""
 
     inputs: dict[str, torch.Tensor]
-    """What the model is called with: input_ids [B, T] and all the rest."""
+    """Keyword arguments of the model: input_ids [B, T], pixel_values and whatever else its processor makes."""
     answers: torch.Tensor
-    """[B, T] bool: tokens after which the model has to say the next token of the answer, or its end."""
+    """Bool mask [B, T] of the positions from which the model predicts a token of the answer or its end."""
     prompt: torch.Tensor
-    """[B, T] bool: tokens of image and question."""
+    """Bool mask [B, T] of the tokens before the answer: image and question."""
     image: torch.Tensor
-    """[B, T] bool: image tokens."""
+    """Bool mask [B, T] of the image tokens."""
 
     def __len__(self) -> int:
         return len(self.image)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Prompts:
-        """The same on another device."""
+        """Return these prompts on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Prompts:
-        """The same in memory that a GPU copies from while it works."""
+        """Return these prompts in pinned memory, from which a GPU can copy while it computes."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, made: Callable[[torch.Tensor], torch.Tensor]) -> Prompts:
@@ -48,9 +48,9 @@ class Prompts:
 
 
 def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prompts:
-    """Prompts of (image, question, answer), padded at the right. image_token: the number of the model's image token.
+    """Return (image, question, answer) samples as prompts, padded on the right. image_token: the image token's id.
 
-    Raises what the processor raises, and ValueError for an answer without a token.
+    Raises whatever the processor raises, and ValueError for an answer without a token.
     """
     tokenizer = processor.tokenizer
     prompts = [prompt_text(processor, question) for _, question, _ in samples]
@@ -59,7 +59,7 @@ def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prom
         for prompt, (_, _, answer) in zip(prompts, samples, strict=True)
     ]
     inputs = call(processor, texts, [image for image, _, _ in samples], "right")
-    # how many tokens the answer is, whatever number of tokens the processor makes of an image
+    # an answer's number of tokens as a difference, which does not depend on the processor's number of image tokens
     counts = [len(token_ids(tokenizer, text)) for text in texts]
     before = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
     answers = [one - other for one, other in zip(counts, before, strict=True)]
@@ -69,29 +69,30 @@ def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prom
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, with the tokenizer's own around it, but for those that the text brings itself."""
+    """Return the token ids of a text, with the tokenizer's special tokens unless the text already begins with BOS."""
     return tokenizer(text, add_special_tokens=_needs_special_tokens(tokenizer, text)).input_ids
 
 
 def _needs_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text does not begin with BOS, as some chat templates make it."""
+    """Return whether a text lacks the leading BOS token that some chat templates write."""
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
 def masked(inputs: dict[str, torch.Tensor], answers: Sequence[int], image_token: int) -> Prompts:
-    """Prompts of inputs padded at the right, whose last `answers` tokens [B] are the answer's."""
+    """Return prompts with their masks, from inputs padded on the right; answers: the length of each row's answer, which
+    ends the row."""
     valid = inputs["attention_mask"].bool()
     length = valid.sum(1, keepdim=True)
     first = length - torch.tensor(answers).unsqueeze(1)
     place = torch.arange(valid.shape[1]).expand(valid.shape)
-    if "token_type_ids" in inputs:  # PaliGemma: text of type 0 is seen from everywhere in front of the answer
+    if "token_type_ids" in inputs:  # PaliGemma: tokens of type 0 (the prompt) attend to each other in both directions
         inputs = {**inputs, "token_type_ids": ((place >= first) & valid).to(inputs["token_type_ids"].dtype)}
     saying = (place >= first - 1) & (place < length - 1)
     return Prompts(inputs, saying, (place < first) & valid, inputs["input_ids"] == image_token)
 
 
 def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: str) -> dict[str, torch.Tensor]:
-    """The processor's tensors for texts with one image each, padded at this side."""
+    """Return the processor's tensors for texts with one image each, padded on the given side ("left" or "right")."""
     tokenizer, pictures = processor.tokenizer, [[image] for image in images]
     whole = not all(_needs_special_tokens(tokenizer, text) for text in texts)
     options = {"add_special_tokens": False} if whole else {}
@@ -104,7 +105,7 @@ def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: st
 
 
 def prompt_text(processor: Any, question: str) -> str:
-    """What comes in front of the answer, with a place for the image: the model's chat format, where it has one."""
+    """Return the text before an answer, with a placeholder for the image, in the model's chat format if it has one."""
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -112,35 +113,35 @@ def prompt_text(processor: Any, question: str) -> str:
 
 
 def answer_text(prompt: str, answer: str) -> str:
-    """The answer as it follows the prompt."""
+    """Return the answer with a space in front, unless the prompt ends with white space."""
     return answer if prompt[-1:].isspace() else f" {answer}"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Questions about images, and the processor that makes prompts of them."""
+    """Questions about images, and the processor that encodes them."""
 
     questions: QuestionSet
     processor: Any
     image_token: int
     rows: int
-    """Of the model's embedding of tokens."""
+    """Number of rows of the model's token embedding; larger token ids are refused."""
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def load(self, chosen: Sequence[int]) -> Prompts:
-        """Prompts of as many questions: others stand in for those that are left out."""
+        """Return the prompts of `len(chosen)` questions; other questions replace those that are left out."""
         return self.read(chosen)[0]
 
     def read(self, chosen: Sequence[int]) -> tuple[Prompts, list[Example]]:
-        """As `load`, and what the prompts consist of."""
+        """Return the prompts that `load` returns, and the samples they were made of."""
         found = self._encoded(chosen, self.questions.filled)
-        assert found is not None  # `filled` raises where there is nothing
+        assert found is not None  # `filled` raises ValueError if no question can be read
         return found
 
     def read_readable(self, chosen: Sequence[int]) -> tuple[Prompts, list[Example]] | None:
-        """As `read`, of those of the questions that can be used; None where there are none."""
+        """Return prompts and samples of only the chosen questions that can be used; None if none can."""
         return self._encoded(chosen, self.questions.readable)
 
     def _encoded(
@@ -150,7 +151,7 @@ class PromptSet:
             samples = [sample for _, sample in found]
             try:
                 return self._encode(samples), samples
-            except Exception:  # a processor may refuse a single image or text, in whatever way
+            except Exception:  # a processor may refuse a single image or text with any exception
                 if not self._leave_out(found):
                     raise
         return None
@@ -162,7 +163,7 @@ class PromptSet:
         return prompts
 
     def _leave_out(self, found: list[tuple[int, Example]]) -> bool:
-        """Leave out those of which alone no prompt can be made; whether there are any."""
+        """Leave out the samples that cannot be encoded by themselves; return whether there are any."""
         some = False
         for number, sample in dict(found).items():
             try:
@@ -173,7 +174,7 @@ class PromptSet:
         return some
 
     def ask(self, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What a model is called with to answer these questions, padded at the left."""
+        """Return the model's inputs for generating the answers to these questions, padded on the left."""
         _, samples = self.read(chosen)
         texts = [prompt_text(self.processor, question) for _, question, _ in samples]
         return call(self.processor, texts, [image for image, _, _ in samples], "left")

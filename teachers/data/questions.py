@@ -29,7 +29,8 @@ _EASY_VQA_WHEEL = "easy-vqa==1.0"
 _EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 
 MOST_CHOICES = 64
-"""Up to so many different answers are a closed set, in which each is scored; beyond, answers are generated."""
+"""Largest number of different answers that count as a closed set, of which each is scored; with more, answers are
+generated."""
 
 _ACCEPTED = (
     "--data takes a .jsonl, .json or .parquet file of image, question and answer (or LLaVA's conversations), a folder "
@@ -42,27 +43,26 @@ class Sample:
     """One question about one image."""
 
     image: Any
-    """Whatever the set's `decode` takes: a path, encoded bytes."""
+    """Argument of the set's `decode`: a path, or encoded bytes."""
     question: str
     answer: str
     where: str = ""
-    """The record that it is of: file and line."""
+    """Place of the question's record, for messages: file and line."""
 
 
 @dataclass
 class QuestionSet(Samples):
-    """Questions about images, which are read when they are asked for; those that cannot be used are left out (see
-    left_out.py)."""
+    """Questions about images that are read on access; questions that cannot be used are left out (see left_out.py)."""
 
     samples: Sequence[Sample]
     decode: Callable[[Any], Image]
     choices: tuple[str, ...] | None = None
-    """All answers that there are, where there are few enough to score each; None: answers are free text."""
+    """All different answers, if there are few enough to score each; None if answers are free text."""
     left_out: LeftOut = field(default_factory=lambda: LeftOut("the data", "questions"))
     records: LeftOut = field(default_factory=lambda: LeftOut("the data", "records"))
-    """What was no question at all."""
+    """Records that hold no question about an image."""
     numbers: Sequence[int] | None = None
-    """Of a subset: the samples' numbers in the whole set."""
+    """The samples' numbers in the whole set, if this is a subset; else None."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,12 +71,12 @@ class QuestionSet(Samples):
         return number if self.numbers is None else self.numbers[number]
 
     def subset(self, chosen: Sequence[int]) -> QuestionSet:
-        """Only these questions, in this order."""
+        """Return a set of only these questions, in this order."""
         numbers = [self.key(i) for i in chosen]
         return replace(self, samples=[self.samples[i] for i in chosen], numbers=numbers)
 
     def read(self, chosen: Sequence[int]) -> list[tuple[Image, str, str]]:
-        """(image, question, answer) of those that can be used."""
+        """Return (image, question, answer) for the chosen questions that can be used."""
         return [sample for _, sample in self.readable(chosen)]
 
     def readable(self, chosen: Sequence[int]) -> list[tuple[int, tuple[Image, str, str]]]:
@@ -93,31 +93,32 @@ class QuestionSet(Samples):
         return found
 
     def leave_out(self, number: int, reason: Exception) -> None:
-        """Use this question no more."""
+        """Leave out a question from now on, for this reason."""
         sample = self.samples[number]
         self.left_out.add(self.key(number), sample.where or f"{sample.image}: {sample.question}", reason)
 
 
 @dataclass(frozen=True)
 class QuestionData:
-    """Questions to train on, and others, about other images, to measure on."""
+    """Questions to train on, and held-out questions about other images to measure on."""
 
     train: QuestionSet
     held_out: QuestionSet
     description: str
-    """What they are, for the user to read."""
+    """Number and source of the training questions, for the user to read."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Records and questions that cannot be used, of one part and of the other."""
+        """Unusable records and questions of the training part and of the held-out part."""
         return tuple(found for part in (self.train, self.held_out) for found in (part.records, part.left_out))
 
 
 def load_questions(source: str, *, held_out: int, seed: int, max_images: int | None = None) -> QuestionData:
-    """Questions to train on, and `held_out` others: of the source's own validation part where it has one.
+    """Return questions to train on and `held_out` others, from the source's own validation part if it has one.
 
-    `seed` chooses both; at most `max_images` questions are trained on. No image is asked about in both parts. Raises
-    ValueError with one line for a source that cannot be read, has too few questions, or mostly what cannot be used.
+    `seed` chooses both; at most `max_images` questions are trained on. If the source has no such part, no image occurs
+    in both. Raises a one-line ValueError for a source that cannot be read, has too few questions, or has mostly records
+    or questions that cannot be used.
     """
     train, other = _open(source, True, max_images), _open(source, False, held_out)
     if train is None:
@@ -147,11 +148,11 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
 
 
 def load_all(source: str) -> QuestionSet:
-    """The validation part of a source, or all of it where it has no parts."""
+    """Return all questions of a source's validation part, or of the whole source if it has no such part."""
     every = _open(source, False, None)
     train = _open(source, True, None) if every is None or source == EASY_VQA else None
     every = every if every is not None else train
-    assert every is not None  # one of the two
+    assert every is not None  # every source has at least one of the two parts
     every.choices = _choices((train or every).samples)
     return every
 
@@ -162,7 +163,7 @@ def _choices(samples: Iterable[Sample]) -> tuple[str, ...] | None:
 
 
 def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
-    """One part of a source; None where it has no such part. most: how many are wanted, of what is only streamed."""
+    """Return one part of a source; None if it has no such part. most: limit on questions streamed from the hub."""
     path = Path(source).expanduser()
     if source == EASY_VQA:
         return _easy_vqa(train)
@@ -180,14 +181,14 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
 
 
 def _files(files: Sequence[Path], root: Path) -> QuestionSet:
-    """Records of files; paths of images are relative to `root`."""
+    """Return the questions in the records of files; paths of images are relative to `root`."""
     found = LeftOut(str(files[0]) if len(files) == 1 else str(root), "records")
     records = (record for file in files for record in local_records(file, found))
     return _set(records, found, root)
 
 
 def _hub(source: str, train: bool, most: int | None) -> QuestionSet | None:
-    """A hub data set, streamed: at most `most` of its questions are fetched."""
+    """Return a part of a hub data set, streamed: at most `most` of its questions are fetched."""
     import datasets
 
     name, config = hub_data_set(source, _ACCEPTED)
@@ -202,7 +203,7 @@ def _hub(source: str, train: bool, most: int | None) -> QuestionSet | None:
 
 
 def _set(records: Iterable[Record], found: LeftOut, root: Path, most: int | None = None) -> QuestionSet:
-    """The questions of records, at most `most`; records that are none are left out."""
+    """Return at most `most` questions from records; records without a question about an image go into `found`."""
     samples = list(islice(_samples(records, found, root), most))
     found.finish()
     if not samples:
@@ -212,7 +213,7 @@ def _set(records: Iterable[Record], found: LeftOut, root: Path, most: int | None
 
 
 def _samples(records: Iterable[Record], found: LeftOut, root: Path) -> Iterator[Sample]:
-    """Samples of records; of a conversation, each question with its answer. Paths of images are relative to `root`."""
+    """Yield the samples of records, of a conversation one for each question. Paths of images are relative to `root`."""
     for where, row in records:
         try:
             conversation = next((row[name] for name in FIELDS if row.get(name) is not None), None)
@@ -229,7 +230,8 @@ def _samples(records: Iterable[Record], found: LeftOut, root: Path) -> Iterator[
 
 
 def _image(row: dict[str, Any], inside: list[Any]) -> Any:
-    """The one image of a record, or of the turns `inside` it. ValueError where there is none, or several."""
+    """Return the one image in a record's image field or else in its turns (`inside`). Raises ValueError if there is
+    none or more than one."""
     image = next((row[name] for name in ("image", "images", "image_path", "img") if row.get(name) is not None), inside)
     images = image if isinstance(image, list) else [image]
     if len(images) > 1:
@@ -244,7 +246,8 @@ def _image(row: dict[str, Any], inside: list[Any]) -> Any:
 
 
 def _located(image: str, root: Path) -> str | bytes:
-    """The path of an image, or the image itself where it is written into the record (a data URI)."""
+    """Return the path of an image, or its bytes if the record holds the image as a data URI. Raises ValueError for a
+    web address."""
     if image.startswith("data:"):
         try:
             return base64.b64decode(image.partition(",")[2], validate=True)
@@ -256,7 +259,7 @@ def _located(image: str, root: Path) -> str | bytes:
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str]:
-    """Question and answer; of several answers the most frequent. ValueError where one is missing."""
+    """Return question and answer, of several answers the most frequent. Raises ValueError if either is missing."""
     answer = next((row[n] for n in ("answer", "multiple_choice_answer", "answers") if row.get(n) is not None), None)
     try:
         question = as_text(row.get("question"))
@@ -277,7 +280,8 @@ def _decode(root: Path, image: Any) -> Image:
 
 
 def _easy_vqa(train: bool) -> QuestionSet:
-    """easy-VQA (Zhou, 2019): 5,000 images of one shape, 48,248 questions, 13 answers; from its wheel on PyPI."""
+    """Return a part of easy-VQA (Zhou, 2019) from its wheel on PyPI: in all 5,000 images of one shape each, 48,248
+    questions and 13 answers."""
     final = cache_folder() / EASY_VQA
     if not final.is_dir():
         with published(final) as workshop:

@@ -1,4 +1,4 @@
-"""Records of local files, one by one: what is no record is left out, and does not keep the others from being read."""
+"""Read the records of local files one by one; unreadable records are left out, and the others are still read."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from teachers.data.left_out import LeftOut
 from teachers.quiet import first_line
 
 TEXT_FILES = (".txt", ".md")
-"""Endings of files that are one text each."""
+"""Endings of files that hold one text each."""
 RECORD_FILES = (".jsonl", ".json", ".parquet")
-"""Endings of files of records."""
+"""Endings of files that hold records."""
 _SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-"""What archives, servers and systems put beside a user's files."""
+"""Folders that archives, servers and operating systems put beside a user's files."""
 _HUB_DATASET = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?")
 _ROWS = 64
 """Rows of a parquet file that are read together."""
 
 Record = tuple[str, dict[str, Any]]
-"""Where it stands (file and line, or row), and its fields."""
+"""Place of a record (file and line, or row), and its fields."""
 
 
 def local_records(file: Path, left_out: LeftOut) -> Iterator[Record]:
-    """The records of a file in order, a text file being one with the field `text`.
+    """Yield the records of a file in order; a text file is one record with the field `text`.
 
     Raises ValueError with one line for a file that cannot be read as a whole.
     """
@@ -46,14 +46,14 @@ def local_records(file: Path, left_out: LeftOut) -> Iterator[Record]:
 
 
 def is_path(source: str) -> bool:
-    """Whether a name of data can only be that of a file or folder, and of no hub data set."""
+    """Return whether a name of data can only be a file or folder, not a hub data set."""
     begins_as_one = source.startswith((".", "/", "~")) or source.count("/") > 1
     return begins_as_one or Path(source).suffix.lower() in (*TEXT_FILES, *RECORD_FILES)
 
 
 def hub_data_set(source: str, accepted: str, *, bare: bool = False) -> tuple[str, str | None]:
-    """(name, configuration or None) of a hub data set, as `org/name:configuration` says it; bare: `name` alone is one,
-    too. ValueError for what can be none; accepted: what to name then."""
+    """Return (name, configuration or None) of a hub data set written as `org/name:configuration`; bare: a name without
+    `org/` is accepted, too. Raises ValueError, listing the kinds of data in `accepted`, for any other source."""
     match = _HUB_DATASET.fullmatch(source)
     if not match or is_path(source) or not (bare or "/" in match[1]):
         raise ValueError(f"no such file or folder: {source}; {accepted}")
@@ -61,16 +61,16 @@ def hub_data_set(source: str, accepted: str, *, bare: bool = False) -> tuple[str
 
 
 def visible(path: Path, root: Path) -> bool:
-    """Whether neither the file or folder nor a folder it is in, below `root`, is hidden or a system's own."""
+    """Return whether no part of a path below `root` is hidden or one of `_SYSTEM_FOLDERS`."""
     return not any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in path.relative_to(root).parts)
 
 
 def as_text(value: object) -> str:
-    """A text, or a number or truth value in JSON's notation. ValueError for what is none of these."""
+    """Return a string as it is, and a number or truth value in JSON's notation; raise ValueError for anything else."""
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer accepts
             raise ValueError(f"is no valid Unicode: {error}") from None
         return value
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
@@ -81,8 +81,8 @@ def as_text(value: object) -> str:
 
 
 def rows_of(value: Any) -> Any:
-    """A list of dictionaries that is stored as a dictionary of lists of one length, as parquet may have it; all else as
-    it is."""
+    """Return a dictionary of lists of one length, as parquet may store a list of dictionaries, as that list of
+    dictionaries; any other value as it is. Raises ValueError if the lists differ in length."""
     lists = value.values() if isinstance(value, dict) and value else ()
     columns = [column for column in lists if column is not None]
     if not columns or not all(isinstance(column, list) for column in columns):
@@ -101,7 +101,7 @@ def _text(file: Path, left_out: LeftOut) -> Iterator[Record]:
 
 
 def _encoding(file: Path) -> str:
-    """UTF-8, but where a file begins as Windows writes UTF-16."""
+    """Return UTF-16 if a file begins with the byte order mark that Windows writes, else UTF-8."""
     with file.open("rb") as opened:
         return "utf-16" if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
@@ -122,7 +122,7 @@ def _parquet(file: Path) -> Iterator[Record]:
 
 
 def _json(file: Path, left_out: LeftOut) -> Iterator[Record]:
-    """Records of JSON lines, of a list, or the one record that a file is."""
+    """Yield the records of a file of JSON lines, of a JSON list, or of a single JSON record."""
     whole, wide = None, _encoding(file) == "utf-16"
     try:
         opened = io.BytesIO(file.read_text("utf-16").encode()) if wide else file.open("rb")

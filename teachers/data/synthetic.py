@@ -1,5 +1,4 @@
-"""Random text, images and questions, in parts of so many to train on and to measure on: for models whose weights are
-random, too."""
+"""Random text, images and questions for models with random weights; counts: of training and of held-out samples."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from teachers.data.prompts import Prompts, masked
 from teachers.data.text import TextData
 
 QUESTION, ANSWER = 56, 8
-"""Tokens of a random question, and of its answer."""
+"""Numbers of tokens of a random question and of its answer."""
 
 
 @dataclass(frozen=True)
 class RandomImages:
-    """Images of noise [N, C, H, W], as an `ImageSet` has them."""
+    """Images of noise [N, C, H, W], loaded like an `ImageSet`."""
 
     pixels: torch.Tensor
 
@@ -25,14 +24,14 @@ class RandomImages:
         return len(self.pixels)
 
     def load(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [B, C, H, W] and labels [B], all the same, of these images."""
+        """Return pixels [B, C, H, W] and labels [B], all 0, of these images."""
         return self.pixels[torch.as_tensor(chosen)], torch.zeros(len(chosen), dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class RandomQuestions:
-    """Questions of random tokens [N, T] about images of noise [N, C, H, W], as a `PromptSet` has them, the last ANSWER
-    tokens being the answer."""
+    """Questions of random tokens [N, T] about images of noise [N, C, H, W], loaded like a `PromptSet`; the last ANSWER
+    tokens are the answer."""
 
     tokens: torch.Tensor
     pixels: torch.Tensor
@@ -47,17 +46,17 @@ class RandomQuestions:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.pixels[rows]}
 
     def load(self, chosen: Sequence[int]) -> Prompts:
-        """Prompts of these questions."""
+        """Return the prompts of these questions."""
         return masked(self._inputs(chosen, None), [ANSWER] * len(chosen), self.image_token)
 
     def ask(self, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What a model is called with to answer these questions."""
+        """Return the model's inputs for generating the answers to these questions."""
         return self._inputs(chosen, -ANSWER)
 
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """Random samples to train on, and others to measure on."""
+    """Random samples to train on, and held-out samples to measure on."""
 
     train: RandomImages | RandomQuestions
     held_out: RandomImages | RandomQuestions
@@ -65,14 +64,14 @@ class SyntheticData:
 
 
 def random_text(vocabulary: int, window: int, counts: tuple[int, int], seed: int) -> TextData:
-    """Windows [N, window] of random tokens below `vocabulary`."""
+    """Return windows [N, window] of random token ids below `vocabulary`."""
     draw = torch.Generator().manual_seed(seed)
     train, held_out = torch.randint(vocabulary, (sum(counts), window), generator=draw).split(counts)
     return TextData(train, held_out, "random tokens", sum(counts) * window)
 
 
 def random_images(shape: tuple[int, int, int], counts: tuple[int, int], seed: int, dtype: torch.dtype) -> SyntheticData:
-    """Images of normal noise; shape: channels, height, width."""
+    """Return images of normal noise; shape: channels, height, width."""
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(sum(counts), *shape, generator=draw).to(dtype)
     train, held_out = map(RandomImages, pixels.split(counts))
@@ -87,8 +86,10 @@ def random_questions(
     seed: int,
     dtype: torch.dtype,
 ) -> SyntheticData:
-    """Questions of QUESTION random words with an answer of ANSWER, behind an image of so many tokens; image_token: what
-    stands for one, above the number of any word."""
+    """Return questions of QUESTION random tokens with an answer of ANSWER, behind `image_tokens` image tokens.
+
+    image_token: id of an image token; ids of all other tokens are below it. shape: an image's channels, height, width.
+    """
     draw, total = torch.Generator().manual_seed(seed), sum(counts)
     words = torch.randint(image_token, (total, QUESTION + ANSWER), generator=draw)
     tokens = torch.cat([torch.full((total, image_tokens), image_token), words], 1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = (*TEXT_FILES, *RECORD_FILES)
-"""File endings that are read."""
+"""Endings of the files that are read."""
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 """Pairs of fields that make one document, the second below the first."""
@@ -35,24 +35,25 @@ _ACCEPTED_SOURCES = (
 )
 _ACCEPTED_COLUMNS = ", ".join(["text", "messages", *("+".join(pair) for pair in PAIRS), "conversations"])
 _BATCH = 64
-"""Documents read and tokenized together."""
+"""Number of documents that are tokenized together."""
 
 _PIECE_CHARS = 1 << 22
-"""Longer texts are tokenized in pieces, cut between lines; tokenizers need much memory for one very long string."""
+"""Length above which a text is tokenized in pieces, cut between lines: tokenizers need much memory for a very long
+string."""
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Token windows to train on, and others to measure on that share no text with them."""
+    """Token windows to train on, and held-out windows to measure on that share no text with them."""
 
     train: torch.Tensor
     """Token ids [N, window], int64, in the order of the source."""
     held_out: torch.Tensor
     """Token ids [M, window], int64."""
     description: str
-    """What the text is, for the user to read."""
+    """Number of tokens and source, for the user to read."""
     tokens: int
-    """Tokens read, training and held-out together."""
+    """Number of tokens read, training and held-out together."""
     left_out: tuple[LeftOut, ...] = ()
     """Records that cannot be used."""
 
@@ -68,9 +69,9 @@ def load_text(
 ) -> TextData:
     """Read `source`, set a part aside, and pack both parts into windows.
 
-    `held_out` is a number of windows, or as a float below 1 a share of all tokens. Whole documents chosen by `seed` are
-    set aside, and of the last one chosen only the end, so that a single long text gives up its tail. A document that
-    occurs twice counts once. `max_tokens` stops the reading early. Raises ValueError with one line for a source that
+    `held_out` is a number of windows or, as a float below 1, a share of all tokens. Documents chosen by `seed` are set
+    aside whole, and of the last one chosen only the end, so that a single long text gives up its tail. A document that
+    occurs twice counts once. Reading stops after `max_tokens` tokens. Raises a one-line ValueError for a source that
     does not exist, cannot be read, is too short, or has mostly records that cannot be used.
     """
     left_out = LeftOut(source, "records")
@@ -100,10 +101,10 @@ def load_text(
 
 
 def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int) -> torch.Tensor:
-    """All of `source` in order as token windows [N, window], int64.
+    """Return all of `source`, in order, as token windows [N, window], int64.
 
-    One text file gives the tokens that the tokenizer gives for its whole text, cut every `window` tokens; a rest
-    shorter than a window is left out. Where the tokenizer starts texts with a BOS token, each window starts with one.
+    A text file is tokenized as a whole and cut every `window` tokens; a rest shorter than a window is left out. If the
+    tokenizer starts texts with a BOS token, each window starts with one.
     """
     bos, left_out = _bos(tokenizer), LeftOut(source, "records")
     documents = list(_tokenized(_texts(source, tokenizer, left_out, streaming=False), tokenizer))
@@ -118,7 +119,7 @@ def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int
 def _unique_documents(
     source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, max_tokens: int | None
 ) -> tuple[list[np.ndarray], int]:
-    """The token ids of each different document, at most `max_tokens` in total, and their total."""
+    """Return the token ids of each different document, at most `max_tokens` in total, and the total."""
     texts = _texts(source, tokenizer, left_out, streaming=max_tokens is not None)
     documents: list[np.ndarray] = []
     tokens = 0
@@ -139,7 +140,7 @@ def _without_repetitions(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _set_aside(documents: list[np.ndarray], tokens: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Split documents into those that stay and those set aside, the latter holding at least `tokens` where possible."""
+    """Split documents into those to train on and those set aside, the latter with at least `tokens` if possible."""
     cuts = [len(document) for document in documents]
     for index in np.random.default_rng(seed).permutation(len(documents)):
         if tokens <= 0:
@@ -151,14 +152,14 @@ def _set_aside(documents: list[np.ndarray], tokens: int, seed: int) -> tuple[lis
 
 
 def _joined(documents: list[np.ndarray], separator: list[int]) -> np.ndarray:
-    """One stream of token ids with the separator between documents."""
+    """Return one stream of token ids with the separator between documents."""
     between = np.array(separator, np.int64)
     parts = [part for document in documents for part in (between, document)]
     return np.concatenate(parts[1:]) if parts else between[:0]
 
 
 def _windows(stream: np.ndarray, window: int, bos: list[int]) -> torch.Tensor:
-    """Cut a stream into windows [N, window], each starting with `bos`; an incomplete last one is left out."""
+    """Cut a stream into windows [N, window], each starting with `bos`; an incomplete last window is left out."""
     body = window - len(bos)
     count = len(stream) // body
     rows = torch.from_numpy(stream[: count * body]).reshape(count, body)
@@ -166,9 +167,9 @@ def _windows(stream: np.ndarray, window: int, bos: list[int]) -> torch.Tensor:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS token in a list where the tokenizer puts one in front of a text (Llama 3, Gemma), else nothing.
+    """Return [BOS] if the tokenizer puts a BOS token in front of a text (Llama 3, Gemma), else an empty list.
 
-    Such models were never trained on text without it, and some (Gemma) are useless there.
+    Models with such tokenizers were never trained on text without BOS, and some (Gemma) are useless without it.
     """
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
@@ -179,10 +180,10 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokenized(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Token ids of each text, int64; empty texts are left out.
+    """Yield the token ids of each text, int64; empty texts are left out.
 
-    BOS and EOS around a text, such as a chat template's own, are taken off where windows and the places between
-    documents get theirs.
+    BOS and EOS around a text, such as a chat template writes, are removed if windows start with BOS and documents are
+    separated by EOS anyway.
     """
     bos, eos = _bos(tokenizer), _separator(tokenizer)
     while batch := list(islice(texts, _BATCH)):
@@ -197,7 +198,7 @@ def _tokenized(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iter
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text into pieces of about `_PIECE_CHARS` that together are the text, at line starts where there are any."""
+    """Cut a text into pieces of at most `_PIECE_CHARS` characters, between lines if possible."""
     start = 0
     while len(text) - start > _PIECE_CHARS:
         end = text.rfind("\n", start + 1, start + _PIECE_CHARS)
@@ -208,7 +209,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _texts(source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *, streaming: bool) -> Iterator[str]:
-    """The documents of a source as plain text, in order; a record that gives none is left out."""
+    """Yield the documents of a source as plain text, in order; records without a document are left out."""
     for where, record in _records(source, left_out, streaming):
         try:
             text = _document(record, tokenizer)
@@ -220,7 +221,7 @@ def _texts(source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *
 
 
 def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record]:
-    """The records of local files, or of a hub data set; ValueError for what is none of both."""
+    """Yield the records of local files or of a hub data set; raise ValueError for a source that is neither."""
     files = [corpus_file()] if source == "builtin" else _local_files(source)
     for file in files:
         yield from local_records(file, left_out)
@@ -237,7 +238,7 @@ def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record
 
 
 def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
-    """A hub data set, from the cache where the hub cannot be reached."""
+    """Return a hub data set, from the cache if the hub cannot be reached."""
     name, config = hub_data_set(source, _ACCEPTED_SOURCES)
     import datasets
 
@@ -256,7 +257,7 @@ def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _local_files(source: str) -> list[Path]:
-    """The data files that a path stands for, sorted, hidden ones left out; empty where there is no such path."""
+    """Return the data files of a path (file or folder), sorted, without hidden files; empty if there is no such path."""
     path = Path(source).expanduser()
     if path.is_dir():
         every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
@@ -270,7 +271,7 @@ def _local_files(source: str) -> list[Path]:
 
 
 def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a record, by the fields it has. ValueError says why there is none."""
+    """Return the text of a record, chosen by the fields it has; raise ValueError, saying why, if there is none."""
     filled = [name for name, value in record.items() if value is not None]
     if "text" in filled and "messages" not in filled:
         return _field(record, "text")
@@ -281,7 +282,7 @@ def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
         fields = ", ".join(name if name in filled else f"{name} (null)" for name in record)
         raise ValueError(f"it has the fields {fields}; one of these is needed: {_ACCEPTED_COLUMNS}")
     parts = [_field(record, name) for name in pair]
-    if "input" in filled and pair[0] == "instruction":  # Alpaca's: what the instruction is about
+    if "input" in filled and pair[0] == "instruction":  # Alpaca's field for the input of the instruction
         parts.insert(1, _field(record, "input"))
     asked, answer = [part for part in parts[:-1] if part], parts[-1]
     return "\n".join([*asked, answer]) if asked else answer
@@ -295,7 +296,7 @@ def _field(record: dict[str, Any], name: str) -> str:
 
 
 def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation in the tokenizer's chat template, or as "role: content" lines where it has none."""
+    """Return a conversation in the tokenizer's chat template, or as "role: content" lines if it has none."""
     turns = turns_of(value)
     if any(turn.images for turn in turns):
         raise ValueError("it holds an image")
