@@ -257,7 +257,7 @@ def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _local_files(source: str) -> list[Path]:
-    """Return the data files of a path (file or folder), sorted, without hidden files; empty if there is no such path."""
+    """Return the data files of a path (file or folder), sorted, without hidden files; empty if the path is missing."""
     path = Path(source).expanduser()
     if path.is_dir():
         every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
