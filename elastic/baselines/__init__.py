@@ -1,1 +1,1 @@
-"""What a student has to beat, on the same frozen weights."""
+"""Untrained baselines on the student's frozen weights, at the student's compute."""

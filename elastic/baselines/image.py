@@ -1,8 +1,8 @@
-"""What a student of images has to beat, on the same frozen weights: dropping patches blindly, and merging them.
+"""Untrained baselines for image students, on the same frozen weights: content-blind dropping, and merging, of patches.
 
-random, uniform: as many patches leave each block as the student's routers send away in the mean, but any, or at even
-distances, and as many of every image.
-tome: a few patches of every block are merged with similar ones (arXiv 2210.09461).
+random, uniform: every block drops the same number of patches of every image, the mean number that the student's router
+drops there; the patches are drawn at random, or evenly spaced.
+tome: every block merges a few patches with similar ones (arXiv 2210.09461).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from students.routers import Router
 
 
 class _FixedScores(nn.Module):
-    """In place of a router: scores that do not depend on what they score, and one share of every image that passes.
+    """A replacement for a router: scores independent of the tokens' content, and a fixed share of tokens kept.
 
-    whole: where dropped patches stay away, the tokens of an image before any has gone; the scores given then stand.
+    whole: the number of tokens of an image before any is dropped, if dropped tokens are missing from all later blocks
+    (otherwise 0). With fewer tokens than that all scores are infinite; the block takes the minimum over blocks, so that
+    the scores of the first block stay in force.
     """
 
     def __init__(
@@ -44,15 +46,15 @@ class _FixedScores(nn.Module):
         self.scores = scores
 
     def of_prompt(self, x: Tensor, question: Tensor) -> Tensor:
-        """Scores [B, T] of embedded tokens x [B, T, D]."""
+        """Return scores [B, T] of embedded tokens x [B, T, D]."""
         return self.scores(x)
 
     def macs(self, width: int) -> int:
-        """Nothing is multiplied."""
+        """Return 0: the scores take no multiply-accumulates."""
         return 0
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
-        """Scores [B, n] of tokens x [B, n, D]."""
+        """Return scores [B, n] of tokens x [B, n, D] of the residual stream."""
         if x.shape[1] < self.whole:
             return x.new_full(x.shape[:2], torch.inf, dtype=torch.float32)
         return self.scores(x)
@@ -66,10 +68,10 @@ def _constant(share: float, offset: float) -> float:
 def dropping_patches(
     student: ImageStudent, kind: str, batches: Iterable[Tensor], seed: int = 0
 ) -> Iterator[ImageStudent]:
-    """Within this context the student drops as many patches as it did in the mean over batches of pixels
-    [B, C, H, W], but at random or at even distances ("random", "uniform").
+    """Within this context every block of the student drops as many patches as its router did on average over batches
+    of pixels [B, C, H, W], but drawn at random (kind "random") or evenly spaced ("uniform").
 
-    ValueError where it has no layer routers whose numbers could be taken over.
+    ValueError if the student has no layer routers with `selection` "quota" or "threshold".
     """
     layer = student.spec.over_blocks
     if layer is None or layer.selection == "topk":
@@ -100,10 +102,10 @@ def dropping_patches(
 
 @contextmanager
 def keeping_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 0) -> Iterator[VisionLanguageStudent]:
-    """Within this context as many image tokens are kept as before, but at random or at even distances ("random",
-    "uniform").
+    """Within this context the student keeps as many image tokens as before, but drawn at random (kind "random") or
+    evenly spaced ("uniform").
 
-    ValueError where there is no image router with quota, whose number could be taken over.
+    ValueError if the student has no image router with `selection` "quota".
     """
     if student.image_router is None or student.image_router.spec.selection != "quota":
         raise ValueError(f"the baseline {kind} keeps as many tokens as an image router with quota: this run has none")
@@ -116,7 +118,8 @@ def keeping_image_tokens(student: VisionLanguageStudent, kind: str, seed: int = 
 
 
 def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
-    """Scores [B, n] for tokens [B, n, D] that know nothing of them: "random", or "uniform", in even distances."""
+    """Return a function from tokens [B, n, D] to scores [B, n] independent of their content; kind: "random", or
+    "uniform" (see `spread`)."""
     generator = torch.Generator().manual_seed(seed)
 
     def at_random(x: Tensor) -> Tensor:
@@ -129,16 +132,18 @@ def _scores_without_content(kind: str, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def spread(count: int) -> Tensor:
-    """Scores [count] of places in a row: the k best are about evenly spaced for every k (van der Corput's sequence)."""
+    """Return scores [count] of consecutive positions such that, for every k, the k highest are about evenly spaced (van
+    der Corput sequence)."""
     bits = max(1, (count - 1).bit_length())
     reverse = [int(f"{n:0{bits}b}"[::-1], 2) for n in range(count)]
     return -torch.tensor(reverse, dtype=torch.float32)
 
 
 class MergingBlock(nn.Module):
-    """A block of timm that merges pairs of similar patches between attention and MLP, as ToMe does.
+    """A timm block that merges `pairs` pairs of similar patches between attention and MLP, as ToMe (arXiv 2210.09461).
 
-    state: shared by the blocks of a model: how many patches each token stands for, [B, n, 1]; None: one each.
+    state: shared by the blocks of a model; its "size" is how many patches each token stands for [B, n, 1], or None if
+    no tokens have been merged yet.
     """
 
     def __init__(self, block: Any, pairs: int, prefix: int, state: dict[str, Tensor | None]) -> None:
@@ -151,7 +156,8 @@ class MergingBlock(nn.Module):
         block.attn.qkv.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        """Mean over heads of the keys [B, n, head size]."""
+        """Forward hook of the qkv layer that stores the keys averaged over heads [B, n, head size], the metric by which
+        ToMe compares tokens."""
         _, keys, _ = rearrange(out, "batch token (qkv channel) -> qkv batch token channel", qkv=3)
         heads = self.block.attn.num_heads
         self._keys = reduce(keys, "batch token (head size) -> batch token size", "mean", head=heads)
@@ -167,10 +173,11 @@ class MergingBlock(nn.Module):
 
 
 def merge(x: Tensor, metric: Tensor, size: Tensor | None, pairs: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching (arXiv 2210.09461): the tokens in every other place are matched with the most similar of
-    the others, and the best `pairs` matches become one token each, a mean weighted by size.
+    """Merge tokens by bipartite soft matching (arXiv 2210.09461) and return (tokens [B, n - pairs, D], their sizes).
 
-    x [B, n, D], metric [B, n, C], size [B, n, 1] or None; tokens of the prefix are never merged.
+    Each token at an even position is matched with the most similar token at an odd position, by cosine similarity of
+    `metric` [B, n, C]. The `pairs` most similar matches are merged into one token each, the mean weighted by `size`
+    [B, n, 1], the number of patches that a token stands for (None: 1 each). The first `prefix` tokens are never merged.
     """
     size = x.new_ones(*x.shape[:2], 1) if size is None else size
     if x.shape[1] - prefix < 2:
@@ -197,10 +204,11 @@ def merge(x: Tensor, metric: Tensor, size: Tensor | None, pairs: int, prefix: in
 
 
 def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module, float]:
-    """(a copy of a timm model that merges patches, on the same weights; its share of the model's FLOPs).
+    """Return (copy of a timm model on the same weights that merges patches, its share of the model's FLOPs).
 
-    The number of merges per block is the same for all blocks, as near as whole numbers allow, and the smallest at which
-    the share is at most `target`. pixels: an image to count on. ValueError for a model that is not timm's.
+    All blocks merge the same number of pairs, up to rounding: the smallest number at which the share of FLOPs is at
+    most `target`. pixels: an image on which FLOPs are counted. ValueError if the model is not a timm VisionTransformer,
+    or if no number of merges reaches the target.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None or not all(hasattr(b, "ls1") and hasattr(b.attn, "qkv") for b in blocks):
@@ -213,7 +221,7 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
         merged.blocks[number] = MergingBlock(block, 0, merged.num_prefix_tokens, state)
 
     def share(total: int) -> float:
-        """Of the FLOPs, once there are so many merges in all."""
+        """Spread this total number of merges over the blocks and return the resulting share of the FLOPs."""
         for number, block in enumerate(merged.blocks):
             block.pairs = total * (number + 1) // len(blocks) - total * number // len(blocks)
         return _flops(merged, pixels) / dense

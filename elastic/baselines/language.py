@@ -1,15 +1,16 @@
-"""What a trained language student has to beat, on the same frozen weights and at the same compute: choices of input
-channels, and of rows of the LM head, that no training made.
+"""Untrained baselines for language students, on the same frozen weights and at the same compute.
 
-random   any channels and rows, anew for each token, as many at each site as the student opens there
-uniform  every linear layer keeps the same share of its channels, and the head (where the student routes it) the same
-         share of its rows; which ones goes by the estimated cost of closing them (see students/calibration/language.py)
-static   the same channels for every token, those of each linear layer that cost most to close, the same share of every
-         layer; the LM head whole; saves in prefill too
-teal     the largest magnitudes: one threshold for each linear layer, at which all keep the same share; the LM head
-         whole (arXiv 2408.14690, without its search for a share of its own for each layer)
+Each baseline selects input channels of linear layers, and in part rows of the LM head, without training:
 
-They run as students do, with limits that are set here instead of trained, and without low-rank corrections.
+random   channels and rows drawn at random for each token, as many at each site as the student opens there
+uniform  the same share of the channels of every linear layer, and of the LM head's rows if the student routes the head,
+         selected by the estimated cost of closing them (see students/calibration/language.py)
+static   the same channels for every token: in every linear layer the same share, those that cost most to close; the
+         whole LM head; the only baseline that saves compute in prefill
+teal     the channels of largest magnitude, by one threshold per linear layer at which all layers keep the same share;
+         the whole LM head (arXiv 2408.14690, without its search for a share per layer)
+
+Baselines run as students do, with limits set here instead of trained, and without low-rank corrections.
 """
 
 from __future__ import annotations
@@ -34,27 +35,28 @@ from students.routers import OPEN
 from students.spec import RouterSpec, StudentSpec
 
 LEVELS = 513
-"""Quantiles that are kept of what a limit is compared with."""
+"""Number of quantiles kept, per site, of the values that a limit is compared with."""
 ROWS = 64
-"""Tokens of a calibration batch that they are taken of."""
+"""Tokens of a calibration batch from which the quantiles of a site's channels are taken."""
 HEAD_NUMBERS = 2**23
-"""Previewed logits of a batch that they are taken of."""
+"""Previewed logits of a calibration batch from which the quantiles of the LM head are taken, at most."""
 REFERENCE = 0.7
-"""The compute that calibration starts limits at, before they move to wherever they are wanted."""
+"""Compute for which limits are first calibrated; `SameShares.at` then moves them to the compute that is asked for."""
 TOLERANCE = 0.001
-"""How near to the student's measured compute has to come before the search ends."""
+"""Largest distance between measured and requested compute at which the search for limits ends."""
 
 
 class SameShares:
-    """`uniform`, `static` or `teal`, made of a frozen model: every site keeps the same share of its channels.
+    """The baselines `uniform`, `static` and `teal`: every site keeps the same share of its channels.
 
-    vocab: the student's router of the LM head, for `uniform` where it has one. frozen: makes the model. batches:
-    calibration text, token ids [B, T], which is looked at once, whatever the budgets; shard: which of the batches of
-    all processes these are (None: all). seen: what calibration sees of them, which is the same for all names.
-    ValueError where the choice saves nothing in the run's phase.
+    vocab: the student's LM-head router, if it has one and the baseline is `uniform`. frozen: returns the frozen model.
+    batches: calibration text, token ids [B, T], which is run once for all budgets; shard: which of all processes'
+    batches these are (None: all). seen: returns calibration statistics of the batches, which are the same for all
+    baselines. ValueError if the baseline saves nothing in the run's phase.
 
-    The price of `calibrate` would spread the saving of fixed channels unevenly, and far worse: their errors are the
-    same for every token and add up. Only the limits' differences within a site are taken over from it.
+    `calibrate` sets the limits of all sites by one price, which spreads the savings of fixed channels unevenly over
+    sites, with far worse results, because a fixed channel's error is the same for every token and adds up. Only the
+    differences between the limits within a site are therefore taken from `calibrate`.
     """
 
     def __init__(
@@ -78,11 +80,15 @@ class SameShares:
         self.student = _elasticized(frozen(), StudentSpec((channels, vocab) if vocab else (channels,)))
         self._batches, self._seed, self._seen, self._shard = batches, config.train.seed, seen, shard or DataShard()
         self._limits: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        """Of each site, and what its channels' limits were when `_levels` were taken."""
+        """For each site, the parameter that holds its channels' limits (logarithms), and a copy of the values at which
+        `_levels` were taken."""
 
     def at(self, compute: float, meter: Callable[[LanguageStudent], float]) -> LanguageStudent:
-        """The student at this share of the teacher's compute: the limits of each site move together until the meter,
-        which measures a student's compute, says so. ValueError where so much cannot be saved."""
+        """Return the baseline's student at this share of the teacher's compute.
+
+        All limits are moved until `meter(student)`, the measured compute, is within TOLERANCE of `compute`, for at most
+        six steps. ValueError if the compute is below that with every channel closed.
+        """
         student, tokens, phase = self.student, self._batches[0].shape[1], self.phase
         lowest = student.compute.uniform(0.0, tokens, phase)
         if compute < lowest:
@@ -102,7 +108,7 @@ class SameShares:
         return student
 
     def _look(self) -> None:
-        """Calibrate, and see how the limits divide the calibration text."""
+        """Calibrate the limits (not for `teal`), and take the quantiles of what they are compared with."""
         student = self.student
         if self.name != "teal":
             calibrate(student, self._batches, REFERENCE, self.phase, self._seed, self._seen(student), self._shard)
@@ -112,7 +118,7 @@ class SameShares:
 
     @torch.no_grad()
     def _keep(self, share: float) -> None:
-        """Let every site keep this share of its channels on the calibration text."""
+        """Set the limits such that every site keeps this share of its channels on the calibration text."""
         place = (1 - share) * (LEVELS - 1)
         for key, (limit, shape) in self._limits.items():
             limit.copy_(shape + _between(self._levels[key], place))
@@ -129,12 +135,13 @@ def at_random(
     batches: Sequence[Tensor],
     shard: DataShard | None = None,
 ) -> LanguageStudent:
-    """The student's channels and rows drawn at random, made of a frozen model, at this share of its compute.
+    """Return the baseline `random` at this share of the teacher's compute: channels and LM-head rows drawn at random.
 
-    frozen: makes the model. batches: token ids [B, T] on which the student says how much it opens at each site; shard:
-    which of the batches of all processes these are (None: all). The odds of all sites are multiplied by one number, so
-    that what the student pays for low-rank corrections may be spent on channels. ValueError where the student has
-    routers of other kinds, or runs as the teacher.
+    frozen: returns the frozen model. batches: token ids [B, T] on which the share of open gates of each of the
+    student's sites is measured; shard: which of all processes' batches these are (None: all). The odds of being open
+    are multiplied by the same factor at all sites, so that the compute that the student spends on low-rank corrections
+    goes to channels here. ValueError if the student has routers of other kinds, a budget of prefill, or runs as the
+    teacher.
     """
     drawn = [r for r in student.spec.routers if r.of_kind.over_channels or r.of_kind.place == "head"]
     odd = sorted({r.kind for r in student.spec.routers if r not in drawn})
@@ -176,7 +183,8 @@ def _elasticized(model: nn.Module, spec: StudentSpec) -> LanguageStudent:
 def _keep_at_random(
     share: float, generator: torch.Generator
 ) -> Callable[[RoutedLinear, tuple[Tensor]], tuple[Tensor] | None]:
-    """A hook that leaves each channel with this probability and sets the others to zero, which every limit closes."""
+    """Return a forward pre-hook that keeps each input channel with probability `share` and sets the others to zero,
+    which is below every limit, so that the layer skips them."""
 
     def hook(layer: RoutedLinear, args: tuple[Tensor]) -> tuple[Tensor] | None:
         if layer.runtime.bypass:
@@ -188,7 +196,7 @@ def _keep_at_random(
 
 
 class _RandomRows(RoutedHead):
-    """The LM head, exact for rows drawn at random and previewed for the rest."""
+    """An LM head whose logits are exact for rows drawn at random and previewed for all others."""
 
     def __init__(self, head: RoutedHead, share: float, generator: torch.Generator) -> None:
         super().__init__(head.base_layer, head.runtime, head.routers["vocab"], head.spec)
@@ -214,7 +222,8 @@ class _RandomRows(RoutedHead):
 
 
 def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
-    """The first linear layer of each site with a channel router, which chooses for the others, by the site's name."""
+    """Return, by the site's key, the first linear layer of each site with a channel router; its router decides for all
+    layers of the site."""
     layers = {
         f"{number}.{site}": block.get_submodule(student.record.linears(site)[0])
         for number, block in enumerate(student.blocks)
@@ -227,9 +236,12 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
 
 @torch.no_grad()
 def _levels(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShard) -> dict[str, Tensor]:
-    """Quantiles [LEVELS] of what the limits of each site are compared with, in the frozen model: by how much log|x|
-    exceeds log_limit (static: 0, whatever x is); of "vocab": by how many |f| a row's preview exceeds the mean. Means
-    over the batches."""
+    """Return, by site, quantiles [LEVELS] of the values that decide about its gates, ascending, averaged over batches.
+
+    The frozen model runs on batches of token ids [B, T]. For channels the values are log|x| - log_limit (static:
+    -log_limit, independent of the input x); for "vocab" a row's previewed logit minus the mean preview, in units of the
+    norm of the preview's features f.
+    """
     levels: dict[str, Tensor] = {}
     info = BatchInfo(0, True)
 
@@ -266,20 +278,20 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShar
 
 
 def _sample(x: Tensor, rows: int) -> Tensor:
-    """At most so many tokens of x [B, T, D], evenly spaced: [n, D]."""
+    """Return at most `rows` evenly spaced tokens [n, D] of x [B, T, D]."""
     flat = x.flatten(0, 1)
     return flat[torch.linspace(0, len(flat) - 1, min(rows, len(flat)), device=x.device).long()]
 
 
 def _between(levels: Tensor, place: float) -> float:
-    """The level at a place between two of them."""
+    """Return the quantile at a fractional index of levels [LEVELS], by linear interpolation."""
     below = min(int(place), LEVELS - 2)
     return float(torch.lerp(levels[below], levels[below + 1], place - below))
 
 
 @torch.no_grad()
 def _shares(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShard | None = None) -> dict[str, Tensor]:
-    """The mean share of open gates of every router, by its key."""
+    """Return the mean share of open gates of every router, by its key, over batches of token ids [B, T]."""
     sums: dict[str, Tensor] = {}
     rows, shard = 0, shard or DataShard()
     for ids, info in shard.enumerate(batches):

@@ -1,7 +1,7 @@
-"""Families of models: language, image and vision-language.
+"""Model families: language, image and vision-language.
 
-`of` gives a family's module, which answers what commands ask (see `Family`). No other module of this package asks which
-family a model is of.
+`of` returns a family's module, which implements the protocol `Family`. Commands call this protocol; no other module of
+this package branches on the family of a model.
 """
 
 from __future__ import annotations
@@ -27,119 +27,124 @@ if TYPE_CHECKING:
 
 
 def of(family: str) -> Family:
-    """The module of a family: "llm", "vit" or "vlm"."""
+    """Return the module of a family: "llm", "vit" or "vlm"."""
     return cast(Family, import_module(TRAITS[family].module))
 
 
 class Timing(Protocol):
-    """What `elastic bench` asks of a family: a module of elastic/timing."""
+    """The part of a family that `elastic bench` uses: a module of elastic/timing."""
 
     OPTIONS: tuple[str, ...]
-    """Those of "tokens" and "new_tokens" that have an effect."""
+    """The names among "tokens" and "new_tokens" of the command's options that have an effect."""
     BATCHES: tuple[int, ...]
-    """Batch sizes that are timed where none is asked for."""
+    """Batch sizes that are timed if none is given."""
     RANDOM: Mapping[str, int]
-    """Flags that say how much random data a student with random weights is calibrated on: quality is no matter, and
-    gates that are chosen from little take as long as others."""
+    """Settings for the amount of random data on which a student with random weights is calibrated. Little suffices:
+    quality does not matter then, and the number of calibration samples has no effect on the speed of gates."""
 
     def samples(self, config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
-        """How many windows, images or questions the largest piece of work takes."""
+        """Return how many windows, images or questions the largest timed pass takes."""
 
     def fitted(self, student: Any, workload: Workload) -> Workload:
-        """The workload as far as the model reads so much; ValueError where it does not."""
+        """Return the workload adapted to the model's maximum length; ValueError if the model cannot read it."""
 
     def contenders(self, student: Any, dense: nn.Module) -> dict[str, Contender]:
-        """The "student" and the "dense" model, as they are run."""
+        """Return the "student" and the "dense" model, each with the function that runs it."""
 
     def recorded(self, model: nn.Module) -> Contender:
-        """A dense model, run through recordings on GPUs as students are."""
+        """Return a dense model that on GPUs runs through CUDA graphs, as students do."""
 
     def inference(self, student: Any, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:
-        """Rows of timings, where the dial is."""
+        """Yield rows of timings, with the student at the current position of its dial."""
 
     def training_batch(self, student: Any, data: Any, config: RunConfig) -> TrainingBatch:
-        """A micro-batch, on the student's device."""
+        """Return a micro-batch on the student's device."""
 
     def input_sizes(self, model: nn.Module, config: RunConfig, workload: Workload) -> InputSizes:
-        """How much is read at once by a model with random weights, which may be on the device "meta"."""
+        """Return how much a model with random weights reads at once; the model may be on the device "meta"."""
 
     def step_sizes(self, student: Any, config: RunConfig) -> StepSizes:
-        """What a training step does with a sample; the student may be on the device "meta"."""
+        """Return the work of a training step per sample; the student may be on the device "meta"."""
 
 
 class Generation(Protocol):
-    """What `elastic generate` asks of a family: a module of elastic/generation."""
+    """The part of a family that `elastic generate` uses: a module of elastic/generation."""
 
     def read_image(self, model: str, image: str | None) -> Any:
-        """The image in a file; ValueError where the model needs one and there is none, or the other way round."""
+        """Return the image in a file; ValueError if the model needs an image and none is given, or the reverse."""
 
     def inputs(self, processor: Any, prompt: str, picture: Any) -> tuple[dict[str, Tensor], Any]:
-        """What the model is called with, and its tokenizer; picture: what `read_image` gave."""
+        """Return the model's inputs and its tokenizer; picture: the result of `read_image`."""
 
     def compute(self, student: Any, inputs: dict[str, Tensor], whole: Tensor) -> float:
-        """The share of the teacher's compute that was spent; whole [1, T]: prompt and what was generated."""
+        """Return the share of the teacher's compute that was spent; whole: tokens [1, T] of prompt and generated
+        text."""
 
 
 class Family(Protocol):
-    """What every family's module has. Data is what `load` gives: it has .train, .held_out and .left_out."""
+    """The interface of every family's module. `data` is the result of `load`, with .train, .held_out and .left_out."""
 
     UNIT: str
-    """What data consists of, for the user to read."""
+    """Name of the data's samples in messages, such as "images"."""
     BASELINES: tuple[str, ...]
-    """Names of what `baseline` makes."""
+    """Names that `baseline` accepts."""
     METRICS: tuple[tuple[str, str, str], ...]
-    """What a report plots against compute: key, label, and whether "lower" or "higher" is better."""
+    """Metrics that a report plots against compute: key, label, and whether "lower" or "higher" is better."""
     timing: Timing
     generation: Generation | None
-    """None: its models generate no text."""
+    """Text generation; None if the family's models generate no text."""
     score_correlations: Callable[..., dict[str, float]] | None
-    """(student, student, data to measure on) -> rank correlation of their scores by router; None: not defined."""
+    """(student, student, evaluation data) -> rank correlation of the students' scores by router; None if undefined."""
 
     def load(self, config: RunConfig, teacher: Teacher) -> Any:
-        """The run's data, the same every time."""
+        """Load the run's training and held-out data, the same at every call."""
 
     def load_all(self, source: str, config: RunConfig, teacher: Teacher) -> Any:
-        """Data to measure on: the validation part of a source, or all of it."""
+        """Load evaluation data: the validation part of a source, or the whole source if it has no parts."""
 
     def random_data(self, config: RunConfig, model: nn.Module) -> Any:
-        """Data without a source, for models with random weights: as much to train on as is calibrated on."""
+        """Make random data, for models with random weights, with as many training samples as calibration reads."""
 
     def summary(self, data: Any, config: RunConfig) -> str:
-        """What there is, for the user to read."""
+        """Describe the data in one line for the user."""
 
     def tokens(self, student: Any, data: Any, config: RunConfig) -> Any:
-        """What the model reads at once, as `student.uniform` takes it: tokens of text; of text and of the image; an
-        image's height and width."""
+        """Return the size of one input as `student.uniform` takes it: the number of text tokens of a window; of text
+        and image tokens of a question; an image's height and width."""
 
     def Batches(self, data: Any, config: RunConfig) -> Any:
-        """Training samples by number, on the host: len(), read(chosen) -> batch, and keyed(chosen) -> batch and for
-        each sample the 16 bytes that caches of the teacher's outputs know it by, a digest of what the model reads."""
+        """Return the training samples, on the host: len() is their number, read(chosen) returns a batch of samples by
+        number, and keyed(chosen) returns the batch and, for each sample, a 16-byte digest of what the model reads,
+        by which a cache of the teacher's outputs finds the sample."""
 
     def Distillation(self, student: Any, loss: Any, budget: Any, data: Any) -> nn.Module:
-        """The objective: called with a batch, the price of compute (a number, or [B]) and the teacher's signals it
-        returns the loss and Measured, whose `rows` are "kl" and "compute" of each row. teacher_signals(batch) makes
-        signals, and is called where none are given; lengths(batch) says how many rows of them each sample has; `keeps`
-        names their kind."""
+        """Return the objective. Called with a batch, the price of compute (a number, or [B]) and the teacher's signals,
+        it returns the loss and Measured, whose `rows` hold "kl" and "compute" of each row.
+
+        Its method teacher_signals(batch) computes the signals, and is called if none are given; lengths(batch) returns
+        how many rows of the signals each sample has; its property `keeps` names the kind of signals.
+        """
 
     def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session) -> Start:
-        """Calibration, for all budgets that are trained (see distillation/budgets.py); order: the numbers of training
-        samples, shuffled; session: with what others saw in them."""
+        """Calibrate the student for all budgets that are trained (see distillation/budgets.py); order: shuffled numbers
+        of the training samples; session: holds calibration statistics for reuse between runs."""
 
     def compute_meter(self, student: Any, data: Any, order: Tensor, config: RunConfig) -> Meter:
-        """What measures the compute that the dial is set by; order: as in `start`."""
+        """Return the function that measures compute while the dial is set; order: as in `start`."""
 
     def evaluate(
         self, student: Any, held_out: Any, config: RunConfig, kept: TeacherOutputs | None = None
     ) -> dict[str, Any]:
-        """A row's measurements; kept: what the teacher made of the same data before."""
+        """Measure quality and compute, as a row of results; kept: earlier outputs of the teacher on the same data."""
 
     def baseline(
         self, name: str, student: Any, held_out: Any, config: RunConfig, compute: float, session: Session
     ) -> dict[str, Any]:
-        """As `evaluate`, for something untrained at this compute; session: with what has been found out before."""
+        """Like `evaluate`, for an untrained baseline at this compute; session: holds calibrated baselines and the
+        teacher's outputs for reuse."""
 
     def routing(self, student: Any, held_out: Any, teacher: Teacher, config: RunConfig) -> dict[str, Any]:
-        """Where compute goes, and examples (see accounting/routing.py)."""
+        """Return the routing profile with examples (see accounting/routing.py)."""
 
     def lines(self) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-        """How a table shows a row of results."""
+        """Return (label, function from a row of results to text) for each line of a printed table."""

@@ -39,17 +39,17 @@ from teachers.data.synthetic import SyntheticData, random_images
 from teachers.families.image import classes_of
 
 generation: Generation | None = None
-"""Images are all that is read, and no text is written."""
+"""None: image models generate no text."""
 timing: Timing = timing_image
 UNIT = "images"
 DIAL_IMAGES = 2048
-"""Training images that quotas and the dial are set on."""
+"""Number of training images on which quotas and the dial are set."""
 BASELINES = ("random", "uniform", "tome")
-"""What `baseline` makes; see elastic/baselines/image.py."""
+"""Names that `baseline` accepts; see elastic/baselines/image.py."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> ImageData:
-    """The run's training and held-out images; the same every time."""
+    """Load the run's training and held-out images, the same at every call."""
     data = config.data
     return load_images(
         data.source,
@@ -63,7 +63,7 @@ def load(config: RunConfig, teacher: Teacher) -> ImageData:
 
 
 def random_data(config: RunConfig, model: Any) -> SyntheticData:
-    """Images of normal noise: as many to train on as are calibrated on."""
+    """Make images of normal noise, with as many training images as calibration reads."""
     counts = max(1, config.calibration.windows), config.data.held_out
     return random_images(image_shape(model), counts, config.train.seed, next(model.parameters()).dtype)
 
@@ -78,7 +78,7 @@ def summary(data: ImageData, config: RunConfig) -> str:
 
 
 def tokens(student: ImageStudent, data: ImageData, config: RunConfig) -> tuple[int, int]:
-    """Height and width of an image as the processor makes it."""
+    """Return height and width of a preprocessed image."""
     height, width = data.train.load(range(min(4, len(data.train))))[0].shape[-2:]
     return height, width
 
@@ -93,7 +93,7 @@ class Batches:
         return len(self.images)
 
     def read(self, chosen: Sequence[int]) -> Tensor:
-        """The images [B, C, H, W] with these numbers."""
+        """Return the images [B, C, H, W] with these numbers."""
         return self.images.load(chosen)[0]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
@@ -102,7 +102,8 @@ class Batches:
 
 
 def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session) -> Start:
-    """Calibrate; order: the training images, shuffled; session: with what the same routers saw in them."""
+    """Calibrate the student; order: shuffled numbers of the training images; session: holds the calibration statistics
+    of runs with the same routers."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, shard = scatter(batches)
     looked_at = Watched(list(chosen_pixels(student, data.train, own)))
@@ -114,9 +115,9 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start
-    first = list(chosen_pixels(student, data.train, batches[:1]))  # which every process looks at whole
+    first = list(chosen_pixels(student, data.train, batches[:1]))  # the same in every process
     before = student.runtime.execution
-    student.runtime.training, student.runtime.execution = True, "mask"  # half of the patches at a time, as it trains
+    student.runtime.training, student.runtime.execution = True, "mask"  # as in training: a block merges at most half
     try:
         return exact_start(start, student, merging, targets, lambda _: measured_compute(student, first))
     finally:
@@ -125,11 +126,12 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
 
 @torch.no_grad()
 def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig) -> Meter:
-    """What measures the compute that the dial is set by; sets the quotas first. order: training images, shuffled."""
+    """Set the student's quotas, and return the function that measures compute while the dial is set; order: shuffled
+    numbers of the training images."""
     chosen = [part.tolist() for part in order[:DIAL_IMAGES].split(MEASURED)]
     own, shard = split(chosen)
     batches = list(chosen_pixels(student, data.train, own))
-    student.at(batches[0].shape[-2:])  # a size that the model cannot take is to be refused before it is tried
+    student.at(batches[0].shape[-2:])  # raises ValueError if the model cannot take images of this size
     student.set_quotas(batches, shard=shard)
 
     def meter(share: float) -> float:
@@ -138,20 +140,21 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
 
     target = config.budget.span[0]
     if student.shortens and any(router.selection == "quota" for router in student.spec.routers):
-        # patches that found no other to merge with keep their place in a quota, however far the dial is turned
+        # patches that found no partner to merge with stay in the quotas however far the dial is turned; measured at a
+        # lower offset, the quotas are smaller
         offset = -0.25
         while offset > -SPREAD and lowest(student, lambda _: meter(0.0)) > target:
             student.set_quotas(batches, offset, shard)
             offset *= 2
     if student.stepwise:
-        batches = [batches[0][:1]]  # by quota every image costs the same
+        batches = [batches[0][:1]]  # with quotas every image costs the same
     return meter
 
 
 def baseline(
     name: str, student: ImageStudent, images: ImageSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
-    """As `evaluate`, for a baseline at the student's compute."""
+    """Like `evaluate`, for a baseline at the student's compute."""
     kept = session.kept(images)
     if name == "tome":
         merged, share = baselines.merging(session.teacher(config).model, images.load([0])[0], compute)

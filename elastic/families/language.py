@@ -39,18 +39,19 @@ from teachers.families.language import require_rows
 timing: Timing = timing_language
 UNIT = "windows"
 CALIBRATED = 2
-"""Windows that are looked at together in calibration."""
+"""Windows per calibration batch."""
 DIAL_WINDOWS = 16
-"""Windows that the dial is set on."""
+"""Number of training windows on which the dial is set."""
 generation: Generation | None = generation_language
 score_correlations = None
-"""Not defined for text, whose routers decide about different things."""
+"""None: undefined for language students, whose routers switch different kinds of gates."""
 BASELINES = ("random", "uniform", "static", "teal")
-"""What `baseline` makes; see elastic/baselines/language.py."""
+"""Names that `baseline` accepts; see elastic/baselines/language.py."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> TextData:
-    """The run's training and held-out windows; the same every time. ValueError where the model reads less at once."""
+    """Load the run's training and held-out windows, the same at every call. ValueError if `data.window` is longer than
+    the model's maximum length."""
     longest = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.data.window > longest:
         raise ValueError(f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens")
@@ -68,14 +69,14 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
 
 
 def random_data(config: RunConfig, model: Any) -> TextData:
-    """Windows of random tokens: as many to train on as are calibrated on."""
+    """Make windows of random tokens, with as many training windows as calibration reads."""
     vocabulary = model.config.get_text_config().vocab_size
     counts = max(1, config.calibration.windows), config.data.held_out
     return random_text(vocabulary, config.data.window, counts, config.train.seed)
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
-    """All of a source as windows [N, T]."""
+    """Load a whole source as token windows [N, T]."""
     windows = load_windows(source, teacher.processor, window=config.data.window)
     require_rows(teacher.model, teacher.processor, windows)
     return windows
@@ -87,7 +88,7 @@ def summary(data: TextData, config: RunConfig) -> str:
 
 
 def tokens(student: LanguageStudent, data: TextData, config: RunConfig) -> int:
-    """Tokens that the model reads at once."""
+    """Return the number of tokens of a window."""
     return config.data.window
 
 
@@ -101,7 +102,7 @@ class Batches:
         return len(self.pieces)
 
     def read(self, chosen: Sequence[int]) -> Tensor:
-        """The windows [B, T] with these numbers."""
+        """Return the windows [B, T] with these numbers."""
         return self.pieces[torch.tensor(chosen)]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
@@ -110,7 +111,8 @@ class Batches:
 
 
 def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session) -> Start:
-    """Calibrate; order: the training windows, shuffled; session: with what others saw in them."""
+    """Calibrate the student; order: shuffled numbers of the training windows; session: holds the calibration statistics
+    of runs whose routers need as much or more."""
     own, shard = scatter(order[: config.calibration.windows].split(CALIBRATED))
     windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
     budget, seed = config.budget, config.train.seed
@@ -120,7 +122,8 @@ def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunCo
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:
-    """What measures the compute that the dial is set by; order: the training windows, shuffled."""
+    """Return the function that measures compute while the dial is set; order: shuffled numbers of the training
+    windows."""
     windows = data.train[order[:DIAL_WINDOWS]].to(next(student.parameters()).device)
 
     def meter(share: float) -> float:
@@ -133,9 +136,9 @@ def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, confi
 def baseline(
     name: str, student: LanguageStudent, windows: Tensor, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
-    """As `evaluate`, for a baseline (see elastic/baselines/language.py) at the student's compute in the run's phase.
+    """Like `evaluate`, for a baseline (see elastic/baselines/language.py) at the student's compute in the run's phase.
 
-    Compute is matched on the first of the windows; calibration looks at training windows.
+    Compute is matched on the first DIAL_WINDOWS of the windows [N, T]; calibration reads training windows.
     """
     first = windows[:DIAL_WINDOWS].to(student.model.device)
 

@@ -43,28 +43,28 @@ from teachers.families.language import require_rows
 
 generation: Generation | None = generation_vision_language
 score_correlations = None
-"""Not defined for questions: one router decides, and what for is another matter for each."""
+"""None: undefined for vision-language students, which have one router, whose scores depend on the question."""
 timing: Timing = timing_vision_language
 UNIT = "questions"
 DIAL_QUESTIONS = 128
-"""Training questions that the image router's quota and the dial are set on."""
+"""Number of training questions on which the image router's quota and the dial are set."""
 BASELINES = ("random", "uniform")
-"""What `baseline` makes; see elastic/baselines/image.py."""
+"""Names that `baseline` accepts; see elastic/baselines/image.py."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Prompts to train on, and others to measure on."""
+    """Training prompts and held-out prompts of a run."""
 
     train: PromptSet
     held_out: PromptSet
     description: str
     left_out: tuple[LeftOut, ...]
-    """Records and questions that cannot be used."""
+    """Records and questions that were left out because they cannot be used."""
 
 
 def load(config: RunConfig, teacher: Teacher) -> Data:
-    """The run's training and held-out questions; the same every time."""
+    """Load the run's training and held-out questions, the same at every call."""
     data = config.data
     read: QuestionData = load_questions(
         data.source, held_out=data.held_out, seed=config.train.seed, max_images=data.max_images
@@ -74,7 +74,8 @@ def load(config: RunConfig, teacher: Teacher) -> Data:
 
 
 def random_data(config: RunConfig, model: Any) -> SyntheticData:
-    """Random questions about random images, for a LLaVA: as many to train on as are calibrated on."""
+    """Make random questions about random images, for a LLaVA model, with as many training questions as calibration
+    reads."""
     vision, counts = model.config.vision_config, (max(1, config.calibration.windows), config.data.held_out)
     shape = vision.num_channels, vision.image_size, vision.image_size
     tokens = timing_vision_language.image_tokens(model)
@@ -99,7 +100,7 @@ def summary(data: Data, config: RunConfig) -> str:
 
 @torch.no_grad()
 def tokens(student: VisionLanguageStudent, data: Data, config: RunConfig) -> tuple[int, int]:
-    """(text tokens, image tokens) of a prompt, the mean of a few."""
+    """Return (text tokens, image tokens) of a prompt, the mean over a few training prompts."""
     prompts = data.train.load(range(min(4, len(data.train)))).to(student.model.device)
     with student.teacher():
         student.features(**prompts.inputs)
@@ -118,11 +119,11 @@ class Batches:
         return len(self.prompts)
 
     def read(self, chosen: Sequence[int]) -> Prompts:
-        """The prompts with these numbers."""
+        """Return the prompts with these numbers."""
         return self.prompts.load(chosen)
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Prompts, list[bytes]]:
-        """As `read`, and by what each prompt is known: its tokens, its image, and how the processor reads images."""
+        """Like `read`, with a digest of each prompt's tokens, answer, image and image-processor settings."""
         prompts, samples = self.prompts.read(chosen)
         inputs, how = prompts.inputs, self.prompts.processor.image_processor.to_json_string()
         texts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
@@ -133,7 +134,8 @@ class Batches:
 
 
 def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session) -> Start:
-    """Calibrate; order: the training questions, shuffled; session: with what the same routers saw in them."""
+    """Calibrate the image router; order: shuffled numbers of the training questions; session: holds the calibration
+    statistics of runs with the same routers. ValueError if the student has no image router."""
     if student.image_router is None:
         raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
     own, shard = scatter([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
@@ -156,8 +158,8 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
 
 @torch.no_grad()
 def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig) -> Meter:
-    """What measures the compute that the dial is set by; sets the image router's quota first. order: training
-    questions, shuffled."""
+    """Set the image router's quota, and return the function that measures compute while the dial is set; order:
+    shuffled numbers of the training questions."""
     parts = [part.tolist() for part in order[:DIAL_QUESTIONS].split(MEASURED)]
     own, shard = split(parts)
     batches, scores = list(_batches(student, data.train, own)), []
@@ -177,7 +179,8 @@ def compute_meter(student: VisionLanguageStudent, data: Data, order: Tensor, con
 def _batches(
     student: VisionLanguageStudent, questions: PromptSet, chosen: Sequence[Sequence[int]]
 ) -> Iterator[Prompts]:
-    """Prompts of as many questions as are chosen, batch by batch, on the student's device."""
+    """Yield the prompts of each batch of chosen question numbers, on the student's device; unusable questions are
+    replaced by others."""
     for part in chosen:
         yield launch.together(partial(questions.load, part)).to(student.model.device)
 
@@ -185,6 +188,6 @@ def _batches(
 def baseline(
     name: str, student: VisionLanguageStudent, questions: PromptSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:
-    """As `evaluate`, for as many image tokens as the student keeps, but any of them."""
+    """Like `evaluate`, with as many image tokens as the student keeps, but drawn at random or evenly spaced."""
     with baselines.keeping_image_tokens(student, name, config.train.seed):
         return evaluate(student, questions, config, session.kept(questions))
