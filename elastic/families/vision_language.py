@@ -43,7 +43,7 @@ from teachers.families.language import require_rows
 
 generation: Generation | None = generation_vision_language
 score_correlations = None
-"""None: undefined for vision-language students, which have one router, whose scores depend on the question."""
+"""None: undefined for vision-language students, which have one router, whose scores may depend on the question."""
 timing: Timing = timing_vision_language
 UNIT = "questions"
 DIAL_QUESTIONS = 128

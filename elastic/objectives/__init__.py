@@ -1,1 +1,1 @@
-"""What is minimised, family by family: the distance from the teacher, and the price of compute."""
+"""Training objectives: divergence from the teacher plus the price of compute; one module per model family."""

@@ -1,4 +1,4 @@
-"""The objective of image students: divergence of class distributions and features, and compute."""
+"""The objective of image students: divergence of class distributions and features, plus the price of compute."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from students.families.image import Features, ImageStudent
 
 
 class Distillation(Objective):
-    """Divergence of class distributions and features, and compute."""
+    """Divergence of class distributions and features from the teacher's, plus the price of compute."""
 
     student: ImageStudent
 
     @torch.no_grad()
     def teacher_signals(self, pixels: Tensor) -> TeacherSignals:
-        """The teacher's "logits" [B, classes], where there are classes, and the states that the loss compares."""
+        """Return the teacher's "logits" [B, classes], if the model has a classifier, and the states that the loss
+        compares (see `_compared`)."""
         with self.student.teacher():
             features, _ = self.student.features(pixels, self.layers)
         return {**({} if features.logits is None else {"logits": features.logits}), **self._compared(features)}
 
     @property
     def keeps(self) -> str:
-        """A name for what `teacher_signals` returns, which caches are kept under."""
+        """Name of the kind of signals that `teacher_signals` returns, part of the name of a cache's folder."""
         return "layers" if self.layers else "features" if self.loss.hidden_weight else "logits"
 
     def lengths(self, pixels: Tensor) -> list[int]:
-        """How many rows of what `teacher_signals` returns each image has."""
+        """Return the number of rows that each image has in the signals of `teacher_signals`: one."""
         return [1] * len(pixels)
 
     def forward(
         self, pixels: Tensor, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Sums]:
-        """pixels [B, C, H, W]; price: loss per unit of compute, for all rows or each [B]; signals: the teacher's, where
-        they are known. Returns the loss and what was measured."""
+        """Return the loss and the measured sums for pixels [B, C, H, W].
+
+        price: loss per unit of compute, one number or one for each image [B]; signals: the teacher's signals, if they
+        are known (None: computed here).
+        """
         student, loss = self.student, self.loss
         signals = self.teacher_signals(pixels) if signals is None else signals
         out, decisions = student.features(pixels, self.layers)
@@ -57,7 +61,9 @@ class Distillation(Objective):
         return total, Sums(images, kl.sum(), {"prefill": macs.sum()}, {"prefill": dense.sum()}, rows)
 
     def _compared(self, features: Features) -> TeacherSignals:
-        """What the classifier reads, or after every block the tokens that are always there, if the loss compares it."""
+        """Return the states that the loss compares: the pooled features [B, D] that the classifier reads; or, for all
+        layers, the prefix tokens after every block, which are never dropped (all tokens if there is no prefix); or
+        nothing."""
         if self.layers:
             prefix = self.student.record.prefix or None
             return {f"layer.{number}": x[:, :prefix] for number, x in enumerate(features.layers)}

@@ -1,4 +1,4 @@
-"""The objective of language students: divergence of next-token distributions, and compute."""
+"""The objective of language students: divergence of next-token distributions, plus the price of compute."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ class Measured(Sums):
     """Sums over the tokens of a batch."""
 
     agreement: Tensor
-    """Tokens at which student and teacher have the same most likely next token; like the two below, not in training."""
+    """Number of tokens at which student and teacher have the same most likely next token; 0 in training."""
     nll: Tensor
-    """Student's negative log-likelihood of the text."""
+    """The student's negative log-likelihood of the text, in nats; 0 in training."""
     teacher_nll: Tensor
+    """The teacher's negative log-likelihood of the text, in nats; 0 in training."""
     predicted: Tensor
-    """Tokens that nll is summed over: those with a successor."""
+    """Number of tokens over which `nll` is summed: counted tokens with a successor in their window."""
 
 
 class Distillation(Objective):
-    """Divergence of next-token distributions, chunk by chunk, and compute in both phases."""
+    """Divergence of next-token distributions from the teacher's, plus the price of compute; measures both phases.
+
+    Logits are made and compared in chunks of tokens, never for a whole batch at once.
+    """
 
     student: LanguageStudent
 
@@ -41,13 +45,16 @@ class Distillation(Objective):
         super().__init__(student, loss, budget, data)
         self.sequence_level = any(r.granularity == "sequence" for r in student.spec.routers)
         self.likeliest = loss.logits == "topk_kl" and not loss.hidden_weight
-        """Whether a few of the teacher's tokens are all that training needs."""
+        """Whether training needs only the masses and tokens of the teacher's k most likely next tokens."""
 
     @torch.no_grad()
     def teacher_signals(self, ids: Tensor) -> TeacherSignals:
-        """The teacher's "hidden" states [B * T, D] in front of the LM head, as logits would be many times as large and
-        cost little once more, and those behind each block where the loss compares them; or, in training, the "masses"
-        and "tokens" of `top_of`, where it compares no more."""
+        """Return the teacher's signals for token ids [B, T].
+
+        These are the final hidden states "hidden" [B * T, D], because logits would be many times as large and are cheap
+        to recompute, and the states after each block if the loss compares these; or, in training, if the loss needs no
+        more, the "masses" and "tokens" [B * T, ...] of `top_of`.
+        """
         with self.student.teacher():
             out, _ = self.student.features(ids, output_hidden_states=self.layers)
         states = {"hidden": out.last_hidden_state, **self._compared(out)}
@@ -65,20 +72,23 @@ class Distillation(Objective):
 
     @property
     def keeps(self) -> str:
-        """A name for what `teacher_signals` returns, which caches are kept under."""
+        """Name of the kind of signals that `teacher_signals` returns, part of the name of a cache's folder."""
         if self.likeliest:
             return f"top{self.loss.k}-at{self.loss.temperature:g}"
         return "layers" if self.layers else "final-states"
 
     def lengths(self, ids: Tensor) -> list[int]:
-        """How many rows of what `teacher_signals` returns each window has."""
+        """Return the number of rows that each window has in the signals of `teacher_signals`: one per token."""
         return [ids.shape[1]] * len(ids)
 
     def forward(
         self, ids: Tensor, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Measured]:
-        """ids [B, T] without padding; price: nats per unit of compute, for all rows or each [B]; signals: the
-        teacher's, where they are known. Returns the loss and what was measured."""
+        """Return the loss and the measured sums for token ids [B, T] without padding.
+
+        price: nats per unit of compute, one number or one for each row [B]; signals: the teacher's signals, if they are
+        known (None: computed here).
+        """
         student, loss = self.student, self.loss
         prompt = prompt_mask(ids, self.prompt)
         counted = ~prompt if self.sequence_level else torch.ones_like(prompt)
@@ -90,7 +100,7 @@ class Distillation(Objective):
         dense = {p: student.compute.dense(valid, p).sum() for p in PHASES}
         macs = {p: student.compute.routed_blocks(decisions, valid, p).sum(1) for p in PHASES}
         if not isinstance(price, Tensor):
-            price = torch.full((), price, device=ids.device)  # written there: a copy would wait for all that runs
+            price = torch.full((), price, device=ids.device)  # a copy from the host would wait for queued work
         price = price.expand(len(ids))
         tokens, whole = launch.all_reduce(counted.sum()), launch.all_reduce(dense[phase])
         hidden = out.last_hidden_state
@@ -114,7 +124,7 @@ class Distillation(Objective):
         return total, Measured(counted.sum(), kl, macs, dense, each, agreement, nll, teacher_nll, predicted)
 
     def _compared(self, out: Any) -> TeacherSignals:
-        """Final states, or those behind each block, as the loss compares them: [B, T, D]."""
+        """Return the states [B, T, D] that the loss compares, by name: the final states, or those after each block."""
         if self.layers:
             return {f"layer.{number}": layer for number, layer in enumerate(out.hidden_states[1:])}
         return {"hidden": out.last_hidden_state}
@@ -128,11 +138,12 @@ class Distillation(Objective):
         price: Tensor,
         of: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """LM head and everything on logits, chunk by chunk: the loss; sums: agreement, nll, teacher's nll; sums for
-        each row of the batch [B, 3]: kl, and the head's MACs in both phases. hidden [B, T, D]; of: tokens that count
-        and the teacher's MACs, in all processes.
+        """Run the LM head and all losses on logits, chunk by chunk, on final hidden states [B, T, D].
 
-        The head's compute is that of the counted tokens, scaled up to all.
+        Returns the loss; the sums (agreement, nll, the teacher's nll); and, for each row of the batch [B, 3], the sums
+        of kl and of the head's MACs in both phases. counted [B, T] bool: tokens on which the loss is defined; of: the
+        number of counted tokens, and the teacher's MACs, of all processes. The head's MACs are those at counted tokens,
+        scaled up to all tokens.
         """
         student, loss = self.student, self.loss
         targets = ids.roll(-1, dims=1)
@@ -175,12 +186,13 @@ class Distillation(Objective):
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
 
         known = [signals[name].view(*ids.shape, -1) for name in (("masses", "tokens") if likeliest else ("hidden",))]
-        first = self.prompt if self.sequence_level else 0  # of the tokens that count, which the host knows
+        first = self.prompt if self.sequence_level else 0  # first counted token, known to the host
         rows = [x[:, first:].flatten(0, 1) for x in (hidden, targets, follows, owners, *known)]
         total, sums = chunked(chunk_loss, rows, tensors, chunk_rows=self._chunk_rows(ids))
         return total, sums[:3], sums[3:].view(len(ids), 3)
 
 
 def _nll(logits: Tensor, target: Tensor, follows: Tensor) -> Tensor:
-    """Sum over rows that have a successor."""
+    """Return the negative log-likelihood of targets [N] under logits [N, V], summed over rows where `follows` [N] is
+    True: those whose token has a successor."""
     return F.cross_entropy(logits.float(), torch.where(follows, target, -100), ignore_index=-100, reduction="sum")

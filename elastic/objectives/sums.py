@@ -1,4 +1,4 @@
-"""What the families' objectives share: sums over a batch, and what routing has to pay."""
+"""Parts shared by the families' objectives: sums over a batch, and the losses of routers with fixed capacities."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from students.kernels.autograd import forward_kl
 T = TypeVar("T", bound="Sums")
 
 TeacherSignals = dict[str, Tensor]
-"""The teacher's outputs that a loss needs, by name: [rows, ...], the rows of a batch's samples concatenated, of which
-each sample has as many as `lengths` of the objective says."""
+"""The teacher's outputs [rows, ...] that a loss needs, by name. The rows of a batch's samples are concatenated; the
+objective's `lengths` returns how many rows each sample has."""
 
 
 @dataclass
 class Sums:
-    """Sums over a batch, on the device: tensors and dictionaries of tensors that add up field by field; `rows` are
-    concatenated. These fields are every family's."""
+    """Sums over a batch, as tensors and dictionaries of tensors on the device.
+
+    Adding two instances adds every field, except that `rows` are concatenated. Families may add fields.
+    """
 
     tokens: Tensor
-    """What quality is measured on: tokens of text or of answers, or images."""
+    """Number of items on which quality is measured: tokens of text, tokens of answers, or images."""
     kl: Tensor
-    """Their divergence from the teacher, in nats (the configured one in training, forward KL in evaluation); 0 where an
-    image model has no classifier."""
+    """Divergence from the teacher, summed over these items, in nats (the configured divergence in training, forward KL
+    in evaluation); 0 for image models without a classifier."""
     macs: dict[Phase, Tensor]
-    """Student's compute, by phase."""
+    """The student's multiply-accumulates, by phase."""
     dense: dict[Phase, Tensor]
-    """Teacher's compute, by phase."""
+    """The teacher's multiply-accumulates, by phase."""
     rows: dict[str, Tensor]
-    """For each window, image or prompt its "kl", in nats per token, and its "compute", as a share of the teacher's."""
+    """For each window, image or prompt [B] its "kl", in nats per token or image, and its "compute", the student's
+    multiply-accumulates over the teacher's."""
 
     def __add__(self: T, other: T) -> T:
         def added(name: str, a: Any, b: Any) -> Any:
@@ -52,7 +55,7 @@ class Sums:
         return type(self)(*(added(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
     def cpu(self: T) -> T:
-        """The same on the host."""
+        """Return a copy of these sums on the host."""
 
         def moved(a: Any) -> Any:
             return {key: tensor.cpu() for key, tensor in a.items()} if isinstance(a, dict) else a.cpu()
@@ -61,7 +64,7 @@ class Sums:
 
 
 class Objective(nn.Module):
-    """Student and loss in one module; the loss is that of the rows of all processes."""
+    """Base of all objectives: the student and its loss in one module; the loss covers the rows of all processes."""
 
     student: Student
 
@@ -73,17 +76,18 @@ class Objective(nn.Module):
         self.prompt = data.prompt
         self.divergence = divergence_of(loss)
         self.layers = loss.hidden_weight > 0 and loss.hidden_layers == "all"
-        """Whether states behind every block are compared."""
+        """Whether the loss compares the states after every block."""
 
 
 def of_all(measured: T | None) -> T:
-    """The sum over all processes, None where one has measured nothing; on the host where there are several."""
+    """Return the sum over all processes; measured: this process's sums, None if it has measured nothing. The result is
+    on the host if there are several processes."""
     found = [measured] if launch.size() == 1 else launch.gather(measured and measured.cpu())
     return reduce(add, [part for part in found if part is not None])
 
 
 def divergence_of(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """(student's logits, teacher's logits) -> the configured divergence of each row."""
+    """Return the configured divergence, a function (student's logits, teacher's logits) -> divergence of each row."""
     if loss.logits == "forward_kl" and loss.temperature == 1:
         return forward_kl
     own: dict[str, dict[str, Any]] = {"jensen_shannon": {"beta": loss.beta}, "topk_kl": {"k": loss.k}}
@@ -98,12 +102,15 @@ def routing_loss(
     rows: int,
     counted: Callable[[str], Tensor | None] = lambda key: None,
 ) -> Tensor | float:
-    """What presets with fixed capacities add: the hinge, top-k prediction, even use; of `rows` rows, and those of the
-    other processes. counted: which tokens [B, T] bool count of a decision, by its key; None: all."""
+    """Return the loss terms of presets with fixed capacities, over the rows of all processes: the capacity hinge, the
+    prediction of top-k choices, and the balance of use between parts.
+
+    rows: number of rows of this process. counted: by the key of a decision, which tokens [B, T] bool count (None: all).
+    """
     total: Tensor | float = 0.0
 
     def flat(key: str, x: Tensor) -> Tensor:
-        """x [B, T, ...] or [B, 1, ...] of the tokens that count, [N, ...]."""
+        """Return the rows [N, ...] of x [B, T, ...] at tokens that count; of x [B, 1, ...] all rows."""
         where = counted(key)
         return x.flatten(0, 1) if where is None or x.shape[1] == 1 else x[where]
 

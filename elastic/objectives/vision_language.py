@@ -1,4 +1,4 @@
-"""The objective of vision-language students: divergence on the tokens of answers, and compute."""
+"""The objective of vision-language students: divergence on the tokens of answers, plus the price of compute."""
 
 from __future__ import annotations
 
@@ -22,43 +22,46 @@ class Measured(Sums):
     """Sums over the prompts of a batch."""
 
     kept: Tensor
-    """Image tokens that were kept."""
+    """Number of image tokens that the image router kept."""
     image: Tensor
-    """Image tokens."""
+    """Number of image tokens in the prompts."""
     vision: Tensor
-    """Student's compute in vision tower and projector."""
+    """The student's multiply-accumulates in the vision tower and projector."""
 
 
 class Distillation(Objective):
-    """Divergence of the distributions of answers, and compute."""
+    """Divergence of next-token distributions on answers from the teacher's, plus the price of compute."""
 
     student: VisionLanguageStudent
 
     @torch.no_grad()
     def teacher_signals(self, prompts: Prompts) -> TeacherSignals:
-        """The teacher's "hidden" states [rows, D] in front of the LM head, of the tokens that the loss looks at."""
+        """Return the teacher's final "hidden" states [rows, D] of the tokens that the loss compares."""
         with self.student.teacher():
             hidden = self.student.features(**prompts.inputs)[0].last_hidden_state
         return {"hidden": hidden[self._looked_at(prompts)]}
 
     @property
     def keeps(self) -> str:
-        """A name for what `teacher_signals` returns, which caches are kept under."""
+        """Name of the kind of signals that `teacher_signals` returns, part of the name of a cache's folder."""
         return "text-states" if self.loss.hidden_weight else "answer-states"
 
     def lengths(self, prompts: Prompts) -> list[int]:
-        """How many rows of what `teacher_signals` returns each prompt has."""
+        """Return the number of rows that each prompt has in the signals of `teacher_signals`."""
         return self._looked_at(prompts).sum(1).tolist()
 
     def _looked_at(self, prompts: Prompts) -> Tensor:
-        """Tokens [B, T] bool of answers, and where states are compared all text."""
+        """Return which tokens [B, T] bool the loss compares: those of answers, or all text if it compares states."""
         return prompts.answers | _text(prompts) if self.loss.hidden_weight else prompts.answers
 
     def forward(
         self, prompts: Prompts, price: Tensor | float = 0.0, signals: TeacherSignals | None = None
     ) -> tuple[Tensor, Measured]:
-        """price: loss per unit of compute, for all prompts or each [B]; signals: the teacher's, where they are known.
-        Returns the loss and what was measured."""
+        """Return the loss and the measured sums for a batch of prompts.
+
+        price: loss per unit of compute, one number or one for each prompt [B]; signals: the teacher's signals, if they
+        are known (None: computed here).
+        """
         student, loss = self.student, self.loss
         signals = self.teacher_signals(prompts) if signals is None else signals
         teacher, looked_at = signals["hidden"], self._looked_at(prompts)
@@ -70,7 +73,7 @@ class Distillation(Objective):
         kl = self.divergence(logits, teacher_logits)
         macs, vision, dense = spent_on(student, prompts, decisions)
         total = loss.logits_weight * launch.average(kl)
-        if not student.by_count:  # a share that is fixed has nothing to learn from a price
+        if not student.by_count:  # otherwise compute is fixed: a price has no gradient
             total = total + launch.average(price * macs / dense)
 
         def counted(key: str) -> Tensor | None:
@@ -86,12 +89,13 @@ class Distillation(Objective):
 
 
 def _text(prompts: Prompts) -> Tensor:
-    """Tokens [B, T] bool that are of no image."""
+    """Return which tokens [B, T] bool are text: neither padding nor image tokens."""
     return prompts.inputs["attention_mask"].bool() & ~prompts.image
 
 
 def text_rows(chosen: Tensor, decisions: Decisions) -> Tensor:
-    """Where text tokens chosen [B, T] are in the output, which may have no rows for some image tokens."""
+    """Return a mask [B, n] bool of the text tokens `chosen` [B, T] within the student's output of n tokens, which may
+    lack dropped image tokens."""
     if decisions.index is None or decisions.valid is None:
         return chosen
     return chosen.gather(1, decisions.index) & decisions.valid
@@ -100,7 +104,7 @@ def text_rows(chosen: Tensor, decisions: Decisions) -> Tensor:
 def measured_on(
     prompts: Prompts, decisions: Decisions, kl: Tensor, macs: Tensor, vision: Tensor, dense: Tensor
 ) -> Measured:
-    """Sums of a batch; kl: of each token of the answers, the others as `spent_on` gives them."""
+    """Return the sums of a batch; kl: divergence [answer tokens]; macs, vision, dense [B]: as `spent_on` returns."""
     image, share = prompts.image.sum(), decisions.share.get("image")
     kept = image if share is None else (share.detach() * prompts.image).sum()
     owner = prompts.answers.nonzero()[:, 0]
