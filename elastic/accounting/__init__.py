@@ -1,1 +1,1 @@
-"""What forward passes cost and where compute went."""
+"""Accounting of compute and memory: FLOPs and bytes of passes, where compute goes, estimated and measured memory."""

@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted while it runs: FLOPs and bytes of its matrix products."""
+"""FLOPs and bytes read by the matrix products of a forward pass, counted while it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, *ATTENTI
 
 
 class _ByteCounter(TorchDispatchMode):
-    """Bytes of everything that matrix products read."""
+    """Dispatch mode that counts the bytes of all operands that matrix products read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _ByteCounter(TorchDispatchMode):
 
 @torch.no_grad()
 def count(work: Callable[[], object]) -> tuple[int, int]:
-    """(FLOPs, bytes read) of the matrix products in work()."""
-    with _ByteCounter() as read, flop_counter() as flops:  # which takes apart what is made of products
+    """Return (FLOPs, bytes read) of the matrix products in `work()`."""
+    with _ByteCounter() as read, flop_counter() as flops:  # the latter decomposes composite operators into products
         work()
     return flops.get_total_flops(), read.total

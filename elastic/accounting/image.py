@@ -1,4 +1,4 @@
-"""Compute of image students on images."""
+"""Measured compute of image students."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from students.families.image import ImageStudent
 
 @torch.no_grad()
 def measured_compute(student: ImageStudent, batches: Sequence[Tensor], shard: DataShard | None = None) -> float:
-    """The compute ratio on batches of pixels of all processes; shard: which of them these are (None: all)."""
+    """Return the student's multiply-accumulates over the teacher's on the batches [B, C, H, W] of all processes; shard:
+    which of these are this process's (None: all)."""
     spent = whole = 0.0
     for pixels, info in (shard or DataShard()).enumerate(batches):
         macs, dense = student.spent(pixels, student(pixels)[1])

@@ -1,4 +1,4 @@
-"""Compute of language students on text."""
+"""Measured compute of language students."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from students.compute import Phase
 from students.families.language import LanguageStudent
 
 BATCH_TOKENS = 1024
-"""Tokens that are measured together."""
+"""Tokens per batch of windows that are measured together."""
 
 
 def prompt_mask(ids: Tensor, length: int) -> Tensor:
-    """[B, T] bool: the first `length` tokens of each window, from which sequence-level routers decide."""
+    """Return a mask [B, T] bool of the first `length` tokens of each window, from which sequence-level routers
+    decide."""
     return (torch.arange(ids.shape[1], device=ids.device) < length).expand(ids.shape)
 
 
 @torch.no_grad()
 def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, prompt: int, after: int = 0) -> float:
-    """The compute ratio on token windows [N, T] with prompts of `prompt` tokens, without measuring quality, by all
-    processes; after: of the tokens after so many only."""
+    """Return the student's multiply-accumulates over the teacher's on token windows [N, T], which all processes share.
+
+    prompt: number of tokens from which sequence-level routers decide; after: number of tokens at the start of each
+    window that are not counted.
+    """
     spent = whole = 0.0
     for local in local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])):
         batch = windows[local.rows]
@@ -35,7 +39,7 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
 
 
 def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
-    """What the LM head costs for each of the final hidden states [B, T, D], [B, T]."""
+    """Return the LM head's multiply-accumulates [B, T] for each of the final hidden states [B, T, D]."""
     tensors = student.head_tensors()
     if not tensors:
         return torch.as_tensor(student.compute.routed_head(None, phase), device=hidden.device).expand(hidden.shape[:2])

@@ -1,4 +1,4 @@
-"""How much memory a model and its work take, estimated from its sizes before it is built."""
+"""Memory of a model and its passes, estimated from its sizes before its weights are allocated."""
 
 from __future__ import annotations
 
@@ -16,51 +16,55 @@ from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper
 
 ADDED = 0.06
-"""What routers and their previews add to the weights."""
+"""Size of routers and their previews, as a share of the weights."""
 MERGED = 6
-"""Patches' widths that a block keeps where patches merge: what is compared, weighted and scored, in part in float32."""
+"""Values that a block which merges patches keeps for backward, per patch and channel of the residual stream: the
+compared, weighted and scored patches, in part in float32."""
 SLACK = 1.1
-"""What allocators and libraries add to everything else."""
+"""Factor for the overhead of allocators and libraries."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a model takes."""
+    """Memory of a model in bytes, from which the memory of its passes is estimated."""
 
     weights: int
+    """All parameters."""
     cache: int
-    """Keys and values of a token."""
+    """Keys and values of one token in all blocks; 0 if the model is not causal."""
     kept: int
-    """Inputs and outputs of a token in all linear layers, as a backward pass needs them."""
+    """Inputs and outputs of all linear layers for one token, which a backward pass needs."""
     passing: int
-    """Of these, those in the largest block."""
+    """Inputs and outputs of the linear layers for one token in the largest block."""
     head: int
-    """The LM head in float32; 0 where there is none."""
+    """The LM head's weight in float32; 0 for models without an LM head."""
 
     def copies(self, count: int) -> int:
-        """So many copies of the weights, one of them with routers."""
+        """Return the bytes of `count` copies of the weights, of which one has routers."""
         return round(self.weights * (count + ADDED))
 
     def inference(self, tokens: int) -> int:
-        """Forward passes of so many tokens, the caches of one model while another's is filled."""
+        """Return the bytes of forward passes over `tokens` tokens, with the caches of one model kept while another
+        model's are filled."""
         return round(SLACK * tokens * (2 * self.passing + 3 * self.cache))
 
     def recorded(self, tokens: int) -> int:
-        """What recordings of student and dense model hold of so many tokens in all: caches with up to half as many
-        slots again (students/execution/decoding.py), or what passes through where there are none."""
+        """Return the bytes that the CUDA graphs of the student and a dense model hold for `tokens` tokens in all:
+        static caches with up to 50 % spare slots (students/execution/decoding.py), or activations without a cache."""
         return round(SLACK * 2 * tokens * (1.5 * self.cache or self.passing))
 
     def calibration(self, tokens: int, sampled: int) -> int:
-        """A closed-form start from so many tokens at a time, of which so many are kept in all."""
+        """Return the bytes of calibration on batches of `tokens` tokens that keeps the linear layers' inputs and
+        outputs for `sampled` tokens in all."""
         return self.backward(tokens) + round(SLACK * (sampled * self.kept + 1.5 * self.head))
 
     def backward(self, tokens: int) -> int:
-        """A forward pass of so many tokens and the one back."""
+        """Return the bytes of a forward and a backward pass over `tokens` tokens."""
         return round(SLACK * tokens * (self.kept + 2 * self.passing))
 
 
 def need_of(model: Any, trunk: nn.Module) -> Need:
-    """What a model takes, which may be on the device "meta"; trunk: the part that holds its blocks."""
+    """Return the memory of a model, which may be on the device "meta"; trunk: the part that holds its blocks."""
     size = next(model.parameters()).element_size()
     record, blocks = architecture_of(trunk)
     each, cache = [], 0
@@ -76,15 +80,15 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
 
 
 def kept_bytes(student: Student) -> tuple[int, int]:
-    """Bytes of a token that a training step of a student keeps for its way back, and those that come on top on the way,
-    all of them in the frozen weights' type.
+    """Return (bytes per token that a student's training step keeps for backward, further bytes per token during
+    backward), all in the frozen weights' type.
 
-    Of each block behind the first that learns: its input and what attention has added to it, which norms read; queries,
-    keys and values, and what comes of them; what the first layers of the MLP put out; what linear layers read, where
-    routers or corrections are in front of them; what gates of tokens multiply, branches' outputs and what stands in for
-    them; what merging patches takes; and, where the MLP has a gate and what it is multiplied with, the activation
-    between, unless it is made again with the product (students/execution/product.py). With `train.checkpointing`
-    blocks' inputs are kept, and the rest is there for one block at a time, with gradients of what is in its MLP.
+    Counted in every block from the first with trained parameters on: its input, and the input plus attention's output,
+    which norms read; queries, keys, values and attention's output; the outputs of the MLP's first layers; the inputs
+    of linear layers with routers or corrections; the factors of token gates, that is, the branches' outputs and their
+    substitutes; the tensors of patch merging; and, in a gated MLP, the activation between gate and product, unless
+    backward recomputes it together with the product (students/execution/product.py). With `train.checkpointing` the
+    blocks' inputs are kept, and all else exists for one block at a time, with the gradients within its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
@@ -108,20 +112,20 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 
 
 def untouched(student: Any) -> int:
-    """How many blocks are in front of all that learns, so that no gradient passes through them."""
+    """Return how many blocks come before all trained parameters, so that no gradient passes through these blocks."""
     if getattr(student, "image_router", None) is not None:
         return 0
     return next((n for n, block in enumerate(student.blocks) if any(p.requires_grad for p in block.parameters())), 0)
 
 
 def _is_routed(block: nn.Module, record: Architecture, site: str) -> bool:
-    """Whether something that learns reads what the linear layers of a site do: theirs or their branch's."""
+    """Whether a router or correction, of a site's linear layers or of their branch, reads the layers' input."""
     branch = block.get_submodule(record.attn if site.startswith("attn") else record.mlp)
     return any(isinstance(m, Wrapper) for m in (branch, block.get_submodule(record.linears(site)[0])))
 
 
 def _gate_factors(block: nn.Module, branch: str) -> int:
-    """How many tensors of the stream's width the gates of a branch's tokens multiply."""
+    """Return how many tensors of the residual stream's width the token gates of a branch multiply."""
     routed = block.get_submodule(branch)
     if not isinstance(routed, RoutedBranch):
         return 0
@@ -130,7 +134,7 @@ def _gate_factors(block: nn.Module, branch: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Return the free memory of a GPU in bytes (after torch's cache is emptied), or of the host."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""The most memory that a process takes in each part of its work, beyond what libraries take before."""
+"""Peak memory of a process in each part of its work, beyond what libraries take at the start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import psutil
 import torch
 
 EVERY = 0.02
-"""Seconds between two samples of the host's memory; GPUs keep their own peak."""
+"""Seconds between two samples of host memory; for GPUs torch keeps the peak itself."""
 Peaks = dict[str, dict[str, int]]
-"""For each part of the work bytes: `host`, mapped files and all; `own`, without them (the same where nothing tells them
-apart); `device`, what torch has had on the GPU."""
+"""Peak bytes for each part of the work: `host`, host memory including mapped files; `own`, without mapped files (equal
+to `host` where the system does not report these); `device`, memory that torch has allocated on the GPU."""
 
 
 class Watch:
-    """Samples how much memory this process has, from `turn_to` to `stop`, or until nobody refers to the watch."""
+    """Samples this process's memory in a thread, from `turn_to` until `stop`, or until the watch is deleted."""
 
     def __init__(self) -> None:
         self._peaks: Peaks = {}
@@ -27,7 +27,7 @@ class Watch:
         libraries()
 
     def turn_to(self, part: str) -> None:
-        """From now on memory is counted for this part."""
+        """Attribute memory to this part of the work from now on."""
         self._end()
         self._part, self._over = part, threading.Event()
         self._peaks.setdefault(part, {})
@@ -36,13 +36,13 @@ class Watch:
         threading.Thread(target=_look_often, args=(weakref.ref(self), self._over), daemon=True).start()
 
     def stop(self) -> Peaks:
-        """Stop sampling; returns the peaks of each part."""
+        """Stop sampling, and return the peaks of all parts since the last call."""
         self._end()
         peaks, self._peaks, self._part = self._peaks, {}, None
         return peaks
 
     def _end(self) -> None:
-        """Stop sampling for the part so far."""
+        """Stop sampling for the current part, and note its final sample."""
         self._over.set()
         if self._part is not None:
             self.look()
@@ -50,9 +50,9 @@ class Watch:
                 self._note("device", torch.cuda.max_memory_allocated())
 
     def look(self) -> None:
-        """Take one sample."""
+        """Take one sample for the current part."""
         own, mapped = _taken()
-        base, files = libraries()  # whose own files the system may have let go since
+        base, files = libraries()  # pages of libraries' files may have been evicted since
         self._note("own", own - base)
         self._note("host", own - base + max(0, mapped - files))
 
@@ -72,20 +72,20 @@ def _look_often(watch: weakref.ref[Watch], over: threading.Event) -> None:
 
 
 def _taken() -> tuple[int, int]:
-    """The host's memory that this process has: its own, and files that are mapped into it."""
+    """Return this process's host memory in bytes: (its own, mapped files)."""
     about: Any = psutil.Process().memory_info()
-    mapped = getattr(about, "shared", 0)  # Linux has it
+    mapped = getattr(about, "shared", 0)  # reported on Linux only
     return about.rss - mapped, mapped
 
 
 @functools.cache
 def libraries() -> tuple[int, int]:
-    """As `_taken`, at the first call: before there was any model."""
+    """Return what `_taken` returned at the first call, before any model was loaded."""
     return _taken()
 
 
 def line_of(peaks: Peaks) -> str:
-    """Peaks in GB, for the user to read."""
+    """Return the peaks in GB as one line of text."""
 
     def sizes(of: dict[str, int]) -> str:
         device = f"{of['device'] / 1e9:.2f} on the GPU and " if "device" in of else ""

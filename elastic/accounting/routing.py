@@ -1,4 +1,4 @@
-"""Where a student's compute goes, as plain data: what a sweep keeps for its report."""
+"""Routing profiles: where a student's compute goes, as plain data that a sweep saves for its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from students.compute import Phase
 from students.decisions import Decisions
 
 BRANCHES = ("attention", "MLP")
-"""What a report calls the branches of a block."""
+"""Names of a block's branches in a report."""
 
 
 def routing_profile(
@@ -24,13 +24,13 @@ def routing_profile(
     phase: Phase,
     kept: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Where the compute of a batch went, and what was open to each token.
+    """Return where the compute of a batch went, and the share of gates that was open to each token.
 
-    sample: the input that was decided on; valid [B, T] bool: its tokens; kept [B, T] bool: those that get to the
-    student's blocks at all, if not all do. Keys: phase; sample, a fingerprint of the input, for only decisions on the
-    same one can be compared; branches, their names; blocks, for each block a share of the teacher's compute for each
-    branch; outside, such shares by name of what is in no block (the family's to add); tokens, for each block the share
-    of gates that is open to each token, in thousandths, the prefix left out.
+    sample: the input of the decisions; valid [B, T] bool: its tokens; kept [B, T] bool: the tokens that enter the
+    student's blocks (None: all). Keys of the result: `phase`; `sample`, a fingerprint of the input, because only
+    decisions on the same input can be compared; `branches`, their names; `blocks` [blocks][branches], shares of the
+    teacher's compute; `outside`, such shares by name of parts in no block (added by the family); `tokens`
+    [blocks][tokens], the share of gates open to each token in thousandths, without the prefix.
     """
     spent, dense = student.compute.by_branch(decisions, valid, phase)
     if kept is not None:
@@ -49,9 +49,9 @@ def routing_profile(
 
 
 def open_shares(decisions: Decisions, valid: Tensor, blocks: int) -> Tensor:
-    """[blocks, B, T]: the share of gates that is open to each token, a mean over the routers of each block.
+    """Return the share of gates that is open to each token [blocks, B, T], as the mean over the routers of each block.
 
-    Compute would not do to compare tokens by: those further back in a text cost more, whatever was decided.
+    Tokens are not compared by their compute, because later tokens of a text cost more, whatever was decided.
     """
     shares = []
     for number in range(blocks):

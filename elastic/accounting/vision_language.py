@@ -1,4 +1,4 @@
-"""Compute of vision-language students on questions."""
+"""Measured compute of vision-language students."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from teachers.data.prompts import Prompts
 
 
 def spent_on(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisions) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply-accumulates of each prompt: the student's, those in vision tower and projector, the teacher's."""
+    """Return multiply-accumulates of each prompt [B]: the student's, the part of these in the vision tower and
+    projector, and the teacher's."""
     valid = prompts.inputs["attention_mask"].bool()
     return student.spent(decisions, prompts.image, valid, prompts.answers.sum(1))
 
@@ -24,7 +25,8 @@ def spent_on(student: VisionLanguageStudent, prompts: Prompts, decisions: Decisi
 def measured_compute(
     student: VisionLanguageStudent, batches: Sequence[Prompts], shard: DataShard | None = None
 ) -> float:
-    """The compute ratio on batches of prompts of all processes; shard: which of them these are (None: all)."""
+    """Return the student's multiply-accumulates over the teacher's on the batches of prompts of all processes; shard:
+    which of these are this process's (None: all)."""
     spent = whole = 0.0
     for prompts, info in (shard or DataShard()).enumerate(batches):
         if student.by_count:

@@ -1,1 +1,1 @@
-"""What is timed, family by family."""
+"""Timing of students against dense models: workloads, timed passes, and one module per model family."""

@@ -1,4 +1,4 @@
-"""Timing image models: classifying."""
+"""Timing of image models: forward passes over batches of images ("classify")."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ OPTIONS: tuple[str, ...] = ()
 BATCHES: tuple[int, ...] = (1, 8, 64)
 RANDOM: Mapping[str, int] = {"calibration__windows": 32}
 IMAGES = 64
-"""So many are timed, in batches, or one larger batch."""
+"""Number of images per timed pass, in batches of the requested size; a larger batch is timed on its own."""
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
-    """Images that the largest batch takes."""
+    """Return how many images the largest timed pass takes."""
     return max(*batch, IMAGES)
 
 
 def fitted(student: ImageStudent, workload: Workload) -> Workload:
-    """The workload as it is: images have the size that the model takes."""
+    """Return the workload unchanged: images have the size that the model takes."""
     return workload
 
 
 def contenders(student: ImageStudent, dense: nn.Module) -> dict[str, Contender]:
-    """Both as they predict."""
+    """Return the student and the dense model, run by forward passes from pixels."""
     return {"student": Contender(student.model, student.predict), "dense": Contender(dense, partial(call, dense))}
 
 
 def recorded(model: nn.Module) -> Contender:
-    """A dense model that predicts as students do."""
+    """Return a dense model whose forward pass runs through CUDA graphs on GPUs, as a student's does."""
     return Contender(model, Forward(partial(call, model)))
 
 
 def inference(student: ImageStudent, models: Models, data: ImageData, workload: Workload, say: Say) -> Iterator[Row]:
-    """Classifying of each batch."""
+    """Yield a row of timings for each batch size."""
     merged: dict[float, dict[str, Contender]] = {}
     for size in workload.batch:
         say(f"{size} images at once ...")
@@ -61,19 +61,19 @@ def inference(student: ImageStudent, models: Models, data: ImageData, workload: 
 
 
 def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) -> TrainingBatch:
-    """Training images."""
+    """Return a micro-batch of training images on the student's device."""
     pixels = _images(data.train, config.train.batch).to(next(student.parameters()).device)
     return TrainingBatch(pixels, {"pixel_values": pixels}, student.at(pixels.shape[-2:])[0])
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Calibration reads some images at a time."""
+    """Return how many tokens the model reads at once; calibration reads CALIBRATED images at a time."""
     tokens = tokens_of(model)
     return InputSizes(model, tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
 
 
 def step_sizes(student: ImageStudent, config: RunConfig) -> StepSizes:
-    """Of an image of the size that the model is configured for."""
+    """Return the work of a training step for an image of the size that the model is configured for."""
     ones = torch.ones(1, student.tokens, dtype=torch.bool)
     macs = float(student.compute.dense(ones, "prefill").double().sum())
     frozen = macs * untouched(student) / len(student.blocks)
@@ -81,7 +81,7 @@ def step_sizes(student: ImageStudent, config: RunConfig) -> StepSizes:
 
 
 def _images(images: ImageSet, count: int) -> Tensor:
-    """Pixels of `count` images, from the first again where there are too few."""
+    """Return the pixels of `count` images, starting again with the first if there are too few."""
     return images.load([n % len(images) for n in range(count)])[0]
 
 
@@ -94,8 +94,11 @@ def _classify(
     batch: int,
     repeats: int,
 ) -> Row:
-    """A forward pass of images [N, C, H, W], so many at a time: they may differ in what they cost, and the time of one
-    is too short to be taken. merged: `_merging` by the share of FLOPs."""
+    """Time forward passes over images [N, C, H, W] in batches of `batch` and return a row with the mean time per batch.
+
+    Several batches are timed together, because images may differ in their compute, and one pass is too short to be
+    timed. merged: the results of `_merging` so far, by share of FLOPs.
+    """
     parts = pixels.split(batch)
 
     def forward(run: Callable[[Tensor], Any]) -> list[Any]:
@@ -116,8 +119,9 @@ def _classify(
 
 
 def _merging(dense: nn.Module, pixels: Tensor, share: float) -> dict[str, Contender]:
-    """The dense model with ToMe's merging in every block, at this share of its FLOPs, where there can be such a one."""
+    """Return {"tome": dense model with ToMe's merging (arXiv 2210.09461) at this share of its FLOPs}; empty for models
+    that cannot merge or not reach the share."""
     try:
         return {} if share >= 1 else {"tome": recorded(merging(dense, pixels, share)[0])}
-    except ValueError:  # for timm's ViTs alone, and no lower than it reaches
+    except ValueError:  # not a timm ViT, or the share is below what merging reaches
         return {}

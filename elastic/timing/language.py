@@ -1,4 +1,4 @@
-"""Timing language models: prefill and decoding."""
+"""Timing of language models: prefill and decoding."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ RANDOM: Mapping[str, int] = {"calibration__windows": 2, "data__window": 256}
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
-    """Windows that the longest input takes."""
+    """Return how many windows the longest input takes."""
     longest = max(batch) * max(*tokens, PROMPT), config.train.batch * config.train.window
     return -(-max(longest) // config.data.window)
 
 
 def fitted(student: LanguageStudent, workload: Workload) -> Workload:
-    """The workload with as long a prompt as the model can decode from; ValueError where it reads less than is asked."""
+    """Return the workload with its prompt shortened to what the model's maximum length leaves for decoding; ValueError
+    if the model cannot read the requested lengths."""
     most = most_tokens(student.trunk)
     if most is None:
         return workload
@@ -46,18 +47,18 @@ def fitted(student: LanguageStudent, workload: Workload) -> Workload:
 
 
 def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
-    """Both as they generate."""
+    """Return the student and the dense model, each run by its `generate`."""
     return {"student": Contender(student.model, student.generate), "dense": Contender(dense, dense.generate)}
 
 
 def recorded(model: Any) -> Contender:
-    """A dense model that decodes as students do, with their attention."""
+    """Return a dense model that decodes as students do: through CUDA graphs on GPUs, with the student's attention."""
     route_trunk(model.base_model)
     return Contender(model, Decoding(model, model.base_model).generate)
 
 
 def inference(student: LanguageStudent, models: Models, data: TextData, workload: Workload, say: Say) -> Iterator[Row]:
-    """Prefill of each batch and length, decoding of each batch."""
+    """Yield a row for the prefill of each batch size and length, then a row for decoding at each batch size."""
     text, new_tokens, repeats = data.held_out.flatten(), workload.new_tokens, workload.repeats
     for size, length in itertools.product(workload.batch, workload.tokens):
         say(f"prefill of {size} x {length} tokens ...")
@@ -68,21 +69,21 @@ def inference(student: LanguageStudent, models: Models, data: TextData, workload
 
 
 def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) -> TrainingBatch:
-    """Training windows."""
+    """Return a micro-batch of windows of the training length, cut from held-out text, on the student's device."""
     ids = _cut(data.held_out.flatten(), config.train.batch, config.train.window)
     ids = ids.to(next(student.parameters()).device)
     return TrainingBatch(ids, {"input_ids": ids}, config.train.window)
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Calibration reads two windows at a time."""
+    """Return how many tokens the model reads at once; calibration reads two windows at a time."""
     windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
     return InputSizes(model, longest, config.train.window, calibrated, sampled)
 
 
 def step_sizes(student: LanguageStudent, config: RunConfig) -> StepSizes:
-    """Of a window."""
+    """Return the work of a training step for a window."""
     window = config.train.window
     macs = student.compute.dense(torch.ones(1, window, dtype=torch.bool), "prefill").double().sum()
     return StepSizes(window, float(macs), logits=window)
@@ -93,6 +94,7 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 def _cut(text: Tensor, batch: int, length: int) -> Tensor:
-    """[batch, length] tokens of text, from its start again where it is too short."""
+    """Return the first tokens of text [N] as [batch, length], starting again with the first if the text is too
+    short."""
     need = batch * length
     return text.repeat(-(-need // len(text)))[:need].view(batch, length)

@@ -1,4 +1,4 @@
-"""Passes of two or three models over the same input, timed in turn."""
+"""Timed passes of two or three models over the same input: prefill and decoding, the models taking turns."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ Work = Callable[[], object]
 Row = dict[str, Any]
 """A row of timings, as `elastic bench --json` prints it."""
 COUNTED = 4
-"""Steps of decoding that FLOPs and bytes are counted of, after those that are timed."""
+"""Number of decode steps, after the timed ones, on which FLOPs and bytes are counted."""
 LAUNCHED = 9
-"""Tokens that the dense model as its library ships it decodes on a GPU: each takes the time of two thousand launches,
-however many come before it."""
+"""Maximum number of tokens that the dense model as its library ships it decodes on a GPU. Few are enough: the time of a
+decode step is that of some two thousand kernel launches, whatever the length of the cache."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, and how it is run: as transformers' `generate`, or images to the model's output."""
+    """A model with the function that runs it: like transformers' `generate`, or from pixels to the model's output."""
 
     model: Any
     run: Callable[..., Any]
     reader: Callable[..., Work] | None = None
-    """From a prompt to what reads it through recorded passes, where something does."""
+    """Maps a prompt to a function that prefills it through CUDA graphs; None if prefill does not use CUDA graphs."""
 
 
 Models = dict[str, Contender]
-"""The "student"; the "dense" model as its library ships it; and a "tuned" dense one, on GPUs and where weights can be
-packed: what the student does to run fast, without routers."""
+"""The contenders by name: "student"; "dense", the model as its library ships it; and, on GPUs and where weights can be
+packed, "tuned", a dense model with the student's faster execution (CUDA graphs, packed weights, ...) but no routers."""
 
 
 def medians(works: Mapping[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
-    """Median seconds of each piece of work, all in turn, after one turn to warm up; the most memory, in bytes, that was
-    in use in the last turn of each, or on a GPU in any: what is replayed takes none, and its recording did."""
+    """Return the median seconds and the peak memory in bytes of each function, called in turn `repeats` times after one
+    warm-up.
+
+    The peak is that of the last call; on a GPU it is the largest of all calls, the warm-up included, because replaying
+    a CUDA graph allocates nothing: its memory was allocated while the graph was captured.
+    """
     seconds: dict[Any, list[float]] = {name: [] for name in works}
     peaks: dict[Any, int] = {}
     for turn in range(repeats + 1):
@@ -73,7 +77,8 @@ def row_of(
     seconds: dict[str, float],
     peaks: dict[str, int],
 ) -> Row:
-    """A row from the (FLOPs, bytes) of the student and the dense model, and the seconds and peaks of all models."""
+    """Return a row of timings; counted: (FLOPs, bytes read) of the student and of the dense model; seconds and peaks
+    (bytes): by name of the model."""
     (flops, read), (dense_flops, dense_read) = counted
     predicted, measured = dense_flops / flops, seconds["dense"] / seconds["student"]
     return {
@@ -100,7 +105,8 @@ def row_of(
 
 @torch.no_grad()
 def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
-    """The prompt pass of `generate`: all tokens through the blocks, the last through the head, the cache filled."""
+    """Time the prompt pass of `generate`, and return its row: all tokens run through the blocks, the last token through
+    the LM head, and the key/value cache is filled."""
     device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     works: dict[str, Work] = {}
@@ -109,7 +115,7 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
     both: Any = works["student"], works["dense"]
     if device.type == "cuda":
         works |= {name: m.reader(**inputs) for name, m in models.items() if m.reader is not None}
-        if models["tuned"].reader is None:  # it differs from the dense one in decoding only
+        if models["tuned"].reader is None:  # without a reader, it differs in decoding only
             works.pop("tuned")
     timed = medians(works, repeats, device)
     batch, tokens = inputs["input_ids"].shape
@@ -120,10 +126,11 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
 
 @torch.no_grad()
 def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -> Row:
-    """Greedy `generate`, less the time for its first token."""
+    """Time greedy decoding, and return its row: the seconds per token are those of `generate` with `new` tokens less
+    those with one, over new - 1 (at most LAUNCHED tokens for the dense model on a GPU)."""
     device = models["dense"].model.device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    # no token ends a text: a minimum of tokens would cost a look at all logits
+    # an end-of-text id outside the vocabulary never occurs; `min_new_tokens` would process all logits in every step
     nothing = models["dense"].model.config.get_text_config().vocab_size
 
     def generate(model: Contender, tokens: int, **options: Any) -> Any:
@@ -146,7 +153,7 @@ def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) ->
 
 
 def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
-    """(FLOPs, bytes) of a few more decoding steps on the cache that `generate` left."""
+    """Return (FLOPs, bytes read) of COUNTED further decode steps on the key/value cache that `generate` returned."""
     last, cache = out.sequences[:, -1:], cache_of(out)
     totals = [0, 0]
 
@@ -161,16 +168,16 @@ def _count_decoding(model: PreTrainedModel, out: Any) -> tuple[int, int]:
 
 
 def _forget_peak() -> None:
-    """Let `_peak` begin again; where it cannot, as on macOS, it is that of the process so far."""
+    """Reset the peak that `_peak` returns; where the system cannot (macOS), it stays the peak of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with suppress(OSError):  # Linux has it
+        with suppress(OSError):  # exists on Linux only
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:
-    """The most memory that was in use since `_forget_peak`, in bytes."""
+    """Return the peak memory in bytes since `_forget_peak`: torch's allocations on the GPU, or the process's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Timing vision-language models: prefill of questions, and decoding of answers."""
+"""Timing of vision-language models: prefill of questions and decoding of answers."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ RANDOM: Mapping[str, int] = {"calibration__windows": 4}
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
-    """Questions that the largest batch takes."""
+    """Return how many questions the largest timed pass takes."""
     return max(batch)
 
 
 def fitted(student: VisionLanguageStudent, workload: Workload) -> Workload:
-    """The workload as it is: questions are as long as they are."""
+    """Return the workload unchanged: the length of questions is given by the data."""
     return workload
 
 
 def contenders(student: VisionLanguageStudent, dense: Any) -> dict[str, Contender]:
-    """Both as they generate."""
+    """Return the student and the dense model, each run by its `generate`."""
     routed = Contender(student.model, student.generate, student.reader)
     return {"student": routed, "dense": Contender(dense, dense.generate)}
 
 
 def recorded(model: Any) -> Contender:
-    """A dense model that reads prompts and decodes as students do, with their attention."""
+    """Return a dense model that prefills and decodes as students do: through CUDA graphs on GPUs, with the student's
+    attention."""
     decoding = Decoding(model, model.get_decoder())
     route_trunk(decoding.trunk)
     return Contender(model, decoding.generate, decoding.reader)
 
 
 def inference(student: VisionLanguageStudent, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:
-    """Prefill and decoding of each batch of questions."""
+    """Yield a row for prefill and a row for decoding at each batch size."""
     for size in workload.batch:
         inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
         say(f"prefill of {size} questions ...")
@@ -60,21 +61,21 @@ def inference(student: VisionLanguageStudent, models: Models, data: Any, workloa
 
 
 def training_batch(student: VisionLanguageStudent, data: Any, config: RunConfig) -> TrainingBatch:
-    """Training questions with their answers."""
+    """Return a micro-batch of training questions with their answers, on the student's device."""
     numbers = [n % len(data.train) for n in range(config.train.batch)]
     prompts = data.train.load(numbers).to(student.model.device)
     return TrainingBatch(prompts, prompts.inputs, prompts.image.shape[1])
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Calibration reads some questions at a time."""
+    """Return how many tokens the model reads at once; calibration reads CALIBRATED questions at a time."""
     tokens = image_tokens(model) + QUESTION + ANSWER
     return InputSizes(model.get_decoder(), tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
 
 
 def step_sizes(student: VisionLanguageStudent, config: RunConfig) -> StepSizes:
-    """Of one image and a question of QUESTION tokens with an answer of ANSWER; no gradient passes through a vision
-    tower without routers."""
+    """Return the work of a training step for one image and a question of QUESTION tokens with an answer of ANSWER
+    tokens. No gradient passes through a vision tower without routers, which counts as `frozen`."""
     tower, image = tower_of(student.model), image_tokens(student.model)
     student.count_vision({"pixel_values": student.model.lm_head.weight.new_empty(1, *image_shape(tower))})
     ones = torch.ones(1, image + QUESTION + ANSWER, dtype=torch.bool)
@@ -86,7 +87,7 @@ def step_sizes(student: VisionLanguageStudent, config: RunConfig) -> StepSizes:
 
 
 def image_tokens(model: Any) -> int:
-    """Tokens of an image in the language model, ValueError where its size decides."""
+    """Return the number of tokens of an image in the language model; ValueError if it depends on the image's size."""
     if model.config.model_type != "llava":
         raise ValueError(
             "how many tokens an image has is known beforehand of LLaVA alone, and not of this model "
@@ -98,5 +99,5 @@ def image_tokens(model: Any) -> int:
 
 
 def tower_of(model: Any) -> Any:
-    """The vision tower."""
+    """Return the vision tower of a vision-language model."""
     return model.base_model.get_submodule(VISION_TOWERS[model.config.model_type])

@@ -1,4 +1,4 @@
-"""What is to be timed."""
+"""Descriptions of what `elastic bench` times, and of the sizes that `elastic plan` estimates from."""
 
 from __future__ import annotations
 
@@ -9,62 +9,65 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 PROMPT = 128
-"""Tokens in front of those that decoding is timed on."""
+"""Default length in tokens of the prompt before the timed decode steps."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be timed, of a student wherever its dial is turned to."""
+    """The passes that are timed, for each of several budgets of a student."""
 
     compute: Sequence[float | None]
-    """Budgets; None: as the dial is."""
+    """Budgets to which the dial is turned; None leaves the dial where it is."""
     batch: Sequence[int]
+    """Batch sizes."""
     tokens: Sequence[int]
-    """Lengths of prompts of text."""
+    """Lengths in tokens of the texts whose prefill is timed."""
     new_tokens: int
+    """Number of tokens that are decoded."""
     repeats: int
+    """Number of timed calls, of which the median is taken."""
     samples: int
-    """Windows, images or questions that the largest of it takes."""
+    """Number of windows, images or questions that the largest timed pass takes."""
     prompt: int = PROMPT
-    """Tokens in front of those that decoding is timed on."""
+    """Length in tokens of the prompt before the timed decode steps."""
 
 
 class TrainingBatch(NamedTuple):
-    """A micro-batch that a training step is timed on."""
+    """A micro-batch on which a training step is timed."""
 
     sample: Any
-    """What the objective takes."""
+    """The batch as the objective takes it."""
     inputs: dict[str, Tensor]
-    """What the model is called with."""
+    """The batch as keyword arguments of the model."""
     tokens: int
-    """Tokens of a row."""
+    """Tokens per row."""
 
 
 class StepSizes(NamedTuple):
-    """What a training step does with a sample, on paper."""
+    """The work of a training step per sample, derived from the model's sizes."""
 
     tokens: int
-    """That the routed blocks read."""
+    """Tokens that the routed blocks read."""
     macs: float
-    """Multiply-accumulates of a forward pass, through what gradients pass."""
+    """Multiply-accumulates of a forward pass through the part of the model that gradients pass through."""
     frozen: float = 0.0
-    """Those in front of all that learns."""
+    """Multiply-accumulates of a forward pass through the part before all trained parameters, without gradients."""
     logits: int = 0
-    """Rows of logits of the LM head."""
+    """Rows of logits that the LM head computes."""
     images: int = 0
-    """Tokens that a routed vision tower reads."""
+    """Tokens that a vision tower with routers reads."""
 
 
 class InputSizes(NamedTuple):
-    """How much a model with random weights reads at once."""
+    """How many tokens a model with random weights reads at once, from which its memory is estimated."""
 
     trunk: nn.Module
-    """The part that holds its blocks."""
+    """The part of the model that holds its blocks."""
     longest: int
-    """Tokens of a row in inference."""
+    """Tokens per row in inference."""
     trained: int
-    """Tokens of a row in training."""
+    """Tokens per row in training."""
     calibrated: int
-    """Tokens that calibration reads at once."""
+    """Tokens per calibration batch."""
     sampled: int
-    """Tokens of which calibration keeps what linear layers read."""
+    """Tokens for which calibration keeps the inputs of linear layers, in all."""
