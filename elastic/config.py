@@ -1,8 +1,11 @@
-"""The configuration of a run: frozen dataclasses, defaults <- preset <- file <- command line; unknown keys are errors.
+"""The configuration of a run, as frozen dataclasses whose attribute docstrings explain every setting.
 
-A file or preset may have sections that are merged over the rest where they apply, because what saves compute there are
-different routers: `prefill:` where budget.phase is prefill (many tokens at once instead of one at a time), `vit:` for
-image models, and `vlm:` for vision-language models.
+`make_config` fills them from, in ascending priority: the defaults below, the preset, the configuration file, and the
+command line. An unknown key is an error, and so are settings that would have no effect.
+
+A preset or file may have the sections `prefill`, `vit` and `vlm`. Each is merged over the rest of its file where it
+applies, because other routers save compute there: `prefill` if budget.phase is prefill (many tokens at once instead of
+one at a time), `vit` for image models, `vlm` for vision-language models.
 """
 
 from __future__ import annotations
@@ -23,29 +26,35 @@ from teachers.data.records import is_path
 from teachers.registry import ModelEntry, models, resolve
 
 SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.section))
-"""Sections of a file that hold only where they apply."""
+"""Sections of a preset or file that are used only for one phase or one family of models."""
 NAMED_DATA = ("builtin", "fashion-mnist", "easy-vqa")
-"""Data that is no file or folder of the user's, whatever lies in the working directory."""
+"""Values of `data.source` that are never taken as paths, even if the working directory has a file of that name."""
 _OF_FAMILIES = {name: traits.noun for traits in reversed(tuple(TRAITS.values())) for name in traits.settings}
-"""Settings that not every family has a use for, and which model they need."""
+"""Settings that have an effect in some families of models only, and the kind of model that each needs."""
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How much compute the student may use, and how it is brought there."""
+    """How much compute the student may use, and how training keeps to it."""
 
     target: float | str = 0.7
-    """Student's compute over the teacher's, whole model; or "LOW:HIGH", and one student serves all of that range."""
+    """FLOPs of the student divided by FLOPs of the teacher, for the whole model with the routers' own cost: above 0, at
+    most 1. A range "LOW:HIGH" trains one student that is set to any compute within it (`student.set_compute`)."""
     phase: Literal["decode", "prefill"] = "decode"
-    """Which phase the target speaks of: one token at a time, or all tokens of a window (or an image) at once."""
+    """The phase whose compute is limited. decode: one token at a time, where every kind of router saves. prefill: all
+    tokens of a window or image at once, where only token, layer and image routers, and decisions that hold for a
+    whole sequence, save. Image and vision-language models always use prefill."""
     control: Literal["price", "capacity"] = "price"
-    """price: the loss pays for compute, at a price that rises while the budget is exceeded. capacity: every router gets
-    the same share of open gates, the one at which the model meets the target; top-k routers keep it, others are
-    punished for exceeding it (a hinge)."""
+    """How training reaches the target. price: the loss includes price * compute, with a price that rises while the
+    budget is exceeded (augmented Lagrangian), so that routers learn where to save. capacity: all routers get the same
+    share of open gates, the one that meets the target; top-k routers keep exactly this share, and a hinge loss
+    penalises routers with a threshold for exceeding it."""
     stiffness: float = 20.0
-    """How fast the price answers to a missed budget, in prices per unit of compute."""
+    """control: price. How strongly the price (nats per unit of compute) answers to a miss, compute - target: the next
+    step's price is higher by stiffness * miss, and 1/20 of that stays. For a range of budgets each price is multiplied
+    by exp(stiffness / 20 * miss) instead. Higher values correct a miss faster."""
     hinge: float = 1.0
-    """Weight of the capacity hinge (control: capacity)."""
+    """control: capacity. Weight of the hinge loss max(0, share of open gates - capacity) (arXiv 2410.13184)."""
 
     def __post_init__(self) -> None:
         if self.stiffness < 0 or self.hinge < 0:
@@ -69,12 +78,12 @@ class BudgetConfig:
 
     @property
     def ranges(self) -> bool:
-        """Whether the target is a range."""
+        """Whether the target is a range "LOW:HIGH"."""
         return isinstance(self.target, str)
 
     @property
     def span(self) -> tuple[float, float]:
-        """The lowest and the highest budget."""
+        """The lowest and the highest budget, equal if the target is a single number."""
         if not isinstance(self.target, str):
             return self.target, self.target
         low, high = self.target.split(":")
@@ -82,31 +91,39 @@ class BudgetConfig:
 
     @property
     def measured(self) -> tuple[float | None, ...]:
-        """The budgets that results are shown of: both ends of a range and its middle; None: where the dial was left."""
+        """The budgets at which a finished run is measured: low end, middle and high end of a range, or for a single
+        target (None,), which leaves the dial where training set it."""
         low, high = self.span
         return (low, (low + high) / 2, high) if self.ranges else (None,)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on and measured on."""
+    """The data to train on and to measure on."""
 
     source: str = "builtin"
-    """A text, JSON-lines or parquet file or folder, a hub dataset id, or builtin. Images: a folder with train/ and val/
-    or class sub-folders, parquet files, a hub dataset id, or fashion-mnist. Questions about images: a JSON-lines, JSON
-    or parquet file or folder, a hub dataset id, or easy-vqa."""
+    """Where the data comes from.
+
+    - Text: a text, JSON-lines or parquet file, a folder of these, a hub dataset id, or builtin.
+    - Images: a folder with train/ and val/ or class sub-folders, parquet files, a hub dataset id, or fashion-mnist.
+    - Questions about images: a JSON-lines, JSON or parquet file or folder, a hub dataset id, or easy-vqa.
+    """
     window: int = 512
-    """Tokens in a window."""
+    """Text: tokens in a window, the unit in which text is held out, calibrated on and measured on; a multiple of
+    train.window, and at most the model's own maximum."""
     held_out: int = 32
-    """Windows, images or questions set aside for measuring, never trained on."""
+    """Number of windows, images or questions that are never trained on, but measured on: from the source's validation
+    part if images or questions have one, else from the training data; chosen by train.seed."""
     max_tokens: int | None = 2_000_000
-    """Read no more than this many tokens."""
+    """Text: reading stops after this many tokens; None: the whole source is read."""
     max_images: int | None = 100_000
-    """Train on no more than this many images, or questions about images."""
+    """Images or questions about images: the most to train on, chosen by train.seed; None: all. Also limits how much of
+    a hub data set is streamed."""
     classes: tuple[int, ...] | None = None
-    """Images: train on and hold out only these classes, by number."""
+    """Images: numbers of the classes to train on and to hold out; None: all classes."""
     prompt: int = 64
-    """Tokens of a window that sequence-level routers decide from; no quality is measured on them then."""
+    """Routers with granularity: sequence. Number of tokens at the start of a window that stand for the prompt, from
+    which these routers decide; quality is measured on the tokens behind them only."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
@@ -123,10 +140,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The closed-form start (see students/calibration/language.py)."""
+    """The closed-form start of the routers before training (see students/calibration/language.py)."""
 
     windows: int = 16
-    """Windows, images or questions that calibration looks at; 0 starts from open gates."""
+    """Number of windows (of data.window tokens), images or questions from which calibration estimates the loss that
+    closing each gate causes; training then starts at about the target compute. 0: all gates start open instead."""
 
     def __post_init__(self) -> None:
         if self.windows < 0:
@@ -135,30 +153,42 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the routers learn from. Weights of 0 switch a part off."""
+    """The terms of the training loss besides the price of compute. A weight of 0 switches a term off."""
 
     logits: Literal["forward_kl", "reverse_kl", "jensen_shannon", "topk_kl"] = "forward_kl"
-    """Divergence between the teacher's and the student's next-token distributions."""
+    """Divergence between the output distributions (next token, class) of teacher p and student q, in nats.
+
+    - forward_kl: KL(p || q), which makes the student cover every token that the teacher finds likely.
+    - reverse_kl: KL(q || p), which keeps the student off tokens that the teacher finds unlikely.
+    - jensen_shannon: the generalised form of both (arXiv 2306.13649).
+    - topk_kl: forward KL over the teacher's k likeliest tokens and one bucket for all others; a cache of the teacher's
+      outputs is then much smaller.
+    """
     logits_weight: float = 1.0
-    """Weight of the divergence."""
+    """Weight of the divergence `logits`."""
     temperature: float = 1.0
-    """Softens both distributions."""
+    """Number above 0 that both models' logits are divided by; larger values weigh unlikely tokens more. The divergence
+    is multiplied by its square, so that gradients keep their size (arXiv 1503.02531)."""
     beta: float = 0.5
-    """jensen_shannon: weight of the teacher in the mixture."""
+    """logits: jensen_shannon. Weight of the teacher in the mixture beta p + (1 - beta) q; 0 is forward, 1 reverse KL."""
     k: int = 64
-    """topk_kl: how many of the teacher's tokens are compared one by one."""
+    """logits: topk_kl. Number of the teacher's likeliest tokens whose probabilities are compared one by one."""
     hidden: Literal["cosine", "mse", "relative_mse"] = "cosine"
-    """Distance between hidden states."""
+    """Distance between the student's and the teacher's hidden states. cosine ignores their norms; relative_mse divides
+    by the teacher's squared norm, so that layers whose states differ in size weigh the same."""
     hidden_weight: float = 0.0
-    """Weight of the distance between hidden states."""
+    """Weight of the distance `hidden`."""
     hidden_layers: Literal["final", "all"] = "final"
-    """Which hidden states are compared."""
+    """The hidden states to compare. final: those that the LM head or classifier reads. all: those after every block (in
+    image models of class and register tokens, if there are any); vision-language models always compare final ones."""
     cross_entropy_weight: float = 0.0
-    """Weight of plain next-token prediction."""
+    """Language models: weight of the cross-entropy of predicting the text's next token, which needs no teacher."""
     load_balance_weight: float = 0.0
-    """Weight of even use of experts and heads (top-k routers)."""
+    """Head and expert routers: weight of the load-balancing loss (arXiv 2101.03961), which is smallest if a router uses
+    all heads or experts equally."""
     topk_weight: float = 0.0
-    """Weight of teaching scores to predict the top-k choice of their sequence (top-k token and layer routers)."""
+    """Token and layer routers with selection: topk. Weight of the cross-entropy that trains scores to predict the top-k
+    choice, so that a threshold can replace top-k in causal inference (arXiv 2404.02258, 2411.15281)."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or not 0 <= self.beta <= 1 or self.k < 1:
@@ -173,39 +203,44 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop."""
+    """The training loop: Adam on the added parameters, with linear warm-up and cosine decay."""
 
     steps: int | None = None
-    """Optimizer steps; None: as many as `minutes` allow."""
+    """Number of optimizer steps; None: as many as `minutes` allow."""
     minutes: float | None = 10.0
-    """Training time, turned into a number of steps after the first few, which a few later looks at the clock change.
-    Give one of the two."""
+    """Training time, without calibration and measuring. It is turned into a number of steps after the first five steps,
+    and that number is corrected a few times later. Give either `steps` or `minutes`."""
     batch: int = 4
-    """Windows, images or questions in a micro-batch, of all processes together where a launcher starts several."""
+    """Number of windows, images or questions in a micro-batch, all processes taken together, so that the number of
+    processes changes the result by rounding only."""
     window: int = 256
-    """Tokens in a training window: data windows are cut into these."""
+    """Text: tokens in a training window; each window of data.window tokens is cut into such pieces."""
     accumulation: int = 1
-    """Micro-batches in a step."""
+    """Number of micro-batches whose gradients are averaged in one optimizer step."""
     lr: float = 0.001
-    """Peak learning rate (Adam) of linear maps: routers that read an input, LoRA, substitutes."""
+    """Peak learning rate of everything that is multiplied with an input: linear maps and MLPs of routers, low-rank
+    corrections (LoRA), substitutes."""
     limit_lr: float = 0.01
-    """Peak learning rate of what stands for itself: limits of channels (in log units) and rows, static scores."""
+    """Peak learning rate of parameters that are not multiplied with an input: limits of channels and neurons (as
+    logarithms), the two numbers that set the limit of LM-head rows, static scores, gains."""
     warmup: int = 10
-    """Steps of linear warm-up; then cosine decay to zero."""
+    """Number of steps over which the learning rate rises linearly to its peak; after them it falls to 0 by a cosine."""
     clip: float = 1.0
-    """Largest gradient norm of a parameter group."""
+    """Largest gradient norm; each of the two groups of parameters (`lr`, `limit_lr`) is clipped to it separately."""
     seed: int = 0
-    """Order of the data, calibration sample, initial values."""
+    """Seed of the choice of held-out data, the order of training data, the calibration sample and initial values."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the frozen weights and activations; auto takes what the device computes fastest in."""
+    """Type of the frozen weights and activations (added parameters are always float32). auto: bfloat16 on GPUs and CPUs
+    with instructions for it, else float32."""
     checkpointing: bool = False
-    """Recompute activations in backward to save memory."""
+    """Whether activations inside blocks are recomputed in the backward pass instead of stored (gradient checkpointing):
+    less memory for about one more forward pass of the student."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Number of steps between lines of metrics.jsonl. Writing a line makes the host wait for the device."""
     save_every: int = 50
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints, rounded up to the next logging step."""
     tracker: Literal["none", "tensorboard"] = "none"
-    """Where else metrics go, through accelerate's trackers."""
+    """Tracker of accelerate that receives the metrics as well; tensorboard needs the package of that name."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -226,16 +261,17 @@ class RunConfig:
     """Everything that defines a run."""
 
     model: str
-    """Short name (see `elastic models`), hub id or local folder."""
+    """Short name (listed by `elastic models`), hub id or local folder of the pretrained model."""
     family: Literal["llm", "vit", "vlm"] = "llm"
-    """What kind of model that is: a causal language model, an image model or a vision-language model."""
+    """Kind of model, found by `make_config`: a causal language model, an image model or a vision-language model."""
     quantization: Literal["none", "int8", "int4", "nf4"] = "none"
-    """What the frozen linear layers of the blocks are kept in, the teacher's as well: int8 and int4 need torchao, nf4
-    bitsandbytes."""
+    """Format of the frozen linear layers of the blocks, in student and teacher. It saves memory, but quantized layers
+    run whole, so that channel, head, expert and neuron routers save nothing. int8 and int4 need torchao, nf4 (arXiv
+    2305.14314) bitsandbytes."""
     preset: str = "default"
-    """Where `student`, `loss` and `budget` start from; see configs/presets."""
+    """Name of a file in configs/presets with the settings that the configuration file and the command line change."""
     student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
-    """What is added to the model."""
+    """Routers and low-rank corrections that are added to the model; see students/spec.py."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -289,10 +325,11 @@ class RunConfig:
 def make_config(
     *, file: str | None = None, settings: list[str] | None = None, entry: ModelEntry | None = None, **flags: Any
 ) -> RunConfig:
-    """Merge defaults, the preset, a YAML file, flags (dotted with `__`, None means not given) and `a.b=c` settings.
+    """Return the configuration merged from defaults, the preset, a YAML `file`, `flags` and `settings`; later ones win.
 
-    entry: what the model's name stands for, where it is not to be looked up. Raises ValueError for unknown keys, wrong
-    types and settings that contradict each other.
+    settings: strings "section.key=value", with YAML values. entry: the model's table entry, instead of looking up its
+    name. flags: settings with `__` in place of dots, such as budget__target=0.7; None means not given. Raises
+    ValueError for unknown keys, wrong types and settings that contradict each other.
     """
     chosen: dict[str, Any] = {}
     for key, value in flags.items():
@@ -317,7 +354,7 @@ def make_config(
         raise ValueError("no model is given: add --model smollm2-135m, or another that `elastic models` lists")
     entry = entry or resolve(model)
     if entry.folder is not None and model not in models():
-        put(chosen, ["model"], str(entry.folder.absolute()))  # a run is used from other folders, too
+        put(chosen, ["model"], str(entry.folder.absolute()))  # for runs that are opened from another directory
     budget: dict[str, Any] = {}
     for layer in layers:
         budget |= section_of(layer, "budget")
@@ -330,7 +367,7 @@ def make_config(
     for layer in layers:
         sections = {name: section_of(layer, name) for name in SECTIONS}
         layer = merge({k: v for k, v in layer.items() if k not in sections}, sections.get(applies, {}))
-        # the time and the number of steps exclude each other: the later word counts
+        # steps and minutes exclude each other: the layer of higher priority that gives either replaces both
         given = [key for key in ("steps", "minutes") if section_of(layer, "train").get(key) is not None]
         if len(given) == 2:
             raise ValueError("give --steps or --minutes (train.steps, train.minutes), not both: leave one away")
@@ -351,7 +388,7 @@ def make_config(
 
 
 def require_data(source: str, family: str) -> None:
-    """ValueError where data can only be a file or folder, and there is none: before a model is loaded for it."""
+    """Raise ValueError if `source` can only be a path and nothing exists there, before a model is loaded in vain."""
     path = Path(source).expanduser()
     on_hub = not is_path(source) and ("/" in source or TRAITS[family].one_word)
     if on_hub or source in NAMED_DATA or path.exists():
