@@ -24,8 +24,8 @@ def fast_attention_gradients(device: torch.device) -> AbstractContextManager[Any
 
 
 def recomputing(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return the pair of contexts that `context_fn` of torch's checkpoint asks for: one for a forward pass that already
-    runs within `fast_attention_gradients`, and one for the recomputation of that pass in backward."""
+    """Return the contexts of a forward pass within `fast_attention_gradients` and of its recomputation in backward, as
+    `context_fn` of torch's checkpoint has to."""
     return nullcontext(), fast_attention_gradients(device)
 
 

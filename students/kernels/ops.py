@@ -109,7 +109,7 @@ def _size(x: Tensor | None) -> int:
 
 def _channels_taken(x: Tensor, weight: Tensor, kept: Tensor) -> int:
     """Return how many channels are multiplied: `kept`, or all of them where the tuning table of a GPU replaces the
-    kernel by a dense product, which saves nothing."""
+    kernel with a dense product, which saves nothing."""
     rows, (inputs, outputs) = x.numel() // x.shape[-1], weight.shape
     dense = weight.is_cuda and triton.available() and tuning.gather(weight.device, rows, outputs) is None
     return inputs if dense else int(kept)
@@ -256,14 +256,14 @@ routed_kl_grad: Pair = _operator(
     " Tensor grad, Tensor grad_share) -> (Tensor, Tensor)",
     lambda exact, preview, teacher, limit, tail, *_: (_like(limit), _like(tail)),
 )
-"""Gradients of `routed_kl` by limit and tail; exact and preview, both contiguous, are overwritten by theirs."""
+"""Gradients of `routed_kl` by limit and tail; exact and preview, both contiguous, are overwritten with theirs."""
 
 softmax_grad: Callable[..., None] = _operator(
     "softmax_grad(Tensor(a!) score, Tensor(b!) grad, int tokens) -> ()", lambda *_: None
 )
-"""Overwrite scores [..., T, K] by their softmax, and grad, the gradient by that softmax, by the gradient by the scores;
-both are contiguous. tokens: T, at most K, for causal attention, where the last of T queries sees all keys, the one
-before it one key fewer, and so on; 0 if every query sees all keys."""
+"""Overwrite scores [..., T, K] with their softmax, and grad, the gradient by that softmax, with the gradient by the
+scores; both are contiguous. tokens: T, at most K, for causal attention, where the last of T queries sees all keys, the
+one before it one key fewer, and so on; 0 if every query sees all keys."""
 
 rms_norm: One = _operator(
     "rms_norm(Tensor x, Tensor weight, float epsilon, int kind) -> Tensor", lambda x, *_: _like(x)
@@ -310,7 +310,7 @@ times: log(size) is added to the scaled scores."""
 
 
 def _attended(heads: Tensor, keys: Tensor, values: Tensor, slot: Tensor | None, window: int) -> int:
-    """Return how many numbers of keys and values are read if each of the heads [B, H, ...] reads all that it sees."""
+    """Return how many numbers of keys and values the heads [B, H, ...] see; keys that heads share count for each."""
     seen = min(keys.shape[2] if slot is None else int(slot) + 1, window or keys.shape[2])
     return heads.shape[:2].numel() * seen * (keys.shape[3] + values.shape[3])
 
@@ -365,9 +365,9 @@ list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
         *(score.new_empty(score.numel(), dtype=kind) for kind in (torch.long, torch.int32, torch.int32)),
     ),
 )
-"""Whether each token is open: score + bias [1] >= limit [1] (float32), or score itself, bool, without a limit; flat
-indices [N] of the open tokens, then the last token's to fill up; and [N]: the number of open tokens before each token,
-and up to and with it."""
+"""Whether each token is open: score + bias [1] >= limit [1] (float32), or without a limit score itself, which is bool.
+Also the flat indices [N] of the open tokens, filled up with the index of the last token of all; the number of open
+tokens in front of each token [N]; and that number including the token itself [N]."""
 
 
 def exact_together(x: Tensor) -> int:

@@ -79,8 +79,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Replace a model's frozen bfloat16 linear layers by PackedLinear; Student.prepare or `prepare_linears` then packs
-    the weights. Return False if no layer can be packed."""
+    """Replace a model's frozen bfloat16 linear layers with PackedLinear; Student.prepare or `prepare_linears` then
+    packs the weights. Return False if no layer can be packed."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]

@@ -1,8 +1,8 @@
 """Rotary embeddings (arXiv 2104.09864) of queries and keys in one pass, in place of a model's own function.
 
-The function in transformers is ten operators a block and sixteen in backward, nearly half of the launches of a decode
-step on a GPU. It is replaced while a model runs, where there is a kernel and a trial shows that the bits are the same;
-on CPUs, which have no kernel for backward, only where no gradient is needed.
+The function in transformers is ten operators a block, nearly half of the launches of a decode step on a GPU, and
+sixteen in backward. It is replaced while a model runs, where there is a kernel and a trial shows that the bits are the
+same; on CPUs, which have no kernel for backward, only where no gradient is needed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def stand_in(module: nn.Module, plain: nn.Module) -> None:
 
 
 def exchange(model: nn.Module, found: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace each module that is a key of `found` by its value, in every place that the module has in the model."""
+    """Replace each module that is a key of `found` with its value, in every place that the module has in the model."""
     for parent in [module for module in model.modules() if module not in found]:
         for name, child in parent._modules.items():  # a module may stand in several places
             if child is not None and child in found:

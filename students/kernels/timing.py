@@ -30,11 +30,11 @@ class Setup:
     head: tuple[int, int]
     """Rows and width of an LM head."""
     logits: tuple[int, int]
-    """[N, V]."""
+    """Rows and vocabulary of logits."""
     tokens: tuple[int, int]
-    """[N, D]."""
+    """Tokens and width of activations."""
     images: Sequence[tuple[int, int, int]]
-    """[B, n, D]: images, tokens and width."""
+    """Images, tokens and width of batches of images."""
     rows: Sequence[int]
     """Numbers of inputs per call."""
     dtype: torch.dtype = torch.bfloat16

@@ -233,7 +233,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// Gradients of ROUTED_KL, as of ROW_GATE and FORWARD_KL; exact and preview are overwritten by their gradients.
+// Gradients of ROUTED_KL, as of ROW_GATE and FORWARD_KL; exact and preview are overwritten with their gradients.
 #define ROUTED_KL_GRAD(S, T)                                                                                     \
     void routed_kl_grad_##S(T *exact, T *preview, const T *t, int64_t N, int64_t V, const float *limit,          \
                             float tail, const float *logs, const float *by, const float *by_share,               \
@@ -274,7 +274,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
         }                                                                                                        \
     }
 
-// Overwrites scores [N, K] by their softmax, and grad, the gradient by that softmax, by the gradient by the scores.
+// Overwrites scores [N, K] with their softmax, and grad, the gradient by that softmax, with the gradient by the scores.
 // tokens: 0, or T for causal attention: of every T rows the last sees all keys, the one before it one key fewer, etc.
 #define SOFTMAX_GRAD(S, T)                                                                                       \
     void softmax_grad_##S(T *score, T *grad, int64_t N, int64_t K, int64_t tokens, int threads) {                \

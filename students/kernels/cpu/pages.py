@@ -22,8 +22,8 @@ class LargePages:
         self._used = 0
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
-        """Return an uninitialised tensor of this shape, with the dtype and device of `like`; on CPUs whose operating
-        system has large pages, in these."""
+        """Return an uninitialised tensor of this shape, with the dtype and device of `like`; in large pages on a CPU if
+        the operating system has them."""
         count = math.prod(shape)
         if not like.is_cpu or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
             return like.new_empty(shape)

@@ -71,7 +71,7 @@ def _biased_attention(
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
-    """Triton implementation of `ops.biased_attention`."""
+    """`ops.biased_attention` in Triton."""
     batch, heads, queries, width = query.shape
     if width > WIDEST or query.dtype == torch.float32:  # no tensor cores in float32: torch's kernel is as fast
         return reference.biased_attention(query, key, value, size, scale)

@@ -85,7 +85,7 @@ def add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: t
 
 
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.channel_gate`."""
+    """`ops.channel_gate` in Triton."""
     x, limit = x.contiguous(), limit.contiguous()
     channels = x.shape[-1]
     out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -103,7 +103,7 @@ def each(x: Tensor, limit: Tensor) -> int:
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.channel_gate_grad`."""
+    """`ops.channel_gate_grad` in Triton."""
     grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
     channels, rows = x.shape[-1], each(x, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)

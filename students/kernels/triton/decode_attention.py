@@ -3,7 +3,7 @@
 A program owns the query heads that share a key head, and a range of the slots in use, whose number is a tensor on the
 device: keys and values are read once, and nothing behind the newest slot is read. Each program keeps an online softmax
 of its range (arXiv 2205.14135). The partial sums go to memory, where the program that finishes last adds them up in the
-order of the ranges. A second launch for this would begin only once all of the first had ended, and read as much.
+order of the ranges. A second launch for this would begin only when all of the first have ended, and read as much.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def decode_attention(
     window: int,
     cap: float,
 ) -> Tensor:
-    """Triton implementation of `ops.decode_attention`."""
+    """`ops.decode_attention` in Triton."""
     batch, heads, _, size = query.shape
     groups, slots, width = keys.shape[1], keys.shape[2], values.shape[3]
     out = query.new_empty(batch, 1, heads, width)

@@ -71,7 +71,7 @@ def _dot_rows(
 
 
 def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Triton implementation of `ops.dot_rows`: x [I] with the rows [n] of weight [O, I] -> [n]."""
+    """`ops.dot_rows` in Triton: x [I] with the rows [n] of weight [O, I] -> [n]."""
     if rows is None:
         return F.linear(x, weight, bias)
     x, rows, out = x.contiguous(), rows.contiguous(), x.new_empty(len(rows))

@@ -100,7 +100,7 @@ def _exact_rows(
 def exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.exact_rows`: logits [B, V] and the numbers of exact logits [B]."""
+    """`ops.exact_rows` in Triton: logits [B, V] and the numbers of exact logits [B]."""
     (rows, inputs), vocabulary = x.shape, len(head)
     if rows > tuning.MOST_ROWS:
         needed = preview >= limit.unsqueeze(1)

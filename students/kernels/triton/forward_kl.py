@@ -77,7 +77,7 @@ def _forward_kl_grad(student, teacher, logs, grad, to_student, rows, vocabulary,
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.forward_kl`."""
+    """`ops.forward_kl` in Triton."""
     student, teacher = student.contiguous(), teacher.contiguous()
     rows, vocabulary = student.shape
     value, logs = student.new_empty(rows, dtype=torch.float32), student.new_empty(2, rows, dtype=torch.float32)
@@ -88,7 +88,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    """Triton implementation of `ops.forward_kl_grad`."""
+    """`ops.forward_kl_grad` in Triton."""
     student, teacher, logs, grad = (x.contiguous() for x in (student, teacher, logs, grad))
     rows, vocabulary = student.shape
     out, block = torch.empty_like(student), min(4096, triton.next_power_of_2(vocabulary))

@@ -85,7 +85,7 @@ def gated_grad(
     high: Tensor,
     kind: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton implementation of `ops.gated_grad`."""
+    """`ops.gated_grad` in Triton."""
     grad_out, grad_share, gate, up = (x.contiguous() for x in (grad_out, grad_share, gate, up))
     channels, rows = gate.shape[-1], each(gate, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)

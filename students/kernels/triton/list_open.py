@@ -51,7 +51,7 @@ def _list_open(
 
 
 def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triton implementation of `ops.list_open`."""
+    """`ops.list_open` in Triton."""
     count, device = score.numel(), score.device
     is_open = torch.empty(score.shape, dtype=torch.bool, device=device)
     table = torch.empty(count, dtype=torch.long, device=device)

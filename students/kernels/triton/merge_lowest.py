@@ -233,14 +233,14 @@ def _take_in(
 
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Triton implementation of `ops.merge_lowest`."""
+    """`ops.merge_lowest` in Triton."""
     keep: int = rest[-1]
     must_leave_pairs(x.shape[1], len(rest[-2]), keep)
     return _merge(x, rest[:-1], keep)[:-1]
 
 
 def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Triton implementation of `ops.merge_normed`."""
+    """`ops.merge_normed` in Triton."""
     *router, top, keep, gain, offset, epsilon = rest
     must_leave_pairs(x.shape[1], len(top), keep)
     normed = x.new_empty(len(x), keep, x.shape[-1])
@@ -248,7 +248,7 @@ def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Triton implementation of `ops.merge_below`."""
+    """`ops.merge_below` in Triton."""
     lengths, shift, multiple = rest[-3:]
     return _merge(x, rest[:-3], x.shape[1], lengths, shift, multiple)
 

@@ -236,18 +236,18 @@ def _gather(
 
 
 def few_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.few_channels`: out [B, O] for x [B, I], and how many channels some input needs."""
+    """`ops.few_channels` in Triton: out [B, O] for x [B, I], and how many channels some input needs."""
     return fused_channels(x, None, None, 0.0, -1, None, *rest)[:2]
 
 
 def read_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.read_channels`: out [O] for x [I], and how many channels x needs."""
+    """`ops.read_channels` in Triton: out [O] for x [I], and how many channels x needs."""
     out, count = few_channels(x.unsqueeze(0), *rest)
     return out.squeeze(0), count
 
 
 def fused_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton implementation of `ops.fused_channels`; a dense product where the tuning table has no launch."""
+    """`ops.fused_channels` in Triton; a dense product where the tuning table has no launch."""
     plan = tuning.gather(x.device, len(x), rest[6].shape[1])
     return _all_channels(x, *rest) if plan is None else launch(plan, x, *rest)
 

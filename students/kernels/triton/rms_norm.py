@@ -91,7 +91,7 @@ def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLO
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    """Triton implementation of `ops.rms_norm`."""
+    """`ops.rms_norm` in Triton."""
     x, width = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // width
     if rows:
@@ -109,7 +109,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    """Triton implementation of `ops.rms_norm_grad`."""
+    """`ops.rms_norm_grad` in Triton."""
     x, grad, width = x.contiguous(), grad.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     if x.numel():

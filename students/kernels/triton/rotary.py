@@ -100,14 +100,14 @@ def _rotary(
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.rotary`."""
+    """`ops.rotary` in Triton."""
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
     _launch(query, key, cos, sin, outs, back=False)
     return outs[0], outs[1]
 
 
 def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.rotary_grad`."""
+    """`ops.rotary_grad` in Triton."""
     outs = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key))
     _launch(query, key, cos, sin, outs, back=True)
     return outs[0].transpose(1, 2), outs[1].transpose(1, 2)

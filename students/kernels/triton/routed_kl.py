@@ -90,7 +90,7 @@ def _routed_kl_grad(
 def routed_kl(
     exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton implementation of `ops.routed_kl`."""
+    """`ops.routed_kl` in Triton."""
     exact, preview, teacher, limit = (x.contiguous() for x in (exact, preview, teacher, limit))
     rows, vocabulary = exact.shape
     value, share, logs = (exact.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (2, rows)))
@@ -111,7 +111,7 @@ def routed_kl_grad(
     grad: Tensor,
     grad_share: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.routed_kl_grad`."""
+    """`ops.routed_kl_grad` in Triton."""
     teacher, limit, *by = (x.contiguous() for x in (teacher, limit, logs, grad, grad_share))
     to_limit, rest = torch.empty_like(limit), torch.zeros_like(limit, dtype=torch.float32)
     rows, vocabulary = exact.shape

@@ -68,7 +68,7 @@ def _row_gate_grad(
 
 
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton implementation of `ops.row_gate`."""
+    """`ops.row_gate` in Triton."""
     exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
     vocabulary = exact.shape[-1]
     out, share = torch.empty_like(exact), exact.new_empty(exact.shape[:-1], dtype=torch.float32)
@@ -81,7 +81,7 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
 def row_gate_grad(
     grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triton implementation of `ops.row_gate_grad`."""
+    """`ops.row_gate_grad` in Triton."""
     grad_out, grad_share = grad_out.contiguous(), grad_share.contiguous()
     exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
     grads = torch.empty_like(exact), torch.empty_like(preview), torch.empty_like(limit)

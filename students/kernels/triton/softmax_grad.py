@@ -40,7 +40,7 @@ def _softmax_grad(score, grad, keys, tokens, BLOCK: tl.constexpr):
 
 
 def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
-    """Triton implementation of `ops.softmax_grad`."""
+    """`ops.softmax_grad` in Triton."""
     keys = score.shape[-1]
     if score.numel():
         block = min(2048, triton.next_power_of_2(keys))

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 MOST_ROWS = 8
-"""Maximum inputs that select channels and rows together; of more inputs, some need nearly every channel or row, and a
-dense product is faster."""
+"""Maximum inputs that select channels and rows together. With more inputs, nearly all channels and rows are needed by
+some input, and a dense product is faster."""
 MOST_RANGES = 64
 """Maximum ranges of a weight's inputs."""
 MOST_SPLITS = 32

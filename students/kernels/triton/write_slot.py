@@ -21,7 +21,7 @@ def _write_slot(keys, values, key, value, slot, length, key_size, value_size, KE
 
 
 def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
-    """Triton implementation of `ops.write_slot`."""
+    """`ops.write_slot` in Triton."""
     batch, heads, length, size = keys.shape
     other = values.shape[3]
     _write_slot[(batch * heads,)](
