@@ -1,4 +1,4 @@
-"""Put routers in front of a frozen model's parts."""
+"""Build a student: freeze a model and attach the routers and corrections of a specification to it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ from students.student import Student
 
 
 def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
-    """Put routers in front of a frozen model's parts, in place. All gates start open: the student is the teacher.
+    """Freeze a model, attach routers to it in place, and return it as a student. All gates start open: the student is
+    its teacher.
 
     model: a causal language model, vision transformer or vision-language model of transformers, or a vision transformer
-    of timm. Raises ValueError for an architecture or a combination that is not supported, before anything is changed;
-    and where the student does not do what the model does, with the libraries that are installed (students.selfcheck).
+    of timm. ValueError for an architecture or a combination of settings that is not supported, before routers are
+    attached, and if the student's outputs differ from the model's with the installed libraries (students/selfcheck.py).
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
@@ -57,7 +58,7 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
 
 def _self_check(model: nn.Module) -> SelfCheck:
     language = kind_of(model) in VISION_TOWERS or architecture_of(model)[0].causal
-    model.requires_grad_(False).eval()  # gradients alone can change torch's order of sums
+    model.requires_grad_(False).eval()  # recording gradients can change the order in which torch sums
     if language:
         assert isinstance(model, PreTrainedModel), "records of language models are for transformers' own"
         return SelfCheck(model, model, some_tokens(model), language=True)
@@ -88,7 +89,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _check(spec: StudentSpec, record: Architecture) -> None:
-    """ValueError where routers cannot stand in the blocks of such a model."""
+    """Raise ValueError if a model with this record cannot have these routers or corrections in its blocks."""
     for router in spec.routers:
         if record.causal and (router.selection == "quota" or router.dropped != "return" or router.multiple != 1):
             raise ValueError(
@@ -109,7 +110,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
     check_head(model, spec)
     windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
     if any(windows) and Version(metadata.version("transformers")) < Version("5.24"):
-        raise ValueError(  # before, cached decoding of fewer image tokens differs from the full pass
+        raise ValueError(  # before 5.24, cached decoding with pruned image tokens differs from the full forward pass
             f"{type(model).__name__} with a language model of sliding windows ({trunk.config.model_type}) needs "
             "transformers 5.24 or later: pip install -U transformers"
         )
@@ -152,7 +153,7 @@ def _elasticize_language(
 def _language_parts(
     model: PreTrainedModel, trunk: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> tuple[Runtime, ComputeModel]:
-    """Routers in the blocks of a language model and in front of its head."""
+    """Attach routers to the blocks of a language model and to its head; return the new runtime and the costs."""
     runtime = Runtime()
     shapes = _elasticize_blocks(trunk, record, blocks, spec, runtime)
     place = HeadPlace(model, runtime, spec.gains)
@@ -176,7 +177,8 @@ def _elasticize_image(
 def _elasticize_blocks(
     model: nn.Module, record: Architecture, blocks: list[nn.Module], spec: StudentSpec, runtime: Runtime
 ) -> tuple[BlockShape, ...]:
-    """Put the routers of branches and linear layers into all blocks, and around them; `blocks` follows."""
+    """Attach routers and corrections to all blocks, and return their costs. A block that gets a wrapper around it is
+    replaced by the wrapper in the model and in the list `blocks`."""
     parent: Any = trunk_of(model).get_submodule(record.blocks)
     shapes = []
     for number, block in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""Models that students are not made of, whatever their architecture."""
+"""Checks that reject models or specifications for other reasons than the architecture, such as quantized weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from students.spec import StudentSpec
 
 
 def check_place(model: nn.Module) -> None:
-    """ValueError where weights are spread over devices, or come to theirs only while a layer runs."""
+    """Raise ValueError if weights are on several devices, or are offloaded and present only while a layer runs."""
     devices = {parameter.device for parameter in model.parameters()}
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # set by accelerate
     if len(devices) > 1 or (hooked and any(device.type == "meta" for device in devices)):
         raise ValueError(
             "this model is spread over devices or offloaded (device_map): a student reads single rows of its weights, "
@@ -21,15 +21,15 @@ def check_place(model: nn.Module) -> None:
 
 
 def check_head(model: PreTrainedModel, spec: StudentSpec) -> None:
-    """ValueError where single rows of the LM head are to be read, and cannot be."""
+    """Raise ValueError if a vocab router has to read single rows of an LM head that is quantized."""
     head = model.get_output_embeddings()
     if spec.at("head") and not can_be_read_in_part(head):
         raise ValueError("the LM head of this model is quantized, and no row of it is read alone: no vocab routers")
 
 
 def check_corrections(record: Architecture, block: nn.Module, spec: StudentSpec) -> None:
-    """ValueError where a layer is to be corrected that its module does not call: some of timm's attentions multiply by
-    the weight themselves, with a bias that they put together."""
+    """Raise ValueError if a linear layer that is never called should get a low-rank correction: some attention modules
+    of timm multiply by the layer's weight themselves, with a bias that they concatenate."""
     if record.causal or not spec.lora.rank or "attn_in" not in spec.lora.sites:
         return
     attention = block.get_submodule(record.attn)

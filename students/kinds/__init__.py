@@ -1,1 +1,1 @@
-"""Kinds of routers: what each is in specifications, calibration and counted compute, and where it is put in."""
+"""Kinds of routers, one file each: valid settings, place in a model, compute cost and start from calibration."""

@@ -1,4 +1,4 @@
-"""Channel routers: which channels of its input a linear layer reads."""
+"""Channel routers: they choose the input channels that a linear layer reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from students.spec import RouterSpec, StudentSpec
 
 
 class ChannelKind(Kind):
-    """Limits in front of linear layers, executed by students/execution/linear.py."""
+    """A limit for the magnitude of each input channel of linear layers; executed by students/execution/linear.py."""
 
     name = "channel"
     fields = ("network", "blocks", "part")
@@ -43,7 +43,8 @@ class ChannelKind(Kind):
                 place.add_channels(site, ChannelRouter(spec, place.inputs(site), place.spec.gains))
 
     def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
-        """Channels of closed heads and groups are closed channels already, and not counted twice."""
+        """Lower the share of channels read. Channels of closed heads and groups are zero, so that the channel router's
+        share includes them: they are not counted twice."""
         for site in set(spec.where) - cost.shape.opaque:
             cost.read[site] = cost.share(spec, f"{site}.channel", missing=0.0)  # no token entered this branch
 

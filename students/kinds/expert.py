@@ -1,4 +1,4 @@
-"""Expert routers: which groups of an MLP's neurons a token needs."""
+"""Expert routers: they choose groups of an MLP's neurons for each token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from students.spec import RouterSpec
 
 
 class ExpertKind(HeadKind):
-    """A gate for each group of neurons, as for heads."""
+    """A gate for each group of MLP neurons, executed like the gates of heads (students/execution/branch.py)."""
 
     name = "expert"
     fields = (*HeadKind.fields, "groups", "grouping")

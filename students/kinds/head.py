@@ -1,4 +1,4 @@
-"""Head routers: which attention heads a token needs."""
+"""Head routers: they choose attention heads for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from students.spec import RouterSpec, StudentSpec
 
 
 class HeadKind(Kind):
-    """A gate for each head: students/execution/branch.py decides, attention and linear.py compute open heads only."""
+    """A gate for each attention head, decided in students/execution/branch.py; attention.py and linear.py compute the
+    open heads only. Subclasses have gates for parts of another branch."""
 
     name = "head"
     fields: ClassVar[tuple[str, ...]] = GATED
@@ -22,7 +23,7 @@ class HeadKind(Kind):
     branch = "attn"
 
     def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
-        """(gates, channels in front of the branch's last linear layer)."""
+        """Return (number of gates, number of channels in front of the branch's last linear layer)."""
         return place.sizes.heads, place.sizes.heads * place.sizes.size
 
     def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:

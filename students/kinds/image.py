@@ -1,4 +1,4 @@
-"""Image routers: which image tokens enter a language model."""
+"""Image routers: they choose the image tokens that enter a language model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from students.spec import RouterSpec
 
 
 class ImageKind(Kind):
-    """Which image tokens enter a language model: students/families/vision_language.py leaves the others out of the
-    sequence, calibration/vision_language.py starts it."""
+    """A gate for each image token in front of a language model. students/families/vision_language.py prunes closed
+    tokens from the sequence; calibration/vision_language.py computes the start."""
 
     name = "image"
     fields = ("hidden", "network", "selection", "query")

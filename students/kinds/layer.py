@@ -1,4 +1,4 @@
-"""Layer routers: whether a token goes through a block at all."""
+"""Layer routers: they decide whether a token goes through a block."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from students.spec import RouterSpec, StudentSpec
 
 
 class LayerKind(TokenKind):
-    """A gate for each token, for attention and MLP of a block together.
+    """A gate for each token that switches attention and MLP of a block together.
 
-    In language models it is decided in front of attention, which hands it on to the MLP (students/execution/branch.py,
-    and block.py where the whole block runs on fewer tokens); image models' blocks are handed only the open tokens
+    In language models, gates are decided in front of attention and passed on to the MLP (students/execution/branch.py,
+    and block.py if the whole block runs on fewer tokens). Blocks of image models are called with the open tokens only
     (students/execution/image_block.py).
     """
 
@@ -61,7 +61,7 @@ class LayerKind(TokenKind):
         return BRANCHES
 
     def concerns(self, spec: RouterSpec, block: int) -> bool:
-        """Tokens that stay away are missing in blocks without a router of their own, too."""
+        """Tokens that have left the sequence (`dropped`) are missing in blocks without a router, too."""
         return spec.on(block) or spec.dropped != "return"
 
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
@@ -77,7 +77,7 @@ class LayerKind(TokenKind):
         place.add_router(spec, "layer")
         place.add_substitute(spec, "layer")
         alone = not any(
-            kind.over_tokens or kind.over_parts  # which decide for all tokens
+            kind.over_tokens or kind.over_parts  # their routers decide for all tokens of the block
             for kind in kinds().values()
             if kind is not self and place.spec.find(kind.name, place.number)
         )
@@ -102,7 +102,7 @@ class LayerKind(TokenKind):
             cost.written = cost.written * share
         here: torch.Tensor | float = 1.0
         number = cost.numbers[0]
-        if number and cost.image and spec.dropped != "return":  # those that earlier blocks let through
+        if number and cost.image and spec.dropped != "return":  # the tokens that earlier blocks have kept
             here = cost.decisions.share[f"{number - 1}.layer"]
         cost.scored["layer"] = here
         if "match" in cost.shape.routers:
@@ -110,7 +110,7 @@ class LayerKind(TokenKind):
 
     @staticmethod
     def _matched(before: torch.Tensor | float, after: torch.Tensor | float, cost: BlockCost) -> torch.Tensor:
-        """How many pairs of patches a block compares before it merges some, [B, 1], for each of its image's tokens."""
+        """Return the number [B, 1] of pairs of patches that a block compares to merge some, per token of the image."""
         before, after = (torch.as_tensor(share).expand(cost.valid.shape).detach() for share in (before, after))
         patches = before.sum(1, keepdim=True) - cost.prefix
         pairs = (patches / 2).ceil() * (patches / 2).floor()
@@ -122,13 +122,15 @@ class LayerKind(TokenKind):
         block.whole()
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
-        """The block's input is the residual stream, but its router and substitute read what attention reads."""
+        """Start the router and fit the substitute on the input of attention, to replace what the block adds."""
         saved = block.gated("attn") + block.gated("mlp") + (block.shape.kv if spec.kv == "drop" else 0)
         read, skipped = block.seen("attn"), block.seen("layer")
         return [block.skipping(spec, "attn", read, skipped, saved, scale=block.residual_scale)]
 
     def start_images(self, images: ImageStart, routers: list[Placed]) -> list[Choice]:
-        """Where tokens stay away, a token is gone from the first block on that can spare it."""
+        """If closed tokens leave the sequence (`dropped`), a gate switches all later blocks, too. A token leaves at the
+        first block where the cost of its absence per unit of compute saved is below the price: a block's ratio is
+        therefore the lowest so far, and each router accounts for the blocks up to the next router only."""
         choices, lowest, shortens = [], None, images.student.shortens
         blocks = range(len(images.student.blocks))
         ends = [*(placed.block for placed in routers), len(blocks)][1:]

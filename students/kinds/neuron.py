@@ -1,4 +1,4 @@
-"""Neuron routers: which neurons of a gated MLP a token needs, once their gates are known."""
+"""Neuron routers: they choose neurons of a gated MLP for each token by the activations of the neurons' gates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ MLP = ("mlp_in", "mlp_out")
 
 
 class NeuronKind(Kind):
-    """A limit for the magnitude of each neuron's gate activation, below which its row of `up` and its channel of `down`
-    are not read (CATS, arXiv 2404.08763, with limits from one price for all); executed by execution/neuron.py."""
+    """A limit for the magnitude of each neuron's gate activation; below it, the neuron's row of `up` and channel of
+    `down` are not read (CATS, arXiv 2404.08763, but with limits that follow from one price of compute for all layers).
+    Executed by students/execution/neuron.py."""
 
     name = "neuron"
     fields = ("blocks", "part")
@@ -49,7 +50,7 @@ class NeuronKind(Kind):
         place.narrowed |= {place.record.linears("mlp_in")[1]: "outputs", place.record.linears("mlp_out")[0]: "inputs"}
 
     def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
-        """Half of what reads the MLP's input is the gate, which is always computed."""
+        """Lower the share of weights read; the gate, half of what reads the MLP's input, is always computed."""
         if not cost.shape.opaque.isdisjoint(MLP):
             return
         share = cost.share(spec, "mlp.neuron", missing=0.0)  # no token entered this branch
@@ -62,7 +63,8 @@ class NeuronKind(Kind):
         block.module(self._activation(block.record), outputs=True)
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
-        """A neuron's output is expected to be its activation times the root mean square of `up`."""
+        """Return the start of the limits. The cost of closing a neuron is estimated from its gate's activation and the
+        mean square of its output of `up`, which is not known when the gate decides."""
         if not self.saves(spec, block.phase) or not block.shape.opaque.isdisjoint(MLP):
             return []
         router = block.block.get_submodule(f"{self._activation(block.record)}.routers.neuron")

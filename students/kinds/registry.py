@@ -1,6 +1,7 @@
-"""Kinds of routers, by name: whatever the rest of the project has to ask about one is asked here.
+"""The interface of a kind of router, and all kinds by name. Code that depends on the kind of a router calls it here.
 
-A kind is one file of this folder, which has its name and ends in `KIND = ...`; nothing but `KindName` lists kinds.
+A kind is one file of this folder, which has the kind's name and ends in `KIND = ...`. `KindName` is the only list of
+kinds.
 """
 
 from __future__ import annotations
@@ -17,100 +18,106 @@ if TYPE_CHECKING:
     from students.spec import RouterSpec, StudentSpec
 
 KindName = Literal["token", "head", "expert", "neuron", "channel", "layer", "vocab", "image"]
-"""All kinds, in the order in which they are put into a block, and listed."""
+"""Names of all kinds, in the order in which their routers are attached to a block."""
 GATED = ("granularity", "hidden", "network", "selection", "weight", "blocks", "part")
-"""Fields of RouterSpec that all routers with a score for each token take."""
+"""Fields of RouterSpec that have an effect on all kinds of routers in blocks that compute scores from tokens."""
 
 
 class Kind:
-    """What one kind of router is. A kind overrides what is different from a router inside a block that saves in decode.
+    """One kind of router. The defaults are those of a router in a block that saves compute in decoding only.
 
-    How it executes, as masks and by skipping, is up to the wrappers of students/execution that `attach` puts in place.
+    How routers of a kind execute, in the modes `mask` and `skip`, is decided by the wrappers of students/execution that
+    `attach` puts around modules of the model.
     """
 
     name: ClassVar[str]
+    """The name in `KindName`."""
     fields: ClassVar[tuple[str, ...]]
-    """The fields of RouterSpec that have an effect."""
+    """Names of the fields of RouterSpec that have an effect on this kind."""
     sites: ClassVar[tuple[str, ...]] = ()
-    """Where in a block it may stand; nothing where there is one place only."""
+    """Sites within a block that may have a router of this kind; empty if there is one site only."""
     place: ClassVar[Literal["block", "head", "input"]] = "block"
-    """In the blocks of a model, at the LM head, or where image tokens enter a language model."""
+    """Place in the model: its blocks, the LM head, or the input, where image tokens enter a language model."""
     over_tokens: ClassVar[bool] = False
-    """Whether a gate leaves out a branch or block for one token."""
+    """Whether a gate switches a whole branch or block for one token."""
     over_blocks: ClassVar[bool] = False
-    """Whether one decision, in front of attention, is for the whole block."""
+    """Whether a gate switches the whole block; it is decided in front of attention."""
     over_parts: ClassVar[bool] = False
-    """Whether gates are among the parts of one branch, of which a token may have any number."""
+    """Whether gates switch parts of one branch (heads, groups of neurons), any number of which may be open."""
     over_channels: ClassVar[bool] = False
-    """Whether gates are among the channels that the linear layers of a site read."""
+    """Whether gates switch channels that the linear layers of a site read."""
     may_keep_quota: ClassVar[bool] = False
-    """Whether it decides between tokens, so that every image can keep its best ones."""
+    """Whether `selection: quota` is possible: gates switch tokens, of which each image can keep its best."""
     in_vision_tower: ClassVar[bool] = True
-    """Whether it may stand in the vision tower of a vision-language model."""
+    """Whether the vision tower of a vision-language model may have routers of this kind."""
     limits: ClassVar[tuple[str, ...]] = ("score", "log_gain")
-    """Parameters of the router that learn at `train.limit_lr`: numbers that gates are compared with, not maps."""
+    """Names of the router's parameters that are trained with the learning rate `train.limit_lr`: limits, scores and
+    gains, as opposed to weights of linear maps."""
 
     def key(self, block: int, branch: str) -> str:
-        """Of what it decides in front of a branch of a block."""
+        """Return the key (see Decisions) of what a router in front of a branch of block number `block` decides."""
         return f"{block}.{self.name}" if self.over_blocks else f"{block}.{branch}.{self.name}"
 
     def check(self, spec: RouterSpec) -> None:
-        """ValueError where settings contradict each other."""
+        """Raise ValueError if settings of a router contradict each other."""
 
     def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
-        """ValueError where a router cannot stand in the blocks of such a model, or not beside the student's others."""
+        """Raise ValueError if the model's blocks cannot have such a router, or not beside the student's other
+        routers."""
 
     def takes_multiple(self, spec: RouterSpec) -> bool:
-        """Whether `multiple` has an effect."""
+        """Return whether the field `multiple` has an effect on a router."""
         return spec.selection == "quota"
 
     def touches(self, spec: RouterSpec) -> tuple[str, ...]:
-        """The branches that its closed gates leave out for a token."""
+        """Return the branches that a token skips if a gate of the router is closed."""
         return ()
 
     def concerns(self, spec: RouterSpec, block: int) -> bool:
-        """Whether block number `block` runs differently because of it."""
+        """Return whether the router changes how block number `block` runs."""
         return spec.on(block)
 
     def attach(self, spec: RouterSpec, place: Any) -> None:
-        """Put a router in its place: a students.places.HeadPlace or InputPlace, or, for one branch of a block after the
-        other, a BlockPlace."""
+        """Create a router and attach it to a place of the model (see students/places.py): a HeadPlace, an InputPlace or
+        a BlockPlace, for which this is called once for each branch."""
         raise NotImplementedError
 
     def fixes_shapes(self, spec: RouterSpec) -> bool:
-        """Whether steps of decoding have the same shapes whatever it decides, so that they can be recorded (see
-        students/execution/fixed.py)."""
+        """Return whether tensor shapes in a decode step do not depend on the router's decisions, so that the step can
+        be captured into a CUDA graph (see students/execution/fixed.py)."""
         return False
 
     def saves(self, spec: RouterSpec, phase: Literal["decode", "prefill"]) -> bool:
-        """Whether a closed gate makes this phase cheaper (see students/compute.py)."""
+        """Return whether a closed gate makes this phase cheaper (see students/compute.py)."""
         return phase == "decode" or spec.granularity == "sequence" or spec.network == "static"
 
     def cost(self, spec: RouterSpec, cost: Any) -> None:
-        """Say what is open of a block, for whose multiply-accumulates it counts: a students.compute.BlockCost."""
+        """Lower the open shares of a block, a students.compute.BlockCost, by what the router closes."""
 
     def observe(self, spec: RouterSpec, block: Any) -> None:
-        """Say what its closed-form start in a language model needs: to a block's calibration.observe.BlockObservers."""
+        """Request the activations and gradients that `start` needs, from a calibration.observe.BlockObservers."""
 
     def start(self, spec: RouterSpec, block: Any) -> list[Any]:
-        """Its routers in one block of a language model, before the price is known: of a calibration.observe.BlockStart,
-        a calibration.price.Choice each."""
+        """Return the closed-form start of the routers in one block of a language model, given what was observed (a
+        calibration.observe.BlockStart): a calibration.price.Choice for each router, which is applied once the price of
+        compute is known."""
         return []
 
     def start_images(self, images: Any, routers: list[Any]) -> list[Any]:
-        """Its routers in an image model (students.families.image.Placed) before the price is known, block by block, as
-        in `start`: from gradients of their gates, that a calibration.image.ImageStart has seen."""
+        """Return the closed-form start of routers (students.families.image.Placed, in the order of blocks) in an image
+        model, as `start` does, from the gradients of their gates that a calibration.image.ImageStart holds."""
         return [images.choice(p, images.branch(p.block, p.branch) / p.router.gates) for p in routers]
 
 
 @cache
 def kinds() -> dict[str, Kind]:
-    """All kinds by name, in their order; imported at the first call, since they import whatever they have a say in."""
+    """Return all kinds by name, in the order of `KindName`. Their files are imported at the first call only, because
+    they import calibration, compute and places, which need this module themselves."""
     return {name: import_module(f"students.kinds.{name}").KIND for name in get_args(KindName)}
 
 
 def limit_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model's routers that are limits (see Kind.limits)."""
+    """Return the parameters of a model's routers that `Kind.limits` names."""
     return {
         parameter
         for module in model.modules()

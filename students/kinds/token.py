@@ -1,4 +1,4 @@
-"""Token routers: whether a token goes through attention, or through the MLP."""
+"""Token routers: they decide whether a token goes through attention, or through the MLP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocab routers: which rows of the LM head a token needs."""
+"""Vocab routers: they choose the rows of the LM head that are computed exactly for each token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from students.spec import RouterSpec, StudentSpec
 
 
 class VocabKind(Kind):
-    """A preview of the LM head, executed by students/execution/head.py; calibration/language.py starts it."""
+    """A preview of all logits and a limit above which rows of the LM head are computed; executed by
+    students/execution/head.py, started by calibration/language.py."""
 
     name = "vocab"
     fields = ("rank",)
@@ -24,7 +25,7 @@ class VocabKind(Kind):
             raise ValueError("a vocab router needs a language model's head; image models have none")
 
     def saves(self, spec: RouterSpec, phase: Phase) -> bool:
-        """In prefill all rows are computed, and the preview too, for it says which of them count."""
+        """In prefill all rows are computed exactly, and the preview as well, since it decides which rows are used."""
         return phase == "decode"
 
     def fixes_shapes(self, spec: RouterSpec) -> bool:
