@@ -254,9 +254,11 @@ class BlockCost:
         asked = attn if block.own_q else torch.maximum(torch.as_tensor(self.written), torch.as_tensor(attn))
 
         def corrections(site: str, gates: Tensor | float) -> Tensor | float:
+            """Return the cost of low-rank corrections with these open shares of heads or groups."""
             return lora.get(site, 0) + lora.get(f"{site}_open", 0) * gates * self.left.get(site, 1.0)
 
         def linear(site: str, macs: int, inputs: Tensor | float = 1.0) -> Tensor | float:
+            """Return the cost of linear layers; inputs: share of channels read where no router chooses channels."""
             return macs * self.left.get(site, 1.0) * read.get(site, inputs)
 
         total = asked * (linear("attn_in", block.q) * head + corrections("q", head))

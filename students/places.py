@@ -51,6 +51,7 @@ class InputPlace:
     gains: bool
 
     def add_router(self, router: ImageRouter) -> None:
+        """Put a router into the language model, as the module `door`."""
         self.trunk.door = _like(self.beside, PruningPoint(router))
 
 
@@ -70,6 +71,7 @@ class HeadPlace:
         return head
 
     def replace(self, head: nn.Module) -> None:
+        """Replace the model's LM head by a wrapper around it."""
         self.model.set_output_embeddings(_like(self.head, head))
 
 
@@ -207,6 +209,7 @@ class BlockPlace:
         )
 
     def _elasticize_branch(self) -> None:
+        """Attach the routers of the present branch, and put wrappers in front of it and of its linear layers."""
         branch, record = self.branch, self.record
         path, late = getattr(record, branch), getattr(record, f"{branch}_exit")
         wrapper = self.wrappers[branch] = RoutedBranch(

@@ -114,6 +114,7 @@ class SelfCheck:
 
     @torch.no_grad()
     def _run(self, inputs: Tensor, **kwargs: Any) -> Tensor:
+        """Return the model's first output: logits, or hidden states or features if it has none."""
         if self._language:
             kwargs.setdefault("use_cache", False)
         out = self._call(inputs, **kwargs)
@@ -126,6 +127,8 @@ class SelfCheck:
         return self._run(self._inputs[:, -1:], **with_cache(self._model, {"use_cache": True}, cache_of(before)))
 
     def _compare(self, what: str, out: Tensor, exact: bool = False) -> None:
+        """Raise _Differs if `out` is not the frozen model's output, bit for bit (exact) or within rounding, which is
+        judged by the spread of the output and by how much the frozen model's own cached decoding differs."""
         whole = self._whole[:, -1:] if out.shape[1:2] == (1,) and self._language else self._whole
         if out.shape != whole.shape:
             raise _Differs(f"{what} gives {list(out.shape)} instead of {list(whole.shape)}")
@@ -138,6 +141,7 @@ class SelfCheck:
             raise _Differs(f"{what} differs from the frozen model by {apart:.3g}")
 
     def _failure(self, what: str) -> ValueError:
+        """Return the error that names what differs, the versions of libraries and the broken assumptions."""
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
         outside = untested()
         known = f" (not tested with this {', '.join(outside)})" if outside else ""

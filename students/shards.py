@@ -52,7 +52,7 @@ class Shards:
         Unit(self, modules)
 
     def open(self, unit: Unit) -> None:
-        """Gather the weights of a unit, release those of the open one, and prefetch the unit that usually follows."""
+        """Gather a unit's weights, release those of the open unit, and prefetch the unit that has always followed."""
         if self.now is unit:
             return
         last = self.before, self.now

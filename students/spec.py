@@ -4,6 +4,8 @@ These dataclasses are the section `student` of a configuration (see configs/pres
 *gate* is open where score + offset >= 0; what a closed gate switches is not computed. Channel, neuron and vocab routers
 compare an activation or a preview of a logit with a learned *limit* instead, which falls as the offset rises. The
 *offset* is one number for the whole student, set by the dial: 0 leaves gates as learned, lower values close more.
+
+    StudentSpec(routers=(RouterSpec("channel"), RouterSpec("vocab")))  # the preset `default`, which saves in decoding
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from students.kinds.registry import Kind, KindName, kinds
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """Settings of one kind of router, and the places of the model that get such a router."""
+    """Settings of one kind of router, and the places of the model that get such a router.
+
+    ValueError if a field is set that has no effect on the kind (see Kind.fields), or if settings contradict each other.
+    """
 
     kind: KindName
     """What one gate switches, for one token unless `granularity` says otherwise (see students/kinds):
@@ -53,7 +58,7 @@ class RouterSpec:
       tokens by top-k in training only, since it looks at later tokens, and by threshold afterwards.
     - quota (image routers, and token and layer routers of image models): the k tokens of each image with the highest
       scores, k being the mean number of scores >= 0, in training over the batch, afterwards over training images. Each
-      router so learns the share that it keeps, and shapes are the same for every image.
+      router thereby learns the share that it keeps, and shapes are the same for every image.
     """
     weight: Literal["none", "score"] = "none"
     """Factor of what passes an open gate. none: 1; scores get their gradient by a straight-through estimator. score:
@@ -71,9 +76,9 @@ class RouterSpec:
       for and counts as that many in attention (kernels/merging.py). At most half of the patches merge in one block.
     """
     multiple: int = 1
-    """`selection: quota`, and threshold in layer routers of image models: the number of tokens that an image keeps,
-    class and register tokens included, is rounded to a multiple of this number unless it is smaller. On some CPUs,
-    attention over 37 tokens takes as long as over 50, and over 32 tokens a third of that."""
+    """`selection: quota`, and threshold in layer routers of image models: if an image keeps at least this many tokens,
+    class and register tokens included, their number is rounded to a multiple of `multiple`. On some CPUs, attention
+    over 37 tokens takes as long as over 50, and over 32 tokens a third of that."""
     groups: int = 16
     """expert: number of groups that the neurons of an MLP are split into."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"

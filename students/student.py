@@ -51,6 +51,7 @@ class Student(nn.Module):
         self.runtime = runtime
         self.compute = compute
         self.recompute = False
+        """Whether `checkpoint_blocks` has been called."""
         self.dial: tuple[tuple[float, float], ...] = ()
         """Measured points (compute ratio, offset), ascending, between which `set_compute` interpolates."""
         self.span: tuple[float, float] | None = None
@@ -150,6 +151,7 @@ class Student(nn.Module):
         return pack_linears(self.model)
 
     def _prepare(self) -> None:
+        """Lay out weights, and convert routers and the dial, if stale. ValueError if the weights are sharded."""
         if self._spread:
             raise ValueError("weights that are spread over processes are not laid out for skipping: execute as masks")
         run, written = self.runtime, writes(self._added)
@@ -170,6 +172,7 @@ class Student(nn.Module):
             self._pack()
 
     def _pack(self) -> None:
+        """Pack the weights that the routed model reads, or those of the teacher if routers are bypassed, if stale."""
         bypass = self.runtime.bypass
         if self._packed[bypass].renew([self._frozen], self._layouts):
             with torch.inference_mode(False), torch.no_grad():

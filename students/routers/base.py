@@ -156,6 +156,7 @@ class Router(Added):
 
     @staticmethod
     def _quota_at(offset: float, levels: list[float]) -> float:
+        """Return the share of scores >= -offset, interpolated linearly between the quantiles `levels`."""
         place = bisect.bisect_left(levels, -offset)
         if place == 0 or place == len(levels):
             return 0.0 if place else 1.0
