@@ -1,1 +1,1 @@
-"""What the training loop is made of."""
+"""Parts of the training loop: budgets, dial, schedule, loading, checkpoints, and the cache of teacher outputs."""

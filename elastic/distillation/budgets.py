@@ -1,5 +1,5 @@
-"""What the rows of a batch are trained for: one budget, or all parts of a range, with a few knots between which
-everything is linear."""
+"""Budgets that the rows of a batch are trained for: one target, or a range, represented by a few knots between which
+prices and offsets are interpolated linearly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 from elastic.config import BudgetConfig
 
 KNOTS = 6
-"""Budgets of a range that have a price and an offset of their own."""
+"""Number of budgets of a range that have a price and an offset of their own."""
 TOP = 0.85
-"""No higher budget is trained for, because next to nothing is lost there; the dial reaches it all the same."""
+"""Highest budget of a range that is trained for (or the range's middle, if that is higher). Above it next to no quality
+is lost, and the dial reaches these budgets without training."""
 
 
 def trained(budget: BudgetConfig) -> tuple[float, ...]:
-    """The budgets that have a price: the target, or the knots of a range, ascending."""
+    """Return the budgets that have a price: the target, or the knots of a range, ascending."""
     low, high = budget.span
     if not budget.ranges:
         return (low,)
@@ -24,7 +25,8 @@ def trained(budget: BudgetConfig) -> tuple[float, ...]:
 
 
 def draw(knots: tuple[float, ...], count: int, seed: int) -> Tensor:
-    """Budgets for `count` rows, spread evenly over the range, as parts [count, K] of its knots."""
+    """Return budgets for `count` rows, spread evenly over the range from a random start, as interpolation weights
+    [count, K] of its knots."""
     if len(knots) == 1:
         return torch.ones(count, 1)
     start = torch.rand((), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: routers, moments of the optimizer and the state of the training loop, in one file."""
+"""Checkpoints of a run: routers, the optimizer's moments and the state of the training loop, in one file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class State:
-    """What changes while training, besides parameters; all of it is in a checkpoint."""
+    """The state of the training loop besides parameters and the optimizer's moments; a checkpoint holds all of it.
+
+    K is the number of budgets that are trained for (see elastic/distillation/budgets.py).
+    """
 
     step: int
     multiplier: Tensor
-    """[K], as are the two below: of each of the budgets that are trained for (see elastic/distillation/budgets.py)."""
+    """Lagrange multiplier [K] of each budget."""
     price: Tensor
+    """Price of compute [K] at each budget."""
     offsets: Tensor
-    """Where the dial is for them; on the host."""
+    """Offset of the dial [K] for each budget; on the host."""
 
 
 def save(run: Run, student: Student, optimizer: Any, state: State) -> None:
-    """Write a checkpoint; ValueError, and the old one stays, where a parameter is NaN or infinite."""
+    """Write a checkpoint; ValueError if a parameter is NaN or infinite, in which case the previous checkpoint stays."""
     if not all(parameter.isfinite().all() for parameter in student.added_parameters().values()):
         raise diverged(run, state, "parameters are no finite numbers")
     names = {parameter: name for name, parameter in student.added_parameters().items()}
@@ -44,7 +48,7 @@ def save(run: Run, student: Student, optimizer: Any, state: State) -> None:
 
 
 def restore(run: Run, student: Student, device: torch.device) -> State | None:
-    """Put the routers of the newest checkpoint into the student and return the state; None where there is none yet."""
+    """Load the newest checkpoint's routers into the student and return its state; None if there is no checkpoint."""
     if not launch.on_main((run.folder / FILE).exists):
         return None
     tensors, about = _read(run)
@@ -54,7 +58,7 @@ def restore(run: Run, student: Student, device: torch.device) -> State | None:
 
 
 def restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the moments of the newest checkpoint."""
+    """Load the newest checkpoint's moments into the optimizer."""
     tensors, about = _read(run)
     for name, parameter in student.added_parameters().items():
         if f"exp_avg.{name}" in tensors:
@@ -67,7 +71,7 @@ def _read(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def cut_metrics(run: Run, step: int) -> None:
-    """Drop lines of metrics.jsonl after this step, which a resumed run will write again."""
+    """Remove the lines of metrics.jsonl after this step, which a resumed run writes again."""
     path = run.folder / "metrics.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -76,7 +80,7 @@ def cut_metrics(run: Run, step: int) -> None:
 
 
 def diverged(run: Run, state: State, what: str) -> ValueError:
-    """The error of a run that cannot go on, in all processes."""
+    """Return the error, marked as raised in all processes, of a run that cannot continue; what: the reason."""
     kept = (run.folder / FILE).exists()
     return launch.everyones(
         ValueError(

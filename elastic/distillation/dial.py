@@ -1,4 +1,4 @@
-"""One dial for compute: how far all gates open, and what that costs."""
+"""Setting the dial: measure compute at several offsets of all gates, and find the offset of a budget."""
 
 from __future__ import annotations
 
@@ -19,46 +19,50 @@ from students.compute import Phase
 from students.routers import Router
 
 Meter = Callable[[float], float]
-"""Measures the compute ratio where the dial is, on this share of what it is set on (0.125: an eighth)."""
+"""Measures the compute ratio at the current position of the dial, on this share of the samples on which the dial is set
+(0.125: an eighth)."""
 
 TOLERANCE = 0.001
-"""How near to the target measured compute has to come before the search ends."""
+"""Largest distance between measured compute and the target at which a search ends."""
 AROUND = (-0.5, -0.25, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Offsets around the target's at which compute is measured too, for `Student.set_compute` to interpolate: upwards until
-nearly all gates are open."""
+"""Offsets relative to the target's at which compute is measured as well, for `Student.set_compute` to interpolate;
+upwards until nearly all gates are open."""
 ROUGH = 0.125
-"""The share of what the dial is set on that is enough to see how compute grows as it turns."""
+"""Share of the samples that suffices to measure how compute grows with the offset."""
 EXACT = 5
-"""How many points near the target are measured on all of it, at most."""
+"""Maximum number of offsets near the target that are measured on all samples."""
 COARSE = 0.01
-"""Where whole multiples of patches come no nearer to a budget, any number of them is kept."""
+"""Largest distance between a budget and the nearest compute reached with whole multiples of patches; if the distance is
+larger, any number of patches may be kept."""
 REACH = 12
-"""How many steps the ends of a range are looked for."""
+"""Maximum number of steps, per pass, in the search for the ends of a range."""
 BETWEEN = 24
-"""How many points are measured between others, at most."""
+"""Maximum number of offsets that are measured between others to fill gaps in a range."""
 STEPS = 256
-"""At how many offsets compute is measured where it goes in steps."""
+"""Approximate number of offsets at which compute is measured if it grows in steps."""
 SPREAD = 32.0
-"""How far the dial is turned in search of an exact start, either way."""
+"""Largest offset, in either direction, in the search for an exact start."""
 APART = 0.06
-"""How far apart in compute the measured points of a range may be."""
+"""Largest gap in compute between neighbouring measured points of a range."""
 PAUSE = 20.0
-"""Seconds between two words about how far a search has come."""
+"""Seconds between two messages about the progress of a search."""
 CLOSED = -1e4
 """An offset at which every gate is closed, whatever its score."""
 
 
 def capacity_for(student: Student, tokens: Any, compute: float, phase: Phase) -> float:
-    """The share of open gates, the same for every router, at which the model spends this share of the teacher's compute
-    on inputs of `tokens` tokens (see `tokens` of the family); by bisection."""
+    """Return the share of open gates, the same for every router, at which the model spends this share of the teacher's
+    compute on inputs of `tokens` tokens (see `Family.tokens`), by bisection."""
     return largest(0.0, 1.0, lambda share: student.uniform(share, tokens, phase) <= compute)
 
 
 def lowest(student: Student, meter: Meter, *, trained: bool = True) -> float:
-    """The least compute that the dial reaches, as it is measured: that of closed gates, of which some kinds cannot all
-    close (of an image one patch stays, or half of those that merge).
+    """Return the lowest compute that the dial reaches, measured with every gate closed that can close (of an image at
+    least one patch stays, or half of the patches where patches merge).
 
-    trained: whether quotas are to stay as they are; if not, they are forgotten, as training will set them anew."""
+    trained: whether to keep the quotas; if False, they are set to those of scores that are all zero, because they are
+    set again after training.
+    """
     run = student.runtime
     before = run.offset, run.capacity
     for module in () if trained else student.modules():
@@ -74,8 +78,11 @@ def lowest(student: Student, meter: Meter, *, trained: bool = True) -> float:
 def exact_start(
     start: Start, student: Student, routers: Sequence[Router], targets: Sequence[float], meter: Meter
 ) -> Start:
-    """A calibrated start whose compute meets its targets as it is measured, where its own estimate is not good enough:
-    these routers open so far that the middle of the targets is at offset 0."""
+    """Return a calibrated start corrected by measured compute, for routers whose estimated compute is too inaccurate.
+
+    Opens or closes the routers such that measured compute is the middle of the targets at offset 0, and replaces the
+    start's compute and prices accordingly.
+    """
 
     def compute_at(offset: float) -> float:
         student.runtime.offset = offset
@@ -93,7 +100,8 @@ def exact_start(
 
 
 def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
-    """The largest number between low and high that fits, where all below one that fits do too; by bisection."""
+    """Return the largest number between low and high for which `fits` is True, by bisection; `fits` has to be True for
+    all numbers below one for which it is True."""
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -102,7 +110,7 @@ def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
 
 @dataclass
 class _Curve:
-    """Compute by offset, each measured once: roughly, on a part of what the dial is set on, and exactly, on all."""
+    """Compute by offset, each measured once: roughly, on the share ROUGH of the samples, or exactly, on all samples."""
 
     student: Student
     meter: Meter
@@ -112,11 +120,11 @@ class _Curve:
     last_said: float = field(default_factory=time.monotonic)
 
     def roughly(self, offset: float) -> float:
-        """Compute at an offset, on a part."""
+        """Return compute at an offset, measured on the share ROUGH of the samples."""
         return self._measured(self.rough, offset, ROUGH)
 
     def exactly(self, offset: float) -> float:
-        """Compute at an offset, on all."""
+        """Return compute at an offset, measured on all samples."""
         return self._measured(self.exact, offset, 1.0)
 
     def _measured(self, points: dict[float, float], offset: float, share: float) -> float:
@@ -132,7 +140,7 @@ class _Curve:
         return points[offset]
 
     def offset_of(self, compute: float) -> float:
-        """The offset at which about so much is spent, going by the rough points, to which it adds some."""
+        """Return the offset at which compute is about this, by rough measurements; makes further ones as necessary."""
         points, step = self.rough, 0.5
         self.roughly(0.0)
         for _ in range(6):
@@ -156,8 +164,8 @@ class _Curve:
         return nearest
 
     def dial(self) -> tuple[tuple[float, float], ...]:
-        """(compute, offset), ascending: what was measured exactly, and what was measured roughly, put right by how far
-        off the latter is where both are known."""
+        """Return all points (compute, offset), ascending; rough measurements are corrected by the difference between
+        exact and rough compute at offsets where both are known (see `_off_by`)."""
         known = sorted(offset for offset in self.exact if offset in self.rough)
         points = dict(self.exact)
         for offset, compute in self.rough.items():
@@ -165,7 +173,8 @@ class _Curve:
         return tuple(sorted((compute, offset) for offset, compute in points.items()))
 
     def _off_by(self, known: Sequence[float], offset: float) -> float:
-        """By how much less the rough measure finds at an offset, in a line between those at which it is known."""
+        """Return exact minus rough compute at an offset, interpolated linearly between the `known` offsets, at which
+        both were measured."""
         apart = [self.exact[place] - self.rough[place] for place in known]
         if not known:
             return 0.0
@@ -177,12 +186,13 @@ class _Curve:
 
 
 def _nearest(points: dict[float, float], target: float) -> float:
-    """The offset at which compute is nearest to the target."""
+    """Return the offset of `points` (compute by offset) whose compute is nearest to the target."""
     return min(points, key=lambda offset: abs(points[offset] - target))
 
 
 def set_dial(student: Student, target: float, meter: Meter, say: Say) -> None:
-    """Measure compute at several offsets of all gates, and leave the student where it is the target."""
+    """Measure compute at several offsets of all gates, and leave the dial at the offset whose compute is nearest to the
+    target."""
     curve = _Curve(student, meter, say)
     aim, offset = target, curve.offset_of(target)
     for _ in range(EXACT):
@@ -204,8 +214,8 @@ def set_dial(student: Student, target: float, meter: Meter, say: Say) -> None:
 
 
 def _measure_steps(curve: _Curve) -> None:
-    """Measure exactly at many offsets between those known: counts of patches are whole numbers, in multiples, so that
-    compute goes in steps, and not always upwards."""
+    """Measure exactly at many offsets between the known ones: counts of patches are whole multiples, so that compute
+    changes in steps, and does not always grow with the offset."""
     places = sorted(curve.rough)
     each = -(-STEPS // (len(places) - 1))
     for low, high in pairwise(places):
@@ -214,7 +224,8 @@ def _measure_steps(curve: _Curve) -> None:
 
 
 def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: Say) -> bool:
-    """Whether a budget lies too far between the steps; from then on the student keeps any number of patches."""
+    """Whether a budget is more than COARSE away from the nearest step; if so, let the student keep any number of
+    patches from now on."""
     run = student.runtime
     away = max(abs(curve.exact[_nearest(curve.exact, target)] - target) for target in targets)
     if away <= COARSE or not run.multiples or all(router.multiple == 1 for router in student.spec.routers):
@@ -225,14 +236,15 @@ def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: 
 
 
 def set_range(student: Student, span: tuple[float, float], offsets: Sequence[float], meter: Meter, say: Say) -> None:
-    """Measure compute over a range of budgets, and leave the student at the lowest. offsets: where to look first."""
+    """Measure compute over a range of budgets, and leave the dial at the lowest budget; offsets: the first offsets to
+    measure."""
     curve = _Curve(student, meter, say)
     low, high = span
     points = curve.rough
     for offset in offsets:
         curve.roughly(offset)
     step = (max(offsets) - min(offsets)) / len(offsets) or 0.25
-    for measure in (curve.roughly, curve.exactly):  # the ends have to be there on all of it, too
+    for measure in (curve.roughly, curve.exactly):  # the ends have to be reached on all samples, too
         for _ in range(REACH):
             ends = min(points), max(points)
             if measure(ends[0]) > low:

@@ -1,4 +1,4 @@
-"""Ctrl-C, and what launchers send where another process has ended."""
+"""Deferred handling of Ctrl-C (SIGINT) and of SIGTERM, which launchers send when another process has ended."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within this context the first Ctrl-C is remembered instead of raised, so that a step is never cut in two; so is
-    a request to end, as launchers send it where another process has ended."""
+    """Within this context the first SIGINT and the first SIGTERM are recorded instead of handled, so that no training
+    step is interrupted. Yields a function that returns whether a signal was recorded; a second signal of the same kind
+    has its usual effect."""
     seen = []
 
     def remember(number: int, _: Any) -> None:
         seen.append(1)
         signal.signal(number, before[number])
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

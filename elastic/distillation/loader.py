@@ -1,4 +1,5 @@
-"""Training samples with what the teacher makes of them, read while the batch before them is worked on."""
+"""Loading of training batches, with cached outputs of the teacher, in a thread while the previous batch is trained
+on."""
 
 from __future__ import annotations
 
@@ -22,24 +23,25 @@ from elastic.run import Run
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch, and the teacher's outputs for it that the cache has."""
+    """A batch with those of the teacher's outputs that the cache holds; without a cache only `batch` is set."""
 
     batch: Any
-    """What the objective reads, on the device."""
+    """The objective's input, on the device."""
     keys: Sequence[bytes] = ()
-    """Digests of its samples; this and all below are empty where there is no cache."""
+    """Digest of each sample."""
     lengths: Sequence[int] = ()
-    """How many rows of teacher's outputs each sample has."""
+    """Number of rows of each sample in the teacher's outputs."""
     found: Sequence[TeacherSignals | None] = ()
-    """The cached outputs of each sample, or None."""
+    """Cached outputs of each sample, on the host; None for a sample that is not in the cache."""
     whole: TeacherSignals | None = None
-    """`found`, concatenated, where no sample is missing."""
+    """Cached outputs of all samples, concatenated, on the device; None if any sample is missing."""
 
 
 class DistillationLoader:
-    """Batches of training samples by number, on a device.
+    """Loads batches of training samples by number onto a device.
 
-    A thread reads the next ones into memory that a GPU copies from while it works. samples: see `Family.Batches`.
+    A thread reads the next batch ahead, for GPUs into pinned memory, from which it is copied while the GPU computes.
+    samples: see `Family.Batches`; objective: computes the teacher's outputs of samples that the cache lacks.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class DistillationLoader:
     ) -> None:
         self.samples, self.objective, self.device, self.cache = samples, objective, device, cache
         self.counts = [0, 0]
-        """Samples that were in the cache, and samples that the teacher was run on."""
+        """Numbers of samples [found in the cache, computed by the teacher]."""
         self._say, self._keeps = say, True
         self._pool = ThreadPoolExecutor(1)
         self._next: tuple[Sequence[int], Future[LoadedBatch]] | None = None
@@ -56,7 +58,7 @@ class DistillationLoader:
         return len(self.samples)
 
     def load(self, chosen: Sequence[int], following: Sequence[int]) -> LoadedBatch:
-        """The samples with these numbers; following: those that come next."""
+        """Return the batch of samples with these numbers, and start to read the next batch, of samples `following`."""
         numbers, ready = self._next or (None, None)
         loaded = ready.result() if ready is not None and numbers == chosen else self._read(chosen)
         self._next = following, self._pool.submit(self._read, following)
@@ -82,8 +84,11 @@ class DistillationLoader:
         return batch.to(self.device, non_blocking=True)
 
     def signals(self, loaded: LoadedBatch) -> TeacherSignals | None:
-        """The teacher's outputs for a batch, from the cache or else from the teacher; None where there is no cache, and
-        the objective runs the teacher. Where one process runs it all do, as its weights may be spread over them."""
+        """Return the teacher's outputs for a batch, read from the cache or computed and added to it; None without a
+        cache, in which case the objective runs the teacher.
+
+        If one process has to run the teacher, all do, because its weights may be spread over the processes.
+        """
         if self.cache is None:
             return None
         missing = [number for number, one in enumerate(loaded.found) if one is None]
@@ -107,7 +112,7 @@ class DistillationLoader:
         return _joined(of_all)
 
     def flush(self) -> None:
-        """Write new outputs of the teacher to the disk."""
+        """Write new outputs of the teacher to disk; after an error of the disk nothing more is kept in the cache."""
         if self.cache is not None:
             self._keep(self.cache.flush)
 
@@ -120,7 +125,7 @@ class DistillationLoader:
                 self._say(f"teacher cache: {error}; what comes from here on is not kept")
 
     def record(self, run: Run) -> None:
-        """Let elastic.json say how much of the data was in the cache, in all processes."""
+        """Record in elastic.json, and print, how many samples were found in the cache, summed over all processes."""
         if self.cache is not None:
             found, asked = map(sum, zip(*launch.gather(self.counts), strict=True))
             about = {"folder": str(self.cache.folder.parent), "found": found, "asked": asked}
@@ -130,10 +135,10 @@ class DistillationLoader:
             )
 
     def announce(self, chosen: Sequence[int], visits: int | None) -> None:
-        """Say what the cache has and how much may come; ValueError where the disk has no room for it.
+        """Print the size of the cache and how much this run may add; ValueError if the disk has no room for that.
 
-        chosen: the samples that training begins with, to learn the size from; visits: samples that will be looked at,
-        None where only time will tell.
+        chosen: the first training samples, from whose outputs the size per sample is measured; visits: number of
+        samples that training will read, None if it depends on the time that steps take.
         """
         if self.cache is None:
             return
@@ -143,7 +148,7 @@ class DistillationLoader:
         sample = self.signals(loaded) or {}
         self.objective.eval()
         self.flush()
-        self.counts = [-self.counts[1], self.counts[1]]  # they will be found when training begins with them
+        self.counts = [-self.counts[1], self.counts[1]]  # training will find these samples in the cache again
         each = sum(x.nbytes for x in sample.values()) / max(1, len(loaded.keys))
         most = each * min(len(self), len(self) if visits is None else visits)
         room = self.cache.free
@@ -164,7 +169,7 @@ class DistillationLoader:
 def loader_of(
     run: Run, config: RunConfig, data: Any, objective: Any, device: torch.device, say: Say
 ) -> DistillationLoader:
-    """The run's training samples, with the cache of teachers' outputs that elastic.json names, if it does."""
+    """Return the loader of a run's training samples, with the teacher cache named in elastic.json, if any."""
     samples = families.of(config.family).Batches(data, config)
     about = launch.on_main(lambda: run.about)
     if "teacher_cache" not in about:
@@ -177,9 +182,10 @@ def loader_of(
 
 
 def picked(first: int, count: int, pieces: int, seed: int) -> list[int]:
-    """Which samples the micro-batch that starts at sample `first` consists of: every epoch in an order of its own.
+    """Return the numbers of the samples in the micro-batch at position `first` of the training stream, in which every
+    epoch over `pieces` samples has its own random order.
 
-    A function of the step alone, so that a resumed run sees the same data.
+    Depends on its arguments alone, so that a resumed run sees the same data.
     """
     samples = range(first, first + count)
     orders = {epoch: order(pieces, seed, epoch) for epoch in {s // pieces for s in samples}}

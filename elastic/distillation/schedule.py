@@ -1,4 +1,4 @@
-"""How long a run is, as asked for or as its time allows, and how fast each of its steps learns."""
+"""Schedule of a run: its number of steps, given or derived from its time limit, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -11,35 +11,41 @@ from elastic import launch
 from elastic.config import TrainConfig
 
 TIMED_STEPS = 4
-"""Steps that are timed to turn minutes into a number of steps (after one that is not)."""
+"""Number of steps, after an untimed first step, that are timed to convert minutes into a number of steps."""
 LOOKS = 4
-"""How often that number is made to fit the time that is left: whenever half of it, or of the steps, is gone."""
+"""How often the number of steps is adapted to the remaining time: whenever half of the remaining time or steps have
+passed."""
 
 
 class Schedule:
-    """How many steps there are. What the clock has decided is written into the run, so that a run that is resumed
-    decides the same: `points` are (step, number of steps from there on)."""
+    """The number of steps of a run, and the learning rate of each.
+
+    `points` is a list of (step, total number of steps as decided at that step). Decisions made by the clock are
+    recorded in the run, so that a resumed run follows the same schedule.
+    """
 
     def __init__(self, train: TrainConfig, about: dict[str, Any], step: int) -> None:
-        """about: what the run knows of itself (elastic.json); step: the one that it begins with."""
+        """about: contents of the run's elastic.json; step: the first step of this process."""
         self._steps, self._minutes, self._begun = train.steps, train.minutes, step
         self._warmup, self._start = train.warmup, max(train.warmup, 1 + TIMED_STEPS)
         if train.steps is not None:
             plan = [(0, train.steps)]
-        else:  # runs of earlier versions know one number
+        else:  # runs of earlier versions have one number
             plan = about.get("plan", [(1 + TIMED_STEPS, about["steps"])] if "steps" in about else [])
         self.points: list[tuple[int, int]] = [(place, steps) for place, steps in plan]
         self._before, self._clock = about.get("trained", 0.0), time.monotonic()
         self._timed, self._timer = step, self._clock
 
     def steps(self, step: int) -> int | None:
-        """The number of steps as it is at a step; None where minutes are not turned into one yet."""
+        """Return the run's number of steps as decided at or before this step; None while it is still undecided."""
         return next((steps for place, steps in reversed(self.points) if place <= step), None)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate: linear warm-up, then cosine decay to zero, wherever the end is moved to.
+        """Return the learning rate at a step as a share of its peak: linear warm-up, then cosine decay to zero at the
+        last step.
 
-        The decay waits until minutes have become a number of steps.
+        If the number of steps changes, the decay continues from its current value to the new end. It starts once
+        minutes are converted into a number of steps.
         """
         points = [(place, steps) for place, steps in self.points if place <= step]
         if step < self._start or not points:
@@ -54,19 +60,22 @@ class Schedule:
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What the run has to know of a decision."""
+        """Entries for the run's elastic.json after a decision."""
         return {"steps": self.points[-1][1], "plan": self.points}
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained, in all processes that had a part in it: what goes with a checkpoint."""
+        """Seconds that the run has trained, including before it was resumed; recorded with each checkpoint."""
         return self._before + time.monotonic() - self._clock
 
     def look(self, step: int, wait: Callable[[], object]) -> bool:
-        """After a step: whether the number of steps is decided upon anew; wait: until the device has done it."""
+        """Decide on the number of steps anew if it is time to do so after this step, and return whether it was.
+
+        wait: blocks until the device has finished the step, so that time is measured correctly.
+        """
         if self._minutes is None or self._steps is not None:
             return False
-        if step == self._begun + 1:  # a process's first step is slower than the others
+        if step == self._begun + 1:  # a process's first step is slower than later ones
             wait()
             self._timed, self._timer = step, time.monotonic()
             return False

@@ -1,4 +1,4 @@
-"""Before and after training: a student, its closed-form start, and its dial."""
+"""Steps before and after training: making a student, its closed-form calibration, and setting its dial."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from teachers import Teacher
 T = TypeVar("T")
 
 LOOKED_AT = 4
-"""Windows, images or questions that the lowest compute is measured on: with all gates closed it is always the same."""
+"""Number of windows, images or questions on which the lowest compute is measured; few suffice, because with all gates
+closed compute does not depend on the sample."""
 
 
 @functools.lru_cache(maxsize=4)
 def order(count: int, seed: int, epoch: int) -> Tensor:
-    """The numbers 0 ... count - 1, shuffled, in an order of each epoch's own."""
+    """Return the numbers 0 ... count - 1 in a random order that depends on the seed and the epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
-    """Elasticize the teacher. ValueError where the budget cannot be met."""
+    """Return an untrained student of the teacher; ValueError if its routers cannot reach the budget."""
     torch.manual_seed(config.train.seed)
     student = make_student(teacher, config)
     shuffled = order(len(data.train), config.train.seed, 1)
@@ -52,7 +53,7 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
 
 
 def set_capacity(student: Student, data: Any, config: RunConfig) -> None:
-    """Where the configuration fixes the share of open gates, let it be the one that meets the budget."""
+    """If the configuration fixes the share of open gates, set it to the share that meets the budget."""
     budget = config.budget
     if budget.control == "capacity":
         tokens = families.of(config.family).tokens(student, data, config)
@@ -60,7 +61,8 @@ def set_capacity(student: Student, data: Any, config: RunConfig) -> None:
 
 
 def calibrate(student: Student, data: Any, config: RunConfig, say: Say, session: Session) -> Start:
-    """Start all routers where one look at the data says, and say so; session: with what others saw in it."""
+    """Calibrate all routers in closed form, without training, and report the result to the user; session: holds
+    calibration statistics for reuse between runs."""
     say("calibrating: what would closing each gate cost ...")
     shuffled = order(len(data.train), config.train.seed, 0)
     start = families.of(config.family).start(student, data, shuffled, config, session)
@@ -69,7 +71,8 @@ def calibrate(student: Student, data: Any, config: RunConfig, say: Say, session:
 
 
 def adopted(student: Student, work: Callable[[], T]) -> T:
-    """What `work`, which all processes do together, makes of a student; all take it from the first, to the last bit."""
+    """Run `work`, which changes a student, in all processes together, and copy the first process's result and student
+    state to the others, so that all are equal bit for bit."""
     made = launch.in_step(work)
     if launch.size() == 1:
         return made
@@ -83,7 +86,7 @@ def adopted(student: Student, work: Callable[[], T]) -> T:
 
 
 def set_budget(student: Student, data: Any, config: RunConfig, offsets: Sequence[float], say: Say) -> None:
-    """Leave the dial where the budget is, or the lowest of a range; offsets: where to look first for those of one."""
+    """Set the dial to the budget, or to the lowest budget of a range; offsets: first offsets to measure for a range."""
     say("setting the dial ...")
     shuffled = order(len(data.train), config.train.seed, 1)
     student.runtime.offset = 0.0

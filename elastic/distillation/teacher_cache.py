@@ -1,9 +1,9 @@
-"""Outputs of the teacher for training samples, on disk for later runs.
+"""On-disk cache of the teacher's outputs for training samples, shared by runs.
 
-A cache is a folder with one folder in it for each teacher and each kind of output that losses need. Samples are keyed
-by a digest of what the model reads, so that a run finds what it shares with earlier ones, whatever their data, windows,
-order, seed or number of processes. Files are safetensors, each written under a temporary name and then renamed: a kill
-leaves whole files, and several processes and runs may fill one cache at the same time.
+A cache is a folder with a subfolder for each teacher and each kind of output that losses need. Samples are keyed by a
+digest of the model's input, so that a run finds the samples it has in common with earlier runs, whatever their data,
+windows, order, seed or number of processes. Files are safetensors, each written under a temporary name and then
+renamed: a killed process leaves no incomplete files, and several processes and runs may fill a cache at the same time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from students.checkpoint import write_tensors
 from teachers.snapshot import listed
 
 MARK = "teacher-cache.json"
-"""The file that tells a cache from other folders."""
+"""Name of the file that marks a folder as a cache."""
 SHARD = 128 * 2**20
-"""Bytes that wait in memory to be written to one file, at most."""
+"""Bytes of new outputs in memory at which they are written to a file."""
 RESERVE = 2**30
-"""Bytes of the disk that are left to others."""
+"""Bytes of disk space that the cache leaves free."""
 ABANDONED = 3600
-"""Seconds after which nobody is writing a file any more."""
+"""Age in seconds at which a temporary file is considered abandoned and deleted."""
 
 
 def digest(*parts: Any) -> bytes:
-    """A name of 16 bytes for tensors on the host, bytes and texts."""
+    """Return a 16-byte BLAKE2 digest of tensors on the host, bytes and texts."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Tensor):
@@ -52,7 +52,7 @@ def digest(*parts: Any) -> bytes:
 
 
 def require_cache(folder: str | Path) -> Path:
-    """The folder, made if it is not there; ValueError where it is something else."""
+    """Return the absolute path of a cache folder, created if missing; ValueError if it is a file or another folder."""
     path = Path(folder).expanduser().absolute()
     if path.is_file():
         raise ValueError(f"{folder} is a file: name a folder with --teacher-cache")
@@ -65,34 +65,35 @@ def require_cache(folder: str | Path) -> Path:
 
 
 class TeacherCache:
-    """Outputs of one teacher by sample. `find` may run in another thread than the rest."""
+    """Outputs of one teacher by the digest of a sample. `find` may be called from another thread than the rest."""
 
     def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
-        """about: which teacher, and which outputs. ValueError where a file is damaged, or of another cache."""
+        """about: identifies the teacher and the kind of outputs. ValueError if a file is damaged or of another
+        cache."""
         self.about = about
         self.folder = require_cache(folder) / "-".join(str(value) for value in about.values())
         self.folder.mkdir(exist_ok=True)
         self.size = 0
-        """Bytes on disk."""
+        """Bytes on disk of the files that this object knows."""
         self._shards: list[Any] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
-        """By the digest of a sample: number of its file, first row and the row after the last."""
+        """(number of the file, first row, row after the last) of each sample, by its digest."""
         self._waiting: dict[bytes, TeacherSignals] = {}
         self._bytes = 0
         for part in self.folder.glob(".*.part"):
-            with suppress(OSError):  # another process was quicker
+            with suppress(OSError):  # another process has deleted the file
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
         for file in sorted(self.folder.glob("*.safetensors")):
             self._open(file)
 
     def __len__(self) -> int:
-        """Samples that there are."""
+        """Number of samples on disk."""
         return len(self._places)
 
     @property
     def free(self) -> int:
-        """Bytes that the disk has room for."""
+        """Bytes of disk space that the cache may still use."""
         return max(0, shutil.disk_usage(self.folder).free - RESERVE)
 
     def _open(self, file: Path) -> None:
@@ -111,7 +112,7 @@ class TeacherCache:
         self.size += file.stat().st_size
 
     def find(self, key: bytes) -> TeacherSignals | None:
-        """The outputs for a sample, on the host; None where the cache has none."""
+        """Return the outputs for a sample, on the host; None if they are not in the cache."""
         if key not in self._places:
             return None
         number, start, end = self._places[key]
@@ -120,7 +121,8 @@ class TeacherCache:
         return {name: shard.get_slice(name)[start:end] for name in names}
 
     def add(self, keys: Sequence[bytes], signals: TeacherSignals, lengths: Sequence[int]) -> None:
-        """Take in the outputs for these samples; `flush` writes them, and only that waits for a GPU."""
+        """Add the outputs for these samples to those in memory; `flush`, called once these reach SHARD bytes, waits for
+        the copies from a GPU and writes them. lengths: number of rows of each sample."""
         host = {name: x.detach().to("cpu", non_blocking=True) for name, x in signals.items()}
         parts = {name: x.split(list(lengths)) for name, x in host.items()}
         for number, key in enumerate(keys):
@@ -131,7 +133,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what `add` took in; OSError where the disk is full, and then it is dropped."""
+        """Write all outputs in memory to a file; OSError if the disk is full, in which case they are dropped."""
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
         if not waiting:
             return
