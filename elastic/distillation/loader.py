@@ -69,6 +69,7 @@ class DistillationLoader:
         return replace(loaded, batch=self._moved(loaded.batch), whole=whole)
 
     def _read(self, chosen: Sequence[int]) -> LoadedBatch:
+        """Return the batch of samples with these numbers, and their cached outputs, on the host."""
         if self.cache is None:
             return LoadedBatch(self._pinned(self.samples.read(chosen)))
         batch, keys = self.samples.keyed(chosen)

@@ -91,6 +91,7 @@ class Schedule:
         return True
 
     def _due(self, step: int) -> bool:
+        """Whether this process would decide on the number of steps anew after this step (see LOOKS)."""
         if step <= TIMED_STEPS or any(place > step for place, _ in self.points):
             return False
         if not self.points:

@@ -212,6 +212,8 @@ def routing(student: ImageStudent, images: ImageSet, teacher: Teacher, config: R
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return (label, function from a row of results to text) for each line of the printed table."""
+
     def accuracy(k: int) -> Callable[[dict[str, Any]], str]:
         def show(row: dict[str, Any]) -> str:
             why = f": {row['unlabelled']}" if "unlabelled" in row else ""

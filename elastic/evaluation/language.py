@@ -97,6 +97,7 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return (label, function from a row of results to text) for each line of the printed table."""
     return [
         ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
         ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),

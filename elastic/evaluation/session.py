@@ -80,13 +80,13 @@ class Session:
         return self.once("teacher", lambda: load_teacher(config))
 
     def data(self, config: RunConfig) -> Any:
-        """The run's data (see `Family.load`)."""
+        """Return the run's training and held-out data, loaded once (see `Family.load`)."""
         teacher = self.loaded(config)
         key = "data", config.data, config.train.seed
         return self.once(key, lambda: families.of(config.family).load(config, teacher))
 
     def all_of(self, source: str, config: RunConfig) -> Any:
-        """Data to measure on (see `Family.load_all`)."""
+        """Return the evaluation data of a source, loaded once (see `Family.load_all`)."""
         teacher = self.loaded(config)
         key = "all", source, config.data.window
         return self.once(key, lambda: families.of(config.family).load_all(source, config, teacher))

@@ -209,6 +209,7 @@ def routing(
 
 
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return (label, function from a row of results to text) for each line of the printed table."""
     return [
         (
             "measured on",

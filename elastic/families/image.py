@@ -69,6 +69,7 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
+    """Load the validation images of a source, or all of its images if it has no parts."""
     return load_all_images(source, teacher.processor, classes_of(teacher.model))
 
 
@@ -97,6 +98,7 @@ class Batches:
         return self.images.load(chosen)[0]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
+        """Like `read`, with a digest of each image's pixels."""
         pixels = self.read(chosen)
         return pixels, [digest(image) for image in pixels]
 

@@ -93,7 +93,7 @@ def tokens(student: LanguageStudent, data: TextData, config: RunConfig) -> int:
 
 
 class Batches:
-    """Training windows [N, T], by number."""
+    """Training windows [N, T] of `train.window` tokens, by number."""
 
     def __init__(self, data: TextData, config: RunConfig) -> None:
         self.pieces = data.train.reshape(-1, config.train.window)
@@ -106,6 +106,7 @@ class Batches:
         return self.pieces[torch.tensor(chosen)]
 
     def keyed(self, chosen: Sequence[int]) -> tuple[Tensor, list[bytes]]:
+        """Like `read`, with a digest of each window's tokens."""
         windows = self.read(chosen)
         return windows, [digest(window) for window in windows]
 

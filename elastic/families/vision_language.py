@@ -83,6 +83,7 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
 
 
 def load_all(source: str, config: RunConfig, teacher: Teacher) -> PromptSet:
+    """Load the validation questions of a source, or all of its questions if it has no parts."""
     return _prompts(teacher, load_all_questions(source))
 
 

@@ -19,7 +19,7 @@ def read_image(model: str, image: str | None) -> Any:
         raise ValueError(f"{model} is asked about an image: add --image FILE")
     try:
         return open_image(image).convert("RGB")
-    except Exception as error:  # image libraries raise whatever they like for a damaged file
+    except Exception as error:  # image libraries raise errors of many classes for damaged files
         raise ValueError(f"--image {image} cannot be read: {reason_of(error)}") from None
 
 

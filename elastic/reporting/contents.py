@@ -81,7 +81,7 @@ class Model:
                 [[(spent(row), row[key]) for row in s.at(b) if key in row] for b in s.budgets] for s in self.series
             ]
             lines = _lines(self.series, pairs)
-            linear = better == "higher"  # these are all shares
+            linear = better == "higher"  # metrics of which higher is better are shares
             panels.append(plots.Panel(label, self.axis, f"{better} is better", lines, level, linear=linear))
         return panels
 
