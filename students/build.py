@@ -30,7 +30,7 @@ from students.families.language import LanguageStudent
 from students.families.vision_language import VisionLanguageStudent
 from students.kernels.norms import fuse_norms, let_round
 from students.places import BlockPlace, HeadPlace, InputPlace
-from students.selfcheck import SelfCheck, must_check, some_tokens
+from students.selfcheck import SelfCheck, remember, some_tokens, unchecked_use
 from students.shards import are_spread
 from students.spec import StudentSpec
 from students.student import Student
@@ -47,12 +47,14 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
     check_place(model)
-    check = _self_check(model) if must_check(model, spec) else None
+    use = unchecked_use(model, spec)
+    check = _self_check(model) if use else None
     student = _elasticize(model, spec).train(False)
     if are_spread(model):
         student.runtime.execution = "mask"
-    if check is not None:
+    if use and check:
         check.compare(student)
+        remember(use)
     return student
 
 

@@ -30,7 +30,7 @@ LIBRARIES = ("torch", "transformers", "timm")
 TOKENS = 6
 """Length of the sequence that the check runs; its last token is also decoded from a cache of the others."""
 
-_seen: set[tuple[Any, ...]] = set()
+_passed: set[tuple[Any, ...]] = set()
 
 
 def untested() -> list[str]:
@@ -46,17 +46,20 @@ def untested() -> list[str]:
     return [name for name in LIBRARIES if not ranges[name].contains(metadata.version(name), prereleases=True)]
 
 
-def must_check(model: nn.Module, spec: StudentSpec) -> bool:
-    """Return whether a new student of this model has to be checked, and remember its architecture as checked."""
+def unchecked_use(model: nn.Module, spec: StudentSpec) -> tuple[Any, ...] | None:
+    """Return what to hand to `remember` when a student of this model has passed; None if it need not be checked."""
     parameter = next(model.parameters())
     if os.environ.get(SWITCH, "").lower() == "off" or parameter.is_meta:
-        return False
+        return None
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     kinds = frozenset((router.kind, router.kv, router.part) for router in spec.routers)
     use = type(model), attention, parameter.dtype, parameter.device.type, kinds
-    new = use not in _seen
-    _seen.add(use)
-    return new or bool(untested())
+    return use if use not in _passed or untested() else None
+
+
+def remember(use: tuple[Any, ...]) -> None:
+    """Let later students of this process that use a model in the same way go unchecked."""
+    _passed.add(use)
 
 
 class SelfCheck:

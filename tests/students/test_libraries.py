@@ -25,7 +25,7 @@ DROPS = StudentSpec((RouterSpec("layer", kv="drop"),))
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test is the first of the process to use an architecture."""
-    monkeypatch.setattr(selfcheck, "_seen", set())
+    monkeypatch.setattr(selfcheck, "_passed", set())
 
 
 @pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda assumption: assumption.holds.__name__.strip("_"))
@@ -57,9 +57,12 @@ def test_a_cache_is_handed_on_under_one_name() -> None:
 def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with transformers 5.24, where a cache under its former name was ignored without an error."""
     monkeypatch.setattr(language, "with_cache", lambda module, kwargs, cache: dict(kwargs))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be routed with torch .*, transformers .*") as error:
-        elasticize(make_tiny("llama"), DROPS)
-    assert "\n" not in str(error.value)
+    for _ in range(2):  # what has failed is checked again
+        with pytest.raises(
+            ValueError, match="LlamaForCausalLM cannot be routed with torch .*, transformers .*"
+        ) as error:
+            elasticize(make_tiny("llama"), DROPS)
+        assert "\n" not in str(error.value)
 
 
 def test_self_check_finds_decoding_without_a_past(monkeypatch: pytest.MonkeyPatch) -> None:
