@@ -1,1 +1,1 @@
-"""The closed-form start of routers."""
+"""The closed-form start of routers: initial parameters from the gradients of the frozen model."""

@@ -1,4 +1,4 @@
-"""A process's shard of calibration data: it runs its own batches and gathers what other processes saw in theirs."""
+"""The shard of calibration data that one process runs, and collectives that merge the results of all processes."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """Which batch this is."""
+    """Facts about one batch."""
 
     index: int
-    """Its place among the batches of all processes, which seeds what is drawn at random for it."""
+    """Index of the batch among the batches of all processes, which seeds its random draws."""
     counts: bool
-    """False for padding: where processes hold parts of one model they run it together, so that a process with fewer
-    batches runs one more, whose results are left out."""
+    """False for a padding batch: processes that hold parts of one model must run it together, so a process with fewer
+    batches runs padding, whose results are left out."""
 
     def counted(self, x: Tensor) -> Tensor:
-        """The rows of x [n, ...] that count: all or none."""
+        """Return all rows of x [n, ...] if this batch counts, else none."""
         return x if self.counts else x[:0]
 
 
 class DataShard:
-    """The shard of a process that is alone: all batches. See elastic/data_parallel.py for that of one of several."""
+    """The shard of a single process: all batches. For that of one of several processes see elastic/data_parallel.py."""
 
     def enumerate(self, batches: Sequence[T]) -> Iterator[tuple[T, BatchInfo]]:
-        """This process's batches, each with its place among those of all."""
+        """Yield this process's batches, each with its place among those of all processes."""
         for index, batch in enumerate(batches):
             yield batch, BatchInfo(index, True)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum of x over all processes."""
         return x
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """The rows [n, ...] that each batch has given, those of all processes in the order of the batches; a batch that
-        does not count gives none."""
+        """Return the rows [n, ...] of the batches of all processes, concatenated in the order of the batches.
+
+        parts: rows of this process's batches, none for a batch that does not count.
+        """
         return torch.cat(list(parts))
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
-    """The source of random numbers for the batch in this place."""
+    """Return the random generator for the batch with this index."""
     return torch.Generator().manual_seed(seed * 1_000_003 + index)

@@ -1,4 +1,4 @@
-"""Least squares: what routers, substitutes and the preview of the LM head start as."""
+"""Least-squares fits that initialise routers, substitutes and the preview of the LM head."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from students.routers import Substitute, VocabRouter
 from students.shards import open_unit
 
 EXTRA = 16
-"""Vectors that the iteration carries along beyond those that are asked for."""
+"""Vectors that the block Krylov iteration in `_leading` carries in addition to those asked for."""
 ROUNDS = 5
-"""Of the iteration."""
+"""Rounds of this iteration."""
 FEW = 8
-"""So many times as many columns are worth iterating for."""
+"""The iteration is used for matrices with more than this many times as many columns as vectors that it carries."""
 
 
 def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
-    """Ridge regression of y [rows, k] on x [rows, D] with an unpenalised bias: [D + 1, k], the bias last.
+    """Return the ridge regression of y [rows, k] on x [rows, D]: weights [D + 1, k], the last row an unpenalised bias.
 
     strength: the penalty, as a share of the inputs' mean variance times the number of rows.
     """
@@ -36,10 +36,11 @@ def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
 
 @torch.no_grad()
 def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
-    """Reduced-rank regression: the rank-r affine map with the least squared error on the calibration tokens.
+    """Set a substitute to the rank-r affine map with the least squared error on the calibration tokens.
 
-    moments: sum of (x, 1)^T (x, 1, y), [D + 1, D + 1 + D_out]. Least squares, then truncation in the metric of the
-    inputs' covariance (not of the weights), which is the optimum under a rank constraint.
+    moments: sum over tokens of (x, 1)^T (x, 1, y), [D + 1, D + 1 + D_out]. This is reduced-rank regression: the
+    least-squares map is truncated in the metric of the inputs' covariance (not of the weights), which is optimal under
+    a rank constraint.
     """
     rank, width = substitute.down.shape
     moments = moments.double()
@@ -51,7 +52,7 @@ def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
     root = _root(cov)
 
     def times(v: Tensor) -> Tensor:
-        """Of the map from whitened inputs to outputs."""
+        """Return M v for the least-squares map M [D, D_out] from whitened inputs to outputs."""
         out: Tensor = torch.linalg.solve_triangular(root, cross @ v, upper=False)
         return out
 
@@ -67,7 +68,7 @@ def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """Lower triangular root of a positive matrix, with as little more on its diagonal as rounding asks for."""
+    """Return the Cholesky factor of a positive matrix, after adding as little to its diagonal as rounding requires."""
     more = 1e-12 * matrix.diagonal().mean()
     root: Tensor
     for _ in range(12):
@@ -79,7 +80,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _unwhitened(root: Tensor, u: Tensor) -> Tensor:
-    """The inverse of the root's transpose, times u."""
+    """Return the inverse of the root's transpose times u."""
     out: Tensor = torch.linalg.solve_triangular(root.T, u, upper=True)
     return out
 
@@ -87,10 +88,10 @@ def _unwhitened(root: Tensor, u: Tensor) -> Tensor:
 def _leading(
     times: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], columns: int, rank: int, device: torch.device
 ) -> Tensor:
-    """The first `rank` right singular vectors [columns, rank] of a matrix of float64, the largest first.
+    """Return the first `rank` right singular vectors [columns, rank] of a float64 matrix A, the largest first.
 
-    times and back: the matrix times some columns, and its transpose. Few are found by block Krylov iteration (arXiv
-    1504.05477), many from the eigenvectors of the matrix's square.
+    times and back: multiply A and its transpose, respectively, by some columns. Few vectors are found by block Krylov
+    iteration (arXiv 1504.05477), many as eigenvectors of A^T A.
     """
     size = rank + EXTRA
     if FEW * size >= columns:
@@ -110,7 +111,7 @@ def _leading(
 
 @dataclass(frozen=True)
 class VocabFit:
-    """What a preview costs at one setting: share of exact rows, KL to the exact head in nats, the limit's spread."""
+    """A preview's quality at one setting: share of exact rows, KL to the exact head in nats, the limit's spread."""
 
     share: float
     kl: float
@@ -119,9 +120,9 @@ class VocabFit:
 
 @torch.no_grad()
 def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 1.0) -> list[VocabFit]:
-    """Fit the preview of the LM head to final hidden states [n, D]; returns how good it is at several shares of rows.
+    """Fit the preview of the LM head to final hidden states [n, D]; return its quality at several shares of exact rows.
 
-    scale: what the model multiplies the head's outputs by to have logits.
+    rows: number of hidden states on which quality is measured. scale: factor from the head's outputs to logits.
 
     The preview is the rank-r map of h with the least squared error of all logits: a truncation in the metric of the
     head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
@@ -144,7 +145,7 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
 
     rank = router.down.shape[0]
     v = _leading(times, back, len(gram), rank, gram.device)
-    size = len(weight) ** 0.5  # so that the mean square of a token's preview is |f|^2
+    size = len(weight) ** 0.5  # scales f such that the mean square of a token's previewed logits is |f|^2
     router.up.copy_(_unwhitened(root, v) * size)
     router.down.copy_((root @ v).T / size)
     preview_weight = router.preview_weight(weight).float()
@@ -174,10 +175,10 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
 
 
 def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor:
-    """Groups of equal size (within one) of neurons that are active together: activations [rows, F] -> group [F].
+    """Return the group [F] of each neuron: neurons that are active together in activations [rows, F] share a group.
 
-    Balanced k-means on the direction of each neuron's |activation| over the rows; in every round neurons choose in
-    the order of how sure they are.
+    Groups are of equal size (within one). Balanced k-means on the direction of each neuron's |activation| over the
+    rows; in every round neurons choose in the order of their margin between the best and the second-best group.
     """
     profiles = F.normalize(activations.abs().T, dim=1)
     neurons = len(profiles)

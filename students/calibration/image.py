@@ -1,10 +1,12 @@
-"""The closed-form start of image models: what closing each gate would cost, from the gradients of the gates.
+"""The closed-form start of image models: the cost of closing each gate, estimated from the gradients of the gates.
 
 As in students/calibration/language.py, a gate is closed where cost < price * saving, the cost being the Fisher estimate
 of the KL divergence, here for the gate itself: E[g^2] / 2, with g the gradient of log p(y) with respect to the gate, y
-drawn from the model. A model without a classifier stands for a Gaussian around its features, of their own length.
+drawn from the model. A model without a classifier is taken to predict a Gaussian around its pooled features, whose
+standard deviation is the features' norm.
 
-Where dropped tokens stay away, the gate of a block is the gate of all later ones, and what it saves is theirs too.
+Where dropped tokens do not return, closing a block's gate skips all later blocks for the token, too, and their cost
+counts as saved.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from students.calibration.price import Choice, Curve, Start, gate_costs, gated_c
 from students.families.image import Features, ImageStudent, Placed
 
 CALIBRATED = 64
-"""Images that are looked at together."""
+"""Images in a calibration batch."""
 DRAWS = 4
-"""Outcomes y that are drawn for each image."""
+"""Outcomes y drawn for each image."""
 ROWS_PER_BATCH = 1024
-"""Tokens of a batch that a router's start is fitted to."""
+"""Tokens sampled from a batch, to which a router's start is fitted."""
 Seen = dict[str, tuple[Tensor, Tensor]]
-"""For each router what it reads [rows, D] and its gates' costs [rows, N]."""
+"""Observations by the router's key: the features that it reads [rows, D] and its gates' costs [rows, N] in nats."""
 
 
 def calibrate_images(
@@ -37,10 +39,11 @@ def calibrate_images(
     shard: DataShard | None = None,
     seen: Seen | None = None,
 ) -> Start:
-    """Start all routers at the price that reaches `target`, or between several.
+    """Initialise all routers at the price that reaches `target`, or at the geometric mean of the first and the last
+    price for several targets.
 
-    batches: pixels [B, C, H, W]; shard: which of the batches of all processes they are (None: all). seen: what
-    `observe_images` saw in them, with the same seed and the same routers.
+    batches: pixels [B, C, H, W]. shard: this process's shard, which the batches are (None: a single process's). seen:
+    the result of `observe_images` for the same batches, seed and routers, if there is one.
     """
     targets = [target] if isinstance(target, float) else target
     seen = observe_images(student, batches, seed, shard or DataShard()) if seen is None else seen
@@ -56,7 +59,7 @@ def calibrate_images(
 
 
 def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, shard: DataShard) -> Seen:
-    """For each router what it reads [rows, D] and its gates' costs [rows, N], of sampled tokens of all processes."""
+    """Return the observations (see Seen) of each router for tokens sampled from the batches of all processes."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     run = student.runtime
     before = run.execution
@@ -90,7 +93,7 @@ def observe_images(student: ImageStudent, batches: Sequence[Tensor], seed: int, 
 
 
 def _log_likelihood(features: Features, generator: torch.Generator) -> Tensor:
-    """Sum over images of log p(y), y drawn from the model's own distribution."""
+    """Return the sum over images of log p(y), with y drawn from the model's own distribution."""
     if features.logits is None:
         pooled = features.pooled.float()
         noise = torch.randn(pooled.shape, generator=generator).to(pooled.device)
@@ -100,7 +103,7 @@ def _log_likelihood(features: Features, generator: torch.Generator) -> Tensor:
 
 
 class ImageStart:
-    """An image model's student whose routers are to be started, and what was seen of their gates."""
+    """An image model's student whose routers are to be initialised, with the observations of their gates."""
 
     def __init__(
         self, student: ImageStudent, seen: dict[str, tuple[Tensor, Tensor]], tokens: int, dense: float
@@ -108,15 +111,15 @@ class ImageStart:
         self.student, self._seen, self._tokens, self._dense = student, seen, tokens, dense
 
     def branch(self, number: int, branch: str) -> float:
-        """Cost of a block's branch for one token, as a share of the model's."""
+        """Return the cost of a block's branch for one token, as a share of the whole model's cost for one token."""
         block = self.student.compute.blocks[number]
         attention = block.q + block.kv + block.o + block.per_key * self._tokens
         return (attention if branch == "attn" else block.mlp_in + block.mlp_out) / self._dense
 
     def block(self, number: int) -> float:
-        """Cost of a block for one token."""
+        """Return the cost of a block for one token, as a share of the whole model's cost for one token."""
         return self.branch(number, "attn") + self.branch(number, "mlp")
 
     def choice(self, placed: Placed, saving: float) -> Choice:
-        """A router that predicts what its gates cost."""
+        """Return the choice of a router that learns to predict its gates' costs; saving: of one gate, as a share."""
         return gated_choice(placed.router, *self._seen[placed.key], saving)

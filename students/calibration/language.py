@@ -1,14 +1,14 @@
-"""The closed-form start: what closing each gate would cost, from one look at calibration text, and one price for all.
+"""The closed-form start: the cost of closing each gate, from one pass over calibration text, and one price for all.
 
-The second-order estimate of what a change d of some activation does to the output distribution is
+The second-order estimate of the effect of a change d of some activation on the output distribution is
 KL = 1/2 sum_i F_i d_i^2 nats, with F_i = E[g_i^2] and g the gradient of -log p(y), y drawn from the model itself (the
 diagonal Fisher information, as in Optimal Brain Damage). So for every gate and token there is an estimated cost of
-closing it, in nats, and a known saving, as a share of the model's compute. A gate is closed where
+closing the gate, in nats, and a known saving, as a share of the model's compute. A gate is closed where
 
     cost < price * saving
 
-and the price is the one at which the whole model reaches the budget. Routers start from there: channel limits solve
-the inequality exactly, the others start from a ridge regression of log(cost) on the input that they read.
+and the price is the one at which the whole model reaches the budget. Routers are initialised accordingly: channel
+limits solve the inequality exactly, all other routers by a ridge regression of log(cost) on the features they read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from students.families.language import LanguageStudent
 from students.routers import VocabRouter
 
 ROWS_PER_BATCH = 256
-"""Tokens of a batch whose activations are kept."""
+"""Tokens sampled from a batch, whose activations are kept."""
 Seen = dict[str, Observed]
-"""What was seen of a model: by number of the block and name of the place, and of the final "hidden" states."""
+"""Observations by place: "N.PLACE" in block N, and "hidden" for the final hidden states."""
 LEAST_GAIN = 0.05
-"""Of the LM head's rows, where one limit seems best for all budgets."""
+"""Lower bound of the vocab router's initial gain, reached if nearly the same limit is best for all budgets."""
 
 
 def calibrate(
@@ -46,12 +46,12 @@ def calibrate(
     seen: Seen | None = None,
     shard: DataShard | None = None,
 ) -> Start:
-    """Fit substitutes and the preview of the LM head, and start all routers at the price that reaches `target`.
+    """Fit substitutes and the preview of the LM head, and initialise all routers at the price that reaches `target`.
 
-    batches: token ids [B, T] without padding. Several targets, ascending: start between the first and the last, each
-    router with the gain at which one dial reaches all of them. seen: what `observe` saw in the same batches, with the
-    same seed and on behalf of the same routers. shard: which of the batches of all processes these are (None: all);
-    each process then makes the same of what all of them saw, of one block after the other.
+    batches: token ids [B, T] without padding. For several targets, ascending, routers start at the geometric mean of
+    the first and the last price, with gains such that one dial reaches all targets. seen: the result of `observe` for
+    the same batches, seed and routers, if there is one. shard: this process's shard, which the batches are (None: a
+    single process's); observations of all processes are merged one block at a time, so all get the same start.
     """
     targets = [target] if isinstance(target, float) else target
     shard = shard or DataShard()
@@ -76,7 +76,7 @@ def calibrate(
     whole = student.compute.head / dense if phase == "decode" else 0.0
 
     def lost(fit: VocabFit, target: float) -> float:
-        """Estimated KL if the head takes this setting and the blocks save the rest."""
+        """Return the estimated KL if the head takes this setting and the blocks save the rest."""
         return fit.kl + curve.lost(curve.price(compute - whole * (1 - fit.share), target))
 
     best = [min(fits, key=lambda fit: lost(fit, target)) for target in targets]
@@ -84,7 +84,7 @@ def calibrate(
     router = head.routers["vocab"]
     assert isinstance(router, VocabRouter)
     spreads, offsets = torch.tensor([fit.spread for fit in best]), torch.tensor(start.offsets)
-    apart = len(set(start.offsets)) > 1  # the same for all where nothing but the head has to save
+    apart = len(set(start.offsets)) > 1  # offsets are all the same if only the head has to save
     slope = float(torch.stack([offsets, spreads]).cov()[0, 1] / offsets.var()) if apart else 0.0
     router.spread.data.fill_(spreads.mean() - slope * offsets.mean())
     if router.log_gain is not None:
@@ -94,8 +94,10 @@ def calibrate(
 
 
 def places(student: LanguageStudent) -> frozenset[tuple[str, str]]:
-    """What `observe` keeps for this student's routers, place by place: a student that needs less, or the same, may
-    start from what was seen for another."""
+    """Return the pairs (place, quantity) that `observe` records for this student's routers.
+
+    A student whose pairs are among those of another student can start from the other's observations.
+    """
     return frozenset(
         (key, what)
         for observers in _observers(student)
@@ -106,7 +108,7 @@ def places(student: LanguageStudent) -> frozenset[tuple[str, str]]:
 
 
 def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
-    """Where to look, block by block."""
+    """Yield the observers of each block, by place."""
     for number in range(len(student.blocks)):
         observers = BlockObservers(student, number)
         for router in student.spec.at("block"):
@@ -116,8 +118,7 @@ def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
 
 
 def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, shard: DataShard | None = None) -> Seen:
-    """Run the frozen model forward and backward over the batches, this process's own, and keep what calibration
-    needs."""
+    """Run the frozen model forward and backward over this process's batches, and return the observations."""
     seen: Seen = {}
     rows = torch.empty(0, dtype=torch.long)
     info = BatchInfo(0, True)
@@ -168,7 +169,8 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
 
 
 def _backward_fisher(student: LanguageStudent, hidden: Tensor, generator: torch.Generator) -> None:
-    """Backward of sum -log p(y) with y drawn from the model, in row chunks so that no large float32 logits exist."""
+    """Run the backward pass of sum -log p(y), y drawn from the model, in chunks of rows so that no large float32 logits
+    exist."""
     grad = torch.empty_like(hidden)
     for chunk, out in zip(hidden.detach().split(32), grad.split(32), strict=True):
         leaf = chunk.requires_grad_()
@@ -180,7 +182,7 @@ def _backward_fisher(student: LanguageStudent, hidden: Tensor, generator: torch.
 
 
 def _add_fisher(place: Observed, grad: Tensor) -> None:
-    """grad [n, D_out]: of so many tokens."""
+    """Add the squared gradients [n, D_out] of n tokens to a place's observations."""
     square = grad.detach().float().square().sum(0)
     place.fisher = square if place.fisher is None else place.fisher + square
     place.tokens += grad.shape[0]

@@ -1,4 +1,4 @@
-"""What a language model's routers start from: activations and gradients of the frozen model, block by block."""
+"""Observations from which a language model's routers are initialised: activations and gradients of each block."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from students.shards import open_unit
 from students.spec import RouterSpec
 
 PRICED_ROWS = 256
-"""Tokens that limits of channels are priced on."""
+"""Tokens on which the limits of channels are priced."""
 
 
 @dataclass
 class Observed:
-    """What was seen at one place: inputs and outputs of sampled tokens, mean squared gradients, second moments."""
+    """Observations at one place: inputs and outputs of sampled tokens, summed squared gradients, second moments."""
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     fisher: Tensor | None = None
+    """Sum [D_out] over `tokens` tokens of the squared gradient of -log p(y) with respect to the outputs."""
     tokens: int = 0
     moments: Tensor | None = None
     """Sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares."""
 
     def of_all(self, shard: DataShard) -> Observed:
-        """The same of what all processes saw, of which this one saw its shard."""
+        """Return the observations of all processes at this place, merged; this process made those of its shard."""
         inputs, outputs = ([shard.all_gather(parts)] if parts else [] for parts in (self.inputs, self.outputs))
         if self.fisher is None:
             return Observed(inputs, outputs)
@@ -46,12 +47,12 @@ class Observed:
 
     @property
     def x(self) -> Tensor:
-        """[rows, D], float32."""
+        """Inputs of the sampled tokens [rows, D], float32."""
         return torch.cat(self.inputs).float()
 
     @property
     def y(self) -> Tensor:
-        """[rows, D_out], float32."""
+        """Outputs of the sampled tokens [rows, D_out], float32."""
         return torch.cat(self.outputs).float()
 
     @property
@@ -63,8 +64,8 @@ class Observed:
 
 @dataclass
 class Observer:
-    """What is kept of a module: gradients of what `end` puts out (`module` itself, or the post-norm behind it), and
-    of some tokens what goes in and comes out."""
+    """What to record of a module: always gradients of the output of `end` (`module` itself or the post-norm behind it);
+    on request inputs of `module` and outputs of `end` for sampled tokens, and second moments of all tokens."""
 
     module: nn.Module
     end: nn.Module
@@ -72,29 +73,29 @@ class Observer:
     outputs: bool = False
     moments: bool = False
     residual: bool = False
-    """Whether the output is what the module adds to its input."""
+    """Whether the recorded output is output minus input: the module's contribution to the residual stream."""
 
 
 class BlockObservers:
-    """What is to be observed in one block."""
+    """The observers of one block, collected from its routers."""
 
     def __init__(self, student: LanguageStudent, number: int) -> None:
         self.record, self.number, self.block = student.record, number, student.blocks[number]
         self.by_name: dict[str, Observer] = {}
 
     def linears(self, site: str, outputs: bool = False) -> None:
-        """The linear layers of a site, and the input that they share."""
+        """Observe the linear layers of a site, and the input that they share."""
         for place, name in enumerate(self.record.linears(site)):
             self.module(name, inputs=place == 0, outputs=outputs)
 
     def module(self, name: str, inputs: bool = False, outputs: bool = False) -> None:
-        """A module of the block, by its path."""
+        """Observe a module of the block, given by its path."""
         module = self.block.get_submodule(name)
         observer = self.by_name.setdefault(f"{self.number}.{name}", Observer(module, module))
         observer.inputs, observer.outputs = observer.inputs or inputs, observer.outputs or outputs
 
     def branch(self, branch: str, moments: bool = False) -> None:
-        """A branch, with its post-norm; moments: also what least squares need, of all tokens."""
+        """Observe a branch with its post-norm; moments: also record second moments of all tokens, for least squares."""
         module, late = self.block.get_submodule(getattr(self.record, branch)), getattr(self.record, f"{branch}_exit")
         observer = self.by_name.setdefault(
             f"{self.number}.{branch}", Observer(module, self.block.get_submodule(late) if late else module, True, True)
@@ -102,12 +103,12 @@ class BlockObservers:
         observer.moments = observer.moments or moments
 
     def whole(self) -> None:
-        """What the block adds to the residual stream."""
+        """Observe what the block adds to the residual stream."""
         self.by_name[f"{self.number}.layer"] = Observer(self.block, self.block, outputs=True, residual=True)
 
 
 class BlockStart:
-    """One block of a student whose routers are to be started, and what was seen of it."""
+    """One block of a student whose routers are to be initialised, with the block's observations."""
 
     def __init__(
         self,
@@ -121,39 +122,39 @@ class BlockStart:
         self.record, self.number, self.block = student.record, number, student.blocks[number]
         self.shape: BlockShape = student.compute.blocks[number]
         self.dense = dense
-        """Cost of the whole model for a token, which savings are shares of."""
+        """Multiply-accumulates of the whole frozen model for one token; savings are shares of this."""
         self.phase = phase
         self.residual_scale = student.residual_scale
         self._seen, self._keys = seen, keys
         self._importance: dict[str, Tensor] = {}
 
     def seen(self, name: str) -> Observed:
-        """What was seen at a branch ("attn"), the block ("layer") or a module of it."""
+        """Return the observations of a branch ("attn"), of the whole block ("layer") or of a module of the block."""
         return self._seen[f"{self.number}.{name}"]
 
     def linears(self, site: str) -> list[nn.Module]:
-        """The linear layers of a site, wrapped or not."""
+        """Return the linear layers of a site, wrapped or not."""
         return [self.block.get_submodule(name) for name in self.record.linears(site)]
 
     def branch(self, branch: str) -> RoutedBranch:
-        """What stands in front of a branch."""
+        """Return the wrapper of a branch."""
         wrapper = self.block.get_submodule(getattr(self.record, branch))
         assert isinstance(wrapper, RoutedBranch)
         return wrapper
 
     def router(self, branch: str, kind: str) -> Router:
-        """A router of a branch."""
+        """Return a branch's router of this kind."""
         router = self.branch(branch).routers[kind]
         assert isinstance(router, Router)
         return router
 
     def gated(self, branch: str) -> float:
-        """What a token that skips a branch saves, its key aside."""
+        """Return the multiply-accumulates saved by a token that skips a branch, not counting its key and value."""
         shape = self.shape
         return shape.q + shape.o + shape.per_key * self._keys if branch == "attn" else shape.mlp_in + shape.mlp_out
 
     def importance(self, site: str) -> Tensor:
-        """Sum [C] over a site's outputs of their sensitivity to a channel's weight, squared."""
+        """Return the importance [C] of a site's input channels: the sum over outputs of sensitivity * weight^2."""
         if site not in self._importance:
             open_unit(self.block)
             weights = [values_of(linear) for linear in self.linears(site)]
@@ -163,18 +164,23 @@ class BlockStart:
         return self._importance[site]
 
     def column_cost(self, site: str, rows: int | None = None) -> Tensor:
-        """What leaving out each channel of a site would cost each of so many tokens, or all, in nats: [rows, C]."""
+        """Return the estimated cost [rows, C] in nats of leaving out each channel of a site, for the first `rows`
+        sampled tokens (None: all)."""
         return self.seen(self.record.linears(site)[0]).x[:rows].pow(2) * self.importance(site) / 2
 
     def outputs(self, site: str) -> int:
-        """What a channel of a site costs: one multiplication for each output."""
+        """Return the multiply-accumulates of one channel of a site: one for each output of its linear layers."""
         return sum(shape_of(linear)[0] for linear in self.linears(site))
 
     def skipping(
         self, spec: RouterSpec, branch: str, read: Observed, skipped: Observed, saved: float, scale: float = 1.0
     ) -> Choice:
-        """A router of the branch that reads one thing and leaves out another, after its substitute is fitted; scale:
-        what is left out, over what the branch hands on."""
+        """Fit the substitute of a branch's token or layer router, if there is one, and return the router's choice.
+
+        read: observations of the router's input. skipped: observations of the output that a closed gate leaves out.
+        saved: multiply-accumulates that a closed gate saves. scale: ratio of that output to the substitute's output
+        (the model's residual scale).
+        """
         x, missing, wrapper = read.x, skipped.y, self.branch(branch)
         if spec.kind in wrapper.substitutes:
             substitute = wrapper.substitutes[spec.kind]
@@ -186,7 +192,7 @@ class BlockStart:
         return gated_choice(self.router(branch, spec.kind), self._features(x), cost, saved / self.dense)
 
     def narrowing(self, spec: RouterSpec, branch: str) -> list[Choice]:
-        """A router of heads or groups, which costs what their channels cost."""
+        """Return the choice of a router of heads or groups: closing one costs the sum over its channels' costs."""
         router, columns = self.router(branch, spec.kind), self.column_cost(f"{branch}_out")
         assert router.members is not None
         cost = torch.zeros(len(columns), router.gates, device=router.members.device)
@@ -195,17 +201,17 @@ class BlockStart:
         return [gated_choice(router, self._features(self.seen(branch).x), cost, saved)]
 
     def regroup(self, branch: str, kind: str) -> None:
-        """Put the channels in front of a branch's last linear layer into groups that are active together."""
+        """Regroup the channels in front of a branch's last linear layer into groups that are active together."""
         router = self.router(branch, kind)
         assert router.members is not None
         router.members.copy_(cluster_neurons(self.seen(self.record.linears(f"{branch}_out")[0]).x, router.gates))
 
     def _features(self, x: Tensor) -> Tensor:
-        """What a branch's routers read of its input."""
+        """Return the features that a branch's routers read: its input x [rows, D], normalised if it has no pre-norm."""
         return x if self.record.prenorm else F.rms_norm(x, x.shape[-1:])
 
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
-    """What least squares need of x [rows, D] and y [rows, D_out]: (x, 1)^T (x, 1, y)."""
+    """Return the second moments for least squares of y [rows, D_out] on x [rows, D]: (x, 1)^T (x, 1, y)."""
     xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
     return xy[:, : x.shape[1] + 1].T @ xy

@@ -1,4 +1,4 @@
-"""One price for all gates: what closing each would cost, what it saves, and where a budget is reached."""
+"""One price for all gates: each gate's cost and saving, and the price at which a budget is reached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from students.calibration.fit import ridge
 from students.routers import Router
 
 LOWEST, HIGHEST, FINENESS = -30.0, 15.0, 0.002
-"""Logarithms of prices that are told apart."""
+"""Range and spacing of the grid of log prices."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,21 @@ class Start:
     price: float
     """Nats per unit of compute at which gates close."""
     compute: float
-    """Predicted compute ratio."""
+    """Predicted compute ratio at this price."""
     prices: tuple[float, ...]
-    """The price of each budget that was asked for."""
+    """The price that reaches each of the requested budgets."""
 
     @property
     def offsets(self) -> tuple[float, ...]:
-        """How far to turn the dial from this start for each of them: a channel's cost is its magnitude squared."""
+        """Offset of the dial that reaches each budget from this start: half the difference of log prices, because the
+        dial shifts logarithms of channels' magnitudes, and a channel's cost is its squared magnitude."""
         return tuple((math.log(self.price) - math.log(price)) / 2 for price in self.prices)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One router before the price is known: cost [rows, gates] in nats, saving of a gate, how to set the start."""
+    """One router before the price is known: cost [rows, gates] in nats, saving of one gate as a share of the model's
+    compute, and a function that initialises the router at a price."""
 
     cost: Tensor
     saving: float
@@ -44,9 +46,10 @@ class Choice:
 
 
 def start_at(choices: list[Choice], curve: Curve, compute: Sequence[float], targets: Sequence[float]) -> Start:
-    """Start all routers at the price that reaches the target, or half-way between those of several.
+    """Initialise all routers at the price that reaches the target, or at the geometric mean of the prices of the first
+    and the last target.
 
-    compute: for each target, what the student would spend if none of these gates closed.
+    compute: for each target, the student's compute ratio if none of these gates closed.
     """
     prices = [curve.price(whole, target) for whole, target in zip(compute, targets, strict=True)]
     price = math.sqrt(prices[0] * prices[-1])
@@ -57,21 +60,21 @@ def start_at(choices: list[Choice], curve: Curve, compute: Sequence[float], targ
 
 
 def log_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over rows of log p(y) for logits [N, V], y drawn from the distribution that they are."""
+    """Return the sum over rows of log p(y) for logits [N, V], with y drawn from the softmax of the logits."""
     logits = logits.float()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
     return -F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 
 def gate_costs(likelihood: Callable[[], Tensor], gates: Sequence[Tensor], draws: int) -> list[Tensor]:
-    """The Fisher estimate of what closing each gate costs in nats, E[g^2] / 2 with g the gradient of log p(y) by the
-    gate; likelihood: log p(y), with y drawn anew at each of so many calls."""
+    """Return the Fisher estimate in nats of the cost of closing each gate: E[g^2] / 2, with g the gradient of log p(y)
+    with respect to the gate; likelihood: returns log p(y) for a newly drawn y, and is called `draws` times."""
     drawn = [torch.autograd.grad(likelihood(), gates, retain_graph=True) for _ in range(draws)]
     return [torch.stack(grads).float().square().mean(0) / 2 for grads in zip(*drawn, strict=True)]
 
 
 class Curve:
-    """What the gates of some choices save, and what is lost with them, as functions of the price they close at."""
+    """Total saving and total loss of the gates of some choices, as functions of the price at which they close."""
 
     @torch.no_grad()
     def __init__(self, choices: list[Choice]) -> None:
@@ -88,23 +91,24 @@ class Curve:
         return min(self.points, max(1, round((math.log(price) - LOWEST) / FINENESS))) - 1
 
     def saved(self, price: float) -> float:
-        """Compute that is saved at this price, as a share of the model's."""
+        """Return the compute saved at this price, as a share of the model's."""
         return float(self._saved[self._place(price)])
 
     def lost(self, price: float) -> float:
-        """Estimated KL of everything that closes at this price, in nats per token."""
+        """Return the estimated KL of all gates that close at this price, in nats per token."""
         return float(self._lost[self._place(price)])
 
     def price(self, compute: float, target: float) -> float:
-        """The lowest price at which `compute` comes down to `target`."""
+        """Return the lowest price at which the saving reduces the ratio `compute` to `target`."""
         place = int(torch.searchsorted(self._saved, compute - target)) + 1
         return math.exp(LOWEST + FINENESS * min(place, self.points))
 
 
 def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choice:
-    """A router that predicts log(cost): by ridge regression, or as the mean where it has no input.
+    """Return the choice of a router that predicts log(cost), by ridge regression on the features x [rows, D], or as the
+    mean cost if the router is static.
 
-    The last column of x is the distance to the token that would take each in, where tokens merge.
+    Where tokens merge, the last column of x is a token's distance to the token that it would merge into.
     """
     logs = cost.clamp(min=1e-12).log()
     static = router.spec.network == "static"
@@ -126,6 +130,6 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
             router.linear.weight.copy_(maps.T)
             router.linear.bias.copy_(weight[-1] - threshold)
         if router.log_gain is not None:
-            router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, limits of their square roots
+            router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, channels' limits of their square roots
 
     return Choice(predicted.exp(), saving, apply)

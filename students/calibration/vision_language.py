@@ -1,7 +1,7 @@
 """The closed-form start of image-token routers, from the gradients of the gates in front of the language model.
 
-As in students/calibration/image.py: the Fisher estimate of what closing a gate costs in nats, here of the answer's
-tokens, is what the router predicts from the token at the pruning point. Routers in the two towers start open.
+As in students/calibration/image.py, the router predicts the Fisher estimate of a gate's cost in nats, here on the
+answer's tokens, from the token at the pruning point. Routers in the vision tower and the language model start open.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from students.calibration.price import Curve, Start, gate_costs, gated_choice, l
 from students.families.vision_language import VisionLanguageStudent
 
 CALIBRATED = 4
-"""Questions that are looked at together."""
+"""Questions in a calibration batch."""
 DRAWS = 2
-"""Answers that are drawn for each prompt."""
+"""Answers drawn for each prompt."""
 
 
 def calibrate_image_router(
@@ -32,11 +32,13 @@ def calibrate_image_router(
     shard: DataShard | None = None,
     seen: tuple[Tensor, Tensor] | None = None,
 ) -> Start:
-    """Start the router of image tokens at the price that reaches the middle of the targets, one or several, ascending.
+    """Initialise the image-token router at the price that reaches the target, or at the geometric mean of the prices of
+    the first and the last of several targets, ascending.
 
-    batches: (what `features` is called with, answers [B, T] bool: tokens after which the answer is said, image [B, T]
-    bool). tokens: (text, image) of a prompt. shard: which of the batches of all processes these are (None: all).
-    seen: what `observe_image_tokens` saw in them, with the same seed.
+    batches: tuples of keyword arguments of `features`, a bool mask [B, T] of the positions that predict the answer, and
+    a bool mask [B, T] of image tokens. tokens: numbers of text and image tokens in a prompt. shard: this process's
+    shard, which the batches are (None: a single process's). seen: the result of `observe_image_tokens` for the same
+    batches and seed, if there is one.
     """
     x, cost = observe_image_tokens(student, batches, seed, shard or DataShard()) if seen is None else seen
     compute = student.uniform(1.0, tokens, "prefill")
@@ -51,8 +53,8 @@ def observe_image_tokens(
     seed: int,
     shard: DataShard,
 ) -> tuple[Tensor, Tensor]:
-    """What the router reads [rows, D], and what closing its gate would cost [rows, 1], of the image tokens of all
-    processes."""
+    """Return the features that the router reads [rows, D] and the costs [rows, 1] in nats of closing its gate, for the
+    image tokens in the batches of all processes."""
     run, seen = student.runtime, []
     try:
         for (inputs, answers, image), info in shard.enumerate(batches):

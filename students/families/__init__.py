@@ -1,1 +1,1 @@
-"""Students by what their model is: language, image, vision-language."""
+"""Students of each family of models: language, image, vision-language."""

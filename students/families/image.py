@@ -1,4 +1,4 @@
-"""Students of image models, whose tokens see each other."""
+"""Students of image models, in which all tokens attend to each other."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from students.spec import RouterSpec
 from students.student import Student
 
 INTERPOLATES_ANYWAY = ("dinov2", "dinov2_with_registers")
-"""Kinds of models whose forward interpolates positions without being asked to."""
+"""Model types whose forward interpolates positions without being asked to."""
 
 
 @dataclass
 class Features:
-    """What an image model made of a batch."""
+    """An image model's outputs for a batch."""
 
     logits: Tensor | None
-    """[B, classes]; None where the model has no classifier."""
+    """Logits [B, classes]; None if the model has no classifier."""
     pooled: Tensor
-    """[B, D]: what the classifier reads, or the model's own summary of the image."""
+    """Pooled features [B, D]: the classifier's input or, without a classifier, the model's own pooled output."""
     layers: list[Tensor]
-    """Tokens [B, T, D] after each block, if they were asked for."""
+    """Tokens [B, T, D] after each block, if requested; else empty."""
 
 
 @dataclass
 class Placed:
-    """A router and where it stands."""
+    """A router and its place in the model."""
 
     router: Router
     block: int
     branch: str
-    """"attn", "mlp", or "" for the whole block's."""
+    """"attn", "mlp", or "" for a router of the whole block."""
 
     @property
     def key(self) -> str:
-        """Of its decisions."""
+        """Key of the router's decisions (see `Decisions`)."""
         return self.router.spec.of_kind.key(self.block, self.branch)
 
 
@@ -65,16 +65,17 @@ class ImageStudent(Student):
         trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
         self._recorded = Forward(partial(call, self.model), self._recorded_for)
         self.tokens, self.compute = self.at(image_shape(self.model)[1:])
-        """Of an image of the size that the model is configured for: how many tokens it has, those of the prefix
-        included, and what they cost. `at` has those of other sizes."""
+        """Number of tokens, prefix included, and compute model of an image of the size that the model is configured
+        for; for other sizes see `at`."""
 
     def predict(self, pixel_values: Tensor) -> Any:
-        """The model's own output, without gradients; on GPUs through recorded passes (execution/capture.py), which the
-        next call overwrites. For many batches of few shapes."""
+        """Return the model's own output, without gradients; on GPUs through recorded passes (execution/capture.py),
+        whose output the next call overwrites. For many batches of few shapes."""
         return self._recorded(pixel_values)
 
     def _recorded_for(self, pixel_values: Tensor) -> Any:
-        """What a recorded pass depends on besides shapes; ValueError where it would depend on the images."""
+        """Return the state that a recorded pass depends on besides shapes. Raises ValueError if the pass cannot be
+        recorded, as when shapes inside depend on the images."""
         run = self.runtime
         if run.bypass:
             return "teacher", self._frozen.data_ptr(), self._layouts
@@ -86,13 +87,13 @@ class ImageStudent(Student):
 
     @property
     def _settled(self) -> bool:
-        """Whether images have no say in how many of their tokens pass, and all have as many."""
+        """Whether the number of tokens that pass is the same for all images, whatever they show."""
         return all(map(has_fixed_shapes, self.spec.routers)) and not isinstance(self.runtime.offset, tuple)
 
     @torch.no_grad()
     def at(self, size: Sequence[int]) -> tuple[int, ComputeModel]:
-        """(tokens, those of the prefix included; what they cost) of images of this height and width, counted when it is
-        first asked for. ValueError where the model cannot take such images."""
+        """Return the number of tokens, prefix included, and the compute model for images of this height and width,
+        counted at the first call. Raises ValueError if the model cannot take such images."""
         height, width = size
         if (height, width) not in self._at:
             parameter = next(self.model.parameters())
@@ -103,7 +104,7 @@ class ImageStudent(Student):
             try:
                 with flop_counter() as flops:
                     call(self.model, pixels)
-            except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # what models refuse a size by
+            except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # how models refuse a size
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise ValueError(
                     f"{type(self.model).__name__} cannot take images of {height} x {width}; it is configured for "
@@ -119,40 +120,42 @@ class ImageStudent(Student):
         return self._at[height, width]
 
     def spent(self, pixels: Tensor, decisions: Decisions) -> tuple[Tensor, Tensor]:
-        """(student's, frozen model's) multiply-accumulates of each of the images [B, C, H, W] that were decided on."""
+        """Return the multiply-accumulates [B] of the student with these decisions, and those of the frozen model [B],
+        for images [B, C, H, W]."""
         tokens, compute = self.at(pixels.shape[-2:])
         valid = torch.ones(len(pixels), tokens, dtype=torch.bool, device=pixels.device)
         return compute.routed_blocks(decisions, valid, "prefill").sum(1), compute.dense(valid, "prefill").sum(1)
 
     def uniform(self, share: float, size: Sequence[int], phase: Phase) -> float:
-        """The compute ratio if every router kept the same share of its gates, for images of this height and width."""
+        """Return the compute ratio for images of this height and width if every router kept this share of its gates."""
         tokens, compute = self.at(size)
         return compute.uniform(share, tokens, phase)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Decisions]:
-        """The model's own output, and what was decided. pixel_values [B, C, H, W], preprocessed."""
+        """Return the model's own output and the routers' decisions. pixel_values: [B, C, H, W], preprocessed."""
         with self._deciding() as decisions:
             return call(self.model, pixel_values, **kwargs), decisions
 
     def features(self, pixel_values: Tensor, layers: bool = False) -> tuple[Features, Decisions]:
-        """Logits and features of images pixel_values [B, C, H, W]; layers: also the tokens after every block."""
+        """Return logits and features of images pixel_values [B, C, H, W], with tokens after every block if `layers`,
+        and the routers' decisions."""
         with self._deciding() as decisions:
             return features_of(self.model, pixel_values, self.blocks if layers else ()), decisions
 
     def checkpoint_blocks(self) -> None:
-        """Compute activations of blocks with layer routers again in backward instead of keeping them."""
+        """Recompute the activations of blocks with layer routers in backward instead of keeping them."""
         if self.spec.over_blocks is None:
             raise ValueError("train.checkpointing: image models recompute blocks with layer routers; there are none")
         self.runtime.recompute = True
 
     @property
     def shortens(self) -> bool:
-        """Whether tokens that a block drops stay away from all later ones."""
+        """Whether tokens that a block drops are missing in all later blocks, too."""
         over_blocks = self.spec.over_blocks
         return over_blocks is not None and over_blocks.dropped != "return"
 
     def routers(self) -> Iterator[Placed]:
-        """Routers that score tokens, heads or groups, block by block."""
+        """Yield the routers that score tokens, heads or groups, block by block."""
         for number, block in enumerate(self.blocks):
             places = [("", block), *((b, block.get_submodule(getattr(self.record, b))) for b in BRANCHES)]
             for branch, module in places:
@@ -162,9 +165,11 @@ class ImageStudent(Student):
 
     @torch.no_grad()
     def set_quotas(self, batches: Sequence[Tensor], offset: float = 0.0, shard: DataShard | None = None) -> None:
-        """Let every router with quota take, from now on, the shares that its threshold keeps of these images; offset:
-        where the dial is when what reaches later blocks is looked at; shard: what other processes have of each batch
-        (None: nothing)."""
+        """Set every router's quota to the shares that its threshold keeps of these images, for any offset.
+
+        offset: the dial's setting for this pass, which determines what reaches later blocks. shard: this process's
+        shard, which the batches are (None: a single process's).
+        """
         seen: dict[str, list[Tensor]] = {}
         run, shard = self.runtime, shard or DataShard()
         before = run.training, run.execution, run.offset, run.pool
@@ -186,7 +191,7 @@ class ImageStudent(Student):
                 placed.router.set_quota(shard.all_gather(seen[placed.key]))
 
     def _before(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """What routers need to know of a forward pass, whoever called the model."""
+        """Start a forward pass (a hook, so that it works whoever calls the model): begin a call of the runtime."""
         pixels = args[0] if args else kwargs["pixel_values"]
         if self.runtime.bypass:
             self._pack_for(len(pixels))
@@ -196,21 +201,24 @@ class ImageStudent(Student):
 
 
 def _pooled(shard: DataShard, info: BatchInfo, x: Tensor) -> Tensor:
-    """What all processes have of something [n] in a batch that they share."""
+    """Return x [n] gathered from all processes that run this batch together, as `Runtime.pool` does."""
     return shard.all_gather([info.counted(x)])
 
 
 def has_fixed_shapes(router: RouterSpec) -> bool:
-    """Whether a router leaves no shape to the images. Tokens: their number is settled, by quota or top-k; heads, groups
-    and channels: it masks, or is the same for all."""
+    """Return whether no shape depends on the images because of this router.
+
+    This holds for routers of tokens whose number is fixed (by quota or top-k), and for routers of heads, groups and
+    channels that are masked (token granularity) or the same for all images (static).
+    """
     if router.of_kind.over_tokens:
         return router.selection != "threshold"
     return router.network == "static" or router.granularity == "token"
 
 
 def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
-    """An image model's forward, its positions interpolated where images have another size than it is configured for.
-    ViT-MAE, which would hide patches at random, sees all of them in their order."""
+    """Run an image model's forward, with positions interpolated if images have another size than it is configured for.
+    ViT-MAE, which shuffles patches at random, gets noise that keeps them in order."""
     if not isinstance(model, PreTrainedModel):
         return model(pixel_values, **kwargs)
     height, width = pixel_values.shape[-2:]
@@ -224,16 +232,16 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a model is configured for."""
+    """Return (channels, height, width) of the images that a model is configured for."""
     if isinstance(model, PreTrainedModel):
         return model.config.num_channels, *_pair(model.config.image_size)
     patches: Any = model.patch_embed
-    first = next(m for m in patches.modules() if isinstance(m, nn.Conv2d))  # a hybrid's is its backbone's
+    first = next(m for m in patches.modules() if isinstance(m, nn.Conv2d))  # in hybrid models, one of the backbone
     return first.in_channels, *patches.img_size
 
 
 def tokens_of(model: nn.Module) -> int:
-    """Tokens, those of the prefix included, of an image of the size that a model is configured for."""
+    """Return the number of tokens, prefix included, of an image of the size that a model is configured for."""
     prefix, patches = architecture_of(model)[0].prefix, getattr(model, "patch_embed", model)
     size: Any = (model.config if isinstance(model, PreTrainedModel) else patches).patch_size
     (_, height, width), (down, across) = image_shape(model), _pair(size)
@@ -246,7 +254,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def features_of(model: nn.Module, pixel_values: Tensor, blocks: Sequence[nn.Module] = ()) -> Features:
-    """Logits and features of images pixel_values [B, C, H, W], and the tokens after these blocks."""
+    """Return logits and features of images pixel_values [B, C, H, W], and the tokens after these blocks."""
     seen: dict[str, Any] = {"layers": []}
     head = classifier_of(model)
     with ExitStack() as hooks:
@@ -264,13 +272,14 @@ def features_of(model: nn.Module, pixel_values: Tensor, blocks: Sequence[nn.Modu
 
 
 def reads_prefix_only(model: nn.Module) -> bool:
-    """Whether nobody sees what a model makes of its patches: it classifies by its class token, and returns no more."""
+    """Return whether a model's output depends on its prefix tokens only: it classifies by the class token and returns
+    nothing else, so the final states of patches are not needed."""
     if isinstance(model, PreTrainedModel):
-        return False  # asked for its hidden states, it returns them
+        return False  # transformers' models return hidden states on request
     return model.global_pool == "token" and bool(model.num_prefix_tokens)
 
 
 def classifier_of(model: nn.Module) -> nn.Module | None:
-    """The module that turns pooled features into logits, or None."""
+    """Return the module that maps pooled features to logits, or None."""
     names = ("classifier", "cls_classifier") if isinstance(model, PreTrainedModel) else ("head",)
     return next((getattr(model, name) for name in names if hasattr(model, name)), None)

@@ -1,4 +1,4 @@
-"""Pruning of image tokens in front of a language model: their router, and what is left of a prompt behind it."""
+"""Pruning of image tokens in front of a language model: the router's module, masks and positions of pruned prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PruningPoint(nn.Module):
-    """Holds the router of image tokens, inside the language model: `door` in the names of its saved parameters."""
+    """Holds the router of image tokens inside the language model, called `door` in the names of saved parameters."""
 
     def __init__(self, router: ImageRouter) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class PruningPoint(nn.Module):
 
 
 class StudentPruning(PromptPruning):
-    """What a student keeps, as far as numbers say."""
+    """How a student prunes image tokens in recorded passes: numbers of tokens determine how many are kept."""
 
     def __init__(self, student: VisionLanguageStudent) -> None:
         super().__init__(student.trunk)
@@ -77,7 +77,7 @@ class StudentPruning(PromptPruning):
 
 
 def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Positions [..., B, T] that the language model would use."""
+    """Return the positions [..., B, T] that the language model would use for embeddings x [B, T, D]."""
     positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
     if positions is None:
         start = 0 if cache is None else cache.get_seq_length()
@@ -86,7 +86,10 @@ def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
 
 
 def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
-    """The model's mask for the tokens at index [B, L], of which here [B, L] are no filling; masks may come by kind."""
+    """Return the model's mask restricted to the tokens at index [B, L]; here [B, L]: False for padding among them.
+
+    Models with several kinds of attention have a dictionary of masks by kind.
+    """
     if isinstance(mask, dict):
         return {kind: shorter_mask(one, index, here) for kind, one in mask.items()}
     if mask is None or mask.ndim == 2:
@@ -99,8 +102,11 @@ def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
 
 
 def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """Masks [B, 1, T, T] under which only kept [B, T] tokens are attended to; bias [B, T]: added to their scores, which
-    then includes what is not kept, unless the model's own mask hides it."""
+    """Return masks [B, 1, T, T] under which only the tokens marked in kept [B, T] are attended to.
+
+    bias [B, T]: added to the attention scores of each key instead; tokens that are not kept are then attended to as
+    well, unless the model's own mask hides them.
+    """
     if isinstance(mask, dict):
         return {kind: hidden_keys(one, kept, bias, dtype) for kind, one in mask.items()}
     own = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None

@@ -24,7 +24,7 @@ from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.student import Student
 
 IN_PARTS = "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"
-"""Arguments of `generate` with which a prompt is read in parts, or along with guesses at what follows."""
+"""Arguments of `generate` with which a prompt is read in parts, or together with guessed continuations."""
 
 
 class LanguageStudent(Student):
@@ -49,16 +49,16 @@ class LanguageStudent(Student):
         self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning())
 
     def _pruning(self) -> PromptPruning | None:
-        """What stands in front of the trunk."""
+        """Return how image tokens are pruned in front of the trunk; None: there are no image tokens."""
         return None
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
-        """The model's own output object, and what was decided.
+        """Return the model's own output object and the routers' decisions.
 
         input_ids [B, T]; attention_mask [B, T], 0 at padding; prompt [B, T] bool, the tokens that sequence-level
-        decisions may look at (default: all that are not padding); kwargs go to the model, use_cache False by default.
+        decisions may read (default: all that are not padding); kwargs go to the model, with use_cache False by default.
         """
         kwargs.setdefault("use_cache", False)
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
@@ -66,10 +66,10 @@ class LanguageStudent(Student):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate` of the routed model, on GPUs through recorded steps (execution/decoding.py).
+        """Run transformers' `generate` on the routed model, on GPUs through recorded steps (execution/decoding.py).
 
-        `student.model` is what a pipeline takes. ValueError where the prompt would not be read at once by routers that
-        decide from it.
+        Pipelines take `student.model`. Raises ValueError if there are routers of sequence granularity and an argument
+        would have the prompt read in parts or with guessed tokens, since these routers decide from the whole prompt.
         """
         parts = [name for name in IN_PARTS if kwargs.get(name) is not None]
         if parts and not self.runtime.bypass and any(router.granularity == "sequence" for router in self.spec.routers):
@@ -80,7 +80,8 @@ class LanguageStudent(Student):
         return self._decoding.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
 
     def _recorded_for(self) -> Any:
-        """What a recorded decoding step depends on besides shapes; ValueError where it would depend on the data."""
+        """Return the state that a recorded decode step depends on besides shapes. Raises ValueError if the step cannot
+        be recorded, as when shapes inside depend on the data."""
         run = self.runtime
         if run.execution != "skip":
             raise ValueError("masks are for reference")
@@ -97,31 +98,34 @@ class LanguageStudent(Student):
         return self._layouts, isinstance(run.offset, tuple), (run.offset, run.capacity) if static else None
 
     def _settle(self, batch: int, device: torch.device) -> None:
-        """Write where the dial is to where recorded steps read it."""
+        """Write the dial's setting to the tensors from which recorded steps read it."""
         if not self.runtime.bypass:
             self._enter(batch, batch, device)
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
-        """As `forward`, up to the LM head: the base model's output, whose last_hidden_state `logits` takes."""
+        """Run `forward` without the LM head: return the base model's output, whose last_hidden_state `logits` takes,
+        and the routers' decisions."""
         alone = attention_mask is None and kwargs.get("position_ids") is None
         with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 
     def head_tensors(self) -> tuple[Tensor, ...]:
-        """What `logits` needs besides the rows, as plain tensors: gradients reach the vocab router through them."""
+        """Return the tensors that `logits` takes besides hidden states, through which gradients reach the vocab router;
+        none if there is no vocab router or routers are bypassed."""
         head = self.model.get_output_embeddings()
         return head.tensors() if isinstance(head, RoutedHead) and not self.runtime.bypass else ()
 
     def logits(
         self, hidden: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of final hidden rows [N, D] -> [N, V], and the share of exact rows [N] (None: no vocab router).
+        """Return logits [N, V] of final hidden states [N, D], and the share [N] of the LM head's rows that were
+        computed exactly (None: no vocab router).
 
-        head_tensors: those of `head_tensors()`; without them the head is the frozen one. owner [N]: the row of the last
-        batch that each belongs to, which is needed where rows have budgets of their own.
+        head_tensors: the result of `head_tensors()`; without them the frozen head is used. owner [N]: the row of the
+        last batch that each hidden state belongs to, needed if rows have budgets of their own.
         """
         head = self.model.get_output_embeddings()
         share = None
@@ -134,8 +138,8 @@ class LanguageStudent(Student):
     def forward_kl(
         self, hidden: Tensor, teacher: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """KL(teacher || student) [N] of what `logits` makes, for the teacher's logits [N, V], and the share; arguments
-        as there. Backward runs once."""
+        """Return KL(teacher || student) [N] of the student's logits, given the teacher's logits [N, V], and the share
+        of exact rows; other arguments as in `logits`. Backward can run only once."""
         head, record = self.model.get_output_embeddings(), self.record
         if head_tensors and not any(map(self._quirk, (record.logit_scale, record.logit_divisor, record.logit_cap))):
             kl: tuple[Tensor, Tensor] = head.routed_kl(hidden, teacher, *head_tensors, owner=owner)
@@ -145,16 +149,16 @@ class LanguageStudent(Student):
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies its head's outputs by, before it bounds them where it does."""
+        """The factor by which the model multiplies its head's outputs, before it caps them if it does."""
         return (self._quirk(self.record.logit_scale) or 1.0) / (self._quirk(self.record.logit_divisor) or 1.0)
 
     @property
     def residual_scale(self) -> float:
-        """What the model multiplies a branch's output by before it adds it to the residual stream."""
+        """The factor by which the model multiplies a branch's output before adding it to the residual stream."""
         return self._quirk(self.record.residual_scale) or 1.0
 
     def _scaled(self, logits: Tensor) -> Tensor:
-        """The model's logits, of what its head puts out, in the model's own order of operations."""
+        """Scale and cap the head's outputs as the model does, in its own order of operations."""
         scale, divisor = self._quirk(self.record.logit_scale), self._quirk(self.record.logit_divisor)
         logits = logits if scale is None else logits * scale
         logits = logits if divisor is None else logits / divisor
@@ -162,12 +166,12 @@ class LanguageStudent(Student):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _quirk(self, name: str | None) -> float | None:
-        """A number of the model's config, where its record names one."""
+        """Return the number called `name` in the model's config; None if `name` is None."""
         return None if name is None else getattr(self.trunk.config, name)
 
     @contextmanager
     def _deciding_from(self, prompt: Tensor | None) -> Iterator[Decisions]:
-        """Record what the model decides; prompt as in `forward`."""
+        """Record the routers' decisions within the block; prompt as in `forward`."""
         self._prompt = prompt
         try:
             with self._deciding() as decisions:
@@ -176,7 +180,7 @@ class LanguageStudent(Student):
             self._prompt = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What routers need to know of a forward pass, whoever called the model: padding, prompt and cache."""
+        """Start a forward pass (a hook, so that it works whoever calls the model): find padding, prompt and cache."""
         run, tokens = self.runtime, args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
@@ -192,7 +196,7 @@ class LanguageStudent(Student):
         self._lengths.begin(call.skipping and not settled and (bool(self._dropping) or tokens.shape[1] == 1))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
-            padded = valid.numel() - int(valid.sum())  # waits for the device, once a forward pass
+            padded = valid.numel() - int(valid.sum())  # waits for the device, once in a forward pass
             if padded:
                 call.valid, call.padded = valid, padded
                 if call.skipping and devices.runs_ahead(mask.device) and mask.shape == tokens.shape:
@@ -215,7 +219,7 @@ class LanguageStudent(Student):
 
     @contextmanager
     def _rotating(self, within: AbstractContextManager[Any]) -> Iterator[None]:
-        """Rotate as in the pass whose activations are computed again."""
+        """Context for recomputing activations in backward, with the same rotary embeddings as in the first pass."""
         self._rotations.begin()
         try:
             with within:
@@ -224,7 +228,8 @@ class LanguageStudent(Student):
             self._rotations.end()
 
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
-        """A cache that fits: one that leaves out what the policy `drop` leaves out, where a router has it."""
+        """Return the cache for this pass (None without one): if a router's K/V policy is `drop` and execution skips, a
+        cache that leaves out the keys and values of dropped tokens."""
         cache, use = cache_in(kwargs), kwargs.get("use_cache")
         use = self.trunk.config.use_cache if use is None else use
         if cache is None and not use:

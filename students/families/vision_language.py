@@ -1,8 +1,8 @@
 """Students of vision-language models: image tokens may be pruned in front of the language model.
 
-The choice is taken once, from the prompt: from image tokens as the projector leaves them and, with `query`, from the
-question. What is left out has no place in the sequence behind the pruning point: it is neither computed nor cached
-there, and the tokens that are kept keep their positions.
+The choice is made once, from the prompt: from image tokens as the projector outputs them and, with `query`, from the
+question. Pruned tokens have no place in the sequence behind the pruning point: they are neither computed nor cached
+there, and the remaining tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from students.libraries import cache_in, with_cache
 from students.routers import ImageRouter, selection
 
 LEAK = 1e-8
-"""Weight of a closed image token while routers are trained: even one that all others attend to must not be heard."""
+"""Weight of a closed image token in attention while routers are trained: so small that even a token to which all others
+attend has no effect."""
 VISION = "vision."
-"""What keys of decisions in the vision tower begin with."""
+"""Prefix of the keys of decisions in the vision tower."""
 
 
 class VisionLanguageStudent(LanguageStudent):
     """A frozen vision-language model and its routers: in front of the language model, in it, in the vision tower.
 
-    `forward` and `features` take the images as the model's processor prepares them. Where tokens were pruned, the
-    output has no rows for them: `decisions.index` says which token of the input each row is, and `decisions.valid`
-    which rows are more than filling.
+    `forward` and `features` take images as the model's processor prepares them. Outputs have no rows for pruned tokens:
+    `decisions.index` holds the input token of each row, and `decisions.valid` marks the rows that are not padding.
     """
 
     def __init__(self, *parts: Any, trunk: PreTrainedModel, vision: ImageStudent | None) -> None:
         super().__init__(*parts, trunk=trunk)
         self.vision = vision
-        """The vision tower, where routers stand in it."""
+        """The vision tower's student; None if the tower has no routers."""
         self.vision_macs: float | None = None
-        """What the frozen vision tower and projector cost, for one image token; counted when first run."""
+        """Multiply-accumulates of the frozen vision tower and projector per image token; counted at the first run."""
         self._prompted: Prompted | None = None
         self.foretold: Prompted | None = None
-        """What the next call is about, where embeddings do not say it (see StudentPruning)."""
+        """The next call's prompts, where the call has only embeddings, which do not tell (see StudentPruning)."""
         self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._returned, always_call=True)
-        if vision is not None:  # which `generate` calls by itself
+        if vision is not None:  # `generate` may call the tower on its own
             vision.model.register_forward_pre_hook(self._follow, prepend=True)
 
     @property
     def image_router(self) -> ImageRouter | None:
-        """The router of image tokens."""
+        """The router of image tokens, or None."""
         place: PruningPoint | None = getattr(self.trunk, "door", None)
         return None if place is None else place.routers["image"]
 
     def replace_image_router(self, router: nn.Module) -> None:
-        """Let another module, with the methods of an ImageRouter that are asked for, take the place of its router."""
+        """Replace the router of image tokens by a module with those methods of ImageRouter that are called."""
         place: Any = self.trunk.door
         place.routers["image"] = router
 
     def reader(self, **inputs: Any) -> Callable[[], Read]:
-        """What reads a prompt as `generate` does before it decodes, on GPUs through recorded passes; for timing."""
+        """Return a function, for timing, that reads a prompt as `generate` does, on GPUs through recorded passes."""
         return self._decoding.reader(**inputs)
 
     def _pruning(self) -> PromptPruning:
@@ -77,7 +77,7 @@ class VisionLanguageStudent(LanguageStudent):
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
-        """As `forward`, up to the LM head."""
+        """Run `forward` without the LM head: return the base model's output and the routers' decisions."""
         self.count_vision(kwargs)
         with self._deciding_from(prompt) as decisions:
             base = self.model.base_model
@@ -87,9 +87,9 @@ class VisionLanguageStudent(LanguageStudent):
     def spent(
         self, decisions: Decisions, image: Tensor, valid: Tensor, rows: Tensor | int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiply-accumulates [B] of a call of `features` and of the LM head on so many rows of each prompt: the
-        student's, those of them in the vision tower and projector, and the teacher's. image, valid [B, T] bool, as of
-        the call."""
+        """Return multiply-accumulates [B] of a call of `features` and of the LM head on `rows` tokens of each prompt:
+        the student's, the part of these in the vision tower and projector, and the teacher's. image, valid: bool
+        [B, T], the call's image tokens and tokens that are not padding."""
         count, head = image.sum(1), rows * self.compute.head
         outside = (self.vision_macs or 0.0) * count
         frozen = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum(1)
@@ -104,7 +104,7 @@ class VisionLanguageStudent(LanguageStudent):
         if self.vision is not None and inside is not None and inside.share:
             images = max(len(share) for share in inside.share.values())
             tokens = max(share.shape[1] for share in inside.share.values())
-            tokens = self.vision.tokens if tokens == 1 else tokens  # one decision for all of them
+            tokens = self.vision.tokens if tokens == 1 else tokens  # 1: one decision holds for all tokens
             ones = torch.ones(images, tokens, dtype=torch.bool, device=image.device)
             compute = self.vision.compute
             saved = (compute.dense(ones, "prefill") - compute.routed_blocks(inside, ones, "prefill")).sum()
@@ -113,17 +113,18 @@ class VisionLanguageStudent(LanguageStudent):
 
     @property
     def by_count(self) -> bool:
-        """Whether nothing is routed but image tokens, by quota: what a prompt costs follows from its lengths."""
+        """Whether only image tokens are routed, and by quota: a prompt's cost follows from its numbers of tokens."""
         quota = self.image_router is not None and self.image_router.spec.selection == "quota"
         return quota and not self.spec.routers and self.vision is None
 
     @property
     def stepwise(self) -> bool:
-        """Whether compute goes in steps as the dial turns."""
+        """Whether compute changes in steps as the dial turns."""
         return self.by_count
 
     def passing(self, image: Tensor, valid: Tensor) -> Decisions:
-        """What the image router would decide of prompts with image tokens at image [B, T], as far as numbers go."""
+        """Return the decisions for prompts with image tokens at image [B, T], right in numbers of tokens that pass, not
+        in which tokens pass."""
         if self.runtime.bypass:
             return Decisions(bypassed=True)
         assert self.image_router is not None, "only an image router can decide by numbers"
@@ -133,7 +134,8 @@ class VisionLanguageStudent(LanguageStudent):
         return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
 
     def uniform(self, share: float, tokens: Any, phase: str) -> float:
-        """As of a language student; tokens: (text tokens, image tokens) of a prompt."""
+        """Return the compute ratio if every router kept this share of its gates; tokens: numbers of text tokens and of
+        image tokens in a prompt."""
         text, image = tokens
         valid = torch.ones(1, text + image)
         dense = self.compute.routed_blocks(Decisions(bypassed=True), valid, "prefill").sum() + self.compute.head
@@ -152,14 +154,14 @@ class VisionLanguageStudent(LanguageStudent):
         return float(macs / (dense + outside))
 
     def prepare(self) -> None:
-        """As of a language student, and of the vision tower."""
+        """Prepare language model and vision tower (see Student.prepare)."""
         super().prepare()
         if self.vision is not None:
             self._follow()
             self.vision.prepare()
 
     def pack(self) -> bool:
-        """As of a language student, and of the vision tower."""
+        """Let language model and vision tower have packed weights (see Student.pack)."""
         if self.vision is not None:
             self.vision.pack()
         return super().pack()
@@ -172,7 +174,7 @@ class VisionLanguageStudent(LanguageStudent):
 
     @torch.no_grad()
     def set_quotas(self, scores: Iterable[Tensor]) -> None:
-        """Let the image router keep, from now on, the share of tokens that its threshold keeps of these scores."""
+        """Set the image router's quota to the share of tokens that its threshold keeps of these scores."""
         if self.image_router is not None and self.image_router.levels is not None:
             self.image_router.set_quota(torch.cat([score.flatten() for score in scores]))
 
@@ -189,8 +191,7 @@ class VisionLanguageStudent(LanguageStudent):
 
     @torch.no_grad()
     def count_vision(self, kwargs: dict[str, Any]) -> None:
-        """Count, once, what the frozen vision tower and projector cost for one image token; kwargs: of a call, with
-        images."""
+        """Count `vision_macs`, once, if kwargs (of a call of the model) hold images."""
         if self.vision_macs is not None or kwargs.get("pixel_values") is None:
             return
         base: Any = self.model.base_model
@@ -203,13 +204,13 @@ class VisionLanguageStudent(LanguageStudent):
         self.vision_macs = flops.get_total_flops() / 2 / sum(part.shape[:-1].numel() for part in parts)
 
     def _follow(self, *called: Any) -> None:
-        """Give the vision tower the student's settings."""
+        """Copy the student's runtime settings to the vision tower."""
         if self.vision is not None:
             for name in ("bypass", "execution", "offset", "capacity", "training", "pool"):
                 setattr(self.vision.runtime, name, getattr(self.runtime, name))
 
     def _called(self, base_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look at what the whole model is called with: image places, padding, and a cache that was shortened."""
+        """Hook before the whole model: note places of image tokens and padding; fit the mask to a shortened cache."""
         self._follow()
         self._prompted = None
         if self.foretold is not None:
@@ -229,19 +230,19 @@ class VisionLanguageStudent(LanguageStudent):
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         image = (ids == self.model.config.image_token_id) & valid
         self._prompted = Prompted(image if shown else None, valid)
-        if shown and self.counts and not torch.is_grad_enabled():  # on their way while the images are looked at
+        if shown and self.counts and not torch.is_grad_enabled():  # copied to the host while the vision tower runs
             self._prompted.counts = Fetched(torch.stack([image.sum(1), valid.sum(1)]))
         held = None if cache is None else memory_of(cache).held
-        if held is not None:  # the cache has fewer places than the caller knows of
+        if held is not None:  # the cache has fewer places than the caller assumes
             kwargs["attention_mask"] = torch.cat([held, valid], 1).to(torch.long)
         return args, kwargs
 
     def _returned(self, base_model: nn.Module, args: Any, out: Any) -> None:
-        """Forget what the whole model was called with, where nobody came to ask."""
+        """Hook behind the whole model: forget the noted prompts if the trunk has not run."""
         self._prompted = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shorten the sequence; then as of any language student."""
+        """Hook before the language model: prune image tokens, then start the pass as for any language student."""
         if self.runtime.bypass or self.image_router is None or self._prompted is None:
             return super()._before(trunk, args, kwargs)
         kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
@@ -268,7 +269,7 @@ class VisionLanguageStudent(LanguageStudent):
         return out
 
     def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
-        """Tokens behind a prompt that was shortened: their places in the cache, and their positions."""
+        """Set positions and cache places of tokens that follow a shortened prompt."""
         cache = cache_in(kwargs)
         memory = None if cache is None else memory_of(cache)
         if memory is None or memory.held is None or memory.next is None:
@@ -281,10 +282,10 @@ class VisionLanguageStudent(LanguageStudent):
     def _shorten(
         self, router: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, int]:
-        """Leave closed image tokens out of kwargs (skip), or hide them from all other tokens (mask).
+        """Remove closed image tokens from kwargs (skip), or hide them from all other tokens (mask).
 
-        image [B, T] bool: places of image tokens that are no padding. Returns which tokens [B, L] of what is now in
-        kwargs are more than filling, and how many are not; None where nothing was changed.
+        image [B, T] bool: places of image tokens that are not padding. Returns a bool mask [B, L] of the tokens now in
+        kwargs that are not padding, and the number that are; (None, 0) if nothing was changed.
         """
         run, x, cache, valid = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs), prompted.valid
         question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
@@ -321,7 +322,7 @@ class VisionLanguageStudent(LanguageStudent):
                 memory.append(kept)
             kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
             return kept, kept.numel() - room.kept
-        # what is kept moves to the right end, so that every row's last token is in the last column
+        # kept tokens move to the right end, so that every row's last token is in the last column
         index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
         here = kept.gather(1, index)
         if run.decisions is not None:
@@ -331,7 +332,8 @@ class VisionLanguageStudent(LanguageStudent):
         kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         mask, padded = shorter_mask(kwargs.get("attention_mask"), index, here), here.numel() - room.kept
-        if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:  # without, gaps of positions part texts
+        # without cache and mask, transformers would take gaps in positions for borders between packed texts
+        if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
             if not padded:
                 mask = None
             elif prompted.room is not None:
@@ -340,7 +342,7 @@ class VisionLanguageStudent(LanguageStudent):
         return here, padded
 
     def _room(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
-        """What a prompt takes of which kept [B, T] passes, as numbers: asked for where nobody knows yet."""
+        """Return the room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
         if prompted.room is not None:
             return prompted.room
         if prompted.counts is not None:
@@ -349,21 +351,21 @@ class VisionLanguageStudent(LanguageStudent):
 
     @property
     def counts(self) -> bool:
-        """Whether numbers alone say how many image tokens pass."""
+        """Whether the numbers of image tokens alone determine how many pass."""
         if self.image_router is None or self.image_router.spec.selection == "threshold":
             return False
         return self.image_router.spec.selection == "topk" or not self.runtime.training or self.by_count
 
     def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
-        """What prompts take with so many image tokens and so many tokens in all, row by row, where numbers say it."""
+        """Return the room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
         passing = [
-            min(have, max(1, round(share * have)))  # as of `_choose`
+            min(have, max(1, round(share * have)))  # as in `_choose`
             for have, share in zip(image, self._shares(router, len(image)), strict=True)
         ]
         return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
 
     def _shares(self, router: ImageRouter, rows: int) -> list[float]:
-        """What share of each row's image tokens passes, where numbers say it."""
+        """Return the share of each row's image tokens that passes, if `counts`."""
         run = self.runtime
         if router.spec.selection == "topk":
             return [run.capacity if run.training else run.kept] * rows
@@ -371,7 +373,7 @@ class VisionLanguageStudent(LanguageStudent):
         return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
 
     def _choose(self, router: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
-        """Gates [B, T] of image tokens; image [B, T] bool: where they are. Rows are filled with anything elsewhere."""
+        """Return gates [B, T] of the image tokens at image [B, T] bool; gates of other tokens are arbitrary."""
         run = self.runtime
         shift = router.shift(run.dial_of(score))
         if router.spec.selection == "threshold":
@@ -380,7 +382,7 @@ class VisionLanguageStudent(LanguageStudent):
         best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
         limit: Tensor | None = None
         if router.spec.selection == "quota" and run.training and not self.by_count:
-            # of all image tokens of the batch, as in selection.even
+            # the share over all image tokens of the batch, as in selection.even
             limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
             ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
             count = (ranked > -torch.inf).sum().clamp(min=1)
@@ -391,7 +393,7 @@ class VisionLanguageStudent(LanguageStudent):
             alike = len(set(shares)) == 1
             each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
             most = (each * have.double()).round().clamp(min=1)
-        if limit is None:  # what all scores share changes nothing, and must not make gradients vanish
+        if limit is None:  # scores count relative to the last that passes: a common shift must not saturate gradients
             limit = best.detach().gather(1, (most - 1).long())
         soft = (score - limit).sigmoid()
         return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
