@@ -1,4 +1,4 @@
-"""Where operators run: as their references, in C, in Triton's interpreter, or on a GPU."""
+"""The backends of operators: their references in torch, C, Triton's interpreter, and Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @contextmanager
 def running_on(name: str, library: object) -> Iterator[torch.device]:
-    """Within it operators run on this backend, for tensors on the device that it yields; skips the test where there is
-    none. library: the C library, None where there is no compiler."""
+    """Within this context, run operators on the named backend; yields the device that their tensors have to be on.
+
+    Skips the test where the backend is not available. library: the C library, None where there is no compiler."""
     if name == "c" and library is None:
         pytest.skip("no C compiler")
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Fixtures of tiny models, their data and configurations, and of the operators' backends."""
+"""Fixtures shared by all tests: tiny models, their data and run configurations, and the operators' backends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tests.backends import BACKENDS, running_on
 from tests.elastic.runs import Configure, configurations, distill
 from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 
-torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+torch.set_num_threads(1)  # on tensors this small, threads cost more than they save
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", metavar="K/N", help="run one of N parts of the tests, the Kth")
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+@pytest.hookimpl(trylast=True)  # so that parts are taken of the tests that -m and -k select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a part of the tests, and skip what needs a GPU where there is none."""
+    """Keep the tests of part K of N (option --part), and skip tests marked gpu on a machine without a GPU."""
     part, parts = map(int, config.getoption("part").split("/"))
     config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % parts != part - 1])
     items[:] = items[part - 1 :: parts]
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Look for cycles among what tests make, seldom, and not among the modules of torch and transformers each time."""
+    """Make garbage collection cheap: exempt all objects made so far (torch, transformers), and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
@@ -44,7 +44,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test touches the user's own cache."""
+    """Set ELASTIC_CACHE to a temporary folder, so that no test touches the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ELASTIC_CACHE", str(folder))
@@ -53,7 +53,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with its tokenizer, as `save_pretrained` leaves them."""
+    """The folder of a tiny Llama and its tokenizer, both written by `save_pretrained`."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny("llama").save_pretrained(folder)
     make_tokenizer(words=117).save_pretrained(folder)
@@ -62,7 +62,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 4,000 words of that tokenizer, some frequent and many rare."""
+    """A file of 4,000 words from the vocabulary of the tiny Llama's tokenizer, some frequent and many rare."""
     draw = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "words.txt"
     file.write_text(" ".join(f"w{min(116, int(draw.expovariate(1 / 30)))}" for _ in range(4000)))
@@ -71,13 +71,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def configure(model_folder: Path, text_file: Path) -> Configure:
-    """Configurations of tiny runs: (*settings "a.b=c", **flags of make_config)."""
+    """A function that makes configurations of tiny language runs; see `tests.elastic.runs.configurations`."""
     return configurations(RUN_SETTINGS, model=str(model_folder), data__source=str(text_file), budget__target=0.8)
 
 
 @pytest.fixture(scope="module")
 def finished(request: pytest.FixtureRequest, configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the configuration that `configure` makes with the settings RUN of the module, if any."""
+    """The folder of a finished tiny language run, made once per test module, with the module's settings RUN if any."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     distill(configure(*getattr(request.module, "RUN", ())), folder)
     return folder
@@ -85,7 +85,7 @@ def finished(request: pytest.FixtureRequest, configure: Configure, tmp_path_fact
 
 @pytest.fixture(params=sorted(TINY))
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Each supported architecture in turn."""
+    """A tiny language model, of each supported architecture in turn."""
     return make_tiny(request.param)
 
 
@@ -97,20 +97,20 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """[2, 12] token ids."""
+    """Token ids [2, 12]."""
     return torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def no_gradients() -> Iterator[None]:
-    """For modules whose tests want none."""
+    """Disable autograd for the test."""
     with torch.no_grad():
         yield
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The C library, None where there is no compiler."""
+    """The compiled library of C operators; None where there is no C compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolchain, "loaded", None)
         toolchain.build(tmp_path_factory.mktemp("library"))
@@ -119,7 +119,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every backend that there is, one after the other: where tensors have to be for operators to run on it."""
+    """Run the operators on each available backend in turn; the value is the device that their tensors have to be on."""
     library = request.getfixturevalue("library") if request.param == "c" else None
     with running_on(request.param, library) as device:
         yield device
@@ -127,6 +127,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(params=["c", "reference"], scope="module")
 def operators(request: pytest.FixtureRequest, library: object) -> Iterator[None]:
-    """Those of them that run whole models on a CPU in no time."""
+    """Run the operators on each backend that is fast enough for whole models on a CPU: in C, and as references."""
     with running_on(request.param, library):
         yield

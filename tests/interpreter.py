@@ -1,5 +1,7 @@
-"""Triton's interpreter with the arithmetic that GPUs have for bfloat16: it truncates where they round to nearest, and
-multiplies matrices of it as if they held integers."""
+"""Give Triton's interpreter the arithmetic that GPUs have for bfloat16.
+
+GPUs round to the nearest bfloat16; the interpreter truncates, and multiplies bfloat16 matrices as if their bits were
+integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has to come out of runs that keep what the teacher says, and read it."""
+"""Assertions on runs that store the teacher's outputs in a cache or read them from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from students.checkpoint import read_tensors
 
 
 def assert_learned(one: Path, other: Path, **how: float) -> None:
-    """The same routers and optimizer, bit for bit where nothing else is said."""
+    """Assert that the routers and optimizers of two runs agree within the tolerances `how`; by default, bit for bit."""
     (a, _), (b, _) = (read_tensors(folder / "checkpoint.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for key in a:
@@ -22,8 +22,10 @@ def assert_learned(one: Path, other: Path, **how: float) -> None:
 
 
 def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
-    """Two more runs like the one in this folder, which looked at so many samples: one that fills a cache, and one that
-    reads it. Returns what they say."""
+    """Repeat a run twice, once filling a teacher cache and once reading it, and assert that both learn the same.
+
+    without: the folder of the run, made without a cache. samples: the number of samples that the run trained on.
+    Returns the lines about the cache that the two runs print."""
     config, cache, said = Run.open(without).config, without.parent / "cache", []
     objective = families.of(config.family).Distillation
     signals, asked = objective.teacher_signals, []
@@ -37,7 +39,7 @@ def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
             trainer.distill(config, without.parent / name, teacher_cache=cache, say=said.append)
             assert_learned(without, without.parent / name)
             if name == "fills":
-                assert 0 < sum(asked) <= samples  # less where some are alike
+                assert 0 < sum(asked) <= samples  # fewer where samples are identical
                 asked.clear()
     assert not asked
     about = Run.open(without.parent / "reads").about

@@ -1,4 +1,4 @@
-"""Fixtures of tiny models of images, and of questions about images, with their data and configurations."""
+"""Fixtures for runs of tiny image models and vision-language models, with their data and configurations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.pico.vision_language import make_vlm
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, 20 images to train on and 8 others in each."""
+    """A folder of images of two classes, each with 20 images to train on and 8 for validation."""
     folder = tmp_path_factory.mktemp("images")
     draw = torch.Generator().manual_seed(0)
     for part, count in (("train", 20), ("val", 8)):
@@ -35,7 +35,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT as the recipe leaves it, its weights in int8."""
+    """The folder of a tiny timm ViT, with int8 weights as the recipe in recipes/ saves them."""
     folder = tmp_path_factory.mktemp("timm")
     arguments = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def configure_images(image_folder: Path, timm_folder: Path) -> Configure:
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 12 images of one colour, two questions each."""
+    """A folder with 12 images, each of a single colour, and two questions about each."""
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for number in range(12):
@@ -75,7 +75,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA with its processor, as `save_pretrained` leaves them."""
+    """The folder of a tiny LLaVA and its processor, both written by `save_pretrained`."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "llava", make_question_tokenizer()
     model = make_vlm("llava")
     model.config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -1,7 +1,7 @@
-"""A launcher for tests that starts processes by copying one that has imported everything: no process waits for torch.
+"""A launcher for tests that forks its worker processes from a server that has imported torch, so that they start fast.
 
-As a module it is that process: for each line of JSON that it reads it starts processes as torchrun does, ends all of
-them where one fails, and answers with an exit code.
+Run with `python -m`, this module is the server: for each line of JSON on stdin it starts workers as torchrun does, ends
+all of them where one fails, and prints an exit code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PATIENCE = 180
-"""Seconds after which processes are ended."""
+"""Seconds after which worker processes that still run are ended."""
 
 
 @functools.cache
@@ -30,15 +30,16 @@ def _server(root: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen([sys.executable, "-m", "tests.elastic.forked"], cwd=root, env=environment, **pipes)
-    atexit.register(server.communicate)  # it ends with its input
+    atexit.register(server.communicate)  # closes the server's stdin, at whose end the server exits
     return server
 
 
 def forked(
     count: int, arguments: Sequence[str], environment: Mapping[str, str], root: Path
 ) -> subprocess.CompletedProcess[str]:
-    """What so many copies of tests/elastic/several.py with these arguments put out, and the exit code of the first that
-    fails."""
+    """Run `count` copies of tests/elastic/several.py with these arguments, and return what they print.
+
+    The exit code is that of the first copy found to have failed, 0 where none did."""
     server = _server(root)
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +77,7 @@ def _run(count: int, arguments: list[str], environment: dict[str, str], files: l
 
 
 def _become(environment: dict[str, str], arguments: list[str], files: list[str]) -> NoReturn:
-    """Be the process that is to be started."""
+    """Turn this forked process into a worker: set environment, arguments and standard streams, work, and exit."""
     from tests.elastic import several
 
     os.environ.clear()

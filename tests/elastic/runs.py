@@ -1,4 +1,4 @@
-"""Tiny runs: their configurations, how they are made and stopped, and what has to come out of them."""
+"""Tiny runs: functions that configure, make and interrupt them, and assertions on their results."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ FEW_STEPS = [
     *("train.batch=4", "train.steps=4", "train.precision=float32"),
     *("train.log_every=1", "train.save_every=2", "train.warmup=2"),
 ]
-"""Settings of runs on images, or on questions about them."""
+"""Training settings of tiny runs of image models and vision-language models."""
 FINISHED = ["checkpoint.safetensors", "config.yaml", "elastic.json", "metrics.jsonl", "routers.safetensors"]
-"""The files of a run that is."""
+"""Names of the files in the folder of a finished run, sorted."""
 
 
 def silent(*_: object) -> None:
-    """Where tests have a run say something that they do not read."""
+    """Discard the messages of a run (an argument for `say`)."""
 
 
 def configurations(defaults: Sequence[str], **given: object) -> Configure:
-    """make(*settings "a.b=c", **flags of make_config), on top of these settings and flags."""
+    """Return a function make(*settings, **flags) that adds its arguments to the given ones and makes a configuration.
+
+    Settings have the form "a.b=c"; flags are keyword arguments of `make_config`."""
 
     def make(*settings: str, **flags: object) -> RunConfig:
         return make_config(settings=[*defaults, *settings], **{**given, **flags})
@@ -55,7 +57,7 @@ def files(folder: Path) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The lines of metrics, but for what the clock says."""
+    """Return the lines of a run's metrics.jsonl, without the entry that depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
@@ -69,7 +71,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def assert_only_routers_learned(folder: Path) -> None:
-    """A run saves routers alone, and leaves the teacher's weights as they were."""
+    """Assert that a run saved nothing but routers, and that the student's frozen weights equal the teacher's."""
     student = load(folder)
     base = {n.replace(".base_layer", ""): p for n, p in student.model.named_parameters() if not p.requires_grad}
     before = dict(Run.open(folder).teacher().model.named_parameters())
@@ -94,13 +96,13 @@ def on_step(
 
 
 def interrupt(value: object = None, *_: object) -> object:
-    """What Ctrl-C does."""
+    """Send SIGINT to this process, as Ctrl-C does, and return `value`, so that it can stand in for a callback."""
     os.kill(os.getpid(), signal.SIGINT)
     return value
 
 
 def assert_stopping_changes_nothing(finished: Path, config: RunConfig, folder: Path, family: ModuleType) -> None:
-    """A run like the finished one that breaks off in its last step, and is continued, ends like it."""
+    """Assert that a run that breaks off in step 4, its last, and is resumed, ends bit for bit like the finished one."""
 
     def stop(loss: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt

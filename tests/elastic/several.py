@@ -1,8 +1,9 @@
-"""Runs by several processes: how tests have a launcher start them, what each of them does, and what has to come out.
+"""Data-parallel runs: functions that launch several processes, the work of each process, and assertions on the results.
 
-As a module this is what each process does: one run after the other, of a file with a line of JSON for each, `[folder,
-configuration, teacher's cache or null]`, or `[folder, null, null]` for one that is to be continued; or a command line
-of Elastic. FAILS says which process fails at which batch, and how: "1:3:refuses", "1:3:raises" or "1:3:dies".
+Run with `python -m`, this module is one of the processes. Its argument is a .jsonl file that lists runs, one a line:
+`[folder, configuration, teacher cache or null]`, or `[folder, null, null]` to resume a run; other arguments are a
+command line of Elastic. The environment variable FAILS names the rank that fails, its batch, and how it fails:
+"1:3:refuses" (reading the batch raises), "1:3:raises" (the forward pass raises) or "1:3:dies" (the process exits).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.elastic.forked import forked
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-"""Each of the launchers takes the number of processes next."""
+"""The command of torchrun; like those of accelerate below, to be followed by the number of processes."""
 ACCELERATE, FSDP2 = (
     (
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
@@ -39,17 +40,17 @@ ACCELERATE, FSDP2 = (
     for name in ("one-machine", "fsdp2")
 )
 FORKED: Sequence[object] = ("forked",)
-"""Quicker than a real one, for what does not hang on it; see forked.py."""
+"""The launcher of forked.py, faster than the real ones, for tests that do not depend on which launcher is used."""
 SPREAD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What FSDP2 is in the environment."""
+"""Environment variables by which accelerate asks for FSDP2, that is, for sharded weights."""
 LEARNED = dict(rtol=1e-3, atol=2e-5)
-"""How far parameters may be apart, where sums are rounded in another order."""
+"""Tolerances for learned parameters, because more processes sum gradients in another order."""
 
 
 def launched(
     count: int, *arguments: object, launcher: Sequence[object] = TORCHRUN, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """This module with arguments, in so many processes on CPUs."""
+    """Run this module with the arguments in `count` processes on CPUs; variables: added to the environment."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     environment = {**os.environ, **settings, **variables}
@@ -61,7 +62,7 @@ def launched(
     try:
         out, err = started.communicate(timeout=180)
     except subprocess.TimeoutExpired:
-        started.terminate()  # it ends those that it has started
+        started.terminate()  # the launcher then ends its worker processes
         out, err = started.communicate()
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
@@ -74,8 +75,9 @@ def in_processes(
     launcher: Sequence[object] = TORCHRUN,
     **variables: str,
 ) -> None:
-    """Make these runs in so many processes, or continue those without a configuration; caches: of those that have one
-    of what the teacher says."""
+    """Make the runs in `count` processes, and resume those whose configuration is None.
+
+    list_in: the folder for the file that lists the runs. caches: teacher caches, by run folder."""
     file = list_in / f"runs-{len(list(list_in.iterdir()))}.jsonl"
     known = {folder: str(cache) for folder, cache in caches.items()}
     lines = [
@@ -87,7 +89,7 @@ def in_processes(
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """The same steps, parameters, dial and results, but for rounding."""
+    """Assert that two runs have the same steps, parameters, dial and results, up to rounding."""
     for name in ("checkpoint.safetensors", "routers.safetensors"):
         (a, about_a), (b, about_b) = (read_tensors(folder / name) for folder in (one, other))
         assert about_a.keys() == about_b.keys() and about_a.get("span") == about_b.get("span")
@@ -106,7 +108,7 @@ def assert_close(one: Path, other: Path) -> None:
     assert len(rows[0]) == len(rows[1])
     for a, b in zip(*rows, strict=True):
         for key, value in a.items():
-            rounded = isinstance(value, float) or key == "checkpoint_bytes"  # in which the dial's decimals are counted
+            rounded = isinstance(value, float) or key == "checkpoint_bytes"  # its size counts the dial's digits
             same = math.isclose(value, b[key], rel_tol=0.01) if rounded else value == b[key]
             assert same or "per_second" in key, (key, value, b[key])
 
@@ -117,9 +119,9 @@ def one_and_two(
     caches: Mapping[str, str] = MappingProxyType({}),
     launcher: Sequence[object] = FORKED,
 ) -> Path:
-    """The folder, with all of these runs in it, each made by one process ("one-...") and by two ("two-...").
+    """Make each run in `folder` by one process ("one-NAME") and by two ("two-NAME"), and return `folder`.
 
-    caches: the folders in it that some of them keep what the teacher says in.
+    caches: the names of teacher caches in `folder`, by name of the run ("two-NAME").
     """
     kept = {folder / name: folder / cache for name, cache in caches.items()}
     for name, config in configs.items():
@@ -130,7 +132,7 @@ def one_and_two(
 
 
 def _fail(rank: str, batch: str, how: str) -> None:
-    """Let this process fail at a batch, if it is the one."""
+    """If this process has the given rank, make it fail at the given batch (counted from 1); `how`: see the module."""
     if os.environ["RANK"] != rank:
         return
     place, name = (language.Batches, "read") if how == "refuses" else (language.Distillation, "forward")
@@ -158,7 +160,7 @@ def _main(runs: Path) -> None:
 
 
 def work() -> int | None:
-    """What one of the processes does; returns its exit code."""
+    """Do the work of one process, and return its exit code (None: success)."""
     torch.set_num_threads(1)
     if "FAILS" in os.environ:
         _fail(*os.environ["FAILS"].split(":"))

@@ -1,6 +1,6 @@
-"""Tiny language models, made in the test: every architecture that Elastic supports, a few thousand parameters each.
+"""Tiny language models of every supported architecture, a few thousand parameters each, and a tokenizer for them.
 
-A tokenizer of made-up words completes a model folder that a whole run takes a second on.
+With a tokenizer of made-up words, a saved model is a folder on which a whole run takes about a second.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TINY = {
 
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
-    """A randomly initialised model with weights large enough that every branch matters."""
+    """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
     kind, settings = TINY[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
@@ -72,7 +72,7 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
 
 
 def make_tokenizer(bos: bool = False, template: str | None = None, words: int = 5000) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w0, w1, ..., where the id of w0 is 3."""
+    """Return a tokenizer of the words w0, w1, ..., whose ids start at 3; bos: texts start with <s>."""
     vocabulary = {"<unk>": 0, "</s>": 1, "<s>": 2, **{f"w{i}": i + 3 for i in range(words)}}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Processors of the tiny vision-language models, as a saved model has them beside its weights."""
+"""Processors for the tiny vision-language models, to be saved beside their weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEMPLATE = (
 
 
 def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Of 90 words, the names of COLORS, and what the shipped vision-language model takes for an image."""
+    """Return a tokenizer of 90 words, COLORS' names and the special tokens of the shipped vision-language model."""
     tokenizer = make_tokenizer(words=90)
     tokenizer.add_tokens(list(COLORS))
     tokenizer.add_special_tokens({"additional_special_tokens": [MARK, "<|im_start|>", "<|im_end|>"]})
@@ -27,7 +27,7 @@ def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def make_processor(kind: str) -> transformers.ProcessorMixin:
-    """Of 64 words and the special tokens of its class, the image token being number IMAGE_TOKEN."""
+    """Return a model class's processor, whose tokenizer has 64 words and an image token with the id IMAGE_TOKEN."""
     qwen = kind.startswith("qwen")
     own = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
     others = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]

@@ -91,11 +91,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 if Version(transformers.__version__) < Version("5.24"):
-    del CONFIGS["paligemma2"]  # which is refused (see students/build.py)
+    del CONFIGS["paligemma2"]  # refused with these versions (see students/build.py)
 
 
 def make_vlm(name: str) -> PreTrainedModel:
-    """A randomly initialised model with weights large enough that every branch matters."""
+    """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
     kind, settings = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**settings)
@@ -108,7 +108,7 @@ def make_vlm(name: str) -> PreTrainedModel:
 
 
 def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left: bool = False) -> dict[str, Tensor]:
-    """Inputs with so many images in each row, padded to one length at the right, or the left."""
+    """Return a batch of inputs, padded at the right (or left); images: the number of images in each row."""
     kind = model.config.model_type
     draw = torch.Generator().manual_seed(3)
     count = sum(images)
@@ -121,7 +121,7 @@ def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left:
     elif kind == "llava_next":
         inputs["pixel_values"] = torch.randn(count, 2, 3, 16, 16, generator=draw)
         inputs["image_sizes"] = torch.tensor([[16, 16]] * count)
-        each = 16 + 16 + 4  # the whole, and one tile whose rows end with a newline
+        each = 16 + 16 + 4  # the whole image, and one tile with a newline token after each row
     elif kind in ("idefics3", "smolvlm"):
         inputs["pixel_values"] = torch.randn(1, count, 3, 16, 16, generator=draw)
         each = 4

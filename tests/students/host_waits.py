@@ -1,4 +1,6 @@
-"""A dispatch mode in which whatever makes the host wait for the device is an error: what passes can be recorded."""
+"""Dispatch modes that refuse or count whatever makes the host wait for the device, on any device.
+
+Work that never waits can be recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -26,20 +28,20 @@ WAITS = {
     _aten.item,
     _aten.lift_fresh,
 }
-"""Operators that read numbers from the device, or whose results have shapes that depend on them; and the one by which
-Python's numbers become tensors (torch.tensor), which on a GPU are copied there from memory of the host."""
+"""Operators that read numbers from the device, or whose results' shapes depend on such numbers; and `lift_fresh`, the
+operator of torch.tensor, which for a GPU copies Python numbers from host memory."""
 MASKED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
-"""Operators that do where an index is boolean."""
+"""Operators that wait if one of their indices is boolean."""
 
 
 FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten._unsafe_view, _aten.detach}
-"""Operators that launch nothing, besides views."""
+"""Operators, other than views, that launch no kernel."""
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.__bool__}
-"""Functions that read a tensor, of which some read memory of a CPU with no operator."""
+"""Functions that read a tensor's values on the host; some read a CPU tensor's memory without calling an operator."""
 
 
 class HostWait(AssertionError):
-    """Something waited."""
+    """Raised by an operator or function that would make the host wait for the device."""
 
 
 class _NoReads(TorchFunctionMode):
@@ -50,7 +52,7 @@ class _NoReads(TorchFunctionMode):
 
 
 def waits(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator makes the host wait for a GPU."""
+    """Return whether an operator, called with these arguments on a GPU, makes the host wait for it."""
     packet = function.overloadpacket
     indices = args[1] if packet in MASKED else ()
     boolean = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)
@@ -59,10 +61,10 @@ def waits(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """A dispatch mode beside a function mode, for what reads a tensor with no operator."""
+    """A dispatch mode that enters a function mode with itself, to see functions that read a tensor with no operator."""
 
     def reads(self) -> TorchFunctionMode:
-        """The function mode."""
+        """Return the function mode to enter."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -76,7 +78,7 @@ class _Watch(TorchDispatchMode):
 
 
 class NoHostWaits(_Watch):
-    """Raises HostWait at what would wait for a device, whatever device it runs on."""
+    """A mode in which whatever would wait for a device raises HostWait, on any device."""
 
     def reads(self) -> TorchFunctionMode:
         return _NoReads()
@@ -96,13 +98,13 @@ class _CountReads(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = len(self._counter.waits)
         out = function(*args, **(kwargs or {}))
-        if function in READS and len(self._counter.waits) == before:  # read with no operator
+        if function in READS and len(self._counter.waits) == before:  # no operator has counted the wait
             self._counter.waits.append(function.__name__)
         return out
 
 
 class Launches(_Watch):
-    """Counts operators that would launch something on a GPU, and waits of the host for it."""
+    """A mode that counts operators that would launch a kernel on a GPU (`launched`) and waits of the host (`waits`)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A recorder for CPUs: what a CUDA graph does, operator by operator, so that what it would get wrong is wrong here."""
+"""A recorder for CPUs that replays operators as a CUDA graph replays kernels, and so goes wrong where a graph would."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from tests.students.host_waits import NoHostWaits
 
 
 class Tape(TorchDispatchMode):
-    """Runs work to warm up and once more to record its operators; a call runs these again, on the same tensors, and
-    nothing else: no module, no hook, no number of Python's that has changed since."""
+    """A recording of `work`, which runs once to warm up and once more to have its operators recorded.
+
+    A call replays the operators on the same tensors, and nothing else: no module and no hook runs, and Python numbers
+    keep the values that they had when recorded."""
 
     made = 0
-    """How many there have been."""
+    """Number of tapes made so far."""
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Compile the kernels that operators launch for a GPU that is not here, and print what each needs, a JSON line each.
+"""Compile the operators' kernels on a machine without a GPU, and print the resources of each as a line of JSON.
 
 `TRITON_INTERPRET=0 python -m tests.students.kernels.ahead_of_time 90 bfloat16`: operators run on fake tensors of an 8 B
-model's shapes, as they would on a GPU of compute capability 9.0; what reaches Triton is compiled in place of launched.
-Whatever would wait for the device fails, because fake tensors hold nothing to wait for.
+model's shapes, as on a GPU of compute capability 9.0; kernels that would be launched are compiled instead. An operator
+that would wait for the device fails, because fake tensors hold no values to read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class NoDevice:
-    """What Triton asks of a driver before it launches, answered for a GPU that is not here."""
+    """A stub of Triton's driver that answers queries before a launch as for a GPU of the given compute capability."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -47,7 +47,9 @@ class NoDevice:
 
 
 def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    """Calls of every operator that has a kernel, on fake tensors."""
+    """Yield calls of every operator that has a Triton kernel, to be made on fake tensors.
+
+    Each call asserts that the operator's fake implementation gives the kernel's shapes, types and device."""
 
     def make(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device="cuda")
@@ -55,7 +57,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     def call(name: str, *arguments: object) -> Callable[[], object]:
         def run() -> None:
             found, expected = implementation(name)(*arguments), getattr(torch.ops.elastic, name)(*arguments)
-            if found is None and expected is None:  # what it is given is written to
+            if found is None and expected is None:  # an operator that writes to its arguments
                 return
             for x, y in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, expected)), strict=True):
                 assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device), (name, x, y)
@@ -127,7 +129,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
 
 def compiled(capability: int, dtype: torch.dtype) -> dict[str, object]:
-    """What `work` has compiled, by kernel and what it is specialised for."""
+    """Return the kernels that the calls of `work` compile, by kernel name, type and compile-time arguments."""
     found: dict[str, object] = {}
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
@@ -154,8 +156,8 @@ def compiled(capability: int, dtype: torch.dtype) -> dict[str, object]:
 
 
 def needs(kernel: object) -> dict[str, int]:
-    """Registers, bytes of stack and of local memory of a thread, bytes of shared memory of a program, and instructions
-    that copy 16 bytes from global to shared memory on the side."""
+    """Return a kernel's resources: registers, bytes of stack and of local memory per thread; bytes of shared memory and
+    warps per program; and the number of asynchronous 16-byte copies from global to shared memory in its code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -1,4 +1,4 @@
-"""Arguments for every operator: odd sizes, everything that can be left out both there and left out."""
+"""Sample arguments for every operator: with odd sizes, and with each optional argument both given and left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Samples = Callable[["Draw"], Iterator[Arguments]]
 
 
 class Draw:
-    """Random tensors of one type, or in float32, on one device."""
+    """A source of random tensors on one device, in one type (a call) or in float32 (`single`)."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -29,7 +29,7 @@ class Draw:
         return torch.randn(shape, generator=self._generator).to(self.device)
 
     def limit(self, *shape: int) -> Tensor:
-        """Limits in the precision of what is compared with them."""
+        """Return float32 limits that the type of the compared inputs can represent exactly."""
         return self.single(*shape).abs().to(self.dtype).float()
 
 
@@ -237,4 +237,4 @@ SAMPLES: dict[str, Samples] = {
     "merge_normed": merge_normed,
     "merge_below": merge_below,
 }
-"""By operator, what makes calls' arguments."""
+"""Functions that yield the arguments of calls, by operator."""
