@@ -170,7 +170,7 @@ class LossConfig:
     """Number above 0 that both models' logits are divided by; larger values weigh unlikely tokens more. The divergence
     is multiplied by its square, so that gradients keep their size (arXiv 1503.02531)."""
     beta: float = 0.5
-    """logits: jensen_shannon. Weight of the teacher in the mixture beta p + (1 - beta) q; 0 is forward, 1 reverse KL."""
+    """logits: jensen_shannon. Teacher's weight in the mixture beta p + (1 - beta) q; 0 is forward, 1 reverse KL."""
     k: int = 64
     """logits: topk_kl. Number of the teacher's likeliest tokens whose probabilities are compared one by one."""
     hidden: Literal["cosine", "mse", "relative_mse"] = "cosine"

@@ -59,7 +59,7 @@ def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(language, "with_cache", lambda module, kwargs, cache: dict(kwargs))
     for _ in range(2):  # what has failed is checked again
         with pytest.raises(
-            ValueError, match="LlamaForCausalLM cannot be routed with torch .*, transformers .*"
+            ValueError, match=r"LlamaForCausalLM cannot be routed with torch .*, transformers .*"
         ) as error:
             elasticize(make_tiny("llama"), DROPS)
         assert "\n" not in str(error.value)
