@@ -199,8 +199,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5, tempe
     """Return the generalised Jensen-Shannon divergence of each row (arXiv 2306.13649).
 
     With m = beta p + (1 - beta) q it is beta KL(p || m) + (1 - beta) KL(q || m), which never exceeds ln 2 and is zero
-    at beta = 0 and beta = 1. At these ends its limit is returned, divided by beta (at 0: forward KL) or by 1 - beta (at
-    1: reverse KL).
+    at beta = 0 and beta = 1. At these ends the limit of its quotient by beta (at 0: forward KL) or by 1 - beta (at 1:
+    reverse KL) is returned instead.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LOCAL = "local folder "
-"""Beginning of `Teacher.source` for a model from a folder of the user's."""
+"""Beginning of `Teacher.source` for a model from a local folder of the user."""
 _SAMPLES_PER_TENSOR = 64
 
 

@@ -35,7 +35,8 @@ class StudentPruning(PromptPruning):
         self._student = student
 
     def tower_state(self, pixels: Tensor) -> Hashable:
-        """See PromptPruning."""
+        """Return the state that a recorded pass through the vision tower depends on; None if the tower has no routers.
+        Raises ValueError if the pass cannot be recorded."""
         student = self._student
         if student.vision is None:
             return None
@@ -44,7 +45,8 @@ class StudentPruning(PromptPruning):
         return made
 
     def state(self) -> Hashable:
-        """See PromptPruning."""
+        """Return the state of language model, dial and image router that a recorded pass depends on besides shapes.
+        Raises ValueError if it cannot be recorded, as when the number of kept tokens depends on the images."""
         student, run = self._student, self._student.runtime
         language: Hashable = student._recorded_for()
         if run.bypass or student.image_router is None:
@@ -55,7 +57,7 @@ class StudentPruning(PromptPruning):
         return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
 
     def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """See PromptPruning."""
+        """Return the Room of rows after pruning, from their numbers of image tokens and of tokens without padding."""
         student = self._student
         if student.runtime.bypass or student.image_router is None:
             return super().room(image, valid, tokens)
@@ -63,7 +65,7 @@ class StudentPruning(PromptPruning):
 
     @contextmanager
     def told(self, prompted: Prompted) -> Iterator[None]:
-        """See PromptPruning."""
+        """A context in which the model is called with the embeddings that `prompted` describes."""
         student = self._student
         if student.runtime.bypass or student.image_router is None:
             with super().told(prompted):

@@ -35,7 +35,7 @@ class LanguageStudent(Student):
 
     def __init__(self, *parts: Any, trunk: PreTrainedModel) -> None:
         super().__init__(*parts)
-        self.__dict__["trunk"] = trunk  # the module that holds the blocks; it is in the model already
+        self.__dict__["trunk"] = trunk  # the module that holds the blocks; not registered again, as it is in the model
         self._prompt: Tensor | None = None
         self._dropping = {
             n
@@ -185,7 +185,7 @@ class LanguageStudent(Student):
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         self._rotations.begin()
-        settled = isinstance(cache_in(kwargs), FixedCache)  # see `_settle`
+        settled = isinstance(cache_in(kwargs), FixedCache)  # a step of fixed shape, for which `_settle` has prepared
         if run.bypass:
             run.recorded = tokens.numel() if settled else 0
             self._pack_for(tokens.numel())

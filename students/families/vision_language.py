@@ -263,7 +263,7 @@ class VisionLanguageStudent(LanguageStudent):
         if kept is not None and padded and not (isinstance(mask, Tensor) and mask.ndim == 2):
             self.runtime.call.valid, self.runtime.call.padded = kept, padded
         call, decisions = self.runtime.call, self.runtime.decisions
-        if kept is not None and call.prompt is not None:  # what does not pass has no say in what is decided behind
+        if kept is not None and call.prompt is not None:  # later decisions must not depend on closed image tokens
             passing = kept if decisions is None or decisions.valid is None else decisions.valid.detach() != 0
             call.prompt = call.prompt & passing
         return out
@@ -342,7 +342,7 @@ class VisionLanguageStudent(LanguageStudent):
         return here, padded
 
     def _room(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
-        """Return the room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
+        """Return the Room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
         if prompted.room is not None:
             return prompted.room
         if prompted.counts is not None:
@@ -357,7 +357,7 @@ class VisionLanguageStudent(LanguageStudent):
         return self.image_router.spec.selection == "topk" or not self.runtime.training or self.by_count
 
     def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
-        """Return the room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
+        """Return the Room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
         passing = [
             min(have, max(1, round(share * have)))  # as in `_choose`
             for have, share in zip(image, self._shares(router, len(image)), strict=True)
