@@ -15,6 +15,7 @@ from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, place_tokens, take
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import devices
+from students.kernels.autograd import GateOfChannel
 from students.kernels.merging import flat_index
 from students.libraries import cache_in
 from students.routers import Router, Substitute, selection
@@ -124,7 +125,7 @@ class RoutedBranch(Wrapper):
         by_token = router.spec.granularity == "token" and router.spec.network != "static"
         shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare
         if not (skip and shared and self.narrows and run.skips([router.spec])):
-            self.context.gate = gate.index_select(-1, router.of_channel)
+            self.context.gate = GateOfChannel.apply(gate, router.of_channel)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())
         self.context.narrow = narrow

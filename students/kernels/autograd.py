@@ -82,6 +82,25 @@ class RowGate(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
+class GateOfChannel(torch.autograd.Function):
+    """Gates [..., N] as gates [..., C] of the channels that belong to them. members: index [C] of each channel's gate.
+
+    torch's gradient of `index_select` adds up all channels of a group by atomics on GPUs, in the gates' precision and
+    in no fixed order; a matrix product adds them in float32, in a fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, members: Tensor) -> Tensor:
+        ctx.save_for_backward(members)
+        ctx.gates = gate.shape[-1]
+        return gate.index_select(-1, members)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (members,) = ctx.saved_tensors
+        return grad @ F.one_hot(members, ctx.gates).to(grad.dtype), None
+
+
 class ForwardKL(torch.autograd.Function):
     """`ops.forward_kl` with the gradient by the student's logits; the teacher's logits are constants."""
 

@@ -16,7 +16,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from students import RouterSpec, StudentSpec, elasticize
 from students.execution.linear import RoutedLinear
 from students.kernels.attention_gradient import fast_attention_gradients
-from students.kernels.autograd import RoutedKL, forward_kl
+from students.kernels.autograd import GateOfChannel, RoutedKL, forward_kl
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
 from students.routers import selection
@@ -196,3 +196,13 @@ def test_students_learn_from_the_same_gradients(
     assert torch.equal(fast, plain)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_channels_have_the_gradient_of_index_select(dtype: torch.dtype):
+    gate, members = torch.randn(2, 5, 3).to(dtype).requires_grad_(), torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    by = torch.randn(2, 5, 7).to(dtype)
+    out = GateOfChannel.apply(gate, members)
+    assert torch.equal(out, gate.index_select(-1, members))
+    expected = gradients((gate.index_select(-1, members) * by).sum(), gate)
+    torch.testing.assert_close(gradients((out * by).sum(), gate), expected, **CLOSE[dtype])
