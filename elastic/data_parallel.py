@@ -1,7 +1,7 @@
-"""How samples are spread over the processes of one command (see launch.py): round-robin, each sample in one of them.
+"""How samples are distributed over the processes of one command (see launch.py): round-robin, each to one process.
 
-Every process gets the same number of batches, because each pass through a model whose weights are spread (FSDP) is
-everybody's. Whoever has fewer samples runs one again, and its results are left out.
+Every process gets the same number of batches, because all processes take part in each forward pass if the weights are
+spread (FSDP). A process with fewer samples repeats one as padding, whose results are left out.
 """
 
 from __future__ import annotations
@@ -22,40 +22,41 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """A batch of this process, by the numbers of its samples."""
+    """A batch of this process."""
 
     samples: range
+    """Numbers of the batch's samples."""
     counts: bool
     """False for padding, whose results are left out."""
 
     @property
     def rows(self) -> slice:
-        """The same, of a tensor that has a row for each sample."""
+        """The samples as a slice, to index a tensor with one row for each sample."""
         return slice(self.samples.start, self.samples.stop, self.samples.step)
 
 
 def local_batches(count: int, size: int = 1) -> list[LocalBatch]:
-    """This process's batches, of at most `size` samples each, out of `count` samples.
+    """Return this process's batches, of at most `size` samples each, out of `count` samples.
 
-    With P processes the one of rank r has the samples r, r + P, r + 2 P and so on, in this order. All processes get as
-    many batches, those that have fewer samples padding, and each sample is in exactly one batch that counts. The first
-    samples are in the first batches: a prefix of the batches covers a prefix of the samples.
+    With P processes, rank r gets the samples r, r + P, r + 2 P and so on, in this order. All ranks get the same number
+    of batches, with padding if they have fewer samples, and each sample is in exactly one batch that counts. The first
+    batches of all ranks together hold the first samples.
     """
     rank, processes = launch.rank(), launch.size()
     own = range(rank, count, processes)
-    number = -(-len(range(0, count, processes)) // size)  # the first process has the most
+    number = -(-len(range(0, count, processes)) // size)  # rank 0 has the most samples
     parts = [own[first : first + size] for first in range(0, len(own), size)]
     return [LocalBatch(part, True) for part in parts] + [LocalBatch(range(1), False)] * (number - len(parts))
 
 
 class ProcessShard(DataShard):
-    """The shard of one of several processes, as `scatter` or `split` made it."""
+    """The DataShard of one of several processes, made by `scatter` or `split`."""
 
     def __init__(self, local: Sequence[LocalBatch]) -> None:
         self._local = local
 
     def first(self, count: int) -> ProcessShard:
-        """The same of the first `count` batches."""
+        """Return the shard of only the first `count` batches."""
         return ProcessShard(self._local[:count])
 
     def enumerate(self, batches: Sequence[T]) -> Iterator[tuple[T, BatchInfo]]:
@@ -70,21 +71,21 @@ class ProcessShard(DataShard):
 
 
 def scatter(batches: Sequence[T]) -> tuple[list[T], ProcessShard]:
-    """This process's batches, where each batch is one process's."""
+    """Distribute whole batches over the processes; return this process's batches and its shard."""
     local = local_batches(len(batches))
     return [batches[batch.samples[0]] for batch in local], ProcessShard(local)
 
 
 def split(batches: Sequence[Sequence[int]]) -> tuple[list[list[int]], ProcessShard]:
-    """This process's part of each batch of sample numbers, where all processes share every batch."""
+    """Distribute the sample numbers of every batch over all processes; return this process's parts and its shard."""
     local = [part for batch in batches for part in local_batches(len(batch), len(batch))]
     own = [[batch[number] for number in part.samples] for batch, part in zip(batches, local, strict=True)]
     return own, ProcessShard(local)
 
 
 def all_gather(parts: Sequence[Tensor]) -> Tensor:
-    """The rows [n, ...] that all processes have of each batch, batch by batch and in a batch by rank: in the order in
-    which `scatter` gave them out."""
+    """Return the rows of all processes, given this process's rows [n, ...] of each of its batches, as many batches as in
+    other processes. Rows are ordered by batch, then by rank: the order in which `scatter` distributes batches."""
     own = torch.cat(list(parts))
     if launch.size() == 1:
         return own
@@ -95,12 +96,12 @@ def all_gather(parts: Sequence[Tensor]) -> Tensor:
 
 
 def sum_over_processes(*numbers: float) -> list[float]:
-    """Each of these, added up over all processes."""
+    """Return each number summed over all processes."""
     return [sum(each) for each in zip(*launch.gather(numbers), strict=True)]
 
 
 def exchange_left_out(parts: Iterable[LeftOut]) -> None:
-    """Let every process know what all of them have left out of their data. ValueError where that is too much of it."""
+    """Merge into each LeftOut the samples that all processes left out; raise ValueError if these are too many."""
     parts = list(parts)
     for found in launch.gather([(part.keys, part.reasons) for part in parts]):
         for part, (keys, reasons) in zip(parts, found, strict=True):

@@ -1,4 +1,4 @@
-"""What a student is worth: quality against its teacher, and the compute it spends, on data it was not trained on."""
+"""Evaluation of students: quality against the teacher and compute spent, on data that was not trained on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from elastic.run import Run
 from students import Student
 
 HELD_OUT = "held-out data"
-"""What a row says of a part of the training data's source that was set aside."""
+"""Name, in a row of results, of the part that was set aside from the training data's source."""
 TOLERANCE = 0.015
-"""A budget is missed where what is spent on held-out data is further away from it."""
+"""Largest difference between the budget and the compute on held-out data at which the budget counts as met."""
 
 
 def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """A row of results: what was run, on what it was measured, what it costs, how good it is."""
+    """Return a row of results: the run's settings, the name of the data, what was measured, and sizes."""
     config = run.config
     trainable = sum(p.numel() for p in student.added_parameters().values())
     frozen = sum(p.numel() for p in student.model.parameters()) - trainable
@@ -47,8 +47,10 @@ def measure(
     budgets: Sequence[float | None],
     kept: TeacherOutputs | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each budget, on data of this name, by all processes; None: as the dial is. kept: what the teacher made
-    of this process's share of the data."""
+    """Return a row of results for each budget (None: the dial stays), measured by all processes.
+
+    name: what rows call the data. kept: the teacher's outputs on this process's part of the data.
+    """
     kept = kept or TeacherOutputs()
     config, rows = run.config, []
     for budget in budgets:
@@ -61,7 +63,7 @@ def measure(
 
 
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each row of a student whose budget is missed on data of the kind that it was trained on."""
+    """Return a message for each student's row whose compute on held-out data misses the budget by over TOLERANCE."""
     lines = []
     for row in rows:
         asked, spent = row["compute_target"], row.get(f"compute_{row['phase']}", row["compute"])
@@ -85,11 +87,11 @@ def measure_run(
     session: Session | None = None,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Load a finished run and measure it: on all of `data`, or on what its training never saw.
+    """Load a finished run and measure it on all of `data`, or on the run's held-out data if that is None.
 
-    Returns a row for each compute that the dial is turned to (none: as training left it, and of a run for a range one
-    at either end and one in the middle), and one of each of `baselines` (see BASELINES of the family) at the same.
-    session: what has been loaded, asked and calibrated before.
+    Returns one row for each budget in `compute` (none given: one row where training left the dial, or for a range one
+    at each end and one in the middle), then one for each baseline (BASELINES of the family) at the first row's compute.
+    session: teacher, data, teacher outputs and calibration statistics to reuse.
     """
     session = session or Session()
     run, budgets = launch.together(partial(_what_to_measure, folder, data, compute, baselines))
@@ -97,7 +99,7 @@ def measure_run(
     launch.main_process_first(lambda: run.teacher(session.loaded))
     student = launch.together(lambda: session.student(run))
     for budget in compute:
-        launch.in_step(partial(student.set_compute, budget))  # a mistake here should not have to wait for the data
+        launch.in_step(partial(student.set_compute, budget))  # raises for an unreachable budget before the data is read
     if data is None:
         held_out, name = launch.main_process_first(lambda: session.data(config)).held_out, HELD_OUT
     else:
@@ -107,7 +109,7 @@ def measure_run(
     row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
-        spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target speaks of
+        spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target limits
         measured = launch.in_step(partial(family.baseline, other, student, held_out, config, spent, session))
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
@@ -117,7 +119,8 @@ def measure_run(
 def _what_to_measure(
     folder: str, data: str | None, compute: Sequence[float], baselines: Sequence[str]
 ) -> tuple[Run, tuple[float | None, ...]]:
-    """The run and its budgets (None: where the dial is); ValueError where what is asked for does not fit the run."""
+    """Return the run and the budgets to measure it at (None: the dial stays); raise ValueError if an option does not
+    fit the run."""
     run = Run.open(folder, finished=True)
     config = run.config
     if data is not None:
@@ -137,7 +140,8 @@ def _what_to_measure(
 
 
 def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[dict[str, Any]]:
-    """How much two runs of one image model decide the same: a row for each router, and their mean as "mean"."""
+    """Return, for two runs of one image model, a row for each router with the rank correlation of its scores in both
+    runs, and a last row "mean". Raises ValueError for other families and for runs of different weights."""
     runs = [Run.open(path, finished=True) for path in (folder, other)]
     config = runs[0].config
     if data is not None:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, never half-written."""
+"""Writing files atomically: a file is complete or absent, never half-written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, written under a temporary name and then renamed."""
+    """Write a text file under a temporary name and rename it; raise OSError, with the path, if that fails."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -15,5 +15,5 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        with suppress(OSError):  # a disk that nothing can be written to refuses that as well
+        with suppress(OSError):  # unlinking fails too on a read-only disk
             part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text from a finished run, and what it cost."""
+"""Generate text with a finished run and report the compute spent."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from elastic.generation.vision_language import read_image
 from elastic.run import Run
 from teachers.families.language import most_tokens, require_rows
 
-_open = partial(read_image, "a vision-language model")  # under the name that it had before it had a room
+_open = partial(read_image, "a vision-language model")  # an earlier name of `read_image` in this module
 
 
 class _Stream(TextStreamer):
-    """Notes when tokens come, and hands over words as soon as they are certain, where somebody reads them."""
+    """Records the time of each new token, and passes finished words to `write` if it is given."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.times: list[float] = []
-        """Of the prompt, whose time is when it began, and of each token, in seconds."""
+        """Times in seconds: the start of generation, then the arrival of each new token."""
 
     def put(self, value: Tensor) -> None:
-        """As transformers calls it."""
+        """Record the time; transformers calls this with the prompt first, then with each new token."""
         self.times.append(time.perf_counter())
-        if self.write is not None:  # decoding text takes time
+        if self.write is not None:  # decoding text takes time, so only if it is read
             super().put(value)
 
     def end(self) -> None:
-        """As transformers calls it."""
+        """Flush the last words; transformers calls this once at the end."""
         if self.write is not None:
             super().end()
 
@@ -47,7 +47,7 @@ class _Stream(TextStreamer):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the token that takes the median time: the first ones also pay for the prompt and for recording steps."""
+        """The inverse of a token's median time: the first tokens also take the prefill and CUDA graph capture."""
         return 1 / statistics.median(b - a for a, b in pairwise(self.times))
 
 
@@ -60,12 +60,14 @@ def generate_text(
     max_new_tokens: int = 128,
     stream: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt, greedily, as an answer where the model has a chat template.
+    """Continue a prompt greedily, as the answer to it if the model has a chat template.
 
-    image: the file that a vision-language model is asked about. Keys: text; tokens, how many are new; full, whether
-    there are no more because the model reads no more; tokens_per_second, by the median time of a token; compute, the
-    share of the teacher's FLOPs that the new tokens took, or, of a question about an image, that its prompt took.
-    stream: called with each piece of text as it comes.
+    image: file of the image that a vision-language model is asked about. compute: budget to set first. stream: called
+    with each piece of text as soon as it is final.
+
+    Returns a dictionary with the keys text; tokens, the number of new tokens; full, whether generation stopped at the
+    model's maximum length; tokens_per_second, from the median time of a token; and compute, the student's FLOPs over
+    the teacher's: of the new tokens, or for a question about an image, of its prompt.
     """
     run = Run.open(folder, finished=True)
     generation = families.of(run.config.family).generation

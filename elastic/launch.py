@@ -1,10 +1,10 @@
-"""The processes that a launcher (accelerate launch, torchrun) starts for one command: who is who, and how they agree.
+"""The data-parallel processes that a launcher (accelerate launch, torchrun) starts for one command.
 
-All of them run the same code on the same data in the same order. Each works on its own rows of a batch (`own_rows`),
-sums are reduced over all processes (`all_reduce`), and what has to happen once happens in the first process
-(`on_main`), which alone writes and speaks. Tensors are reduced on their devices; what the host has to know goes through
-a gloo group of its own, which waits for no device. A command that no launcher started is one process, and then nothing
-here does anything.
+All processes run the same code on the same data in the same order. Each works on its own rows of a batch (`own_rows`),
+sums are reduced over all processes (`all_reduce`), and work that must happen once is left to the first process
+(`on_main`), which alone writes files and messages. Tensors are reduced on their devices; host data goes through a gloo
+group of its own, which waits for no device. Without a launcher there is one process, and these functions do nothing
+but the work itself.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for each other's word: one may calibrate, or measure, for hours."""
+"""How long a process waits for others when host data is exchanged: one may calibrate or measure for hours."""
 _alone = False
 
 
 class Lost(RuntimeError):
-    """Another process has ended, so that this one cannot go on."""
+    """Raised where this process cannot go on because another one has ended."""
 
 
 def launched() -> int:
-    """How many processes a launcher has started for this command, by its word alone."""
+    """Return how many processes the launcher started, read from its environment variables."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def spreads() -> bool:
-    """Whether frozen weights are to be spread over the processes (see elastic/sharding.py)."""
+    """Return whether the frozen weights are to be spread over the processes (see elastic/sharding.py)."""
     return launched() > 1 and asks("ACCELERATE_USE_FSDP")
 
 
 def asks(variable: str, otherwise: str = "false") -> bool:
-    """What accelerate's configuration says, by the environment variable that it becomes."""
+    """Return whether accelerate's configuration turns a setting on, by the environment variable it is passed in."""
     return os.environ.get(variable, otherwise).lower() in ("1", "true", "yes")
 
 
 def forget() -> None:
-    """Let this process be the only one, for a command whose work is not shared."""
+    """Make this process act as the only one, for a command whose work is not shared between processes."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """The processes after they have met."""
+    """What a process knows after all processes have joined."""
 
     rank: int
     local_rank: int
     size: int
     device: Any
     group: Any
-    """What the host's words go through."""
+    """The gloo group for host data."""
     underway: set[Any] = field(default_factory=set)
-    """Exchanges that nobody has waited for yet."""
+    """Asynchronous collectives that have been started but not waited for."""
 
 
 @functools.cache
@@ -93,8 +93,8 @@ def _join() -> _Joined:
 
 
 def _take_as_fsdp() -> None:
-    """Read what accelerate's configuration says for DeepSpeed as the same for FSDP: of either Elastic takes that frozen
-    weights are to be spread. ValueError where it says something else."""
+    """Translate accelerate's DeepSpeed variables to those for FSDP: from either Elastic takes only that the frozen
+    weights are to be spread. Raise ValueError for settings that ask for anything else."""
     stage, device, optimizer = (
         os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", otherwise)
         for name, otherwise in (
@@ -118,13 +118,13 @@ def _take_as_fsdp() -> None:
 
 
 def join() -> None:
-    """Meet the other processes, if there are any: what a command that takes several begins with."""
+    """Wait for the other processes, if there are any, and set up communication; shared commands begin with this."""
     if launched() > 1:
         _join()
 
 
 def leave() -> None:
-    """What such a command ends with when all went well."""
+    """Wait for pending collectives and all processes and end communication; shared commands that succeed end so."""
     if launched() > 1:
         import torch
 
@@ -136,23 +136,23 @@ def leave() -> None:
 
 
 def size() -> int:
-    """How many processes share the work."""
+    """Return how many processes share the work; 1 within `together` and `on_main`."""
     return 1 if _alone or launched() == 1 else _join().size
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Return this process's number among those that share the work, 0 for the first."""
     return 0 if size() == 1 else _join().rank
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the first process, which writes files and messages."""
     return launched() == 1 or int(os.environ["RANK"]) == 0
 
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Within it the others are waited for."""
+    """Context of a collective: raise Lost if it fails because another process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -161,7 +161,7 @@ def _others() -> Iterator[None]:
 
 @contextmanager
 def _as_one() -> Iterator[None]:
-    """Within it this process works as if there were no others."""
+    """Context in which this process works as if there were no others."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -171,12 +171,12 @@ def _as_one() -> Iterator[None]:
 
 
 def own_rows(count: int) -> range:
-    """Which of so many rows of a batch are this process's."""
+    """Return which of `count` rows of a batch are this process's: contiguous, by rank."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum over all processes. Its gradient is this process's part: see `all_reduce_gradients`."""
+    """Return the sum of x over all processes. Backward reaches this process's x only; see `all_reduce_gradients`."""
     if size() == 1:
         return x
     import torch
@@ -188,14 +188,14 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def part() -> tuple[int, int, Any]:
-    """Which of how many parts of spread weights this process keeps, and the device that it computes on."""
+    """Return which part of spread weights this process keeps, the number of parts, and the device to compute on."""
     joined = _join()
     return joined.rank, joined.size, joined.device
 
 
 def fill(buffer: Tensor) -> Callable[[], None]:
-    """Begin to fill a buffer, of which each process has put its own part in place, with all of them; returns what waits
-    until it is full (on GPUs: lets what is computed from then on wait)."""
+    """Start to gather all parts of a buffer into which each process has written its own; return a function that waits
+    until the buffer is full (on GPUs it makes later kernels wait, not the host)."""
     import torch
 
     joined = _join()
@@ -219,12 +219,12 @@ def fill(buffer: Tensor) -> Callable[[], None]:
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean of all elements of all processes."""
+    """Return the mean over the elements of x in all processes."""
     return x.mean() if size() == 1 else mean_of(x.mean(), x.numel())
 
 
 def mean_of(x: Tensor, count: int | Tensor) -> Tensor:
-    """The mean of what is, in each process, the mean of so many rows or tokens."""
+    """Return the mean over all processes of x, which is in each process a mean over `count` rows or tokens."""
     if size() == 1:
         return x
     import torch
@@ -235,7 +235,7 @@ def mean_of(x: Tensor, count: int | Tensor) -> Tensor:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over all processes; where no process has one, there is none."""
+    """Replace every gradient by its sum over all processes; it stays None if it is None in all of them."""
     if size() == 1:
         return
     import torch
@@ -252,7 +252,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The rows x [n, ...] of all processes by rank; n may differ between them."""
+    """Return the rows x [n, ...] of all processes, concatenated by rank; n may differ between processes."""
     if size() == 1:
         return x
     import torch
@@ -267,19 +267,19 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor) -> Tensor:
-    """The rows [B, ...] of all processes, one after the other; on the host where there are several."""
+    """Return the rows x [B, ...] of all processes, concatenated by rank, on the host if there are several processes."""
     import torch
 
     return x if size() == 1 else torch.cat(gather(x.cpu()))
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so in one of the processes."""
+    """Return whether the flag is True in any of the processes."""
     return flag if size() == 1 else any(gather(flag))
 
 
 def gather(x: T) -> list[T]:
-    """Everybody's, in order; plain data, and tensors on the host."""
+    """Return the values that x has in all processes, by rank; x is plain data or tensors on the host."""
     if size() == 1:
         return [x]
     import torch
@@ -291,7 +291,8 @@ def gather(x: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What the first process makes of it, alone; an error of it is everybody's. Tensors are to be on the host."""
+    """Run `work` in the first process only and return its result, with tensors on the host, in all; a ValueError or
+    OSError is raised in all."""
     if size() == 1:
         return work()
     import torch
@@ -305,7 +306,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What each process makes of it, alone; an error of one is everybody's."""
+    """Run `work` in each process on its own; if one raises ValueError or OSError, all processes raise an error."""
     if size() == 1:
         return work()
     done = _attempt(work)
@@ -316,7 +317,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def in_step(work: Callable[[], T]) -> T:
-    """What all processes make of it, each of its share, but in step, so that a ValueError of one is everybody's."""
+    """Run `work`, in which the processes communicate, so that a ValueError is known to be raised by all of them."""
     try:
         return work()
     except ValueError as error:
@@ -325,7 +326,7 @@ def in_step(work: Callable[[], T]) -> T:
 
 
 def main_process_first(work: Callable[[], T]) -> T:
-    """As `together`, on each machine its first process before the others, which find in the cache what it fetched."""
+    """Run `work` as `together` does, on each machine first in its first process: others then find downloads cached."""
     if size() == 1:
         return work()
     first = _join().local_rank == 0
@@ -337,7 +338,7 @@ def main_process_first(work: Callable[[], T]) -> T:
 
 @dataclass
 class _Done:
-    """What came of some work."""
+    """The result of some work, or the error that it raised."""
 
     value: Any = None
     error: ValueError | OSError | None = None
@@ -352,13 +353,13 @@ def _attempt(work: Callable[[], Any]) -> _Done:
 
 
 def everyones(error: E) -> E:
-    """An error that all processes raise at the same place: the first one says it for all."""
+    """Mark an error as raised by all processes at the same place, so that only the first reports it; return it."""
     error.shared = True  # type: ignore[attr-defined]
     return error
 
 
 def before_the_end(error: Exception, work: Callable[[], object]) -> None:
-    """Let the first process do what is left to do before an error ends it: the others wait for it, or are gone."""
+    """Run `work` in the first process before `error` ends the command, while the others wait for it or are gone."""
     if is_everyones(error):
         on_main(work)
     elif is_main():
@@ -367,18 +368,18 @@ def before_the_end(error: Exception, work: Callable[[], object]) -> None:
 
 
 def is_everyones(error: Exception) -> bool:
-    """Whether all processes know of an error, so that they can go on together."""
+    """Return whether all processes raise this error, so that they can still communicate."""
     return size() == 1 or getattr(error, "shared", False)
 
 
 def is_said_here(error: Exception) -> bool:
-    """Whether this process is the one to report an error: the first, or whoever alone knows of it."""
+    """Return whether this process reports an error: the first one does, and one whose error no other process has."""
     return is_main() or (_have_met() and not isinstance(error, Lost) and not is_everyones(error))
 
 
 def wait_until_said(error: Exception) -> None:
-    """Where an error is everybody's, wait until the first process has said it: a launcher ends all with the first that
-    ends."""
+    """If all processes raise this error, wait until the first has reported it: a launcher ends all with the first that
+    exits."""
     if not _have_met():
         let_the_first_speak()
     elif launched() > 1 and is_everyones(error):
@@ -389,7 +390,7 @@ def wait_until_said(error: Exception) -> None:
 
 
 def let_the_first_speak() -> None:
-    """Before processes have met, give the first one time to say what is wrong."""
+    """Give the first process 5 s to report an error, where the processes have not joined and cannot wait for it."""
     if not is_main():
         time.sleep(5.0)
 

@@ -1,7 +1,7 @@
-"""A run folder: what defines the run, what it learned, and how a student comes out of it.
+"""Run folders: creating, checking and opening them, and loading the student of a finished run.
 
 config.yaml                the resolved configuration, written before anything else
-elastic.json               what the run is: model, identity of its weights, versions, machine, results
+elastic.json               model, identity of its weights, versions, machine and results
 metrics.jsonl              one line per logging step
 checkpoint.safetensors     routers, optimizer and loop state, to resume from
 routers.safetensors        the finished student: routers only, with its dial
@@ -51,9 +51,9 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool, **entries: Any) -> Run:
-        """Make the folder and write what defines the run. ValueError where it exists and is not to be overwritten.
+        """Create the folder with config.yaml and elastic.json; `entries` are further entries of elastic.json.
 
-        entries: what else elastic.json is to say.
+        Raises ValueError for a folder that `refuse_existing` refuses.
         """
         run = cls(folder)
         run.refuse_existing(overwrite)
@@ -82,8 +82,8 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def refuse_existing(self, overwrite: bool) -> None:
-        """ValueError where the folder has something in it and is not to be overwritten, is not a run's, or cannot be
-        written to."""
+        """Raise ValueError if the folder cannot be written to, has files that are no run's, or has a run that is not to
+        be overwritten."""
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is a file; name a folder with --output")
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -104,7 +104,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path, *, finished: bool = False) -> Run:
-        """An existing run folder; ValueError where it is none, or is to be finished and is not."""
+        """Return an existing run; raise ValueError if the folder has none, or `finished` is asked and it is not."""
         run = cls(folder)
         if not (run.folder / "config.yaml").is_file() or not (run.folder / "elastic.json").is_file():
             raise ValueError(
@@ -116,22 +116,23 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The resolved configuration, with paths to where things are now: the run may have moved, or all of it."""
+        """The resolved configuration, with local model and data where they are now, in case they or the run moved."""
         config: RunConfig = from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
         data = replace(config.data, source=self._located("data", config.data.source))
         return replace(config, model=self._located("model", config.model), data=data)
 
     def _relative_paths(self, config: RunConfig) -> dict[str, str]:
-        """The run's local model and data as seen from its folder."""
+        """Return the paths of a local model and local data, relative to the run folder."""
         paths = {"model": config.model, "data": config.data.source}
         local = {name: path for name, path in paths.items() if Path(path).is_absolute()}
-        with suppress(ValueError):  # Windows: on another drive
+        with suppress(ValueError):  # Windows has no relative path to another drive
             return {name: os.path.relpath(path, self.folder.absolute()) for name, path in local.items()}
         return {}
 
     def _located(self, what: str, name: str) -> str:
-        """Where the run's "model" or "data" of this name is now: in its place, where it was in a run of an earlier
-        version, beside the run as before, or below a folder that the run is in; the name itself where it is nowhere."""
+        """Return the current path of the run's "model" or "data" of this name, the first of these that exists: the path
+        itself, the model path that elastic.json records (relative paths of earlier versions), the same place relative
+        to the run folder, or a relative path below the run folder or one of its parents. Else return the name."""
         if name in models() or name in NAMED_DATA or not (self.folder / "elastic.json").exists():
             return name
         about, given = self.about, Path(name).expanduser()
@@ -147,7 +148,7 @@ class Run:
 
     @property
     def about(self) -> dict[str, Any]:
-        """elastic.json."""
+        """The contents of elastic.json; reading them raises ValueError if the file is damaged."""
         file = self.folder / "elastic.json"
         try:
             return json.loads(file.read_text(encoding="utf-8"))
@@ -160,8 +161,8 @@ class Run:
         write_text(self.folder / "elastic.json", json.dumps(about | entries, indent=2) + "\n")
 
     def teacher(self, load: Callable[[RunConfig], Teacher] | None = None) -> Teacher:
-        """The run's teacher; ValueError where its weights are not those that the run was made with. load: where it
-        comes from, if not from the disk."""
+        """Return the run's teacher, from `load` or else from disk; raise ValueError if its weights are missing or not
+        those that the run was made with."""
         config, about = self.config, self.about
         if about["source"].startswith(LOCAL) and not Path(config.model).is_dir():
             raise ValueError(
@@ -178,12 +179,15 @@ class Run:
 
     @property
     def routers(self) -> Path:
-        """Where the finished student is."""
+        """Path of the file with the finished student's routers."""
         return self.folder / "routers.safetensors"
 
     def load_student(self, teacher: Teacher, *, pack: bool | None = None, prepare: bool = True) -> Student:
-        """The finished student; pack: as `load` has it; prepare: lay out its weights for inference now, instead of in
-        the first call (see Student.prepare)."""
+        """Return the finished student on its teacher's weights.
+
+        pack: see `load`. prepare: lay out weights for inference now instead of in the first call (Student.prepare).
+        Weights that are spread over processes are neither packed nor prepared.
+        """
         student = make_student(teacher, self.config)
         student.restore(self.routers)
         if launch.spreads():
@@ -196,7 +200,7 @@ class Run:
 
 
 def load_teacher(config: RunConfig) -> Teacher:
-    """The teacher of a configuration."""
+    """Load the teacher of a configuration, spread over the processes if accelerate's configuration asks for that."""
     if launch.spreads():
         sharding.require()
     place = sharding.spread if launch.spreads() else None
@@ -205,36 +209,36 @@ def load_teacher(config: RunConfig) -> Teacher:
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model on the same weights."""
+    """Return a copy of the model's modules that shares its parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:
-    """A student of this teacher, as the configuration has it and not trained, on kernels where they can be compiled."""
+    """Return an untrained student of this teacher, after compiling the CPU kernels if there is a compiler."""
     cpu.build(cache_folder())
     return elasticize(teacher.model, config.student)
 
 
 def has_room_for_two(model: nn.Module) -> bool:
-    """Whether a second copy of the weights takes at most half of the memory that is free."""
+    """Return whether a second copy of the weights takes at most half of the host's free memory."""
     return 2 * kept_bytes(model) <= psutil.virtual_memory().available
 
 
 def surroundings() -> dict[str, Any]:
-    """What results depend on besides the configuration: versions of libraries, and the machine."""
+    """Return the versions of libraries and the machine, which results depend on besides the configuration."""
     names = ("transformers", "timm", "accelerate")
     machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
     if launch.size() > 1:
         machine["processes"] = launch.size()
-    # a checkout of Elastic needs no installation; torch's own word says which CUDA it was built for
+    # a checkout of Elastic may not be installed, and torch.__version__ also says which CUDA torch was built for
     own = {"python": platform.python_version(), "elastic-distill": __version__, "torch": torch.__version__}
     return {"versions": {**own, **{name: version(name) for name in names}}, "machine": machine}
 
 
 def _processor() -> str:
-    """The processor's name; on Linux the kernel knows it, elsewhere the standard library."""
+    """Return the processor's name, on Linux from /proc/cpuinfo, elsewhere from the module platform."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -242,11 +246,11 @@ def _processor() -> str:
 
 
 def load(folder: str | Path, *, pack: bool | None = None) -> Student:
-    """The student of a finished run, on its teacher's weights, ready to run at the budget it was trained for.
+    """Load the student of a finished run and its teacher, set to the budget it was trained for (lowest of a range).
 
-    pack: keep a second copy of the weights in the layout of a CPU's bfloat16 products (students/kernels/packing.py):
-    calls of up to some hundred tokens get faster, and every bit stays. None: where it fits into half of the free
-    memory.
+    pack: whether to keep a second copy of the weights in the layout of a CPU's bfloat16 products (see
+    students/kernels/packing.py), which makes calls of up to a few hundred tokens faster without changing any bit; None:
+    if that copy fits into half of the free memory. Raises ValueError if the run is not finished or its weights differ.
     """
     run = Run.open(folder, finished=True)
     return run.load_student(run.teacher(), pack=pack)

@@ -1,4 +1,7 @@
-"""Settings between files, plain data and dataclasses; ValueError of one line that says what is wrong."""
+"""Converting settings between YAML files, plain data and dataclasses.
+
+Every ValueError has a message of one line that says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ import yaml
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain data, ready for YAML or JSON."""
+    """Return the configuration as dictionaries, lists and scalars, ready for YAML or JSON."""
     return _plain(dataclasses.asdict(config))
 
 
 def from_dict(kind: type, data: Any, path: str = "") -> Any:
-    """A dataclass from plain data; ValueError names what is unknown or of the wrong type, and what exists."""
+    """Return a dataclass `kind` from plain data; `path` is the prefix of its settings in messages, such as "train.".
+
+    Raises ValueError for unknown or missing settings and for values of the wrong type.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{path.rstrip('.') or 'the configuration'} is {data!r}; it must be a section of settings")
     hints = get_type_hints(kind)
@@ -62,7 +68,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path} is {value!r}; it must be a list")
         return tuple(_value(args[0], item, f"{path}[{number}]") for number, item in enumerate(value))
-    if hint is float and type(value) in (int, float, str):  # YAML takes 1e-3 for text
+    if hint is float and type(value) in (int, float, str):  # YAML reads 1e-3 as text
         with suppress(ValueError, OverflowError):
             if math.isfinite(number := float(value)):
                 return number
@@ -105,7 +111,7 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file of settings; ValueError with one line where it is missing or no such file."""
+    """Return the settings in a YAML file; raise ValueError if it is missing, not YAML or not a mapping."""
     if not path.is_file():
         raise ValueError(f"no such configuration file: {path}")
     try:

@@ -1,4 +1,4 @@
-"""What a model of some shape would gain on this machine: `elastic bench` with random weights and random data."""
+"""`elastic bench --random-weights`: time a model of a given shape, with random weights and data, on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from teachers.shapes import Shape, build, find_shape
 
 
 def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
-    """The configuration of a model with random weights, by the name of its shape; the rest as `make_config` has it."""
+    """Return the configuration of a model with random weights and data, by its shape's name; see `make_config`."""
     shape = find_shape(name)
     entry = ModelEntry(name, family=shape.family, data="random")
     random: dict[str, Any] = dict(families.of(shape.family).timing.RANDOM)
@@ -34,11 +34,11 @@ def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) 
 
 
 def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[dict[str, Any]]:
-    """Rows of timings, as of `bench_run`, of a model with random weights, calibrated on random data to the budget.
+    """Time a model with random weights, calibrated on random data to the budget; return rows like those of `bench_run`.
 
-    config: see `shape_config`; asked: as of `workload_of`. Where two copies of the weights do not fit into the free
-    memory the dense model shares the student's; where a training step does not, it is not timed. ValueError where not
-    even one copy fits.
+    config: from `shape_config`. asked: options of `workload_of`. If two copies of the weights do not fit into the free
+    memory, the dense model shares the student's; if a training step does not fit, it is not timed. Raises ValueError if
+    not even one copy fits.
     """
     workload = workload_of(config, **asked)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +70,10 @@ def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[di
 def _fits(
     shape: Shape, config: RunConfig, workload: Workload, dtype: torch.dtype, device: torch.device, say: Say
 ) -> tuple[int, bool]:
-    """(how many copies of the weights fit, whether a training step does too); ValueError where not even one does."""
+    """Return how many copies of the weights fit into memory, 1 or 2, and whether a training step fits too.
+
+    Raises ValueError if not even one copy fits.
+    """
     model = build(shape, dtype, "meta")
     sizes = families.of(config.family).timing.input_sizes(model, config, workload)
     need, free = need_of(model, sizes.trunk), free_memory(device)

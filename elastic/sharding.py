@@ -1,8 +1,8 @@
 """Models larger than one device: frozen weights spread over the processes, as accelerate's `fsdp_version: 2` asks for.
 
 Every process keeps a part of each block and gathers the rest when the block runs (students/shards.py). Only the frozen
-weights are spread: they are teacher and student at once, and nearly all there is. Routers are whole everywhere, so that
-checkpoints are what one process writes.
+weights are spread; teacher and student share them, and they are nearly all of the parameters. Routers are whole in
+every process, so that one process can write checkpoints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from students.shards import Shards, part_of, unit_of
 
 
 def require() -> None:
-    """ValueError where accelerate's configuration asks for something else than Elastic does."""
+    """Raise ValueError if accelerate's FSDP settings ask for anything that is not implemented here."""
     version, wrap = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_AUTO_WRAP_POLICY", "")
     if version != "2":
         raise ValueError(f"accelerate's configuration asks for FSDP of version {version}: say fsdp_version: 2")
@@ -35,14 +35,14 @@ def require() -> None:
 
 
 def refuse_timing() -> None:
-    """ValueError where weights are spread: no process can time a student on its own."""
+    """Raise ValueError if weights are spread, since timing runs a whole student in one process."""
     if launch.spreads():
         raise launch.everyones(ValueError("students are timed whole, which FSDP leaves nowhere: say --no-bench"))
 
 
 def units(model: Any) -> list[list[nn.Module]]:
-    """Modules of a model that are whole at the same time: a block, of either tower, the embedding, the LM head. What is
-    in none of them, such as the embedding of patches, is whole always."""
+    """Return the groups of modules whose weights are gathered together: each block of each tower, the token embedding
+    and the LM head (one group if tied). Modules in no group, such as the patch embedding, are always whole."""
     towers = [model]
     if kind_of(model) in VISION_TOWERS:
         towers = [model.base_model.get_submodule(VISION_TOWERS[kind_of(model)]), model.get_decoder()]
@@ -55,7 +55,10 @@ def units(model: Any) -> list[list[nn.Module]]:
 
 
 def spread(model: Any) -> dict[str, Tensor]:
-    """Leave this process its part of a frozen model's weights, which may be on the host; returns what it has left."""
+    """Keep only this process's part of a frozen model's weights, and return that part of each parameter by name.
+
+    The weights may be on the host. Parameters and buffers in no unit stay whole and move to this process's device.
+    """
     rank, size, device = launch.part()
     kept_on = torch.device("cpu") if launch.asks("FSDP_OFFLOAD_PARAMS") else device
     shards = Shards(rank, size, launch.fill, device, kept_on)

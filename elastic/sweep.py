@@ -1,4 +1,4 @@
-"""Many runs and budgets in one folder: each distilled, measured, timed and written down; a kill costs one point."""
+"""Sweeps: distil, measure and time many runs at many budgets into one folder; a kill loses at most one point."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from elastic.run import Run, surroundings
 from elastic.settings import to_dict
 
 FLAGS = {"model": "model", "preset": "preset", "budget.target": "target-compute", "train.seed": "seed"}
-"""Settings that name a sweep's runs, and the options that give them."""
+"""Settings that distinguish the runs of a sweep, with the option that gives each of them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a sweep, and the budgets that it is measured at."""
+    """One run of a sweep, and the budgets at which it is measured."""
 
     name: str
     config: RunConfig
     target: str
-    """The budget or the range of budgets that it is trained for."""
+    """The budget, or range "LOW:HIGH" of budgets, that the run is trained for."""
     points: tuple[tuple[float, float | None], ...]
-    """(budget, what the dial is turned to; None: where training left it)."""
+    """Pairs of a budget and the compute to set the dial to (None: the dial stays where training left it)."""
 
 
 @dataclass(frozen=True)
 class PointOptions:
-    """What is asked of every point."""
+    """Options that all points of a sweep share."""
 
     data: str | None
-    """What is measured on; None: the run's held-out data."""
+    """Data to measure on; None: each run's held-out data."""
     timed: bool
     """Whether speed is measured."""
     command: str
-    """What the row says that it was made by."""
+    """The command line that rows record as their origin."""
 
 
 def sweep(
@@ -69,14 +69,17 @@ def sweep(
     settings: Sequence[str] = (),
     **flags: Any,
 ) -> list[Row]:
-    """Finish every point of a sweep in the folder `output`, and return the points' rows.
+    """Finish every point of a sweep in the folder `output`, and return the rows of all points.
 
-    A point is a run at a budget, or a baseline there; what is finished already is not done again. One run serves all
-    the budgets of a model, preset and seed, or each has a run of its own (per_budget). eval_data: what is measured on,
-    None being each run's held-out data; timed: whether speed is measured; teacher_cache: as for `distill`; command:
-    what a row says it was made by; settings and flags: as for `make_config`. A point that fails is reported and left
-    out; ValueError at the end then, or at once where nothing has been finished yet. (One function, as what is missing,
-    the clock and the failures are needed at each step.)
+    A point is a run at one budget; it has a row for the student and one for each baseline. Rows that exist already are
+    not made again. One run serves all budgets of a model, preset and seed, or one budget each (per_budget).
+
+    eval_data: data to measure on; None: each run's held-out data. timed: whether speed is measured. teacher_cache: see
+    `distill`. command: the command line that rows record. settings, flags: see `make_config`.
+
+    A point that fails is reported and left out, and ValueError is raised at the end; if no row exists yet, or other
+    processes do not know of the error, the error itself is raised at once. (This is one function because missing rows,
+    the clock and the failures are needed at every step.)
     """
     if timed:
         sharding.refuse_timing()
@@ -107,7 +110,7 @@ def sweep(
     finished = {key_of(row): row for row in launch.on_main(begin)}
 
     def missing(keys: list[Key]) -> list[str | None]:
-        """Which rows of a point are not there: None for the student's own, or a baseline's name."""
+        """Return which rows of a point are missing: None for the student's (also if untimed), or a baseline's name."""
         untimed = timed and finished.get(keys[0], {}).get("bench") is None
         return [key[2] for key in keys if key not in finished or (untimed and key is keys[0])]
 
@@ -158,7 +161,7 @@ def plan(
     settings: Sequence[str],
     flags: dict[str, Any],
 ) -> list[Task]:
-    """The runs of a sweep, every one with its whole configuration; ValueError where one of them makes no sense."""
+    """Return the runs of a sweep with their complete configurations; raise ValueError for contradictory options."""
     for setting in settings:
         if (key := setting.partition("=")[0]) in FLAGS:
             raise ValueError(f"--set {setting}: a sweep takes --{FLAGS[key]} for that")
@@ -170,7 +173,7 @@ def plan(
             "one of them below 1"
         )
     runs: list[tuple[str, float | str, tuple[tuple[float, float | None], ...]]]
-    if per_budget or len(below) == 1:  # at 1.0 every run is the teacher
+    if per_budget or len(below) == 1:  # at 1.0 every run is the teacher, so no run is trained for it
         runs = [(f"{budget}", budget, ((budget, None),)) for budget in below]
         if budgets[0] == 1:
             target, value, points = runs[0]
@@ -192,15 +195,15 @@ def plan(
 
 
 def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None) -> list[Key]:
-    """What the rows of a point are known by, the student's own first, then baselines that the model's family has; at
-    1.0, where it is the teacher, none."""
+    """Return the keys of a point's rows: the student's, then one for each baseline that the model's family has (none at
+    1.0, where the student is the teacher)."""
     known = families.of(task.config.family).BASELINES
     kinds = (None, *dict.fromkeys(kind for kind in baselines if kind in known and budget < 1))
     return [(f"runs/{task.name}", budget, kind, data or evaluate.HELD_OUT) for kind in kinds]
 
 
 def _require_baselines(baselines: Sequence[str], tasks: Sequence[Task]) -> None:
-    """ValueError for a baseline that none of the models has; where one has it, the others go without."""
+    """Raise ValueError for a baseline that no model of the sweep has; models that lack one are measured without."""
     known = list(dict.fromkeys(name for task in tasks for name in families.of(task.config.family).BASELINES))
     for name in baselines:
         if name not in known:
@@ -208,7 +211,7 @@ def _require_baselines(baselines: Sequence[str], tasks: Sequence[Task]) -> None:
 
 
 def _require_same(path: Path, config: RunConfig) -> None:
-    """ValueError where the run folder is there and was made with other settings."""
+    """Raise ValueError if the run folder exists and was made with other settings."""
     if not _started(path):
         return
     old, new = (_flat(to_dict(c)) for c in (Run.open(path).config, config))
@@ -224,7 +227,7 @@ def _started(path: Path) -> bool:
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """A nested dictionary as one of dotted keys."""
+    """Return a nested dictionary as a flat one with dotted keys."""
     if not isinstance(tree, dict):
         return {path: tree}
     return {
@@ -240,7 +243,7 @@ def _distil(
     say: Say,
     progress: Callable[..., None],
 ) -> None:
-    """Make the run, continue it, or leave it as it is where it is finished."""
+    """Start the run, resume it if it was interrupted, or do nothing if it is finished."""
     common: dict[str, Any] = {"teacher_cache": teacher_cache, "session": session, "say": say, "progress": progress}
     try:
         begun, done = launch.on_main(lambda: (_started(path), Run(path).routers.exists()))
@@ -262,7 +265,10 @@ def _measure(
     failed: Callable[[str, Exception], None],
     say: Say,
 ) -> Iterator[Row]:
-    """The rows of a point that are missing; writes its details, too."""
+    """Measure a point and yield its missing rows, `kinds` (None: the student's, else a baseline's name).
+
+    For the student's row, the details for reports are written too, and speed is measured if asked for.
+    """
     budget, turn = point
     path = str(folder.run(task.name))
     baselines = [kind for kind in kinds if kind is not None]
@@ -296,7 +302,7 @@ def _measure(
             **surroundings(),
         }
         if baseline is None:
-            if turn != 1:  # there it is the teacher, which routes nothing
+            if turn != 1:  # at 1.0 the student is the teacher, which routes nothing
                 details = launch.together(partial(routing_details, path, turn, session))
                 launch.on_main(partial(_write_details, folder, row, details))
             if options.timed:
@@ -305,9 +311,10 @@ def _measure(
 
 
 def routing_details(path: str, turn: float | None, session: Session | None = None) -> dict[str, Any]:
-    """Where the compute of a finished run goes, the dial turned to `turn` (see elastic/accounting/routing.py).
+    """Return where a finished run spends its compute (see elastic/accounting/routing.py), at compute `turn` (None: the
+    dial stays).
 
-    What is looked at is the same for every seed, so that runs can be compared: what seed 0 holds out.
+    Examples are always those that seed 0 holds out, so that runs with different seeds can be compared.
     """
     session, run = session or Session(), Run.open(path, finished=True)
     config, student = run.config, session.student(run)
@@ -324,7 +331,7 @@ def _write_details(folder: SweepFolder, row: Row, details: dict[str, Any]) -> No
 
 
 class Clock:
-    """Counts what is done and says how long the rest takes, going by what its like took."""
+    """Counts finished runs and points, and estimates the time left from the mean time of each kind so far."""
 
     def __init__(self, runs: int, points: int) -> None:
         self.left = {"runs": runs, "points": points}
@@ -333,12 +340,15 @@ class Clock:
         self._expected: dict[str, float] = {}
 
     def expect(self, kind: str, seconds: float) -> None:
-        """How long one takes, as long as none has been timed."""
+        """Set the time in seconds that one run or point is expected to take until one has been timed."""
         self._expected[kind] = seconds
 
     @contextmanager
     def timing(self, kind: str, counts: bool = True) -> Iterator[None]:
-        """Time one, and count it as done however it ends; counts: whether it was among those that were left."""
+        """Context that times one run or point and counts it as done, also after an error, which leaves it untimed.
+
+        counts: False for one that is not counted in `left`, such as a run that is finished already.
+        """
         started = time.monotonic()
         try:
             yield
@@ -348,11 +358,11 @@ class Clock:
             self.left[kind] -= counts
 
     def skip(self, kind: str, count: int) -> None:
-        """So many will not be done."""
+        """Remove `count` runs or points that will not be done from those left."""
         self.left[kind] -= count
 
     def __str__(self) -> str:
-        """Such as "3/12 points, about 25 min left"."""
+        """Return progress such as "3/12 points, about 25 min left"."""
         each = {k: mean(s) if s else self._expected.get(k) for k, s in self._seconds.items() if self.left[k]}
         known = {k: seconds * self.left[k] for k, seconds in each.items() if seconds is not None}
         left = f", about {sum(known.values()) / 60:.0f} min left" if len(known) == len(each) else ""

@@ -1,8 +1,8 @@
-"""Zero-shot accuracy on multiple-choice tasks, student and teacher side by side, by EleutherAI's lm-evaluation-harness.
+"""Zero-shot accuracy of student and teacher on multiple-choice tasks, with EleutherAI's lm-evaluation-harness.
 
-Scoring reads whole texts at once, as prefill does, but with the choices that the student's dial makes. A student whose
-budget is one of decoding shows the quality of that budget here and saves no arithmetic: `compute` of a row says what
-the same text would cost token by token, `compute_prefill` what reading it at once does.
+Scoring reads whole texts at once, as prefill does, with the gates open that the student's dial opens. So a student
+with a decode budget shows the quality of that budget here but saves no arithmetic: `compute` in a row is the cost of
+the same text token by token, `compute_prefill` that of reading it at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lm_eval.evaluator import evaluate
 from elastic import launch
 from elastic.data_parallel import sum_over_processes
 from elastic.harness.loading import load_tasks
-from elastic.harness.questions import file_task as file_task  # under the name that it had before it had a room
+from elastic.harness.questions import file_task as file_task  # so that it can be imported from here, as before
 from elastic.harness.scorer import Scorer
 from elastic.reporting.progress import Say
 from elastic.run import Run
@@ -33,15 +33,16 @@ def score_run(
     limit: int | None = None,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Zero-shot accuracy of a finished run of a language model and of its teacher: a row for each task and each compute
-    that the dial is turned to (none: as training left it, and of a run for a range at either end and in the middle).
+    """Measure a finished run of a language model and its teacher; return a row for each task and each budget.
 
     tasks: names of the harness's multiple-choice tasks, whose data comes from the hub, and paths of files of questions
-    (see elastic/harness/questions.py). limit: only so many questions of each.
+    (see elastic/harness/questions.py). compute: the budgets (none given: where training left the dial, or for a range
+    both ends and the middle). limit: the most questions of each task.
 
-    Keys: task; examples; accuracy, by the log-probability of the choices, and accuracy_norm, by that over their length
-    in characters, where the task has it, each with _stderr (but of one question) and as teacher_...; agreement, the
-    share of questions on which both prefer the same choice; compute and compute_prefill (see the module's docstring).
+    Keys of a row: task; examples; accuracy, where the choice with the highest log-probability is the answer, and
+    accuracy_norm, with log-probabilities divided by length in characters, if the task has it; the standard error of
+    each as ..._stderr (not for a single question); the teacher's as teacher_...; agreement, the share of questions on
+    which both prefer the same choice; compute and compute_prefill (see the module's docstring).
     """
     run = Run.open(folder, finished=True)
     config = run.config
@@ -51,7 +52,7 @@ def score_run(
     teacher = launch.main_process_first(run.teacher)
     student: Any = launch.together(lambda: run.load_student(teacher, prepare=False))
     for asked in compute:
-        student.set_compute(asked)  # a mistake here should not have to wait for the teacher
+        student.set_compute(asked)  # raises for an unreachable budget before the teacher is scored
     rows = []
     for name, task in loaded.items():
         say(f"{name}: asking the teacher ...")
@@ -86,7 +87,7 @@ def score_run(
 
 
 def _ask(scorer: Scorer, name: str, task: ConfigurableTask, limit: int | None) -> tuple[dict[str, float], list[int]]:
-    """(accuracies with their standard errors, the preferred choice of each question)."""
+    """Return the accuracies with their standard errors, and the number of the preferred choice of each question."""
     with quiet(stderr=True):
         results = evaluate(scorer, {"tasks": {name: task}}, limit=limit, bootstrap_iters=100)
     measured = results["results"][name]

@@ -1,4 +1,4 @@
-"""What has to be known of each family of models before its module, and the libraries behind it, are loaded."""
+"""Facts about each family of models that are needed before its module, and torch or transformers, are imported."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Traits:
-    """What configurations and command lines have to know of a family."""
+    """Facts about one family that configurations and the command line need."""
 
     module: str
+    """The family's module in elastic/families."""
     noun: str
-    """What its models are called in a message."""
+    """What messages call a model of this family, with its article."""
     settings: tuple[str, ...]
-    """Settings that have no effect on every family, and have one on this."""
+    """Settings, as "section.key", that have an effect in this family but not in every family."""
     decodes: bool = False
-    """Whether a budget can speak of decoding; if not, it is always one of prefill."""
+    """Whether a budget can limit the compute of decoding; if not, it always limits that of prefill."""
     section: str | None = None
-    """The section of a configuration file that holds for it, whatever the phase."""
+    """The section of a preset or configuration file for this family, used in either phase."""
     data: str | None = None
-    """What has to be named as data, for the user to read; None: there is data that needs no name."""
+    """The kinds of data that the user must choose from, for an error message; None: there is a default."""
     one_word: bool = False
-    """Whether a hub data set may be named without its owner."""
+    """Whether a hub data set may be named without its owner, such as imagenet-1k."""
     tasks: bool = False
-    """Whether it can be asked multiple-choice tasks of text."""
+    """Whether models can be measured on multiple-choice tasks (`elastic eval --tasks`)."""
 
 
 _IMAGES = "images: --data FOLDER (train/ and val/ with class sub-folders), or fashion-mnist"
@@ -57,4 +58,4 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
         ),
     }
 )
-"""Of each family, by the name that configurations and tables of models have for it."""
+"""The traits of each family, by its name in configurations and in configs/models.yaml."""
