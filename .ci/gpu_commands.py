@@ -1,10 +1,11 @@
-"""Run the commands that .ci/gpu-bench lists, one after the other, and keep what each prints: FOLDER/NUMBER-NAME.json.
+"""Run the commands in .ci/gpu-bench one after the other, and write what each prints to FOLDER/NUMBER-NAME.json.
 
-`python .ci/gpu_commands.py FOLDER SECONDS`: all of them together get so many seconds, and each but the last at most the
-share MOST of what is left, so that one that hangs costs no others; one that would begin in the last LEAST is left out.
-Each is a process of its own, so that a GPU's errors stay with it, forked from this one, which has imported everything
-and leaves the GPU alone: to import it each time would take as long as some of the work. Exits with 1
-where a command fails, but not where time runs out.
+`python .ci/gpu_commands.py FOLDER SECONDS`: all commands together get SECONDS, and each but the last at most the share
+MOST of the time left, so that one that hangs does not cost the others; none is started in the last LEAST seconds.
+
+Each command runs in a process of its own, so that a GPU error cannot affect the next. The processes are forked from
+this one, which has imported all libraries but does not touch the GPU, since importing them each time would take as long
+as some of the commands. Exits with 1 if a command fails, but not if time runs out.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from importlib import import_module
 from pathlib import Path
 
 LEAST = 15
-"""Seconds for a command that is begun."""
+"""Fewest seconds that must be left to start a command, and that a command gets."""
 MOST = 0.6
-"""Of the seconds that are left."""
+"""Largest share of the time left that a command other than the last may take."""
 IMPORTED = (
     "elastic.bench",
     "elastic.shapes",
@@ -36,7 +37,7 @@ IMPORTED = (
 
 
 def commands(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """The name and the arguments of each."""
+    """Yield the name and the arguments of each command in a file."""
     for line in file.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             name, *arguments = shlex.split(line)
@@ -44,7 +45,7 @@ def commands(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
-    """Whether the command ended well; None where it did not within so many seconds."""
+    """Run `elastic bench` with these arguments; return whether it succeeded, None if it was killed after `seconds`."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -62,14 +63,14 @@ def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
 
 
 def _become(arguments: list[str], out: Path) -> None:
-    """Run the command in this process, and end it."""
+    """Run an elastic command in this forked process with stdout written to `out`, then exit with its exit code."""
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
         import torch
 
-        if torch.cuda._is_in_bad_fork():  # something has looked at the GPU while it was imported
+        if torch.cuda._is_in_bad_fork():  # an import initialised CUDA, which cannot be used after a fork
             os.execv(sys.executable, [sys.executable, "-m", "elastic.cli", *arguments])
         from elastic.cli import main
 

@@ -1,7 +1,7 @@
-"""Print what `elastic bench --json` wrote into files NUMBER-NAME.json as one table in Markdown, for the README.
+"""Print results of `elastic bench --json`, in files NUMBER-NAME.json, as one Markdown table for the README.
 
-The share of what is predicted that is reached is that over the tuned dense model, or, where there is none, over the
-dense one.
+The column "of predicted" is the measured over the predicted speed-up, measured against the tuned dense model or, if
+there is none, against the dense model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ COLUMNS = (
     "peak",
 )
 FEWEST = 8
-"""New tokens: the time of fewer is lost in that of their prompt."""
+"""Fewest new tokens for a row of decoding: with fewer, noise in the prompt's time would hide theirs."""
 
 
 def lines(files: Sequence[Path]) -> list[str]:
-    """The table's lines, in the order of the files' numbers, and one above it about the machine."""
+    """Return a line about the machine and the table's lines, in the order of the files' numbers."""
     found = [(file, json.loads(file.read_text())) for file in sorted(files, key=_number)]
     if not found:
         return ["nothing was timed"]
@@ -63,7 +63,7 @@ def _line(cells: Sequence[str]) -> str:
 def _cells(shape: str, name: str, row: dict[str, Any]) -> list[str]:
     by_bytes = row.get("predicted_speedup_bytes")
     share = "" if by_bytes is None else f"{1 / by_bytes:.3f}"
-    # decoding waits for memory, the rest for arithmetic
+    # decoding is limited by memory bandwidth, everything else by arithmetic
     ratio = by_bytes if row["phase"] == "decode" else row["predicted_speedup"]
     reached = row.get("tuned_speedup", row["measured_speedup"]) / ratio
     if row["phase"] == "train":

@@ -27,7 +27,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `import elastic` itself loads neither torch nor transformers."""
+    """Import a public name at its first use, so that `import elastic` itself loads neither torch nor transformers."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'elastic' has no attribute {name!r}; it has {', '.join(_HOME)}")

@@ -84,8 +84,10 @@ def split(batches: Sequence[Sequence[int]]) -> tuple[list[list[int]], ProcessSha
 
 
 def all_gather(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all processes, given this process's rows [n, ...] of each of its batches, as many batches as in
-    other processes. Rows are ordered by batch, then by rank: the order in which `scatter` distributes batches."""
+    """Return the rows of all processes, given this process's rows [n, ...] of each of its batches.
+
+    All processes have the same number of batches. Rows are ordered by batch, then rank, as `scatter` distributes them.
+    """
     own = torch.cat(list(parts))
     if launch.size() == 1:
         return own

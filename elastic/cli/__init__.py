@@ -1,4 +1,4 @@
-"""The command `elastic`. Heavy libraries are imported inside the commands, so that --help answers at once."""
+"""The command `elastic`. Large libraries are imported inside the commands, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from elastic.cli.parser import parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a mistake that one line can explain, 3 for a finished run that
-    missed its budget, 130 for Ctrl-C.
+    """Run a command and return the exit code.
 
-    141 where whoever reads the output closed the pipe.
+    0: success; 2: an error that is reported in one line; 3: a finished run or sweep that missed a budget; 130: Ctrl-C;
+    141: the reader of the output closed the pipe.
     """
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
     options = parser().parse_args(arguments)
@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.command(options) or 0
         launch.leave()
         return code
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of stdout has exited; else Python fails again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, launch.Lost) as error:
-        # whatever a user can mend is raised as one of these two, with one line that says how
+        # errors that a user can fix are raised as ValueError or OSError, with one line that says how
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a remark of torch is not what it says wherever torchao, which transformers imports, is installed."""
+    """Logging filter that drops a message of torch, caused by torchao, which transformers imports if installed."""
     return "is an Enum subclass" not in record.getMessage()
 
 
 def _left_to_the_first() -> bool:
-    """Whether this is one of several processes, and not the one that does a command whose work is not shared."""
+    """Return whether this process skips a command whose work is not shared: all but the first of several do."""
     if launch.launched() > 1 and launch.is_main():
         launch.forget()
     return not launch.is_main()

@@ -1,4 +1,4 @@
-"""Commands that measure finished runs: eval, bench, compare."""
+"""Commands that measure or estimate: eval, bench, plan, compare."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def eval_command(options: argparse.Namespace) -> None:
 
 
 def _check_eval(options: argparse.Namespace) -> None:
-    """ValueError where options contradict each other, or a package is missing."""
+    """Raise ValueError if options of `elastic eval` contradict each other or lm-evaluation-harness is missing."""
     if options.tasks is None:
         if options.limit is not None:
             raise ValueError("--limit is for --tasks: leave it away")
@@ -102,7 +102,7 @@ def bench_command(options: argparse.Namespace) -> None:
 
 
 def _check_bench(options: argparse.Namespace) -> None:
-    """ValueError where options contradict each other."""
+    """Raise ValueError if options of `elastic bench` contradict each other or are too small."""
     for name in ("batch", "tokens", "repeats"):
         given = getattr(options, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:
@@ -132,11 +132,11 @@ SIZES = {
     "peak GB": ("peak_bytes", 1e9),
     "dense GB": ("dense_peak_bytes", 1e9),
 }
-"""Columns of a table of timings, which are left out where no row has them: what each shows, in which unit."""
+"""Columns of the table of timings: heading -> (key of a row, its unit). A column that no row has is left out."""
 
 
 def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """A table of timings, and the machine that they are of."""
+    """Print the table of timings, with the machine and versions that they were measured on."""
     from rich.console import Console
     from rich.table import Table
 
@@ -219,12 +219,12 @@ def plan_command(options: argparse.Namespace) -> None:
 
 
 def _size(count: float) -> str:
-    """Bytes, in a unit that shows them."""
+    """Return a number of bytes as text, in GB from 0.01 GB on, else in MB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
 
 
 def _duration(days: float) -> str:
-    """Such as "3.1 hours"."""
+    """Return a number of days as text in the largest unit of which it is at least 1, such as "3.1 hours"."""
     size, unit = next(((s, u) for s, u in ((1, "days"), (24, "hours")) if days * s >= 1), (24 * 60, "minutes"))
     return f"{days * size:.3g} {unit}"
 

@@ -23,16 +23,16 @@ EXAMPLES = """examples:
 """
 
 BASELINES = ("random", "uniform", "static", "teal", "tome")
-"""What can be measured beside a student."""
+"""Values of --baselines: untrained ways to reduce compute, to compare students with."""
 SHARED = ("distill", "eval", "sweep")
-"""Commands of which several processes share the work."""
+"""Commands whose work several processes share."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line."""
+    """ArgumentParser that reports an error in one line, from the first process only."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """ArgumentParser's, but the command whose option is unknown says so, as its --help lists what there is."""
+        """Parse as ArgumentParser does, but let the command report an unknown option, since its --help lists them."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their options: a list, however long, in the order of --help."""
+    """Return the parser of all commands with their options, in the order of --help."""
     root = _Parser(
         prog="elastic",
         description="Make a pretrained transformer elastic: frozen weights, tiny routers, one dial for compute.",
@@ -242,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _target(text: str) -> float | str:
-    """A budget, or a range as it is written: LOW:HIGH."""
+    """Parse --target-compute: return a budget as a number, or a range LOW:HIGH as the text itself."""
     try:
         budgets = [float(part) for part in text.split(":")]
     except ValueError:

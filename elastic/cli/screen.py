@@ -1,4 +1,4 @@
-"""What commands show while they run and at their end."""
+"""Messages, progress bars and tables of results on the terminal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from elastic.reporting.progress import Say
 
 QUIET_SECONDS = 20
-"""Where no bar can be drawn, a long loop says so often how far it is."""
+"""Interval in seconds at which a long loop reports its progress if stderr is no terminal and shows no bar."""
 
 
 @contextmanager
 def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
-    """(say, progress): lines and a progress bar on stderr, so that stdout holds results only; the first of several
-    processes alone says anything."""
+    """Context that gives the functions (say, progress), which print lines and draw a bar on stderr, so that stdout has
+    results only. Of several processes only the first prints."""
     if not launch.is_main():
         yield lambda _: None, lambda *_: None
         return
@@ -32,7 +32,7 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
 
     from elastic.reporting.progress import watched_by
 
-    # the harness is kept from writing to stderr while it asks; this is not
+    # opened before sys.stderr is replaced to silence lm-evaluation-harness, so that it still prints then
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
     columns = (
         TextColumn("{task.description}"),
@@ -45,7 +45,7 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, visible=False)
         loop = bar.add_task("this part", total=None, visible=False)
-        times = [0.0, 0.0]  # when the loop began, when it was last reported
+        times = [0.0, 0.0]  # when the loop began and when it last reported progress
 
         def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
             phases = [key.removeprefix("compute_") for key in line if key.startswith("compute_")]
@@ -72,7 +72,7 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
 
 @contextmanager
 def _log_to(say: Say) -> Iterator[None]:
-    """Within it, what teachers log of their data goes here, and does not break the bar."""
+    """Context in which log messages of the package `teachers` go to `say`, so that they do not break the bar."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -87,7 +87,7 @@ def _log_to(say: Say) -> Iterator[None]:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The table at the end of a run: one line a quantity, one column a row."""
+    """Print the table of results at the end of a run: a line for each quantity, a column for each row of results."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -99,7 +99,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
         ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
     ]
-    table = Table("", *(Column(overflow="fold") for _ in rows), show_header=False)  # paths are for copying
+    table = Table("", *(Column(overflow="fold") for _ in rows), show_header=False)  # fold: paths are shown whole
     for name, show in lines:
         table.add_row(name, *(show(row) for row in rows))
     Console(soft_wrap=True, markup=False).print(table)

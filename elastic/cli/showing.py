@@ -1,4 +1,4 @@
-"""Commands that show what is there: report, generate, info, models."""
+"""Commands that show results, text and tables: report, generate, info, models."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def models_command(options: argparse.Namespace) -> None:
     table = Table("name", "hub id", "parameters", "license", "note", box=None, pad_edge=False)
     for entry in entries:
         table.add_row(entry.name, entry.hub or "(shipped)", _count(entry.parameters), entry.license, entry.note)
-    Console(width=160).print(table)  # names are for copying: none is cut to fit a narrow terminal
+    Console(width=160).print(table)  # wide, so that names can be copied whole in a narrow terminal
     print("Any other hub id or local folder of a supported architecture works too.")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from elastic.config import RunConfig
 
 MISSED = 3
-"""Exit code of a run or sweep that is finished, but misses a budget."""
+"""Exit code if a run or sweep has finished but misses a budget."""
 
 
 def distill_command(options: argparse.Namespace) -> int | None:
@@ -40,8 +40,10 @@ def distill_command(options: argparse.Namespace) -> int | None:
 
 
 def _what_to_distil(options: argparse.Namespace) -> tuple[RunConfig, str] | None:
-    """The configuration and the run folder; None: those of the run that is resumed. ValueError where options
-    contradict each other."""
+    """Return the configuration and the run folder, or None if a run is resumed with its own.
+
+    Raises ValueError if options contradict each other.
+    """
     from elastic.config import make_config
 
     if options.resume:
@@ -96,7 +98,7 @@ def sweep_command(options: argparse.Namespace) -> int | None:
     from rich.table import Table
 
     keys = list(dict.fromkeys(key for row in rows for key, _, _ in row["metrics"]))
-    names = [key for key in ("model", "preset", "seed") if len({row[key] for row in rows}) > 1]  # not what all share
+    names = [key for key in ("model", "preset", "seed") if len({row[key] for row in rows}) > 1]  # only what varies
     table = Table(*names, "student", "asked", "compute", *(key.replace("_", " ") for key in keys))
     for row in rows:
         which = (*(str(row[key]) for key in names), row["baseline"] or "trained")
@@ -109,7 +111,7 @@ def sweep_command(options: argparse.Namespace) -> int | None:
 
 
 def _report_missed(rows: Sequence[dict[str, Any]]) -> int | None:
-    """A line for each budget that is missed; returns the exit code."""
+    """Print a line for each missed budget, and return the exit code: MISSED, or None if all are met."""
     from elastic.evaluate import missed
 
     lines = missed(rows)
