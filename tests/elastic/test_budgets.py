@@ -1,4 +1,4 @@
-"""Budgets: refused before training where they cannot be met, met otherwise, and said where they are missed."""
+"""Budgets: those that cannot be met are refused before training, others are met, and a missed budget is reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(config: RunConfig, folder: Path) -> str:
 
 
 def check_lowest_budget(configure: Configure, folder: Path, *settings: str) -> None:
-    """The figure that a refusal states is the lowest that is accepted, and the student ends there."""
+    """Assert that the lowest budget that a refusal names is accepted, and met, and that a lower one is refused."""
     found = CLOSED.search(refusal(configure(*settings, budget__target=0.001), folder / "refused"))
     lowest = float(found.group(1))
     assert CLOSED.search(refusal(configure(*settings, budget__target=f"{lowest - 0.002:.3f}:1.0"), folder / "refused"))
@@ -83,7 +83,7 @@ def test_the_lowest_budget_of_a_capacity(preset: str, configure: Configure, tmp_
 def test_a_missed_budget_is_said(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three routers that know no input are open or closed: there is little between."""
+    """Static routers of three layers can spend few different amounts of compute, so that this budget is missed."""
     monkeypatch.chdir(tmp_path)
     config = configure()
     settings = [
@@ -113,7 +113,9 @@ def test_only_a_student_on_its_own_data_misses_a_budget() -> None:
 
 
 class Meter:
-    """A smooth curve, of which a part of the data sees another one; counts how much was measured."""
+    """A stand-in for measuring compute: a sigmoid of the dial's offset, shifted where only a part of the data is used.
+
+    `measured` sums up the shares of the data that were used."""
 
     def __init__(self, student: Any) -> None:
         self.student, self.measured = student, 0.0
@@ -148,7 +150,7 @@ def test_the_dial_of_a_range_reaches_both_ends() -> None:
 
 
 def test_multiples_give_way_to_a_budget(configure_images: Configure, tmp_path: Path) -> None:
-    """Of 16 patches: 0.73 lies between two multiples of 4."""
+    """With 16 patches, a compute of 0.73 lies between two multiples of 4."""
     said: list[str] = []
     row = trainer.distill(configure_images(budget__target=0.73), tmp_path / "run", say=said.append)
     assert any("any number of them is kept" in line for line in said)

@@ -1,4 +1,4 @@
-"""The command line: one line for every mistake, nothing written then, and results that programs can read."""
+"""The command line: a mistake costs one line and writes nothing, and results can be read by programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in a folder of its own."""
+    """Run every test in an empty working directory of its own; the value is its path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ELASTIC_TRACEBACK", raising=False)
     return tmp_path
@@ -37,13 +37,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def arguments(model_folder: Path, text_file: Path) -> list[str]:
-    """A distillation that takes a second."""
+    """The arguments of a distillation that takes about a second."""
     return ["distill", "--model", str(model_folder), "--data", str(text_file), *SETTINGS]
 
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str], here: Path) -> Callable[..., str]:
-    """Run a command that must fail with one line, and leave everything as it was; returns that line."""
+    """A function that runs a command, asserts that it fails with one line and changes no file, and returns the line."""
 
     def run(*arguments: object) -> str:
         before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
@@ -105,7 +105,7 @@ def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., s
     (here / "empty.txt").write_text("")
     assert "no such file or folder: missing.txt" in refused(*arguments, "--data", "missing.txt")
     assert "empty.txt is too short: 0 tokens found, 96 needed" in refused(*arguments, "--data", "empty.txt")
-    for source in ("emty.txt", "./empty", "some/where/else", "word"):  # before a model is loaded, or asked of the hub
+    for source in ("emty.txt", "./empty", "some/where/else", "word"):  # noticed before the model is looked for
         assert "no such file or folder" in refused("distill", "--model", "gpt2", "--data", source)
     assert "did you mean builtin?" in refused("distill", "--model", "gpt2", "--data", "buildin")
     assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
@@ -216,7 +216,7 @@ def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: py
 def test_long_loops_say_how_far_they_are(
     finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """On stderr; with no terminal there now and then, and never where it takes no time."""
+    """Progress goes to stderr: without a terminal as a line now and then, and not at all if a loop is short."""
     arguments = ["eval", str(finished), "--data", str(text_file), "--json"]
     assert main(arguments) == 0
     assert "min left" not in capsys.readouterr().err
@@ -316,7 +316,7 @@ def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_network_in_a_process_of_its_own(here: Path):
-    """The whole of stderr is one line, in seconds, and nothing is written."""
+    """An unreachable hub costs seconds, exactly one line on stderr, and no file."""
     start = time.monotonic()
     result = run_process(
         *("distill", "--model", "some/model"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here / "hf")
@@ -344,7 +344,7 @@ def test_ctrl_c_says_how_to_continue(
 def test_the_first_of_several_processes_does_a_command_alone_whose_work_is_not_shared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """As torchrun and accelerate launch start them."""
+    """Processes are told apart by the environment variables of torchrun, which accelerate launch sets as well."""
     for rank in ("1", "0"):
         for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)

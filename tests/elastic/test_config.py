@@ -1,4 +1,4 @@
-"""Configurations are strict: what is unknown, of the wrong type, contradictory or without effect is an error."""
+"""Configurations are strict: settings that are unknown, mistyped, contradictory or without effect are errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(folder: Path, content: dict | str) -> str:
 
 
 def problem(**arguments: object) -> str:
-    """What make_config says about these arguments, in one line."""
+    """Return the error message of make_config for these arguments, which must be a single line."""
     with pytest.raises(ValueError) as error:
         make_config(**{**NAMED, **arguments})
     assert "\n" not in str(error.value)
@@ -41,10 +41,10 @@ def test_what_comes_later_counts(tmp_path: Path):
     file = write(tmp_path, {"train": {"lr": 0.5, "batch": 7}, "budget": {"target": 0.6, "hinge": 3.0}})
     options = dict(preset="router-tuning", file=file, settings=["train.lr=0.25"], budget__target=0.9)
     config = make_config(**NAMED, **options)
-    assert config.train.limit_lr == TrainConfig().limit_lr  # default
-    assert config.loss.cross_entropy_weight == 1 and config.budget.control == "capacity"  # preset
-    assert config.train.batch == 7 and config.budget.hinge == 3  # file
-    assert config.budget.target == 0.9 and config.train.lr == 0.25  # command line
+    assert config.train.limit_lr == TrainConfig().limit_lr  # from the defaults
+    assert config.loss.cross_entropy_weight == 1 and config.budget.control == "capacity"  # from the preset
+    assert config.train.batch == 7 and config.budget.hinge == 3  # from the file
+    assert config.budget.target == 0.9 and config.train.lr == 0.25  # from the command line
 
 
 def test_preset_and_model_may_be_named_in_the_file(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Runs that go wrong: nothing bad is ever saved, and what is damaged or another's is refused."""
+"""Runs that go wrong: NaNs are never saved, and files that are damaged or of another run are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.elastic.runs import FINISHED, Configure, assert_same_run, distill, fi
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
+    """A copy of the finished run, to be damaged."""
     return shutil.copytree(finished, tmp_path / "copied")
 
 

@@ -1,4 +1,4 @@
-"""How samples are spread over processes: each once, and as many batches for each process."""
+"""How samples are spread over processes: each counts once, and every process has the same number of batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_sample_counts_once_and_all_have_as_many_batches(count: int, most:
     assert sorted(counted) == list(range(count))
     rows = torch.arange(count)
     assert all(rows[batch.rows].tolist() == list(batch.samples) for each in found for batch in each)
-    for some in range(1, count):  # a prefix of the samples is in the first batches
+    for some in range(1, count):  # the first samples are in the first batches
         for rank in range(size):
             as_process(rank, size)
             fewer = [sample for batch in local_batches(some, most) if batch.counts for sample in batch.samples]

@@ -1,4 +1,4 @@
-"""Run folders of earlier versions: they open, say the same, turn their dial, and go on where they were stopped."""
+"""Run folders of earlier versions: they open, answer as they did at every position of the dial, and can be resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ FINISHED = [(folder, run.parent.name) for folder in EARLIER for run in sorted(fo
 
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Copy a folder of runs and their models, and work in it: its paths are relative to where it was made."""
+    """A function that copies a folder of runs and their models and makes the copy the working directory.
+
+    The paths in these runs are relative to the folder that they were made in."""
 
     def enter(folder: Path) -> Path:
         copy = shutil.copytree(folder, tmp_path / folder.name)
@@ -72,7 +74,7 @@ def test_its_results_are_measured_again(at, folder: Path, name: str) -> None:
         for key, value in stored.items():
             if "per_second" in key:
                 continue
-            if key in ("model", "data") and Path(value).exists():  # local paths are absolute now
+            if key in ("model", "data") and Path(value).exists():  # earlier versions stored local paths as typed
                 value = str(Path(value).absolute())
             assert again[key] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), key
 
@@ -87,6 +89,6 @@ def test_a_stopped_run_ends_like_one_that_was_not(at, folder: Path, cut: str, wh
     stored, about_stored = read_tensors(Path(whole) / "routers.safetensors")
     assert row["compute"] == pytest.approx(Run.open(whole).about["result"]["compute"], abs=1e-3)
     assert found.keys() == stored.keys()
-    assert about.keys() - {"multiples"} == about_stored.keys()  # which says that multiples of patches were given up
+    assert about.keys() - {"multiples"} == about_stored.keys()  # set where a run gave up multiples of patches; newer
     for key, value in stored.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)

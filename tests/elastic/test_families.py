@@ -1,4 +1,4 @@
-"""Every family answers everything that is asked of one."""
+"""Every family of models has all members of the protocols of a family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def members(protocol: type) -> set[str]:
-    """What a protocol asks for."""
+    """Return the names of a protocol's public attributes and methods."""
     return {name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")}
 
 

@@ -49,7 +49,7 @@ def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
 
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
     row = Run.open(finished).about["result"]
-    assert row["compute"] == pytest.approx(0.7, abs=0.06)  # 16 patches: few steps to choose from
+    assert row["compute"] == pytest.approx(0.7, abs=0.06)  # with 16 patches, compute changes in large steps
     assert row["images"] == 8 and row["broken"] == 0
     for key in ("top1", "teacher_top1", "top5", "teacher_top5", "agreement"):
         assert 0 <= row[key] <= 1
@@ -189,13 +189,13 @@ def test_baselines_cost_what_the_student_costs(finished: Path) -> None:
 
 
 def test_the_teacher_runs_once_for_all_that_is_measured(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it asks the teacher as well
+    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it would run the teacher, too
     asked = []
     monkeypatch.setattr(ImageStudent, "teacher", lambda self, real=ImageStudent.teacher: asked.append(1) or real(self))
     rows = measure_run(str(finished), baselines=["random", "tome"], say=silent)
     assert len(asked) == 1  # all held-out images are one batch
     (again,) = measure_run(str(finished), say=silent)
-    assert len(asked) == 2  # another student, other images
+    assert len(asked) == 2  # a new call loads student and images again
     assert {row["teacher_top1"] for row in rows} == {again["teacher_top1"]}
     assert again["kl"] == rows[0]["kl"]
 
@@ -206,7 +206,7 @@ def test_blind_dropping_differs_where_the_first_block_drops_nothing(timm_folder:
     for kind in ("random", "uniform"):
         spec = StudentSpec((RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),))
         student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
-        for number, block in enumerate(student.blocks):  # the first keeps all, the others half
+        for number, block in enumerate(student.blocks):  # the first block keeps all patches, the others half
             block.routers["layer"].set_quota(torch.linspace(0, 1, 64) if number == 0 else torch.linspace(-1, 1, 64))
         with dropping_patches(student, kind, [pixels]), torch.no_grad():
             _, decisions = student.features(pixels)
@@ -220,7 +220,7 @@ def test_merging_keeps_the_weighted_sum_and_counts_patches() -> None:
     draw = torch.Generator().manual_seed(0)
     x, metric = torch.randn(2, 12, 8, generator=draw), torch.randn(2, 12, 4, generator=draw)
     size = torch.randint(1, 4, (2, 12, 1), generator=draw).float()
-    assert torch.equal(merge(x[:, :2], metric[:, :2], None, pairs=3, prefix=1)[0], x[:, :2])  # nobody to merge with
+    assert torch.equal(merge(x[:, :2], metric[:, :2], None, pairs=3, prefix=1)[0], x[:, :2])  # only one patch
     merged, total = merge(x, metric, size, pairs=3, prefix=1)
     assert merged.shape == (2, 9, 8)
     torch.testing.assert_close((merged * total).sum(1), (x * size).sum(1))
@@ -252,7 +252,7 @@ def test_runs_can_be_compared(finished: Path) -> None:
 
 
 def test_where_compute_goes(finished: Path) -> None:
-    """Patches stay away from block 1 on: nobody misses any before, and pictures fade by what their patches miss."""
+    """Block 0 runs on all patches, later blocks on some; a picture fades where its patches skip blocks."""
     details = routing_details(str(finished), None)
     result = Run.open(finished).about["result"]
     assert (len(details["blocks"]), details["phase"]) == (3, "prefill")
@@ -340,7 +340,7 @@ def test_the_command_line_speaks_of_images(
 
 
 def _of_another_size(kind: str, folder: Path) -> tuple[int, int]:
-    """Save a model whose configuration names another size than its processor makes; returns what that is."""
+    """Save a model whose processor makes images of another size than it is configured for; return (height, width)."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, patch_size=4)
     if kind == "dinov2":

@@ -1,4 +1,4 @@
-"""Untrained choices at a student's compute: each is what its name says, and costs what the student costs."""
+"""Baselines of language models: each chooses channels as its name says, untrained, at the student's compute."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_a_row_for_each_baseline_at_the_students_compute(finished: Path):
     assert [row["preset"] for row in rows] == ["default", *language.BASELINES]
     own, random, uniform, static, teal = rows
     for row in rows[1:]:
-        step = 0.03 if row is static else 0.015  # a channel of every layer at once
+        step = 0.03 if row is static else 0.015  # all layers gain a channel at once
         assert row["compute"] == pytest.approx(own["compute"], abs=step)
         assert row["trainable_parameters"] == row["checkpoint_bytes"] == 0
         assert row["tokens"] == own["tokens"] and row["teacher_perplexity"] == own["teacher_perplexity"]
-    assert static["compute_prefill"] == pytest.approx(static["compute"], abs=0.05)  # less attention in decoding
-    assert teal["compute_prefill"] == 1.0  # nothing saved, nothing added
-    assert random["compute_prefill"] == uniform["compute_prefill"] > 1.0  # the preview of the head
+    assert static["compute_prefill"] == pytest.approx(static["compute"], abs=0.05)  # they differ by attention
+    assert teal["compute_prefill"] == 1.0  # saves and adds nothing in prefill
+    assert random["compute_prefill"] == uniform["compute_prefill"] > 1.0  # added by the head's preview
     assert random["kl"] > max(uniform["kl"], teal["kl"]) and static["kl"] > uniform["kl"]
 
 
@@ -81,7 +81,7 @@ def test_static_reads_the_same_channels_for_every_token(ids: Tensor):
     channels = [share for key, share in decisions.share.items() if key.endswith("channel")]
     assert len(channels) == 12 and all((share == share.flatten()[0]).all() for share in channels)
     kept = [float(share.flatten()[0]) for share in channels]
-    assert max(kept) - min(kept) < 0.04  # as many of every layer, but for whole channels
+    assert max(kept) - min(kept) < 0.04  # equal but for rounding to whole channels
     assert meter(student) == pytest.approx(0.75, abs=0.03)
 
 
@@ -95,14 +95,15 @@ def test_random_opens_as_much_as_the_student(name: str, ids: Tensor):
     assert decode_meter(ids)(other) == pytest.approx(compute, abs=0.01)
     own, drawn = shares(student, ids), shares(other, ids)
     assert own.keys() == drawn.keys()
-    # low-rank corrections, a large part of a model this small, are spent on gates: everywhere by the same odds
+    # the baseline spends the compute of low-rank corrections, large in a model this small, on more open gates: the odds
+    # of being open grow everywhere by one factor
     odds = [torch.tensor(drawn[key]).logit() - torch.tensor(own[key]).logit() for key in own if 0.02 < own[key] < 0.98]
     assert len(odds) > 5 and max(odds) - min(odds) < 0.4 and min(odds) > 0
     with torch.no_grad():
         x = torch.randn(1, 64, 32)
         layer = baselines._sites(other)["1.mlp_in"]
         first, second = (layer(x) for _ in range(2))
-        assert not torch.equal(first, second)  # anew each time
+        assert not torch.equal(first, second)  # drawn anew in each call
         with other.teacher():
             assert torch.equal(other(ids)[0].logits, make_tiny(name)(ids).logits)
 

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, learn what one does from the same batches."""
+"""Several processes, started by torchrun or accelerate, learn from the same batches what a single process learns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "topk": ((), {"preset": "elastiformer", "budget__target": 0.85}),
     "sequence": (("data.prompt=4", "student.routers=[{kind: head, granularity: sequence}]"), {"budget__target": 0.95}),
 }
-"""Settings of runs of language models, of all kinds of terms in a loss."""
+"""Settings of language runs, by name, which together use every kind of term in a loss."""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_two_processes_learn_what_one_does_of_text(name: str, runs: Path):
 def test_several_processes_share_what_the_teacher_says(runs: Path):
     seen = {name: Run.open(runs / f"two-{name}").about["teacher_cache"] for name in ("price", "range", "accumulation")}
     assert {name: (about["found"], about["asked"]) for name, about in seen.items()} == {
-        "price": (18, 0),  # by one process
-        "range": (18, 6),  # of a batch of 4 instead of 3
+        "price": (18, 0),  # all stored by the run of one process
+        "range": (18, 6),  # 24 samples, as its batches are of 4 instead of 3
         "accumulation": (0, 24),
     }
     (kept,) = (path for path in (runs / "cache").iterdir() if path.is_dir())
@@ -80,11 +80,11 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
     for name in names:
         assert_close(runs / f"one-{name}", tmp_path / name)
     assert_close(runs / "one-price", stopped)
-    folders = runs / "two-hinge", tmp_path / "hinge"  # where channels are chosen, whole weights lie in another order
+    folders = runs / "two-hinge", tmp_path / "hinge"  # no channel routers: these store whole weights in another order
     whole, parts = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in folders)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     command = ["eval", tmp_path / "price", "--json", "--baselines", "teal"]
-    zero = {"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}  # the same of accelerate, where it has DeepSpeed
+    zero = {"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}  # accelerate's settings for DeepSpeed, same effect
     variables = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in zero.items()}
     done = launched(2, *command, ACCELERATE_USE_DEEPSPEED="true", **variables)
     row, baseline = json.loads(done.stdout)["rows"]

@@ -1,4 +1,4 @@
-"""Several processes learn what one does from the same images, and from the same questions about images."""
+"""Several processes learn what a single process learns, from the same images or questions about images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RUNS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
         "quota": (("train.batch=3", TOWERS), {"budget__target": 0.8}),
     },
 }
-"""Settings of runs, by what they learn from."""
+"""Settings of runs by name, for each kind of data."""
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of RUNS[param], each by one process and by two, and one by two that hold parts of the weights."""
+    """The folder of the runs in RUNS[param], by one process and by two, and of one by two that shard the weights."""
     configure, folder = request.getfixturevalue(f"configure_{request.param}"), tmp_path_factory.mktemp("runs")
     configs = {name: configure(*settings, **flags) for name, (settings, flags) in RUNS[request.param].items()}
     one_and_two(configs, folder)

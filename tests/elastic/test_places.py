@@ -1,4 +1,4 @@
-"""Runs of local models and data: used from any folder, moved alone or together with what they need."""
+"""Runs of local models and data can be used from any folder, and moved alone or with their model and data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
 
 @pytest.fixture
 def project(model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, a text and a run of both by relative paths; the working directory is another one."""
+    """A folder with a model, a text and a run that was given both as relative paths; not the working directory."""
     folder = tmp_path / "project"
     shutil.copytree(model_folder, folder / "my" / "model")
     shutil.copy(text_file, folder / "text.txt")
@@ -42,7 +42,7 @@ def works(run: Path) -> None:
 
 
 def as_of_an_earlier_version(run: Path) -> None:
-    """Paths as they were typed, and nothing that says where they were."""
+    """Make a run's files like those of earlier versions: paths as typed, and no record of where they lay."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"], config["data"]["source"] = "my/model", "text.txt"
     (run / "config.yaml").write_text(yaml.safe_dump(config))

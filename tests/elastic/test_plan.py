@@ -1,4 +1,4 @@
-"""Estimates on paper, against what is measured of a model that runs here."""
+"""The estimates of `elastic plan`, against FLOPs and memory measured on small models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WINDOW = 128
 
 
 class Watch(TorchDispatchMode):
-    """FLOPs of what runs, and the most bytes of tensors made by it that are held at a time."""
+    """A mode that counts FLOPs (`flops`) and the largest number of bytes of new tensors alive at a time (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize(("rows", "phase"), [(2, "decode"), (8, "prefill")])
 def test_a_step_takes_what_is_estimated(rows: int, phase: str, again: bool):
     config = plan_config("llama3-8b", settings=[f"budget.phase={phase}"])
-    sizes = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8)  # as real models'
+    sizes = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8)  # real proportions
     model = make_tiny("llama", **sizes, num_key_value_heads=2, vocab_size=4096, max_position_embeddings=WINDOW)
     student = elasticize(model.requires_grad_(False), config.student)
     if again:
@@ -79,7 +79,7 @@ def test_a_step_takes_what_is_estimated(rows: int, phase: str, again: bool):
 
 
 def compare(student: Student, config: RunConfig, batch: Any, rows: int) -> None:
-    """What a step takes, and what is estimated; FLOPs within 10 %, memory within a third."""
+    """Assert that a training step's measured FLOPs are within 10 % of the estimate, and its memory within 33 %."""
     family = families.of(config.family)
     objective = family.Distillation(student, config.loss, config.budget, config.data).train()
     sizes = family.timing.step_sizes(student, config)
@@ -133,11 +133,11 @@ def test_models_of_eight_to_405_billion_parameters(capsys: pytest.CaptureFixture
     assert small["fits"] and not large["fits"] and not huge["fits"]
     assert small["spread"]["fits"] and large["spread"]["fits"] and not huge["spread"]["fits"]
     assert small["weights"] == 2 * 8_030_261_248
-    head = 2 * 128_256 * 8192  # larger than a block, and so is the embedding
+    head = 2 * 128_256 * 8192  # its bytes: more than a block's, like the embedding's
     assert large["spread"]["weights"] == large["weights"] // 8 + 2 * head
     for found in (small, large, huge):
         assert found["needed"] == 80e9 - found["free"] and found["batch"] == 8 and found["rows"] == 1
-        # 2 FLOPs a parameter and forward pass, but for the embedding's, and attention's beside them
+        # three passes (teacher, student forward, backward) at 2 FLOPs per parameter, less the embedding, plus attention
         assert 5.2 < found["flops_per_token"] / found["parameters"] < 6.3
     twice = planned("--model", "llama3-8b", "--gpus", 16, "--set", "train.batch=16", capsys=capsys)
     assert twice["days"] == pytest.approx(small["days"] / 2, rel=1e-3)
@@ -165,7 +165,7 @@ def test_models_that_read_images(capsys: pytest.CaptureFixture[str]):
         assert 5.5 < found["flops_per_token"] / found["parameters"] < 6.5
     llava = planned("--model", "llava-1.5-7b", "--samples", 665_000, capsys=capsys)
     assert (llava["unit"], llava["length"], llava["samples"]) == ("questions", 576 + 64, 665_000)
-    # the tower's pass back is spared, and nearly all of the LM head
+    # no backward pass through the tower, and hardly any of the LM head's positions are computed
     assert 5.2 < llava["flops_per_token"] / llava["parameters"] < 6.3
 
 

@@ -1,4 +1,4 @@
-"""Runs on quantized bases: made, resumed, opened and measured; and checkpoints that were quantized before."""
+"""Runs on quantized teachers: made, resumed, opened and measured; and models whose files are quantized already."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_missing_package_is_named(model_folder: Path, monkeypatch: pytest.Monk
 
 
 def saved(folder: Path, method: str) -> str:
-    """A tiny Llama that transformers has quantized, as `save_pretrained` leaves it."""
+    """Save a tiny Llama that transformers has quantized, and return its folder."""
     import transformers
 
     make_tiny("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder / "dense")
