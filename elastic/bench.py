@@ -1,4 +1,4 @@
-"""How fast a student is: inference and a training step against the dense model, in turn, in one process."""
+"""Timing of a student against the dense model, in turn in one process: inference and a training step."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ from teachers.quantize import kept_bytes
 
 
 def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
-    """Rows of timings of a finished run; asked: as of `workload_of`.
+    """Time a finished run, and return rows of timings; asked: options of `workload_of`.
 
-    Text: prefill (each batch and length), decoding (each batch) and a training step. Images: classifying (each batch)
-    and a training step. Questions about images: as text, the prompts being as long as they are, images and all.
+    Text: a row for prefill (each batch size and length), decoding (each batch size) and a training step. Images: a row
+    for classification (each batch size) and a training step. Questions about images: rows as for text, with the
+    prompts' own lengths, image tokens included.
 
-    The opponent is the model as its library ships it, a second copy. `compute` is what torch counts: the student's
-    FLOPs over the dense model's on the same input; predicted_speedup is its inverse, predicted_speedup_bytes compares
-    the bytes that matrix products read instead (decoding waits for memory). efficiency is measured over predicted.
-    Seconds are medians; for decoding, of one new token. tuned_speedup is against a dense model that got the same care:
-    on CPUs packed weights, fused norms and the student's attention from one token (packing.py and norms.py of
-    students/kernels, attention.py of students/execution), where a second copy of the weights fits into half of the free
-    memory; on GPUs that attention, and tokens, images and prompts with images through CUDA graphs (decoding.py,
-    capture.py and prompt.py of students/execution).
-    tome_speedup, of timm's ViTs, is against the dense model with ToMe's merging (arXiv 2210.09461) at the student's
-    FLOPs, run as the student is.
-    peak_bytes and dense_peak_bytes: the most memory that was in use while the one or the other ran, with all of these
-    models loaded.
+    "dense" is a second copy of the model, as its library ships it. Keys of a row:
+
+    - compute: FLOPs of the student over those of the dense model on the same input, as torch counts them.
+    - predicted_speedup: the inverse of compute; predicted_speedup_bytes: the same ratio for the bytes that matrix
+      products read, since decoding is limited by memory bandwidth; efficiency: measured_speedup over predicted_speedup.
+    - seconds, dense_seconds, tuned_seconds: medians; in decoding of one new token.
+    - tuned_speedup: the speed-up over a dense model with the student's faster execution: on CPUs packed weights, fused
+      norms and attention from one token (packing.py and norms.py in students/kernels, attention.py in
+      students/execution), if a second copy of the weights fits into half of the free memory; on GPUs that attention,
+      and CUDA graphs for decode steps, images and prompts with images (decoding.py, capture.py and prompt.py there).
+    - tome_speedup, for ViTs of timm: the speed-up over the dense model with ToMe's merging (arXiv 2210.09461) at the
+      student's FLOPs, executed as the student is.
+    - peak_bytes, dense_peak_bytes: the peak memory while that model ran, with all of these models loaded.
     """
     run = Run.open(folder, finished=True)
     config = run.config
     workload = workload_of(config, **asked)
     teacher = run.teacher()
-    student = run.load_student(teacher, pack=False, prepare=False)  # training comes first
+    student = run.load_student(teacher, pack=False, prepare=False)  # only after the training step is timed
     data = families.of(config.family).load(config, teacher)
 
     return measure(student, lambda: load_teacher(config).model, data, config, workload, True, say)
@@ -61,10 +63,11 @@ def workload_of(
     new_tokens: int | None = None,
     repeats: int = 5,
 ) -> Workload:
-    """What is to be timed; ValueError for what the run's family has no use for.
+    """Return the workload to time; raise ValueError for an option that has no effect in the run's family.
 
-    compute: budgets to turn the dial to. batch: None is 1 for text, 1, 8 and 64 for images, 1 and 8 for questions.
-    tokens: lengths of prompts of text (None: 512); new_tokens: how many are decoded (None: 128).
+    compute: budgets to set; none: the dial stays. batch: batch sizes (None: 1 for text; 1, 8 and 64 for images; 1 and 8
+    for questions). tokens: lengths of text prompts (None: 512). new_tokens: tokens to decode (None: 128). repeats:
+    calls that a median is taken over.
     """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):
@@ -87,8 +90,10 @@ def measure(
     trains: bool,
     say: Say,
 ) -> list[Row]:
-    """Time a student against the model that `dense` makes; trains: whether to time a training step. ValueError where
-    the model reads less at once."""
+    """Time a student against the model that `dense` returns, and return rows as `bench_run` does.
+
+    trains: whether to time a training step. Raises ValueError if the workload is longer than the model can read.
+    """
     timing = families.of(config.family).timing
     workload = timing.fitted(student, workload)
     trained = []
@@ -123,7 +128,7 @@ def measure(
 
 
 def _tuned(dense: nn.Module) -> nn.Module:
-    """A dense model on the same weights, with the student's linear layers and norms."""
+    """Return a dense model on the same weights, with packed linear layers and fused norms like the student's."""
     model = share_weights(dense)
     pack_linears(model)
     prepare_linears(model)
@@ -132,13 +137,13 @@ def _tuned(dense: nn.Module) -> nn.Module:
 
 
 def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
-    """A training step in forward passes of the teacher.
+    """Time a training step, and return its row, in which speed-ups are relative to one teacher forward pass.
 
-    Ideal is 1 + 2 c of them: the teacher's, and the student's forward and backward at the compute c of the phase that a
-    step runs in (prefill); frozen weights need no gradients of their own. Routers of tokens, layers and images learn by
-    masks, from what their gates close as well (all but weighted top-k): their steps cost 3 or more, whatever c is, and
-    cannot reach their ideal. Speed-ups are over one teacher forward. Cached: a step that has been told what the teacher
-    says.
+    The ideal cost of a step is 1 + 2 c teacher forward passes: the teacher's own, and the student's forward and
+    backward pass at its prefill compute c, in which frozen weights need no gradients. Token, layer and image routers
+    (all but weighted top-k) also learn from what their closed gates would have computed, so their steps run dense with
+    masks, cost 3 forward passes or more whatever c is, and cannot reach the ideal. The "cached" step gets the teacher's
+    outputs as input.
     """
     family = families.of(config.family)
     module: Any = family.Distillation(student, config.loss, config.budget, config.data).train()

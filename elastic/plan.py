@@ -1,10 +1,10 @@
-"""What distilling a model of some shape would take, on paper: memory of a GPU, FLOPs of a step, days.
+"""Estimate what distilling a model of a given shape takes: memory of each GPU, FLOPs of a step, days of training.
 
-Every process has all of the frozen weights in bfloat16, which are teacher and student at once, or its part of them and
-what is whole at a time, two units of them (elastic/sharding.py); routers are float32, with a gradient and Adam's two
-moments. A training step is a forward pass of the teacher, one of the student, which computes what its gates close as
-well, and the student's way back, whose products are as many as those of a forward pass, since frozen weights need no
-gradients: 3 forward passes, and 2 of a vision tower that nothing is learned in.
+Every process holds all frozen weights in bfloat16, shared by teacher and student, or if they are spread its part of
+them and the two units that are whole at a time (elastic/sharding.py). Routers are float32, with a gradient and Adam's
+two moments. A training step takes three forward passes: the teacher's, the student's, which also computes what closed
+gates mask, and the student's backward pass, with as many products as a forward pass, since frozen weights need no
+gradients. A vision tower without trained parameters takes only the first two.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from teachers.registry import ModelEntry
 from teachers.shapes import build, find_shape
 
 FORWARDS = 3
-"""Forward passes that a training step costs; one more where blocks are computed again (train.checkpointing)."""
+"""Forward passes that a training step costs; one more if blocks are recomputed (train.checkpointing)."""
 AMOUNTS = {"tokens": 1e8, "samples": 1e6}
-"""How much is trained on where nothing else is said: of text, or of images and questions."""
+"""Default amount of training data: tokens of text, or samples (images or questions)."""
 
 
 def step_flops(student: Student, rows: int, sizes: StepSizes) -> float:
-    """FLOPs of a training step with so many samples of these sizes."""
+    """Return the FLOPs of a training step on `rows` samples of these sizes."""
     return 2 * rows * ((FORWARDS + student.recomputes) * sizes.macs + 2 * sizes.frozen)
 
 
 def step_bytes(student: Any, rows: int, sizes: StepSizes) -> int:
-    """What a training step needs at its peak besides the weights: what backward reads, and logits of a few rows."""
+    """Return the peak memory of a training step on `rows` samples in bytes, without weights and routers: activations
+    kept for backward, and the larger of what a block adds in backward and the logits of a chunk of rows."""
     kept, passing = (rows * sizes.tokens * part for part in kept_bytes(student))
     if sizes.images:
         kept += rows * sizes.images * kept_bytes(student.vision)[0]
@@ -48,19 +49,19 @@ def step_bytes(student: Any, rows: int, sizes: StepSizes) -> int:
         vocabulary = student.model.config.get_text_config().vocab_size
         device = torch.device("cuda") if frozen.is_meta else frozen.device
         chunk = min(rows * sizes.logits, default_chunk_rows(vocabulary, frozen.dtype, device))
-        # exact ones, previews and the teacher's; the gradients of the former two take their places
+        # exact logits, previews and the teacher's logits; the gradients of the first two overwrite them
         passing = max(passing, chunk * vocabulary * frozen.element_size() * 3)
     return round(SLACK * (kept + passing))
 
 
 def router_bytes(student: Student) -> int:
-    """Routers, their gradients and the optimizer's moments."""
+    """Return the bytes of routers and other added tensors, their gradients and the optimizer's moments."""
     learned = sum(p.nbytes for p in student.added_parameters().values())
     return 3 * learned + sum(x.nbytes for x in student.added_tensors().values())
 
 
 def plan_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
-    """The configuration of a run of a model of this shape; the rest as `make_config` has it."""
+    """Return the configuration of a run with a model of this shape, from settings and flags as for `make_config`."""
     entry = ModelEntry(name, family=find_shape(name).family, data="any")
     return make_config(entry=entry, settings=settings, model=name, **flags)
 
@@ -68,14 +69,15 @@ def plan_config(name: str, *, settings: list[str] | None = None, **flags: Any) -
 def plan(
     config: RunConfig, *, gpus: int, memory: float, amount: dict[str, float], peak: float, share: float
 ) -> dict[str, Any]:
-    """The estimate for a model's shape (see `plan_config`), on so many GPUs.
+    """Return the estimate for a model's shape (configuration from `plan_config`) on a number of GPUs.
 
-    memory: GB of one; amount: how many "tokens" of text, or else "samples", to train on (empty: as AMOUNTS has it);
-    peak: TFLOP/s of one, of which a share is reached. Keys in bytes, of one GPU: weights, routers, activations (at the
-    peak of a step), calibration, needed, free. fits; spread, the same of weights, needed, free and fits where the
-    weights are spread over all GPUs; batch and rows, a step's samples in all and on one GPU;
-    unit, what they are; length, tokens of one; flops_per_token, step_flops, step_seconds, tokens, samples, steps and
-    days.
+    memory: GB of each GPU. amount: "tokens" of text or else "samples" to train on (empty: AMOUNTS). peak: TFLOP/s of
+    each GPU. share: share of this peak that is reached. Raises ValueError for options that do not apply.
+
+    Keys of the result, in bytes of one GPU: weights, routers, activations (peak of a step), calibration, needed, free;
+    fits, whether these fit; spread, a dictionary with weights, needed, free and fits if the weights are spread over all
+    GPUs. Further keys: batch and rows, samples of a micro-batch in all and on one GPU; unit, what a sample is called;
+    length, its tokens; flops_per_token, step_flops, step_seconds, tokens, samples, steps, days.
     """
     family, train = families.of(config.family), config.train
     counted, other = ("tokens", "samples") if "tokens" in family.timing.OPTIONS else ("samples", "tokens")

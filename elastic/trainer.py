@@ -1,4 +1,4 @@
-"""Distillation from start to end: load, calibrate, train the routers, set the dial, measure."""
+"""Distillation: load teacher and data, calibrate, train the routers, set the dial, measure."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from teachers import Teacher
 from teachers.data.left_out import distinct
 
 Progress = Callable[[int, int | None, dict[str, float]], None]
-"""(steps done, steps in all if known, newest metrics)."""
+"""Called at each logging step with (steps done, total number of steps if known, newest metrics)."""
 
 REASONS = 1000
-"""Samples that elastic.json names, of those that were left out."""
+"""The most unusable samples that elastic.json lists with the reason why they were left out."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the state is saved."""
+    """Raised after Ctrl-C or SIGTERM, once the state has been saved."""
 
 
 def distill(
@@ -62,10 +62,10 @@ def distill(
     say: Say = print,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Distil a student into the run folder `output`; returns its row of results (see `evaluate`).
+    """Distil a student into the run folder `output`, and return its first row of results (see elastic/evaluate.py).
 
-    teacher_cache: folder that what the teacher makes of the training data is kept in for other runs, and read from;
-    session: what other runs have in common with this one.
+    overwrite: whether to replace an existing run. teacher_cache: folder in which the teacher's outputs on the training
+    data are kept, for this and other runs. session: weights, data and statistics shared with other runs.
     """
     session = session or Session()
     session.memory.turn_to("start")
@@ -85,9 +85,9 @@ def resume(
     say: Say = print,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Continue an interrupted run with its own configuration, to the result of an uninterrupted one.
+    """Continue an interrupted run with its own configuration; the result is that of an uninterrupted run.
 
-    teacher_cache: as in `distill`; None: the one that the run has used so far, if any.
+    teacher_cache: see `distill`; None: the folder that the run has used so far, if any.
     """
     session = session or Session()
     session.memory.turn_to("start")
@@ -102,12 +102,15 @@ def resume(
 
 
 def _cache(folder: str | Path | None) -> dict[str, Any]:
-    """What elastic.json says of a cache of the teacher's outputs; ValueError where the folder is something else."""
+    """Return elastic.json's entry for a cache of the teacher's outputs, empty if `folder` is None.
+
+    Raises ValueError if the folder holds something else.
+    """
     return {} if folder is None else {"teacher_cache": {"folder": str(launch.on_main(lambda: require_cache(folder)))}}
 
 
 def _require(config: RunConfig) -> None:
-    """ValueError where this machine, or so many processes, cannot do it."""
+    """Raise ValueError if there are more processes than samples in a batch, or the tracker's package is missing."""
     if config.train.batch < launch.size():
         raise ValueError(
             f"train.batch is {config.train.batch}, and {launch.size()} processes share it: start fewer, or "
@@ -120,7 +123,7 @@ def _require(config: RunConfig) -> None:
 def _load(
     config: RunConfig, session: Session, load_teacher: Callable[[RunConfig], Teacher], say: Say
 ) -> tuple[Teacher, Any, Student]:
-    """The teacher, the data and a student that is yet to be trained; ValueError where they do not fit together."""
+    """Return the teacher, the data and an untrained student; raise ValueError if they do not fit together."""
     teacher = launch.main_process_first(lambda: load_teacher(config))
     say(f"teacher: {teacher.name}, {teacher.source}")
     say(f"data: reading {config.data.source} ...")
@@ -140,7 +143,7 @@ def _run(
     accelerator = Accelerator(
         log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
     )
-    if not launch.spreads():  # else the weights are where they are gathered
+    if not launch.spreads():  # spread weights are on their devices already
         student.to(accelerator.device)
     started = time.monotonic()
     state = _train(run, config, student, data, session, accelerator, say, progress)
@@ -174,7 +177,10 @@ def _train(
     say: Say,
     progress: Progress,
 ) -> State:
-    """The loop, whole, to be read from top to bottom; returns its last state. The host waits only where it logs."""
+    """Run the training loop, and return its last state.
+
+    The host waits for the device only when it logs, saves or adjusts the number of steps to the time left.
+    """
     train, budget = config.train, config.budget
     family = families.of(config.family)
     device = accelerator.device
@@ -183,7 +189,7 @@ def _train(
     own = launch.own_rows(train.batch)
 
     def part_of(number: int) -> list[int]:
-        """This process's samples of the micro-batch of this number."""
+        """Return the numbers of this process's samples in micro-batch `number`, counted from the run's first."""
         return picked(number * train.batch + own.start, len(own), len(loader), train.seed)
 
     loader.announce(part_of(0), train.steps and train.steps * train.accumulation * train.batch)
@@ -197,8 +203,11 @@ def _train(
     targets = torch.tensor(knots, device=device)
 
     def backward() -> tuple[Tensor, Sums, Tensor]:
-        """Gradients of a step, those of all processes added up; returns its loss, and of this process's rows what was
-        measured and which parts [B, K] of the budgets they are for."""
+        """Compute the gradients of a step, summed over all processes.
+
+        Returns the loss of all processes, the sums measured on this process's rows, and these rows' weights [B, K]: row
+        b is trained for the budget weights[b] @ targets.
+        """
         loss, weights = torch.zeros((), device=device), list[Tensor]()
         measured: Sums | None = None
         for number in range(state.step * train.accumulation, (state.step + 1) * train.accumulation):
@@ -234,7 +243,7 @@ def _train(
                 group["lr"] = group["peak"] * schedule.rate(state.step)
             try:
                 loss, measured, weights = backward()
-            except (ValueError, OSError, RuntimeError) as error:  # what is learned is as the step before has left it
+            except (ValueError, OSError, RuntimeError) as error:  # the routers are still those after the last step
                 if state.step > begun:
                     launch.before_the_end(error, partial(checkpoints.save, run, student, optimizer, state))
                 if isinstance(error, launch.Lost):
@@ -281,7 +290,7 @@ def _train(
 def _start(
     run: Run, config: RunConfig, student: Student, data: Any, session: Session, device: torch.device, say: Say
 ) -> State:
-    """The state to begin with: that of the newest checkpoint, or a calibrated student at step 0."""
+    """Return the state to begin with: the newest checkpoint's, or step 0, after calibration unless it is off."""
     budget = config.budget
     set_capacity(student, data, config)
     state = checkpoints.restore(run, student, device)
@@ -311,8 +320,11 @@ def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _update_prices(state: State, budget: BudgetConfig, compute: Tensor, weights: Tensor, budgets: Tensor) -> None:
-    """Let the prices answer to how far the compute [B] of the rows of all processes is from the budgets [K] that they
-    are for in parts, weights [B, K]."""
+    """Update the price of each budget [K] by its miss: the mean of compute - budget over the rows of all processes.
+
+    compute [B] is that of this process's rows. Row b has the budget weights[b] @ budgets and counts for each of the
+    budgets [K] with its weight [B, K].
+    """
     missed, rows = launch.all_reduce(torch.stack([(compute - weights @ budgets) @ weights, weights.sum(0)]))
     missed = missed / rows.clamp(min=1)
     if budget.ranges:
@@ -336,7 +348,8 @@ def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_p
 
 
 def _by_budget(knots: tuple[float, ...], weights: Tensor, measured: Sums, state: State) -> list[dict[str, float]]:
-    """KL and compute of the rows [B, K] around each budget, where there are any, and its price."""
+    """Return each budget with its price and with the KL and compute of the rows near it, averaged by their weights
+    [B, K]; budgets without such rows are left out."""
     lines = []
     for place, budget in enumerate(knots):
         part = weights[:, place] / weights[:, place].sum()
