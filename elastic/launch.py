@@ -70,6 +70,7 @@ class _Joined:
 
 @functools.cache
 def _join() -> _Joined:
+    """Join the other processes at the first call, and return what `_Joined` holds."""
     import torch
     from accelerate import PartialState
 

@@ -39,8 +39,11 @@ from teachers.quantize import kept_bytes
 from teachers.registry import models
 
 FORMAT = 1
+"""Version of the run folder's format, recorded in elastic.json."""
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
+"""All files of a run folder."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Types by their name in train.precision; None: chosen for the device when the teacher is loaded."""
 
 
 class Run:
@@ -78,6 +81,7 @@ class Run:
         return run
 
     def _clear(self) -> None:
+        """Delete the run's files, but not the folder or other files in it."""
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
 

@@ -87,6 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def section_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a section of settings, empty if it is missing; raise ValueError if it is not a section."""
     section = tree.get(key, {})
     if not isinstance(section, dict):
         raise ValueError(f"{key} is {section!r}; it must be a section of settings")
@@ -94,6 +95,7 @@ def section_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a nested setting in place, such as keys ["train", "lr"], creating missing sections."""
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -102,6 +104,7 @@ def put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Return settings `low` overridden by `high`, section by section, at every depth."""
     merged = dict(low)
     for key, value in high.items():
         merged[key] = (
@@ -124,5 +127,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def near(word: str, known: list[str]) -> str:
+    """Return a hint " (did you mean ...?)" with the known word most similar to a misspelt one, or ""."""
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -223,6 +223,7 @@ def _require_same(path: Path, config: RunConfig) -> None:
 
 
 def _started(path: Path) -> bool:
+    """Return whether the folder has a run, finished or not."""
     return (path / "config.yaml").exists() and (path / "elastic.json").exists()
 
 

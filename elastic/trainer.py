@@ -310,6 +310,7 @@ def _start(
 
 
 def _optimizer(student: Student, train: TrainConfig) -> torch.optim.Optimizer:
+    """Return Adam with a group for limits (peak learning rate train.limit_lr) and one for all else (train.lr)."""
     alone = limit_parameters(student.model)
     limits: list[torch.nn.Parameter] = []
     maps: list[torch.nn.Parameter] = []
@@ -335,6 +336,7 @@ def _update_prices(state: State, budget: BudgetConfig, compute: Tensor, weights:
 
 
 def _metrics(state: State, loss: Tensor, measured: Sums, optimizer: Any, steps_per_second: float) -> dict[str, Any]:
+    """Return a line of metrics.jsonl; the price is the mean over budgets."""
     tokens = float(measured.tokens)
     return {
         "step": state.step,

@@ -13,6 +13,7 @@ from elastic.cli.screen import print_rows, screen
 
 
 def eval_command(options: argparse.Namespace) -> None:
+    """`elastic eval`: measure a finished run on data, or on tasks of lm-evaluation-harness."""
     launch.in_step(partial(_check_eval, options))
     if options.tasks is not None:
         return _eval_tasks(options)
@@ -77,6 +78,7 @@ def _eval_tasks(options: argparse.Namespace) -> None:
 
 
 def bench_command(options: argparse.Namespace) -> None:
+    """`elastic bench`: time a finished run, or a shape with random weights."""
     _check_bench(options)
     from datetime import date
 
@@ -181,6 +183,7 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
 
 
 def plan_command(options: argparse.Namespace) -> None:
+    """`elastic plan`: estimate memory, FLOPs and days of training."""
     from elastic.plan import plan, plan_config
 
     config = plan_config(options.model, preset=options.preset, settings=options.set)
@@ -230,6 +233,7 @@ def _duration(days: float) -> str:
 
 
 def compare_command(options: argparse.Namespace) -> None:
+    """`elastic compare`: rank correlations of the router scores of two runs of an image model."""
     from elastic.evaluate import compare_runs
 
     rows = compare_runs(options.run, options.other, data=options.data)

@@ -9,6 +9,7 @@ from elastic.cli.screen import screen
 
 
 def report_command(options: argparse.Namespace) -> None:
+    """`elastic report`: write the report of sweeps, and print the paths of its files."""
     from elastic.reporting.report import report
 
     for path in report(options.folders, options.output):
@@ -16,6 +17,7 @@ def report_command(options: argparse.Namespace) -> None:
 
 
 def generate_command(options: argparse.Namespace) -> None:
+    """`elastic generate`: print the continuation of a prompt, and on stderr its speed and compute."""
     from elastic.generate import generate_text
 
     if options.max_new_tokens < 1:
@@ -40,6 +42,7 @@ def generate_command(options: argparse.Namespace) -> None:
 
 
 def info_command(options: argparse.Namespace) -> None:
+    """`elastic info`: print elastic.json and the configuration of a run as YAML."""
     import yaml
 
     from elastic.run import Run
@@ -50,6 +53,7 @@ def info_command(options: argparse.Namespace) -> None:
 
 
 def models_command(options: argparse.Namespace) -> None:
+    """`elastic models`: list the models that have a short name."""
     from teachers.registry import models
 
     entries = models().values()

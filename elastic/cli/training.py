@@ -20,6 +20,7 @@ MISSED = 3
 
 
 def distill_command(options: argparse.Namespace) -> int | None:
+    """`elastic distill`: train a new run or resume one; return the exit code."""
     asked = launch.together(functools.partial(_what_to_distil, options))
     from elastic import trainer
     from elastic.run import Run
@@ -68,6 +69,7 @@ def _what_to_distil(options: argparse.Namespace) -> tuple[RunConfig, str] | None
 
 
 def sweep_command(options: argparse.Namespace) -> int | None:
+    """`elastic sweep`: finish all points of a sweep and print their table; return the exit code."""
     import shlex
 
     from elastic.sweep import sweep
@@ -121,6 +123,7 @@ def _report_missed(rows: Sequence[dict[str, Any]]) -> int | None:
 
 
 def pretrain_command(options: argparse.Namespace) -> None:
+    """`elastic pretrain`: train a small image model, or with easy-vqa a vision-language model, as a teacher."""
     from teachers.data.questions import EASY_VQA
     from teachers.recipes.image import pretrain
     from teachers.recipes.vision_language import pretrain_vlm
