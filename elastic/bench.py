@@ -39,7 +39,8 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     - tuned_speedup: the speed-up over a dense model with the student's faster execution: on CPUs packed weights, fused
       norms and attention from one token (packing.py and norms.py in students/kernels, attention.py in
       students/execution), if a second copy of the weights fits into half of the free memory; on GPUs that attention,
-      and CUDA graphs for decode steps, images and prompts with images (decoding.py, capture.py and prompt.py there).
+      and CUDA graphs for decode steps, images and prompts with images (decoding.py, capture.py and prompt.py in
+      students/execution).
     - tome_speedup, for ViTs of timm: the speed-up over the dense model with ToMe's merging (arXiv 2210.09461) at the
       student's FLOPs, executed as the student is.
     - peak_bytes, dense_peak_bytes: the peak memory while that model ran, with all of these models loaded.
@@ -48,7 +49,7 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     config = run.config
     workload = workload_of(config, **asked)
     teacher = run.teacher()
-    student = run.load_student(teacher, pack=False, prepare=False)  # only after the training step is timed
+    student = run.load_student(teacher, pack=False, prepare=False)  # done after the training step is timed
     data = families.of(config.family).load(config, teacher)
 
     return measure(student, lambda: load_teacher(config).model, data, config, workload, True, say)

@@ -108,7 +108,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path, *, finished: bool = False) -> Run:
-        """Return an existing run; raise ValueError if the folder has none, or `finished` is asked and it is not."""
+        """Return an existing run; raise ValueError if the folder has none or, with `finished`, an unfinished one."""
         run = cls(folder)
         if not (run.folder / "config.yaml").is_file() or not (run.folder / "elastic.json").is_file():
             raise ValueError(
@@ -134,9 +134,11 @@ class Run:
         return {}
 
     def _located(self, what: str, name: str) -> str:
-        """Return the current path of the run's "model" or "data" of this name, the first of these that exists: the path
-        itself, the model path that elastic.json records (relative paths of earlier versions), the same place relative
-        to the run folder, or a relative path below the run folder or one of its parents. Else return the name."""
+        """Return where the run's "model" or "data" of this name is now: the first existing of these paths, or the name.
+
+        The paths: the name itself; a model's path in elastic.json's `source` (runs of earlier versions); the recorded
+        path relative to the run folder; and a relative name below the run folder or any of its parents.
+        """
         if name in models() or name in NAMED_DATA or not (self.folder / "elastic.json").exists():
             return name
         about, given = self.about, Path(name).expanduser()
