@@ -72,7 +72,7 @@ def sweep(
     """Finish every point of a sweep in the folder `output`, and return the rows of all points.
 
     A point is a run at one budget; it has a row for the student and one for each baseline. Rows that exist already are
-    not made again. One run serves all budgets of a model, preset and seed, or one budget each (per_budget).
+    not made again. One run serves all budgets of a model, preset and seed; with per_budget each budget has its own run.
 
     eval_data: data to measure on; None: each run's held-out data. timed: whether speed is measured. teacher_cache: see
     `distill`. command: the command line that rows record. settings, flags: see `make_config`.
