@@ -1,4 +1,4 @@
-"""Names that scripts import from where they were before the packages had rooms."""
+"""Names that scripts import from modules as they were before the packages had subpackages still exist there."""
 
 from __future__ import annotations
 

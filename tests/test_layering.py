@@ -1,4 +1,4 @@
-"""The import rule: losses, students and teachers know nothing of each other nor of elastic, which knows them all."""
+"""The import rule: losses, students and teachers import neither each other nor elastic, which imports all of them."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ ALLOWED = {
     "students": {"torch", "triton", "einops", "transformers", "timm", "safetensors", "packaging"},
     "teachers": {"configs", "torch", "torchvision", "transformers", "accelerate", "timm", *DATA_LIBRARIES},
 }
-"""What each package may import, besides the standard library and itself."""
+"""Packages that each package may import, besides the standard library and itself."""
 
 
 def imported_packages(source: str) -> set[str]:

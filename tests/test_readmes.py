@@ -1,4 +1,4 @@
-"""What READMEs name exists: links, commands and their options."""
+"""Links in READMEs resolve, and the commands in them exist with their options."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("**/*.md" if folder != "." else "*.md")
 )
 LINES = 180
-"""The README in front is read in one go."""
+"""Largest number of lines of the main README, which should be read in one go."""
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that headings of a page can be linked by."""
+    """Return the anchors by which the headings of a page can be linked."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_understood(page: Path) -> None:
-    """Every `elastic ...` of an indented block, as the command line reads it; comments and what follows && left out."""
+    """The command line parses every `elastic ...` in an indented block, without comments and what follows `&&`."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     root = parser()
     for line in re.findall(r"^ {4,}((?:elastic) .*)$", text, re.M):

@@ -39,7 +39,7 @@ IMAGES = {
     name: routers for name, routers in IMAGE_SPECS.items() if all(router.selection != "topk" for router in routers)
 }
 OFFSETS = (-1.5, 1.5, math.inf)
-"""Of three rows, the last one the teacher's."""
+"""Offsets of the dial for three rows; infinity makes the last row run as the teacher."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
@@ -117,7 +117,7 @@ def test_at_full_compute_it_is_the_teacher_bit_for_bit(finished: Path, tokens: t
     assert torch.equal(student(tokens)[0].logits, make_tiny("llama")(tokens).logits)
     student.set_compute(torch.tensor([1.0, 1.0]))
     assert torch.equal(student(tokens)[0].logits, make_tiny("llama")(tokens).logits)
-    student.set_compute(0.6)  # where a loaded student starts
+    student.set_compute(0.6)  # the compute of a student that was just loaded
     assert torch.equal(student(tokens)[0].logits, low)
 
 
@@ -175,7 +175,7 @@ def test_tasks_are_asked_at_both_ends_and_in_the_middle(
 
 def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
     routers = "student.routers=[{kind: token, substitute: 2}]"
-    small = (routers, "student.lora.rank=0")  # the preset's substitutes weigh more than a model this small
+    small = (routers, "student.lora.rank=0")  # the preset's substitutes would cost more than this model
     config = configure(*SETTINGS, *small, budget__phase="prefill", budget__target="0.8:1.0")
     distill(config, tmp_path / "run")
     results = Run.open(tmp_path / "run").about["results"]
@@ -183,7 +183,7 @@ def test_the_prefill_phase_has_ranges_too(configure: Configure, tmp_path: Path):
 
 
 def test_a_range_that_the_head_alone_reaches_is_trained(configure: Configure, tmp_path: Path):
-    """No other gate has to close for it, so that all of its budgets have one price, and one offset."""
+    """Closing gates of the LM head suffices for this range, so that all budgets in it have one price and one offset."""
     row = distill(configure(*SETTINGS, "train.steps=3", budget__target="0.999:1.0"), tmp_path / "run")
     assert row["compute"] == pytest.approx(0.999, abs=0.015)
 
@@ -224,13 +224,13 @@ def test_each_row_is_measured_at_its_budget(finished: Path, tokens: torch.Tensor
             student.set_compute(budget)
             _, alone = module(ids[place : place + 1])
             assert together.rows["kl"][place] == pytest.approx(float(alone.rows["kl"][0]), abs=2e-3)
-            if budget < 1:  # among others, the teacher's row runs through routers and corrections too
+            if budget < 1:  # in a batch, a row of the teacher is charged for routers and corrections
                 assert together.rows["compute"][place] == pytest.approx(float(alone.rows["compute"][0]), abs=2e-3)
 
 
 @torch.no_grad()
 def alone(student: Student, offset: float, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What run() returns with one offset for all."""
+    """Return what run() returns when all rows have one offset of the dial (infinity: all run as the teacher)."""
     student.runtime.bypass, student.runtime.offset = offset == math.inf, 0.0 if offset == math.inf else offset
     out = run()
     student.runtime.bypass = False

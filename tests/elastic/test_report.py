@@ -1,4 +1,4 @@
-"""The report of made-up sweeps: what it says, that it loads no torch, and how a browser takes it."""
+"""The report, made of invented sweeps: what it shows, that it loads no torch, and that a browser displays it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = ("The", "routers", "of", "a", "model", "learn", "which", "<b>parts</b>",
 def write_sweep(
     folder: Path, model: str = "tiny", family: str = "llm", presets: tuple[str, ...] = ("default",)
 ) -> Path:
-    """A sweep of two seeds at three budgets, with baselines; the worse the lower the budget."""
+    """Write a sweep of two seeds at three budgets, with baselines; quality falls with the budget. Return its folder."""
     draw = random.Random(f"{model} {presets}")
     sweep = SweepFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of two sweeps, one of text and one of images."""
+    """The file of a report of two sweeps, one of a language model and one of an image model."""
     images = write_sweep(tmp_path_factory.mktemp("sweeps") / "images", model="org/vit", family="vit")
     output = tmp_path_factory.mktemp("report") / "report.html"
     assert main(["report", str(folder), str(images), "-o", str(output)]) == 0
@@ -95,11 +95,11 @@ def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VOID = {"meta", "img"}
-"""Elements that have no end."""
+"""HTML elements without an end tag."""
 
 
 class Elements(HTMLParser):
-    """Start tags of a page, and whether they all end."""
+    """A parser that lists a page's start tags with their attributes (`found`) and those not ended yet (`open`)."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_the_page_stands_alone(page: Path):
 def test_what_is_seen_is_said_in_words(page: Path):
     elements = Elements(page.read_text())
     plots = elements.all("svg")
-    # of text: two metrics, two ways to run, two presets; of images: two metrics, two ways to run, one preset
+    # for text: two metrics, two phases, two presets; for images: two metrics, two phases, one preset
     assert len(plots) == 6 + 5
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 20 for plot in plots)
     assert all(image["alt"] for image in elements.all("img")) and len(elements.all("img")) == 6 * 3
@@ -249,7 +249,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_disk_that_is_read_only_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It refuses to delete what was not written, too."""
+    """The error stays one line although deleting the unfinished file fails as well."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -263,7 +263,7 @@ def test_a_disk_that_is_read_only_is_said_in_a_line(tmp_path: Path, monkeypatch:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_complaint(width: int, page: Path, tmp_path: Path):
-    """Chromium finds nothing to log, draws every plot, and the page is no wider than the window."""
+    """Chromium logs no message and draws every plot, and the page is no wider than the window."""
     script = (
         "<script>addEventListener('load', () => { const plots = [...document.querySelectorAll('figure svg')];"
         "parent.postMessage(JSON.stringify({width: innerWidth, needed: document.documentElement.scrollWidth,"
@@ -272,7 +272,7 @@ def test_a_browser_shows_it_without_complaint(width: int, page: Path, tmp_path: 
     )
     text = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
     (tmp_path / "page.html").write_text(text.replace("</body>", script))
-    frame = tmp_path / "frame.html"  # windows of a browser cannot be as narrow as a phone
+    frame = tmp_path / "frame.html"  # a frame can be as narrow as a phone, a window cannot
     frame.write_text(
         "<!doctype html><script>onmessage = event => { document.title = event.data }</script>"
         f"<iframe src=page.html style='border: 0; width: {width}px; height: 900px'></iframe>"

@@ -1,4 +1,4 @@
-"""How long a run is: minutes become steps, and hold whatever the machine does later, in a resumed run too."""
+"""The length of a run: minutes become steps, and hold if the machine's speed changes and if the run is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.elastic.runs import Configure, assert_same_run, distill, interrupt, m
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[], float]:
-    """Let time pass only with training steps, the n-th of which takes so many seconds; returns the clock."""
+    """Let time pass only in training steps, the n-th of which takes seconds(n) seconds; return the clock."""
     now, steps = [0.0], count(1)
     forward = language.Distillation.forward
 
@@ -54,7 +54,7 @@ def test_minutes_become_steps_that_resuming_keeps(
 def test_minutes_hold_where_the_machine_changes_its_pace(
     later: float, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """And a run that is stopped and goes on has the steps, rates and numbers of the one that was not."""
+    """A run takes its minutes when steps become faster or slower; stopped and resumed, it ends like one not stopped."""
 
     def pace(step: int) -> float:
         return 2.0 if step <= 9 else later
@@ -66,7 +66,7 @@ def test_minutes_hold_where_the_machine_changes_its_pace(
     assert 60 - later <= seconds <= 60 + later and 1 < len(about["plan"]) <= 2 + LOOKS
     assert metrics(tmp_path / "one")[-1]["step"] == about["steps"] == about["plan"][-1][1]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    (tmp_path / "two" / "checkpoint.safetensors").unlink()  # as if killed before the first one
+    (tmp_path / "two" / "checkpoint.safetensors").unlink()  # as if killed before the first checkpoint
     write_text(tmp_path / "two" / "elastic.json", json.dumps({k: v for k, v in about.items() if k != "trained"}))
     clock(monkeypatch, pace)
     with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted):

@@ -1,4 +1,5 @@
-"""What is measured together is loaded, asked and calibrated once, and comes to what it comes to alone."""
+"""Measurements that share a session load models, run the teacher and calibrate once, and have the results of separate
+ones."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ BUDGETS = 0.9, 0.75, 0.7
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often models were loaded, data was read, calibration looked, and the teacher passed text on to the head."""
+    """Counts of models and data that were loaded ("load"), calibrations ("observe") and teacher passes ("features")."""
     seen: Counter[str] = Counter()
-    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it asks the teacher as well
+    monkeypatch.setenv(selfcheck.SWITCH, "off")  # it would run the teacher, too
 
     def watch(owner: object, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
         real = getattr(owner, name)
@@ -53,7 +54,7 @@ def test_a_session_asks_once_and_says_what_runs_alone_say(finished: Path, asked:
 
     alone = [measured(budget, None) for budget in BUDGETS]
     each = len(BUDGETS)
-    assert asked["load"] == 2 * each and asked["observe"] == each  # a model and its data
+    assert asked["load"] == 2 * each and asked["observe"] == each  # the model, and the data
     once, shared = Counter(asked), Session()
     together = [measured(budget, shared) for budget in BUDGETS]
     assert together == alone
@@ -76,7 +77,7 @@ def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
     session = Session(several=True)
     for number, config in enumerate(configs):
         trainer.distill(config, tmp_path / f"together-{number}", session=session, say=silent)
-    assert asked["observe"] == 2  # a seed has windows of its own
+    assert asked["observe"] == 2  # each seed has its own windows
     for number in (1, 2):
         trainer.distill(configs[number], tmp_path / f"alone-{number}", say=silent)
         assert_learned(tmp_path / f"alone-{number}", tmp_path / f"together-{number}")
@@ -99,9 +100,9 @@ def test_another_model_ends_what_is_known(finished: Path, configure: Configure):
 def test_outputs_come_back_from_a_file_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
     made = [{"hidden": torch.randn(2, 5, 8).to(torch.bfloat16).transpose(1, 2), "said": ["a", "b"]} for _ in range(4)]
-    kept = TeacherOutputs(room=2 * 80 * 2)  # for two of them
+    kept = TeacherOutputs(room=2 * 80 * 2)  # for two of the four, in bytes
     for _ in range(2):
         for number, outputs in enumerate(made):
             found = kept.of(number, lambda number=number: made[number])
             assert torch.equal(found["hidden"], outputs["hidden"]) and found["said"] == ["a", "b"]
-    assert (tmp_path / "cache").exists() and not list((tmp_path / "cache").iterdir())  # nothing to be cleaned up
+    assert (tmp_path / "cache").exists() and not list((tmp_path / "cache").iterdir())  # no file is left

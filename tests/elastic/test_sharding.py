@@ -1,4 +1,4 @@
-"""What of accelerate's configuration of FSDP is taken, and what is refused in one line."""
+"""Which of accelerate's settings for FSDP and DeepSpeed are accepted, and which are refused with one line."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ IMAGE_MODELS = {
 
 
 def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
-    """The result of a run of two steps, in the precision that the machine is given for it."""
+    """Distil for two steps by the command line, in the machine's default precision, and return the run's result."""
     given = [part for setting in (*settings, "train.log_every=1") for part in ("--set", setting)]
     names = ["--model", str(model), "--data", str(data), "--output", str(run), "--steps", "2"]
     assert main(["distill", *names, "--target-compute", str(LARGE), *given]) in (0, 3)
@@ -56,7 +56,7 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 def test_every_record_of_names_is_tried() -> None:
     config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in TINY.items()}
-    inside = {"qwen2_vl_text", "qwen2_5_vl_text", "gemma"}  # in the vision-language models below
+    inside = {"qwen2_vl_text", "qwen2_5_vl_text", "gemma"}  # language models of the classes in CONFIGS
     tried = {
         *config_of.values(),
         *inside,
@@ -71,7 +71,7 @@ def test_every_record_of_names_is_tried() -> None:
 
 
 def _bytes() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of bytes, whose parts are those that transformers puts into the tokenizers of some models."""
+    """Return a tokenizer of bytes, built of the parts that transformers gives to the tokenizers of some models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     made = Tokenizer(models.BPE(vocabulary, []))
@@ -117,14 +117,14 @@ def test_a_saved_image_model(name: str, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     if name.startswith("timm/"):
         model = timm.create_model(name.removeprefix("timm/"), **_TIMM)
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 16, 16)}  # some take images of any size
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 16, 16)}  # for those of any size
         timm.models.save_for_hf(model, folder, model_args=_TIMM, safe_serialization=True)
     else:
         config, model = (getattr(transformers, kind) for kind in IMAGE_MODELS[name])
         model(config(**_SIZES)).save_pretrained(folder)
         transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     row = distil(folder, pictures, tmp_path / "run", "data.held_out=4", "calibration.windows=8", "train.batch=4")
-    assert row["compute"] == pytest.approx(LARGE, abs=0.06)  # one patch of 16 is up to five hundredths
+    assert row["compute"] == pytest.approx(LARGE, abs=0.06)  # one of 16 patches is up to 0.05
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -138,7 +138,7 @@ def test_a_saved_vision_language_model(name: str, pictures: Path, tmp_path: Path
     make_processor(name).save_pretrained(tmp_path / "model")
     settings = ("data.held_out=4", "calibration.windows=4", "train.batch=2")
     row = distil(tmp_path / "model", pictures / "questions.jsonl", tmp_path / "run", *settings)
-    assert row["compute"] == pytest.approx(LARGE, abs=0.05)  # of four or sixteen image tokens
+    assert row["compute"] == pytest.approx(LARGE, abs=0.05)  # of 4 or 16 image tokens, one is a large step
     picture = str(pictures / "train" / "cat" / "0.png")
     arguments = ["--prompt", "w5", "--image", picture, "--max-new-tokens", "2"]
     assert main(["generate", str(tmp_path / "run"), *arguments]) == 0

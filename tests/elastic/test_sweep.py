@@ -1,4 +1,4 @@
-"""Sweeps: every point once, whatever stops them, and rows that say where they come from."""
+"""Sweeps: every point is measured once, also if the sweep is stopped and resumed, and rows say where they come from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.pico.language import RUN_SETTINGS
 
 @pytest.fixture(scope="module")
 def run_sweep(model_folder: Path, text_file: Path) -> Callable[..., list[dict]]:
-    """Sweep the tiny model into a folder: (folder, **overrides)."""
+    """A function run(folder, **overrides) that sweeps the tiny model into a folder and returns the rows."""
 
     def run(output: Path, **options: object) -> list[dict]:
         options = {"budgets": [0.7, 0.8, 1.0], "per_budget": True, "timed": False, "say": silent, **options}
@@ -45,7 +45,7 @@ def swept(run_sweep: Callable[..., list[dict]], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what is done from here on: distill, resume, measure_run, bench_run."""
+    """The names of the functions called from here on, in order: distill, resume, measure_run and bench_run."""
     seen = []
     for module, name in ((trainer, "distill"), (trainer, "resume"), (evaluate, "measure_run"), (bench, "bench_run")):
         real = getattr(module, name)
@@ -80,7 +80,7 @@ def test_details_say_where_compute_went(swept: Path):
     for row in rows:
         details = json.loads(folder.details(row).read_text())
         assert len(details["blocks"]) == len(details["tokens"]) == 3 and details["branches"] == ["attention", "MLP"]
-        # a LoRA is large beside 32 channels
+        # a LoRA is large beside 32 channels, so that shares above 1 are possible
         assert all(0 < share < 2 for block in details["blocks"] for share in block)
         assert {len(block) for block in details["tokens"]} == {2 * 32}
         (example,) = details["examples"]
@@ -112,7 +112,7 @@ def test_speed_can_be_measured_later(
     assert [part["phase"] for part in row["bench"]] == ["prefill", "decode", "train"]
     assert all(part["predicted_speedup"] > 0 and "measured_speedup" in part for part in row["bench"])
     rows = SweepFolder.open(folder).rows()
-    assert len(rows) == 3 and rows[2] == json.loads(json.dumps(row))  # in place of the one without
+    assert len(rows) == 3 and rows[2] == json.loads(json.dumps(row))  # replaces the row without timings
 
 
 def test_a_killed_sweep_goes_on(
@@ -124,7 +124,7 @@ def test_a_killed_sweep_goes_on(
     def killed(*args: object) -> None:
         forward(*args)
         steps.append(1)
-        if len(steps) in (2, 5):  # in the first run, and then in the second
+        if len(steps) in (2, 5):  # in the first run, then in the second
             raise KeyboardInterrupt
 
     for many in (1, 2):  # three checkpoints each
@@ -134,7 +134,7 @@ def test_a_killed_sweep_goes_on(
                 run_sweep(folder)
         assert len(SweepFolder.open(folder).rows()) == 2 * (many - 1) and len(steps) in (2, 5)
     with (folder / "results.jsonl").open("a") as file:
-        file.write('{"run": "runs/tiny-def')  # what a kill may leave
+        file.write('{"run": "runs/tiny-def')  # a line that a kill may cut off
     assert [row["compute_target"] for row in SweepFolder.open(folder).rows()] == [1.0, 0.8]
     calls.clear()
     rows = run_sweep(folder)
@@ -223,7 +223,7 @@ def test_open_gates_and_a_fingerprint(dtype: torch.dtype, llama: PreTrainedModel
     assert found["tokens"] == [[1000] * 24, (1000 * (tokens % 2)).flatten().tolist(), [1000] * 24]
     assert found["blocks"][0] == found["blocks"][2] == [1, 1]
     mean = float((tokens % 2).float().mean())
-    router = 32 / (3 * 32 * 48)  # of the MLP's multiply-accumulates
+    router = 32 / (3 * 32 * 48)  # its share of the MLP's multiply-accumulates
     assert found["blocks"][1] == pytest.approx([1, mean + router], abs=1e-3)
     assert found["sample"] == routing_profile(student, decisions, tokens, valid, "prefill")["sample"]
     assert found["sample"] != routing_profile(student, decisions, tokens + 1, valid, "prefill")["sample"]
@@ -233,7 +233,7 @@ def test_time_left():
     clock = Clock(runs=2, points=4)
     assert str(clock) == "0/4 points"
     clock.expect("runs", 600)
-    assert str(clock) == "0/4 points"  # nobody knows yet how long a point takes
+    assert str(clock) == "0/4 points"  # no point has been timed yet
     with clock.timing("points"):
         pass
     assert str(clock) == "1/4 points, about 20 min left"

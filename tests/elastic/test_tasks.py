@@ -1,4 +1,4 @@
-"""Zero-shot tasks by lm-evaluation-harness: scores are the model's own, whatever is scored beside them."""
+"""Zero-shot tasks of lm-evaluation-harness: scores are those of the model alone, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPECS = {
 
 
 def make_student(name: str) -> LanguageStudent:
-    """A tiny student whose gates differ from text to text."""
+    """Return a tiny student whose gates depend on the text."""
     student = elasticize(make_tiny("llama"), SPECS[name])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def words(draw: random.Random, low: int, high: int) -> str:
 
 
 def make_requests(count: int = 12) -> list[Instance]:
-    """Four choices for each context, some of one word, two of them alike but for the last word."""
+    """Return requests with four choices per context: some of one word, and two that differ in the last word only."""
     draw, pairs = random.Random(0), []
     for number in range(count):
         context, first = words(draw, 3, 12), words(draw, 1, 4)
@@ -92,7 +92,7 @@ def test_scores_depend_on_nothing_beside_their_own_text(name: str):
     assert torch.tensor([s for s, _ in together]).allclose(torch.tensor([s for s, _ in alone]), atol=1e-4)
     with scorer.student.teacher():
         teacher = scorer.loglikelihood(requests)
-    assert (torch.tensor(together) - torch.tensor(teacher)).abs().max() > 0.1  # it does route
+    assert (torch.tensor(together) - torch.tensor(teacher)).abs().max() > 0.1  # the student does route
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -111,7 +111,7 @@ def test_scores_are_log_probabilities_of_the_students_own_forward(name: str):
 
 
 def test_long_contexts_lose_their_beginning_and_long_choices_are_refused():
-    scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))  # reads 64 tokens
+    scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))  # reads up to 64 tokens
     long = " ".join(["w9"] * 80)
     pairs = [(f"w1 {long}", " w3 w4"), (f"w2 {long}", " w3 w4"), ("w1", " " + long)]
     first, second, third = (Instance("loglikelihood", {}, pair, 0) for pair in pairs)
@@ -179,7 +179,7 @@ def test_what_is_scored_depends_on_the_choice(question: str, pairs: list[tuple[s
     task.build_all_requests()
     assert [request.args for request in task.instances] == pairs
     scorer = tasks.Scorer(make_student("default"), make_tokenizer(words=117))
-    if question == "(_)":  # one word of this tokenizer
+    if question == "(_)":  # the tokenizer reads the whole text as one word
         with pytest.raises(ValueError, match="nothing can be scored of 'east'"):
             tasks._ask(scorer, "own", task, None)
         return
@@ -225,7 +225,7 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path):
 
 
 def test_choices_that_are_the_same_are_refused(tmp_path: Path):
-    """Which of them is right would be decided by their order."""
+    """Their order alone would decide which of them counts as right."""
     (tmp_path / "own.jsonl").write_text('{"question": "q", "choices": ["a", "b", "a "], "answer": 0}')
     with pytest.raises(ValueError, match=r"own.jsonl, line 1: two of its choices are the same: a, b, a"):
         questions(tmp_path / "own.jsonl")

@@ -1,4 +1,4 @@
-"""What the teacher says is kept for other runs, in files that are whole and of this teacher."""
+"""The teacher cache stores a teacher's outputs for later runs, and opens only complete files of the same teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ABOUT = {"model": "tiny", "precision": "float32", "keeps": "final-states"}
 
 @pytest.fixture(scope="module")
 def filled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run, and the cache that it has filled."""
+    """A folder with a run ("run") and the teacher cache that it filled ("cache")."""
     folder = tmp_path_factory.mktemp("filled")
     trainer.distill(configure("train.batch=3"), folder / "run", teacher_cache=folder / "cache", say=silent)
     return folder
@@ -118,7 +118,7 @@ def test_samples_of_many_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cache.flush()
     cache.flush()
     monkeypatch.setattr(teacher_cache, "SHARD", 1)
-    cache.add(keys[2:], {"hidden": states[:3]}, [2, 1])  # the first of them is there already
+    cache.add(keys[2:], {"hidden": states[:3]}, [2, 1])  # the first key is stored already
     (cache.folder / ".abandoned.safetensors.part").touch()
     for again in (cache, TeacherCache(tmp_path / "cache", ABOUT)):
         found = [again.find(key) for key in keys]

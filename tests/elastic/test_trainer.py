@@ -51,13 +51,13 @@ ROOT = Path(__file__).parents[2]
 
 
 LORA = "student.lora.rank=8"
-"""Low-rank corrections are trained, saved and resumed as well."""
+"""A setting that adds low-rank corrections, so that these are trained, saved and resumed as well."""
 RUN = (LORA,)
 
 
 @pytest.mark.parametrize("preset", [*presets(), "prefill"])
 def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, configure: Configure, tmp_path: Path):
-    if preset == "prefill":  # routers and substitutes weigh much in a model this small
+    if preset == "prefill":  # in models this small, routers and substitutes are a large share of compute
         config = configure(preset="default", budget__phase="prefill", budget__target=0.95)
     else:
         config = configure(preset=preset)
@@ -234,7 +234,7 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
         folder = tmp_path / moment
         assert (folder / "checkpoint.safetensors").exists() == saved and not Run(folder).routers.exists()
         with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 6, "lo')  # a line that the disk got half of
+            file.write('{"step": 6, "lo')  # a line of which half was written
         resume(folder)
         assert files(folder) == FINISHED
         assert_same_run(finished, folder)
@@ -310,9 +310,9 @@ def test_bench_measures_every_phase_against_the_dense_model(configure: Configure
     decode, pair, train = rows[2:]
     assert decode["predicted_speedup"] == pytest.approx(1 / decode["compute"])
     assert 1 < decode["predicted_speedup_bytes"] < 2
-    assert decode["compute"] < pair["compute"]  # several sequences share what is read: nothing is left out
+    assert decode["compute"] < pair["compute"]  # with two sequences, no channel is skipped
     assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
-    assert 1 < train["teacher_forwards"] < 1000  # a step holds a teacher's forward, and both were really run
+    assert 1 < train["teacher_forwards"] < 1000  # a step contains a forward pass of the teacher
     assert 0 < train["cached_teacher_forwards"] < 1000
     assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
 

@@ -1,4 +1,4 @@
-"""What a training step asks of a device: no waits, and little beside the products."""
+"""A training step does not make the host wait for the device, and launches few operators besides matrix products."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PRESETS = {
     "router-tuning, a sequence": ["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=8"],
 }
 MOST = 118
-"""Operators for a block: teacher, student and its way back, with norms and attention as torch has them and
-rotary embeddings at once."""
+"""Largest number of operators launched for one block in a training step (forward pass of the teacher, forward and
+backward pass of the student), with torch's norms and attention and fused rotary embeddings."""
 
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device is one that the host runs ahead of."""
+    """Treat every device as one that the host runs ahead of, like a GPU."""
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
 
 
@@ -75,7 +75,7 @@ def test_the_host_waits_for_no_image() -> None:
 
 @pytest.mark.parametrize("preset", ["default", "mixture-of-depths"])
 def test_blocks_that_are_computed_again_decide_the_same(preset: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "compiled", lambda x: True)  # so that they rotate at once
+    monkeypatch.setattr(ops, "compiled", lambda x: True)  # for fused rotary embeddings
     found = []
     for again in (False, True):
         torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_blocks_that_are_computed_again_decide_the_same(preset: str, monkeypatch
         student = scramble(distillation.student)
         if again:
             student.checkpoint_blocks()
-        for _ in range(2):  # whatever a step leaves behind, the next one gives the same
+        for _ in range(2):  # the second step must not depend on what the first left
             student.zero_grad()
             step(distillation)
         found.append([parameter.grad for parameter in student.added_parameters().values()])
@@ -92,9 +92,9 @@ def test_blocks_that_are_computed_again_decide_the_same(preset: str, monkeypatch
 
 
 def test_a_block_more_is_few_launches(monkeypatch: pytest.MonkeyPatch):
-    """Four gates, and a residual stream that has a way back."""
-    monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())  # it is for CPUs
-    monkeypatch.setattr(ops, "compiled", lambda x: True)  # so that they rotate at once
+    """The block counted has four gates, and the backward pass goes through its residual stream."""
+    monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())  # only for CPUs
+    monkeypatch.setattr(ops, "compiled", lambda x: True)  # for fused rotary embeddings
     counted = []
     for blocks in (2, 3):
         distillation = objective("default", num_hidden_layers=blocks)

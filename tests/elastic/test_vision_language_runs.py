@@ -37,7 +37,7 @@ def test_training_on_questions_from_a_cache(finished: Path, tmp_path: Path):
 
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
     row = Run.open(finished).about["result"]
-    assert row["compute"] == pytest.approx(0.7, abs=0.04)  # 16 image tokens: few steps to choose from
+    assert row["compute"] == pytest.approx(0.7, abs=0.04)  # with 16 image tokens, compute changes in large steps
     assert row["questions"] == 6 and row["broken"] == 0 and 0 < row["image_tokens_kept"] < 1
     for key in ("accuracy", "teacher_accuracy", "agreement", "compute_vision"):
         assert 0 <= row[key] <= 1
@@ -103,7 +103,7 @@ def test_free_answers_are_generated(finished: Path, questions: Path, tmp_path: P
     (tmp_path / "free.json").write_text(json.dumps(rows))
     asked = load_all(str(tmp_path / "free.json"))
     assert [(s.question, s.answer) for s in asked.samples] == [("w5", "w3 w2"), ("w5", "w3 w2"), ("w5", "w4 w2")]
-    asked.choices = ("w3 w2", "w3 w4")  # begin alike: no score tells them apart by their first token
+    asked.choices = ("w3 w2", "w3 w4")  # the first token is the same: scores cannot tell them apart
     run = Run.open(finished)
     teacher = run.teacher()
     whole = vision_language._prompts(teacher, asked)
@@ -159,7 +159,7 @@ def test_an_answer_without_a_token_is_left_out(llava_folder: Path, questions: Pa
     teacher = teachers.load(str(llava_folder), dtype=torch.float32)
     sample = (*load_all(str(questions)).read([0])[0][:2], "")
     token = teacher.model.config.image_token_id
-    assert int(reading.encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end
+    assert int(reading.encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end token alone
     teacher.processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="an answer has no token"):
         reading.encode(teacher.processor, [sample], token)

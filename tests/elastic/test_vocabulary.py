@@ -1,4 +1,4 @@
-"""Tokens and positions that a model has no row for: one line, before anything is written."""
+"""Tokens and positions beyond a model's embeddings are refused with one line before anything is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.pico.language import TINY, make_tiny, make_tokenizer
 
 @pytest.fixture(scope="module")
 def short(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a GPT-2, which has 64 learned positions."""
+    """The folder of a run of a tiny GPT-2, which has 64 learned position embeddings."""
     folder = tmp_path_factory.mktemp("gpt2")
     make_tiny("gpt2").save_pretrained(folder / "model")
     make_tokenizer(words=117).save_pretrained(folder / "model")
@@ -30,7 +30,7 @@ def short(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def grown(tmp_path: Path) -> Path:
-    """A model whose tokenizer was given a token, and whose embedding was not given a row."""
+    """The folder of a model whose tokenizer has one token more than its embedding has rows."""
     folder = tmp_path / "grown"
     make_tiny("llama").save_pretrained(folder)
     tokenizer = make_tokenizer(words=117)
@@ -46,7 +46,7 @@ def test_a_token_without_a_row(grown: Path, configure: Configure, text_file: Pat
     with pytest.raises(ValueError, match=r"more tokens than the model: '<\|im_end\|>' is number 120, .* 120 rows"):
         trainer.distill(config, tmp_path / "run", say=silent)
     assert not (tmp_path / "run").exists()
-    # as long as no text has it, the token does no harm
+    # the token does no harm as long as no text contains it
     trainer.distill(configure(model=str(grown)), tmp_path / "run", say=silent)
     with pytest.raises(ValueError, match="more tokens than the model"):
         measure_run(str(tmp_path / "run"), data=str(tmp_path / "new.txt"), say=silent)

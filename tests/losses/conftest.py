@@ -1,4 +1,4 @@
-"""Every test draws the same numbers."""
+"""Seeds the random numbers of every test of losses."""
 
 from collections.abc import Iterator
 

@@ -38,7 +38,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) 
     return student.requires_grad_(), torch.randn(shape, dtype=dtype) * scale
 
 
-# The plain formulas, left to autograd.
+# Plain formulas, whose gradients are autograd's.
 
 
 def plain_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_chunked_parameters_add_up_in_float32() -> None:
     ones = torch.ones(1000, 1, dtype=torch.bfloat16)
     loss, _ = chunked(lambda x: ((x * weight).sum(), torch.zeros(0)), [ones], [weight], chunk_rows=1)
     loss.backward()
-    assert weight.grad == 1000  # adding ones up in bfloat16 stops at 256
+    assert weight.grad == 1000  # in bfloat16, a sum of ones stops at 256
 
 
 def test_a_second_backward_fails_instead_of_giving_scaled_gradients() -> None:
@@ -269,7 +269,7 @@ def test_a_second_backward_fails_instead_of_giving_scaled_gradients() -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Records the most elements of a float32 tensor that any operation returned."""
+    """A mode that records the size of the largest float32 tensor that an operation returned, in elements."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""A recorder for CPUs that replays operators as a CUDA graph replays kernels, and so goes wrong where a graph would."""
+"""A recorder for CPUs that replays operators as a CUDA graph replays kernels, and so fails where a graph would."""
 
 from __future__ import annotations
 

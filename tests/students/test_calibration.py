@@ -1,4 +1,4 @@
-"""The closed-form start: estimates that mean what they say, and fits that find what is there."""
+"""Calibration: its estimates of cost agree with measured KL, and its closed-form fits recover known maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def windows() -> torch.Tensor:
-    """[16, 16] token ids."""
+    """Token ids [16, 16]."""
     return torch.randint(3, 120, (16, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -29,7 +29,7 @@ def student_of(*routers: RouterSpec, name: str = "llama") -> Student:
 
 
 def kl(student: Student, windows: torch.Tensor) -> float:
-    """Mean KL of the student to its teacher, in nats per token."""
+    """Return the mean forward KL between teacher and student, in nats per token."""
     with torch.no_grad():
         routed = student(windows, use_cache=False)[0].logits.flatten(0, 1)
         with student.teacher():
@@ -114,7 +114,7 @@ def test_estimated_cost_is_the_kl_of_closing_a_gate(router: RouterSpec, windows:
     """Static scores are log(cost / (price * saving)), so the estimated cost of each gate can be read off them."""
     model = make_tiny("llama")
     with torch.no_grad():
-        for block in model.model.layers:  # small branches, so that second order is enough
+        for block in model.model.layers:  # small branches, so that a second-order estimate is exact enough
             block.self_attn.o_proj.weight.mul_(0.1)
             block.mlp.down_proj.weight.mul_(0.1)
     student = elasticize(model, StudentSpec((router,)))
@@ -144,7 +144,7 @@ def test_substitutes_are_better_than_nothing(name: str, site: str, windows: torc
     with torch.no_grad():
         for parameter_name, parameter in student.added_parameters().items():
             if "linear.bias" in parameter_name:
-                parameter.fill_(-1e4)  # every gate closed
+                parameter.fill_(-1e4)  # close every gate
     fitted = kl(student, windows)
     with torch.no_grad():
         for parameter_name, parameter in student.added_parameters().items():
@@ -168,7 +168,7 @@ def test_substitute_recovers_an_affine_map_of_its_rank():
 
 
 def test_substitute_of_lower_rank_is_the_best_there_is():
-    """Any other map of the rank has a larger error: the truncation of the least-squares map, for one."""
+    """The fit has the smallest error of all maps of its rank, smaller than the truncated least-squares map's."""
     x = draw(2000, 8) * torch.logspace(0, 2, 8)
     y = x @ draw(8, 8, seed=1) + draw(2000, 8, seed=2)
     substitute = Substitute(8, 2)
@@ -184,7 +184,7 @@ def test_substitute_of_lower_rank_is_the_best_there_is():
 
 
 def test_a_wide_substitute_is_the_best_there_is():
-    """Where few of many directions are looked for, by iteration."""
+    """The fit is optimal also where its few directions of many are found by iteration."""
     x = draw(600, 200) * torch.logspace(0, 2, 200)
     y = x @ draw(200, 200, seed=1) + 100 * draw(600, 200, seed=2)
     substitute = Substitute(200, 4)

@@ -1,4 +1,4 @@
-"""Compute that is reported is compute that is done: the formulas against torch's counter, and against hand counts."""
+"""Reported compute is compute that is done: the formulas agree with torch's counter and with counts by hand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ALL = torch.ones(2, 12, dtype=torch.bool)
 
 
 def count(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Multiply-accumulates of a forward pass as torch counts them: it counts two FLOPs for each, and does not know
-    the fused attention of CPUs."""
+    """Return the multiply-accumulates of a forward pass: half of the FLOPs that torch counts, with eager attention,
+    because torch's counter does not know the fused attention of CPUs."""
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
@@ -37,7 +37,7 @@ def test_dense_prefill_is_what_torch_counts(any_model: PreTrainedModel, tokens: 
 
 
 def test_added_parts_are_counted(any_model: PreTrainedModel, tokens: torch.Tensor):
-    """With every gate open, mask execution does all that is added on top of the model's own work."""
+    """With every gate open, mask execution computes the model and all added parts, and the ratio counts both."""
     spec = StudentSpec(
         (RouterSpec("token", network="mlp", hidden=5), RouterSpec("head"), RouterSpec("expert", groups=6)), LoraSpec(3)
     )
@@ -51,7 +51,7 @@ def test_added_parts_are_counted(any_model: PreTrainedModel, tokens: torch.Tenso
 
 
 def test_decode_counts_the_keys_so_far():
-    """Token t attends to t + 1 keys, in a sliding window to no more than fit in it."""
+    """Token t attends to t + 1 keys, and with a sliding window to no more keys than the window holds."""
     for name, window in {"llama": 12, "mistral": 6}.items():
         compute = student_of(RouterSpec("token"), name=name).compute
         cost = compute.dense(ALL, "decode")[0]
@@ -132,7 +132,7 @@ def set_gates(student: Student, value: float) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_uniform_is_what_open_and_closed_students_spend(kind: str, phase: str, tokens: torch.Tensor):
     student = student_of(EVERY_KIND[kind], lora=2)
-    if kind == "vocab":  # a preview that previews nothing closes nothing
+    if kind == "vocab":  # an unfitted preview closes no row
         fit_vocab(student.model.get_output_embeddings(), torch.randn(40, 32))
     for share, value in ((1.0, 1e4), (0.0, -1e4)):
         set_gates(student, value)
@@ -160,7 +160,7 @@ SHAPE |= dict(lora={}, routers={}, substitutes={})
 
 
 def test_decode_by_hand():
-    """One block, three tokens; token, head and channel routers, closed keys dropped; all numbers worked out here."""
+    """One block decodes three tokens with token, head and channel routers that drop closed keys; counted by hand."""
     spec = StudentSpec(
         (
             RouterSpec("token", kv="drop"),
@@ -172,7 +172,7 @@ def test_decode_by_hand():
     compute = ComputeModel(spec, (block,), head=500, head_routed=0)
     share = {
         "0.attn.token": [1, 0, 1],  # the second token skips attention and writes no key
-        "0.mlp.token": [1, 1, 0],  # the third skips the MLP
+        "0.mlp.token": [1, 1, 0],  # the third token skips the MLP
         "0.attn.head": [0.5, 1, 0.25],
         "0.attn_in.channel": [0.5, 0.5, 1],
         "0.mlp_in.channel": [0.5, 1, 1],
@@ -180,9 +180,9 @@ def test_decode_by_hand():
     }
     decisions = Decisions(share={key: torch.tensor([value]).float() for key, value in share.items()})
     valid = torch.ones(1, 3, dtype=torch.bool)
-    # token 0: q, one key and o by half the heads (q by half the channels, too), k and v, MLP, router
+    # first token: q, one key and o for half the heads (q from half the channels, too), k and v, MLP, router
     first = 100 * 0.5 * 0.5 + 8 * 1 * 0.5 + 100 * 0.5 + 20 * 0.5 + 300 * 0.5 + 150 * 0.2 + 4
-    second = 300 + 150 + 4 + 10  # no attention, but its substitute
+    second = 300 + 150 + 4 + 10  # MLP, router, and attention's substitute
     third = 100 * 0.25 + 8 * 2 * 0.25 + 100 * 0.25 + 20 + 4  # sees two keys, its own and the first token's
     torch.testing.assert_close(
         compute.routed_blocks(decisions, valid, "decode"), torch.tensor([[first, second, third]])
@@ -194,7 +194,7 @@ def test_decode_by_hand():
 
 
 def test_prefill_by_hand():
-    """The same routers with all three tokens at once: only the token routers save, keys are those of the window."""
+    """Prefill of three tokens: only token routers save, and each token attends to all keys that were written."""
     spec = StudentSpec((RouterSpec("token", kv="drop"), RouterSpec("head"), RouterSpec("channel")))
     compute = ComputeModel(spec, (BlockShape(q=100, **SHAPE),), head=500, head_routed=0)
     share = {key: torch.full((1, 3), 0.5) for key in ("0.attn.head", "0.attn_in.channel", "0.mlp_in.channel")}
@@ -209,7 +209,7 @@ def test_vocab_rows_by_hand():
     compute = ComputeModel(StudentSpec((RouterSpec("vocab"),)), (), head=500, head_routed=60)
     share = torch.tensor([0.1, 1.0])
     assert compute.routed_head(share, "decode").tolist() == pytest.approx([110, 560])
-    assert torch.as_tensor(compute.routed_head(share, "prefill")).tolist() == 560  # all rows, and the preview
+    assert torch.as_tensor(compute.routed_head(share, "prefill")).tolist() == 560  # all rows and the preview
     assert compute.routed_head(None, "decode") == compute.routed_head(None, "prefill") == 500
 
 

@@ -1,4 +1,5 @@
-"""Tokens through recorded steps are the tokens that the model decodes by itself, however they are asked for."""
+"""Recorded decode steps give the tokens that the model decodes without them: the step, the dial, the cache, and options
+of `generate`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
 
 @pytest.fixture
 def padded(tokens: Tensor) -> dict[str, Tensor]:
-    """A batch whose first row is shorter."""
+    """Inputs of a batch [2, 12] whose first row is padded at the left by 4."""
     ids, mask = tokens.clone(), torch.ones_like(tokens)
     ids[0, :4], mask[0, :4] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -53,7 +54,7 @@ def student_for(name: str = "llama", spec: StudentSpec = DEFAULT) -> LanguageStu
 
 
 def both(student: LanguageStudent, *args: Any, **options: Any) -> tuple[Any, Any]:
-    """What `generate` makes of it as ever, and through recorded steps."""
+    """Return what `generate` returns without and with recorded steps, the latter without warnings."""
     plain = student.model.generate(*args, **options)
     student._decoding.recorder = Tape
     before = Tape.made
@@ -62,9 +63,6 @@ def both(student: LanguageStudent, *args: Any, **options: Any) -> tuple[Any, Any
         recorded = student.generate(*args, **options)
     student._decoding.made = Tape.made - before
     return plain, recorded
-
-
-# the step
 
 
 @pytest.mark.parametrize("spec", [DEFAULT, CORRECTED, STATIC], ids=["default", "corrected", "static"])
@@ -100,7 +98,7 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, rows: int, tokens: Te
         step.load(cache_of(out), 12, None, torch.full((rows,), 12))
         student._settle(rows, prompt.device)
         step.advance(tokens[0, :1].repeat(rows))
-        step.run()  # what is made once is made
+        step.run()  # makes what is made once
         with NoHostWaits():
             step.run()
 
@@ -116,9 +114,6 @@ def test_a_step_compiles_whole(name: str, rows: int, tokens: Tensor) -> None:
         step.advance(tokens[:rows, 0])
         results.append(work().clone())
     assert torch.equal(results[1], results[2])
-
-
-# the dial
 
 
 def turned(student: LanguageStudent, offset: Any) -> None:
@@ -197,9 +192,6 @@ def test_routers_that_have_learned_are_recorded_anew(tokens: Tensor) -> None:
     assert torch.equal(*both(student, tokens, **SIX)) and student._decoding.made == 1
 
 
-# the cache
-
-
 def test_slots_grow_by_a_half_at_most() -> None:
     sizes = [slots_for(tokens) for tokens in (1, 256, 257, 385, 513, 769, 1025)]
     assert sizes == [256, 256, 384, 512, 768, 1024, 1536]
@@ -235,7 +227,7 @@ def test_the_cache_that_is_returned_goes_on(padded: dict[str, Tensor]) -> None:
     first = student.generate(**padded, **half, return_dict_in_generate=True)
     cache = cache_of(first)
     assert type(cache) is DynamicCache and cache.get_seq_length() == 14
-    student.generate(**padded, **SIX)  # what is recorded is written again
+    student.generate(**padded, **SIX)  # writes to the recorded steps' cache
     mask = torch.cat([padded["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
     options = with_cache(student.model, half, cache)
     assert torch.equal(student.generate(first.sequences, attention_mask=mask, **options), whole)
@@ -266,9 +258,6 @@ def test_copies_record_for_themselves(tokens: Tensor) -> None:
     other = copy.deepcopy(student)
     assert other._decoding.model is other.model and not other._decoding._steps
     assert torch.equal(*both(other, tokens, **SIX)) and other._decoding.made == 1
-
-
-# what is asked of generate
 
 
 def test_sampling(padded: dict[str, Tensor]) -> None:
@@ -355,7 +344,7 @@ def test_where_nothing_can_be_recorded_it_says_so_once(
         assert torch.equal(student.generate(tokens, **SIX, **options), first)
     assert Tape.made == before
     turned(student, float("inf"))
-    if not options:  # the teacher can
+    if not options:  # the teacher can be recorded
         assert torch.equal(*both(student, tokens, **SIX)) and student._decoding.made == 1
 
 

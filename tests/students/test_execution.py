@@ -1,4 +1,5 @@
-"""What is closed is not computed, and nothing else changes: mask == skip == cached decoding, for every kind."""
+"""Mask execution, skipping and decoding from a cache give the same logits for every kind of router, and skipping does
+not compute what gates close."""
 
 from __future__ import annotations
 
@@ -54,9 +55,9 @@ GATED = [
     for name, (config, _) in TINY.items()
     if len(LANGUAGE_MODELS[getattr(transformers, config).model_type].mlp_in) == 2
 ]
-"""Models whose MLP has a gate of its own."""
+"""Models whose MLP is gated (a gate beside the up projection)."""
 COUNTED = ["llama", "gemma2", "phi3", "gpt2", "olmo2"]
-"""Models whose FLOPs are counted, and which decode with the references of operators, too."""
+"""Models whose FLOPs are counted, and which are also decoded with the reference operators."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
@@ -71,7 +72,7 @@ def make(name: str, spec: StudentSpec, **overrides: object) -> Student:
 
 
 def in_both_ways(student: Student, *args: object, **kwargs: object) -> list[torch.Tensor]:
-    """Logits by masks and by skipping."""
+    """Return the logits of mask execution and of skipping."""
     results = []
     for way in ("mask", "skip"):
         student.runtime.execution = way
@@ -93,7 +94,7 @@ def test_mask_is_skip(name: str, kind: str, tokens: torch.Tensor):
 
 
 def decode(student: Student, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> torch.Tensor:
-    """Logits of all tokens from one pass over the prompt and then one token at a time, from a cache."""
+    """Return the logits of all tokens from a prefill of `prompt` tokens and cached decode steps of one token each."""
     logits, cache = [], None
     for a, b in itertools.pairwise([0, *range(prompt, tokens.shape[1] + 1)]):
         upto = None if mask is None else mask[:, :b]
@@ -105,7 +106,7 @@ def decode(student: Student, tokens: torch.Tensor, mask: torch.Tensor | None, pr
 
 
 def assert_decodes_in_one_pass(student: Student, tokens: torch.Tensor) -> None:
-    """Masks over whole rows give what skipping gives token by token, after prompts of five."""
+    """Assert that one masked pass over whole rows gives the logits of skipping decode steps after a prompt of five."""
     prompt = torch.zeros_like(tokens, dtype=torch.bool)
     prompt[:, :5] = True
     student.runtime.execution = "mask"
@@ -132,7 +133,7 @@ def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens
     padded, mask = tokens.clone(), torch.ones_like(tokens)
     padded[0, :3], padded[0, 3:], mask[0, :3] = 0, tokens[0, :9], 0
     batched = decode(student, padded, mask, 8)
-    # the padded prompt's own positions start at its first token
+    # positions of the padded prompt start at its first token
     torch.testing.assert_close(alone[0, 5:], batched[0, 8:], **CLOSE)
 
 
@@ -167,7 +168,7 @@ def test_rows_with_budgets_of_their_own_may_all_be_closed(tokens: torch.Tensor, 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_hidden_states_are_of_all_tokens(name: str, tokens: torch.Tensor):
     model = make_tiny(name)
-    model(tokens, output_hidden_states=True)  # puts transformers' hooks in front of a student's
+    model(tokens, output_hidden_states=True)  # installs transformers' hooks before a student's
     student = scramble(elasticize(model, StudentSpec((RouterSpec("layer", kv="drop"),)))).train(False)
     skipped = student(tokens, output_hidden_states=True)[0].hidden_states
     student.runtime.execution = "mask"
@@ -176,14 +177,14 @@ def test_hidden_states_are_of_all_tokens(name: str, tokens: torch.Tensor):
 
 
 def spent(student: Student, **inputs: object) -> tuple[int, object]:
-    """(FLOPs that torch counts in a forward pass, what it decided)."""
+    """Return the FLOPs that torch counts in a forward pass, and the routers' decisions in the pass."""
     with flop_counter() as counter:
         _, decisions = student(**inputs)
     return counter.get_total_flops(), decisions
 
 
 def eager(name: str, spec: StudentSpec) -> Student:
-    """A student whose attention torch can count on a CPU."""
+    """Return a student with eager attention, whose FLOPs torch can count on a CPU."""
     return make(name, spec, attn_implementation="eager", vocab_size=120)
 
 
@@ -196,8 +197,8 @@ def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: tor
 
 
 def assert_counted(student: Student, row: torch.Tensor) -> None:
-    """What is reported for row [1, T] is what torch counts, in prefill and of its last token in decoding."""
-    student(row)  # what is made once (the preview of the head) is made
+    """Assert that reported compute of row [1, T] is what torch counts, in prefill and when decoding its last token."""
+    student(row)  # makes what is made once, such as the head's preview
     valid = torch.ones_like(row, dtype=torch.bool)
 
     def reported(decisions: object, phase: str) -> torch.Tensor:

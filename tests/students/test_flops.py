@@ -1,4 +1,4 @@
-"""Attention is counted whichever kernel runs it: by the shapes each gets, and against the analytic compute model."""
+"""FLOPs of attention are counted for every kernel that runs it, and agree with the analytic compute model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.pico.language import make_tiny
 
 aten = torch.ops.aten
 SHAPES = [(8, 8, 16, 16), (8, 2, 16, 16), (8, 1, 1, 24), (6, 3, 5, 24)]
-"""Heads, key heads, queries, keys."""
+"""Numbers of query heads, key heads, queries and keys."""
 
 
 @pytest.fixture(autouse=True)
 def _old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own formula, which in many versions refuses fewer key heads than query heads, is never asked."""
+    """Make torch's own formula, which in many versions refuses fewer key heads than query heads, fail if it is used."""
 
     def refuse(*shapes: object) -> int:
         raise AssertionError("query/key/value shapes are incompatible")
@@ -94,7 +94,7 @@ def test_grouped_queries_are_counted(sizes: tuple[int, ...], backend: SDPBackend
     q, k, v = made(*sizes)
     with nullcontext() if backend is None else sdpa_kernel(backend):
         flops, read = count(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
-    whole = backend is SDPBackend.MATH  # computes what is not seen, too
+    whole = backend is SDPBackend.MATH  # computes masked scores, too
     assert flops == attention_flops(q.shape, k.shape, v.shape, causal=causal and not whole)
     assert whole or read == 4 * (q.numel() + k.numel() + v.numel())
 
@@ -110,7 +110,8 @@ def test_gradients_are_counted_too() -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_the_analytic_model_is_what_is_counted(name: str, attention: str, tokens: torch.Tensor) -> None:
-    """With causal kernels a window costs what its tokens would one by one; written out, all keys for all tokens."""
+    """With a causal kernel, a window costs as much as decoding its tokens one by one; with eager attention, every token
+    is charged for all keys."""
     student = elasticize(make_tiny(name, attn_implementation=attention, sliding_window=None), StudentSpec(()))
     ones = torch.ones_like(tokens)
     flops, _ = count(lambda: student.model(tokens, use_cache=False))

@@ -1,4 +1,4 @@
-"""`generate` is transformers' own, and students are models to it: searches, batches, caches, streams, pipelines."""
+"""transformers' own `generate` takes students as models: searches, batches, caches, streams and pipelines work."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def student(request: pytest.FixtureRequest) -> Student:
 
 
 def generate(student: Student, ids: Tensor, **options: object) -> Tensor:
-    """Six more tokens, whatever they are."""
+    """Generate six tokens greedily, without stopping at an end token, unless options say otherwise."""
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0) | options
     return student.generate(ids, **options)
 
 
 def without_cache(student: Student, ids: Tensor) -> Tensor:
-    """Greedy, one whole forward pass for each token."""
+    """Generate six tokens greedily, with one forward pass over the whole text for each."""
     prompt = ids.shape[1]
     for _ in range(6):
         marked = (torch.arange(ids.shape[1]) < prompt).expand(ids.shape)
         with torch.no_grad():
             logits = student(ids, prompt=marked)[0].logits[:, -1]
-        logits[:, 2] = -torch.inf  # as generate does below min_new_tokens, with the end's id
+        logits[:, 2] = -torch.inf  # as generate forbids the end token below min_new_tokens
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     return ids
 
@@ -56,7 +56,7 @@ def test_left_padded_batch_is_one_by_one(student: Student, tokens: Tensor):
 def test_beam_search(student: Student, tokens: Tensor):
     cached = generate(student, tokens, num_beams=3)
     if any(router.granularity == "sequence" for router in student.spec.routers):
-        # without a cache each step would take what was generated for prompt
+        # without a cache, each step would take generated tokens for a part of the prompt
         assert cached.shape == (2, 18)
     else:
         assert torch.equal(cached, generate(student, tokens, num_beams=3, use_cache=False))
@@ -88,7 +88,9 @@ def test_continued_from_a_cache(student: Student, tokens: Tensor):
 def test_heads_that_share_keys_attend_together_from_one_token(
     name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ):
-    """As the frozen model the student attends as the model does, bit for bit."""
+    """Query heads that share a key head attend as one head when the student decodes a token by skipping.
+
+    With masks, and as the teacher, the student attends as the model does; as the teacher, bit for bit."""
     plain, student = make_tiny(name), make(name, SPECS["channel"])
     attend, shapes = F.scaled_dot_product_attention, []
 
@@ -97,7 +99,7 @@ def test_heads_that_share_keys_attend_together_from_one_token(
         return attend(query, *args, **kwargs)
 
     def decode(model: PreTrainedModel) -> Tensor:
-        """Logits of the last token; shapes: (heads, queries) of its attention."""
+        """Return the logits of the last token, and leave (heads, queries) of its attention calls in `shapes`."""
         cache = cache_of(model(tokens[:, :-1]))
         shapes.clear()
         return model(tokens[:, -1:], **with_cache(model, {}, cache)).logits
@@ -181,7 +183,7 @@ def test_teacher_generates_what_it_did(student: Student, tokens: Tensor):
 
 
 def test_compiled_steps_agree(tokens: Tensor):
-    """torch.compile with the inductor backend, on the static-shape path: no router here has a data-dependent shape."""
+    """Forward passes compiled by torch's inductor agree with eager ones, with routers that keep all shapes static."""
     pytest.importorskip("torch._inductor")
     from shutil import which
 
@@ -197,7 +199,8 @@ def test_compiled_steps_agree(tokens: Tensor):
 
 
 def test_fixed_capacities_skip_in_training_too(tokens: Tensor):
-    """Same loss, same gradients, fewer FLOPs: what a weighted top-k router closes gives no gradient."""
+    """In training, skipping has the loss and gradients of masks for fewer FLOPs: tokens that a weighted top-k router
+    closes give no gradient."""
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = StudentSpec((RouterSpec("token", selection="topk", weight="score", substitute=2),))

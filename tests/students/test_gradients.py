@@ -1,4 +1,4 @@
-"""Gradients written out by hand: gates, divergences, attention, norms against what torch makes of their definitions."""
+"""Hand-written gradients of gates, divergences, attention and norms agree with autograd's of their definitions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_fast_attention_has_attention_s_gradient(
     inputs = [query, key, value]
     if mask == "bool":
         options["attn_mask"] = torch.rand(2, 1, 11, 13) > 0.3
-        options["attn_mask"][1, :, 4] = False  # as of padding in front of a text
+        options["attn_mask"][1, :, 4] = False  # like padding at the left
     if mask in ("additive", "by key"):
         shape = (2, 1, 11, 13) if mask == "additive" else (1, 13)
         options["attn_mask"] = torch.randn(shape).to(dtype).requires_grad_()

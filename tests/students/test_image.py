@@ -1,4 +1,4 @@
-"""Image models with routers: what the teacher says, masks and skipping, batches, counted compute."""
+"""Image models with routers: open students equal the teacher, skipping equals masks, and reported compute is real."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MODELS = {
     "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
 }
 BOTH = ["vit", "siglip", "timm_fused", "timm_eva02"]
-"""Models that are tried with the references of operators as well as in C."""
+"""Models that are tested with the reference operators as well as with those in C."""
 PARALLEL = _timm("vit_small_patch16_18x2_224", mlp_ratio=2, init_values=0.5)
 SPECS = {
     "block": (RouterSpec("layer", selection="quota", kv="drop"),),
@@ -90,14 +90,14 @@ SPECS = {
 
 
 def make(name: str) -> nn.Module:
-    """A tiny model with weights large enough that every branch matters."""
+    """Return a tiny model whose weights are large enough for every branch to change its outputs."""
     torch.manual_seed(0)
     model = MODELS[name]().eval() if name in MODELS else PARALLEL().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-            elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start at almost nothing
+            elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start near 0
                 parameter.fill_(0.5)
     return model
 
@@ -108,7 +108,7 @@ def pixels() -> Tensor:
 
 
 def bias_of(student: Student, key: str) -> str:
-    """The name of the bias of the router that records under a key."""
+    """Return the parameter name of the bias of the router whose decisions have this key."""
     number, *branch, kind = key.split(".")
     place = ".".join([student.record.blocks, number])
     if branch:
@@ -119,7 +119,7 @@ def bias_of(student: Student, key: str) -> str:
 
 
 def routed(name: str, spec: str, pixels: Tensor) -> Student:
-    """A student with random routers, some gates open and some closed."""
+    """Return a student with random routers, of whose gates some are open and some closed."""
     sites = LINEAR_SITES[1:] if name == "timm_eva02" else LINEAR_SITES
     student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2 if spec == "branches" else 0, sites)))
     generator = torch.Generator().manual_seed(3)
@@ -127,7 +127,7 @@ def routed(name: str, spec: str, pixels: Tensor) -> Student:
         for parameter in student.added_parameters().values():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     student.runtime.execution, student.runtime.training = "mask", True
-    for number in range(3):  # centre the scores of each block, of which the next ones' depend
+    for number in range(3):  # centre the scores block by block, as each block's depend on those before
         with torch.no_grad():
             _, decisions = student(pixels)
             for key, score in decisions.score.items():
@@ -156,7 +156,7 @@ def flops(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("execution", ["skip", "mask"])
 def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: str, pixels: Tensor) -> None:
-    expected = make(name).requires_grad_(False)  # which alone can change torch's order of sums
+    expected = make(name).requires_grad_(False)  # requires_grad can change the order of sums
     student = elasticize(make(name), StudentSpec(SPECS["all"]))
     student.runtime.execution = execution
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor, oper
 @pytest.mark.parametrize("execution", ["skip", "mask"])
 @pytest.mark.parametrize("name", ["vit", "timm_fused", "timm_plain", "timm_registers"])
 def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str, operators: None) -> None:
-    """What takes another in counts twice as a key, so that everybody attends to what it did."""
+    """A patch merged with an identical one counts as two keys, so that attention of all tokens stays the same."""
     student = elasticize(make(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),)))
     block, prefix = student.blocks[0], student.record.prefix
     width = block.routers["layer"].linear.in_features
@@ -235,11 +235,11 @@ def test_images_of_about_the_same_length_run_together() -> None:
 
 def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
     noise = torch.randn(1, 7, 7, generator=torch.Generator().manual_seed(0))
-    x = torch.eye(7)[None, [0, 1, 2, 3, 1, 2, 1]] + 0.01 * noise  # one of prefix, six patches
+    x = torch.eye(7)[None, [0, 1, 2, 3, 1, 2, 1]] + 0.01 * noise  # a prefix token and six patches
     found = match(x, 1)
     assert found.may_go[0].tolist() == [False, True, False, True, False, True, False]
     assert found.target[0, 1] in (4, 6) and found.target[0, 5] == 2
-    assert found.distance[0, 5] < found.distance[0, 3]  # nobody is like token 3
+    assert found.distance[0, 5] < found.distance[0, 3]  # no patch is like token 3
     here = torch.tensor([[True, True, False, True, True, True, True]])
     found = match(x, 1, here)
     assert found.may_go[0].tolist() == [False, True, False, False, True, False, True]
@@ -356,7 +356,7 @@ OTHER_SIZES = {
 @pytest.mark.parametrize("spec", ["block merges", "branches", "heads and experts"])
 @pytest.mark.parametrize("name", OTHER_SIZES)
 def test_images_of_another_size_than_configured(name: str, spec: str) -> None:
-    """Positions are interpolated; what is counted is the tokens that there are."""
+    """Positions are interpolated, and compute counts the tokens of the given size."""
     height, width = OTHER_SIZES[name]
     pixels = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

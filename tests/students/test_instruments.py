@@ -1,4 +1,4 @@
-"""What tests measure with: waits for the device are noticed, and a tape does again what was done."""
+"""Tests of the tests' instruments: `NoHostWaits` notices waits for the device, and a `Tape` replays its work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that read channels compute what stands in front of them and behind them along with themselves, as on a GPU."""
+"""Layers that read some channels are fused with the norm, gate and residual addition around them, as on a GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.students.test_execution import CLOSE, make
 from tests.students.test_launches import DEFAULT, of_a_block, student_of
 
 JOINED = {"llama": {-1, 0, 3}, "phi3": {-1, 0}, "gemma2": {-1, 4}, "cohere2": {-1, 3}, "gpt2": {-1}}
-"""Kinds of inputs (see `ops.fused_channels`), by model: norms behind a residual stream, gates of an MLP's own."""
+"""Kinds of inputs (see `ops.fused_channels`) that occur in each model: norms of the residual stream, gated MLPs."""
 
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As there, whatever runs the operators."""
+    """Take the code paths of a GPU, whatever backend runs the operators; without autograd."""
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     monkeypatch.setattr(ops, "reads_few", lambda rows, *_: rows <= 8)
@@ -35,7 +35,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def in_steps(student: LanguageStudent, tokens: Tensor) -> Tensor:
-    """Logits of the last three tokens, one at a time."""
+    """Return the logits of the last three tokens, decoded one at a time."""
     out = student.model(tokens[:, :-3], use_cache=True)
     found = []
     for step in range(3, 0, -1):
@@ -79,7 +79,7 @@ def test_in_kernels(tokens: Tensor) -> None:
 
 @pytest.mark.parametrize(("rows", "opened"), [(1, False), (4, False), (1, True)])
 def test_a_block_launches_seven_times(rows: int, opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """opened: at compute 1.0."""
+    """A block launches seven operators in a decode step; opened: with all gates open, at compute 1.0."""
     monkeypatch.setattr(ops, "observed", lambda: False)
 
     def make_decoding(blocks: int) -> Decoding:
@@ -109,7 +109,7 @@ def test_recorded_steps(opened: bool, tokens: Tensor, monkeypatch: pytest.Monkey
         assert torch.equal(student.generate(tokens[:rows], **options), plain)
 
 
-# what stands in the place of tensors
+# Deferred results, which stand in for tensors.
 
 
 def make_output(added: list[Tensor | None]) -> Deferred:

@@ -1,4 +1,4 @@
-"""Where nothing is saved, a student launches hardly more than the dense model."""
+"""In decode steps that save nothing, a student launches hardly more operators than the dense model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def student_of(*routers: RouterSpec, lora: int = 0, blocks: int = 3) -> Language
 
 
 def of_a_block(make_decoding: object, rows: int) -> Counter[str]:
-    """What one block more launches in a decoding step of so many rows."""
+    """Return the operators that one more block launches in a decode step of so many rows."""
     counted = []
     for blocks in (2, 3):
         decoding: Decoding = make_decoding(blocks)
@@ -49,7 +49,7 @@ def of_a_block(make_decoding: object, rows: int) -> Counter[str]:
 
 
 def dense(blocks: int, fast: bool = False) -> Decoding:
-    """fast: with the attention of a dense model that is timed beside a student."""
+    """Return the decoding of a dense model; fast: with the faster attention of one that is timed against a student."""
     model = make_tiny("llama", num_hidden_layers=blocks)
     if fast:
         route_trunk(model.model)

@@ -1,4 +1,4 @@
-"""What Elastic assumes of its libraries, and what happens where an assumption fails."""
+"""Elastic's assumptions about its libraries hold, and a failed assumption is reported in a sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DROPS = StudentSpec((RouterSpec("layer", kv="drop"),))
 
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test is the first of the process to use an architecture."""
+    """Forget which architectures have been checked, so that every test runs the self-check."""
     monkeypatch.setattr(selfcheck, "_passed", set())
 
 
@@ -55,7 +55,7 @@ def test_a_cache_is_handed_on_under_one_name() -> None:
 
 
 def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with transformers 5.24, where a cache under its former name was ignored without an error."""
+    """The self-check fails where a cache is ignored, as transformers 5.24 silently did with the argument's old name."""
     monkeypatch.setattr(language, "with_cache", lambda module, kwargs, cache: dict(kwargs))
     for _ in range(2):  # what has failed is checked again
         with pytest.raises(
@@ -66,7 +66,7 @@ def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatc
 
 
 def test_self_check_finds_decoding_without_a_past(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that forgets the student's cache between two calls, and raises nothing."""
+    """The self-check fails where a library silently loses the student's cache between two calls."""
     fresh = language.LanguageStudent._cache_for
     without = lambda self, kwargs: fresh(self, {"use_cache": kwargs.get("use_cache")})  # noqa: E731
     monkeypatch.setattr(language.LanguageStudent, "_cache_for", without)
@@ -76,7 +76,7 @@ def test_self_check_finds_decoding_without_a_past(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_self_check_takes_no_rounding_for_a_fault(dtype: torch.dtype) -> None:
-    """Deep models with small random weights, whose logits are close together, round most."""
+    """The self-check passes for deep models with small random weights, whose close logits suffer most from rounding."""
     kind, settings = TINY["llama"]
     config = getattr(transformers, kind)(**{**settings, "num_hidden_layers": 24, "vocab_size": 2000})
     for seed in range(3):
@@ -129,7 +129,7 @@ def test_self_check_says_that_weights_are_damaged() -> None:
 
 
 def requirements() -> dict[str, Requirement]:
-    """The dependencies of pyproject.toml, by name."""
+    """Return the dependencies in pyproject.toml, by name."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S).group(1)
     found = [Requirement(line) for line in re.findall(r'^ *"([^"]+)"', block, re.M)]
@@ -170,7 +170,7 @@ def test_installed_versions_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generation_and_scoring_warn_of_nothing(
     recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither a warning nor a line of transformers' own logger, such as its remarks about deprecated names."""
+    """No warning is raised, and transformers' logger is silent, for example about deprecated names."""
     logger = transformers.utils.logging.get_logger("transformers")
     logger.propagate = True
     try:

@@ -1,4 +1,4 @@
-"""Packed linear layers do what plain ones do, bit for bit, in every call that a student makes of them."""
+"""Linear layers with packed weights give the bits of plain ones in every call that a student makes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def packed(linear: nn.Linear) -> nn.Linear:
 
 
 def fresh(student: Student) -> int:
-    """How many layers have packed weights that are those they have now."""
+    """Return the number of layers whose packed weights are up to date."""
     layers = [module for module in student.model.modules() if isinstance(module, PackedLinear)]
     return sum(layer.product.holds(layer.weight) for layer in layers)
 
@@ -94,7 +94,7 @@ def test_gradients_copies_counters_and_compilers_meet_a_plain_layer():
 )
 def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: torch.Tensor):
     plain, other = (scramble(elasticize(make_tiny(name).bfloat16(), SPECS[kind])).train(False) for _ in range(2))
-    if not pack_linears(other.model) and name != "gpt2":  # whose layers are no nn.Linear, but for the head
+    if not pack_linears(other.model) and name != "gpt2":  # gpt2 has no nn.Linear but its head
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
     assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
     assert fresh(other) or name == "gpt2"
@@ -114,13 +114,13 @@ def test_only_frozen_layers_in_bfloat16_are_packed():
 @torch.no_grad()
 def test_weights_are_packed_by_whoever_reads_them(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
     student = scramble(elasticize(make_tiny("llama").bfloat16(), SPECS["channel"])).train(False)
-    student(tokens)  # when there is nothing to pack yet
+    student(tokens)  # before packing
     if not student.pack():
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
-    student(tokens.repeat(1, 30)[:, :200].repeat(2, 1))  # too many rows
+    student(tokens.repeat(1, 30)[:, :200].repeat(2, 1))  # too many rows for packed weights
     assert fresh(student) == 0
     student.prepare()
-    head = fresh(student)  # all other layers lie side by side
+    head = fresh(student)  # the head's only: other layers are joined side by side
     packed = []
     monkeypatch.setattr(PackedProduct, "prepare", lambda product, weight: packed.append(product))
     student(tokens)

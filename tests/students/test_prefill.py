@@ -1,4 +1,4 @@
-"""Where the host runs ahead of a device, prompts are read with few waits, and what is skipped changes nothing else."""
+"""Prefill on devices that the host runs ahead of: the host waits rarely, and skipping gives the logits of masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SKIPPING = [name for name, spec in SPECS.items() if spec.find("token") or spec.f
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every device is one that the host runs ahead of, with products over the first rows that wait for nothing."""
+    """Treat every device as one that the host runs ahead of, with products over the first rows that do not wait."""
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
     possible = first_rows.possible
 
@@ -60,7 +60,7 @@ def test_padded_prompts_attend_without_a_mask(
     name: str, spec: StudentSpec, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, masks, padding = make(name, spec), [], torch.ones_like(tokens)
-    padding[0, :7] = 0  # behind a whole window of a gemma3
+    padding[0, :7] = 0  # more padding than gemma3's window of 6
     positions = (padding.cumsum(1) - 1).clamp(min=0)
     attend = F.scaled_dot_product_attention
 
@@ -112,7 +112,7 @@ def test_rows_with_budgets_of_their_own(kind: str, tokens: Tensor) -> None:
 
 
 def of_blocks(student: Student, *args: object, **kwargs: object) -> tuple[list[int], list[dict[str, int]]]:
-    """(waits, launches by operator) of each block in a forward pass."""
+    """Return, for each block in a forward pass, its number of waits and its launches by operator."""
     counter, waits, launches, hooks = Launches(), [], [], []
 
     def enter(*_: object) -> None:
@@ -201,7 +201,8 @@ def test_substitutes_run_while_the_host_waits(
 def test_products_follow_what_the_host_waits_for(
     spec: StudentSpec, norm: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the norm of a block that runs on fewer tokens comes between: six operators where it is not fused."""
+    """After the host has waited, the next matrix product is launched at once, or after the norm of a block that runs on
+    fewer tokens (six operators where the norm is not fused)."""
     student, counter, ends, between = make("llama", spec), Launches(), [], []
 
     class Asked(Fetched):
@@ -235,7 +236,7 @@ def test_what_is_counted_is_what_is_reported_and_what_nobody_waits_for(spec: Stu
             extra = extra + (shares[branch.partition(".")[0]] * macs).sum()
     head = student.compute.head * valid.sum()
     reported = student.compute.routed_blocks(decisions, valid, "prefill").sum() + head
-    with sdpa_kernel(SDPBackend.MATH):  # which computes all scores
+    with sdpa_kernel(SDPBackend.MATH):  # computes all scores, also masked ones
         flops, _ = count(lambda: student(tokens))
     assert float(extra) > 0
     assert 2 * float(reported + extra) == pytest.approx(flops, rel=0.002)
@@ -290,9 +291,9 @@ def test_no_length_that_a_text_decides_is_planned_for(tokens: Tensor, monkeypatc
 def test_on_a_gpu_blocks_wait_for_nothing_but_what_they_ask(spec: StudentSpec, tokens: Tensor) -> None:
     student = make("llama", spec).to("cuda")
     for batch in (tokens.cuda(), tokens[:1].cuda(), None):
-        if batch is None:  # products over the first rows are for this type
+        if batch is None:  # products over the first rows exist for bfloat16
             student, batch = student.bfloat16(), tokens.cuda()
-            student.model(batch)  # trials come first
+            student.model(batch)  # runs the trials of the kernels
         else:
             masked, skipped = in_both_ways(student, batch)
             torch.testing.assert_close(masked, skipped, **CLOSE)
@@ -301,7 +302,7 @@ def test_on_a_gpu_blocks_wait_for_nothing_but_what_they_ask(spec: StudentSpec, t
             enter = block.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"), prepend=True)
             leave = block.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"), always_call=True)
             hooks += [enter, leave]
-        out = student.model(batch, use_cache=True)  # waiting for an event, as `Fetched` does, is no error
+        out = student.model(batch, use_cache=True)  # `Fetched` waits for an event, which is no error
         assert bool(out.logits.isfinite().all())
         for hook in hooks:
             hook.remove()

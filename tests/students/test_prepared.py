@@ -1,4 +1,4 @@
-"""What skip execution prepares of weights, routers and the dial is never stale, and can be undone."""
+"""What skip execution prepares of weights, routers and the dial is renewed after each change, and can be undone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CHANGES: dict[str, Callable[[Student], object]] = {
 
 
 def answers(student: Student, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of a prompt, and of a token on its own behind it."""
+    """Return the logits of a prompt and, unless rows have budgets of their own, tokens generated from a part of it."""
     with torch.no_grad():
         whole = student(tokens)[0].logits
         if isinstance(student.runtime.offset, tuple):

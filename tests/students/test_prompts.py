@@ -1,4 +1,4 @@
-"""Prompts with images through recorded passes: what the model reads of them, and no wait but the one in front."""
+"""Recorded prefill of prompts with images: it gives what the model gives, and its recorded part does not wait."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OPTIONS = dict(do_sample=False, pad_token_id=0, return_dict_in_generate=True, ou
 FOUR = dict(OPTIONS, max_new_tokens=4, min_new_tokens=4)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 WHOLE = sorted(set(CONFIGS) - {"paligemma2"})
-"""Without the one whose layers see windows."""
+"""All classes but paligemma2, whose layers have sliding windows."""
 ALIKE = ("llava", "paligemma")
-"""Classes whose images are pixels of one shape, and nothing else."""
+"""Classes whose image inputs are pixels of one shape alone, so that the vision tower is recorded, too."""
 
 
 def recorded(student: VisionLanguageStudent | Decoding, inputs: dict[str, Tensor], **options: Any) -> tuple[Any, int]:
-    """(what is generated, how many prompts are recorded by now)."""
+    """Generate with a `Tape` as recorder, without warnings; return the output and the number of recorded prompts."""
     decoding = getattr(student, "_decoding", student)
     decoding.recorder = Tape
     with warnings.catch_warnings():
@@ -48,7 +48,7 @@ def same(one: Any, other: Any) -> None:
 
 
 def longer(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
-    """Prompts with so many more words at the end."""
+    """Return prompts with `more` further words at the end."""
     text = {name: F.pad(x, (0, more), value=1) for name, x in inputs.items() if x.shape == inputs["input_ids"].shape}
     return {**inputs, **text, "input_ids": F.pad(inputs["input_ids"], (0, more), value=7)}
 
@@ -112,7 +112,7 @@ def test_routers_in_the_tower() -> None:
     inputs = make_prompts(student.model, (1, 1), left=True)
     for offset in (0.0, 0.3):
         student.runtime.offset = offset
-        out, _ = recorded(student, inputs)  # before anything else has told the tower
+        out, _ = recorded(student, inputs)  # before another pass sets the tower's offset
         same(out, student.model.generate(**inputs, **FOUR))
     assert len(student._decoding._prompts.tower.kept) == 2
 
@@ -128,7 +128,7 @@ def test_what_depends_on_the_images_is_read_as_ever(router: RouterSpec, offset: 
     student._decoding.recorder = Tape
     with pytest.warns(UserWarning, match="^prompts without recorded passes: how many image tokens pass depends"):
         same(student.generate(**inputs, **FOUR), plain)
-    same(recorded(student, inputs)[0], plain)  # said once
+    same(recorded(student, inputs)[0], plain)  # no second warning
     assert not student._decoding._prompts.kept and student._decoding._steps
 
 
@@ -143,7 +143,7 @@ def test_several_answers_one_token_and_a_wrong_prompt() -> None:
         same(*made)
     one, _ = recorded(student, inputs, max_new_tokens=1, min_new_tokens=1)
     held = cache_of(one).elastic.held.clone()
-    recorded(student, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})  # overwrites what was recorded
+    recorded(student, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})  # overwrites the recorded pass
     assert torch.equal(cache_of(one).elastic.held, held)
     assert cache_of(one).get_seq_length() == held.shape[1] < inputs["input_ids"].shape[1]
     with pytest.raises(ValueError, match="do not match"):

@@ -1,4 +1,4 @@
-"""Quantized bases: routers learn in front of them, masks agree with skipping, and what runs dense is counted so."""
+"""Quantized teachers: routers learn, masks agree with skipping, and layers that always run dense count as dense."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SCHEMES = [
     for name, package in PACKAGES.items()
 ]
 BYTES = {"int8": 1, "int4": 1, "nf4": 0.5}
-"""Bytes of a weight, its scales aside (torchao keeps 4 bits in a byte)."""
+"""Bytes per weight, without scales (torchao stores 4 bits in a byte)."""
 WIDE = dict(hidden_size=64, intermediate_size=72)
-"""Groups of weights do not divide 72: but for int8 the MLP's last layer stays as it is."""
+"""Sizes with which the MLP's last layer is quantized by int8 alone: groups of weights do not divide 72."""
 OPAQUE = {"int8": set(LINEAR_SITES), "int4": set(LINEAR_SITES[:-1]), "nf4": set(LINEAR_SITES[:-1])}
 KINDS = ["channel", "expert", "head-static", "layer", "mixed", "mixed-channels", "mixed-neuron", "token"]
 
@@ -78,7 +78,7 @@ def test_mask_is_skip_is_cached_decoding(scheme: str, kind: str, tokens: torch.T
 
 @torch.no_grad()
 def test_reported_compute_is_what_is_done(scheme: str, tokens: torch.Tensor):
-    """Tokens are left out; channels, heads and neurons are read all the same, and cost what they do."""
+    """Quantized layers skip tokens, but read closed channels, heads and neurons all the same, which is counted."""
     for kind in ("mixed", "mixed-neuron"):
         student = make(scheme, SPECS[kind])
         student.model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Image forwards with quotas have fixed shapes: nothing in them waits, and recorded ones say what the model says."""
+"""Forward passes of image models with quotas have fixed shapes: they never wait, and recorded ones agree with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 OVER_TOKENS = {name: [r for r in routers if r.kind in ("layer", "token")] for name, routers in SPECS.items()}
 QUOTAS = [name for name, routers in OVER_TOKENS.items() if "threshold" not in {r.selection for r in routers}]
-# whose embeddings set a slice to a number, which takes a copy on CPUs
+# without vit_mae, whose embeddings set a slice to a number, which takes a copy on CPUs
 RECORDED = sorted({*MODELS} - {"vit_mae"})
 
 
@@ -85,7 +85,7 @@ def test_what_depends_on_the_images_runs_as_ever(spec: str, pixels: Tensor) -> N
     student._recorded.recorder, before = Tape, Tape.made
     with pytest.warns(UserWarning, match="depends on the images"):
         student.predict(pixels)
-    with warnings.catch_warnings():  # said once
+    with warnings.catch_warnings():  # no second warning
         warnings.simplefilter("error")
         assert torch.equal(student.predict(pixels), call(student.model, pixels)) and Tape.made == before
     student = student_for("timm_fused", "block merges", pixels)

@@ -1,4 +1,4 @@
-"""Steps that CPUs record as lists of calls are the steps that the modules take, bit for bit."""
+"""Decode steps that CPUs record as lists of calls give the bits of the modules' own steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.students.test_execution import make
 
 SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
 RECORDED = 3
-"""Which run is: early, as few are made here."""
+"""The number of the run that is recorded, set low for these tests, which make few runs."""
 CLOSE = dict(atol=2e-3, rtol=2e-3)
 SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
 LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
@@ -41,7 +41,7 @@ def student_for(name: str = "llama", spec: StudentSpec = SPEC) -> LanguageStuden
 
 
 def replays(decoding: Decoding) -> list[Replay]:
-    """Those that were recorded."""
+    """Return the decode steps that have been recorded."""
     return [replay for _, replay in decoding._steps.values() if isinstance(replay, Replay) and replay.recorded]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are whole only while they are read give what whole ones give, and their memory comes and goes."""
+"""Sharded weights, whole only while they are read, give the results of whole ones, and free their memory in between."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("token", substitute=4), Ro
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its weights in units, as the only process."""
+    """Shard the weights of a model in place, in units, for a single process; return the model."""
     shards = Shards(0, 1, lambda buffer: lambda: None, CPU, CPU)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     for modules in [*([block] for block in model.model.layers), ends]:
@@ -29,13 +29,13 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def present(model: nn.Module) -> set[str]:
-    """The first three parts of the names of weights that are spread and in memory."""
+    """Return the names, cut after three parts, of the sharded weights that are whole in memory."""
     units = {n: w for n, w in model.named_parameters() if hasattr(w, "unit")}
     return {".".join(n.split(".")[:3]) for n, w in units.items() if w.untyped_storage().nbytes()}
 
 
 def gradients(student: Student, ids: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Loss and gradients of a step of training, with the head called apart."""
+    """Return loss and gradients of a training step in which the LM head is called apart from the trunk."""
     student.train()
     with student.teacher(), torch.no_grad():
         taught = student.features(ids)[0].last_hidden_state
@@ -85,14 +85,14 @@ def test_copies_on_the_same_weights_have_the_same_units(tokens: Tensor):
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, other(tokens).logits)
         model.model(tokens)
-    ends = {"model.embed_tokens.weight", "lm_head.weight"}  # what has followed on the last block each time
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}  # gathered ahead: it always followed the last block
     assert present(model) == present(other) == {"model.layers.2"} | ends
     open_unit(other.model.layers[0].mlp)
     assert present(model) == {"model.layers.0"}
 
 
 def test_the_next_unit_is_on_its_way_while_one_computes():
-    """Forward and back, no more than one ahead, and none where what came next was not always the same."""
+    """One unit is gathered ahead, in forward and backward, but none where the order of units has varied."""
     begun: list[int] = []
     waited: list[int] = []
 
@@ -111,7 +111,7 @@ def test_the_next_unit_is_on_its_way_while_one_computes():
         assert waited[-1] == number
         assert sum(bool(layer.weight.untyped_storage().nbytes()) for layer in layers) <= 2
     assert waited == 2 * (forward + back) and begun == [*waited, 0]
-    for number in 2 * forward:  # no way back
+    for number in 2 * forward:  # without backward
         open_unit(layers[number])
     assert begun == waited == 2 * (forward + back) + forward + [2] + forward, "2 is gathered in vain once"
     shards.close()
@@ -120,7 +120,7 @@ def test_the_next_unit_is_on_its_way_while_one_computes():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_parts_of_all_processes_are_the_weights(size: int):
-    """Of several types and odd sizes, one without dimensions."""
+    """The parts of all processes together are the weights, for several types and odd sizes, and for a scalar."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)

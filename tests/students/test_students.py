@@ -46,7 +46,7 @@ MIXED = StudentSpec(
 
 
 def scramble(student: Student, scale: float = 1.0) -> Student:
-    """Random routers, so that about half of all gates close."""
+    """Randomise the routers of a student, so that about half of all gates close; return the student."""
     torch.manual_seed(7)
     with torch.no_grad():
         for name, buffer in student.model.named_buffers():
@@ -63,7 +63,7 @@ def scramble(student: Student, scale: float = 1.0) -> Student:
 
 
 def left_over(student: Student) -> list[tuple[str, Any]]:
-    """What wrappers of one block have handed on and nobody has taken out."""
+    """Return the values that a block's wrappers have stored for each other and not taken out again."""
     blocks = student.runtime.contexts
     parts = [part for block in blocks for part in (block, block.attn, block.mlp, *block.linear_groups)]
     found = [(f.name, getattr(part, f.name)) for part in parts for f in fields(part)]
@@ -301,7 +301,7 @@ def test_the_dial_turns_top_k_shares_too(llama, tokens):
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 def test_offloaded_models_are_refused(offload: str, llama: PreTrainedModel, tmp_path: Path) -> None:
-    """Their weights come to the device while a layer's own forward runs, and a student reads them elsewhere."""
+    """Offloaded weights are on the device only while a layer's own forward runs; students read them outside of it."""
     where = () if offload == "cpu_offload" else (tmp_path,)
     getattr(accelerate, offload)(llama, *where, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="device_map"):

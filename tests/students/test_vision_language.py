@@ -1,4 +1,4 @@
-"""Vision-language students: image tokens that stay outside leave no trace in the language model."""
+"""Vision-language students: image tokens that the router drops leave no trace in the language model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 
 PRUNING = RouterSpec("image", selection="quota", network="mlp", query=4)
 PER_KIND = {"idefics3": (1, 1), "smolvlm": (1, 1)}
-"""Classes whose images are padded to one number in every row."""
+"""Numbers of images in two rows, for classes that pad every row to the same number of images."""
 
 
 def student_of(name: str, *routers: RouterSpec, keep: float | None = 0.5) -> VisionLanguageStudent:
-    """A student with random routers that keep so many of the image tokens; None: all routers are as at the start."""
+    """Return a student with random routers that keep a share `keep` of image tokens; None: routers start open."""
     student = elasticize(make_vlm(name), StudentSpec(routers or (PRUNING,)))
     assert isinstance(student, VisionLanguageStudent)
     if keep is not None:
@@ -33,7 +33,7 @@ def student_of(name: str, *routers: RouterSpec, keep: float | None = 0.5) -> Vis
 
 
 def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """A row of inputs with one image each, without its padding."""
+    """Return the inputs of a single row, without its padding, from a batch with one image per row."""
     rows, here = len(inputs["input_ids"]), inputs["attention_mask"][row].bool()
     text = {k: x[row : row + 1][:, here] for k, x in inputs.items() if x.shape == inputs["input_ids"].shape}
     other = {k: x for k, x in inputs.items() if k not in text}
@@ -110,10 +110,10 @@ def test_decoding_with_a_cache_is_the_full_pass(name: str) -> None:
     inputs = make_prompts(student.model, PER_KIND.get(name, (2, 1)), left=True)
     length = inputs["input_ids"].shape[1]
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
-    options["suppress_tokens"] = [student.model.config.image_token_id]  # a full pass would look for its image
+    options["suppress_tokens"] = [student.model.config.image_token_id]  # a full pass would need an image for it
     out = student.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     held = cache_of(out).layers[0].keys.shape[2]
-    assert held < length + 4  # of five new tokens the last is not in the cache
+    assert held < length + 4  # the last of five new tokens is not cached
     grown = {**inputs, "input_ids": out.sequences[:, :-1]}
     for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 1)):
         if key in grown:

@@ -1,4 +1,4 @@
-"""Which of a model's classes the classes of data are: never a wrong one without a word."""
+"""Matching the classes of data to a model's classes: a class is never matched wrongly without a message."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IMAGENET = unnamed(1000)
         (["bird", "dog", "egyptian_cat"], PETS, [2, 1, 0]),
         (["001.Bird", "Hound"], PETS, [2, 1]),
         (["bird", "fish"], PETS, [2, -1]),
-        (["crane", "bird"], PETS, [-1, 2]),  # a name of two classes is none of them
-        (["a", "b", "c", "d", "e"], PETS, [-1] * 5),  # as many as the model's, and yet others
+        (["crane", "bird"], PETS, [-1, 2]),  # two classes of the model have the name crane
+        (["a", "b", "c", "d", "e"], PETS, [-1] * 5),  # as many as the model's, but other names
         (["0", "1", "4"], PETS, [0, 1, 4]),
         (["n01440764", "n02123045"], IMAGENET, [0, 281]),
         (["goldfish", "tabby", "tench"], IMAGENET, [1, 281, 0]),
@@ -30,7 +30,7 @@ IMAGENET = unnamed(1000)
         (["class0", "class10", "class2"], unnamed(12), [0, 10, 2]),
         (["000", "007"], unnamed(12), [0, 7]),
         (["class3", "other4"], unnamed(12), [-1, -1]),
-        ([str(n) for n in range(1, 13)], unnamed(12), [-1] * 12),  # sorted as text, or as numbers?
+        ([str(n) for n in range(1, 13)], unnamed(12), [-1] * 12),  # the order is unclear: as text or as numbers
         ([f"{n:02}" for n in range(1, 13)], unnamed(12), list(range(12))),
         ([f"n0{n}" for n in range(1440764, 1440767)], unnamed(3), [0, 1, 2]),
         (["a", "b"], None, [0, 1]),
@@ -68,7 +68,7 @@ def test_models_of_imagenet_by_name_know_its_synsets() -> None:
         (["bird", None, "dog"], None, PETS, [2, -1, 1]),
         (["cat", "dog", "cat"], None, None, [0, 1, 0]),
         ([1, 0, 1], ["bird", "dog"], PETS, [1, 2, 1]),
-        ([1, 0, None], ["b", "a"], unnamed(2), [1, 0, -1]),  # of no other order than the data's own
+        ([1, 0, None], ["b", "a"], unnamed(2), [1, 0, -1]),  # the only order known is the data's
         ([0, 7], None, PETS, [-1, -1]),
         ([[0], [1]], None, PETS, [-1, -1]),
         ([0.5, 1], None, PETS, [-1, -1]),

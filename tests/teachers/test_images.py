@@ -27,7 +27,7 @@ def save_image(path: Path, value: int, size: int = 8) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes of ImageNet, 4 images to train on and 2 others in each; the red of an image says which it is."""
+    """A folder of three ImageNet classes, each with 4 images to train on, told apart by their red, and 2 others."""
     for number, name in enumerate(("n01443537", "n01496331", "n02123045")):
         for place in range(4):
             save_image(tmp_path / "train" / name / f"{place}.png", 10 * number + place)
@@ -87,7 +87,7 @@ def test_others_stand_in_for_broken_images(folder: Path) -> None:
     for name in ("1", "2"):
         (folder / "train" / "n01443537" / f"{name}.png").write_bytes(b"")
     part = load_images(str(folder), pil_to_tensor, held_out=1, seed=0).train
-    shown = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]  # by number
+    shown = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]  # red of each image
     for chosen, found in (([1], [3]), ([0, 1], [0, 3]), ([11, 2], [11, 3]), ([2, 11], [11, 0]), ([0, 3, 1], [0, 3, 4])):
         pixels, labels = part.load(chosen)
         assert reds(pixels) == [shown[number] for number in found]
@@ -168,7 +168,7 @@ def parquet(path: Path, values: list[int], labels: list | None = None) -> None:
 
 
 def test_labels_of_parquet_may_be_names_or_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "tables [1]"  # characters that mean something in patterns
+    folder = tmp_path / "tables [1]"  # characters with a meaning in glob patterns
     folder.mkdir()
     parquet(folder / "train.parquet", [1, 2, 3], ["dog", None, "cat"])
     parquet(folder / "test.parquet", [4, 5], ["dog", "bird"])
@@ -182,7 +182,7 @@ def test_labels_of_parquet_may_be_names_or_nothing(tmp_path: Path) -> None:
 def test_a_broken_row_is_named_by_file_and_row(tmp_path: Path) -> None:
     parquet(tmp_path / "a-train.parquet", [1, 2], [0, 1])
     parquet(tmp_path / "b-train.parquet", [3, -1, 4], [0, 1, 0])
-    parquet(tmp_path / "latest.parquet", [5], [0])  # no part of it is called test
+    parquet(tmp_path / "latest.parquet", [5], [0])  # "test" only within a word
     data = load_images(str(tmp_path), pil_to_tensor, held_out=1, seed=0)
     assert len(data.train) == 5
     assert list(data.train.left_out.reasons) == [f"{tmp_path / 'b-train.parquet'}, row 2"]
@@ -228,7 +228,7 @@ def test_fashion_mnist_from_its_four_files(tmp_path: Path, monkeypatch: pytest.M
     assert pixels.shape == (3, 1, 28, 28)
     assert reds(pixels) == labels.tolist() == [0, 1, 2]
     assert len(data.held_out) == 2
-    write("train-labels-idx1-ubyte", np.array([2, 1, 0]))  # another folder is not taken for the first
+    write("train-labels-idx1-ubyte", np.array([2, 1, 0]))  # changed files are read anew
     assert load_images(str(source), pil_to_tensor, held_out=2, seed=0).train.load([0, 1, 2])[1].tolist() == [2, 1, 0]
 
 
@@ -236,7 +236,7 @@ def test_fashion_mnist_after_a_download_that_failed(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
     monkeypatch.setattr(image_sources, "DEBIAN_FASHION", tmp_path / "none")
     monkeypatch.setattr(FashionMNIST, "mirrors", [(tmp_path / "none").as_uri() + "/"])
-    for _ in range(2):  # what the first leaves is not taken for the files
+    for _ in range(2):  # leftovers of the first are not taken for the files
         with pytest.raises(OSError, match=r"fashion-mnist cannot be fetched \(Error downloading"):
             load_images("fashion-mnist", pil_to_tensor, held_out=2, seed=0)
 

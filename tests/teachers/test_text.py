@@ -1,4 +1,4 @@
-"""Text data: nothing is lost in packing, held-out text stays out of training, and bad sources get one line."""
+"""Text data: packing loses no token, held-out text stays out of training, and bad sources cost one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from teachers.data.left_out import LeftOut
 from teachers.data.text import load_text, load_windows
 from tests.pico.language import make_tokenizer
 
-EOS, BOS = 1, 2  # of conftest.make_tokenizer
+EOS, BOS = 1, 2  # ids in tests.pico.language.make_tokenizer
 
 
 def words(start: int, stop: int) -> str:
@@ -64,14 +64,14 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_it(tmp_path: Path):
 def test_held_out_is_disjoint_complete_and_repeatable(tmp_path: Path, documents: int, held_out: float):
     size = 2000 // documents
     records = [{"text": words(i * size, (i + 1) * size)} for i in range(documents)]
-    source = write_jsonl(tmp_path / "a.jsonl", records + records[:1])  # a repetition must not leak
+    source = write_jsonl(tmp_path / "a.jsonl", records + records[:1])  # a repeated text must not be in both parts
     options = dict(window=8, held_out=held_out, seed=1)
     data = load_text(source, make_tokenizer(), **options)
     train, aside = (set(part.flatten().tolist()) - {EOS} for part in (data.train, data.held_out))
     assert not train & aside
     assert len(data.held_out) == (3 if held_out == 3 else round(0.1 * data.tokens / 8))
     assert data.tokens == size * documents and str(data.tokens) in data.description.replace(",", "")
-    assert len(train | aside) > 0.97 * data.tokens  # but for the rests of the two streams and of the last set aside
+    assert len(train | aside) > 0.97 * data.tokens  # all but both streams' ends and the last set-aside text's
     again = load_text(source, make_tokenizer(), **options)
     assert torch.equal(data.train, again.train) and torch.equal(data.held_out, again.held_out)
     if documents == 1:
@@ -103,7 +103,7 @@ def test_pairs_make_one_document(tmp_path: Path, pair: tuple[str, str]):
 
 
 def documents(source: str | Path, tokenizer: object = None, **options: object) -> list[str]:
-    """The texts that are read of a source."""
+    """Return the texts that are read from a source."""
     found = LeftOut(str(source))
     return list(text._texts(str(source), tokenizer or make_tokenizer(), found, streaming=False))
 
@@ -215,7 +215,7 @@ def test_a_chat_templates_own_bos_and_eos_are_not_doubled(tmp_path: Path):
     plain = write_jsonl(tmp_path / "b.jsonl", [{"text": turns[0]["content"]} for turns in messages])
     assert torch.equal(ids, load_windows(plain, make_tokenizer(bos=True), window=8))
     assert (ids == BOS).sum() == len(ids) and not ((ids[:, 1:] == EOS) & (ids[:, :-1] == EOS)).any()
-    without = load_windows(source, make_tokenizer(template=template), window=4)  # whose windows start without one
+    without = load_windows(source, make_tokenizer(template=template), window=4)  # adds no BOS to windows
     assert (without == BOS).sum() == len(messages)
 
 
@@ -265,7 +265,7 @@ def test_folder_of_several_kinds(tmp_path: Path):
     import pyarrow
     import pyarrow.parquet
 
-    folder = tmp_path / "data [1]*"  # characters that mean something in patterns
+    folder = tmp_path / "data [1]*"  # characters with a meaning in glob patterns
     (folder / "sub").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": [words(0, 10)]}), folder / "a.parquet")
     (folder / "sub" / "b.txt").write_text(words(10, 20))

@@ -1,4 +1,4 @@
-"""Kernels for GPUs compile where there is none, and fit into what a GPU has."""
+"""Triton kernels compile for GPUs on a machine without one, spill no registers, and fit a GPU's shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from students.kernels import triton
 ROOT = Path(__file__).parents[3]
 MORE = ((80, "bfloat16"), (80, "float16"), (90, "float16"), (90, "float32"))
 SHARED = 99 * 1024
-"""Bytes of shared memory that a program may have on every GPU from Ampere on, data centres' or not."""
+"""Bytes of shared memory that a program may use on every GPU since Ampere, data centre GPU or not."""
 
 
 Compilers = dict[tuple[int, str], subprocess.Popen[str]]
@@ -31,7 +31,7 @@ def start(capability: int, dtype: str, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def compilers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
-    """A process for each test that runs, all at once."""
+    """Processes that compile, one for each selected test, by (capability, dtype); all run at the same time."""
     tests = [item.callspec.params for item in request.session.items if item.path == request.path]
     keys = [(test["capability"], test["dtype"]) for test in tests]
     started = {key: start(*key, tmp_path_factory.mktemp("triton")) for key in keys}

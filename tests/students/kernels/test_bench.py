@@ -1,4 +1,4 @@
-"""The tables of kernels' speeds are made; what stands in them only a quiet machine can tell."""
+"""The tables of kernels' speeds are printed in their form; the times in them are meaningful on an idle machine only."""
 
 from __future__ import annotations
 

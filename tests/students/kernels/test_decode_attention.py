@@ -1,4 +1,4 @@
-"""Attention of one token to a cache: what it sees, in however many ranges, and where it takes the place of torch's."""
+"""Attention of one token to a cache: which keys it sees, with any number of ranges, and where it replaces torch's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ranges_fill_a_gpu_and_no_more() -> None:
 
 
 def decode(model: torch.nn.Module, trunk: torch.nn.Module, tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
-    """Logits of the next token in a step of fixed shape, and how often `decode_attention` ran for them."""
+    """Return logits of the next token, decoded in a step of fixed shape, and the number of `decode_attention` calls."""
     out, ran, attend = model(tokens, attention_mask=valid, use_cache=True), [], ops.decode_attention
     step = DecodeStep(model, trunk, cache_of(out), 32)
     positions = torch.full((len(tokens),), tokens.shape[1]) if valid is None else valid.sum(1)
@@ -65,7 +65,7 @@ def decode(model: torch.nn.Module, trunk: torch.nn.Module, tokens: Tensor, valid
 
 @torch.no_grad()
 def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded rows, and prompts without a mask; but not from several tokens, nor as the frozen model."""
+    """The operator runs with and without padding; not for several query tokens, nor for a student run as teacher."""
     monkeypatch.setattr(toolchain, "loaded", library)
     monkeypatch.setattr(operators, "FEW_NUMBERS", 0)
     student = elasticize(make_tiny("llama", head_dim=32).to(torch.bfloat16), StudentSpec((RouterSpec("channel"),)))
@@ -90,7 +90,7 @@ def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, mon
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_it_is_the_model_s_attention(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every architecture, its windows, masks, scales and bounds; of a dense model, a student and an open one."""
+    """The operator has each architecture's windows, masks, scales and soft caps, in dense models and students."""
     dense, student = make_tiny(name), make(name, StudentSpec((RouterSpec("channel"),)))
     assert isinstance(student, LanguageStudent)
     valid = torch.ones_like(tokens)

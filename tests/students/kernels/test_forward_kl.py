@@ -1,4 +1,4 @@
-"""The divergence of a training step, in one pass where there is a kernel for it."""
+"""The forward KL of a training step, computed in one pass over the logits where there is a kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ divergence = divergence_of(LossConfig())
 def test_forward_kl_of_training_is_that_of_losses(dtype: torch.dtype, backend: torch.device):
     torch.manual_seed(0)
     student, teacher = ((torch.randn(7, 1234) * scale).to(backend, dtype) for scale in (3, 4))
-    student[0, 3] = teacher[0, 3] = 300.0  # certain, and the rest underflows
+    student[0, 3] = teacher[0, 3] = 300.0  # probability 1; all others underflow
     student[1] = teacher[1]
     student.requires_grad_()
     by = torch.randn(7).to(backend)
@@ -38,6 +38,6 @@ def test_forward_kl_of_training_tells_of_what_is_not_finite(backend: torch.devic
 def test_rows_longer_than_a_block(backend: torch.device):
     torch.manual_seed(0)
     student, teacher = (torch.randn(2, 9001).to(backend) * 2 for _ in range(2))
-    teacher[0, :5000] -= 200  # what came first counts nothing in the end
+    teacher[0, :5000] -= 200  # the first blocks' sums must vanish when a later maximum is found
     found = divergence(student.requires_grad_(), teacher)
     torch.testing.assert_close(found, forward_kl(student, teacher), atol=1e-4, rtol=1e-5)

@@ -15,7 +15,7 @@ CLOSE[torch.float16] = dict(atol=4e-3, rtol=4e-3)
 
 
 def ramp(distance: Tensor, near: Tensor) -> Tensor:
-    """1 or 0, as the distance is at least 0 or not, with a gradient of 1 where it is near 0."""
+    """Return 1 where the distance is at least 0, else 0, with a straight-through gradient of 1 where `near` is true."""
     soft = torch.where(near, distance, distance.detach())
     return (distance >= 0).to(distance.dtype) + (soft - soft.detach())
 

@@ -1,4 +1,4 @@
-"""Attention of images whose patches have merged, by the kernel that takes what is added to each key's scores."""
+"""Attention of images with merged patches, in a kernel that adds a bias to the scores of each key."""
 
 from __future__ import annotations
 

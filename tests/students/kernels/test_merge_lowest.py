@@ -1,4 +1,4 @@
-"""Patches that leave are taken in by the patch most like them."""
+"""Merging of patches: those with the lowest scores leave, and each is merged into the patch most like it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_lowest_scores_merge_as_match_and_merge_say(
     x = torch.randn(3, n, width, generator=draw).to(backend, dtype)
     weight, bias = (torch.randn(size, generator=draw).to(backend) for size in (width, 1))
     distance_weight, top = torch.tensor(0.7).to(backend), 1e30 * torch.arange(prefix, 0, -1).to(backend)
-    close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after every step of a sum
+    close = 1e-5 if dtype == torch.float32 else 0.04  # torch rounds after each step
     for sized in (False, True):
         size = torch.randint(1, 4, (3, n), generator=draw).float().to(backend) if sized else None
         before = torch.randn(3, n, generator=draw).to(backend) if sized else None

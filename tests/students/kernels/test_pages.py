@@ -1,4 +1,4 @@
-"""Memory in large pages: tensors like any other, none over another."""
+"""Memory in large pages: tensors in it are aligned, do not overlap, and behave like other tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products that read the channels that are needed, and no others."""
+"""Matrix products that read the weights of the channels that they need, and of no others."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_same_bits_every_time_and_captured(rows: int):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(first, other) for other in [*outs, out]) and int(counted) == int(count)
-    limit.fill_(1.2)  # the dial turns, and the graph stays
+    limit.fill_(1.2)  # the dial changes limits in place; the graph stays valid
     graph.replay()
     again, count = read(x, limit, weight, None, down, up, ends)
     assert torch.equal(out, again) and int(counted) == int(count) == int((x.abs() >= limit).any(0).sum())

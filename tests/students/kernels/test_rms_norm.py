@@ -1,4 +1,4 @@
-"""RMS norms: values and gradients, and on GPUs sums in the order that torch has there."""
+"""RMS norms: values and gradients, and that kernels sum in the order in which torch sums on GPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sum_of_squares(x: np.ndarray, rows: int) -> np.float32:
-    """As torch's blocks of threads add up the squares of one of so many rows x [D], thread by thread."""
+    """Return the sum of squares of x [D], one of `rows` rows, in the order in which a block of torch's threads adds."""
     most, warp = 512, 32
     power_across, power_along = (min(most, 2 ** int(np.log2(n))) for n in (len(x) // 4, rows))
     height = min(power_along, most // min(power_across, warp))
@@ -100,7 +100,9 @@ def test_norms_of_models_have_their_bits_on_a_gpu(norm: type[nn.Module], dtype: 
 
 @torch.no_grad()
 def test_norms_round_otherwise_only_where_they_may(monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU where no order of sums gives torch's bits."""
+    """A fused norm that differs from the model's by rounding runs only where rounding is allowed.
+
+    The test simulates a GPU on which no order of summing reproduces torch's bits."""
     plain, x = LlamaRMSNorm(100, eps=1e-5).requires_grad_(False), torch.randn(3, 100)
     model = nn.Sequential(plain)
     fuse_norms(model)

@@ -1,4 +1,4 @@
-"""Rotary embeddings: the bits of the models' own functions, where these compute the same."""
+"""Rotary embeddings: the kernel replaces a model's own function only where both give the same bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_bits_are_the_model_s(
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     assert at_once._fits(*given) == same
     assert all(map(torch.equal, at_once(*given), expected))
-    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)  # where they are rotated back at once
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)  # then the gradient is one operator, too
     slopes = []
     for rotate in (at_once, plain):
         query, key = (x.detach().requires_grad_() for x in given[:2])

@@ -1,4 +1,4 @@
-"""Students that run through the operators say what masks say, on every backend."""
+"""Students that skip through the operators give the outputs of mask execution, on every backend."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_images_that_merge_patches_say_what_masks_say(backend: torch.device):
 
 
 class Called(TorchDispatchMode):
-    """Names of the operators that are called."""
+    """A mode that records the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class Called(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
 def test_decoding_on_a_gpu_asks_nothing_of_it(rows: int, monkeypatch: pytest.MonkeyPatch):
-    """Whatever would wait for the device fails on tensors that hold nothing."""
+    """A decoding step on a GPU does not make the host wait: on fake tensors, which hold no values, waiting fails."""
     monkeypatch.setattr(tuning, "capability", lambda device: 90)
     monkeypatch.setattr(triton, "_launches", [True])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(Rotary, "_agrees", lambda *_: True)  # it looks at numbers, once
+    monkeypatch.setattr(Rotary, "_agrees", lambda *_: True)  # reads values, in its first call
     student = scramble(elasticize(make_tiny("llama"), SPEC)).train(False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in student.modules():
@@ -78,6 +78,6 @@ def test_decoding_on_a_gpu_asks_nothing_of_it(rows: int, monkeypatch: pytest.Mon
         with Called() as called:
             out, _ = student(row[:, :1], use_cache=True, past_key_values=cache)
         options = with_cache(student.model, {"use_cache": True}, cache_of(out))
-        again = student.model(row[:, :1], **options)  # where nobody asks for decisions
+        again = student.model(row[:, :1], **options)  # without recording decisions
     assert out.logits.is_cuda and again.logits.is_cuda
     assert {"read_channels" if rows == 1 else "few_channels", "exact_rows"} <= called.names

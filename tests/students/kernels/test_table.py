@@ -1,4 +1,4 @@
-"""Every operator of the table: values like the reference's on every backend, shapes, costs."""
+"""Every operator of the table: its values are the reference's on every backend; its declared shapes and costs hold."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CLOSE = {
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
 IN_TORCH = {"fused_channels", "rotary_grad", "biased_attention", "list_open", "merge_normed"}
-"""Operators with no C function: few launches and rotating back are for GPUs, and torch's attention takes masks on
-CPUs."""
+"""Operators without a C function: they save launches or compute the gradient of rotary embeddings, which matters on
+GPUs, or replace masks in attention, which torch's attention takes on CPUs."""
 
 
 def test_every_operator_has_samples_and_every_implementation_an_operator():
@@ -51,7 +51,7 @@ def test_values_are_the_reference_s(name: str, dtype: torch.dtype, backend: torc
         found, expected = operator(*arguments), other(*same)
         pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found or (), expected or (), strict=True)
         given = [pair for pair in zip(arguments, same, strict=True) if isinstance(pair[0], Tensor)]
-        for one, two in [*pairs, *given]:  # some write to what they are given
+        for one, two in [*pairs, *given]:  # some operators write to their arguments
             torch.testing.assert_close(one, two, **(CLOSE[dtype] if two.is_floating_point() else {}))
 
 
@@ -99,7 +99,7 @@ def test_operators_are_references_where_triton_cannot_launch(monkeypatch: pytest
 
 def test_nothing_is_saved_where_a_dense_product_is_launched(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ops.triton, "available", lambda: True)
-    device = torch.device("cpu")  # which is asked for its capability as an H100 would be
+    device = torch.device("cpu")  # its launches are those of an H100
     weight: Any = SimpleNamespace(is_cuda=True, device=device, shape=(8, 6), element_size=lambda: 2)
     arguments = torch.ones(8), torch.ones(8), weight, None, None, None, [6]
     row, out = OPERATORS["read_channels"], (torch.ones(6), torch.tensor(3))
@@ -110,7 +110,8 @@ def test_nothing_is_saved_where_a_dense_product_is_launched(monkeypatch: pytest.
 
 @torch.no_grad()
 def test_merging_counts_scores_and_pairs():
-    """Patches that may go are compared with those that may not, of as many as an image has."""
+    """The counted FLOPs are of the scores of all tokens, and of comparing each image's patches that may leave with its
+    other patches."""
     for *arguments, lengths, shift, multiple in SAMPLES["merge_below"](Draw(torch.float32, torch.device("cpu"))):
         out = torch.ops.elastic.merge_below(*arguments, lengths, shift, multiple)
         prefix, width = len(arguments[-1]), arguments[0].shape[2]
