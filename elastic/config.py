@@ -20,7 +20,7 @@ import yaml
 
 from configs import presets
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
-from elastic.traits import TRAITS
+from elastic.traits import SETTINGS, TRAITS
 from students.spec import RouterSpec, StudentSpec
 from teachers.data.records import is_path
 from teachers.registry import ModelEntry, models, resolve
@@ -29,8 +29,6 @@ SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.
 """Sections of a preset or file that are used only for one phase or one family of models."""
 NAMED_DATA = ("builtin", "fashion-mnist", "easy-vqa")
 """Values of `data.source` that are never taken as paths, even if the working directory has a file of that name."""
-_OF_FAMILIES = {name: traits.noun for traits in reversed(tuple(TRAITS.values())) for name in traits.settings}
-"""Settings that have an effect in some families of models only, and the kind of model that each needs."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class LossConfig:
     """Weight of the distance `hidden`."""
     hidden_layers: Literal["final", "all"] = "final"
     """The hidden states to compare. final: those that the LM head or classifier reads. all: those after every block (in
-    image models of class and register tokens, if there are any); vision-language models always compare final ones."""
+    image models of class and register tokens, if there are any). Vision-language models only know final."""
     cross_entropy_weight: float = 0.0
     """Language models: weight of the cross-entropy of predicting the text's next token, which needs no teacher."""
     load_balance_weight: float = 0.0
@@ -304,7 +302,7 @@ class RunConfig:
         over_tokens = any(r.selection == "topk" and r.of_kind.over_tokens for r in self.student.routers)
         over_gates = any(r.of_kind.over_parts for r in self.student.routers)
         for name, works, needs in (
-            *((name, name in traits.settings, noun) for name, noun in _OF_FAMILIES.items()),
+            *((name, name in traits.settings, nouns) for name, nouns in SETTINGS.items()),
             ("student.gains", self.budget.ranges, "a range of budgets (--target-compute 0.5:1.0)"),
             ("budget.stiffness", self.budget.control == "price", "budget.control=price"),
             ("budget.hinge", self.budget.control == "capacity", "budget.control=capacity"),

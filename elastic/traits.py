@@ -37,14 +37,14 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
         "llm": Traits(
             "elastic.families.language",
             "a language model",
-            ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight"),
+            ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight", "loss.hidden_layers"),
             decodes=True,
             tasks=True,
         ),
         "vit": Traits(
             "elastic.families.image",
             "an image model",
-            ("data.max_images", "data.classes"),
+            ("data.max_images", "data.classes", "loss.hidden_layers"),
             section="vit",
             data=_IMAGES,
             one_word=True,
@@ -59,3 +59,12 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
     }
 )
 """The traits of each family, by its name in configurations and in configs/models.yaml."""
+
+SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        name: " or ".join(other.noun for other in TRAITS.values() if name in other.settings)
+        for traits in TRAITS.values()
+        for name in traits.settings
+    }
+)
+"""The settings that have an effect in some families only, and the kinds of models that each needs."""
