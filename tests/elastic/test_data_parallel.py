@@ -13,6 +13,8 @@ from elastic.data_parallel import LocalBatch, all_gather, local_batches, scatter
 
 @pytest.fixture
 def as_process(monkeypatch: pytest.MonkeyPatch):
+    """A function become(rank, size) that makes this process take the given rank of `size` processes."""
+
     def become(rank: int, size: int) -> None:
         monkeypatch.setattr(launch, "rank", lambda: rank)
         monkeypatch.setattr(launch, "size", lambda: size)

@@ -100,6 +100,7 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
 def test_a_process_that_fails_costs_one_line_and_no_step(
     fails: str, launcher: Sequence[object], runs: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ):
+    """The run ends with a whole last checkpoint and, unless a process died, one error line; it can be resumed."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = ["distill", "--model", model_folder, "--data", text_file, "--target-compute", 0.8, *settings]
     done = launched(2, *command, "--output", tmp_path / "run", launcher=launcher, FAILS=fails)

@@ -33,6 +33,7 @@ def project(model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: py
 
 
 def works(run: Path) -> None:
+    """Assert that a run generates, is evaluated, and can be resumed to the same routers."""
     before = (run / "routers.safetensors").read_bytes()
     assert main(["generate", str(run), "--prompt", "w3 w4", "--max-new-tokens", "2"]) == 0
     assert main(["eval", str(run)]) == 0

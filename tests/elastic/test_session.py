@@ -84,6 +84,7 @@ def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
 
 
 def test_another_model_ends_what_is_known(finished: Path, configure: Configure):
+    """A session shares the weights of one model, and forgets all results when another model is loaded."""
     session, config = Session(), configure()
     first = session.teacher(config)
     again = session.teacher(config)

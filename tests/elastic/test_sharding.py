@@ -9,6 +9,7 @@ from elastic import launch, sharding
 
 @pytest.fixture
 def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of one of two processes for which accelerate asks for FSDP2, to be changed further."""
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **asked}.items():
         monkeypatch.setenv(name, value)

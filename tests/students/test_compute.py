@@ -110,6 +110,7 @@ def test_branches_add_up_to_the_blocks(kind: str, phase: str, llama: PreTrainedM
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_all_open_is_one_and_what_routers_cost(phase: str):
+    """With all gates open, compute is 1 plus the routers' share, which is 0 for static routers."""
     compute = student_of(RouterSpec("token", network="static"), RouterSpec("channel", network="static")).compute
     assert compute.uniform(1.0, 12, phase) == pytest.approx(1)
     compute = student_of(RouterSpec("token")).compute

@@ -62,6 +62,7 @@ CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
 def make(name: str, spec: StudentSpec, **overrides: object) -> Student:
+    """Return a tiny student with random routers at capacity 0.5; skip the test if the model refuses neuron routers."""
     if spec.find("neuron") and name not in GATED:
         with pytest.raises(ValueError, match="gate"):
             elasticize(make_tiny(name), spec)
@@ -139,6 +140,7 @@ def test_padding_and_batch_mates_change_nothing_while_decoding(kind: str, tokens
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_one_product_is_as_good_as_several(name: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    """Layers that read the same channels give the same logits joined in one product and apart."""
     student = make(name, SPECS["channel"])
     together = student(tokens)[0].logits
     monkeypatch.setattr(linear_group, "JOINT_ROWS", 0)

@@ -46,6 +46,7 @@ def in_steps(student: LanguageStudent, tokens: Tensor) -> Tensor:
 
 
 def both_ways(student: LanguageStudent, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of the last three tokens by masks in one pass, and by skipping one token at a time."""
     student.runtime.execution = "mask"
     whole = student.model(tokens, use_cache=False).logits[:, -3:]
     student.runtime.execution = "skip"
@@ -65,12 +66,14 @@ def test_decoding_says_what_masks_say(name: str, tokens: Tensor, monkeypatch: py
 
 
 def test_beside_other_routers(tokens: Tensor) -> None:
+    """Fused layers agree with masks also where other routers skip tokens, heads and experts."""
     routers = RouterSpec("channel"), RouterSpec("token", substitute=2), RouterSpec("head"), RouterSpec("expert")
     student = make("llama", StudentSpec(routers, LoraSpec(2)), num_hidden_layers=2)
     torch.testing.assert_close(*both_ways(student, tokens), **CLOSE)
 
 
 def test_in_kernels(tokens: Tensor) -> None:
+    """Fused layers agree with masks in Triton's kernels, too."""
     student = make("llama", StudentSpec((RouterSpec("channel"),)), num_hidden_layers=1)
     whole, _ = both_ways(student, tokens[:, :4])
     with running_on("interpreter", None):
@@ -96,6 +99,7 @@ def test_a_block_launches_seven_times(rows: int, opened: bool, monkeypatch: pyte
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_recorded_steps(opened: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded steps with fused layers generate the tokens of unrecorded steps without."""
     student = make("llama", StudentSpec(DEFAULT, LoraSpec(2)))
     assert isinstance(student, LanguageStudent)
     student.prepare()
@@ -122,6 +126,7 @@ def make_output(added: list[Tensor | None]) -> Deferred:
 
 
 def test_who_looks_finds_a_tensor() -> None:
+    """Any operation on a deferred output has it computed, once."""
     for look in (
         lambda x: x[:, -1:] * 1,
         lambda x: torch.cat([x]),
@@ -141,6 +146,7 @@ def test_who_looks_finds_a_tensor() -> None:
 
 
 def test_a_residual_stream_is_added_on_the_way() -> None:
+    """Adding a deferred output to the residual stream is deferred, too, and done by the kernel of the output."""
     added: list[Tensor | None] = []
     stream = torch.ones(2, 1, 4)
     for out in (make_output(added), make_output(added)):
@@ -155,6 +161,7 @@ def test_a_residual_stream_is_added_on_the_way() -> None:
 
 
 def test_gate_and_up() -> None:
+    """Activation and product of a gated MLP are deferred, and give their plain values when read."""
     shut, up = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
     for kind, activation in enumerate((F.silu, torch.nn.GELU(approximate="tanh"))):
         active = activation(gate(shut))

@@ -90,6 +90,7 @@ def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_all_weights_are_read_only_masks_are_more() -> None:
+    """In a batch that runs as dense products, a student launches four gates per block and otherwise less."""
     many, plain = of_a_block(lambda n: routed(n, *DEFAULT), 16), of_a_block(dense, 16)
     more, less = many - plain, plain - many
     assert more == {"elastic.channel_gate.default": 4} and sum(less.values()) >= 3
@@ -99,6 +100,7 @@ def test_where_all_weights_are_read_only_masks_are_more() -> None:
 def test_so_many_rows_as_the_table_says_read_what_one_of_them_needs(
     tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Batches that are small enough read a channel if any of their rows needs it."""
     student = student_of(*DEFAULT, lora=2)
     batch = tokens.view(8, 3)
     cache = cache_of(student.model(batch[:, :2], use_cache=True))

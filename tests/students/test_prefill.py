@@ -152,6 +152,7 @@ def test_the_host_waits_once_a_block(name: str, spec: StudentSpec, rows: int, to
 def test_where_products_wait_for_their_number_the_host_waits_twice(
     kind: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without products over a number of rows that only the device knows, the host waits twice a block."""
     monkeypatch.setattr(first_rows, "possible", lambda x, outputs: False)
     masked, skipped = in_both_ways(make("llama", SPECS[kind]), tokens)
     torch.testing.assert_close(masked, skipped, **CLOSE)
@@ -247,6 +248,7 @@ def products(counter: Launches) -> int:
 
 
 def test_no_row_and_no_query_is_launched_for_alone() -> None:
+    """The number of launches depends neither on the number of rows nor on their length."""
     for spec in (DROPPED, KEPT, BOTH, CORRECTED):
         student = make("llama", spec, max_position_embeddings=600)
         launches = []
@@ -258,6 +260,7 @@ def test_no_row_and_no_query_is_launched_for_alone() -> None:
 
 
 def test_no_length_that_a_text_decides_is_planned_for(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's attention, which plans anew for each shape, is off where the text decides the number of keys."""
     planned: list[bool] = []
     attend, plans = F.scaled_dot_product_attention, torch.backends.cuda.cudnn_sdp_enabled
 

@@ -73,6 +73,7 @@ def test_a_change_is_seen(student: Student, change: str, tokens: torch.Tensor):
 
 @pytest.mark.parametrize("kind", sorted(SPECS))
 def test_a_call_beforehand_is_the_first_calls(student: Student, tokens: torch.Tensor):
+    """Calling `prepare` first gives the bits of a student that is prepared in its first pass."""
     early = copy.deepcopy(student)
     early.prepare()
     for one, other in zip(answers(student, tokens), answers(early, tokens), strict=True):

@@ -43,6 +43,7 @@ def recorded(student: VisionLanguageStudent | Decoding, inputs: dict[str, Tensor
 
 
 def same(one: Any, other: Any) -> None:
+    """Assert that two outputs of `generate` have the same tokens and close logits."""
     assert torch.equal(one.sequences, other.sequences)
     torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), **CLOSE)
 
@@ -55,6 +56,7 @@ def longer(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_is_read_and_said(name: str) -> None:
+    """Recorded prompts give the tokens, logits and cache lengths of plain ones, for students and their teachers."""
     student = student_of(name, PRUNING, RouterSpec("channel"))
     for number, images in enumerate((PER_KIND.get(name, (2, 1)), (1,)), 1):
         inputs = make_prompts(student.model, images, left=True)
@@ -152,6 +154,7 @@ def test_several_answers_one_token_and_a_wrong_prompt() -> None:
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_it_is_read_again_and_again(name: str) -> None:
+    """A prompt's reader gives the same bits in each call, and the vision tower's recorded pass never waits."""
     student = student_of(name)
     inputs = make_prompts(student.model, (1, 1), left=True)
     student._decoding.recorder = Tape
@@ -165,6 +168,7 @@ def test_it_is_read_again_and_again(name: str) -> None:
 
 
 def test_the_image_router_asks_once() -> None:
+    """Between the trunk and its first block, the host waits once, to learn which image tokens are kept."""
     student = student_of("llava")
     inputs = {**make_prompts(student.model, (1, 1)), "attention_mask": None}
     student.model(**inputs, use_cache=True)

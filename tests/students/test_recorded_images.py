@@ -98,6 +98,7 @@ def test_what_depends_on_the_images_runs_as_ever(spec: str, pixels: Tensor) -> N
 def test_no_length_that_images_decide_is_planned_for(
     spec: str, planned: bool, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """cuDNN's attention, which plans anew for each shape, is off where images decide the number of keys."""
     student, seen, attend = student_for("timm_fused", spec, pixels), set(), F.scaled_dot_product_attention
 
     def watched(*args: Any, **kwargs: Any) -> Tensor:

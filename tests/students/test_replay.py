@@ -48,6 +48,7 @@ def replays(decoding: Decoding) -> list[Replay]:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
+    """Recorded generation gives the model's tokens, and a replayed step the bits of the modules' step."""
     student, dense = student_for(name), make_tiny(name)
     for model, decoding in ((student.model, student._decoding), (dense, Decoding(dense, dense.base_model))):
         found, expected = (work(tokens[:rows], **LOGITS) for work in (decoding.generate, model.generate))
@@ -76,6 +77,7 @@ def test_the_dial_threads_and_inference_mode(tokens: Tensor) -> None:
 
 
 def test_modules_run_where_somebody_watches(tokens: Tensor) -> None:
+    """Steps run as modules while FLOPs are counted or a hook is registered, for many rows, and as the teacher."""
     student, calls = student_for(), []
     with FlopCounterMode(display=False) as counter:
         student.generate(tokens, **SIX)

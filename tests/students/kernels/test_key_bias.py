@@ -26,6 +26,7 @@ def test_libraries_hand_the_mask_on(
     pixels: Tensor,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """transformers and timm hand a `KeyBias` on to attention, so that its kernel runs, with the outputs of a mask."""
     student, pixels = routed(name, spec, pixels).bfloat16(), pixels.bfloat16()
     with Launches() as before:
         plain = first(call(student.model, pixels))
@@ -42,6 +43,7 @@ def test_libraries_hand_the_mask_on(
 
 @torch.no_grad()
 def test_to_others_it_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations without a kernel for a `KeyBias` take it as the mask that it stands for."""
     size, (x, keys) = torch.randint(1, 4, (2, 7)).float(), torch.randn(2, 2, 4, 7, 8).bfloat16()
     plain_mask = key_bias.key_mask(size, x.dtype)
     assert type(plain_mask) is Tensor and torch.equal(plain_mask[:, 0, 3], size.log().bfloat16())
