@@ -25,10 +25,10 @@ from elastic.settings import from_dict, to_dict
 from students import Student, StudentSpec, elasticize
 from students.routers import selection
 from tests.elastic.runs import Configure, assert_same_run, distill, interrupt, on_step, resume, silent
+from tests.pico.image import make_tiny as make_image
 from tests.pico.language import make_tiny
 from tests.students.test_execution import SPECS
 from tests.students.test_image import SPECS as IMAGE_SPECS
-from tests.students.test_image import make as make_image
 from tests.students.test_students import scramble
 
 SETTINGS = ("data.held_out=24", "train.batch=4", "train.steps=24", "student.lora.rank=8")

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,53 +17,8 @@ from students.architectures.record import LINEAR_SITES
 from students.execution.image_block import similar_lengths
 from students.families.image import call
 from students.kernels.merging import match, merge
+from tests.pico.image import BOTH, IMAGE, MODELS, SIZES, TIMM, make_tiny
 
-_SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
-_IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
-_TIMM = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7)
-
-
-def _transformers(kind: str, **settings: object) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        config = getattr(transformers, kind.partition(":")[0])(**_SIZES, **_IMAGE, **settings)
-        return getattr(transformers, kind.partition(":")[2])(config)
-
-    return make
-
-
-def _timm(name: str, fused: bool = True, **settings: object) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        model = timm.create_model(name, **{**_TIMM, **settings})
-        for block in model.blocks:
-            for attention in [part.attn for part in getattr(block, "attns", [block])]:
-                attention.fused_attn = fused
-        return model
-
-    return make
-
-
-MODELS = {
-    "vit": _transformers("ViTConfig:ViTForImageClassification", num_labels=7),
-    "deit": _transformers("DeiTConfig:DeiTForImageClassificationWithTeacher", num_labels=7),
-    "dinov2": _transformers("Dinov2Config:Dinov2ForImageClassification", num_labels=7),
-    "dinov2_registers": _transformers(
-        "Dinov2WithRegistersConfig:Dinov2WithRegistersForImageClassification", num_labels=7, num_register_tokens=3
-    ),
-    "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
-    "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
-    "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),
-    "vit_msn": _transformers("ViTMSNConfig:ViTMSNForImageClassification", num_labels=7),
-    "timm_fused": _timm("vit_tiny_patch16_224"),
-    "timm_plain": _timm("vit_tiny_patch16_224", fused=False),
-    "timm_registers": _timm("vit_small_patch14_reg4_dinov2", mlp_ratio=2),
-    "timm_siglip": _timm("vit_base_patch16_siglip_224", num_classes=0),
-    "timm_distilled": _timm("deit_tiny_distilled_patch16_224", mlp_ratio=2),
-    "timm_eva02": _timm("eva02_tiny_patch14_224", mlp_ratio=2),
-    "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
-}
-BOTH = ["vit", "siglip", "timm_fused", "timm_eva02"]
-"""Models that are tested with the reference operators as well as with those in C."""
-PARALLEL = _timm("vit_small_patch16_18x2_224", mlp_ratio=2, init_values=0.5)
 SPECS = {
     "block": (RouterSpec("layer", selection="quota", kv="drop"),),
     "block stays": (RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),),
@@ -89,19 +44,6 @@ SPECS = {
 }
 
 
-def make(name: str) -> nn.Module:
-    """Return a tiny model whose weights are large enough for every branch to change its outputs."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval() if name in MODELS else PARALLEL().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-            elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start near 0
-                parameter.fill_(0.5)
-    return model
-
-
 @pytest.fixture
 def pixels() -> Tensor:
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -121,7 +63,7 @@ def bias_of(student: Student, key: str) -> str:
 def routed(name: str, spec: str, pixels: Tensor) -> Student:
     """Return a student with random routers, of whose gates some are open and some closed."""
     sites = LINEAR_SITES[1:] if name == "timm_eva02" else LINEAR_SITES
-    student = elasticize(make(name), StudentSpec(SPECS[spec], LoraSpec(2 if spec == "branches" else 0, sites)))
+    student = elasticize(make_tiny(name), StudentSpec(SPECS[spec], LoraSpec(2 if spec == "branches" else 0, sites)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in student.added_parameters().values():
@@ -156,8 +98,8 @@ def flops(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("execution", ["skip", "mask"])
 def test_with_all_gates_open_the_student_is_the_teacher(name: str, execution: str, pixels: Tensor) -> None:
-    expected = make(name).requires_grad_(False)  # requires_grad can change the order of sums
-    student = elasticize(make(name), StudentSpec(SPECS["all"]))
+    expected = make_tiny(name).requires_grad_(False)  # requires_grad can change the order of sums
+    student = elasticize(make_tiny(name), StudentSpec(SPECS["all"]))
     student.runtime.execution = execution
     with torch.no_grad():
         want, (got, _) = call(expected, pixels), student(pixels)
@@ -189,7 +131,9 @@ def test_skipping_says_what_masks_say(name: str, spec: str, pixels: Tensor, oper
 @pytest.mark.parametrize("name", ["vit", "timm_fused", "timm_plain", "timm_registers"])
 def test_merging_patches_that_are_the_same_loses_nothing(name: str, execution: str, operators: None) -> None:
     """A patch merged with an identical one counts as two keys, so that attention of all tokens stays the same."""
-    student = elasticize(make(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),)))
+    student = elasticize(
+        make_tiny(name), StudentSpec((RouterSpec("layer", kv="drop", dropped="merge", blocks="even"),))
+    )
     block, prefix = student.blocks[0], student.record.prefix
     width = block.routers["layer"].linear.in_features
     x = torch.randn(2, prefix + 8, width, generator=torch.Generator().manual_seed(0))
@@ -252,7 +196,7 @@ def test_partners_are_the_most_alike_of_the_others_that_are_here() -> None:
 @pytest.mark.parametrize("dropped", ["return", "stay"])
 def test_parts_of_images_of_several_lengths_have_their_own_budgets(dropped: str, pixels: Tensor) -> None:
     student = elasticize(
-        make("vit"), StudentSpec((RouterSpec("layer", kv="drop", dropped=dropped), RouterSpec("head")))
+        make_tiny("vit"), StudentSpec((RouterSpec("layer", kv="drop", dropped=dropped), RouterSpec("head")))
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -301,9 +245,9 @@ def test_blocks_of_several_attentions_are_skipped_as_a_whole(spec: str, pixels: 
     test_skipping_says_what_masks_say("parallel", spec, pixels, None)
     test_batch_mates_change_nothing("parallel", spec, pixels)
     test_reported_compute_is_what_torch_counts("parallel", spec, pixels, None)
-    student = elasticize(make("parallel"), StudentSpec(SPECS[spec]))
+    student = elasticize(make_tiny("parallel"), StudentSpec(SPECS[spec]))
     with torch.no_grad():
-        expected = make("parallel").requires_grad_(False)(pixels)
+        expected = make_tiny("parallel").requires_grad_(False)(pixels)
         with student.teacher():
             assert torch.equal(student(pixels)[0], expected)
         if SPECS[spec][0].weight != "score":
@@ -313,7 +257,7 @@ def test_blocks_of_several_attentions_are_skipped_as_a_whole(spec: str, pixels: 
 @pytest.mark.parametrize("spec", ["branches", "heads and experts", "all"])
 def test_branches_that_stand_side_by_side_take_no_routers(spec: str) -> None:
     with pytest.raises(ValueError, match="several attentions and MLPs side by side: it takes layer routers"):
-        elasticize(make("parallel"), StudentSpec(SPECS[spec]))
+        elasticize(make_tiny("parallel"), StudentSpec(SPECS[spec]))
 
 
 @pytest.mark.parametrize(
@@ -330,11 +274,11 @@ def test_branches_that_stand_side_by_side_take_no_routers(spec: str) -> None:
 )
 def test_what_an_image_model_does_not_take(name: str, spec: StudentSpec, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        elasticize(make(name), spec)
+        elasticize(make_tiny(name), spec)
 
 
 def test_a_hybrids_images_have_the_channels_of_its_backbone() -> None:
-    model = timm.create_model("vit_tiny_r_s16_p8_224", **{**_TIMM, "patch_size": 1, "img_size": 64})
+    model = timm.create_model("vit_tiny_r_s16_p8_224", **{**TIMM, "patch_size": 1, "img_size": 64})
     student = elasticize(model.eval(), StudentSpec(SPECS["block merges"]))
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with student.teacher():
@@ -360,7 +304,7 @@ def test_images_of_another_size_than_configured(name: str, spec: str) -> None:
     height, width = OTHER_SIZES[name]
     pixels = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        frozen = call(make(name).requires_grad_(False), pixels)
+        frozen = call(make_tiny(name).requires_grad_(False), pixels)
     student = routed(name, spec, pixels)
     assert student.at((height, width))[0] == height * width // 16 + student.record.prefix
     with torch.no_grad(), student.teacher():
@@ -381,7 +325,7 @@ def test_images_of_another_size_than_configured(name: str, spec: str) -> None:
 
 
 def test_a_size_that_a_model_cannot_take_costs_one_line() -> None:
-    student = elasticize(make("timm_fused"), StudentSpec(SPECS["block"]))
+    student = elasticize(make_tiny("timm_fused"), StudentSpec(SPECS["block"]))
     with pytest.raises(
         ValueError, match=r"VisionTransformer cannot take images of 24 x 24; .* configured for 16 x 16: "
     ):
@@ -391,7 +335,7 @@ def test_a_size_that_a_model_cannot_take_costs_one_line() -> None:
 
 @pytest.mark.parametrize("size", [(16, 64), (64, 16)])
 def test_an_oblong_mae_sees_all_patches(size: tuple[int, int]) -> None:
-    config = transformers.ViTMAEConfig(**_SIZES, **{**_IMAGE, "image_size": size}, mask_ratio=0.0)
+    config = transformers.ViTMAEConfig(**SIZES, **{**IMAGE, "image_size": size}, mask_ratio=0.0)
     student = elasticize(transformers.ViTMAEModel(config).eval(), StudentSpec(SPECS["block merges"]))
     assert student.tokens == 65
     with torch.no_grad():

@@ -14,9 +14,10 @@ from students import RouterSpec
 from students.execution.capture import Forward
 from students.families.image import ImageStudent, call
 from students.kernels import devices
+from tests.pico.image import MODELS
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
-from tests.students.test_image import MODELS, SPECS, routed
+from tests.students.test_image import SPECS, routed
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from students.families.image import call
 from students.kernels import devices, key_bias, ops
+from tests.pico.image import BOTH
 from tests.students.host_waits import Launches
-from tests.students.test_image import BOTH, pixels, routed  # noqa: F401
+from tests.students.test_image import pixels, routed  # noqa: F401
 
 
 def first(out: object) -> Tensor:
