@@ -88,8 +88,8 @@ def sweep(
         tasks = plan(models, budgets, presets, seeds, per_budget, settings, flags)
         _require_baselines(baselines, tasks)
         if eval_data is not None:
-            for family in {task.config.family for task in tasks}:
-                require_data(eval_data, family)
+            for name in {task.config.family for task in tasks}:
+                require_data(eval_data, name)
         return tasks
 
     tasks = launch.together(prepare)
