@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from teachers.families.image import pack
 from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN
-from tests.elastic.runs import FEW_STEPS, Configure, configurations
+from tests.elastic.runs import FEW_STEPS, Configure, configurations, write_images
 from tests.pico.processors import COLORS, make_question_tokenizer
 from tests.pico.vision_language import make_vlm
 
@@ -23,13 +23,7 @@ from tests.pico.vision_language import make_vlm
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images of two classes, each with 20 images to train on and 8 for validation."""
     folder = tmp_path_factory.mktemp("images")
-    draw = torch.Generator().manual_seed(0)
-    for part, count in (("train", 20), ("val", 8)):
-        for name in ("cat", "dog"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
+    write_images(folder, train=20, val=8)
     return folder
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 from elastic import trainer
 from elastic.config import RunConfig, make_config
@@ -42,6 +43,19 @@ def configurations(defaults: Sequence[str], **given: object) -> Configure:
         return make_config(settings=[*defaults, *settings], **{**given, **flags})
 
     return make
+
+
+def write_images(folder: Path, train: int, val: int) -> list[Path]:
+    """Write random images of two classes, so many of each to train on and for validation; return their paths."""
+    draw, paths = torch.Generator().manual_seed(0), []
+    for part, images in (("train", train), ("val", val)):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(images):
+                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
+                paths.append(folder / part / name / f"{number}.png")
+                Image.fromarray(pixels.numpy()).save(paths[-1])
+    return paths
 
 
 def distill(config: RunConfig, folder: Path, **options: object) -> dict:

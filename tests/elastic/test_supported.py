@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import transformers
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic.cli import main
 from elastic.run import Run
 from students.architectures import ARCHITECTURES, VISION_TOWERS
+from tests.elastic.runs import write_images
 from tests.pico.language import TINY
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import CONFIGS, make_vlm
@@ -98,15 +98,12 @@ def test_a_saved_language_model(name: str, text_file: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
-    rows = []
-    for part, count in (("train", 8), ("val", 4)):
-        for name in ("cat", "dog"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(0, 255, (16, 16, 3), generator=draw, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
-                rows.append({"image": f"{part}/{name}/{number}.png", "question": "w5 w6", "answer": f"w{number % 3}"})
+    folder = tmp_path_factory.mktemp("pictures")
+    images = write_images(folder, train=8, val=4)
+    rows = [
+        {"image": str(image.relative_to(folder)), "question": "w5 w6", "answer": f"w{int(image.stem) % 3}"}
+        for image in images
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
