@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from students.architectures import (
+    BOTH_WAYS,
     VISION_TOWERS,
     Architecture,
     architecture_of,
@@ -127,9 +128,8 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
                 )
         _check(inside, tower_record)
     _check(language, record)
-    if kind_of(model) == "paligemma" and any(
-        r.kv == "drop" and r.of_kind.touches(r) != ("mlp",) for r in language.routers
-    ):
+    drops = any(r.kv == "drop" and r.of_kind.touches(r) != ("mlp",) for r in language.routers)
+    if drops and kind_of(model) in BOTH_WAYS:
         raise ValueError(
             f"{type(model).__name__} attends to its prompt in both directions, and tokens without keys are packed for "
             "causal attention: use `kv: keep`"

@@ -14,10 +14,11 @@ from students.architectures.lookup import (
     weight_of,
 )
 from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
-from students.architectures.vision_language import VISION_TOWERS
+from students.architectures.vision_language import BOTH_WAYS, VISION_TOWERS
 
 __all__ = [
     "ARCHITECTURES",
+    "BOTH_WAYS",
     "BRANCHES",
     "LINEAR_SITES",
     "VISION_TOWERS",

@@ -12,3 +12,5 @@ VISION_TOWERS = {
     "qwen2_5_vl": "visual",
 }
 """Attribute of the base model that holds the vision tower, by `model_type` of the vision-language model."""
+BOTH_WAYS = {"paligemma"}
+"""Values of `model_type` of models whose prompt tokens also attend to later tokens of the prompt."""

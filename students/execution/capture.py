@@ -27,7 +27,7 @@ THREAD = "thread_local"
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
     """Return the stream for captures on a device: one for all, as libraries keep a workspace for each stream."""
-    return torch.cuda.Stream()
+    return torch.cuda.Stream(device)
 
 
 class Recorder(Protocol):
