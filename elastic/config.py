@@ -110,10 +110,10 @@ class DataConfig:
     """Text: tokens in a window, the unit in which text is held out, calibrated on and measured on; a multiple of
     train.window, and at most the model's own maximum."""
     held_out: int = 32
-    """Number of windows, images or questions that are never trained on, but measured on: from the source's validation
-    part if images or questions have one, else from the training data; chosen by train.seed."""
+    """Number of windows, images or questions that are never trained on, but measured on: from the source's held-out
+    part if it has one (see teachers/README.md), else from the training data; chosen by train.seed."""
     max_tokens: int | None = 2_000_000
-    """Text: reading stops after this many tokens; None: the whole source is read."""
+    """Text: reading a part stops after this many tokens; None: the whole source is read."""
     max_images: int | None = 100_000
     """Images or questions about images: the most to train on, chosen by train.seed; None: all. Also limits how much of
     a hub data set is streamed."""

@@ -92,7 +92,9 @@ def parser() -> argparse.ArgumentParser:
 
     measure = command("eval", measuring.eval_command, "measure a finished run against its teacher")
     measure.add_argument("run", type=expanduser, metavar="RUN")
-    measure.add_argument("--data", help="as for distill; all of it is measured (default: the run's held-out windows)")
+    measure.add_argument(
+        "--data", help="as for distill: its held-out part, else all of it (default: what the run holds out)"
+    )
     measure.add_argument(
         "--compute", type=float, nargs="+", metavar="C", default=[], help="turn the dial to each of these"
     )

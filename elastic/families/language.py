@@ -84,6 +84,7 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
 
 def summary(data: TextData, config: RunConfig) -> str:
     windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
+    windows += f", of {data.held_out_from}" if data.held_out_from else ""
     return f"{data.description}; {windows}"
 
 

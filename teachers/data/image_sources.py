@@ -127,7 +127,7 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
         every = files = [path] if train else []
     else:
         every = sorted(file for file in path.glob("*.parquet") if visible(file, path))
-        files = [file for file in every if is_held_out(file.stem) != train]
+        files = [file for file in every if is_held_out(Path(file.name)) != train]
     if not files:
         return None
     datasets.disable_progress_bars()

@@ -175,7 +175,7 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
         every = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_FILES and visible(file, path))
         if not every:
             raise ValueError(f"no .jsonl, .json or .parquet file in {path}; {_ACCEPTED}")
-        files = [file for file in every if is_held_out(file.stem) != train]
+        files = [file for file in every if is_held_out(Path(file.name)) != train]
         return _files(files, path) if files else None
     return _hub(source, train, most)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from teachers import hub
 from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
 from teachers.data.left_out import LeftOut
+from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, hub_data_set, local_records, visible
 from teachers.quiet import first_line, one_line, quiet
 
@@ -34,6 +35,8 @@ _ACCEPTED_SOURCES = (
     "a hub data set (org/name or org/name:config), or builtin"
 )
 _ACCEPTED_COLUMNS = ", ".join(["text", "messages", *("+".join(pair) for pair in PAIRS), "conversations"])
+_Part = Sequence[Path] | str
+"""One part of a source: its files, or the name of its split on the hub."""
 _BATCH = 64
 """Number of documents that are tokenized together."""
 
@@ -56,6 +59,8 @@ class TextData:
     """Number of tokens read, training and held-out together."""
     left_out: tuple[LeftOut, ...] = ()
     """Records that cannot be used."""
+    held_out_from: str = ""
+    """The source's own held-out part: a file with the number of others, or a split; empty if it has none."""
 
 
 def load_text(
@@ -67,29 +72,44 @@ def load_text(
     seed: int,
     max_tokens: int | None = None,
 ) -> TextData:
-    """Read `source`, set a part aside, and pack both parts into windows.
+    """Read `source`, and pack the part to train on and a part set aside into windows.
 
-    `held_out` is a number of windows or, as a float below 1, a share of all tokens. Documents chosen by `seed` are set
-    aside whole, and of the last one chosen only the end, so that a single long text gives up its tail. A document that
-    occurs twice counts once. Reading stops after `max_tokens` tokens. Raises a one-line ValueError for a source that
-    does not exist, cannot be read, is too short, or has mostly records that cannot be used.
+    `held_out` is a number of windows or, as a float below 1, a share of all tokens. They come from the source's own
+    held-out part, as many as it has, or else from the training part: documents chosen by `seed` are set aside whole,
+    and of the last one chosen only the end, so that a single long text gives up its tail. A document that occurs twice
+    counts once. Reading a part stops after `max_tokens` tokens. Raises a one-line ValueError for a source that does not
+    exist, cannot be read, is too short, or has mostly records that cannot be used.
     """
-    left_out = LeftOut(source, "records")
-    documents, tokens = _unique_documents(source, tokenizer, left_out, max_tokens)
+    part, other = _parts(source)
+    if part is None:
+        raise ValueError(
+            f"{source} has no text to train on, only a held-out part ({_named(other)}); to train on such a file, name "
+            "it itself"
+        )
+    left_out, seen = LeftOut(source, "records"), set[int]()
+    named, documents = (
+        [] if one is None else _unique_documents(source, one, tokenizer, left_out, seen, max_tokens)
+        for one in (other, part)
+    )
     left_out.finish()
-    bos = _bos(tokenizer)
-    body = window - len(bos)
+    bos, separator = _bos(tokenizer), _separator(tokenizer)
+    body, tokens = window - len(bos), sum(map(len, (*named, *documents)))
     wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * tokens / body))
-    train, aside = _set_aside(documents, wanted * body, seed)
-    separator = _separator(tokenizer)
+    train, aside = _set_aside(documents if other is None else named, wanted * body, seed)
     data = TextData(
-        train=_windows(_joined(train, separator), window, bos),
+        train=_windows(_joined(train if other is None else documents, separator), window, bos),
         held_out=_windows(_joined(aside, separator), window, bos)[:wanted],
         description=_describe(source, tokens),
         tokens=tokens,
         left_out=(left_out,),
+        held_out_from=_named(other),
     )
-    if len(data.train) == 0 or len(data.held_out) < wanted:
+    if other is not None and not len(data.held_out):
+        raise ValueError(
+            f"{source} is too short: {sum(map(len, named)):,} tokens found in its held-out part ({_named(other)}), "
+            f"{body:,} needed for one window; files of other names are trained on"
+        )
+    if len(data.train) == 0 or (other is None and len(data.held_out) < wanted):
         need, fewer = (wanted + 1) * body, tokens // body // 2
         raise ValueError(
             f"{source} is too short: {tokens:,} tokens found, {need:,} needed "
@@ -101,13 +121,16 @@ def load_text(
 
 
 def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int) -> torch.Tensor:
-    """Return all of `source`, in order, as token windows [N, window], int64.
+    """Return a source's own held-out part, or all of it if it has none, in order, as token windows [N, window], int64.
 
     A text file is tokenized as a whole and cut every `window` tokens; a rest shorter than a window is left out. If the
     tokenizer starts texts with a BOS token, each window starts with one.
     """
     bos, left_out = _bos(tokenizer), LeftOut(source, "records")
-    documents = list(_tokenized(_texts(source, tokenizer, left_out, streaming=False), tokenizer))
+    train, other = _parts(source)
+    part = other or train
+    assert part is not None  # every source has at least one of the two parts
+    documents = list(_tokenized(_texts(source, part, tokenizer, left_out, streaming=False), tokenizer))
     left_out.finish()
     windows = _windows(_joined(documents, _separator(tokenizer)), window, bos)
     if len(windows) == 0:
@@ -117,22 +140,26 @@ def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int
 
 
 def _unique_documents(
-    source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, max_tokens: int | None
-) -> tuple[list[np.ndarray], int]:
-    """Return the token ids of each different document, at most `max_tokens` in total, and the total."""
-    texts = _texts(source, tokenizer, left_out, streaming=max_tokens is not None)
+    source: str,
+    part: _Part,
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: LeftOut,
+    seen: set[int],
+    max_tokens: int | None,
+) -> list[np.ndarray]:
+    """Return the token ids of each document of a part that is not yet in `seen`, at most `max_tokens` in total."""
+    texts = _texts(source, part, tokenizer, left_out, streaming=max_tokens is not None)
     documents: list[np.ndarray] = []
     tokens = 0
-    for ids in _tokenized(_without_repetitions(texts), tokenizer):
+    for ids in _tokenized(_without_repetitions(texts, seen), tokenizer):
         documents.append(ids if max_tokens is None else ids[: max_tokens - tokens])
         tokens += len(documents[-1])
         if tokens == max_tokens:
             break
-    return documents, tokens
+    return documents
 
 
-def _without_repetitions(texts: Iterator[str]) -> Iterator[str]:
-    seen: set[int] = set()
+def _without_repetitions(texts: Iterator[str], seen: set[int]) -> Iterator[str]:
     for text in texts:
         if (key := hash(text)) not in seen:
             seen.add(key)
@@ -208,9 +235,11 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _texts(source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *, streaming: bool) -> Iterator[str]:
-    """Yield the documents of a source as plain text, in order; records without a document are left out."""
-    for where, record in _records(source, left_out, streaming):
+def _texts(
+    source: str, part: _Part, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *, streaming: bool
+) -> Iterator[str]:
+    """Yield the documents of a part as plain text, in order; records without a document are left out."""
+    for where, record in _records(source, part, left_out, streaming):
         try:
             text = _document(record, tokenizer)
         except ValueError as error:
@@ -220,33 +249,67 @@ def _texts(source: str, tokenizer: PreTrainedTokenizerBase, left_out: LeftOut, *
             yield text
 
 
-def _records(source: str, left_out: LeftOut, streaming: bool) -> Iterator[Record]:
-    """Yield the records of local files or of a hub data set; raise ValueError for a source that is neither."""
-    files = [corpus_file()] if source == "builtin" else _local_files(source)
-    for file in files:
-        yield from local_records(file, left_out)
-    if files:
+def _records(source: str, part: _Part, left_out: LeftOut, streaming: bool) -> Iterator[Record]:
+    """Yield the records of local files or of a split on the hub."""
+    if not isinstance(part, str):
+        for file in part:
+            yield from local_records(file, left_out)
         return
-    rows, number = iter(_hub(source, streaming)), 0
+    rows, number = iter(_split(source, part, streaming)), 0
     while True:
         with one_line(f"{source} cannot be read"), quiet():
             row = next(rows, None)
         if row is None:
             return
         number += 1
-        yield f"{source}, row {number}", row
+        yield f"{source}, {part} row {number}", row
 
 
-def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
-    """Return a hub data set, from the cache if the hub cannot be reached."""
+def _parts(source: str) -> tuple[_Part | None, _Part | None]:
+    """Return the part to train on and the held-out part of a source, each None if it is missing. A file is all training
+    part. Raises ValueError for a source that is neither local nor on the hub."""
+    path = Path(source).expanduser()
+    if source == "builtin" or path.is_file():
+        if source != "builtin" and path.suffix.lower() not in FILES:
+            raise ValueError(f"unknown kind of file: {source}; {_ACCEPTED_SOURCES}")
+        return [corpus_file() if source == "builtin" else path], None
+    if path.is_dir():
+        every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
+        files = sorted(file for file in every if visible(file, path))
+        if not files:
+            raise ValueError(f"no {', '.join(FILES)} file in folder {source}; {_ACCEPTED_SOURCES}")
+        train, other = ([f for f in files if is_held_out(f.relative_to(path)) != train] for train in (True, False))
+        return train or None, other or None
     name, config = hub_data_set(source, _ACCEPTED_SOURCES)
+    import datasets
+
+    with _hub(source):
+        splits = datasets.get_dataset_split_names(name, config)
+    found = [next((part for part in names if part in splits), None) for names in (TRAIN_NAMES, HELD_OUT_NAMES)]
+    if found == [None, None]:
+        raise ValueError(f"{source} has the splits {', '.join(splits)}; {' or '.join(TRAIN_NAMES)} is needed")
+    return found[0], found[1]
+
+
+def _split(source: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Return a split of a hub data set, from the cache if the hub cannot be reached."""
+    import datasets
+
+    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
+    with _hub(source):
+        return datasets.load_dataset(name, config, split=split, streaming=streaming and not hub.unreachable())
+
+
+@contextlib.contextmanager
+def _hub(source: str) -> Iterator[None]:
+    """Context for reading a hub data set, from the cache if the hub cannot be reached; an error takes one line."""
     import datasets
 
     datasets.disable_progress_bars()
     reason = hub.unreachable()
     try:
-        with hub.offline() if reason else contextlib.nullcontext():
-            return datasets.load_dataset(name, config, split="train", streaming=streaming and not reason)
+        with hub.offline() if reason else contextlib.nullcontext(), quiet():
+            yield
     except Exception as error:
         if reason:
             raise ValueError(
@@ -256,18 +319,11 @@ def _hub(source: str, streaming: bool) -> Dataset | IterableDataset:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
 
 
-def _local_files(source: str) -> list[Path]:
-    """Return the data files of a path (file or folder), sorted, without hidden files; empty if the path is missing."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
-        files = sorted(file for file in every if visible(file, path))
-        if not files:
-            raise ValueError(f"no {', '.join(FILES)} file in folder {source}; {_ACCEPTED_SOURCES}")
-        return files
-    if path.is_file() and path.suffix.lower() not in FILES:
-        raise ValueError(f"unknown kind of file: {source}; {_ACCEPTED_SOURCES}")
-    return [path] if path.is_file() else []
+def _named(part: _Part | None) -> str:
+    """Return a part for the user to read."""
+    if part is None or isinstance(part, str):
+        return f"the split {part}" if part else ""
+    return f"{part[0]}" + (f" and {len(part) - 1} more" if len(part) > 1 else "")
 
 
 def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -198,7 +198,7 @@ def test_a_broken_row_is_named_by_file_and_row(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_parts_are_whole_words(stem: str, held_out: bool) -> None:
-    assert is_held_out(stem) == held_out
+    assert is_held_out(Path(f"{stem}.parquet")) == held_out
 
 
 def test_parquet_files_are_told_apart_by_name(tmp_path: Path) -> None:

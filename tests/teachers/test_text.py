@@ -80,6 +80,50 @@ def test_held_out_is_disjoint_complete_and_repeatable(tmp_path: Path, documents:
         assert not torch.equal(data.held_out, load_text(source, make_tokenizer(), **{**options, "seed": 5}).held_out)
 
 
+NAMES = {
+    "train.txt": "val.txt",
+    "a.md": "my-dev2.md",
+    "train/test.txt": "valid/a.txt",
+    "interval.txt": "sub/Test/train-a.txt",
+    "data/train-0.txt": "data/validation-0.txt",
+}
+
+
+@pytest.mark.parametrize("trained_on", NAMES)
+def test_a_part_is_held_out_by_its_name(tmp_path: Path, trained_on: str):
+    held_out = NAMES[trained_on]
+    for name, first in ((trained_on, 0), (held_out, 500)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(words(first, first + 100))
+    (tmp_path / "again.txt").write_text(words(500, 600))  # a text that occurs in both parts is held out
+    options = dict(window=10, held_out=3, seed=0)
+    data = load_text(str(tmp_path), make_tokenizer(), **options)
+    assert data.train.flatten().tolist() == list(range(3, 103))
+    assert data.held_out.flatten().tolist() == list(range(573, 603))
+    assert data.held_out_from == str(tmp_path / held_out) and data.tokens == 200
+    assert len(load_text(str(tmp_path), make_tokenizer(), **{**options, "held_out": 99}).held_out) == 10
+    assert load_windows(str(tmp_path), make_tokenizer(), window=10).flatten().tolist() == list(range(503, 603))
+    assert len(load_text(str(tmp_path / held_out), make_tokenizer(), **options).train) == 7  # named itself
+    with pytest.raises(ValueError, match=r"100 tokens found in its held-out part \(.*, 200 needed for one window"):
+        load_text(str(tmp_path), make_tokenizer(), **{**options, "window": 200})
+    for name in (trained_on, "again.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="no text to train on, only a held-out part"):
+        load_text(str(tmp_path), make_tokenizer(), **options)
+
+
+def test_a_hub_data_set_has_splits(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    rows = {"test": words(0, 9), "validation": words(9, 39), "train": words(39, 99)}
+    monkeypatch.setattr(text.hub, "unreachable", lambda: None)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: [{"text": rows[split]}])
+    data = load_text("org/data", make_tokenizer(), window=10, held_out=2, seed=0)
+    assert data.train.flatten().tolist() == list(range(42, 102)) and data.held_out_from == "the split validation"
+    assert load_windows("org/data", make_tokenizer(), window=10).flatten().tolist() == list(range(12, 42))
+
+
 def test_max_tokens_limits_the_reading(tmp_path: Path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": words(i, i + 10)} for i in range(0, 1000, 10)])
     data = load_text(source, make_tokenizer(), window=8, held_out=2, seed=0, max_tokens=105)
@@ -104,8 +148,9 @@ def test_pairs_make_one_document(tmp_path: Path, pair: tuple[str, str]):
 
 def documents(source: str | Path, tokenizer: object = None, **options: object) -> list[str]:
     """Return the texts that are read from a source."""
+    part, _ = text._parts(str(source))
     found = LeftOut(str(source))
-    return list(text._texts(str(source), tokenizer or make_tokenizer(), found, streaming=False))
+    return list(text._texts(str(source), part, tokenizer or make_tokenizer(), found, streaming=False))
 
 
 def test_alpacas_input_belongs_to_the_instruction(tmp_path: Path):
@@ -194,7 +239,7 @@ def test_parquet_with_messages_as_a_struct_of_lists(tmp_path: Path):
     rows.append({"role": ["user"], "content": ["w1", "w2"]})
     pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
     found = LeftOut("")
-    texts = text._texts(str(tmp_path / "a.parquet"), make_tokenizer(), found, streaming=False)
+    texts = text._texts("", [tmp_path / "a.parquet"], make_tokenizer(), found, streaming=False)
     assert list(texts) == [f"user: w{i}\nassistant: w2" for i in range(3)]
     assert found.reasons == {f"{tmp_path / 'a.parquet'}, row 4": "the lists of role, content differ in length"}
 
