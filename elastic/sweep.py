@@ -122,10 +122,12 @@ def sweep(
         clock.expect("runs", 60 * new[0].config.train.minutes)
     failures: list[str] = []
 
-    def failed(what: str, error: Exception) -> None:
+    def failed(what: str, keys: list[Key], error: Exception) -> None:
         if not finished or not launch.is_everyones(error):
             raise error
-        failures.append(f"{what}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        launch.on_main(partial(folder.fail, keys, reason))
+        failures.append(f"{what}: {reason}")
         say(f"failed: {failures[-1]}")
 
     for task, points in todo:
@@ -135,18 +137,23 @@ def sweep(
                 _distil(folder.run(task.name), task.config, session, teacher_cache, say, progress)
         except (ValueError, OSError) as error:
             clock.skip("points", len(points))
-            failed(task.name, error)
+            failed(task.name, [wanted[task.name, point][0] for point in points], error)
             continue
         for point in points:
-            say(f"[{clock}] {task.name} at {point[0]:g}")
+            keys, name = wanted[task.name, point], f"{task.name} at {point[0]:g}"
+            say(f"[{clock}] {name}")
+
+            def without(baselines: list[str], error: Exception, keys: list[Key] = keys, name: str = name) -> None:
+                lost = [key for key in keys if key[2] in baselines]
+                failed(f"{name}, baselines {', '.join(baselines)}", lost, error)
+
             try:
                 with clock.timing("points"):
-                    kinds = missing(wanted[task.name, point])
-                    for row in _measure(folder, task, point, kinds, options, session, failed, say):
+                    for row in _measure(folder, task, point, missing(keys), options, session, without, say):
                         launch.on_main(partial(folder.append, row))
                         finished[key_of(row)] = row
             except (ValueError, OSError) as error:
-                failed(f"{task.name} at {point[0]:g}", error)
+                failed(name, keys[:1], error)
     if failures:
         raise ValueError(f"{len(failures)} failed, the rest is in {output}; the first was {failures[0]}")
     return [finished[key] for keys in wanted.values() for key in keys]
@@ -263,12 +270,13 @@ def _measure(
     kinds: Sequence[str | None],
     options: PointOptions,
     session: Session,
-    failed: Callable[[str, Exception], None],
+    without: Callable[[list[str], Exception], None],
     say: Say,
 ) -> Iterator[Row]:
     """Measure a point and yield its missing rows, `kinds` (None: the student's, else a baseline's name).
 
-    For the student's row, the details for reports are written too, and speed is measured if asked for.
+    For the student's row, the details for reports are written too, and speed is measured if asked for. If baselines
+    fail, `without` is told of it.
     """
     budget, turn = point
     path = str(folder.run(task.name))
@@ -280,7 +288,7 @@ def _measure(
     except ValueError as error:
         if not baselines:
             raise
-        failed(f"{task.name} at {budget:g}, baselines {', '.join(baselines)}", error)
+        without(baselines, error)
         measured, baselines = evaluate.measure_run(path, **what), []
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from elastic.reporting import plots
-from elastic.reporting.results import Row
+from elastic.reporting.results import Row, SweepFolder
 
 LEVELS = 10
 """Number of shades in which a report shows the compute of a text's tokens."""
@@ -230,10 +230,16 @@ class Model:
 
 
 class Origins:
-    """Origins of rows: the commands (C1, C2, ...) and environments (E1, E2, ...) that made them, each listed once."""
+    """Origins of rows: the commands (C1, C2, ...) and environments (E1, E2, ...) that made them, each listed once; and
+    the points that failed."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], sweeps: Sequence[SweepFolder]) -> None:
         self.rows = rows
+        failed = [(sweep.folder, *point) for sweep in sweeps for point in sweep.failures().items()]
+        self.failures = [
+            (f"{folder / run} at {budget:g}" + (f", {baseline} (baseline)" if baseline else ""), reason)
+            for folder, (run, budget, baseline, _), reason in failed
+        ]
         self.commands = list(dict.fromkeys(row["command"] for row in rows))
         self.surroundings = list(dict.fromkeys(_surroundings(row) for row in rows))
 

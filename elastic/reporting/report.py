@@ -40,7 +40,7 @@ def report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
     models = {}
     for name in dict.fromkeys(row["model"] for row in rows):
         models[name] = Model(name, [row for row in rows if row["model"] == name])
-    origins = Origins(rows)
+    origins = Origins(rows, sweeps)
     written = {page: _page(list(models.values()), origins)}
     images = {name: page.with_name(f"{page.stem}-{model.title}.svg") for name, model in models.items()}
     written |= {images[name]: model.quality_plot() for name, model in models.items()}
@@ -80,6 +80,8 @@ def _markdown(models: list[Model], origins: Origins, images: dict[str, Path]) ->
         parts += [_markdown_table(model.quality_table())]
         if model.ways():
             parts.append(_markdown_table(model.speed_table()))
+    if origins.failures:
+        parts += ["# Points that failed", "\n".join(f"- `{point}`: {reason}" for point, reason in origins.failures)]
     parts.append("# Where the numbers come from")
     parts += [f"C{number}: `{command}`" for number, command in enumerate(origins.commands, 1)]
     parts += [f"E{number}: {text}" for number, text in enumerate(origins.surroundings, 1)]

@@ -1,6 +1,7 @@
 """Sweep folders: one line of results per finished point, the routing profiles, and the measured runs.
 
 results.jsonl              a row of results per point; of two rows for the same point, the later counts
+failures.jsonl             why points failed, as lists of a point's key and the reason
 details/RUN/BUDGET.json    the routing profile at that point (see elastic/accounting/routing.py)
 runs/RUN                   run folders (see elastic/run.py)
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ class SweepFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.results = self.folder / "results.jsonl"
+        self._failures = self.folder / "failures.jsonl"
 
     @classmethod
     def open(cls, folder: str | Path) -> SweepFolder:
@@ -61,6 +64,18 @@ class SweepFolder:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def fail(self, keys: Sequence[Key], reason: str) -> None:
+        """Record why these points failed."""
+        before = self._failures.read_text(encoding="utf-8") if self._failures.exists() else ""
+        write_text(self._failures, before + "".join(json.dumps([*key, reason]) + "\n" for key in keys))
+
+    def failures(self) -> dict[Key, str]:
+        """Return the newest reason of every point that has failed and has no row."""
+        lines = self._failures.read_text(encoding="utf-8").splitlines() if self._failures.exists() else ()
+        reasons = {tuple(key): reason for *key, reason in map(json.loads, lines)}
+        made = {key_of(row) for row in self.rows()}
+        return {key: reason for key, reason in reasons.items() if key not in made}
 
     def run(self, name: str) -> Path:
         """Return the path of the run folder with this name."""

@@ -82,7 +82,11 @@ def write_sweep(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sweep(tmp_path_factory.mktemp("sweeps") / "text", presets=("default", "other"))
+    """A sweep of two presets, of which a point failed, and another that has been made since."""
+    folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "text", presets=("default", "other"))
+    run = "runs/tiny-default-0.5-1.0-seed0"
+    SweepFolder(folder).fail([(run, 0.5, None, "held-out data"), (run, 0.1, "random", "held-out data")], "out of <air>")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +161,10 @@ def test_the_numbers_are_there(page: Path, folder: Path):
     assert "elastic sweep --output &#39;a &lt;b&gt;&#39;" in text and "Test &amp; Co" in text and "torch 2.14" in text
     assert "<span class" in text and "LM head: 0.62 at 0.75, 0.50 at 0.5<" in text
     assert "&lt;b&gt;parts&lt;/b&gt;" in text and "<b>parts" not in text
+    assert text.count("out of &lt;air&gt;") == 1 and "seed0 at 0.1, random (baseline)</dt>" in text
     assert "random (baseline of default)" in text and "random (baseline of other)" in text
     markdown, table = page.with_suffix(".md").read_text(), page.with_suffix(".csv").read_text()
+    assert markdown.count("out of <air>") == 1
     assert f"| default | 0.5 | 0.501 ± 0.001 | {told} |" in markdown
     assert "![Quality of tiny against compute](report-tiny.svg)" in markdown
     rows = list(csv.DictReader(table.splitlines()))

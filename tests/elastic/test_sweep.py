@@ -169,6 +169,8 @@ def test_one_failure_does_not_stop_the_rest(swept: Path, run_sweep: Callable[...
         run_sweep(folder, budgets=[0.01, 0.75, 0.7], say=said.append)
     assert [row["compute_target"] for row in SweepFolder.open(folder).rows()] == [1.0, 0.8, 0.7, 0.75]
     assert any(line.startswith("failed: tiny-default-0.01-seed0") for line in said)
+    [((run, budget, baseline, _), reason)] = SweepFolder.open(folder).failures().items()
+    assert (run, budget, baseline) == ("runs/tiny-default-0.01-seed0", 0.01, None) and "0.01 is below" in reason
     with pytest.raises(ValueError, match=r"^--target-compute 0.01 is below"):
         run_sweep(tmp_path / "new", budgets=[0.01])
 
