@@ -88,11 +88,7 @@ def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str])
     assert "did you mean lr?" in refused(*arguments, "--set", "train.lrr=1")
     assert "no such configuration file: missing.yaml" in refused(*arguments, "--config", "missing.yaml")
     assert "--steps or --minutes" in refused("distill", "--model", "gpt2", "--steps", "5", "--minutes", "1")
-
-
-@pytest.mark.parametrize("target", ["0", "-0.5", "1.5", "70"])
-def test_target_is_a_share(target: str, arguments: list[str], refused: Callable[..., str]):
-    assert "0.7 means 70 %" in refused(*arguments, f"--target-compute={target}")
+    assert "0.7 means 70 %" in refused(*arguments, "--target-compute=-0.5")
 
 
 def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
@@ -318,12 +314,10 @@ def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
 def test_no_network_in_a_process_of_its_own(here: Path):
     """An unreachable hub costs seconds, exactly one line on stderr, and no file."""
     start = time.monotonic()
-    result = run_process(
-        *("distill", "--model", "some/model"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here / "hf")
-    )
+    result = run_process(*("distill", "--model", "gpt2"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here / "hf"))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("elastic: error: ") and result.stderr.count("\n") == 1
-    assert "some/model" in result.stderr and "127.0.0.1:9" in result.stderr
+    assert all(word in result.stderr for word in ("openai-community/gpt2", "http://127.0.0.1:9", "HF_HOME"))
     assert time.monotonic() - start < 60
     assert not [path for path in here.rglob("*") if path.is_file()]
 
