@@ -13,9 +13,11 @@ import copy
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -239,8 +241,20 @@ def surroundings() -> dict[str, Any]:
     if launch.size() > 1:
         machine["processes"] = launch.size()
     # a checkout of Elastic may not be installed, and torch.__version__ also says which CUDA torch was built for
-    own = {"python": platform.python_version(), "elastic-distill": __version__, "torch": torch.__version__}
+    own = {"python": platform.python_version(), "elastic-distill": __version__ + _commit(), "torch": torch.__version__}
     return {"versions": {**own, **{name: version(name) for name in names}}, "machine": machine}
+
+
+@cache
+def _commit() -> str:
+    """Return "+" and the commit, with "-dirty" after changes, if this is a checkout with git; else ""."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # git would find another repository that an environment lies in
+        return ""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return "+" + subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
 
 
 def _processor() -> str:

@@ -238,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = command("info", showing.info_command, "say what a run is")
     info.add_argument("run", type=expanduser, metavar="RUN")
+    info.add_argument("--json", action="store_true", help="print one JSON object: all settings, results and origins")
     models = command("models", showing.models_command, "list the models that have a short name")
     models.add_argument("--json", action="store_true", help="print one JSON object with rows")
     return root

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from elastic.cli.screen import screen
+from elastic.cli.screen import print_rows, screen
+
+if TYPE_CHECKING:
+    from students import RouterSpec
 
 
 def report_command(options: argparse.Namespace) -> None:
@@ -42,14 +47,53 @@ def generate_command(options: argparse.Namespace) -> None:
 
 
 def info_command(options: argparse.Namespace) -> None:
-    """`elastic info`: print elastic.json and the configuration of a run as YAML."""
-    import yaml
-
+    """`elastic info`: print a run's model, routers, data, versions and results, or with --json all that is recorded."""
     from elastic.run import Run
     from elastic.settings import to_dict
 
     run = Run.open(options.run)
-    print(yaml.safe_dump({"run": str(run.folder), **run.about, "config": to_dict(run.config)}, sort_keys=False), end="")
+    about, config = run.about, run.config
+    if options.json:
+        print(json.dumps({"run": str(run.folder), **about, "config": to_dict(config)}))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    rows = about.get("results", [about["result"]] if "result" in about else [])  # runs of earlier versions have one
+    steps = about.get("steps", config.train.steps)
+    took = f", {about['seconds'] / 60:.1f} min" if "seconds" in about else ""
+    lines = [
+        ("run", str(run.folder) + ("" if rows else f", not finished: elastic distill --resume {run.folder}")),
+        ("model", f"{config.model} ({about['identity']})"),
+        ("weights", about["source"]),
+        ("quantization", config.quantization),
+        ("preset", config.preset),
+        ("target compute", f"{config.budget.target} ({config.budget.phase})"),
+        *(("router", _router(router)) for router in config.student.routers),
+        ("corrections", f"LoRA of rank {config.student.lora.rank}" if config.student.lora.rank else "none"),
+        ("data", f"{config.data.source}, {config.data.held_out} held out"),
+        ("training", f"{steps} steps of {config.train.batch}{took}" if steps else f"{config.train.minutes} min"),
+        *((part, ", ".join(f"{name} {about[part][name]}" for name in about[part])) for part in ("versions", "machine")),
+    ]
+    table = Table("", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    for name, text in lines:
+        if text != "none":
+            table.add_row(name, text)
+    Console(markup=False, highlight=False).print(table)
+    if rows:
+        print_rows(rows)
+
+
+def _router(router: RouterSpec) -> str:
+    """Return a router's kind, places, and settings that are not the defaults."""
+    places = f"{router.blocks} blocks" if router.of_kind.place == "block" else ""
+    places = f"{', '.join(router.where)} of {places}" if router.where else places
+    changed = [
+        f"{field.name} {getattr(router, field.name)}"
+        for field in fields(router)
+        if field.name not in ("kind", "sites", "blocks") and getattr(router, field.name) != field.default
+    ]
+    return "; ".join(part for part in (router.kind, places, *changed) if part)
 
 
 def models_command(options: argparse.Namespace) -> None:
