@@ -16,7 +16,7 @@ from students.execution.runtime import Runtime
 from students.execution.tokens import for_tokens, gather_open
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
-from students.kernels.attention_gradient import recomputing
+from students.kernels.attention_gradient import learning, recomputing
 from students.kernels.key_bias import key_mask
 from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
 from students.kernels.normed_tokens import merge_for
@@ -339,7 +339,7 @@ class RoutedBlock(Wrapper):
             mask = selection.hide_closed_keys(None, gate != 0, x.dtype, causal=False)
             bias = flow.mask(x.dtype)
             mask = mask if bias is None else mask + bias
-        out = self._run(x, args, {**kwargs, self.mask: mask})
+        out = self._run(learning(x, mask), args, {**kwargs, self.mask: mask})
         gate = gate.to(x.dtype).unsqueeze(-1)
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
@@ -372,7 +372,7 @@ class RoutedBlock(Wrapper):
         flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()
         mask = repeat(weight, "b k -> b 1 q k", q=x.shape[1])
-        out: Tensor = self.base_layer(x, *args, **{**kwargs, self.mask: mask})
+        out: Tensor = self.base_layer(learning(x, mask), *args, **{**kwargs, self.mask: mask})
         return out * kept.unsqueeze(-1) + x * (1 - kept.unsqueeze(-1))
 
     def _weight(self, score: Tensor, dtype: torch.dtype) -> Tensor:

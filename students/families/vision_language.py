@@ -25,6 +25,7 @@ from students.families.image import ImageStudent
 from students.families.image_pruning import PruningPoint, StudentPruning, hidden_keys, positions_of, shorter_mask
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
+from students.kernels.attention_gradient import learning
 from students.libraries import cache_in, with_cache
 from students.routers import ImageRouter, selection
 
@@ -295,14 +296,14 @@ class VisionLanguageStudent(LanguageStudent):
         if run.probed is not None:
             gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
             run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
-            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, gate.log(), x.dtype)
-            return valid, int(valid.numel() - valid.sum())
-        gate = torch.where(image, self._choose(router, score, image), valid.to(score.dtype))
-        run.note("image", router.spec, gate, score.unsqueeze(-1))
+        else:
+            gate = torch.where(image, self._choose(router, score, image), valid.to(score.dtype))
+            run.note("image", router.spec, gate, score.unsqueeze(-1))
         if torch.is_grad_enabled():
-            if run.decisions is not None:
+            if run.decisions is not None and run.probed is None:
                 run.decisions.valid = gate
             bias = torch.log(gate * (1 - LEAK) + LEAK)
+            kwargs["inputs_embeds"] = learning(x, bias)
             kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid

@@ -1,7 +1,8 @@
 """A faster backward pass of attention on CPUs; the forward pass remains torch's own, bit for bit.
 
 torch's CPU kernel takes two to three times as long backward as forward, and up to fifteen times with few tokens. The
-backward pass used here recomputes the attention weights block by block, with matrix products.
+backward pass used here recomputes the attention weights block by block, with matrix products. On GPUs torch's own is
+used, and is not asked for the one gradient that it cannot compute (see `learning`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from students.kernels import devices
 from students.kernels.autograd import Attention
 
 
@@ -27,6 +29,16 @@ def recomputing(device: torch.device) -> tuple[AbstractContextManager[Any], Abst
     """Return the contexts of a forward pass within `fast_attention_gradients` and of its recomputation in backward, as
     `context_fn` of torch's checkpoint has to."""
     return nullcontext(), fast_attention_gradients(device)
+
+
+def learning(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x, the input of a block whose attention takes this mask; on a GPU it requires a gradient if the mask does.
+
+    Backward of torch's attention on a GPU reads an address that was never set, which ends the process, if the mask
+    requires a gradient but neither queries, keys nor values do (torch 2.11; pytorch issue 148476).
+    """
+    alone = mask.requires_grad and not x.requires_grad and devices.runs_ahead(x.device)
+    return x.detach().requires_grad_() if alone else x
 
 
 class _FastAttention(TorchFunctionMode):

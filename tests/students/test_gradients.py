@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,18 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from students import RouterSpec, StudentSpec, elasticize
 from students.execution.linear import RoutedLinear
+from students.kernels import attention_gradient
 from students.kernels.attention_gradient import fast_attention_gradients
 from students.kernels.autograd import GateOfChannel, RoutedKL, forward_kl
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
 from students.routers import selection
 from tests.pico.language import make_tiny
+from tests.pico.vision_language import make_prompts
 from tests.students.test_execution import GATED, SPECS
+from tests.students.test_image import routed
 from tests.students.test_students import scramble
+from tests.students.test_vision_language import student_of
 
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=0.03, rtol=0.03)}
 
@@ -63,6 +69,30 @@ def test_fast_attention_has_attention_s_gradient(
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **fixed))
     for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("probes", [False, True])
+@pytest.mark.parametrize("spec", ["block", "block stays", "block merges", "image tokens"])
+def test_no_mask_learns_alone_on_a_gpu(spec: str, probes: bool, monkeypatch: pytest.MonkeyPatch):
+    """Attention whose mask requires a gradient has queries that do so, without which its backward pass fails there."""
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    if spec == "image tokens":
+        student = student_of("llava").train(True)
+        inputs = make_prompts(student.model, (1, 1))
+    else:
+        student, inputs = routed("timm_fused", spec, pixels).train(True), {"pixel_values": pixels}
+    learned, attend = [], attention_gradient._attend
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.requires_grad:
+            learned.append(query.requires_grad)
+        return attend(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr(attention_gradient, "_attend", watched)
+    monkeypatch.setattr(attention_gradient, "devices", SimpleNamespace(runs_ahead=lambda device: True))
+    student.runtime.probed = {} if probes else None
+    student(**inputs)
+    assert learned and all(learned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
