@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.libraries import broken_assumptions, cache_of, fresh_positions, with_cache
+from students.libraries import cache_of, fresh_positions, with_cache
 from students.spec import StudentSpec
 from students.student import Student
 
@@ -144,13 +144,12 @@ class SelfCheck:
             raise _Differs(f"{what} differs from the frozen model by {apart:.3g}")
 
     def _failure(self, what: str) -> ValueError:
-        """Return the error that names what differs, the versions of libraries and the broken assumptions."""
+        """Return the error that names what differs and the versions of libraries."""
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
         outside = untested()
         known = f" (not tested with this {', '.join(outside)})" if outside else ""
-        reasons = "; ".join(broken_assumptions()) or "every assumption listed in students/libraries.py holds"
         return ValueError(
-            f"{type(self._model).__name__} cannot be routed with {versions}{known}: {what}. {reasons}. Install "
+            f"{type(self._model).__name__} cannot be routed with {versions}{known}: {what}. Install "
             f"versions that elastic-distill asks for, or set {SWITCH}=off to go on all the same"
         )
 

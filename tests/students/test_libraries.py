@@ -1,21 +1,27 @@
-"""Elastic's assumptions about its libraries hold, and a failed assumption is reported in a sentence."""
+"""What is assumed of libraries holds: each test of an assumption says where students rely on it. A student that differs
+from its teacher is refused."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students import RouterSpec, StudentSpec, elasticize, libraries, selfcheck
 from students.families import language
-from students.libraries import ASSUMPTIONS, CACHE_NAMES, Assumption
+from students.libraries import CACHE_NAMES, cache_of, one_sequence_a_row, with_cache
 from tests.pico.language import TINY, make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -26,17 +32,6 @@ DROPS = StudentSpec((RouterSpec("layer", kv="drop"),))
 def first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget which architectures have been checked, so that every test runs the self-check."""
     monkeypatch.setattr(selfcheck, "_passed", set())
-
-
-@pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda assumption: assumption.holds.__name__.strip("_"))
-def test_assumption(assumption: Assumption) -> None:
-    assert assumption.broken() is None
-
-
-def test_a_broken_assumption_is_a_sentence() -> None:
-    assert Assumption("torch", "is heavy", "x.py", lambda: False).broken() == "torch no longer is heavy; see x.py"
-    sentence = Assumption("torch", "is heavy", "x.py", lambda: 1 / 0).broken()
-    assert sentence == "torch no longer is heavy (ZeroDivisionError: division by zero); see x.py"
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -52,6 +47,104 @@ def test_a_cache_is_handed_on_under_one_name() -> None:
     assert kwargs == {"use_cache": True, name: "a cache"}
     assert libraries.cache_in(kwargs) == "a cache"
     assert libraries.with_cache(model, kwargs, None) == {"use_cache": True}
+
+
+@torch.no_grad()
+def test_decoding_is_handed_over_with_all_that_is_prepared() -> None:
+    """For execution/decoding.py: `custom_generate` gets prepared arguments, `_prefill` exists, a cache is returned."""
+    seen: list[Any] = []
+
+    def decode(model: Any, input_ids: Any, logits_processor: Any, generation_config: Any, words_to: Any, **rest: Any):
+        prompt = model._prefill(
+            input_ids, generation_config, {k: v for k, v in rest.items() if k != "stopping_criteria"}
+        )
+        seen.extend([type(cache_of(prompt)), words_to, generation_config.max_length, callable(logits_processor)])
+        return input_ids
+
+    ids = torch.ones(1, 2, dtype=torch.long)
+    make_tiny("llama").generate(ids, custom_generate=decode, words_to=1, max_new_tokens=3)
+    assert seen == [DynamicCache, 1, 5, True]
+
+
+def test_caches_are_lists_of_layers_with_known_methods() -> None:
+    """For execution/kv_cache.py (DroppedLayer)."""
+    layer = DynamicCache(config=make_tiny("llama").config).layers[0]
+    calls = {
+        "lazy_initialization": ("key_states", "value_states"),
+        "update": ("key_states", "value_states"),
+        "get_mask_sizes": ("query_length",),
+        "get_seq_length": (),
+        "crop": ("tokens_to_remove",),
+        "reset": (),
+        "reorder_cache": ("beam_idx",),
+        "batch_repeat_interleave": ("repeats",),
+        "batch_select_indices": ("indices",),
+    }
+    assert type(layer) is DynamicLayer
+    assert {
+        *calls,
+        "get_max_length",
+        "offload",
+        "prefetch",
+        "early_initialization",
+    } >= CacheLayerMixin.__abstractmethods__
+    for call, names in calls.items():
+        assert set(names) <= set(inspect.signature(getattr(layer, call)).parameters)
+
+
+@torch.no_grad()
+def test_a_mask_has_the_length_that_the_first_layer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For execution/kv_cache.py (DroppedLayer.get_mask_sizes)."""
+    model, asked = make_tiny("llama"), []
+    cache = DynamicCache(config=model.config)
+    sizes = cache.layers[0].get_mask_sizes
+    monkeypatch.setattr(cache.layers[0], "get_mask_sizes", lambda length: asked.append(length) or sizes(length))
+    mask = torch.tensor([[0, 1, 1]])
+    model(torch.zeros_like(mask), attention_mask=mask, **with_cache(model, {}, cache))
+    assert asked == [3]
+
+
+@torch.no_grad()
+def test_packed_rows_are_looked_for_in_one_place() -> None:
+    """For libraries.py (one_sequence_a_row)."""
+    tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")  # reading values of which raises an error
+    with one_sequence_a_row():
+        assert make_tiny("llama").to("meta").model(tokens, use_cache=False).last_hidden_state.shape == (1, 3, 32)
+
+
+@torch.no_grad()
+def test_attention_is_found_by_name_and_gets_further_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For execution/attention.py (route_attention)."""
+    model, seen = make_tiny("llama"), []
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, *given: Any, routed: Any = None, **rest: Any) -> Any:
+        seen.append((routed, query.shape, key.shape))
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(module, query, key, *given, **rest)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "elastic_test", attend)
+    model.config._attn_implementation = "elastic_test"
+    model(torch.zeros(1, 3, dtype=torch.long), routed="further")
+    assert seen == [("further", (1, 4, 3, 8), (1, 2, 3, 8))] * 3
+    assert callable(inspect.getmodule(type(model)).eager_attention_forward)
+
+
+@torch.no_grad()
+def test_blocks_and_branches_are_called_as_ever() -> None:
+    """For execution (RoutedBranch, BlockGather): blocks take hidden states as the first argument and return them;
+    attention takes arguments by keyword, an MLP its input by position."""
+    model, calls, hidden = make_tiny("llama", num_hidden_layers=1), {}, []
+    block = model.model.layers[0]
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[type(module)] = len(args), set(kwargs)
+
+    for branch in (block.self_attn, block.mlp):
+        branch.register_forward_pre_hook(note, with_kwargs=True)
+    block.register_forward_hook(lambda module, args, out: hidden.append((len(args), type(out))))
+    model(torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    asked = {"position_embeddings", "attention_mask", libraries.cache_name(block)}
+    assert asked <= calls[type(block.self_attn)][1]
+    assert calls[type(block.mlp)] == (1, set()) and hidden == [(1, Tensor)]
 
 
 def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
