@@ -53,7 +53,7 @@ MODELS = {
     "timm_dinov3": _timm("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
 }
 BOTH = ["vit", "siglip", "timm_fused", "timm_eva02"]
-"""Models that are tested with the reference operators as well as with those in C."""
+"""Models of both libraries with different parts, which are tested with every specification of routers."""
 PARALLEL = _timm("vit_small_patch16_18x2_224", mlp_ratio=2, init_values=0.5)
 
 

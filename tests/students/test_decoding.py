@@ -28,7 +28,7 @@ from students.libraries import cache_of, with_cache
 from tests.pico.language import TINY, make_tiny, make_tokenizer
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
-from tests.students.test_execution import make
+from tests.students.test_execution import COUNTED, make
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -65,8 +65,15 @@ def both(student: LanguageStudent, *args: Any, **options: Any) -> tuple[Any, Any
     return plain, recorded
 
 
-@pytest.mark.parametrize("spec", [DEFAULT, CORRECTED, STATIC], ids=["default", "corrected", "static"])
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize(
+    ("operators", "name", "spec"),
+    [
+        *(("c", name, DEFAULT) for name in sorted(TINY)),
+        *(("c", name, spec) for name in COUNTED for spec in (CORRECTED, STATIC)),
+        *(("reference", "llama", spec) for spec in (DEFAULT, CORRECTED, STATIC)),
+    ],
+    indirect=["operators"],
+)
 def test_recorded_tokens_and_logits(name: str, spec: StudentSpec, padded: dict[str, Tensor], operators: None) -> None:
     student = student_for(name, spec)
     options = dict(SIX, return_dict_in_generate=True, output_logits=True, output_scores=True)
@@ -86,8 +93,7 @@ def test_the_dense_model(name: str, padded: dict[str, Tensor]) -> None:
     assert torch.equal(recorded, model.generate(**padded, **SIX))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize(("name", "rows"), [*((name, 1) for name in sorted(TINY)), ("llama", 2), ("llama", 8)])
 def test_nothing_in_a_step_waits_for_the_device(name: str, rows: int, tokens: Tensor) -> None:
     student = student_for(name)
     prompt = tokens[:1].repeat(rows, 1)
