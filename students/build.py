@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from students.architectures import (
     BOTH_WAYS,
+    LINEAR_SITES,
     VISION_TOWERS,
     Architecture,
     architecture_of,
@@ -74,6 +76,7 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     if kind_of(model) in VISION_TOWERS and isinstance(model, PreTrainedModel):
         return _elasticize_vision_language(model, spec)
     record, blocks = architecture_of(model)
+    spec = _at_sites(spec, record)
     for router in spec.routers:
         if router.of_kind.place == "input" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
@@ -84,6 +87,16 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     if record.causal and isinstance(model, PreTrainedModel):
         return _elasticize_language(model, record, blocks, spec)
     return _elasticize_image(model, record, blocks, spec)
+
+
+def _at_sites(spec: StudentSpec, record: Architecture) -> StudentSpec:
+    """Return the specification without sites that the blocks of a model with this record lack, except for routers whose
+    sites are given."""
+    if record.sites == LINEAR_SITES:
+        return spec
+    routers = [replace(r, sites=record.sites) if r.of_kind.over_channels and not r.sites else r for r in spec.routers]
+    corrected = tuple(site for site in spec.lora.sites if site in record.sites)
+    return replace(spec, routers=tuple(routers), lora=replace(spec.lora, sites=corrected))
 
 
 def _freeze(model: nn.Module) -> None:
@@ -117,7 +130,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
             f"{type(model).__name__} with a language model of sliding windows ({trunk.config.model_type}) needs "
             "transformers 5.24 or later: pip install -U transformers"
         )
-    language, inside = spec.of("language"), spec.of("vision")
+    language, inside = _at_sites(spec.of("language"), record), spec.of("vision")
     if inside.routers:
         tower_record, tower_blocks = architecture_of(tower)
         for router in inside.routers:

@@ -46,7 +46,8 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 class BlockShape:
     """Costs of one block and of the modules added to it, in MACs for one token unless stated otherwise.
 
-    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together.
+    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together; mlp_in: a mixture of experts as a whole,
+    with its router and as many experts as a token uses.
     """
 
     q: int

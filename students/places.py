@@ -18,6 +18,7 @@ from students.architectures import (
     Linear,
     Sizes,
     can_be_read_in_part,
+    matrices_of,
     shape_of,
 )
 from students.compute import BlockShape
@@ -97,7 +98,6 @@ class BlockPlace:
         self.context = BlockContext()
         runtime.contexts.append(self.context)
         self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
-        self.neurons = self.inputs("mlp_out")
         self.own_q = len(record.attn_in) == 3
         self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
@@ -140,6 +140,11 @@ class BlockPlace:
     def inputs(self, site: str) -> int:
         """Return the number of channels that a site's linear layers read."""
         return shape_of(self.linears(site)[0])[1]
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons of the block's MLP."""
+        return self.inputs("mlp_out")
 
     def add_router(self, spec: RouterSpec, key: str, gates: int = 1, members: Tensor | None = None) -> None:
         """Add a router that decides on the present branch.
@@ -185,6 +190,8 @@ class BlockPlace:
         """Attach all routers and corrections to the block and wrap its modules; return the costs of the block."""
         record, sizes = self.record, self.sizes
         macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
+        if not record.mlp_in:
+            macs["mlp_in"] = sum(map(math.prod, matrices_of(self.block.get_submodule(record.mlp))))
         for self.branch in BRANCHES:
             self._elasticize_branch()
         join_product(self.block, record)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from students import Student
-from students.architectures import architecture_of, shape_of, sizes_of, weight_of
-from students.architectures.record import LINEAR_SITES, Architecture
+from students.architectures import architecture_of, matrices_of, shape_of, sizes_of, weight_of
+from students.architectures.record import Architecture
 from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper
 
@@ -69,8 +69,9 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
     record, blocks = architecture_of(trunk)
     each, cache = [], 0
     for number, block in enumerate(blocks):
-        names = [name for site in LINEAR_SITES for name in record.linears(site)]
-        each.append(size * sum(sum(weight_of(block.get_submodule(name)).shape) for name in names))
+        names = [name for site in record.sites for name in record.linears(site)]
+        linears = sum(sum(weight_of(block.get_submodule(name)).shape) for name in names)
+        each.append(size * (linears + _mixed(block, record)))
         if record.causal:
             sizes = sizes_of(trunk, record, number, block)
             cache += 2 * size * sizes.groups * sizes.size
@@ -84,31 +85,41 @@ def kept_bytes(student: Student) -> tuple[int, int]:
     backward), all in the frozen weights' type.
 
     Counted in every block from the first with trained parameters on: its input, and the input plus attention's output,
-    which norms read; queries, keys, values and attention's output; the outputs of the MLP's first layers; the inputs
-    of linear layers with routers or corrections; the factors of token gates, that is, the branches' outputs and their
-    substitutes; the tensors of patch merging; and, in a gated MLP, the activation between gate and product, unless
-    backward recomputes it together with the product (students/execution/product.py). With `train.checkpointing` the
-    blocks' inputs are kept, and all else exists for one block at a time, with the gradients within its MLP.
+    which norms read; queries, keys, values and attention's output; the outputs of the MLP's first layers; the inputs of
+    linear layers with routers or corrections; inputs and outputs within a mixture of experts; the factors of token
+    gates, that is, the branches' outputs and their substitutes; the tensors of patch merging; and, in a gated MLP, the
+    activation between gate and product, unless backward recomputes it together with the product
+    (students/execution/product.py). With `train.checkpointing` the blocks' inputs are kept, and all else exists for one
+    block at a time, with the gradients within its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
     each, back, streams, merged = [], [], 0, 0
     for block in blocks:
-        sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in LINEAR_SITES}
+        sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in record.sites}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
-        width, neurons = read["attn_in"], read["mlp_out"]
-        kept = sum(read[site] for site in LINEAR_SITES if site == "attn_out" or _is_routed(block, record, site))
-        written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes[site])
-        joined = getattr(block.get_submodule(record.linears("mlp_out")[0]), "activation", None) is not None
-        gated = sum(outputs for outputs, _ in sizes["mlp_in"]) == 2 * neurons
+        width, neurons, mixed = read["attn_in"], read.get("mlp_out", 0), _mixed(block, record)
+        kept = sum(read[site] for site in record.sites if site == "attn_out" or _is_routed(block, record, site))
+        written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes.get(site, ()))
+        ends = [block.get_submodule(name) for name in record.linears("mlp_out")]
+        joined = any(getattr(end, "activation", None) is not None for end in ends)
+        gated = sum(outputs for outputs, _ in sizes.get("mlp_in", ())) == 2 * neurons
         gates = width * sum(_gate_factors(block, name) for name in (record.attn, record.mlp))
-        each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined)
-        back.append((2 + gated) * neurons)
+        each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined + mixed)
+        back.append((2 + gated) * neurons + mixed)
         streams += width
         merged += MERGED * width * bool(getattr(block, "merges", False) and block.routers)
     if student.recomputes:
         return size * (streams + merged), size * max(map(sum, zip(each, back, strict=True)))
     return size * (sum(each) + merged), 0
+
+
+def _mixed(block: nn.Module, record: Architecture) -> int:
+    """Return the inputs and outputs of the matrices of a mixture of experts, for one token; 0: the MLP is dense."""
+    if record.mlp_in:
+        return 0
+    mlp = block.get_submodule(record.mlp)
+    return sum(uses * (outputs + inputs) for outputs, inputs, uses in matrices_of(mlp))
 
 
 def untouched(student: Any) -> int:

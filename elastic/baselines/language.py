@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for
 from students import elasticize
-from students.architectures import LINEAR_SITES
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.calibration.language import Seen, calibrate
 from students.decisions import Decisions
@@ -227,7 +226,7 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
     layers = {
         f"{number}.{site}": block.get_submodule(student.record.linears(site)[0])
         for number, block in enumerate(student.blocks)
-        for site in LINEAR_SITES
+        for site in student.record.sites
     }
     return {
         key: layer for key, layer in layers.items() if isinstance(layer, RoutedLinear) and "channel" in layer.routers

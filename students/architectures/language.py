@@ -13,6 +13,7 @@ _GEMMA = replace(
     mlp_exit="post_feedforward_layernorm",
     logit_cap="final_logit_softcapping",
 )
+_MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -32,6 +33,15 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "smollm3": LLAMA,
     "granite": replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale"),
+    "mixtral": _MIXTURE,
+    "qwen2_moe": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "olmoe": replace(_MIXTURE, whole_heads=True),
+    "glm4_moe": _MIXTURE,
+    "ernie4_5_moe": _MIXTURE,
+    "granitemoe": replace(
+        _MIXTURE, mlp="block_sparse_moe", residual_scale="residual_multiplier", logit_divisor="logits_scaling"
+    ),
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
     "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1"),
     "gpt_neox": Architecture(

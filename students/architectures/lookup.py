@@ -130,6 +130,24 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
+def matrices_of(mlp: nn.Module) -> list[tuple[int, int, int]]:
+    """Return (outputs, inputs, uses) of each matrix of an MLP that may be a mixture of experts. Uses: how often a token
+    is multiplied by one; in a stack of experts' matrices [E, O, I], as often as the mixture's router chooses experts.
+    """
+    mlp = getattr(mlp, "base_layer", mlp)
+    chosen: Any = next((module.top_k for module in mlp.modules() if hasattr(module, "top_k")), 0)
+    found = []
+    for module in mlp.modules():
+        if hasattr(module, "in_features"):
+            found.append((*shape_of(module), 1))
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 or (name == "weight" and parameter.ndim == 2):
+                outputs, inputs = parameter.shape[-2:]
+                found.append((outputs, inputs, chosen if parameter.ndim == 3 else 1))
+    return found
+
+
 def can_be_read_in_part(linear: nn.Module) -> bool:
     """Return whether single rows and columns of a linear layer's weight can be read: not if it is quantized, in a
     layout that only the quantization library knows."""

@@ -16,7 +16,8 @@ class Architecture:
     """Names and properties of the modules in an architecture; the defaults are Llama's.
 
     Names are attribute paths: `blocks` relative to the base model; `attn`, `mlp`, `attn_exit`, `mlp_exit` and `norm`
-    relative to a block; linear layers (`attn_in` ... `mlp_out`) and `activation` relative to their branch.
+    relative to a block; linear layers (`attn_in` ... `mlp_out`) and `activation` relative to their branch. Without
+    `mlp_in` and `mlp_out`, MLPs are mixtures of experts, in all blocks or some; they run whole, or not at all.
     """
 
     blocks: str = "layers"
@@ -57,6 +58,11 @@ class Architecture:
     prefix: int | None = 0
     """Image models: number of class, distillation and register tokens in front of the patches; None: it differs, and is
     read from the model."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of `LINEAR_SITES` that blocks have."""
+        return tuple(site for site in LINEAR_SITES if getattr(self, site))
 
     def linears(self, site: str) -> list[str]:
         """Return the names of the linear layers at a site, relative to the block."""

@@ -36,6 +36,11 @@ class ChannelKind(Kind):
             raise ValueError(
                 "a channel router saves where tokens are decoded: image models take head and expert routers"
             )
+        if not set(spec.where) <= set(record.sites):
+            raise ValueError(
+                "the MLPs of this model are mixtures of experts, whose channels are not routed: give the channel "
+                f"router `sites: [{', '.join(record.sites)}]`, or leave `sites` away"
+            )
 
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
         for site in spec.where:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from students.architectures import Architecture
 from students.calibration.observe import BlockStart
 from students.calibration.price import Choice
 from students.kinds.head import HeadKind
 from students.places import BlockPlace
-from students.spec import RouterSpec
+from students.spec import RouterSpec, StudentSpec
 
 
 class ExpertKind(HeadKind):
@@ -15,6 +16,14 @@ class ExpertKind(HeadKind):
     name = "expert"
     fields = (*HeadKind.fields, "groups", "grouping")
     branch = "mlp"
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        super().check_model(spec, record, student)
+        if not record.mlp_out:
+            raise ValueError(
+                "an expert router chooses groups of neurons of a dense MLP; the MLPs of this model are mixtures of "
+                "experts already"
+            )
 
     def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
         return min(spec.groups, place.neurons), place.neurons

@@ -16,7 +16,7 @@ from elastic.cli import main
 from elastic.run import Run
 from students.architectures import ARCHITECTURES, VISION_TOWERS
 from tests.elastic.runs import write_images
-from tests.pico.language import TINY
+from tests.pico.language import MIXTURES, TINY
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import CONFIGS, make_vlm
 
@@ -54,7 +54,7 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 
 def test_every_record_of_names_is_tried() -> None:
-    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in TINY.items()}
+    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in (TINY | MIXTURES).items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "gemma"}  # language models of the classes in CONFIGS
     tried = {
         *config_of.values(),
@@ -80,9 +80,9 @@ def _bytes() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "mixtral"])
 def test_a_saved_language_model(name: str, text_file: Path, tmp_path: Path) -> None:
-    kind, settings = TINY[name]
+    kind, settings = (TINY | MIXTURES)[name]
     sizes = set(TINY["gpt2"][1] if name == "gpt2" else TINY["llama"][1])
     torch.manual_seed(0)
     settings = {key: value for key, value in settings.items() if key in sizes}

@@ -54,11 +54,32 @@ TINY = {
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
 }
+_MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
+_QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
+MIXTURES = {
+    "mixtral": ("MixtralConfig", dict(_MIXTURE, num_local_experts=8, sliding_window=6)),
+    "olmoe": ("OlmoeConfig", dict(_MIXTURE, num_experts=8, clip_qkv=2.0)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(_QWEN_MOE, head_dim=16, decoder_sparse_step=2)),
+    "qwen2_moe": ("Qwen2MoeConfig", dict(_QWEN_MOE, shared_expert_intermediate_size=40)),
+    "glm4_moe": ("Glm4MoeConfig", dict(_MIXTURE, head_dim=8, n_routed_experts=8, moe_intermediate_size=24)),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", dict(_LLAMA, moe_k=3, moe_num_experts=8, moe_intermediate_size=24)),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        dict(
+            _MIXTURE,
+            num_local_experts=8,
+            residual_multiplier=0.5,
+            attention_multiplier=0.125,
+            logits_scaling=2.0,
+        ),
+    ),
+}
+"""Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
 
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = TINY[name]
+    kind, settings = {**TINY, **MIXTURES}[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
     torch.manual_seed(0)
@@ -66,7 +87,7 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):
                 parameter.mul_(4)
     return model
 
