@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,6 +24,7 @@ from students.architectures import (
 )
 from students.checks import check_corrections, check_head, check_place
 from students.compute import BlockShape, ComputeModel
+from students.execution.fixed import windows_of
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call, image_shape
@@ -124,12 +123,6 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
     trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
     record, blocks = architecture_of(trunk)
     check_head(model, spec)
-    windows = [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
-    if any(windows) and Version(metadata.version("transformers")) < Version("5.24"):
-        raise ValueError(  # before 5.24, cached decoding with pruned image tokens differs from the full forward pass
-            f"{type(model).__name__} with a language model of sliding windows ({trunk.config.model_type}) needs "
-            "transformers 5.24 or later: pip install -U transformers"
-        )
     language, inside = _at_sites(spec.of("language"), record), spec.of("vision")
     if inside.routers:
         tower_record, tower_blocks = architecture_of(tower)
@@ -146,6 +139,11 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
         raise ValueError(
             f"{type(model).__name__} attends to its prompt in both directions, and tokens without keys are packed for "
             "causal attention: use `kv: keep`"
+        )
+    if drops and spec.at("input") and any(windows_of(trunk)):
+        raise ValueError(
+            f"{type(model).__name__} has sliding windows, and a cache without dropped tokens does not know how far "
+            "back they reach over image tokens that stay outside: use `kv: keep`"
         )
     _freeze(model)
     runtime, compute = _language_parts(model, trunk, record, blocks, language)

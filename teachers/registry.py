@@ -20,6 +20,7 @@ IMAGE_MODELS |= {"clip_vision_model", "siglip_vision_model", "clip", "siglip"}
 """The `model_type`s of transformers that are image models or hold one (CLIP, SigLIP)."""
 
 VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}
+VISION_LANGUAGE_MODELS |= {"qwen3_vl", "glm4v", "gemma3", "internvl", "llava_onevision", "mistral3", "cohere2_vision"}
 """The `model_type`s of transformers that are vision-language models."""
 
 LANGUAGE = "language_model"

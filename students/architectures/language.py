@@ -14,6 +14,7 @@ _GEMMA = replace(
     logit_cap="final_logit_softcapping",
 )
 _MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
+_GLM = replace(LLAMA, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm", mlp_in=("gate_up_proj",))
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -21,15 +22,15 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "gemma": LLAMA,
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
+    "qwen3_vl_text": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True, logit_cap=None),
     "phi3": replace(LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
-    "glm4": replace(
-        LLAMA, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm", mlp_in=("gate_up_proj",)
-    ),
+    "glm4": _GLM,
+    "glm4v_text": _GLM,
     "smollm3": LLAMA,
     "granite": replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale"),

@@ -10,7 +10,14 @@ VISION_TOWERS = {
     "smolvlm": "vision_model",
     "qwen2_vl": "visual",
     "qwen2_5_vl": "visual",
+    "qwen3_vl": "visual",
+    "glm4v": "visual",
+    "gemma3": "vision_tower",
+    "internvl": "vision_tower",
+    "llava_onevision": "vision_tower",
+    "mistral3": "vision_tower",
+    "cohere2_vision": "vision_tower",
 }
 """Attribute of the base model that holds the vision tower, by `model_type` of the vision-language model."""
-BOTH_WAYS = {"paligemma"}
+BOTH_WAYS = {"paligemma", "gemma3"}
 """Values of `model_type` of models whose prompt tokens also attend to later tokens of the prompt."""

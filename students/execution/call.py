@@ -24,10 +24,16 @@ class Memory:
     """Vision-language models: [B, L] bool, which slots of the cache hold a token to attend to; None: all."""
     next: Tensor | None = None
     """Position [..., B, 1] of the next token; set together with `held`."""
+    places: Tensor | None = None
+    """Models with sliding windows: [B, L], the column of the whole input that each slot's token came from."""
 
-    def append(self, held: Tensor) -> None:
-        """Append n slots of the cache; held [B, n] bool: which of them hold a token to attend to."""
+    def append(self, held: Tensor, places: Tensor | None) -> None:
+        """Append n slots of the cache; held [B, n] bool: which of them hold a token to attend to; places [B, n]: the
+        columns of this call's input that they came from, where that matters."""
         self.held = held if self.held is None else torch.cat([self.held, held], 1)
+        if places is not None:
+            before = self.places
+            self.places = places if before is None else torch.cat([before, places + before.amax() + 1], 1)
 
 
 @dataclass

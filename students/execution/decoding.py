@@ -173,8 +173,8 @@ class Decoding:
             return False
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("attentions and hidden states are not kept")
-        if self.trunk is not self.model.base_model and len(set(windows_of(self.trunk))) > 1:
-            raise ValueError(f"{type(self.model).__name__} takes one mask for layers with and without a window")
+        if self._prompts is not None and any(windows_of(self.trunk)):
+            raise ValueError(f"{type(self.model).__name__} has layers with a window")
         self._state()
         return True
 

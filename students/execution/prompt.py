@@ -277,6 +277,9 @@ class Prompts:
         except ValueError as reason:
             say(str(reason))
             return None
+        if getattr(made, "deepstack_features", None) is not None:
+            say(f"{type(self.model).__name__} adds image features behind its first layers")
+            return None
         images = made.pooler_output
         images = (images if isinstance(images, Tensor) else torch.cat(list(images))).flatten(0, -2)
         mask, fill = inputs.get("attention_mask"), -ids.shape[1] % MULTIPLE

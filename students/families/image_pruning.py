@@ -87,6 +87,31 @@ def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
     return positions.expand(*positions.shape[:-2], len(x), -1)
 
 
+def masks_by_place(
+    kinds: Sequence[str] | None,
+    windows: Sequence[int | None],
+    sizes: Sequence[int],
+    queries: Tensor,
+    keys: Tensor,
+    held: Tensor,
+    dtype: torch.dtype,
+) -> Any:
+    """Return additive causal masks [B, 1, Q, K], by kind of layer if layers have kinds: tokens from columns queries
+    [B, Q] of the input attend to those from columns keys [B, K] that are marked in held [B, K], as far back as the
+    layer's window reaches.
+
+    kinds, windows, sizes: of each layer the kind, the width of the window, and how many of the last keys it has.
+    """
+    back = queries[:, :, None] - keys[:, None]
+    made = {}
+    for kind in dict.fromkeys(kinds or [""]):
+        layer = kinds.index(kind) if kinds else 0
+        seen = held[:, None] & (back >= 0) & (back < (windows[layer] or torch.inf))
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        made[kind] = hidden.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, :, -sizes[layer] :]
+    return made if kinds else made[""]
+
+
 def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
     """Return the model's mask restricted to the tokens at index [B, L]; here [B, L]: False for padding among them.
 

@@ -19,10 +19,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.capture import Fetched
+from students.execution.fixed import windows_of
 from students.execution.kv_cache import memory_of
 from students.execution.prompt import Prompted, PromptPruning, Read, Room, masked
 from students.families.image import ImageStudent
-from students.families.image_pruning import PruningPoint, StudentPruning, hidden_keys, positions_of, shorter_mask
+from students.families.image_pruning import (
+    PruningPoint,
+    StudentPruning,
+    hidden_keys,
+    masks_by_place,
+    positions_of,
+    shorter_mask,
+)
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.kernels.attention_gradient import learning
@@ -49,6 +57,8 @@ class VisionLanguageStudent(LanguageStudent):
         """The vision tower's student; None if the tower has no routers."""
         self.vision_macs: float | None = None
         """Multiply-accumulates of the frozen vision tower and projector per image token; counted at the first run."""
+        self._windows = windows_of(trunk)
+        self._windowed = any(self._windows)
         self._prompted: Prompted | None = None
         self.foretold: Prompted | None = None
         """The next call's prompts, where the call has only embeddings, which do not tell (see StudentPruning)."""
@@ -219,15 +229,18 @@ class VisionLanguageStudent(LanguageStudent):
             self._prompted = self.foretold
             return None
         ids = args[0] if args else kwargs.get("input_ids")
-        if self.runtime.bypass or self.image_router is None:
+        if self.runtime.bypass:
             return None
         if ids is None:
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
-        self.runtime.begin(len(ids), ids.device)
         mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         valid = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -ids.shape[1] :].bool()
+        if self.image_router is None:
+            self._prompted = Prompted(None, valid)
+            return None
+        self.runtime.begin(len(ids), ids.device)
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         image = (ids == self.model.config.image_token_id) & valid
         self._prompted = Prompted(image if shown else None, valid)
@@ -244,15 +257,19 @@ class VisionLanguageStudent(LanguageStudent):
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the language model: prune image tokens, then start the pass as for any language student."""
-        if self.runtime.bypass or self.image_router is None or self._prompted is None:
+        if self.runtime.bypass or self._prompted is None:
             return super()._before(trunk, args, kwargs)
-        kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
         prompted, self._prompted = self._prompted, None
         kept, padded = None, 0
-        if prompted.image is None:
-            self._continue(prompted, kwargs)
-        else:
-            kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
+        if self.image_router is not None:
+            kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
+            if prompted.image is None:
+                self._continue(prompted, kwargs)
+            else:
+                kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
+        mask = kwargs.get("attention_mask")
+        if kept is None and prompted.valid.shape[1] > 1 and not (mask is None or _is_flat(mask)):
+            kept, padded = prompted.valid, prompted.valid.numel() - int(prompted.valid.sum())  # waits for the device
         before = self._prompt
         if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
             self._prompt = None if before is None else before.gather(1, self.runtime.decisions.index)
@@ -260,8 +277,7 @@ class VisionLanguageStudent(LanguageStudent):
             out = super()._before(trunk, args, kwargs)
         finally:
             self._prompt = before
-        mask = kwargs.get("attention_mask")
-        if kept is not None and padded and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if kept is not None and padded and not _is_flat(kwargs.get("attention_mask")):
             self.runtime.call.valid, self.runtime.call.padded = kept, padded
         call, decisions = self.runtime.call, self.runtime.decisions
         if kept is not None and call.prompt is not None:  # later decisions must not depend on closed image tokens
@@ -276,9 +292,32 @@ class VisionLanguageStudent(LanguageStudent):
         if memory is None or memory.held is None or memory.next is None:
             return
         count = prompted.valid.shape[1]
-        kwargs["position_ids"] = memory.next + torch.arange(count, device=memory.next.device)
-        memory.append(prompted.valid)
+        new = torch.arange(count, device=memory.next.device)
+        kwargs["position_ids"] = memory.next + new
+        memory.append(prompted.valid, new.expand(len(prompted.valid), -1) if self._windowed else None)
         memory.next = memory.next + count
+        if memory.places is not None:
+            sizes = [layer.get_mask_sizes(count)[0] for layer in cache.layers]
+            columns = memory.places[:, -count:], memory.places
+            kwargs["attention_mask"] = self._masks(*columns, memory.held, kwargs["inputs_embeds"].dtype, sizes)
+
+    def _masks(self, queries: Tensor, keys: Tensor, held: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Any:
+        return masks_by_place(
+            getattr(self.trunk.config, "layer_types", None), self._windows, sizes, queries, keys, held, dtype
+        )
+
+    def _own_masks(self, kwargs: dict[str, Any], valid: Tensor) -> Any:
+        """Return the mask in kwargs or, where the language model would make it and count kept tokens for its windows,
+        masks that count all; valid [B, T]: tokens that are not padding."""
+        mask, tokens = kwargs.get("attention_mask"), valid.shape[1]
+        if isinstance(mask, dict):
+            whole = all(part is not None for part in mask.values())
+        else:
+            whole = (mask is not None and mask.ndim == 4) or not any(w and w < tokens for w in self._windows)
+        if whole:
+            return mask
+        places = torch.arange(tokens, device=valid.device).expand(len(valid), -1)
+        return self._masks(places, places, valid, kwargs["inputs_embeds"].dtype, [tokens] * len(self._windows))
 
     def _shorten(
         self, router: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
@@ -304,7 +343,7 @@ class VisionLanguageStudent(LanguageStudent):
                 run.decisions.valid = gate
             bias = torch.log(gate * (1 - LEAK) + LEAK)
             kwargs["inputs_embeds"] = learning(x, bias)
-            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, bias, x.dtype)
+            kwargs["attention_mask"] = hidden_keys(self._own_masks(kwargs, valid), valid, bias, x.dtype)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
         room = self._room(router, prompted, kept)
@@ -312,6 +351,7 @@ class VisionLanguageStudent(LanguageStudent):
             return None, 0
         positions = positions_of(kwargs, x)
         memory = None if cache is None else memory_of(cache)
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windowed else None
         if memory is not None:
             if not isinstance(cache, DynamicCache):
                 raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
@@ -320,8 +360,8 @@ class VisionLanguageStudent(LanguageStudent):
             if run.decisions is not None:
                 run.decisions.valid = kept
             if memory is not None:
-                memory.append(kept)
-            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), kept, None, x.dtype)
+                memory.append(kept, place)
+            kwargs["attention_mask"] = hidden_keys(self._own_masks(kwargs, valid), kept, None, x.dtype)
             return kept, kept.numel() - room.kept
         # kept tokens move to the right end, so that every row's last token is in the last column
         index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
@@ -329,10 +369,13 @@ class VisionLanguageStudent(LanguageStudent):
         if run.decisions is not None:
             run.decisions.index, run.decisions.valid = index, here
         if memory is not None:
-            memory.append(here)
+            memory.append(here, None if place is None else index)
         kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
-        mask, padded = shorter_mask(kwargs.get("attention_mask"), index, here), here.numel() - room.kept
+        if (shown := kwargs.get("visual_pos_masks")) is not None:  # DeepStack: image features for the first layers
+            kwargs["deepstack_visual_embeds"] = [part[kept[shown]] for part in kwargs["deepstack_visual_embeds"]]
+            kwargs["visual_pos_masks"] = shown.gather(1, index) & here
+        mask, padded = shorter_mask(self._own_masks(kwargs, valid), index, here), here.numel() - room.kept
         # without cache and mask, transformers would take gaps in positions for borders between packed texts
         if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
             if not padded:
@@ -398,3 +441,8 @@ class VisionLanguageStudent(LanguageStudent):
             limit = best.detach().gather(1, (most - 1).long())
         soft = (score - limit).sigmoid()
         return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
+
+
+def _is_flat(mask: Any) -> bool:
+    """Return whether a mask is [B, T], as the model's caller gives it."""
+    return isinstance(mask, Tensor) and mask.ndim == 2

@@ -85,10 +85,12 @@ def masked(inputs: dict[str, torch.Tensor], answers: Sequence[int], image_token:
     length = valid.sum(1, keepdim=True)
     first = length - torch.tensor(answers).unsqueeze(1)
     place = torch.arange(valid.shape[1]).expand(valid.shape)
-    if "token_type_ids" in inputs:  # PaliGemma: tokens of type 0 (the prompt) attend to each other in both directions
-        inputs = {**inputs, "token_type_ids": ((place >= first) & valid).to(inputs["token_type_ids"].dtype)}
+    image, types = inputs["input_ids"] == image_token, inputs.get("token_type_ids")
+    if types is not None and not types[image].any():  # else they mark the images, as Gemma 3's do
+        # PaliGemma: tokens of type 0 (the prompt) attend to each other in both directions
+        inputs = {**inputs, "token_type_ids": ((place >= first) & valid).to(types.dtype)}
     saying = (place >= first - 1) & (place < length - 1)
-    return Prompts(inputs, saying, (place < first) & valid, inputs["input_ids"] == image_token)
+    return Prompts(inputs, saying, (place < first) & valid, image)
 
 
 def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import transformers
 
 from teachers.families.vision_language import IMAGE_TOKEN as MARK
 from tests.pico.language import make_tokenizer
-from tests.pico.vision_language import IMAGE_TOKEN
+from tests.pico.vision_language import GRIDS, IMAGE_TOKEN
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 _SIZE = {"height": 16, "width": 16}
@@ -28,7 +28,7 @@ def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def make_processor(kind: str) -> transformers.ProcessorMixin:
     """Return a model class's processor, whose tokenizer has 64 words and an image token with the id IMAGE_TOKEN."""
-    qwen = kind.startswith("qwen")
+    qwen = kind in GRIDS
     own = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
     others = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer = make_tokenizer(words=64)
@@ -47,6 +47,15 @@ def make_processor(kind: str) -> transformers.ProcessorMixin:
         )
         more = dict(patch_size=4, vision_feature_select_strategy="full")
         return transformers.LlavaNextProcessor(images, tokenizer, image_token="<image>", **more, **template)
+    if kind == "gemma3":
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            **dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"),
+            extra_special_tokens=dict(image_token="<image>", boi_token=others[1], eoi_token=others[2]),
+        )
+        images = transformers.Gemma3ImageProcessor(size=_SIZE)
+        template = {"chat_template": _TEMPLATE.replace("IMAGE", others[1])}
+        return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, **template)
     if kind.startswith("paligemma"):
         images = transformers.SiglipImageProcessor(size=_SIZE)
         images.image_seq_length = 16
@@ -60,5 +69,5 @@ def make_processor(kind: str) -> transformers.ProcessorMixin:
         return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, **template)
     images = transformers.Qwen2VLImageProcessor(**_QWEN, min_pixels=64, max_pixels=1024)
     videos = transformers.Qwen2VLVideoProcessor(**_QWEN)
-    made = transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
-    return made(images, tokenizer, videos, **template)
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
+    return getattr(transformers, f"{name}Processor")(images, tokenizer, videos, **template)

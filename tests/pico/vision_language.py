@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.pico.language import TINY
 
 IMAGE_TOKEN = 110
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+"""Models whose images come as patches of any number."""
+POOLED = ("gemma3", "internvl", "mistral3", "cohere2_vision")
+"""Models that make one image token of four patches."""
+ALIKE = ("glm4v", "internvl", "llava_onevision", "mistral3")
+"""Models that call their language model as Qwen2-VL or LLaVA do: they are not tried in every test."""
 _TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
 _GEMMA = dict(_TEXT, head_dim=8, model_type="gemma")
 _GEMMA2 = {**TINY["gemma2"][1], "max_position_embeddings": 128, "model_type": "gemma2"}
@@ -20,6 +25,17 @@ _VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_at
 _SIGLIP = dict(_VISION, patch_size=4, model_type="siglip_vision_model", vision_use_head=False)
 _CLIP = dict(_VISION, patch_size=4, model_type="clip_vision_model")
 _QWEN = dict(_TEXT, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0})
+_QWEN3 = dict(
+    depth=2,
+    hidden_size=24,
+    num_heads=2,
+    out_hidden_size=32,
+    intermediate_size=32,
+    patch_size=4,
+    num_position_embeddings=16,
+    deepstack_visual_indexes=[0, 1],
+)
+_MARKS = dict(image_token_id=IMAGE_TOKEN, vision_start_token_id=111, vision_end_token_id=112, video_token_id=113)
 _SMOL = dict(
     vision_config={**_VISION, "patch_size": 4},
     text_config={**_TEXT, "model_type": "llama"},
@@ -89,9 +105,65 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             video_token_id=113,
         ),
     ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        dict(text_config=dict(_QWEN, head_dim=8), vision_config=_QWEN3, **_MARKS),
+    ),
+    "glm4v": (
+        "Glm4vConfig",
+        dict(
+            text_config=_QWEN,
+            vision_config={**_QWEN3, "image_size": 16},
+            image_token_id=IMAGE_TOKEN,
+            image_start_token_id=111,
+            image_end_token_id=112,
+            video_token_id=113,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Config",
+        dict(
+            vision_config=_SIGLIP,
+            text_config={**TINY["gemma3"][1], "num_hidden_layers": 4, "model_type": "gemma3_text"},
+            image_token_index=IMAGE_TOKEN,
+            mm_tokens_per_image=4,
+        ),
+    ),
+    "internvl": (
+        "InternVLConfig",
+        dict(
+            vision_config={**_VISION, "patch_size": 4},
+            text_config={**_TEXT, "model_type": "qwen2"},
+            image_token_id=IMAGE_TOKEN,
+        ),
+    ),
+    "llava_onevision": (
+        "LlavaOnevisionConfig",
+        dict(
+            vision_config=_SIGLIP,
+            text_config={**_TEXT, "model_type": "qwen2"},
+            image_token_index=IMAGE_TOKEN,
+            image_grid_pinpoints=[[16, 16], [16, 32]],
+        ),
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        dict(
+            vision_config={**_VISION, "patch_size": 4, "head_dim": 12, "model_type": "pixtral"},
+            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
+            image_token_index=IMAGE_TOKEN,
+        ),
+    ),
+    "cohere2_vision": (
+        "Cohere2VisionConfig",
+        dict(
+            vision_config=_SIGLIP,
+            text_config={**TINY["cohere2"][1], "max_position_embeddings": 128, "model_type": "cohere2"},
+            image_token_id=IMAGE_TOKEN,
+            alignment_intermediate_size=32,
+        ),
+    ),
 }
-if Version(transformers.__version__) < Version("5.24"):
-    del CONFIGS["paligemma2"]  # refused with these versions (see students/build.py)
 
 
 def make_vlm(name: str) -> PreTrainedModel:
@@ -103,7 +175,7 @@ def make_vlm(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(4)
+                parameter.mul_(4) if parameter.any() else parameter.normal_()  # Gemma 3 starts its projector at 0
     return model
 
 
@@ -113,12 +185,12 @@ def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left:
     draw = torch.Generator().manual_seed(3)
     count = sum(images)
     inputs: dict[str, Tensor] = {}
-    if kind.startswith("qwen"):
+    if kind in GRIDS:
         each = 8  # a grid of 4 x 8 patches, merged 2 x 2
         patches = count * 32
         inputs["pixel_values"] = torch.randn(patches, 3 * 2 * 4 * 4, generator=draw)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 8]] * count)
-    elif kind == "llava_next":
+    elif kind in ("llava_next", "llava_onevision"):
         inputs["pixel_values"] = torch.randn(count, 2, 3, 16, 16, generator=draw)
         inputs["image_sizes"] = torch.tensor([[16, 16]] * count)
         each = 16 + 16 + 4  # the whole image, and one tile with a newline token after each row
@@ -127,13 +199,15 @@ def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left:
         each = 4
     else:
         inputs["pixel_values"] = torch.randn(count, 3, 16, 16, generator=draw)
-        each = 16
+        each = 4 if kind in POOLED else 16
+        if kind == "mistral3":
+            inputs["image_sizes"] = torch.tensor([[16, 16]] * count)
     rows = []
     for number, of_row in enumerate(images):
         words = [torch.randint(3, 100, (3 + number,), generator=draw).tolist() for _ in range(of_row + 1)]
         row = [1, *words[0]]
         for more in words[1:]:
-            start, end = ([111], [112]) if kind.startswith("qwen") else ([], [])
+            start, end = ([111], [112]) if kind in GRIDS else ([], [])
             row += start + [IMAGE_TOKEN] * each + end + more
         rows.append(row)
     longest = max(map(len, rows))
@@ -142,8 +216,8 @@ def make_prompts(model: PreTrainedModel, images: tuple[int, ...] = (1, 1), left:
     inputs["input_ids"] = torch.tensor([pad(row, n) for row, n in zip(rows, fill, strict=True)])
     ones = [[1] * len(row) for row in rows]
     inputs["attention_mask"] = torch.tensor([pad(row, n) for row, n in zip(ones, fill, strict=True)])
-    if kind.startswith("qwen"):
+    if kind in GRIDS:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
-    if kind == "paligemma":
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if kind in ("paligemma", "gemma3"):
+        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).long() * (kind == "gemma3")
     return inputs
