@@ -63,8 +63,9 @@
         float straight = up_##S(down_##S(up_##S(v) * up_##S(cos)));                                           \
         return down_##S(straight + up_##S(down_##S(w * up_##S(sin))));                                        \
     }                                                                                                         \
-    void rotary_##S(const T *x, int64_t B, int64_t H, int64_t L, int64_t D, int64_t batch, int64_t head,      \
-                    int64_t token, const T *cos, const T *sin, int64_t r, int64_t each, T *out, int threads) { \
+    void rotary_##S(T *out, const T *x, int64_t B, int64_t H, int64_t L, int64_t D, int64_t batch,            \
+                    int64_t head, int64_t token, const T *cos, const T *sin, int64_t r, int64_t each,         \
+                    int threads) {                                                                            \
         _Pragma("omp parallel for num_threads(B * H * L * D > 65536 ? threads : 1)")                          \
         for (int64_t n = 0; n < B * H * L; n++) {                                                             \
             int64_t b = n / (H * L), h = n / L % H, l = n % L, half = r / 2;                                  \

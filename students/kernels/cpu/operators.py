@@ -33,14 +33,15 @@ def _in_c(function: Callable[..., Any]) -> Callable[..., Any]:
 def layers(
     limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
 ) -> tuple[Any, ...]:
-    """Return the arguments between input and output of the C functions that read channels, for layers side by side."""
+    """Return the arguments between input and output of the C functions that read channels of layers side by side; rows of
+    the weight may lie apart."""
     rank, where = 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)
-    return limit, weight, weight.stride(0), *weight.shape, bias, down, up, rank, where, len(ends)
+    return limit, weight.data_ptr(), weight.stride(0), *weight.shape, bias, down, up, rank, where, len(ends)
 
 
 @_in_c
 def read_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    x, out = x.contiguous(), x.new_empty(weight.shape[1])
+    out = x.new_empty(weight.shape[1])
     return out, torch.tensor(toolchain.call("read_channels", x, *layers(limit, weight, *rest), out))
 
 
@@ -58,13 +59,12 @@ def reads_few(weight: Tensor, ends: Sequence[int]) -> bool:
 def few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if not reads_few(weight, rest[-1]):
         return reference.few_channels(x, limit, weight, *rest)
-    x, out = x.contiguous(), x.new_empty(len(x), weight.shape[1])
+    out = x.new_empty(len(x), weight.shape[1])
     return out, torch.tensor(toolchain.call("few_channels", x, len(x), *layers(limit, weight, *rest), out))
 
 
 @_in_c
 def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
-    x = x.contiguous()
     out = x.new_empty(len(weight) if rows is None else len(rows))
     toolchain.call("dot_rows", x, weight, bias, rows, len(out), len(x), out)
     return out
@@ -74,16 +74,15 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
 def exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, limit, tail = x.contiguous(), limit.float().contiguous(), tail.float()
-    out, count = torch.empty_like(preview), torch.empty(len(x), dtype=torch.long)
-    toolchain.call("exact_rows", x, len(x), head, bias, *head.shape, preview, limit, tail, out, count)
+    out, count = preview.new_empty(preview.shape), torch.empty(len(x), dtype=torch.long)
+    given = x, len(x), head, bias, *head.shape, preview, limit.float(), tail.float()
+    toolchain.call("exact_rows", *given, out, count)
     return out, count
 
 
 @_in_c
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    x, limit = x.contiguous(), limit.contiguous()
-    out, share = torch.empty_like(x), torch.empty(x.shape[:-1])
+    out, share = x.new_empty(x.shape), torch.empty(x.shape[:-1])
     toolchain.call("channel_gate", x, share.numel(), x.shape[-1], limit, _each(x, limit), out, share)
     return out, share
 
@@ -97,14 +96,10 @@ def _each(x: Tensor, limit: Tensor) -> int:
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, grad_out, grad_share = x.contiguous(), grad_out.contiguous(), grad_share.contiguous()
-    limit, low, high = limit.contiguous(), low.contiguous(), high.contiguous()
-    grad_x, grad_limit = torch.empty_like(x), torch.zeros_like(limit)
-    limits = limit, low, high, _each(x, limit)
-    toolchain.call(
-        "channel_gate_grad", grad_out, x, grad_share.numel(), x.shape[-1], *limits, grad_share, grad_x, grad_limit
-    )
-    return grad_x, grad_limit
+    grads = x.new_empty(x.shape), limit.new_zeros(limit.shape)
+    shape, limits = (grad_share.numel(), x.shape[-1]), (limit, low, high, _each(x, limit))
+    toolchain.call("channel_gate_grad", grad_out, x, *shape, *limits, grad_share, *grads)
+    return grads
 
 
 @_in_c
@@ -118,18 +113,15 @@ def gated_grad(
     high: Tensor,
     kind: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, grad_share, gate, up = (x.contiguous() for x in (grad_out, grad_share, gate, up))
-    limits = limit.contiguous(), low.contiguous(), high.contiguous(), _each(gate, limit)
-    grads = torch.empty_like(gate), torch.empty_like(up), torch.zeros_like(limits[0])
-    shape = grad_share.numel(), gate.shape[-1]
+    grads = gate.new_empty(gate.shape), up.new_empty(up.shape), limit.new_zeros(limit.shape)
+    shape, limits = (grad_share.numel(), gate.shape[-1]), (limit, low, high, _each(gate, limit))
     toolchain.call("gated_grad", grad_out, gate, up, *shape, *limits, grad_share, kind, *grads)
     return grads
 
 
 @_in_c
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
-    out, share = torch.empty_like(exact), torch.empty(exact.shape[:-1])
+    out, share = exact.new_empty(exact.shape), torch.empty(exact.shape[:-1])
     added = float(tail.to(exact.dtype))
     toolchain.call("row_gate", exact, preview, share.numel(), exact.shape[-1], limit, added, out, share)
     return out, share
@@ -139,19 +131,14 @@ def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tup
 def row_gate_grad(
     grad_out: Tensor, grad_share: Tensor, exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exact, preview, limit = exact.contiguous(), preview.contiguous(), limit.contiguous()
-    grad_out, grad_share = grad_out.contiguous(), grad_share.contiguous()
-    grad_exact, grad_preview = torch.empty_like(exact), torch.empty_like(preview)
-    grad_limit, grad_tail = torch.empty_like(limit), torch.empty_like(limit)
+    grads = [x.new_empty(x.shape) for x in (exact, preview, limit, limit)]
     shape, settings = (grad_share.numel(), exact.shape[-1]), (limit, float(tail.to(exact.dtype)), grad_share)
-    grads = grad_exact, grad_preview, grad_limit, grad_tail
     toolchain.call("row_gate_grad", grad_out, exact, preview, *shape, *settings, *grads)
-    return grad_exact, grad_preview, grad_limit, grad_tail.sum()
+    return grads[0], grads[1], grads[2], grads[3].sum()
 
 
 @_in_c
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher = student.contiguous(), teacher.contiguous()
     value, logs = torch.empty(len(student)), torch.empty(2, len(student))
     toolchain.call("forward_kl", student, teacher, *student.shape, value, logs)
     return value, logs
@@ -159,9 +146,8 @@ def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 @_in_c
 def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
-    student, teacher = student.contiguous(), teacher.contiguous()
-    out = torch.empty_like(student)
-    toolchain.call("forward_kl_grad", student, teacher, *student.shape, logs, grad.contiguous(), out)
+    out = student.new_empty(student.shape)
+    toolchain.call("forward_kl_grad", student, teacher, *student.shape, logs, grad, out)
     return out
 
 
@@ -169,7 +155,6 @@ def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor
 def routed_kl(
     exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact, preview, teacher, limit = (x.contiguous() for x in (exact, preview, teacher, limit))
     value, share, logs = torch.empty(len(exact)), torch.empty(len(exact)), torch.empty(2, len(exact))
     added = float(tail.to(exact.dtype))
     toolchain.call("routed_kl", exact, preview, teacher, *exact.shape, limit, added, value, share, logs)
@@ -187,10 +172,9 @@ def routed_kl_grad(
     grad: Tensor,
     grad_share: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    teacher, limit, by = teacher.contiguous(), limit.contiguous(), (logs, grad.contiguous(), grad_share.contiguous())
-    grads = torch.empty_like(limit), torch.empty_like(limit)
-    added = float(tail.to(exact.dtype))
-    toolchain.call("routed_kl_grad", exact, preview, teacher, *exact.shape, limit, added, *by, *grads)
+    grads = limit.new_empty(limit.shape), limit.new_empty(limit.shape)
+    given = exact, preview, teacher, *exact.shape, limit, float(tail.to(exact.dtype)), logs, grad, grad_share
+    toolchain.call("routed_kl_grad", *given, *grads)
     return grads[0], grads[1].sum()
 
 
@@ -202,17 +186,15 @@ def softmax_grad(score: Tensor, grad: Tensor, tokens: int) -> None:
 
 @_in_c
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    x, width = x.contiguous(), x.shape[-1]
-    out = torch.empty_like(x)
-    toolchain.call("rms_norm", x, x.numel() // width, width, weight.contiguous(), epsilon, kind, out)
+    out, width = x.new_empty(x.shape), x.shape[-1]
+    toolchain.call("rms_norm", x, x.numel() // width, width, weight, epsilon, kind, out)
     return out
 
 
 @_in_c
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
-    x, gain = x.contiguous(), weight.float() + (kind == 2)
-    out = torch.empty_like(x)
-    toolchain.call("rms_norm_grad", grad.contiguous(), x, x.numel() // len(gain), len(gain), gain, epsilon, out)
+    out, gain = x.new_empty(x.shape), weight.float() + (kind == 2)
+    toolchain.call("rms_norm_grad", grad, x, x.numel() // len(gain), len(gain), gain, epsilon, out)
     return out
 
 
@@ -257,32 +239,30 @@ def decode_attention(
     partial = torch.empty(batch * groups * ranges, each, width + 2)
     out = query.new_empty(batch, 1, query.shape[1], width)
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
-    given = query.contiguous(), keys.contiguous(), values.contiguous(), batch, groups, each, slots, size, width
+    given = query, keys, values, batch, groups, each, slots, size, width
     rows = 0 if mask is None or len(mask) == 1 else slots
-    hidden = None if mask is None else mask.contiguous(), int(mask is not None and mask.dtype == torch.bool), rows
+    hidden = mask, int(mask is not None and mask.dtype == torch.bool), rows
     toolchain.call("decode_attention", *given, *hidden, slot, window, scale, cap, ranges, partial, out)
     return out
 
 
 @_in_c
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.contiguous(), sin.contiguous()
-    each = 0 if len(cos) == 1 else cos.stride(0)
+    each = 0 if len(cos) == 1 else cos.shape[1] * cos.shape[2]
     return _turned(query, cos, sin, each), _turned(key, cos, sin, each)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, each: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = x.new_empty(x.shape)
-    toolchain.call("rotary", x, *x.shape, *x.stride()[:3], cos, sin, cos.shape[-1], each, out)
+    toolchain.call("rotary", out, x.data_ptr(), *x.shape, *x.stride()[:3], cos, sin, cos.shape[-1], each)
     return out
 
 
 @_in_c
 def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> None:
     rows, slots = keys.shape[0] * keys.shape[1], keys.shape[2]
-    new = key.contiguous(), value.contiguous()
-    toolchain.call("write_slot", keys, values, *new, rows, slots, keys.shape[3], values.shape[3], slot)
+    toolchain.call("write_slot", keys, values, key, value, rows, slots, keys.shape[3], values.shape[3], slot)
 
 
 @_in_c
@@ -295,7 +275,7 @@ def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 @_in_c
 def merge_below(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *given, top, lengths, shift, multiple = rest
-    scalars = len(top), lengths.contiguous(), shift.contiguous(), multiple
+    scalars = len(top), lengths, shift, multiple
     counts = torch.empty(len(x), dtype=torch.long)
     return _merge("merge_below", x, (*given, top), scalars, x.shape[1], counts)
 
@@ -309,7 +289,6 @@ def _merge(
     out = x.new_empty(batch, length, width)
     sizes, scores = (torch.empty(batch, length) for _ in range(2))
     index, into = (torch.empty(batch, count, dtype=torch.long) for count in (length, n))
-    given = [None if t is None else t.contiguous() for t in given]
     found = out, sizes, scores, index, into, *more
-    toolchain.call(name, x.contiguous(), *x.shape, *given, NOT_NOW, *scalars, *found)
+    toolchain.call(name, x, *x.shape, *given, NOT_NOW, *scalars, *found)
     return found

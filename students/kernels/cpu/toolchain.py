@@ -107,8 +107,9 @@ def addresses(*arguments: Any) -> list[Any]:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call the C function `name`; return its result if it returns a count, else None."""
-    return run(function(name, *arguments), *addresses(*arguments))
+    """Call the C function `name` with contiguous tensors; return its result if it returns a count, else None."""
+    given = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+    return run(function(name, *given), *addresses(*given))
 
 
 def run(function: Any, *given: Any) -> Any:
