@@ -46,6 +46,13 @@ def test_channels_start_at_the_target(name: str, target: float, windows: torch.T
     assert measured_compute(student, windows, "decode", prompt=8) == pytest.approx(target, abs=0.03)
 
 
+def test_offsets_of_a_start_reach_its_targets(windows: torch.Tensor):
+    student, targets = student_of(RouterSpec("channel")), (0.6, 0.7, 0.85)
+    start = calibrate(student, windows.split(4), targets, "decode")
+    for target, student.runtime.offset in zip(targets, start.offsets, strict=True):
+        assert measured_compute(student, windows, "decode", prompt=8) == pytest.approx(target, abs=0.03)
+
+
 @pytest.mark.parametrize("router", [RouterSpec("token"), RouterSpec("vocab", rank=5)])
 def test_the_cost_of_the_head_is_on_the_device_of_its_inputs(router: RouterSpec):
     student = student_of(router).to("meta")
@@ -248,3 +255,9 @@ def test_more_exact_rows_mean_less_kl(rank: int):
             logits, share = head.routed_logits(hidden, *head.tensors())
         assert float(share.mean()) == pytest.approx(fit.share, abs=0.03)
         assert float(forward_kl(logits, head.base_layer(hidden)).mean()) == pytest.approx(fit.kl, rel=0.3)
+    tail, lost = head.routers["vocab"].tail, []
+    with torch.no_grad():
+        for factor in (1, 2, 0):  # the fitted tail, the first, is the best
+            logits, _ = head.routed_logits(hidden, torch.tensor(fits[1].spread), factor * tail, *head.tensors()[2:])
+            lost.append(float(forward_kl(logits, head.base_layer(hidden)).mean()))
+    assert lost[0] < min(lost[1:])

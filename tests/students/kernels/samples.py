@@ -41,6 +41,9 @@ def channels(draw: Draw, rows: int) -> Iterator[Arguments]:
         ends = [32, outputs] if outputs > 32 else [outputs]
         yield x, limit, weight, draw(outputs), draw(3 * len(ends), inputs), draw(3, outputs), ends
     yield x, torch.full_like(limit, torch.inf), weight, None, None, None, [outputs]
+    yield x, torch.zeros_like(limit), weight, draw(outputs), None, None, [outputs]
+    x = draw(rows, 2100) if rows > 1 else draw(2100)
+    yield x, draw.limit(2100), 0.1 * draw(2100, 400)[:, 32:352], None, None, None, [320]
 
 
 def fused_channels(draw: Draw) -> Iterator[Arguments]:
@@ -62,6 +65,7 @@ def dot_rows(draw: Draw) -> Iterator[Arguments]:
     rows = torch.tensor([89, 0, 7, 7]).to(draw.device)
     yield draw(70), draw(90, 70), draw(90), rows
     yield draw(70), draw(90, 70), None, rows[:0]
+    yield draw(70), draw(90, 70), draw(90), torch.arange(90).to(draw.device)
     yield draw(33), draw(5, 33), draw(5), None
 
 
@@ -69,6 +73,9 @@ def exact_rows(draw: Draw) -> Iterator[Arguments]:
     for rows in (1, 3):
         yield draw(rows, 40), draw(301, 40), draw(301), draw(rows, 301), draw(rows), draw()
         yield draw(rows, 40), draw(301, 40), None, draw(rows, 301), draw(rows) + 9, draw()
+    for rows, vocabulary, least in ((2, 2, -2.0), (5, 201, -2.0), (1, 2500, torch.inf), (2, 2500, -torch.inf)):
+        limit = torch.full_like(draw(rows), least)
+        yield draw(rows, 64), draw(vocabulary, 64), draw(vocabulary), draw(rows, vocabulary), limit, draw()
 
 
 def channel_gate(draw: Draw) -> Iterator[Arguments]:
@@ -77,8 +84,8 @@ def channel_gate(draw: Draw) -> Iterator[Arguments]:
 
 
 def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
-    for x, limit in channel_gate(draw):
-        yield draw(3, 5, 77), draw.single(3, 5), x, limit, 0.6 * limit, 1.6 * limit
+    for x, limit in (*channel_gate(draw), (draw(2, 700, 9), draw.limit(2, 1, 9))):
+        yield draw(*x.shape), draw.single(*x.shape[:2]), x, limit, 0.6 * limit, 1.6 * limit
 
 
 def gated_grad(draw: Draw) -> Iterator[Arguments]:
@@ -97,13 +104,16 @@ def row_gate_grad(draw: Draw) -> Iterator[Arguments]:
 
 def forward_kl(draw: Draw) -> Iterator[Arguments]:
     yield 3 * draw(7, 1234), 4 * draw(7, 1234)
+    teacher = 2 * draw(2, 9001)
+    teacher[0, :5000] -= 200  # the first blocks' sums must vanish when a later maximum is found
+    yield 2 * draw(2, 9001), teacher
 
 
 def forward_kl_grad(draw: Draw) -> Iterator[Arguments]:
     wide = torch.promote_types(draw.dtype, torch.float32)
     for student, teacher in forward_kl(draw):
         logs = torch.stack([student.to(wide).logsumexp(1), teacher.to(wide).logsumexp(1)])
-        yield student, teacher, logs, draw.single(7)
+        yield student, teacher, logs, draw.single(len(student))
 
 
 def routed_kl(draw: Draw) -> Iterator[Arguments]:
@@ -178,26 +188,29 @@ def merging(draw: Draw) -> Iterator[tuple[Tensor, ...]]:
         before = draw.single(3, n) if sized else None
         top = 1e30 * torch.arange(prefix, 0, -1).to(draw.device)
         yield draw(3, n, 24), size, before, draw.single(24), draw.single(1), draw.single(), top
+    if draw.dtype == torch.float32:  # more patches than one program takes
+        yield draw(1, 300, 8), None, None, draw.single(8), draw.single(1), draw.single(), 1e30 + draw.single(1)
 
 
 def merge_lowest(draw: Draw) -> Iterator[Arguments]:
     for arguments in merging(draw):
         n, prefix = arguments[0].shape[1], len(arguments[-1])
-        for keep in (n, n - (n - prefix) // 3):
+        for keep in (n, n - (n - prefix) // 3)[n > 100 :]:
             yield *arguments, keep
 
 
 def merge_normed(draw: Draw) -> Iterator[Arguments]:
     for number, arguments in enumerate(merge_lowest(draw)):
-        yield *arguments, draw(24), draw(24) if number % 2 else None, 1e-3
+        width = arguments[0].shape[2]
+        yield *arguments, draw(width), draw(width) if number % 2 else None, 1e-3
 
 
 def merge_below(draw: Draw) -> Iterator[Arguments]:
-    for multiple in (1, 4):
-        for arguments in merging(draw):
-            n, shift = arguments[0].shape[1], draw.single(3)
-            lengths = torch.tensor([n, n - 2, n - 5]).to(draw.device)
-            yield *arguments, lengths, shift, multiple
+    for arguments in merging(draw):
+        batch, n, _ = arguments[0].shape
+        lengths = torch.tensor([n, n - 2, len(arguments[-1]) + 1][:batch]).to(draw.device)
+        for multiple in (1, 4)[n > 100 :]:
+            yield *arguments, lengths, draw.single(batch), multiple
 
 
 def list_open(draw: Draw) -> Iterator[Arguments]:

@@ -33,11 +33,3 @@ def test_forward_kl_of_training_tells_of_what_is_not_finite(backend: torch.devic
     logits[0, 5] = torch.nan
     for teacher in (torch.zeros(2, 64).to(backend), logits):
         assert divergence(logits, teacher).isnan().tolist() == [True, False]
-
-
-def test_rows_longer_than_a_block(backend: torch.device):
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(2, 9001).to(backend) * 2 for _ in range(2))
-    teacher[0, :5000] -= 200  # the first blocks' sums must vanish when a later maximum is found
-    found = divergence(student.requires_grad_(), teacher)
-    torch.testing.assert_close(found, forward_kl(student, teacher), atol=1e-4, rtol=1e-5)

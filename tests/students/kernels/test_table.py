@@ -56,7 +56,7 @@ def test_values_are_the_reference_s(name: str, dtype: torch.dtype, backend: torc
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_is_written_to_and_shapes_are_as_declared(name: str, dtype: torch.dtype, operators: None):
     operator = getattr(torch.ops.elastic, name).default
