@@ -373,7 +373,7 @@ def make_config(
             layer = merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = merge(merged, layer)
     merged["preset"] = preset
-    if ":" in str(budget.get("target")):
+    if ":" in str(section_of(merged, "budget").get("target")):
         merged["student"] = {"gains": True, **section_of(merged, "student")}
     if traits.data and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {traits.data}")

@@ -180,7 +180,10 @@ class StudentSpec:
         for router in self.routers:
             for place in router.where or ("",):
                 if (router.part, router.kind, place) in seen:
-                    raise ValueError(f"two {router.kind} routers at {place or 'the same place'}: one is enough")
+                    raise ValueError(
+                        f"two {router.kind} routers at {place or 'the same place'}: a student has one of a kind at "
+                        "each, even if their `blocks` differ"
+                    )
                 seen.add((router.part, router.kind, place))
 
     def of(self, part: str) -> StudentSpec:

@@ -145,7 +145,9 @@ def read_model(
         shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
         raise ValueError(f"{name}: {len(other)} weights are of another shape, such as {key}: {shapes}")
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
+        there = [file for file in ("model.safetensors", "model.safetensors.index.json") if (folder / file).is_file()]
+        why = "; model.safetensors is read, not the files of the index beside it" if len(there) == 2 else ""
+        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}{why}")
     return model, sorted(report["unexpected_keys"])
 
 

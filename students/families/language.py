@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -244,4 +244,7 @@ class LanguageStudent(Student):
                 f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
                 "dynamic cache that is empty at the start"
             )
-        return RoutedCache(self.trunk.config, windows)
+        routed: Any = RoutedCache(self.trunk.config, windows)
+        if cache is not None and any(map(cache.is_recording_past, range(len(cache.layers)))):
+            routed.activate_past_recording()  # assisted decoding takes guessed tokens back
+        return cast(Cache, routed)

@@ -67,6 +67,8 @@ def test_prefill_section_counts_for_that_phase_only(tmp_path: Path):
     assert {r.kind for r in decode.student.routers} == {"channel", "vocab"}
     assert {r.kind for r in prefill.student.routers} == {"token"}
     assert make_config(settings=["budget.phase=prefill"], **NAMED).student == prefill.student
+    file = write(tmp_path, {"prefill": {"budget": {"target": "0.6:1.0"}}})
+    assert make_config(file=file, budget__phase="prefill", **NAMED).student.gains
 
 
 def test_steps_and_minutes_exclude_each_other(tmp_path: Path):
@@ -182,7 +184,7 @@ def test_values_are_checked(setting: str, words: str):
         (["data.prompt=16"], "without a router with granularity: sequence"),
         (["student.routers=[{kind: head, substitute: 4}]"], "`substitute` has no effect on a head router"),
         (["student.routers=[{kind: channel, selection: topk}]"], "`selection` has no effect on a channel router"),
-        (["student.routers=[{kind: head}, {kind: head}]"], "two head routers"),
+        (["student.routers=[{kind: head, blocks: odd}, {kind: head, blocks: even}]"], "even if their `blocks`"),
         (["student.routers=[{kind: head, selection: topk}]"], "use budget.control=capacity"),
         (["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=256"], "shorter than train.window"),
     ],

@@ -77,6 +77,13 @@ def test_a_prompt_that_is_decided_from_is_read_at_once(tokens: Tensor):
             generate(student, tokens[:1], **{name: value})
 
 
+def test_guesses_are_taken_back_behind_a_sliding_window(tokens: Tensor):
+    student = make("mistral", StudentSpec((RouterSpec("layer", blocks="odd", kv="drop"),)))
+    length = dict(max_new_tokens=12, min_new_tokens=12)
+    guessed = generate(student, tokens[:1], assistant_model=make_tiny("llama"), **length)
+    assert torch.equal(guessed, generate(student, tokens[:1], **length))
+
+
 def test_continued_from_a_cache(student: Student, tokens: Tensor):
     first = generate(student, tokens, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
     more = generate(student, first.sequences, max_new_tokens=3, min_new_tokens=3, past_key_values=cache_of(first))

@@ -205,14 +205,21 @@ def test_real_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch):
     assert teachers.load("smollm2-135m").identity == teacher.identity
 
 
+PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda p: (p / "tokenizer.json").unlink() or (p / "tokenizer_config.json").unlink(), "there is none beside"),
         (lambda p: configured(p, num_hidden_layers=4), "9 weights are missing"),
+        (
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(1)}, p / "model.safetensors", PT)),
+            r"missing from the checkpoint, such as .*; model\.safetensors is read",
+        ),
         (lambda p: configured(p, intermediate_size=33), r"of another shape, such as .*: \[32.* and \[.*33.*\] by"),
         (lambda p: index(p, "{"), r"model\.safetensors\.index\.json cannot be read"),
-        (lambda p: index(p, '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'), "2 of 2 .* one"),
+        (lambda p: index(p, INDEX), "2 of 2 .* one"),
         (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "no safetensors weights"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "weights cannot be loaded"),
         (lambda p: os.truncate(p / "model.safetensors", 5000), "weights cannot be loaded"),
