@@ -16,7 +16,7 @@ from teachers import hub
 from teachers.quiet import one_line
 
 IMAGE_MODELS = {"vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"}
-IMAGE_MODELS |= {"clip_vision_model", "siglip_vision_model", "clip", "siglip"}
+IMAGE_MODELS |= {"dinov3_vit", "ijepa", "clip_vision_model", "siglip_vision_model", "clip", "siglip"}
 """The `model_type`s of transformers that are image models or hold one (CLIP, SigLIP)."""
 
 VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}

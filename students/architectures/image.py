@@ -15,6 +15,10 @@ IMAGE_MODELS: dict[str, Architecture] = {
     "deit": replace(_VIT, prefix=2),
     "dinov2": replace(_VIT, blocks="encoder.layer"),
     "dinov2_with_registers": replace(_VIT, blocks="encoder.layer", prefix=None),
+    "dinov3_vit": replace(
+        _VIT, blocks="layer", mlp_in=("up_proj",), mlp_out=("down_proj",), prefix=None, whole_heads=True
+    ),
+    "ijepa": replace(_VIT, prefix=0),
     "vit_mae": _VIT,
     "vit_msn": _VIT,
     "clip_vision_model": _CLIP,

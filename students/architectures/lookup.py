@@ -43,6 +43,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
             record = replace(record, attn_in=LLAMA.attn_in)
         if hasattr(blocks[0].mlp, "fc1_g"):
             record = replace(record, mlp_in=("fc1_g", "fc1_x"))
+    if kind == "dinov3_vit" and hasattr(blocks[0].mlp, "gate_proj"):
+        record = replace(record, mlp_in=LLAMA.mlp_in)
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
     names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from students.execution.flow import Flow, at_places
 from students.execution.runtime import Runtime
-from students.execution.tokens import for_tokens, gather_open
+from students.execution.tokens import for_tokens, gather_open, rotary
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.attention_gradient import learning, recomputing
@@ -143,7 +143,7 @@ class RoutedBlock(Wrapper):
 
         valid [B, n]: which entries are tokens, first in each row. size [B, n]: patches that each token stands for.
         """
-        out, rope, call = x.clone(), kwargs.get("rope"), self.runtime.call
+        out, call = x.clone(), self.runtime.call
         lengths, offsets = valid.sum(1).tolist(), call.rows  # waits for the device
         for members in similar_lengths(lengths, CALL / (12 * x.shape[-1] ** 2)):
             most = lengths[members[-1]]
@@ -155,7 +155,7 @@ class RoutedBlock(Wrapper):
             if lengths[members[0]] < most:
                 count = here.float() if count is None else count * here
             own = {} if count is None else {self.mask: key_mask(count, x.dtype)}
-            own |= {} if rope is None else {"rope": rope[rows][..., : most - self.prefix, :]}
+            own |= rotary(kwargs, partial(_of_rows, rows, most - self.prefix))
             call.rows = None if offsets is None else offsets[rows]
             done = self.base_layer(some, *args, **{**kwargs, **own})
             out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
@@ -280,7 +280,7 @@ class RoutedBlock(Wrapper):
 
     def _places(self, flow: Flow, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Return the original places of this block's tokens, at index [B, k] before it; None: all, or not needed."""
-        if self.runtime.decisions is None and kwargs.get("rope") is None:
+        if self.runtime.decisions is None and not rotary(kwargs, lambda rope: rope):
             return None
         if not self.shortens:
             return index
@@ -381,6 +381,10 @@ class RoutedBlock(Wrapper):
         corrected = self.runtime.corrected(weight)
         weight = weight if corrected is None else 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
+
+
+def _of_rows(rows: Tensor, tokens: int, rope: Tensor) -> Tensor:
+    return rope[rows][..., :tokens, :]
 
 
 def similar_lengths(lengths: list[int], price: float) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -254,10 +255,19 @@ def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
 def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:
     """Return kwargs of an image model's block for the tokens at index [B, k] only, which begins with the prefix.
 
-    Rotary embeddings (timm's `rope`) hold patches alone, [..., N, C]; they become [B, 1 or heads, k - prefix, C].
+    Rotary embeddings hold patches alone, [..., N, C]; they become [B, 1 or heads, k - prefix, C].
     """
-    rope = kwargs.get("rope")
-    if rope is None:
-        return kwargs
-    rope = rope if rope.ndim > 2 else rope.unsqueeze(0)
-    return {**kwargs, "rope": rope[:, index[:, prefix:] - prefix].transpose(0, 1)}
+
+    def chosen(rope: Tensor) -> Tensor:
+        rope = rope if rope.ndim > 2 else rope.unsqueeze(0)
+        return rope[:, index[:, prefix:] - prefix].transpose(0, 1)
+
+    return {**kwargs, **rotary(kwargs, chosen)}
+
+
+def rotary(kwargs: dict[str, Any], of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return a function's results for the rotary embeddings among the arguments of an image model's block: timm's
+    `rope`, or transformers' cosines and sines."""
+    rope, pair = kwargs.get("rope"), kwargs.get("position_embeddings")
+    made = {} if rope is None else {"rope": of(rope)}
+    return made if pair is None else {**made, "position_embeddings": tuple(map(of, pair))}

@@ -23,7 +23,7 @@ from students.routers import Router
 from students.spec import RouterSpec
 from students.student import Student
 
-INTERPOLATES_ANYWAY = ("dinov2", "dinov2_with_registers")
+INTERPOLATES_ANYWAY = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Model types whose forward interpolates positions without being asked to."""
 
 

@@ -31,6 +31,8 @@ IMAGE_MODELS = {
     "deit": ("DeiTConfig", "DeiTForImageClassificationWithTeacher"),
     "dinov2": ("Dinov2Config", "Dinov2Model"),
     "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+    "ijepa": ("IJepaConfig", "IJepaForImageClassification"),
     "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
     "vit_mae": ("ViTMAEConfig", "ViTMAEModel"),

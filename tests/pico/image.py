@@ -40,6 +40,8 @@ MODELS = {
     "dinov2_registers": _transformers(
         "Dinov2WithRegistersConfig:Dinov2WithRegistersForImageClassification", num_labels=7, num_register_tokens=3
     ),
+    "dinov3": _transformers("DINOv3ViTConfig:DINOv3ViTModel", num_register_tokens=2, use_gated_mlp=True),
+    "ijepa": _transformers("IJepaConfig:IJepaForImageClassification", num_labels=7),
     "clip": _transformers("CLIPVisionConfig:CLIPVisionModel"),
     "siglip": _transformers("SiglipVisionConfig:SiglipVisionModel"),
     "vit_mae": _transformers("ViTMAEConfig:ViTMAEModel", mask_ratio=0.0),

@@ -289,6 +289,7 @@ OTHER_SIZES = {
     "dinov2": (12, 20),
     "clip": (24, 16),
     "siglip": (8, 24),
+    "dinov3": (12, 20),
     "vit_mae": (24, 16),
 }
 
