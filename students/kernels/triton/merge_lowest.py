@@ -26,6 +26,12 @@ PAIRS = 2**12
 """Pairs of goers that a program compares at a time."""
 
 
+@triton.jit
+def _of_eights(x):
+    """Return the sums of eight neighbours each of x [N, M], which one thread holds."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
+
+
 @triton.jit(do_not_specialize=["tokens", "prefix", "going"])
 def _match(
     x,
@@ -62,17 +68,18 @@ def _match(
         t = first_taker + tl.arange(0, TAKERS)
         there = t < taking
         from_t = from_x + (prefix + 1 + 2 * t)[:, None] * width
-        dots, square_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS], tl.float32)
-        square, score = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)  # in every round, to save a pass
+        dots, squares_t = tl.zeros([TILE, TAKERS], tl.float32), tl.zeros([TAKERS, WIDTH // 8], tl.float32)
+        squares, scores = tl.zeros([TILE, WIDTH // 8], tl.float32), tl.zeros([TILE, WIDTH // 8], tl.float32)
         for start in range(0, width, WIDTH):
             part = start + lane
             mine = tl.load(row + part[None, :], mask=here[:, None] & (part < width)[None, :], other=0.0)
             theirs = tl.load(from_t + part[None, :], mask=there[:, None] & (part < width)[None, :], other=0.0)
             dots = tl.dot(mine, tl.trans(theirs), dots, input_precision="ieee")
-            square_t += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 1)
+            squares_t += _of_eights(theirs.to(tl.float32) * theirs.to(tl.float32))
             value, by = mine.to(tl.float32), tl.load(weight + part, mask=part < width, other=0.0).to(tl.float32)
-            square += tl.sum(value * value, 1)
-            score += tl.sum(value * by[None, :], 1)
+            squares += _of_eights(value * value)
+            scores += _of_eights(value * by[None, :])
+        square_t, square, score = tl.sum(squares_t, 1), tl.sum(squares, 1), tl.sum(scores, 1)  # in every round
         cosine = dots / tl.maximum(tl.sqrt(square), 1e-12)[:, None] / tl.maximum(tl.sqrt(square_t), 1e-12)[None, :]
         cosine = tl.where(there[None, :], cosine, float("-inf"))
         most, which = tl.max(cosine, 1, return_indices=True)
