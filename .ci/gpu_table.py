@@ -33,7 +33,7 @@ FEWEST = 8
 
 def lines(files: Sequence[Path]) -> list[str]:
     """Return a line about the machine and the table's lines, in the order of the files' numbers."""
-    found = [(file, json.loads(file.read_text())) for file in sorted(files, key=_number)]
+    found = [(file, json.loads(file.read_text().splitlines()[-1])) for file in sorted(files, key=_number)]
     if not found:
         return ["nothing was timed"]
     first = found[0][1]

@@ -57,7 +57,7 @@ def inference(student: ImageStudent, models: Models, data: ImageData, workload: 
         pixels = _images(data.held_out, size * max(1, IMAGES // size))
         tokens = student.at(pixels.shape[-2:])[0]
         pixels = pixels.to(next(models["dense"].model.parameters()).device)
-        yield _classify(models, merged, tokens, pixels, size, workload.repeats)
+        yield _classify(models, merged, tokens, pixels, size, workload.repeats, student.stepwise)
 
 
 def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) -> TrainingBatch:
@@ -93,18 +93,21 @@ def _classify(
     pixels: Tensor,
     batch: int,
     repeats: int,
+    alike: bool,
 ) -> Row:
     """Time forward passes over images [N, C, H, W] in batches of `batch` and return a row with the mean time per batch.
 
     Several batches are timed together, because images may differ in their compute, and one pass is too short to be
-    timed. merged: the results of `_merging` so far, by share of FLOPs.
+    timed. merged: the results of `_merging` so far, by share of FLOPs. alike: whether all images have the same compute,
+    so that FLOPs are counted on one batch.
     """
     parts = pixels.split(batch)
 
-    def forward(run: Callable[[Tensor], Any]) -> list[Any]:
+    def forward(run: Callable[[Tensor], Any], parts: Sequence[Tensor] = parts) -> list[Any]:
         return [run(part) for part in parts]
 
-    counted = [count(partial(forward, partial(call, models[name].model))) for name in ("student", "dense")]
+    some = parts[:1] if alike else parts  # a counted pass takes the host ten times as long
+    counted = [count(partial(forward, partial(call, models[name].model), some)) for name in ("student", "dense")]
     share = counted[0][0] / counted[1][0]
     if share not in merged:
         merged[share] = _merging(models["dense"].model, pixels[:1], share)
