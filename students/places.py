@@ -27,9 +27,8 @@ from students.execution.block import BlockGather
 from students.execution.block_context import BlockContext
 from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.image_block import RoutedBlock
-from students.execution.linear import RoutedLinear
+from students.execution.linear import RoutedLinear, join_product
 from students.execution.linear_group import LinearGroup
-from students.execution.product import join_product
 from students.execution.runtime import Runtime
 from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute

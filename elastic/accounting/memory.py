@@ -89,7 +89,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
     linear layers with routers or corrections; inputs and outputs within a mixture of experts; the factors of token
     gates, that is, the branches' outputs and their substitutes; the tensors of patch merging; and, in a gated MLP, the
     activation between gate and product, unless backward recomputes it together with the product
-    (students/execution/product.py). With `train.checkpointing` the blocks' inputs are kept, and all else exists for one
+    (students/execution/linear.py). With `train.checkpointing` the blocks' inputs are kept, and all else exists for one
     block at a time, with the gradients within its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record

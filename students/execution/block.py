@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from students.execution.block_context import BlockContext, Exits, Gathered
+from students.execution.block_context import BlockContext, Exits, Gates, Gathered
 from students.execution.branch import RoutedBranch
-from students.execution.gates import Gates
 from students.execution.tokens import place_tokens, take
 from students.routers import Router
 

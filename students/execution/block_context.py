@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from students.execution.gates import Gates
 from students.execution.tokens import Chosen, Listed, scatter_rows
 from students.kernels import devices
 from students.routers import Substitute
 from students.spec import RouterSpec
+
+
+class Gates:
+    """Gates of one router, [B, T, N] or [B, 1, N]; each form is computed when it is first read."""
+
+    def __init__(
+        self, dtype: torch.dtype, count: int | None = None, listed: list[Tensor] | None = None, **forms: Tensor
+    ) -> None:
+        """forms: either `open`, or `gate` and `closed` in this dtype; `gate` and `closed` made later have it too."""
+        self._dtype = dtype
+        self.count = count
+        """Number of open tokens in each row, if it is known without reading the gates; otherwise None."""
+        self.listed = listed
+        """Places of the open tokens: the last three results of `ops.list_open`, if it has run; otherwise None."""
+        self.__dict__.update(forms)
+
+    @cached_property
+    def open(self) -> Tensor:
+        """Whether each gate is open, bool."""
+        return self.closed == 0
+
+    @cached_property
+    def gate(self) -> Tensor:
+        """Factor of the branch's output: 1, or the router's weight, where open; 0 where closed."""
+        return self.open.to(self._dtype)
+
+    @cached_property
+    def closed(self) -> Tensor:
+        """Factor of the substitute's output: 1 where closed, 0 where open."""
+        return 1 - self.gate
 
 
 @dataclass
@@ -29,6 +59,8 @@ class Exits:
     may follow. None: all tokens [B, T, D]."""
     valid: Tensor | None = None
     """Tokens [B, T] bool that are not padding, set where closed tokens are skipped: padding is skipped too."""
+    all_open: bool = False
+    """Whether all tokens turned out to be open, so that only weights have an effect."""
     begun: dict[int, Tensor] = field(default_factory=dict)
     """Outputs [B, T, D] of substitutes that have already run on all tokens, by the index of their gates."""
 
@@ -66,6 +98,8 @@ class Exits:
 
     def apply(self, out: Tensor) -> Tensor:
         """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""
+        if self.all_open:
+            return self._weighted(out)
         if self.rows is not None:
             return self._scatter(out, self.rows)
         for gates, substitute in self.gates:
@@ -79,8 +113,8 @@ class Exits:
             if substitute is not None:
                 self.begun[number] = substitute(self.x)
 
-    def pass_all(self, out: Tensor) -> Tensor:
-        """Apply the gates to an output of which all tokens turned out to be open: only weights have an effect."""
+    def _weighted(self, out: Tensor) -> Tensor:
+        """Return the output [B, T, D] of all tokens multiplied by the weights of the gates, if routers weigh."""
         for gates, _ in self.gates if self.weighted else ():
             out = out * gates.gate
         return out
@@ -98,9 +132,7 @@ class Exits:
 
         Selecting the closed tokens would make the host wait for the device.
         """
-        total = total.view_as(self.x)
-        for gates, _ in self.gates if self.weighted else ():
-            total = total * gates.gate
+        total = self._weighted(total.view_as(self.x))
         for number, (gates, substitute) in enumerate(self.gates):
             if substitute is not None:
                 closed = gates.closed
@@ -214,8 +246,8 @@ class BranchContext:
     queries: Chosen | Listed | None = None
     """The tokens that are queries, as flat indices into the tokens that the branch is called with; None: all."""
     factors: dict[int, Tensor] = field(default_factory=dict)
-    """Outputs of the MLP's gate (0) and up (1), which carry gradients; their product carries none (see product.py)."""
-    exit: Exit | None = None
+    """Outputs of the MLP's gate (0) and up (1), which carry gradients; their product carries none (see linear.py)."""
+    exit: Exits | None = None
     """The token and layer gates that the branch's RoutedExit has to apply."""
 
     def clear(self) -> None:
@@ -226,14 +258,6 @@ class BranchContext:
     def release(self) -> None:
         """Drop what was passed to linear layers, once they have run."""
         self.gate = self.narrow = self.rows = self.queries = None
-
-
-@dataclass
-class Exit:
-    """Token and layer gates that a RoutedExit applies to a branch's output; all_open: whether every token is open."""
-
-    exits: Exits
-    all_open: bool
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from students.architectures import Branch
 from students.execution.attention import Packing, Plan
-from students.execution.block_context import BlockContext, BranchContext, Exit, Exits, Gathered, Narrow, Rows
+from students.execution.block_context import BlockContext, BranchContext, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gather_open, place_tokens, take
 from students.execution.wrapper import Named, Wrapper
@@ -280,11 +280,11 @@ class RoutedBranch(Wrapper):
 
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (a tuple from attention), or pass them to the RoutedExit."""
+        exits.all_open = all_open
         if self.late_exit:
-            self.context.exit = Exit(exits, all_open)
+            self.context.exit = exits
             return out
-        apply = exits.pass_all if all_open else exits.apply
-        return (apply(out[0]), *out[1:]) if isinstance(out, tuple) else apply(out)
+        return (exits.apply(out[0]), *out[1:]) if isinstance(out, tuple) else exits.apply(out)
 
     def _without_closed_keys(self, exits: Exits, kwargs: dict[str, Any]) -> dict[str, Any]:
         if cache_in(kwargs) is not None:
@@ -305,6 +305,6 @@ class RoutedExit(Wrapper):
         out: Tensor = self.base_layer(x)
         if self.runtime.bypass:
             return out
-        leaving, self.context.exit = self.context.exit, None
-        assert leaving is not None, "its branch has run"
-        return leaving.exits.pass_all(out) if leaving.all_open else leaving.exits.apply(out)
+        exits, self.context.exit = self.context.exit, None
+        assert exits is not None, "its branch has run"
+        return exits.apply(out)

@@ -11,7 +11,7 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from students.execution.flow import Flow, at_places
+from students.execution.call import Flow, at_places
 from students.execution.runtime import Runtime
 from students.execution.tokens import for_tokens, gather_open, rotary
 from students.execution.wrapper import Named, Wrapper
@@ -175,7 +175,7 @@ class RoutedBlock(Wrapper):
         some, size, score, index, into, left = ops.merge_below(x, *given, lengths, shift, multiple)
         counts, before = torch.stack([left, lengths]).tolist()  # waits for the device
         most = max(counts)
-        flow.resize(size[:, :most])
+        flow.size = size[:, :most]
         flow.score = score[:, :most]
         if counts == before:
             return x, None, flow.valid, None
@@ -188,7 +188,7 @@ class RoutedBlock(Wrapper):
         linear = router.linear
         given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
         some, size, flow.score, index, into = merge_for(self.base_layer, x, *given, keep)
-        flow.resize(size)
+        flow.size = size
         return some, index, into
 
     def _choose_some(
@@ -219,7 +219,7 @@ class RoutedBlock(Wrapper):
             if matches is not None:
                 x, stand_in = self._take_in(x, flow, matches, gone)
                 if flow.size is not None:
-                    flow.resize(flow.size.gather(1, index))
+                    flow.size = flow.size.gather(1, index)
         elif count + prefix < x.shape[1]:
             index = rank.topk(count + prefix, dim=1).indices
         flow.score = score if index is None else score.gather(1, index)
@@ -259,7 +259,7 @@ class RoutedBlock(Wrapper):
         places [B, n] of all tokens (None if tokens are not restored)."""
         places = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
         x, size = merge(x, flow.size, leaving.float(), matches.target)
-        flow.resize(size)
+        flow.size = size
         return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 
     def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
@@ -367,7 +367,7 @@ class RoutedBlock(Wrapper):
             matches = match(x, self.prefix, every=True)
             features = torch.cat([features, matches.distance.unsqueeze(-1).to(x.dtype)], -1)
             x, size = merge(x, flow.size, 1 - gate, matches.target)
-            flow.resize(size)
+            flow.size = size
         probed[self.key] = gate, features
         flow.kept = kept if self.shortens else None
         weight = kept.log() if flow.size is None else kept.log() + flow.size.log()

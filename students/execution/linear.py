@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from students.architectures import Linear, shape_of, weight_of
+from students.architectures import Architecture, Linear, shape_of, weight_of
 from students.execution.block_context import BranchContext, Narrow
 from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import first_rows, ops
+from students.kernels.deferred import ACTIVATIONS
 from students.routers import ChannelRouter, Lora
 
 
@@ -51,7 +52,7 @@ class RoutedLinear(Wrapper):
         self.place = len(group.layers)
         self.selects = False  # set by add_channels
         self.multiplies = False
-        """Whether the output is a factor of a product whose gradient another layer computes (see product.py)."""
+        """Whether the output is a factor of a product whose gradient another layer computes (see join_product)."""
         self.activation: int | None = None
         """Number of the activation (see `ops.gated_grad`) in the product whose gradient this layer computes."""
         self._slice: tuple[Tensor | None, Any] = (None, None)
@@ -263,3 +264,32 @@ class RoutedLinear(Wrapper):
         if self._slice[0] is not choice:
             self._slice = choice, make()
         return self._slice[1]
+
+
+def join_product(block: nn.Module, record: Architecture) -> None:
+    """Let the MLP's last linear layer compute the gradients of gate and up, if it has a channel router.
+
+    The model still multiplies activation(gate) by up, but without recording a gradient. Backward then needs only the
+    outputs of gate and up; torch would also keep the activation and the product (see autograd.GatedChannelGate).
+    """
+    if len(record.mlp_in) != 2:
+        return
+    names = (name for site in ("mlp_in", "mlp_out") for name in record.linears(site))
+    routed = [layer for layer in map(block.get_submodule, names) if isinstance(layer, RoutedLinear)]
+    if len(routed) != 3 or "channel" not in routed[2].routers:
+        return
+    gate, up, behind = routed
+    static = behind.routers["channel"].spec.network == "static"
+    kind = _kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
+    gate.group.gates = kind is not None and behind.selects
+    if kind is not None and not (static or behind.part or behind.lora is not None):
+        behind.activation = kind
+        gate.multiplies = up.multiplies = True
+
+
+@torch.no_grad()
+def _kind_of(activation: nn.Module) -> int | None:
+    x = torch.linspace(-6, 6, 97)
+    found = activation(x)
+    known = (function(x, **options) for function, options in ACTIVATIONS)
+    return next((kind for kind, y in enumerate(known) if torch.equal(y, found)), None)

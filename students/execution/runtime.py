@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.decisions import Decisions
-from students.execution.block_context import BlockContext
+from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
-from students.execution.gates import Gates
 from students.kernels import devices, ops
 from students.routers import Router, selection
 from students.spec import RouterSpec
