@@ -21,10 +21,10 @@ from students.architectures import (
     shape_of,
     sizes_of,
     trunk_of,
+    windows_of,
 )
 from students.checks import check_corrections, check_head, check_place
 from students.compute import BlockShape, ComputeModel
-from students.execution.fixed import windows_of
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call, image_shape

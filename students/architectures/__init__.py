@@ -13,6 +13,7 @@ from students.architectures.lookup import (
     trunk_of,
     values_of,
     weight_of,
+    windows_of,
 )
 from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
 from students.architectures.vision_language import BOTH_WAYS, VISION_TOWERS
@@ -36,4 +37,5 @@ __all__ = [
     "trunk_of",
     "values_of",
     "weight_of",
+    "windows_of",
 ]

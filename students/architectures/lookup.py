@@ -106,6 +106,12 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
     )
 
 
+def windows_of(trunk: nn.Module) -> list[int | None]:
+    """Return the width of each block's sliding window, None where there is none."""
+    record, blocks = architecture_of(trunk)
+    return [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+
+
 def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
     try:
         return root.get_submodule(path)

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from students.architectures import architecture_of, sizes_of
+from students.architectures import architecture_of, windows_of
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
 from students.execution.tokens import Order, Rectangle, scatter_rows
 from students.kernels import ops
+from students.routers import selection
 
 BLOCK = 256
 """Number of queries that share one causal mask; keys after the last of these queries are not read."""
@@ -82,8 +83,7 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None, window: i
 def route_trunk(trunk: nn.Module) -> None:
     """Call `route_attention` for every block of a language model without routers."""
     record, blocks = architecture_of(trunk)
-    for number, block in enumerate(blocks):
-        window = sizes_of(trunk, record, number, block).window
+    for block, window in zip(blocks, windows_of(trunk), strict=True):
         route_attention(block.get_submodule(record.attn), window=window)
 
 
@@ -129,8 +129,7 @@ def routed_attention(
         if base == "eager":  # takes additive masks only; without one, every key is seen
             if mask is None and q.shape[2] > 1:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-            if mask is not None and mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+            mask = None if mask is None else selection.additive(mask, q.dtype)
         if routed.heads is None:
             out: Tensor = attend(module, q, k, v, mask, **kwargs)[0]
             return out

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
+from students.architectures import windows_of
 from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
-from students.execution.fixed import DecodeStep, windows_of
+from students.execution.fixed import DecodeStep
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.execution.prompt import PromptPruning, Prompts, Read, following
 from students.execution.replay import Replay

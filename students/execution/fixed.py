@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from students.architectures import architecture_of, sizes_of
+from students.architectures import windows_of
 from students.execution.call import Memory
 from students.execution.kv_cache import keys_and_values
 from students.kernels import ops
 from students.kernels.rotary import Rotations
 from students.libraries import with_cache
-
-
-def windows_of(trunk: nn.Module) -> list[int | None]:
-    """Return the width of each block's sliding window, None where there is none."""
-    record, blocks = architecture_of(trunk)
-    return [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+from students.routers import selection
 
 
 class FixedLayer(CacheLayerMixin):
@@ -151,9 +146,7 @@ class DecodeStep:
 
     def _mask(self, window: int | None) -> Tensor:
         seen = self.open if window is None else self.open & (self._places > self.slot - window)
-        hidden = torch.finfo(self._dtype).min
-        mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, hidden)
-        return mask[:, None, None]
+        return selection.additive(seen, self._dtype)[:, None, None]
 
     def dynamic(self, used: int) -> DynamicCache:
         """Copy the first `used` tokens into a dynamic cache."""

@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from students.architectures import windows_of
 from students.execution.capture import Fetched, Forward, Recorder, Recordings, first_line, recorder_for
-from students.execution.fixed import windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.libraries import with_cache
 from students.routers import selection
@@ -93,23 +93,15 @@ class PromptPruning:
             return
 
         def hide(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            own = kwargs.get("attention_mask")
-            return args, {**kwargs, "attention_mask": masked(own, valid, kwargs["inputs_embeds"].dtype)}
+            own, dtype = kwargs.get("attention_mask"), kwargs["inputs_embeds"].dtype
+            mask = selection.additive(selection.hide_closed_keys(own, valid, dtype), dtype)
+            return args, {**kwargs, "attention_mask": mask}
 
         hook = self.trunk.register_forward_pre_hook(hide, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
-
-
-def masked(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [B, 1, T, T] under which only valid [B, T] tokens are attended to; mask: the model's
-    own, None where it is causal."""
-    allowed = selection.hide_closed_keys(mask, valid, dtype)
-    if allowed.dtype != torch.bool:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class ReadLayer(CacheLayerMixin):

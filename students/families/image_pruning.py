@@ -143,8 +143,4 @@ def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype
     allowed = selection.hide_closed_keys(own, seen, dtype)
     if bias is None:
         return allowed
-    if allowed.dtype == torch.bool:
-        allowed = torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-    return allowed + bias.to(dtype)[:, None, None, :]
+    return selection.additive(allowed, dtype) + bias.to(dtype)[:, None, None, :]

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from students.architectures import windows_of
 from students.decisions import Decisions
 from students.execution.capture import Fetched
-from students.execution.fixed import windows_of
 from students.execution.kv_cache import memory_of
-from students.execution.prompt import Prompted, PromptPruning, Read, Room, masked
+from students.execution.prompt import Prompted, PromptPruning, Read, Room
 from students.families.image import ImageStudent
 from students.families.image_pruning import (
     PruningPoint,
@@ -381,7 +381,7 @@ class VisionLanguageStudent(LanguageStudent):
             if not padded:
                 mask = None
             elif prompted.room is not None:
-                mask = masked(None, here, x.dtype)
+                mask = selection.additive(selection.hide_closed_keys(None, here, x.dtype), x.dtype)
         kwargs["attention_mask"] = mask
         return here, padded
 

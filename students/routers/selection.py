@@ -132,9 +132,16 @@ def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype, caus
     tokens = kept.shape[1]
     allowed = kept[:, None, None, :] | torch.eye(tokens, dtype=torch.bool, device=kept.device)
     if mask is None and not causal:
-        return torch.zeros(allowed.shape, dtype=dtype, device=kept.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return additive(allowed, dtype)
     if mask is None:
         return allowed & torch.ones(tokens, tokens, dtype=torch.bool, device=kept.device).tril()
     if mask.dtype == torch.bool:
         return allowed & mask
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an attention mask that is added to the scores, of this dtype if `mask` is boolean (True: visible)."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

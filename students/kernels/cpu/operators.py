@@ -33,8 +33,7 @@ def _in_c(function: Callable[..., Any]) -> Callable[..., Any]:
 def layers(
     limit: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, ends: list[int]
 ) -> tuple[Any, ...]:
-    """Return the arguments between input and output of the C functions that read channels of layers side by side; rows of
-    the weight may lie apart."""
+    """Return the arguments between input and output of the C functions that read channels, for layers side by side."""
     rank, where = 0 if up is None else len(up), (ctypes.c_int64 * len(ends))(*ends)
     return limit, weight.data_ptr(), weight.stride(0), *weight.shape, bias, down, up, rank, where, len(ends)
 
