@@ -13,13 +13,12 @@ TOKENS = "student.routers=[{kind: token, sites: [attn, mlp]}, {kind: image}]"
 TOWERS = "student.routers=[{kind: token, sites: [mlp], part: vision, kv: drop}, {kind: image, selection: quota}]"
 RUNS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "images": {
-        "merging": ((), {}),
+        "merging": (("train.batch=3",), {}),
         "range": (("train.batch=5", "loss.hidden_weight=0.5"), {"budget__target": "0.75:1.0"}),
         "topk": (
             ("loss.hidden_weight=0.5", "loss.hidden_layers=all"),
             {"preset": "elastiformer", "budget__target": 0.85},
         ),
-        "hinge": (("train.batch=3",), {"preset": "router-tuning"}),
     },
     "questions": {
         "price": (("train.batch=5", "loss.hidden_weight=0.5"), {}),

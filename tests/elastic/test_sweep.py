@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elastic import bench, evaluate, trainer
-from elastic.accounting.routing import routing_profile
+from elastic.accounting.routing import open_shares, routing_profile
 from elastic.cli import main
 from elastic.distillation import checkpoints
 from elastic.reporting.results import SweepFolder, key_of
@@ -229,6 +229,8 @@ def test_open_gates_and_a_fingerprint(dtype: torch.dtype, llama: PreTrainedModel
     assert found["blocks"][1] == pytest.approx([1, mean + router], abs=1e-3)
     assert found["sample"] == routing_profile(student, decisions, tokens, valid, "prefill")["sample"]
     assert found["sample"] != routing_profile(student, decisions, tokens + 1, valid, "prefill")["sample"]
+    several = Decisions(share={**decisions.share, "1.attn.head": torch.full((2, 12), 0.5)})
+    assert torch.equal(open_shares(several, valid, 3)[1], (tokens % 2 + 0.5) / 2)
 
 
 def test_time_left():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses import HIDDEN_DISTANCES, budget_price, capacity_hinge, load_balance, per_layer, topk_bce
+from losses import HIDDEN_DISTANCES, budget_price, budget_prices, capacity_hinge, load_balance, per_layer, topk_bce
 
 
 @pytest.mark.parametrize("name", HIDDEN_DISTANCES)
@@ -45,6 +45,12 @@ def test_budget_price_rises_while_the_budget_is_exceeded_and_is_never_negative()
     price, after = budget_price(multiplier, torch.tensor(0.7), 0.7, stiffness=10)
     torch.testing.assert_close(price, multiplier)
     assert budget_price(multiplier, torch.tensor(0.1), 0.7, stiffness=99)[0] == 0
+
+
+def test_prices_of_a_range_follow_each_budget_s_own_miss() -> None:
+    prices, misses = torch.tensor([1e-4, 2.0, 3.0]), torch.tensor([0.1, 0.0, -0.1])
+    found = budget_prices(prices, misses, stiffness=20) / prices
+    torch.testing.assert_close(found, torch.tensor([math.exp(0.1), 1.0, math.exp(-0.1)]))
 
 
 def test_capacity_hinge_judges_each_site() -> None:
