@@ -109,11 +109,11 @@ def no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The compiled library of C operators; None where there is no C compiler."""
+def library(cache_folder: Path) -> object:
+    """The compiled library of C operators, which runs find in the cache; None where there is no C compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolchain, "loaded", None)
-        toolchain.build(tmp_path_factory.mktemp("library"))
+        toolchain.build(cache_folder)
         return toolchain.loaded
 
 

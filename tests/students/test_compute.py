@@ -108,17 +108,6 @@ def test_branches_add_up_to_the_blocks(kind: str, phase: str, llama: PreTrainedM
         assert torch.equal(student.compute.by_branch(decisions, ALL, phase)[0], dense)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_all_open_is_one_and_what_routers_cost(phase: str):
-    """With all gates open, compute is 1 plus the routers' share, which is 0 for static routers."""
-    compute = student_of(RouterSpec("token", network="static"), RouterSpec("channel", network="static")).compute
-    assert compute.uniform(1.0, 12, phase) == pytest.approx(1)
-    compute = student_of(RouterSpec("token")).compute
-    routers = 3 * 2 * 32  # blocks, branches, width
-    dense = float(compute.dense(ALL[:1], phase).mean())
-    assert compute.uniform(1.0, 12, phase) == pytest.approx(1 + routers / dense)
-
-
 def set_gates(student: Student, value: float) -> None:
     """Open (1e4) or close (-1e4) every threshold gate."""
     with torch.no_grad():
