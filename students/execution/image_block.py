@@ -198,24 +198,25 @@ class RoutedBlock(Wrapper):
         all); which are no filling [B, k] (None: all); new places [B, n] of all (None: unchanged); weights [B, k, 1]."""
         run, prefix, valid = self.runtime, self.prefix, flow.valid
         index = choosing = stand_in = None
-        if self.merges and isinstance(count, int):
-            count = (count,) * len(x)
         if isinstance(count, tuple):
             left = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
             choosing = torch.tensor(count, device=x.device) + prefix < left
         if self._idle(router, count, x.shape[1] - prefix, choosing):
             return x, None, valid, None, None
         score, rank, matches = self._rank(x, flow, router, choosing, valid)
-        if not isinstance(count, int):
+        if self.merges or not isinstance(count, int):
             if count is None:
                 count = self._in_multiples(router, rank, valid)
-            if count is None:
+            known = min(prefix + count, x.shape[1]) if isinstance(count, int) else None
+            if known is not None:
+                open_ = selection.best(rank, known, 1) != 0
+            elif count is None:
                 open_ = rank + router.shift(run.dial_of(score)) >= 0
             else:  # each row keeps as many as its budget says
                 rank = rank if valid is None else rank.masked_fill(~valid, -torch.inf)
                 open_ = selection.best(rank, [prefix + k for k in count], 1) != 0
             gone = ~open_ if valid is None else ~open_ & valid
-            index, valid = gather_open(open_ if valid is None else open_ & valid)
+            index, valid = gather_open(open_ if valid is None else open_ & valid, known)
             if matches is not None:
                 x, stand_in = self._take_in(x, flow, matches, gone)
                 if flow.size is not None:

@@ -68,6 +68,16 @@ def test_substitutes_where_the_host_runs_ahead(name: str, pixels: Tensor, monkey
     assert len(student._recorded.kept) == 1
 
 
+def test_two_layer_routers_merge_without_a_wait(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = RouterSpec("layer", selection="quota", kv="drop", dropped="merge", network="mlp")
+    monkeypatch.setitem(SPECS, "merges", (router,))
+    test_nothing_waits_and_recorded_passes_say_what_the_model_says("timm_fused", "merges", pixels)
+    student = student_for("timm_fused", "merges", pixels)
+    skipped = first(call(student.model, pixels))
+    student.runtime.execution = "mask"
+    torch.testing.assert_close(skipped, first(call(student.model, pixels)), rtol=1e-3, atol=1e-3)
+
+
 def test_new_quotas_are_recorded_anew(pixels: Tensor) -> None:
     student = student_for("timm_fused", "block merges", pixels)
     student._recorded.recorder = Tape
