@@ -61,6 +61,9 @@ class Student(nn.Module):
         self._layouts = 0
         """Number of changes of the weights' memory layout. Recorded passes, the teacher's too, read weights at the
         addresses of recording time and hold for one layout only."""
+        self._choices = 0
+        """Number of times that static routers have chosen what is read. Weights are then sliced anew, and recorded
+        passes that read the slices before no longer hold."""
         self._packed = {bypass: Stamp() for bypass in (False, True)}
         """Stamps of the packed weights that the routed model (False) and the teacher (True) read."""
         self._added = list(self.added_tensors().values())
@@ -159,6 +162,7 @@ class Student(nn.Module):
         if not self._dialled.renew([self._frozen], written, run.offset, run.capacity):
             return
         self._layouts += moved
+        self._choices += any(router.network == "static" for router in self.spec.routers)
         with torch.inference_mode(False), torch.no_grad():  # so that passes in and out of inference mode can read it
             run.set_dial(self._frozen.device)
             for wrapper in self._wrappers():

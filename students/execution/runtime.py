@@ -71,8 +71,8 @@ class Runtime:
     contexts: list[BlockContext] = field(default_factory=list)
     """State of each block; empty outside of a forward pass."""
     _dial_at: float | None = None
-    _rows: Tensor | None = None
-    _rows_at: tuple[Any, ...] = ()
+    _rows: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+    """Offsets of rows in calls that skip, with what they were made for, by number of rows."""
 
     def skips(self, specs: Iterable[RouterSpec]) -> bool:
         """Return whether what these routers close is skipped rather than masked: in mode `skip`, always without
@@ -120,15 +120,16 @@ class Runtime:
         return _each(self.offset, batch, device) if isinstance(self.offset, tuple) else None
 
     def _offsets(self, batch: int, device: torch.device, skipping: bool) -> Tensor | None:
-        """As `offsets`, but calls that skip, which no backward follows, overwrite the tensor of the last such call."""
-        at = self.offset, batch, device
+        """As `offsets`, but calls that skip, which no backward follows, overwrite the tensor of the last such call for
+        as many rows."""
         if not skipping or not isinstance(self.offset, tuple):
             return self.offsets(batch, device)
-        if self._rows_at != at:
+        made, rows = self._rows.get(batch, (None, None))
+        if made != (self.offset, device):
             with torch.inference_mode(False):
-                rows = _each(self.offset, batch, device)
-            self._rows, self._rows_at = overwritten(self._rows, rows), at
-        return self._rows
+                rows = overwritten(rows, _each(self.offset, batch, device))
+            self._rows[batch] = (self.offset, device), rows
+        return rows
 
     def dial_of(self, x: Tensor, owner: Tensor | None = None) -> float | Tensor:
         """Return the offset for x [B, ..., C]: one number (in calls that skip a tensor [] on the device), or one for

@@ -83,7 +83,7 @@ class ImageStudent(Student):
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
         levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
-        return self._layouts, run.offset, run.capacity, run.multiples, levels
+        return self._layouts, self._choices, run.offset, run.capacity, run.multiples, levels
 
     @property
     def _settled(self) -> bool:

@@ -94,8 +94,7 @@ class LanguageStudent(Student):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
             if router.of_kind.over_tokens and isinstance(run.offset, tuple):
                 raise ValueError(f"what {router.kind} routers leave in differs between rows")
-        static = any(router.network == "static" for router in self.spec.routers)
-        return self._layouts, isinstance(run.offset, tuple), (run.offset, run.capacity) if static else None
+        return self._layouts, self._choices, isinstance(run.offset, tuple)
 
     def _settle(self, batch: int, device: torch.device) -> None:
         """Write the dial's setting to the tensors from which recorded steps read it."""

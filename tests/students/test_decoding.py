@@ -149,8 +149,9 @@ def test_every_row_has_its_budget(tokens: Tensor) -> None:
         assert torch.equal(recorded, plain) and student._decoding.made == (number == 0)
     turned(student, 0.5)
     assert torch.equal(*both(student, tokens, **SIX)) and student._decoding.made == 1
-    turned(student, (1.0, 0.0))
-    assert torch.equal(*both(student, tokens, **SIX)) and student._decoding.made == 0
+    for number, prompt in enumerate((tokens, tokens.repeat(2, 1), tokens)):
+        turned(student, (1.0, -float(number)))
+        assert torch.equal(*both(student, prompt, **SIX)) and student._decoding.made == (number == 1)
 
 
 def test_the_teacher_and_static_choices_have_steps_of_their_own(tokens: Tensor) -> None:
@@ -159,7 +160,7 @@ def test_the_teacher_and_static_choices_have_steps_of_their_own(tokens: Tensor) 
         turned(student, offset)
         assert torch.equal(*both(student, tokens, **SIX))
         made.append(student._decoding.made)
-    assert made == [1, 1, 1, 1, 0, 0], "and skipping has laid out weights elsewhere than the teacher found them"
+    assert made == [1, 1, 1, 1, 1, 0], "each choice slices weights anew, and skipping moves those of the teacher"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_nothing_waits_and_recorded_passes_say_what_the_model_says(name: str, sp
         student.runtime.offset, before = offset, Tape.made
         torch.testing.assert_close(first(student.predict(images)), first(call(student.model, images)))
         made.append(Tape.made - before)
-    assert made == [1, 0, 1, 1, 0]
+    static = any(router.network == "static" for router in SPECS[spec])
+    assert made == [1, 0, 1, 1, int(static)], "a static choice slices weights anew"
     with student.teacher():
         assert torch.equal(first(student.predict(pixels)), first(call(student.model, pixels)))
 
