@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -154,14 +154,21 @@ class ImageStudent(Student):
         over_blocks = self.spec.over_blocks
         return over_blocks is not None and over_blocks.dropped != "return"
 
-    def routers(self) -> Iterator[Placed]:
-        """Yield the routers that score tokens, heads or groups, block by block."""
+    @cached_property
+    def _routed(self) -> list[tuple[int, str, Wrapper]]:
+        """Block, branch and module of everything that may hold routers: recorded passes ask for these at every call."""
+        found = []
         for number, block in enumerate(self.blocks):
             places = [("", block), *((b, block.get_submodule(getattr(self.record, b))) for b in BRANCHES)]
-            for branch, module in places:
-                for router in module.routers.values() if isinstance(module, Wrapper) else ():
-                    if isinstance(router, Router):
-                        yield Placed(router, number, branch)
+            found += [(number, branch, module) for branch, module in places if isinstance(module, Wrapper)]
+        return found
+
+    def routers(self) -> Iterator[Placed]:
+        """Yield the routers that score tokens, heads or groups, block by block."""
+        for number, branch, module in self._routed:
+            for router in module.routers.values():
+                if isinstance(router, Router):
+                    yield Placed(router, number, branch)
 
     @torch.no_grad()
     def set_quotas(self, batches: Sequence[Tensor], offset: float = 0.0, shard: DataShard | None = None) -> None:
