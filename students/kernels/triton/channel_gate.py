@@ -1,6 +1,9 @@
-"""The gate that closes channels by their magnitude, and its gradient, whose sums over tokens take two launches."""
+"""The gate that closes channels by their magnitude, and its gradient, also of an MLP's gated product, which is computed
+again; sums over tokens take two launches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,23 +29,32 @@ def _channel_gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
     tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (channels + 0.0).to(tl.float32)))
 
 
-@triton.jit(do_not_specialize=["each"])
-def _channel_gate_grad(
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate_grad(
     grad,
     price,
     x,
+    up,
     limit,
     low,
     high,
     to_x,
+    to_up,
     partial,
     channels,
-    each,
+    rows,
+    KIND: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the gradients of one block of channels for ROWS of the `each` rows of x that share a limit.
+    """Write the gradients of one block of channels for ROWS of the `rows` rows that share a limit. KIND: as in
+    `ops.gated_grad`, where x is the gate; -1: the channels of x itself are closed, and there is no `up`.
 
     partial [groups, chunks, channels]: the limit's gradient, negated, summed over these ROWS rows.
     """
@@ -55,24 +67,41 @@ def _channel_gate_grad(
     lower = tl.load(low + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
     upper = tl.load(high + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
     sums = tl.zeros([TILE, BLOCK], tl.float32)
-    for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, each), TILE):
+    for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, rows), TILE):
         token = start + tl.arange(0, TILE)
-        row = group.to(tl.int64) * each + token
-        mask = (token < each)[:, None] & here[None, :]
+        row = group.to(tl.int64) * rows + token
+        mask = (token < rows)[:, None] & here[None, :]
         place = row[:, None] * channels + channel[None, :]
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        slope = tl.load(grad + place, mask=mask, other=0.0)
-        cost = tl.load(price + row, mask=token < each, other=0.0) / channels
+        out = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        cost = tl.load(price + row, mask=token < rows, other=0.0) / channels
+        if KIND >= 0:
+            other = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
+            if KIND == 0:
+                soft = sigmoid(value)
+                active, rise = value * soft, soft * (1 + value * (1 - soft))
+            else:
+                soft = 2 * sigmoid(2 * 0.7978845608028654 * (value + 0.044715 * value * value * value)) - 1
+                active = 0.5 * value * (1 + soft)
+                rise = value * (1 - soft * soft) * 0.7978845608028654 * (1 + 3 * 0.044715 * value * value)
+                rise = 0.5 * (1 + soft + rise)
+            active = active.to(kind).to(tl.float32)
+            value = (active * other).to(kind).to(tl.float32)
         size = tl.abs(value)
-        tl.store(to_x + place, tl.where(size >= least, slope, 0.0), mask=mask)
+        kept = tl.where(size >= least, out, 0.0)
+        if KIND >= 0:
+            tl.store(to_x + place, (kept * other * rise).to(kind), mask=mask)
+            tl.store(to_up + place, (kept * active).to(kind), mask=mask)
+        else:
+            tl.store(to_x + place, kept.to(kind), mask=mask)
         near = (size >= lower) & (size < upper) & mask
-        sums += tl.where(near, slope.to(tl.float32) * value + cost[:, None], 0.0)
+        sums += tl.where(near, out * value + cost[:, None], 0.0)
     chunks = tl.num_programs(1)
     tl.store(partial + (group * chunks + chunk).to(tl.int64) * channels + channel, tl.sum(sums, 0), mask=here)
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Write the negated sum over chunks of partial [groups, chunks, channels] to to_limit [groups, channels]."""
     group = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -91,11 +120,11 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     out, share = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         block = min(4096, triton.next_power_of_2(channels))
-        _channel_gate[(share.numel(),)](x, limit, out, share, channels, each(x, limit), BLOCK=block, num_warps=8)
+        _channel_gate[(share.numel(),)](x, limit, out, share, channels, _each(x, limit), BLOCK=block, num_warps=8)
     return out, share
 
 
-def each(x: Tensor, limit: Tensor) -> int:
+def _each(x: Tensor, limit: Tensor) -> int:
     """Return how many rows of x [..., C] share a row of limit [C] or [B, 1, C]."""
     return max(1, x.numel() // limit.numel())
 
@@ -104,22 +133,39 @@ def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ops.channel_gate_grad` in Triton."""
+    grad_x, _, grad_limit = gated_grad(grad_out, grad_share, x, None, limit, low, high, -1)
+    return grad_x, grad_limit
+
+
+def gated_grad(
+    grad_out: Tensor,
+    grad_share: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    limit: Tensor,
+    low: Tensor,
+    high: Tensor,
+    kind: int,
+) -> tuple[Any, ...]:
+    """`ops.gated_grad` in Triton, where x is the gate; with kind -1, and without `up`, `ops.channel_gate_grad`."""
     grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
-    channels, rows = x.shape[-1], each(x, limit)
+    up = None if up is None else up.contiguous()
+    limits = limit.contiguous(), low.contiguous(), high.contiguous()
+    channels, rows = x.shape[-1], _each(x, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)
-    grad_x, grad_limit = torch.empty_like(x), torch.empty_like(limit, memory_format=torch.contiguous_format)
+    grads = torch.empty_like(x), None if up is None else torch.empty_like(up), torch.empty_like(limits[0])
     if not x.numel():
-        return grad_x, grad_limit.zero_()
+        return *grads[:2], grads[2].zero_()
     partial = limit.new_empty(groups, chunks, channels)
     block = min(256, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
-    limits = limit.contiguous(), low.contiguous(), high.contiguous()
-    _channel_gate_grad[(blocks, chunks, groups)](
-        *(grad_out, grad_share, x, *limits, grad_x, partial, channels, rows),
+    _gate_grad[(blocks, chunks, groups)](
+        *(grad_out, grad_share, x, up, *limits, *grads[:2], partial, channels, rows),
+        KIND=kind,
         ROWS=ROWS,
         TILE=8,
         BLOCK=block,
-        num_warps=4,
+        num_warps=4 if up is None else 8,
     )
-    add_chunks[(blocks, groups)](partial, grad_limit, channels, chunks, TILE=8, BLOCK=block, num_warps=4)
-    return grad_x, grad_limit
+    _add_chunks[(blocks, groups)](partial, grads[2], channels, chunks, TILE=8, BLOCK=block, num_warps=4)
+    return grads

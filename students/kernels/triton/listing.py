@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from students.kernels.triton.gated_grad import sigmoid
+from students.kernels.triton.channel_gate import sigmoid
 
 
 @triton.jit

@@ -107,7 +107,6 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         yield call("merge_normed", tall, make(8, tall.shape[1], kind=single), None, *router, tall.shape[1] - 40, *norm)
         lengths, shift = make(8, kind=torch.int64), make(8, kind=single)
         yield call("merge_below", tall, make(8, tall.shape[1], kind=single), None, *router, lengths, shift, 4)
-    yield call("softmax_grad", make(2, 8, 1000, 1000), make(2, 8, 1000, 1000), 1000)
     for count in (1, 4, 4096):
         yield call("rms_norm", make(count, narrow), make(narrow), 1e-6, 0)
     for size in (64, 72):
