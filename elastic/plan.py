@@ -35,7 +35,7 @@ AMOUNTS = {"tokens": 1e8, "samples": 1e6}
 
 def step_flops(student: Student, rows: int, sizes: StepSizes) -> float:
     """Return the FLOPs of a training step on `rows` samples of these sizes."""
-    return 2 * rows * ((FORWARDS + student.recomputes) * sizes.macs + 2 * sizes.frozen)
+    return 2 * rows * ((FORWARDS + student.runtime.recompute) * sizes.macs + 2 * sizes.frozen)
 
 
 def step_bytes(student: Any, rows: int, sizes: StepSizes) -> int:

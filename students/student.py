@@ -50,8 +50,6 @@ class Student(nn.Module):
         self.spec = spec
         self.runtime = runtime
         self.compute = compute
-        self.recompute = False
-        """Whether `checkpoint_blocks` has been called."""
         self.dial: tuple[tuple[float, float], ...] = ()
         """Measured points (compute ratio, offset), ascending, between which `set_compute` interpolates."""
         self.span: tuple[float, float] | None = None
@@ -91,11 +89,6 @@ class Student(nn.Module):
         finally:
             run.decisions = None
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether backward recomputes activations of blocks (see `checkpoint_blocks`)."""
-        return self.recompute or self.runtime.recompute
-
     def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
         """Start a forward pass: begin a call, and prepare what skip execution reads.
 
@@ -120,12 +113,12 @@ class Student(nn.Module):
         self.model.eval()
         for block in self.blocks:
             # transformers recomputes a block only if block.training is set; dropouts are its children and stay in eval
-            block.training = mode and self.recompute
+            block.training = mode and self.runtime.recompute
         return self
 
     def checkpoint_blocks(self) -> None:
         """Recompute each block's activations in backward instead of keeping them (non-reentrant)."""
-        self.recompute = True
+        self.runtime.recompute = True
         again = partial(checkpoint, use_reentrant=False, context_fn=self._recomputing)
         block: Any
         for block in self.blocks:

@@ -109,7 +109,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
         back.append((2 + gated) * neurons + mixed)
         streams += width
         merged += MERGED * width * bool(getattr(block, "merges", False) and block.routers)
-    if student.recomputes:
+    if student.runtime.recompute:
         return size * (streams + merged), size * max(map(sum, zip(each, back, strict=True)))
     return size * (sum(each) + merged), 0
 

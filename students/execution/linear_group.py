@@ -73,7 +73,6 @@ class LinearGroup:
         """Limit [I] that channel magnitudes have to reach (see ChannelRouter.limit); None: it differs between rows."""
         self._limit: Tensor | None = None
         """The tensor of the last limit, overwritten in place because recorded steps read it (execution/fixed.py)."""
-        self._mask: Callable[[Tensor], Tensor] | None = None
         self._reader: Callable[[Tensor], tuple[Tensor, int | Tensor]] | None = None
         self._stamp.reset()
 
@@ -156,14 +155,11 @@ class LinearGroup:
     def _many(self, x: Tensor) -> list[Tensor]:
         """Compute outputs for many tokens: leaving out channels would save nothing, so closed channels are masked."""
         first, run, laid = self.layers[0], self.layers[0].runtime, self.laid
-        if run.call.rows is None and run.decisions is None and self._mask is not None:
-            masked = self._mask(x)
-        else:
-            limit = self.limit if run.call.rows is None else None
-            if limit is None:
-                limit = first.routers["channel"].limit(first.dial_of(x), x.dtype)
-            masked, share = ops.channel_gate(x, limit)
-            self._note(lambda: share)
+        limit = self.limit if run.call.rows is None else None
+        if limit is None:
+            limit = first.routers["channel"].limit(first.dial_of(x), x.dtype)
+        masked, share = ops.channel_gate(x, limit)
+        self._note(lambda: share)
         masked = masked.flatten(0, -2)
         if len(masked) <= JOINT_ROWS:
             outs = laid.product(masked, laid.whole.T, laid.bias).split(self._sizes, 1)
@@ -244,7 +240,6 @@ class LinearGroup:
             limit = first.routers["channel"].limit(first.runtime.offset, laid.whole.dtype)
             if self._limit is None:
                 self._limit = limit
-                self._mask = direct.channel_gate(limit, laid.whole.dtype)
                 self._reader = direct.read_channels(limit, laid.whole, laid.bias, laid.down, laid.up, self._ends)
             self.limit = self._limit.copy_(limit)
 

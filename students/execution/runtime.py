@@ -55,7 +55,7 @@ class Runtime:
     restores: bool = True
     """Image models: whether dropped tokens are put back in their places after the last block."""
     recompute: bool = False
-    """Image models: whether backward recomputes a block's activations instead of keeping them."""
+    """Whether backward recomputes a block's activations instead of keeping them."""
     probed: dict[str, tuple[Tensor, Tensor]] | None = None
     """Calibration of image and vision-language models: (gates, features that the router reads) by key of the decision.
     While this is set, all gates are open and require gradients."""

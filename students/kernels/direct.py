@@ -34,23 +34,6 @@ def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor
     return read
 
 
-def channel_gate(limit: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return the first output of `ops.channel_gate` for one limit [C] as a function of the input x [..., C]."""
-    probe, size, place = torch.empty(0, dtype=dtype, device=limit.device), len(limit), limit.data_ptr()
-    native = toolchain.native(probe) is not None
-    function = toolchain.function("channel_gate", probe, 0, 0, limit, 0, probe, None) if native else None
-
-    def mask(x: Tensor) -> Tensor:
-        if function is None or x.dtype != dtype or ops.observed():
-            return ops.channel_gate(x, limit)[0]
-        x = x.contiguous()
-        out, rows = torch.empty_like(x), x.numel() // size
-        toolchain.run(function, x.data_ptr(), rows, size, place, rows, out.data_ptr(), None)
-        return out
-
-    return mask
-
-
 def rms_norm(dtype: torch.dtype, device: torch.device, epsilon: float, kind: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Return `ops.rms_norm` as a function of the input and the weight, both of this dtype and on this device."""
     probe = torch.empty(0, dtype=dtype, device=device)

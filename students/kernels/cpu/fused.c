@@ -11,7 +11,7 @@
 #include "numbers.h"
 
 // Writes to out x [N, I] with 0 where |x| < limit. limit [*, I]: one row for every `each` rows of x. share[n]: the
-// share of channels kept; may be NULL.
+// share of channels kept.
 #define CHANNEL_GATE(S, T)                                                                                       \
     void channel_gate_##S(const T *x, int64_t N, int64_t I, const float *limit, int64_t each, T *out,            \
                           float *share, int threads) {                                                           \
@@ -25,7 +25,7 @@
                 to[i] = keep ? from[i] : 0;                                                                      \
                 count += keep;                                                                                   \
             }                                                                                                    \
-            if (share) share[n] = (float)count / I;                                                              \
+            share[n] = (float)count / I;                                                                         \
         }                                                                                                        \
     }
 
@@ -38,7 +38,7 @@ static inline int64_t wide_of(int64_t I, int threads) {
 }
 
 // Gradients of CHANNEL_GATE: in[n, i] = grad[n, i] where x is kept, else 0; slope[g, i] -= grad x + by_share[n] / I,
-// summed over the rows of x with low <= |x| < high. low and high are [*, I] as limit is; by_share may be NULL. Results
+// summed over the rows of x with low <= |x| < high. low and high are [*, I] as limit is. Results
 // go through local arrays, since compilers do not vectorise loops over arrays that may overlap.
 #define CHANNEL_GATE_GRAD(S, T)                                                                                  \
     void channel_gate_grad_##S(const T *grad, const T *x, int64_t N, int64_t I, const float *limit,              \
@@ -52,7 +52,7 @@ static inline int64_t wide_of(int64_t I, int threads) {
             for (int64_t n = 0; n < N; n++) {                                                                    \
                 const T *v = x + n * I + a, *out = grad + n * I + a;                                             \
                 int64_t group = n / each * I + a;                                                                \
-                float price = by_share ? by_share[n] / I : 0;                                                    \
+                float price = by_share[n] / I;                                                                   \
                 if (n % each == 0)                                                                               \
                     for (int64_t i = 0; i < m; i++) {                                                            \
                         least[i] = up_##S(down_##S(limit[group + i]));                                           \

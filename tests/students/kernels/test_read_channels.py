@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from students.kernels import direct, ops, triton
-from tests.backends import DTYPES
+from students.kernels import ops, triton
 
 
 def read(x: Tensor, *rest: Tensor | list[int] | None) -> tuple[Tensor, Tensor]:
@@ -15,14 +14,6 @@ def read(x: Tensor, *rest: Tensor | list[int] | None) -> tuple[Tensor, Tensor]:
         return ops.few_channels(x, *rest)
     out, count = ops.read_channels(x[0], *rest)
     return out[None], count
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gate_that_is_called_directly(dtype: torch.dtype, operators: None):
-    x, limit = torch.randn(5, 77).to(dtype), torch.rand(77).to(dtype).float()
-    masked, _ = ops.channel_gate(x, limit)
-    assert torch.equal(masked, torch.where(x.abs() >= limit, x, 0))
-    assert torch.equal(direct.channel_gate(limit, dtype)(x.T.contiguous().T), masked)
 
 
 def test_programs_put_their_counters_back(monkeypatch: pytest.MonkeyPatch):
