@@ -10,6 +10,7 @@ from torch import Tensor
 from students.execution.block_context import Narrow
 from students.execution.tokens import Order
 from students.kernels.key_bias import key_mask
+from students.kernels.merging import at
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Flow:
         for before, rows, stand_in in reversed(self.left):
             x = before.flatten(0, 1).index_copy(0, rows, x.flatten(0, 1)).view_as(before)
             if stand_in is not None:
-                x = at_places(x, stand_in)
+                x = at(x, stand_in)
         return x
 
 
@@ -97,8 +98,3 @@ class Call:
     """Memory of the cache that the call continues or fills; None without a cache."""
     flow: Flow | None = None
     """Image models whose dropped tokens stay away: the tokens on their way through the blocks."""
-
-
-def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """Return the tokens of x [B, n, D] at places [B, k]."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -11,14 +11,14 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from students.execution.call import Flow, at_places
+from students.execution.call import Flow
 from students.execution.runtime import Runtime
 from students.execution.tokens import for_tokens, gather_open, rotary
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.attention_gradient import learning, recomputing
 from students.kernels.key_bias import key_mask
-from students.kernels.merging import NOT_NOW, Matches, flat_index, match, merge
+from students.kernels.merging import NOT_NOW, Matches, at, flat_index, match, merge
 from students.kernels.normed_tokens import merge_for
 from students.routers import Router, selection
 
@@ -345,7 +345,7 @@ class RoutedBlock(Wrapper):
         if router is not None and router.spec.weight == "score":
             return x + gate.detach() * self._weight(score[:, self.prefix :], x.dtype) * (out - x)
         out = out * gate + x * (1 - gate)
-        return at_places(out, flow.stand_in) if self.last and flow.stand_in is not None else out
+        return at(out, flow.stand_in) if self.last and flow.stand_in is not None else out
 
     def _run(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Run the block; backward recomputes its activations where `Runtime.recompute` says so."""

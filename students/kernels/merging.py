@@ -116,6 +116,103 @@ def flat_index(index: Tensor, tokens: int) -> Tensor:
     return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
+FEW_TOKENS = 1024
+"""Up to this many tokens, scores are computed in float32."""
+
+
+def stream_score(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return scores [B, T]: a linear map (weight [D], bias [1]) of tokens x [B, T, D] over their root mean square."""
+    # for few tokens a product in bfloat16 takes longer than one in float32, and a norm longer than either product
+    kind = torch.float32 if x.shape[:-1].numel() <= FEW_TOKENS else x.dtype
+    return (x.to(kind) @ weight.to(kind)).float() * per_size(x) + bias
+
+
+def per_size(x: Tensor) -> Tensor:
+    """Return the reciprocal of the root mean square of tokens x [B, T, D], as float32 [B, T]."""
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+    return float(x.shape[-1] ** 0.5) / size.clamp(min=1e-6)
+
+
+def merge_lowest(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, prefix = x.shape[1], len(top)
+    must_leave_pairs(n, prefix, keep)
+    matches = match(x, prefix)
+    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    order = score.masked_fill(~matches.may_go, NOT_NOW).topk(n, dim=1).indices
+    index, gone = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
+    into = torch.arange(n, device=x.device).repeat(len(x), 1).scatter(1, gone, matches.target.gather(1, gone))
+    x, total = merge(x, size, torch.zeros_like(score).scatter(1, gone, 1.0), matches.target)
+    return at(x, index), total.gather(1, index), score.gather(1, index), index, into
+
+
+def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *given, gain, offset, epsilon = rest
+    merged = torch.ops.elastic.merge_lowest(x, *given)
+    return F.layer_norm(merged[0], gain.shape, gain, offset, epsilon), *merged
+
+
+def merge_below(
+    x: Tensor,
+    size: Tensor | None,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+    lengths: Tensor,
+    shift: Tensor,
+    multiple: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, prefix = x.shape[1], len(top)
+    own = torch.arange(n, device=x.device).repeat(len(x), 1)
+    here = own < lengths[:, None]
+    matches = match(x, prefix, lengths=lengths)
+    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    fine = (score + shift[:, None] >= 0) | ~matches.may_go
+    wanted = (fine & here)[:, prefix:].sum(1)
+    leaving = lengths - in_multiples(wanted, lengths, prefix, multiple)
+    order = score.masked_fill(~matches.may_go, torch.inf).argsort(dim=1, stable=True)
+    gone = (order.argsort(dim=1) < leaving[:, None]) & matches.may_go
+    merged, total = merge(x, size, gone.float(), matches.target)
+    stays = here & ~gone
+    counts = stays.sum(1)
+    index = stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    left = own < counts[:, None]
+    sizes = torch.where(left, total.gather(1, index), 1.0)
+    scores = torch.where(left, score.gather(1, index), -torch.inf)
+    return at(merged, index), sizes, scores, index, torch.where(gone, matches.target, own), counts
+
+
+def _scores(
+    x: Tensor,
+    matches: Matches,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    distance_weight: Tensor,
+    top: Tensor,
+) -> Tensor:
+    """Return scores [B, n], by which tokens leave: the lowest so far; NOT_NOW for patches that may not leave now."""
+    score = stream_score(x, weight, bias) + distance_weight * matches.distance
+    score = score.masked_fill(~matches.may_go, NOT_NOW)
+    score[:, : len(top)] = top
+    return score if before is None else torch.minimum(score, before)
+
+
+def at(x: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens of x [B, n, D] at index [B, k]."""
+    return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, -1)
+
+
 def flops_of_merging(x: Tensor, *rest: Any, out_val: Any) -> int:
     """Return the FLOPs of a call of `ops.merge_lowest`, `ops.merge_normed` or `ops.merge_below`: those of the scores
     and of the similarities of pairs."""

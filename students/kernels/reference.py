@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.kernels.list_open import list_open as list_open
-from students.kernels.merging import NOT_NOW, Matches, flat_index, in_multiples, match, merge, must_leave_pairs
-from students.kernels.scoring import stream_score
+from students.kernels.merging import merge_below as merge_below
+from students.kernels.merging import merge_lowest as merge_lowest
+from students.kernels.merging import merge_normed as merge_normed
 
 TOGETHER = 64
 """Outputs whose squares `fused_channels` adds up to one partial sum."""
@@ -319,81 +319,9 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, sc
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).contiguous()
 
 
-def merge_lowest(
-    x: Tensor,
-    size: Tensor | None,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
-    keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, prefix = x.shape[1], len(top)
-    must_leave_pairs(n, prefix, keep)
-    matches = match(x, prefix)
-    score = _scores(x, matches, before, weight, bias, distance_weight, top)
-    order = score.masked_fill(~matches.may_go, NOT_NOW).topk(n, dim=1).indices
-    index, gone = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
-    into = torch.arange(n, device=x.device).repeat(len(x), 1).scatter(1, gone, matches.target.gather(1, gone))
-    x, total = merge(x, size, torch.zeros_like(score).scatter(1, gone, 1.0), matches.target)
-    return _at(x, index), total.gather(1, index), score.gather(1, index), index, into
-
-
-def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *given, gain, offset, epsilon = rest
-    merged = torch.ops.elastic.merge_lowest(x, *given)
-    return F.layer_norm(merged[0], gain.shape, gain, offset, epsilon), *merged
-
-
-def merge_below(
-    x: Tensor,
-    size: Tensor | None,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
-    lengths: Tensor,
-    shift: Tensor,
-    multiple: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, prefix = x.shape[1], len(top)
-    own = torch.arange(n, device=x.device).repeat(len(x), 1)
-    here = own < lengths[:, None]
-    matches = match(x, prefix, lengths=lengths)
-    score = _scores(x, matches, before, weight, bias, distance_weight, top)
-    fine = (score + shift[:, None] >= 0) | ~matches.may_go
-    wanted = (fine & here)[:, prefix:].sum(1)
-    leaving = lengths - in_multiples(wanted, lengths, prefix, multiple)
-    order = score.masked_fill(~matches.may_go, torch.inf).argsort(dim=1, stable=True)
-    gone = (order.argsort(dim=1) < leaving[:, None]) & matches.may_go
-    merged, total = merge(x, size, gone.float(), matches.target)
-    stays = here & ~gone
-    counts = stays.sum(1)
-    index = stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    left = own < counts[:, None]
-    sizes = torch.where(left, total.gather(1, index), 1.0)
-    scores = torch.where(left, score.gather(1, index), -torch.inf)
-    return _at(merged, index), sizes, scores, index, torch.where(gone, matches.target, own), counts
-
-
-def _scores(
-    x: Tensor,
-    matches: Matches,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
-) -> Tensor:
-    """Return scores [B, n], by which tokens leave: the lowest so far; NOT_NOW for patches that may not leave now."""
-    score = stream_score(x, weight, bias) + distance_weight * matches.distance
-    score = score.masked_fill(~matches.may_go, NOT_NOW)
-    score[:, : len(top)] = top
-    return score if before is None else torch.minimum(score, before)
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    """Return the tokens of x [B, n, D] at index [B, k]."""
-    return x.flatten(0, 1).index_select(0, flat_index(index, x.shape[1])).view(*index.shape, -1)
+def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    score = score if bias is None else score + bias
+    open_ = score.clone() if limit is None else score >= limit
+    upto = open_.flatten().cumsum(0, dtype=torch.int32)
+    numbers = torch.arange(1, len(upto) + 1, dtype=torch.int32, device=upto.device)
+    return open_.contiguous(), torch.searchsorted(upto[:-1], numbers), upto - open_.flatten().int(), upto

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.kernels.scoring import per_size, stream_score
+from students.kernels.merging import per_size, stream_score
 from students.prepared import InPrecision, Stamp
+from students.routers import selection
 from students.spec import RouterSpec
 
 LEVELS = 65
@@ -169,3 +170,28 @@ class Router(Added):
             return 0
         mlp = self.spec.hidden * (width + self.gates) if self.spec.network == "mlp" else 0
         return width * self.gates + mlp
+
+
+class ImageRouter(Router):
+    """Scores image tokens in front of a language model: from the token alone and, with `query`, from a bilinear form of
+    rank `query` of the token and the prompt's mean text token."""
+
+    def __init__(self, spec: RouterSpec, width: int, gains: bool = False) -> None:
+        super().__init__(spec, width, 1, gains=gains)
+        if spec.query:
+            self.look = ThinLinear(width, spec.query, bias=False)
+            self.ask = ThinLinear(width, spec.query, bias=False)
+            nn.init.zeros_(self.ask.weight)
+
+    def of_prompt(self, x: Tensor, question: Tensor) -> Tensor:
+        """Return scores [B, T] of embedded tokens x [B, T, D]; question [B, T] bool: which are the prompt's text."""
+        score = self.of_stream(x)
+        if self.spec.query:
+            unit = F.rms_norm(x, x.shape[-1:])
+            asked = self.ask(selection.prompt_mean(unit, question))
+            score = score + (self.look(unit) * asked).sum(-1).float() / self.spec.query**0.5
+        return score
+
+    def macs(self, width: int) -> int:
+        """Return the multiply-accumulates for one token."""
+        return super().macs(width) + self.spec.query * (width + 1)
