@@ -86,7 +86,7 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
     command = ["eval", tmp_path / "price", "--json", "--baselines", "teal"]
     zero = {"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}  # accelerate's settings for DeepSpeed, same effect
     variables = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in zero.items()}
-    done = launched(2, *command, ACCELERATE_USE_DEEPSPEED="true", **variables)
+    done = launched(2, *command, launcher=FORKED, ACCELERATE_USE_DEEPSPEED="true", **variables)
     row, baseline = json.loads(done.stdout)["rows"]
     assert row["kl"] == pytest.approx(Run.open(tmp_path / "price").about["result"]["kl"], rel=1e-5)
     assert baseline["compute"] == pytest.approx(row["compute"], abs=0.01)
