@@ -59,9 +59,9 @@ GATED = [
 COUNTED = ["llama", "gemma2", "phi3", "gpt2", "olmo2"]
 """Models of which no two have the same kinds of parts: they are tested with every kind of router, and their FLOPs are
 counted."""
-MIXTURES = ["mixed", "mixed-keep", "mixed-channels", "mixed-neuron", "expert-static", "head-static", "token-drop-all"]
+COMBINED = ["mixed", "mixed-keep", "mixed-channels", "mixed-neuron", "expert-static", "head-static", "token-drop-all"]
 """Specifications that between them route every part of a model in every way: all models are tested with them."""
-MATRIX = [(name, kind) for name in sorted(TINY) for kind in sorted(SPECS) if name in COUNTED or kind in MIXTURES]
+MATRIX = [(name, kind) for name in sorted(TINY) for kind in sorted(SPECS) if name in COUNTED or kind in COMBINED]
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 

@@ -43,11 +43,11 @@ SPECS = {
     ),
 }
 
-MIXTURES = ["block merges", "multiples of 4 stay", "branches adaptive", "fixed heads and experts", "all"]
+COMBINED = ["block merges", "multiples of 4 stay", "branches adaptive", "fixed heads and experts", "all"]
 """Specifications that between them route every part of a model in every way: all models are tested with them."""
-MATRIX = [(name, spec) for name in MODELS for spec in SPECS if name in BOTH or spec in MIXTURES]
+MATRIX = [(name, spec) for name in MODELS for spec in SPECS if name in BOTH or spec in COMBINED]
 COUNTED = ["vit", "clip", "timm_registers", "timm_eva02", "timm_dinov3"]
-FEWER = [(name, spec) for name, spec in MATRIX if name == "timm_fused" or (name in COUNTED and spec in MIXTURES)]
+FEWER = [(name, spec) for name, spec in MATRIX if name == "timm_fused" or (name in COUNTED and spec in COMBINED)]
 
 
 @pytest.fixture
