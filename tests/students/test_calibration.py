@@ -8,9 +8,12 @@ import torch
 from elastic.accounting.language import head_cost, measured_compute
 from losses import forward_kl
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.calibration.data_shard import DataShard
 from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge
+from students.calibration.image import calibrate_images, observe_images
 from students.calibration.language import calibrate
 from students.routers import Substitute
+from tests.pico.image import make_tiny as make_image
 from tests.pico.language import make_tiny
 
 
@@ -141,6 +144,33 @@ def test_estimated_cost_is_the_kl_of_closing_a_gate(router: RouterSpec, windows:
     ratios = estimated / torch.tensor(measured)
     assert ((ratios > 1 / 2) & (ratios < 2)).all(), ratios
     assert 0.8 < ratios.mean() < 1.25, ratios
+
+
+def test_estimated_cost_of_an_image_model_s_heads_is_the_kl_of_closing_them():
+    model, pixels = make_image("timm_fused"), draw(64, 3, 16, 16)
+    with torch.no_grad():
+        for block, scale in zip(model.blocks, (0.02, 0.5, 0.5), strict=True):  # all matter alike
+            block.attn.proj.weight.mul_(scale)
+    student = elasticize(model, StudentSpec((RouterSpec("head", network="static"),)))
+    start = calibrate_images(student, pixels.split(16), 0.9)
+    scores, measured = list(student.added_parameters().values()), []
+    known = torch.cat(scores).detach()
+    estimated = known.exp() * start.price * (1 - start.compute) / (known < 0).sum()
+    with torch.no_grad(), student.teacher():
+        exact = student(pixels)[0]
+    for gate in range(12):
+        with torch.no_grad():
+            for number, score in enumerate(scores):
+                score.copy_(torch.where(torch.arange(4) == gate - 4 * number, -1.0, 1.0))
+            measured.append(float(forward_kl(student(pixels)[0], exact).mean()))
+    ratios = estimated / torch.tensor(measured)
+    assert ((ratios > 1 / 2) & (ratios < 2)).all() and 0.8 < ratios.mean() < 1.25, ratios
+
+
+def test_tokens_that_never_close_are_not_observed():
+    student = elasticize(make_image("timm_registers"), StudentSpec((RouterSpec("token", kv="drop"),)))
+    seen = observe_images(student, draw(8, 3, 16, 16).split(4), 0, DataShard())
+    assert [len(x) for part in seen.values() for x in part] == [8 * 16] * 12
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2"])
