@@ -46,8 +46,8 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 class BlockShape:
     """Costs of one block and of the modules added to it, in MACs for one token unless stated otherwise.
 
-    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together; mlp_in: a mixture of experts as a whole,
-    with its router and as many experts as a token uses.
+    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together. In a mixture of experts, mlp_out: as
+    many experts as the model's router chooses; mlp_in: this router, and experts that all tokens share.
     """
 
     q: int
@@ -224,7 +224,7 @@ class BlockCost:
     """Share of channels that are read, by site with a channel router."""
     left: dict[str, Tensor | float] = field(default_factory=dict)
     """Share of a site's weights that are read, where a router leaves out other weights than those of heads, groups or
-    channels (neuron routers)."""
+    channels (neuron and mixture routers)."""
     scored: dict[str, Tensor | float] = field(default_factory=dict)
     """How often a router's cost is paid per token, by its key in BlockShape.routers, where the default of `total` (all
     tokens; in image models those inside the block) does not hold."""

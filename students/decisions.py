@@ -12,8 +12,8 @@ from students.spec import RouterSpec
 @dataclass
 class Decisions:
     """Routing decisions of one forward pass, by key: "3.attn.token", "3.layer", "3.attn.head", "3.mlp.expert",
-    "3.mlp.neuron", "3.mlp_in.channel" (3: the block's number), "vocab". Tensors are differentiable with respect to the
-    routers' parameters."""
+    "3.mlp.neuron", "3.mlp.mixture", "3.mlp_in.channel" (3: the block's number), "vocab". Tensors are differentiable
+    with respect to the routers' parameters."""
 
     share: dict[str, Tensor] = field(default_factory=dict)
     """Share of each router's gates that are open, per token [B, T] (or [B, 1], [1, 1] if it is the same for all)."""

@@ -190,7 +190,8 @@ class BlockPlace:
         record, sizes = self.record, self.sizes
         macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
         if not record.mlp_in:
-            macs["mlp_in"] = sum(map(math.prod, matrices_of(self.block.get_submodule(record.mlp))))
+            matrices = matrices_of(self.block.get_submodule(record.mlp))
+            macs["mlp_in"], macs["mlp_out"] = (sum(map(math.prod, shapes)) for shapes in matrices)
         for self.branch in BRANCHES:
             self._elasticize_branch()
         join_product(self.block, record)

@@ -1,9 +1,10 @@
 """Specification of a student: the routers and low-rank corrections that are added to a frozen model.
 
 These dataclasses are the section `student` of a configuration (see configs/presets). A router computes *scores*, and a
-*gate* is open where score + offset >= 0; what a closed gate switches is not computed. Channel, neuron and vocab routers
-compare an activation or a preview of a logit with a learned *limit* instead, which falls as the offset rises. The
-*offset* is one number for the whole student, set by the dial: 0 leaves gates as learned, lower values close more.
+*gate* is open where score + offset >= 0; what a closed gate switches is not computed. Channel, neuron, mixture and
+vocab routers compare an activation, a routing weight or a preview of a logit with a learned *limit* instead, which
+falls as the offset rises. The *offset* is one number for the whole student, set by the dial: 0 leaves gates as learned,
+lower values close more.
 
     StudentSpec(routers=(RouterSpec("channel"), RouterSpec("vocab")))  # the preset `default`, which saves in decoding
 """
@@ -32,6 +33,7 @@ class RouterSpec:
     - head: one attention head;
     - expert: one group of MLP neurons;
     - neuron: one neuron of a gated MLP;
+    - mixture: one expert of a mixture, of those that the model's own router has chosen;
     - channel: one input channel of a linear layer;
     - vocab: one row of the LM head;
     - image: one image token in front of a language model.

@@ -118,8 +118,7 @@ def _mixed(block: nn.Module, record: Architecture) -> int:
     """Return the inputs and outputs of the matrices of a mixture of experts, for one token; 0: the MLP is dense."""
     if record.mlp_in:
         return 0
-    mlp = block.get_submodule(record.mlp)
-    return sum(uses * (outputs + inputs) for outputs, inputs, uses in matrices_of(mlp))
+    return sum(sum(shape) for shapes in matrices_of(block.get_submodule(record.mlp)) for shape in shapes)
 
 
 def untouched(student: Any) -> int:

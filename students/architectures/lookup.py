@@ -138,22 +138,23 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def matrices_of(mlp: nn.Module) -> list[tuple[int, int, int]]:
-    """Return (outputs, inputs, uses) of each matrix of an MLP that may be a mixture of experts. Uses: how often a token
-    is multiplied by one; in a stack of experts' matrices [E, O, I], as often as the mixture's router chooses experts.
-    """
+def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the shapes (outputs, inputs) of the matrices that multiply one token in an MLP that may be a mixture of
+    experts: those of every token, and those of the experts, as many as the mixture's router chooses."""
     mlp = getattr(mlp, "base_layer", mlp)
     chosen: Any = next((module.top_k for module in mlp.modules() if hasattr(module, "top_k")), 0)
-    found = []
+    always, some = [], []
     for module in mlp.modules():
         if hasattr(module, "in_features"):
-            found.append((*shape_of(module), 1))
+            always.append(shape_of(module))
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 or (name == "weight" and parameter.ndim == 2):
-                outputs, inputs = parameter.shape[-2:]
-                found.append((outputs, inputs, chosen if parameter.ndim == 3 else 1))
-    return found
+            outputs, *inputs = parameter.shape[-2:]
+            if parameter.ndim == 3:
+                some += [(outputs, *inputs)] * chosen
+            elif parameter.ndim == 2 and name == "weight":
+                always.append((outputs, *inputs))
+    return always, some
 
 
 def can_be_read_in_part(linear: nn.Module) -> bool:

@@ -80,6 +80,8 @@ class Call:
 
     tokens: int = 0
     """Number of tokens in the batch; 0 where it does not matter."""
+    batch: int = 1
+    """Number of rows of the batch."""
     rows: Tensor | None = None
     """Offsets [B] of the dial if each row has its own; None: all rows share one."""
     skipping: bool = False

@@ -99,7 +99,8 @@ class Runtime:
         """Start a call for `batch` rows with `tokens` tokens in all (0: irrelevant). ValueError as in `offsets`."""
         self.drop()
         skipping = self.execution == "skip" and not torch.is_grad_enabled()
-        self.call = Call(tokens, self._offsets(batch, device, skipping), skipping, alone=skipping and tokens == 1)
+        alone, offsets = skipping and tokens == 1, self._offsets(batch, device, skipping)
+        self.call = Call(tokens, batch, offsets, skipping, alone)
         return self.call
 
     def set_dial(self, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from students.architectures import Architecture
 if TYPE_CHECKING:
     from students.spec import RouterSpec, StudentSpec
 
-KindName = Literal["token", "head", "expert", "neuron", "channel", "layer", "vocab", "image"]
+KindName = Literal["token", "head", "expert", "neuron", "mixture", "channel", "layer", "vocab", "image"]
 """Names of all kinds, in the order in which their routers are attached to a block."""
 GATED = ("granularity", "hidden", "network", "selection", "weight", "blocks", "part")
 """Fields of RouterSpec that have an effect on all kinds of routers in blocks that compute scores from tokens."""

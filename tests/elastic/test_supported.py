@@ -16,7 +16,7 @@ from elastic.cli import main
 from elastic.run import Run
 from students.architectures import ARCHITECTURES, VISION_TOWERS
 from tests.elastic.runs import write_images
-from tests.pico.language import MIXTURES, TINY
+from tests.pico.language import TINY, TINY_MIXTURES
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import ALIKE, CONFIGS, make_vlm
 
@@ -56,7 +56,7 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 
 def test_every_record_of_names_is_tried() -> None:
-    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in (TINY | MIXTURES).items()}
+    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in (TINY | TINY_MIXTURES).items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "gemma"}  # inside those of CONFIGS
     tried = {
         *config_of.values(),
@@ -82,9 +82,9 @@ def _bytes() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-@pytest.mark.parametrize("name", [*TINY, "mixtral"])
+@pytest.mark.parametrize("name", TINY)
 def test_a_saved_language_model(name: str, text_file: Path, tmp_path: Path) -> None:
-    kind, settings = (TINY | MIXTURES)[name]
+    kind, settings = TINY[name]
     sizes = set(TINY["gpt2"][1] if name == "gpt2" else TINY["llama"][1])
     torch.manual_seed(0)
     settings = {key: value for key, value in settings.items() if key in sizes}

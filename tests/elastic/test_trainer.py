@@ -45,7 +45,7 @@ from tests.elastic.runs import (
     resume,
     silent,
 )
-from tests.pico.language import make_tiny
+from tests.pico.language import make_tiny, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +59,10 @@ RUN = (LORA,)
 def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, configure: Configure, tmp_path: Path):
     if preset == "prefill":  # in models this small, routers and substitutes are a large share of compute
         config = configure(preset="default", budget__phase="prefill", budget__target=0.95)
+    elif preset == "mixture-of-experts":
+        make_tiny("mixtral").save_pretrained(tmp_path / "model")
+        make_tokenizer(words=117).save_pretrained(tmp_path / "model")
+        config = configure(preset=preset, model=str(tmp_path / "model"))
     else:
         config = configure(preset=preset)
     row = distill(config, tmp_path / "run")
@@ -75,11 +79,12 @@ def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, confi
         return
     student, ids = elastic.load(run.folder), torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
     student.set_compute(1.0)
-    assert torch.equal(student(ids)[0].logits, make_tiny("llama")(ids).logits)
+    model = make_tiny("mixtral" if preset == "mixture-of-experts" else "llama")
+    assert torch.equal(student(ids)[0].logits, model(ids).logits)
     (row,) = measure_run(str(run.folder), compute=[1.0], say=silent)
     assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)
     student.set_compute(student.dial[0][0])
-    assert not torch.equal(student(ids, use_cache=False)[0].logits, make_tiny("llama")(ids).logits)
+    assert not torch.equal(student(ids, use_cache=False)[0].logits, model(ids).logits)
 
 
 def test_compute_on_held_out_text_is_what_was_asked(configure: Configure, tmp_path: Path):

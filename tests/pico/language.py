@@ -56,7 +56,7 @@ TINY = {
 }
 _MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
 _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
-MIXTURES = {
+TINY_MIXTURES = {
     "mixtral": ("MixtralConfig", dict(_MIXTURE, num_local_experts=8, sliding_window=6)),
     "olmoe": ("OlmoeConfig", dict(_MIXTURE, num_experts=8, clip_qkv=2.0)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(_QWEN_MOE, head_dim=16, decoder_sparse_step=2)),
@@ -79,7 +79,7 @@ MIXTURES = {
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = {**TINY, **MIXTURES}[name]
+    kind, settings = {**TINY, **TINY_MIXTURES}[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
     torch.manual_seed(0)

@@ -1,0 +1,74 @@
+"""The experts of a mixture, of which those with a small routing weight are closed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from students.execution.block_context import BranchContext
+from students.execution.runtime import Runtime
+from students.execution.wrapper import Named, Wrapper
+from students.routers import ChannelRouter
+
+
+class RoutedExperts(Wrapper):
+    """A mixture's experts; of those that the model's router has chosen for a token, one is closed where its routing
+    weight stays below the expert's limit.
+
+    Where gates are skipped, a closed expert's number becomes that of an expert elsewhere, as in expert parallelism:
+    transformers then computes no product for it, without the host waiting. `batched_mm`, to which transformers switches
+    for decoding on GPUs, would compute it all the same, so that `grouped_mm` runs in its place. block: index of the
+    block.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, runtime: Runtime, router: ChannelRouter, block: int, branch: BranchContext
+    ) -> None:
+        super().__init__(base_layer, runtime)
+        self.routers = Named[ChannelRouter]({"mixture": router})
+        self.key = f"{block}.mlp.mixture"
+        self.branch = branch
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum [N, D] of experts for x [N, D]; index, weights [N, k]: what the model's router has
+        chosen."""
+        base: Any = self.base_layer
+        run, compute = self.runtime, base
+        if not run.bypass:
+            router = self.routers["mixture"]
+            every = weights.new_zeros(len(x), len(router.log_limit)).scatter(1, index, weights)
+            every, share = router.read(every, run.dial_of(every, self._owner(len(x))))
+            self._note((share * (every.shape[1] / index.shape[1])).clamp(max=1))
+            weights = every.gather(1, index)
+        skips = run.call.skipping and not run.bypass
+        if skips:
+            index = index.masked_fill(weights == 0, base.num_experts)
+            if base.config._experts_implementation not in ("eager", "grouped_mm"):
+                compute = partial(grouped_mm_experts_forward, base)
+        base._is_expert_parallel = skips
+        out: Tensor = compute(x, index, weights)
+        return out
+
+    def _owner(self, tokens: int) -> Tensor | None:
+        """Return the row of the batch that each of the tokens belongs to; None if all rows share one offset."""
+        offsets, rows = self.runtime.call.rows, self.branch.rows
+        if offsets is None:
+            return None
+        if rows is None:
+            return torch.arange(tokens, device=offsets.device) // (tokens // len(offsets))
+        return rows.queries // rows.shape[1]
+
+    def _note(self, share: Tensor) -> None:
+        """Record the share [N] of open experts; 0 for tokens that the MLP does not run on."""
+        run, rows = self.runtime, self.branch.rows
+        if run.decisions is None:
+            return
+        if rows is None:
+            share = share.view(run.call.batch, -1)
+        else:
+            share = share.new_zeros(rows.shape.numel()).index_copy_(0, rows.queries, share).view(rows.shape)
+        run.note(self.key, self.routers["mixture"].spec, share)

@@ -1,0 +1,97 @@
+"""Mixture routers: of the experts that a model's own router has chosen for a token, they choose those that it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from students.architectures import Architecture
+from students.calibration.observe import BlockObservers, BlockStart
+from students.calibration.price import Choice
+from students.compute import BlockCost, Phase
+from students.execution.mixture import RoutedExperts
+from students.kinds.registry import Kind
+from students.places import BlockPlace
+from students.routers import OPEN, ChannelRouter
+from students.shards import open_unit
+from students.spec import RouterSpec, StudentSpec
+
+
+class MixtureKind(Kind):
+    """A limit for the routing weight of each expert, below which the expert is not computed, so that tokens use
+    different numbers of experts (as in arXiv 2403.07652, but with limits that follow from one price of compute for all
+    layers). The other experts keep their weights. Executed by students/execution/mixture.py."""
+
+    name = "mixture"
+    fields = ("blocks", "part")
+    in_vision_tower = False
+    limits = ("log_limit", "log_gain")
+
+    def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
+        if record.mlp_in:
+            raise ValueError(
+                "a mixture router chooses among the experts of a mixture; the MLPs of this model are dense: use "
+                "channel or expert routers"
+            )
+
+    def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
+        experts = _experts(place.block, place.record)
+        if place.branch != "mlp" or experts is None:
+            return
+        router = ChannelRouter(spec, experts.num_experts, place.spec.gains)
+        routed = RoutedExperts(experts, place.runtime, router, place.number, place.wrapper.context)
+        place.block.set_submodule(f"{place.record.mlp}.experts", place.like(routed))
+
+    def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
+        cost.left["mlp_out"] = cost.share(spec, "mlp.mixture", missing=0.0)  # no token entered this branch
+
+    def saves(self, spec: RouterSpec, phase: Phase) -> bool:
+        """In prefill, too, an expert is not computed for tokens that have closed it."""
+        return True
+
+    def fixes_shapes(self, spec: RouterSpec) -> bool:
+        return True
+
+    def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
+        block.branch("mlp")
+
+    @torch.no_grad()
+    def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
+        """Return the start of the limits. The cost of closing an expert is estimated from its routing weight and the
+        mean effect of its outputs on calibration tokens, which are not known when the gate decides."""
+        experts = _experts(block.block, block.record)
+        if not isinstance(experts, RoutedExperts):
+            return []
+        open_unit(block.block)
+        mlp, router = block.block.get_submodule(block.record.mlp), experts.routers["mixture"]
+        given: list[Any] = []
+        x = block.seen("mlp").x.to(next(mlp.parameters()).dtype)
+        hook = experts.register_forward_pre_hook(lambda module, args: given.append(args))
+        getattr(mlp, "base_layer", mlp)(x.unsqueeze(0))
+        hook.remove()
+        x, index, weights = given[0]
+        effects = [
+            experts.base_layer(x, one, torch.ones_like(weights[:, :1])).float().pow(2) @ block.seen("mlp").sensitivity
+            for one in index.split(1, 1)
+        ]
+        effect = torch.stack(effects, 1)
+        total = torch.zeros_like(router.log_limit).index_add(0, index.flatten(), effect.flatten())
+        effect_of = (total + effect.mean()) / (index.flatten().bincount(minlength=len(total)) + 1)  # rarely used: mean
+        saving = block.shape.mlp_out / index.shape[1] / block.dense
+
+        @torch.no_grad()
+        def apply(price: float) -> None:
+            limit = 2 * price * saving / effect_of.clamp(min=1e-30)
+            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
+
+        return [Choice(weights.float().pow(2) * effect_of[index] / 2, saving, apply)]
+
+
+def _experts(block: nn.Module, record: Architecture) -> Any:
+    """Return the experts of a block's MLP; None if it is dense."""
+    return getattr(block.get_submodule(record.mlp), "experts", None)
+
+
+KIND = MixtureKind()
