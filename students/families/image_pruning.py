@@ -59,9 +59,11 @@ class StudentPruning(PromptPruning):
     def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
         """Return the Room of rows after pruning, from their numbers of image tokens and of tokens without padding."""
         student = self._student
+        whole = super().room(image, valid, tokens)
         if student.runtime.bypass or student.image_router is None:
-            return super().room(image, valid, tokens)
-        return student.room(student.image_router, image, valid)
+            return whole
+        made = student.room(student.image_router, image, valid)
+        return made if made.fewer else whole
 
     @contextmanager
     def told(self, prompted: Prompted) -> Iterator[None]:
@@ -129,7 +131,7 @@ def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
 
 
 def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """Return masks [B, 1, T, T] under which only the tokens marked in kept [B, T] are attended to.
+    """Return additive masks [B, 1, T, T] under which only the tokens marked in kept [B, T] are attended to.
 
     bias [B, T]: added to the attention scores of each key instead; tokens that are not kept are then attended to as
     well, unless the model's own mask hides them.
@@ -140,7 +142,5 @@ def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype
     seen = kept if bias is None else torch.ones_like(kept)
     if bias is not None and own is None and isinstance(mask, Tensor):
         seen = mask.bool()
-    allowed = selection.hide_closed_keys(own, seen, dtype)
-    if bias is None:
-        return allowed
-    return selection.additive(allowed, dtype) + bias.to(dtype)[:, None, None, :]
+    allowed = selection.additive(selection.hide_closed_keys(own, seen, dtype), dtype)
+    return allowed if bias is None else allowed + bias.to(dtype)[:, None, None, :]

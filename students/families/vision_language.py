@@ -238,7 +238,7 @@ class VisionLanguageStudent(LanguageStudent):
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -ids.shape[1] :].bool()
         if self.image_router is None:
-            self._prompted = Prompted(None, valid)
+            self._prompted = Prompted(None, valid) if _is_flat(mask) else None
             return None
         self.runtime.begin(len(ids), ids.device)
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
@@ -268,7 +268,8 @@ class VisionLanguageStudent(LanguageStudent):
             else:
                 kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
         mask = kwargs.get("attention_mask")
-        if kept is None and prompted.valid.shape[1] > 1 and not (mask is None or _is_flat(mask)):
+        hidden = mask is not None and not _is_flat(mask) and prompted.room is None and prompted.valid.shape[1] > 1
+        if kept is None and hidden:
             kept, padded = prompted.valid, prompted.valid.numel() - int(prompted.valid.sum())  # waits for the device
         before = self._prompt
         if kept is not None and self.runtime.decisions is not None and self.runtime.decisions.index is not None:
@@ -347,8 +348,11 @@ class VisionLanguageStudent(LanguageStudent):
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
         room = self._room(router, prompted, kept)
-        if not room.fewer:
+        if not room.fewer and (prompted.room is None or room.kept == valid.numel()):
             return None, 0
+        if not room.fewer:  # a recorded pass, whose caller leaves padding to us
+            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, None, x.dtype)
+            return valid, valid.numel() - room.kept
         positions = positions_of(kwargs, x)
         memory = None if cache is None else memory_of(cache)
         place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windowed else None

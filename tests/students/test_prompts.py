@@ -79,6 +79,17 @@ def test_a_frozen_model(name: str) -> None:
         same(recorded(decoding, inputs)[0], model.generate(**inputs, **FOUR))
 
 
+@pytest.mark.parametrize("router", [PRUNING, RouterSpec("channel")])
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_padding_is_hidden_where_all_images_pass(name: str, router: RouterSpec) -> None:
+    student = student_of(name, router, keep=1.0)
+    inputs = make_prompts(student.model, (2, 1), left=True)
+    text = {name: F.pad(x, (5, 0)) for name, x in inputs.items() if x.shape == inputs["input_ids"].shape}
+    out, made = recorded(student, {**inputs, **text})
+    same(out, student.model.generate(**{**inputs, **text}, **FOUR))
+    assert made == 1
+
+
 def test_the_length_may_differ_a_little() -> None:
     student = student_of("llava")
     inputs = make_prompts(student.model, (1, 1), left=True)
