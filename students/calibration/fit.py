@@ -159,7 +159,8 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
         preview = features @ preview_weight.T
         exact = torch.cat([part @ some.float().T for some in weight.split(8192)], 1)
         log_p = (scale * exact).log_softmax(-1)
-        above = (preview - features @ router.slope.unsqueeze(-1)) / features.norm(dim=-1, keepdim=True)
+        norm = features.norm(dim=-1, keepdim=True).clamp(min=1e-20)  # a zero embedding, alone, has a state of zeros
+        above = (preview - features @ router.slope.unsqueeze(-1)) / norm
         ranked = above.topk(round(max(shares) * len(weight)), dim=-1).values
         for place, share in enumerate(shares):
             spread = ranked[:, round(share * len(weight)) - 1]
