@@ -67,23 +67,38 @@ class CudaGraph:
         return self._out
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def recorder_for(device: torch.device) -> Recorder | None:
     """Return the recorder for work on this device; None if there is none."""
     return partial(CudaGraph, device=device) if device.type == "cuda" else None
 
 
-class Recordings(OrderedDict[Hashable, T], Generic[T]):
-    """The most recently used recordings, by the key that each was made for."""
+class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Generic[T]):
+    """The most recently used recordings, by the key that each was made for: the tensors that the work reads, and its
+    replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once."""
 
-    def take(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the recording of a key, made now if it is missing."""
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        self._said: set[str] = set()
+
+    def warn(self, reason: str) -> None:
+        """Say, once, why nothing is recorded."""
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"{self._what}: {reason}", stacklevel=4)
+
+    def take(
+        self, key: Hashable, record: Recorder, make: Callable[[], tuple[T, Callable[[], Any]]]
+    ) -> tuple[T, Callable[[], Any] | None]:
+        """Return the recording of a key; if it is missing, the work that `make` returns with its tensors becomes it."""
         if key not in self:
-            self[key] = make()
+            own, work = make()
+            try:
+                self[key] = own, record(work)
+            except RuntimeError as error:  # the work waits for the device, or leaves too little memory
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                self.warn(f"recording failed ({reason})")
+                self[key] = own, None
         self.move_to_end(key)
         while len(self) > KEPT:
             self.popitem(last=False)
@@ -105,8 +120,7 @@ class Forward:
         recorder: Recorder | None = None,
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings[tuple[Tensor, Callable[[], Any]]]()
-        self._said: set[str] = set()
+        self.kept = Recordings[Tensor]("images without recorded passes")
         self._run = run
         self._state = state
 
@@ -121,22 +135,18 @@ class Forward:
             key = None if record is None else (pixels.shape, pixels.dtype, pixels.device, self._state(pixels))
         except ValueError as reason:
             key = None
-            if str(reason) not in self._said:
-                self._said.add(str(reason))
-                warnings.warn(f"images without recorded passes: {reason}", stacklevel=3)
+            self.kept.warn(str(reason))
         if record is None or key is None:
             return self._run(pixels)
 
         def make() -> tuple[Tensor, Callable[[], Any]]:
             with torch.inference_mode(False):
                 own = pixels.clone()
-            try:
-                return own, record(lambda: self._run(own))
-            except RuntimeError as error:
-                warnings.warn(f"images without recorded passes: recording failed ({first_line(error)})", stacklevel=4)
-                return own, lambda: self._run(own)
+            return own, lambda: self._run(own)
 
-        own, replay = self.kept.take(key, make)
+        own, replay = self.kept.take(key, record, make)
+        if replay is None:
+            return self._run(pixels)
         own.copy_(pixels)
         return replay()
 

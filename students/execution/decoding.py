@@ -8,10 +8,8 @@ number of slots; when all slots are taken, a step with more slots continues. Tur
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteri
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from students.architectures import windows_of
-from students.execution.capture import Fetched, Recorder, Recordings, first_line, recorder_for
+from students.execution.capture import Fetched, Recorder, Recordings, recorder_for
 from students.execution.fixed import DecodeStep
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.execution.prompt import PromptPruning, Prompts, Read, following
@@ -73,11 +71,10 @@ class Decoding:
         self.recorder = recorder
         self._state = state
         self._settle = settle
-        self._steps = Recordings[tuple[DecodeStep, Callable[[], Tensor]]]()
+        self._steps = Recordings[DecodeStep]("decoding without recorded steps")
         self._prompts: Prompts | None = None
         if hasattr(model.base_model, "get_image_features"):
             self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
-        self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
@@ -91,8 +88,9 @@ class Decoding:
         try:
             possible = self._possible(args, kwargs)
         except ValueError as reason:
-            self._warn(str(reason))
             possible = False
+            if not self.replays:
+                self._steps.warn(str(reason))
         if not possible:
             return self.model.generate(*args, **kwargs)
         if self._prompts is not None:
@@ -131,20 +129,13 @@ class Decoding:
         read = positions = None
         if self._prompts is not None and config.prefill_chunk_size is None:
             inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-            read = self._prompts.read(
-                inputs, self.recorder, partial(self._warn, what="prompts without recorded passes")
-            )
+            read = self._prompts.read(inputs, self.recorder)
             if inputs.get("position_ids") is not None:
                 positions = following(inputs["position_ids"])
         if read is None:
             out = self.model._prefill(ids, config, kwargs)
             read = Read(out.logits[:, -1].float(), cache_of(out))
         return read._replace(positions=positions)
-
-    def _warn(self, reason: str, what: str = "decoding without recorded steps") -> None:
-        if reason not in self._said and not self.replays:
-            self._said.add(reason)
-            warnings.warn(f"{what}: {reason}", stacklevel=4)
 
     @property
     def replays(self) -> bool:
@@ -267,13 +258,10 @@ class Decoding:
 
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
-            try:
-                return step, (self.recorder or recorder_for(keys.device) or Replay)(step.run)
-            except RuntimeError as error:  # the model waits for the device, or leaves too little memory
-                self._warn(f"{type(self.model).__name__} could not be recorded ({first_line(error)})")
-                return step, step.run
+            return step, step.run
 
-        return self._steps.take(key, make)
+        step, replay = self._steps.take(key, self.recorder or recorder_for(keys.device) or Replay, make)
+        return step, replay or step.run
 
     def _as_cache(self, step: DecodeStep, read: Read, new: int) -> DynamicCache:
         """Copy what a step holds, the prompt and `new` further tokens, into a dynamic cache."""

@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from students.architectures import windows_of
-from students.execution.capture import Fetched, Forward, Recorder, Recordings, first_line, recorder_for
+from students.execution.capture import Fetched, Forward, Recorder, Recordings, recorder_for
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.libraries import with_cache
 from students.routers import selection
@@ -234,7 +234,7 @@ class Prompts:
     ) -> None:
         self.model: Any = model
         self.pruning = pruning
-        self.kept = Recordings[tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]]()
+        self.kept = Recordings[PromptPass]("prompts without recorded passes")
         self.tower = Forward(self._look, pruning.tower_state)
         """Recorded passes from pixels to embeddings of image tokens, where images come as pixels alone."""
         self._settle = settle
@@ -256,9 +256,9 @@ class Prompts:
         kept = {name: x for name, x in kwargs.items() if name != "pixel_values"}  # sizes stay, for positions
         return kept | {"mm_encoder_outputs": {"image": made}}
 
-    def read(self, inputs: dict[str, Any], recorder: Recorder | None, say: Callable[[str], None]) -> Read | None:
+    def read(self, inputs: dict[str, Any], recorder: Recorder | None) -> Read | None:
         """Read a prompt through a recorded pass; inputs: those of the model. None if there is nothing to record, or if
-        recording is impossible: `say` is then called with the reason."""
+        recording is impossible, of which a warning gives the reason."""
         ids, made = inputs["input_ids"], (inputs.get("mm_encoder_outputs") or {}).get("image")
         record = recorder or recorder_for(ids.device)
         if record is None or made is None:
@@ -267,10 +267,10 @@ class Prompts:
             self._settle(len(ids), ids.device)
             state = self._state()
         except ValueError as reason:
-            say(str(reason))
+            self.kept.warn(str(reason))
             return None
         if getattr(made, "deepstack_features", None) is not None:
-            say(f"{type(self.model).__name__} adds image features behind its first layers")
+            self.kept.warn(f"{type(self.model).__name__} adds image features behind its first layers")
             return None
         images = made.pooler_output
         images = (images if isinstance(images, Tensor) else torch.cat(list(images))).flatten(0, -2)
@@ -286,16 +286,12 @@ class Prompts:
         padded = room.kept < len(ids) * room.tokens
         key = valid.shape, images.shape, images.dtype, ids.device, room.tokens, room.fewer, padded, *text, state
 
-        def make() -> tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]] | None]:
+        def make() -> tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]]]:
             made = PromptPass(self.model, self.pruning, text, valid, images, room)
             made.write(text, valid, images, fill)
-            try:
-                return made, record(made.run)
-            except RuntimeError as error:
-                say(f"{type(self.model).__name__} could not be recorded ({first_line(error)})")
-                return made, None
+            return made, made.run
 
-        own, replay = self.kept.take(key, make)
+        own, replay = self.kept.take(key, record, make)
         if replay is None:
             return None
         own.write(text, valid, images, fill)
