@@ -20,9 +20,6 @@ from students.routers import Router, Substitute
 from students.shards import open_unit
 from students.spec import RouterSpec
 
-PRICED_ROWS = 256
-"""Tokens on which the limits of channels are priced."""
-
 
 @dataclass
 class Observed:
@@ -163,11 +160,6 @@ class BlockStart:
             self._importance[site] = reduce(torch.add, parts)
         return self._importance[site]
 
-    def column_cost(self, site: str, rows: int | None = None) -> Tensor:
-        """Return the estimated cost [rows, C] in nats of leaving out each channel of a site, for the first `rows`
-        sampled tokens (None: all)."""
-        return self.seen(self.record.linears(site)[0]).x[:rows].pow(2) * self.importance(site) / 2
-
     def outputs(self, site: str) -> int:
         """Return the multiply-accumulates of one channel of a site: one for each output of its linear layers."""
         return sum(shape_of(linear)[0] for linear in self.linears(site))
@@ -193,7 +185,8 @@ class BlockStart:
 
     def narrowing(self, spec: RouterSpec, branch: str) -> list[Choice]:
         """Return the choice of a router of heads or groups: closing one costs the sum over its channels' costs."""
-        router, columns = self.router(branch, spec.kind), self.column_cost(f"{branch}_out")
+        router, site = self.router(branch, spec.kind), f"{branch}_out"
+        columns = self.seen(self.record.linears(site)[0]).x.pow(2) * self.importance(site) / 2
         assert router.members is not None
         cost = torch.zeros(len(columns), router.gates, device=router.members.device)
         cost.index_add_(1, router.members, columns)

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.calibration.fit import ridge
-from students.routers import Router
+from students.routers import OPEN, ChannelRouter, Router
 
 LOWEST, HIGHEST, FINENESS = -30.0, 15.0, 0.002
 """Range and spacing of the grid of log prices."""
+PRICED_ROWS = 256
+"""Tokens on which the limits of channels are priced."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,18 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
             router.log_gain.fill_(math.log(2))  # scores are logarithms of costs, channels' limits of their square roots
 
     return Choice(predicted.exp(), saving, apply)
+
+
+def limit_choice(router: ChannelRouter, x: Tensor, importance: Tensor, saving: float) -> Choice:
+    """Return the choice of a router of channels with values x [rows, C], where closing one costs importance * x^2 / 2
+    nats, importance [C]: limits solve cost < price * saving for x, or of the mean cost if the router is static."""
+    cost, static = x[:PRICED_ROWS].pow(2) * importance / 2, router.spec.network == "static"
+    cost = cost.mean(0, keepdim=True) if static else cost
+    each = cost[0] if static else importance / 2
+
+    @torch.no_grad()
+    def apply(price: float) -> None:
+        limit = price * saving / each.clamp(min=1e-30)
+        router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
+
+    return Choice(cost, saving, apply)

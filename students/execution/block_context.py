@@ -216,6 +216,11 @@ class Rows:
         """Whether the branch is called with all tokens and the output of all is wanted."""
         return self.keys is None and self.wanted.every
 
+    def whole(self, share: Tensor, index: Tensor) -> Tensor:
+        """Return [B, T] with the shares of the tokens at flat indices `index`, and 0 for all others."""
+        full = share.new_zeros(self.shape.numel())
+        return full.index_copy_(0, index, share.flatten()).view(self.shape)
+
 
 @dataclass
 class LinearGroupContext:

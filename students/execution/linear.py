@@ -182,8 +182,7 @@ class RoutedLinear(Wrapper):
             return
         here = None if rows is None or rows.all else rows.queries if ends else rows.keys
         if here is not None and rows is not None:
-            full = share.new_zeros(rows.shape.numel())
-            share = full.index_copy_(0, here, share.flatten()).view(rows.shape)
+            share = rows.whole(share, here)
         run.note(f"{self.group.name}.channel", self.routers["channel"].spec, share)
 
     def _correct(self, out: Tensor, x: Tensor) -> Tensor:

@@ -36,26 +36,14 @@ class RoutedActivation(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
-        if self.runtime.bypass:
+        run, rows, router = self.runtime, self.branch.rows, self.routers["neuron"]
+        if run.bypass:
             return out
-        out, share = self.routers["neuron"].read(out, self.runtime.dial_of(x, self._owner()))
-        self._note(share)
+        out, share = router.read(out, run.dial_of(x, None if rows is None else rows.queries // rows.shape[1]))
+        run.note(self.key, router.spec, share if rows is None else rows.whole(share, rows.queries))
         self.branch.narrow = None
-        if self.opaque or not (self.runtime.call.alone and x.shape[:-1].numel() == 1):
+        if self.opaque or not (run.call.alone and x.shape[:-1].numel() == 1):
             return out
         open_ = out.flatten().nonzero().squeeze(1)
         self.branch.narrow = Narrow(open_, out.shape[-1], weight=None, keep=False)
         return out.index_select(-1, open_)
-
-    def _owner(self) -> Tensor | None:
-        """Return the row of the batch that each token belongs to; None unless tokens are packed."""
-        rows = self.branch.rows
-        return None if rows is None else rows.queries // rows.shape[1]
-
-    def _note(self, share: Tensor) -> None:
-        """Record the share of open neurons; 0 for tokens that the MLP does not run on."""
-        rows = self.branch.rows
-        if rows is not None:
-            full = share.new_zeros(rows.shape.numel())
-            share = full.index_copy_(0, rows.queries, share.flatten()).view(rows.shape)
-        self.runtime.note(self.key, self.routers["neuron"].spec, share)

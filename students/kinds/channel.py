@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from students.architectures import Architecture
 from students.architectures.record import LINEAR_SITES
-from students.calibration.observe import PRICED_ROWS, BlockObservers, BlockStart
-from students.calibration.price import Choice
+from students.calibration.observe import BlockObservers, BlockStart
+from students.calibration.price import Choice, limit_choice
 from students.compute import BlockCost
 from students.kinds.registry import Kind
 from students.places import BlockPlace
-from students.routers import OPEN, ChannelRouter
+from students.routers import ChannelRouter
 from students.spec import RouterSpec, StudentSpec
 
 
@@ -68,23 +66,8 @@ class ChannelKind(Kind):
     def _start_at(self, block: BlockStart, site: str) -> Choice:
         router = block.linears(site)[0].get_submodule("routers.channel")
         assert isinstance(router, ChannelRouter)
-        static = router.spec.network == "static"
-        cost, importance, saving = (
-            block.column_cost(site, PRICED_ROWS),
-            block.importance(site),
-            block.outputs(site) / block.dense,
-        )
-        cost = cost.mean(0, keepdim=True) if static else cost
-
-        @torch.no_grad()
-        def apply(price: float) -> None:
-            if static:
-                limit = price * saving / cost[0].clamp(min=1e-30)
-            else:
-                limit = 2 * price * saving / importance.clamp(min=1e-30)
-            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
-
-        return Choice(cost, saving, apply)
+        x = block.seen(block.record.linears(site)[0]).x
+        return limit_choice(router, x, block.importance(site), block.outputs(site) / block.dense)
 
 
 KIND = ChannelKind()

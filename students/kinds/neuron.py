@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from students.architectures import Architecture, shape_of
-from students.calibration.observe import PRICED_ROWS, BlockObservers, BlockStart
-from students.calibration.price import Choice
+from students.calibration.observe import BlockObservers, BlockStart
+from students.calibration.price import Choice, limit_choice
 from students.compute import BlockCost
 from students.execution.neuron import RoutedActivation
 from students.kinds.registry import Kind
 from students.places import BlockPlace
-from students.routers import OPEN, ChannelRouter
+from students.routers import ChannelRouter
 from students.spec import RouterSpec, StudentSpec
 
 MLP = ("mlp_in", "mlp_out")
@@ -73,13 +71,7 @@ class NeuronKind(Kind):
         activation = block.seen(self._activation(block.record)).y
         weight = block.importance("mlp_out") * block.seen(block.record.linears("mlp_in")[1]).y.pow(2).mean(0)
         saving = (shape_of(up)[1] + shape_of(down)[0]) / block.dense
-
-        @torch.no_grad()
-        def apply(price: float) -> None:
-            limit = 2 * price * saving / weight.clamp(min=1e-30)
-            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
-
-        return [Choice(activation[:PRICED_ROWS].pow(2) * weight / 2, saving, apply)]
+        return [limit_choice(router, activation, weight, saving)]
 
     @staticmethod
     def _activation(record: Architecture) -> str:
