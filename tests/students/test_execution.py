@@ -192,8 +192,9 @@ def eager(name: str, spec: StudentSpec) -> Student:
     return make(name, spec, attn_implementation="eager", vocab_size=120)
 
 
-@pytest.mark.parametrize("kind", sorted(SPECS))
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(
+    ("name", "kind"), [case for case in MATRIX if "llama" in case or (case[0] in COUNTED and case[1] in COMBINED)]
+)
 def test_reported_compute_is_what_torch_counts(name: str, kind: str, tokens: torch.Tensor):
     assert_counted(eager(name, SPECS[kind]), tokens[:1])
 
