@@ -207,8 +207,9 @@ class RoutedBlock(Wrapper):
         if self.merges or not isinstance(count, int):
             if count is None:
                 count = self._in_multiples(router, rank, valid)
-            known = min(prefix + count, x.shape[1]) if isinstance(count, int) else None
-            if known is not None:
+            known = None
+            if isinstance(count, int):
+                known = min(prefix + count, x.shape[1])
                 open_ = selection.best(rank, known, 1) != 0
             elif count is None:
                 open_ = rank + router.shift(run.dial_of(score)) >= 0
