@@ -7,14 +7,16 @@ from dataclasses import replace
 from students.architectures.record import Architecture
 
 LLAMA = Architecture()
-_GEMMA = replace(
-    LLAMA,
-    attn_exit="post_attention_layernorm",
-    mlp_exit="post_feedforward_layernorm",
-    logit_cap="final_logit_softcapping",
-)
+_CAPPED = replace(LLAMA, logit_cap="final_logit_softcapping")
+_GEMMA = replace(_CAPPED, attn_exit="post_attention_layernorm", mlp_exit="post_feedforward_layernorm")
+_EXAONE = replace(_GEMMA, prenorm=False, logit_cap=None)
+_OLMO = replace(_EXAONE, whole_heads=True)
+_GLM = replace(LLAMA, mlp_in=("gate_up_proj",))
+_GLM4 = replace(_GLM, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm")
+_GRANITE = replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling")
+_COHERE = replace(LLAMA, logit_scale="logit_scale")
+_GPT2 = Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1")
 _MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
-_GLM = replace(LLAMA, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm", mlp_in=("gate_up_proj",))
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -25,26 +27,33 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_vl_text": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "ministral": LLAMA,
+    "ministral3": LLAMA,
+    "smollm3": LLAMA,
+    "ernie4_5": LLAMA,
+    "seed_oss": LLAMA,
+    "hunyuan_v1_dense": LLAMA,
+    "helium": LLAMA,
+    "internlm3": LLAMA,
+    "cwm": LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "olmo2": replace(_GEMMA, prenorm=False, whole_heads=True, logit_cap=None),
+    "olmo": LLAMA,
+    "olmo2": _OLMO,
     "phi3": replace(LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
-    "glm4": _GLM,
-    "glm4v_text": _GLM,
-    "smollm3": LLAMA,
-    "granite": replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling"),
-    "cohere2": replace(LLAMA, logit_scale="logit_scale"),
+    "glm4": _GLM4,
+    "glm4v_text": _GLM4,
+    "granite": _GRANITE,
+    "cohere2": _COHERE,
     "mixtral": _MIXTURE,
     "qwen2_moe": _MIXTURE,
     "qwen3_moe": _MIXTURE,
     "olmoe": replace(_MIXTURE, whole_heads=True),
     "glm4_moe": _MIXTURE,
     "ernie4_5_moe": _MIXTURE,
-    "granitemoe": replace(
-        _MIXTURE, mlp="block_sparse_moe", residual_scale="residual_multiplier", logit_divisor="logits_scaling"
-    ),
+    "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
-    "gpt2": Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1"),
+    "gpt2": _GPT2,
     "gpt_neox": Architecture(
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)
     ),

@@ -43,7 +43,7 @@ class BlockGather:
         chosen = Exits(x, [(gates, None)], valid=run.call.valid).chosen(run.counted(x))
         chosen.begin()
         filled, kwargs = chosen.filled(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        placed = place_tokens(chosen, kwargs)
+        placed = place_tokens(chosen, kwargs, attn.reads_positions)
         some = chosen.cut(filled)  # the host waits here, or in the line above, unless it knows the number of tokens
         exits = Exits(x, specs=[router.spec])
         if exits.weighted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class RoutedBranch(Wrapper):
         self.late_exit = late_exit
         self.narrows = narrows
         self.window = window
+        self.reads_positions = "position_ids" in signature(base_layer.forward).parameters
+        """Whether attention takes the positions of tokens for itself, as where it scales queries by them."""
         self.routers = Named[Router]()
         self.substitutes = Named[Substitute]()
         self.decided: tuple[Router, ...] = ()
@@ -266,7 +269,7 @@ class RoutedBranch(Wrapper):
         tokens, layer, rectangle = x.shape[1], None, None
         kwargs["attention_mask"] = None
         if not placed:
-            place_tokens(kept, kwargs)
+            place_tokens(kept, kwargs, self.reads_positions)
         batch, index, cache = kept.batch, kept.index, cache_in(kwargs)
         if cache is not None:
             layer = cache.layers[self.base_layer.layer_idx]

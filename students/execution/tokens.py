@@ -240,16 +240,18 @@ def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor
     return index, None if bool(valid.all()) else valid
 
 
-def place_tokens(chosen: Chosen, kwargs: dict[str, Any]) -> bool:
-    """Cut a language model's rotary embeddings in kwargs ([1 or B, T, r] each) to the chosen tokens, [1, N, r]; return
-    whether there are any. Work that needs no number of tokens is launched before the host asks for it."""
-    embeddings = kwargs.get("position_embeddings")
+def place_tokens(chosen: Chosen, kwargs: dict[str, Any], positions: bool) -> bool:
+    """Cut a language model's rotary embeddings in kwargs ([1 or B, T, r] each) to the chosen tokens, [1, N, r], and
+    with `positions` its `position_ids` [1 or B, T] too; return whether there are any embeddings. Work that needs no
+    number of tokens is launched before the host asks for it."""
+    embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids") if positions else None
     chosen.prepare_packing()
-    if embeddings is None:
-        return False
-    filled = [chosen.filled(e) for e in embeddings]
-    kwargs["position_embeddings"] = tuple(map(chosen.cut, filled))
-    return True
+    filled = [chosen.filled(e) for e in embeddings or ()]
+    if ids is not None:
+        kwargs["position_ids"] = chosen.cut(chosen.filled(ids))
+    if embeddings is not None:
+        kwargs["position_embeddings"] = tuple(map(chosen.cut, filled))
+    return embeddings is not None
 
 
 def for_tokens(kwargs: dict[str, Any], index: Tensor, prefix: int) -> dict[str, Any]:

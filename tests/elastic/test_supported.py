@@ -16,7 +16,7 @@ from elastic.cli import main
 from elastic.run import Run
 from students.architectures import ARCHITECTURES, VISION_TOWERS
 from tests.elastic.runs import write_images
-from tests.pico.language import TINY, TINY_MIXTURES
+from tests.pico.language import MORE, TINY, TINY_MIXTURES
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import ALIKE, CONFIGS, make_vlm
 
@@ -56,7 +56,8 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 
 def test_every_record_of_names_is_tried() -> None:
-    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in (TINY | TINY_MIXTURES).items()}
+    tiny = TINY | TINY_MIXTURES | MORE
+    config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in tiny.items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "gemma"}  # inside those of CONFIGS
     tried = {
         *config_of.values(),

@@ -26,6 +26,8 @@ _LLAMA = dict(
     eos_token_id=2,
 )
 _GEMMA = dict(_LLAMA, head_dim=16, sliding_window=6, query_pre_attn_scalar=16)
+_CAPS = dict(final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
+_SCALED = dict(residual_multiplier=0.5, embedding_multiplier=3.0, attention_multiplier=0.125)
 _GPT2 = dict(vocab_size=120, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 _NEOX = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
 TINY = {
@@ -33,22 +35,13 @@ TINY = {
     "mistral": ("MistralConfig", dict(_LLAMA, sliding_window=6)),
     "qwen2": ("Qwen2Config", _LLAMA),
     "qwen3": ("Qwen3Config", dict(_LLAMA, head_dim=16)),
-    "gemma2": ("Gemma2Config", dict(_GEMMA, final_logit_softcapping=3.0, attn_logit_softcapping=5.0)),
+    "gemma2": ("Gemma2Config", dict(_GEMMA, **_CAPS)),
     "gemma3": ("Gemma3TextConfig", dict(_GEMMA, layer_types=["sliding_attention", "full_attention"] * 2)),
     "phi3": ("Phi3Config", _LLAMA),
     "olmo2": ("Olmo2Config", _LLAMA),
     "glm4": ("Glm4Config", dict(_LLAMA, head_dim=8)),
     "smollm3": ("SmolLM3Config", dict(_LLAMA, no_rope_layer_interval=2)),
-    "granite": (
-        "GraniteConfig",
-        dict(
-            _LLAMA,
-            residual_multiplier=0.5,
-            embedding_multiplier=3.0,
-            attention_multiplier=0.125,
-            logits_scaling=2.0,
-        ),
-    ),
+    "granite": ("GraniteConfig", dict(_LLAMA, **_SCALED, logits_scaling=2.0)),
     "cohere2": ("Cohere2Config", dict(_LLAMA, head_dim=8, sliding_window=6, logit_scale=0.25)),
     "starcoder2": ("Starcoder2Config", dict(_LLAMA, sliding_window=None)),
     "gpt2": ("GPT2Config", _GPT2),
@@ -63,23 +56,30 @@ TINY_MIXTURES = {
     "qwen2_moe": ("Qwen2MoeConfig", dict(_QWEN_MOE, shared_expert_intermediate_size=40)),
     "glm4_moe": ("Glm4MoeConfig", dict(_MIXTURE, head_dim=8, n_routed_experts=8, moe_intermediate_size=24)),
     "ernie4_5_moe": ("Ernie4_5_MoeConfig", dict(_LLAMA, moe_k=3, moe_num_experts=8, moe_intermediate_size=24)),
-    "granitemoe": (
-        "GraniteMoeConfig",
-        dict(
-            _MIXTURE,
-            num_local_experts=8,
-            residual_multiplier=0.5,
-            attention_multiplier=0.125,
-            logits_scaling=2.0,
-        ),
-    ),
+    "granitemoe": ("GraniteMoeConfig", dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)),
 }
 """Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
+_TWO = dict(_LLAMA, num_hidden_layers=2)
+_WIDE = dict(_TWO, head_dim=16)
+_WINDOW = dict(_TWO, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+_YARN = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=4)
+MORE = {
+    "ministral": ("MinistralConfig", dict(_WINDOW, head_dim=16)),
+    "ministral3": ("Ministral3Config", dict(_WIDE, rope_parameters=dict(_YARN, llama_4_scaling_beta=0.5))),
+    "ernie4_5": ("Ernie4_5Config", dict(_WIDE, use_bias=True)),
+    "seed_oss": ("SeedOssConfig", dict(_WIDE, attention_out_bias=True)),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", _WIDE),
+    "helium": ("HeliumConfig", dict(_TWO, head_dim=8)),
+    "internlm3": ("InternLM3Config", dict(_TWO, head_dim=8)),
+    "cwm": ("CwmConfig", dict(_WINDOW, head_dim=16)),
+    "olmo": ("OlmoConfig", dict(_TWO, clip_qkv=1.0)),
+}
+"""Models whose parts are those of models in TINY, put together otherwise: test_architectures.py checks each."""
 
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = {**TINY, **TINY_MIXTURES}[name]
+    kind, settings = (TINY | TINY_MIXTURES | MORE)[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
     torch.manual_seed(0)
@@ -89,6 +89,8 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
                 parameter.mul_(4)
+            elif name in MORE and not parameter.any():  # biases and the like, which start at 0
+                parameter.normal_(std=0.3)
     return model
 
 

@@ -14,7 +14,7 @@ from students.architectures.language import LANGUAGE_MODELS
 from students.execution import linear_group
 from students.flops import flop_counter
 from students.libraries import cache_of
-from tests.pico.language import TINY, make_tiny
+from tests.pico.language import MORE, TINY, make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -52,7 +52,7 @@ SPECS["mixed-neuron"] = StudentSpec(
 )
 GATED = [
     name
-    for name, (config, _) in TINY.items()
+    for name, (config, _) in {**TINY, **MORE}.items()
     if len(LANGUAGE_MODELS[getattr(transformers, config).model_type].mlp_in) == 2
 ]
 """Models whose MLP is gated (a gate beside the up projection)."""
