@@ -46,8 +46,9 @@ class Architecture:
     logit_cap: str | None = None
     """Config key of the soft cap c of the logits, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
     whole_heads: bool = False
-    """Whether closed heads must be computed all the same: because queries are normalised over all heads, or attention
-    does not hand further keyword arguments on to its attention function."""
+    """Whether closed heads must be computed all the same: because queries are normalised over all heads or by a norm of
+    each head's own, each head has a sink, or attention does not hand further keyword arguments on to its attention
+    function."""
     side_by_side: bool = False
     """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
     blocks can be routed."""

@@ -72,7 +72,15 @@ MORE = {
     "helium": ("HeliumConfig", dict(_TWO, head_dim=8)),
     "internlm3": ("InternLM3Config", dict(_TWO, head_dim=8)),
     "cwm": ("CwmConfig", dict(_WINDOW, head_dim=16)),
+    "vaultgemma": ("VaultGemmaConfig", dict(_GEMMA, **_CAPS, num_hidden_layers=2)),
     "olmo": ("OlmoConfig", dict(_TWO, clip_qkv=1.0)),
+    "olmo3": ("Olmo3Config", _WINDOW),
+    "exaone4": ("Exaone4Config", dict(_WINDOW, head_dim=16)),
+    "glm": ("GlmConfig", dict(_TWO, head_dim=8)),
+    "granite_swa": ("GraniteSWAConfig", dict(_WINDOW, **_SCALED, logits_scaling=2.0)),
+    "hyperclovax": ("HyperCLOVAXConfig", dict(_WIDE, **_SCALED, logits_scaling=0.5, use_post_norm=True)),
+    "cohere": ("CohereConfig", dict(_TWO, logit_scale=0.25, use_qk_norm=True)),
+    "stablelm": ("StableLmConfig", dict(_TWO, qk_layernorm=True, use_qkv_bias=True)),
 }
 """Models whose parts are those of models in TINY, put together otherwise: test_architectures.py checks each."""
 
