@@ -15,6 +15,7 @@ _GLM = replace(LLAMA, mlp_in=("gate_up_proj",))
 _GLM4 = replace(_GLM, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm")
 _GRANITE = replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling")
 _COHERE = replace(LLAMA, logit_scale="logit_scale")
+_UNGATED = replace(LLAMA, mlp_in=("up_proj",))
 _GPT2 = Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1")
 _MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
 
@@ -43,6 +44,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "olmo2": _OLMO,
     "olmo3": _OLMO,
     "exaone4": _EXAONE,
+    "phi": replace(LLAMA, attn_out=("dense",), mlp_in=("fc1",), mlp_out=("fc2",)),
     "phi3": replace(LLAMA, attn_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
     "glm": _GLM,
     "glm4": _GLM4,
@@ -55,6 +57,11 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "cohere": replace(_COHERE, whole_heads=True),
     "cohere2": _COHERE,
     "stablelm": replace(LLAMA, whole_heads=True),
+    "nemotron": _UNGATED,
+    "arcee": _UNGATED,
+    "jais2": _UNGATED,
+    "apertus": replace(_UNGATED, norm="attention_layernorm"),
+    "nanochat": replace(_CAPPED, mlp_in=("fc1",), mlp_out=("fc2",)),
     "mixtral": _MIXTURE,
     "qwen2_moe": _MIXTURE,
     "qwen3_moe": _MIXTURE,
@@ -63,6 +70,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "ernie4_5_moe": _MIXTURE,
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
+    "gpt_bigcode": _GPT2,
     "gpt2": _GPT2,
     "gpt_neox": Architecture(
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)

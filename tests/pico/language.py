@@ -76,11 +76,18 @@ MORE = {
     "olmo": ("OlmoConfig", dict(_TWO, clip_qkv=1.0)),
     "olmo3": ("Olmo3Config", _WINDOW),
     "exaone4": ("Exaone4Config", dict(_WINDOW, head_dim=16)),
+    "phi": ("PhiConfig", dict(_TWO, qk_layernorm=True)),
     "glm": ("GlmConfig", dict(_TWO, head_dim=8)),
     "granite_swa": ("GraniteSWAConfig", dict(_WINDOW, **_SCALED, logits_scaling=2.0)),
     "hyperclovax": ("HyperCLOVAXConfig", dict(_WIDE, **_SCALED, logits_scaling=0.5, use_post_norm=True)),
     "cohere": ("CohereConfig", dict(_TWO, logit_scale=0.25, use_qk_norm=True)),
     "stablelm": ("StableLmConfig", dict(_TWO, qk_layernorm=True, use_qkv_bias=True)),
+    "nemotron": ("NemotronConfig", _WIDE),
+    "arcee": ("ArceeConfig", _WIDE),
+    "jais2": ("Jais2Config", dict(_TWO, head_dim=8)),
+    "apertus": ("ApertusConfig", dict(_TWO, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    "nanochat": ("NanoChatConfig", dict(_TWO, final_logit_softcapping=3.0)),
+    "gpt_bigcode": ("GPTBigCodeConfig", dict(_GPT2, n_layer=2, bos_token_id=1, eos_token_id=2)),
 }
 """Models whose parts are those of models in TINY, put together otherwise: test_architectures.py checks each."""
 
