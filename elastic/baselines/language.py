@@ -202,19 +202,10 @@ class _RandomRows(RoutedHead):
         self.share = share
         self.generator = generator
 
-    def routed_logits(
-        self,
-        hidden: Tensor,
-        spread: Tensor,
-        tail: Tensor,
-        preview_weight: Tensor,
-        log_gain: Tensor,
-        owner: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        exact = self.base_layer(hidden)
-        guess = F.linear(self.routers["vocab"].features(hidden), preview_weight) + tail.to(hidden.dtype)
+    def routed_logits(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        exact, preview, _, tail = self._parts(hidden, tensors, owner)
         open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
-        return torch.where(open_, exact, guess), open_.float().mean(-1)
+        return torch.where(open_, exact, preview + tail.to(hidden.dtype)), open_.float().mean(-1)
 
     def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
         return self.routed_logits(hidden, *self.tensors())

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
-from students.kernels.autograd import RoutedKL
+from students.kernels.autograd import RoutedKL, RowGate
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import InPrecision, Stamp
-from students.routers import VocabRouter, selection
+from students.routers import VocabRouter
 from students.shards import open_unit
 from students.spec import RouterSpec
 
@@ -103,42 +103,25 @@ class RoutedHead(Wrapper):
         logits, count = ops.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
         return logits, count / len(base.weight)
 
-    def routed_logits(
-        self,
-        hidden: Tensor,
-        spread: Tensor,
-        tail: Tensor,
-        preview_weight: Tensor,
-        log_gain: Tensor,
-        owner: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def routed_logits(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden [..., D] -> logits [..., V], exact where the preview reaches the limit and preview + tail elsewhere,
-        and the share of exact rows [...]. owner: as in Runtime.dial_of, where hidden [N, D] is flat."""
-        parts = self._parts(hidden, spread, preview_weight, log_gain, owner)
-        return selection.rows(*parts, tail)
+        and the share of exact rows [...]. tensors: the result of `tensors`; owner: as in Runtime.dial_of, where hidden
+        [N, D] is flat."""
+        out: tuple[Tensor, Tensor] = RowGate.apply(*self._parts(hidden, tensors, owner))
+        return out
 
     def routed_kl(
-        self,
-        hidden: Tensor,
-        teacher: Tensor,
-        spread: Tensor,
-        tail: Tensor,
-        preview_weight: Tensor,
-        log_gain: Tensor,
-        owner: Tensor | None = None,
+        self, hidden: Tensor, teacher: Tensor, *tensors: Tensor, owner: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return KL(teacher || student) [N], in nats, and the share of exact rows [N], for hidden [N, D] and the
         teacher's logits [N, V]. The student's logits, those of `routed_logits`, are never stored. Backward can run only
         once."""
-        parts = self._parts(hidden, spread, preview_weight, log_gain, owner)
-        out: tuple[Tensor, Tensor] = RoutedKL.apply(*parts, tail, teacher)
+        out: tuple[Tensor, Tensor] = RoutedKL.apply(*self._parts(hidden, tensors, owner), teacher)
         return out
 
-    def _parts(
-        self, hidden: Tensor, spread: Tensor, preview_weight: Tensor, log_gain: Tensor, owner: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return exact logits and previewed logits [..., V], and the limit [..., 1] of the preview."""
-        router = self.routers["vocab"]
+    def _parts(self, hidden: Tensor, tensors: tuple[Tensor, ...], owner: Tensor | None) -> tuple[Tensor, ...]:
+        """Return exact logits and previewed logits [..., V], the limit [..., 1] of the preview, and the tail."""
+        router, (spread, tail, preview, log_gain) = self.routers["vocab"], tensors
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))
-        return self.base_layer(hidden), self._product(features, preview_weight), limit
+        return self.base_layer(hidden), self._product(features, preview), limit, tail

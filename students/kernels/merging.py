@@ -133,20 +133,12 @@ def per_size(x: Tensor) -> Tensor:
     return float(x.shape[-1] ** 0.5) / size.clamp(min=1e-6)
 
 
-def merge_lowest(
-    x: Tensor,
-    size: Tensor | None,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
-    keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, prefix = x.shape[1], len(top)
+def merge_lowest(x: Tensor, size: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *router, keep = rest
+    n, prefix = x.shape[1], len(router[-1])
     must_leave_pairs(n, prefix, keep)
     matches = match(x, prefix)
-    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    score = _scores(x, matches, *router)
     order = score.masked_fill(~matches.may_go, NOT_NOW).topk(n, dim=1).indices
     index, gone = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
     into = torch.arange(n, device=x.device).repeat(len(x), 1).scatter(1, gone, matches.target.gather(1, gone))
@@ -160,23 +152,13 @@ def merge_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return F.layer_norm(merged[0], gain.shape, gain, offset, epsilon), *merged
 
 
-def merge_below(
-    x: Tensor,
-    size: Tensor | None,
-    before: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    distance_weight: Tensor,
-    top: Tensor,
-    lengths: Tensor,
-    shift: Tensor,
-    multiple: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, prefix = x.shape[1], len(top)
+def merge_below(x: Tensor, size: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *router, lengths, shift, multiple = rest
+    n, prefix = x.shape[1], len(router[-1])
     own = torch.arange(n, device=x.device).repeat(len(x), 1)
     here = own < lengths[:, None]
     matches = match(x, prefix, lengths=lengths)
-    score = _scores(x, matches, before, weight, bias, distance_weight, top)
+    score = _scores(x, matches, *router)
     fine = (score + shift[:, None] >= 0) | ~matches.may_go
     wanted = (fine & here)[:, prefix:].sum(1)
     leaving = lengths - in_multiples(wanted, lengths, prefix, multiple)

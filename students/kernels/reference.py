@@ -34,37 +34,21 @@ def with_rest(
     return out
 
 
-def read_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
+def read_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows = (x.abs() >= limit).nonzero().squeeze(1)
     bag = rows.unsqueeze(0)
     if len(rows):
         out = F.embedding_bag(bag, weight, mode="sum", per_sample_weights=x[bag]).squeeze(0)
     else:
         out = x.new_zeros(weight.shape[1])
-    return with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
+    return with_rest(out, x, *rest), torch.tensor(len(rows), device=x.device)
 
 
-def few_channels(
-    x: Tensor,
-    limit: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    ends: list[int],
-) -> tuple[Tensor, Tensor]:
+def few_channels(x: Tensor, limit: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     needed = x.abs() >= limit
     rows = needed.any(0).nonzero().squeeze(1)
     out = (x * needed)[:, rows] @ weight[rows]
-    return with_rest(out, x, bias, down, up, ends), torch.tensor(len(rows), device=x.device)
+    return with_rest(out, x, *rest), torch.tensor(len(rows), device=x.device)
 
 
 def entering(x: Tensor, other: Tensor | None, squares: Tensor | None, epsilon: float, kind: int) -> Tensor:
@@ -88,17 +72,9 @@ def leaving(out: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, squares.float()
 
 
-def fused_channels(
-    x: Tensor,
-    other: Tensor | None,
-    squares: Tensor | None,
-    epsilon: float,
-    kind: int,
-    residual: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, count = few_channels(entering(x, other, squares, epsilon, kind), *rest)
-    out, found = leaving(out, residual)
+def fused_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, count = few_channels(entering(x, *rest[:4]), *rest[5:])
+    out, found = leaving(out, rest[4])
     return out, count, found
 
 

@@ -110,13 +110,6 @@ def channel(x: Tensor, log_limit: Tensor, factors: Factors | None = None) -> tup
     return out
 
 
-def rows(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits, exact [..., V] where preview >= limit [..., 1], else preview + tail [], and the share [...] of
-    exact rows."""
-    out: tuple[Tensor, Tensor] = autograd.RowGate.apply(exact, preview, limit, tail)
-    return out
-
-
 def prompt_mean(x: Tensor, prompt: Tensor) -> Tensor:
     """Return the mean [B, 1, D] of x [B, T, D] over the prompt's tokens alone; prompt [B, T] bool: which these are."""
     weight = prompt.to(x.dtype).unsqueeze(-1)

@@ -19,10 +19,9 @@ from students import RouterSpec, StudentSpec, elasticize
 from students.execution.linear import RoutedLinear
 from students.kernels import attention_gradient
 from students.kernels.attention_gradient import fast_attention_gradients
-from students.kernels.autograd import GateOfChannel, RoutedKL, forward_kl
+from students.kernels.autograd import GateOfChannel, RoutedKL, RowGate, forward_kl
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
-from students.routers import selection
 from tests.pico.language import make_tiny
 from tests.pico.vision_language import make_prompts
 from tests.students.test_execution import GATED, SPECS
@@ -100,7 +99,7 @@ def test_routed_divergence_is_that_of_routed_logits(dtype: torch.dtype, operator
     torch.manual_seed(0)
     exact, preview = (torch.randn(5, 301).to(dtype).requires_grad_() for _ in range(2))
     limit, tail = (torch.randn(shape).requires_grad_() for shape in ((5, 1), ()))
-    logits, share = selection.rows(exact, preview, limit, tail)
+    logits, share = RowGate.apply(exact, preview, limit, tail)
     teacher = (logits + torch.randn(5, 1) * torch.randn(5, 301)).detach().to(dtype)
     teacher[2] = logits[2].detach()
     by, price = torch.randn(5), torch.randn(5)

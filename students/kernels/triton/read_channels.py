@@ -311,19 +311,10 @@ def launch(
     return out, count, found
 
 
-def _all_channels(
-    x: Tensor,
-    other: Tensor | None,
-    squares: Tensor | None,
-    epsilon: float,
-    kind: int,
-    residual: Tensor | None,
-    limit: Tensor,
-    weight: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _all_channels(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `ops.fused_channels` with a dense product of the whole weight."""
-    x = reference.entering(x, other, squares, epsilon, kind)
-    out = reference.with_rest(channel_gate(x, limit)[0] @ weight, x, *rest)
+    *front, residual, limit, weight = rest[:7]
+    x = reference.entering(x, *front)
+    out = reference.with_rest(channel_gate(x, limit)[0] @ weight, x, *rest[7:])
     out, found = reference.leaving(out, residual)
     return out, (x.abs() >= limit).any(0).sum(), found

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from students.kernels.autograd import RowGate
 from students.routers import selection
 from tests.backends import DTYPES
 
@@ -51,7 +52,7 @@ def test_row_gate(dtype: torch.dtype, backend: torch.device):
     limit = torch.randn(5, 1).to(backend).requires_grad_()
     tail = torch.tensor(0.3125, device=backend, requires_grad=True)
     by_out, by_share = torch.randn(5, 301).to(backend, dtype), torch.randn(5).to(backend)
-    out, share = selection.rows(exact, preview, limit, tail)
+    out, share = RowGate.apply(exact, preview, limit, tail)
     found = gradients((out * by_out).sum() + (share * by_share).sum(), exact, preview, limit, tail)
 
     keep = preview.detach() >= limit.detach().to(dtype)
