@@ -23,6 +23,7 @@ from elastic.evaluation.image import compare
 from elastic.families import image
 from elastic.run import Run
 from elastic.sweep import routing_details
+from losses import forward_kl
 from students import StudentSpec, elasticize, selfcheck
 from students.families.image import Features, ImageStudent
 from students.spec import RouterSpec
@@ -47,13 +48,23 @@ def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
     assert_a_cache_changes_nothing(shutil.copytree(finished, tmp_path / "run"), samples=16)
 
 
+@torch.no_grad()
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
-    row = Run.open(finished).about["result"]
+    run, row = Run.open(finished), Run.open(finished).about["result"]
     assert row["compute"] == pytest.approx(0.7, abs=0.06)  # with 16 patches, compute changes in large steps
     assert row["images"] == 8 and row["broken"] == 0
-    for key in ("top1", "teacher_top1", "top5", "teacher_top5", "agreement"):
-        assert 0 <= row[key] <= 1
-    assert -1 <= row["cosine"] < 1
+    teacher = run.teacher()
+    student, held_out = run.load_student(teacher), image.load(run.config, teacher).held_out
+    pixels, labels = held_out.load(range(8))
+    own = student.features(pixels)[0]
+    with student.teacher():
+        exact = student.features(pixels)[0]
+    for name, logits in (("top", own.logits), ("teacher_top", exact.logits)):
+        right = logits.argsort(1, descending=True) == labels[:, None]
+        assert [row[f"{name}{k}"] for k in (1, 5)] == [int(right[:, :k].sum()) / 8 for k in (1, 5)]
+    assert row["agreement"] == int((own.logits.argmax(1) == exact.logits.argmax(1)).sum()) / 8
+    assert row["kl"] == pytest.approx(float(forward_kl(own.logits, exact.logits).mean()), rel=1e-3)
+    assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(own.pooled, exact.pooled).mean()), abs=1e-5)
 
 
 def test_evaluating_again_gives_the_same_answer(finished: Path, image_folder: Path) -> None:

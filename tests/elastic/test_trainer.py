@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 import elastic
@@ -30,6 +31,7 @@ from elastic.families import language
 from elastic.run import Run
 from elastic.settings import to_dict
 from elastic.timing.passes import medians
+from losses import forward_kl
 from students.checkpoint import read_tensors
 from students.execution.wrapper import Wrapper
 from teachers.load import fingerprint
@@ -108,6 +110,21 @@ def test_loaded_student_is_the_one_that_was_measured(finished: Path, tmp_path: P
     assert other.dial == student.dial and torch.equal(other(ids)[0].logits, out)
 
 
+@torch.no_grad()
+def test_quality_is_that_of_the_students_logits(finished: Path):
+    run, row = Run.open(finished), Run.open(finished).about["result"]
+    teacher = run.teacher()
+    student, windows = run.load_student(teacher), language.load(run.config, teacher).held_out
+    own = student(windows)[0].logits
+    with student.teacher():
+        exact = student(windows)[0].logits
+    for name, logits in (("perplexity", own), ("teacher_perplexity", exact)):
+        lost = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        assert row[name] == pytest.approx(float(lost.exp()), rel=1e-4)
+    assert row["kl"] == pytest.approx(float(forward_kl(own.flatten(0, 1), exact.flatten(0, 1)).mean()), rel=1e-3)
+    assert row["agreement"] == pytest.approx(float((own.argmax(-1) == exact.argmax(-1)).float().mean()))
+
+
 def test_checkpoints_hold_routers_only(finished: Path):
     base = {tuple(p.shape) for n, p in make_tiny("llama").named_parameters() if "embed" in n or "proj" in n}
     tensors, _ = read_tensors(finished / "routers.safetensors")
@@ -139,7 +156,8 @@ def test_set_compute_turns_the_dial(finished: Path, configure: Configure):
     for compute in (lowest, 0.7 * lowest + 0.3 * highest, 0.3 * lowest + 0.7 * highest, highest):
         student.set_compute(compute)
         spent.append(measured_compute(student, windows, "decode", config.data.prompt))
-        assert spent[-1] == pytest.approx(compute, abs=0.1)
+        later = measured_compute(student, windows, "decode", config.data.prompt, after=8)
+        assert spent[-1] == pytest.approx(compute, abs=0.1) == later
     assert spent == sorted(spent)
     for compute in (lowest - 0.01, highest + 0.01):
         with pytest.raises(ValueError, match=f"{lowest:.3f} to {highest:.3f}"):

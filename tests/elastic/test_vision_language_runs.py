@@ -18,6 +18,7 @@ from elastic.cli import main
 from elastic.evaluate import measure_run
 from elastic.families import vision_language
 from elastic.run import Run, load
+from losses import forward_kl
 from teachers.data import prompts as reading
 from teachers.data.questions import load_all, load_questions
 from teachers.families.vision_language import CHAT_TEMPLATE
@@ -35,12 +36,28 @@ def test_training_on_questions_from_a_cache(finished: Path, tmp_path: Path):
     assert_a_cache_changes_nothing(shutil.copytree(finished, tmp_path / "run"), samples=16)
 
 
+@torch.no_grad()
 def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> None:
-    row = Run.open(finished).about["result"]
+    run, row = Run.open(finished), Run.open(finished).about["result"]
     assert row["compute"] == pytest.approx(0.7, abs=0.04)  # with 16 image tokens, compute changes in large steps
     assert row["questions"] == 6 and row["broken"] == 0 and 0 < row["image_tokens_kept"] < 1
-    for key in ("accuracy", "teacher_accuracy", "agreement", "compute_vision"):
-        assert 0 <= row[key] <= 1
+    assert 0 < row["compute_vision"] < 1
+    teacher = run.teacher()
+    student, held_out = run.load_student(teacher), vision_language.load(run.config, teacher).held_out
+    student.runtime.execution = "mask"
+    prompts, samples = held_out.read(range(6))
+    own = student(**prompts.inputs)[0].logits
+    with student.teacher():
+        exact = student(**prompts.inputs)[0].logits
+    kl = forward_kl(own[prompts.answers], exact[prompts.answers]).mean()
+    assert row["kl"] == pytest.approx(float(kl), rel=1e-3)
+    choices, right = held_out.questions.choices, [answer for *_, answer in samples]
+    first, begins = [teacher.processor.tokenizer.encode(one)[0] for one in choices], prompts.answers.int().argmax(1)
+    said, known = (
+        [choices[n] for n in logits[torch.arange(6), begins][:, first].argmax(1).tolist()] for logits in (own, exact)
+    )
+    for name, one, other in (("accuracy", said, right), ("teacher_accuracy", known, right), ("agreement", said, known)):
+        assert row[name] == sum(a == b for a, b in zip(one, other, strict=True)) / 6, name
 
 
 def test_the_image_router_keeps_to_the_budget_while_it_is_trained(finished: Path) -> None:
