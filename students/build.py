@@ -17,13 +17,13 @@ from students.architectures import (
     VISION_TOWERS,
     Architecture,
     architecture_of,
+    can_be_read_in_part,
     kind_of,
     shape_of,
     sizes_of,
     trunk_of,
     windows_of,
 )
-from students.checks import check_corrections, check_head, check_place
 from students.compute import BlockShape, ComputeModel
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
@@ -48,7 +48,7 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
-    check_place(model)
+    _check_place(model)
     use = unchecked_use(model, spec)
     check = _self_check(model) if use else None
     student = _elasticize(model, spec).train(False)
@@ -81,7 +81,7 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
     if not record.side_by_side:
-        check_corrections(record, blocks[0], spec)
+        _check_corrections(record, blocks[0], spec)
     _freeze(model)
     if record.causal and isinstance(model, PreTrainedModel):
         return _elasticize_language(model, record, blocks, spec)
@@ -122,7 +122,7 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
 def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> VisionLanguageStudent:
     trunk, tower = model.get_decoder(), model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
     record, blocks = architecture_of(trunk)
-    check_head(model, spec)
+    _check_head(model, spec)
     language, inside = _at_sites(spec.of("language"), record), spec.of("vision")
     if inside.routers:
         tower_record, tower_blocks = architecture_of(tower)
@@ -156,7 +156,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
 def _elasticize_language(
     model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> LanguageStudent:
-    check_head(model, spec)
+    _check_head(model, spec)
     trunk: Any = model.base_model
     return LanguageStudent(
         model, record, blocks, spec, *_language_parts(model, trunk, record, blocks, spec), trunk=trunk
@@ -201,3 +201,34 @@ def _elasticize_blocks(
         if place.around is not None:
             parent[number] = blocks[number] = place.around
     return tuple(shapes)
+
+
+def _check_place(model: nn.Module) -> None:
+    """Raise ValueError if weights are on several devices, or are offloaded and present only while a layer runs."""
+    devices = {parameter.device for parameter in model.parameters()}
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # set by accelerate
+    if len(devices) > 1 or (hooked and any(device.type == "meta" for device in devices)):
+        raise ValueError(
+            "this model is spread over devices or offloaded (device_map): a student reads single rows of its weights, "
+            "which must lie on one device; load it without device_map, in int8 or nf4 if it is too large"
+        )
+
+
+def _check_head(model: PreTrainedModel, spec: StudentSpec) -> None:
+    """Raise ValueError if a vocab router has to read single rows of an LM head that is quantized."""
+    head = model.get_output_embeddings()
+    if spec.at("head") and not can_be_read_in_part(head):
+        raise ValueError("the LM head of this model is quantized, and no row of it is read alone: no vocab routers")
+
+
+def _check_corrections(record: Architecture, block: nn.Module, spec: StudentSpec) -> None:
+    """Raise ValueError if a linear layer that is never called should get a low-rank correction: some attention modules
+    of timm multiply by the layer's weight themselves, with a bias that they concatenate."""
+    if record.causal or not spec.lora.rank or "attn_in" not in spec.lora.sites:
+        return
+    attention = block.get_submodule(record.attn)
+    if getattr(attention, "q_bias", None) is not None and not getattr(attention, "qkv_bias_separate", False):
+        raise ValueError(
+            "the attention of this model reads the weights of its first layer itself: no low-rank corrections there, "
+            "set lora.sites to some of attn_out, mlp_in, mlp_out"
+        )

@@ -33,11 +33,8 @@ FEW_ROWS = 4
 
 @dataclass(frozen=True)
 class Operator:
-    """A row of the table."""
+    """The costs of an operator."""
 
-    schema: str
-    shapes: Callable[..., Any]
-    """Returns empty tensors with the shapes, dtypes and device of the results."""
     flops: Cost | None
     """FLOPs of the products; None for an operator without products, as torch counts no other FLOPs."""
     read: Cost | None
@@ -45,14 +42,17 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
-"""The table, by operator name."""
+"""Costs by operator name."""
 _library = torch.library.Library("elastic", "DEF")
 
 
 def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None, read: Cost | None = None) -> Any:
-    """Define an operator, register the implementations that have its name, and return the operator."""
+    """Define an operator, register the implementations that have its name, and return the operator.
+
+    shapes: returns empty tensors with the shapes, dtypes and device of the results. flops, read: as in Operator.
+    """
     name = _library.define(schema)
-    OPERATORS[name] = Operator(schema, shapes, flops, read)
+    OPERATORS[name] = Operator(flops, read)
     _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     if name in cpu.OPERATORS:
         _library.impl(name, cpu.OPERATORS[name], "CPU")

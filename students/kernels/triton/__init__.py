@@ -15,33 +15,22 @@ from typing import Any
 
 import torch
 
-OPERATORS = {
-    "read_channels": "read_channels",
-    "few_channels": "read_channels",
-    "fused_channels": "read_channels",
-    "dot_rows": "dot_rows",
-    "exact_rows": "exact_rows",
-    "channel_gate": "channel_gate",
-    "channel_gate_grad": "channel_gate",
-    "gated_grad": "channel_gate",
-    "row_gate": "row_gate",
-    "row_gate_grad": "row_gate",
-    "forward_kl": "forward_kl",
-    "forward_kl_grad": "forward_kl",
-    "routed_kl": "row_gate",
-    "routed_kl_grad": "row_gate",
-    "rms_norm": "rms_norm",
-    "rms_norm_grad": "rms_norm",
-    "rotary": "rotary",
-    "rotary_grad": "rotary",
-    "write_slot": "write_slot",
-    "biased_attention": "biased_attention",
-    "decode_attention": "decode_attention",
-    "list_open": "list_open",
-    "merge_lowest": "merge_lowest",
-    "merge_normed": "merge_lowest",
-    "merge_below": "merge_lowest",
+_FILES = {
+    "read_channels": ("read_channels", "few_channels", "fused_channels"),
+    "dot_rows": ("dot_rows",),
+    "exact_rows": ("exact_rows",),
+    "channel_gate": ("channel_gate", "channel_gate_grad", "gated_grad"),
+    "row_gate": ("row_gate", "row_gate_grad", "routed_kl", "routed_kl_grad"),
+    "forward_kl": ("forward_kl", "forward_kl_grad"),
+    "rms_norm": ("rms_norm", "rms_norm_grad"),
+    "rotary": ("rotary", "rotary_grad"),
+    "write_slot": ("write_slot",),
+    "biased_attention": ("biased_attention",),
+    "decode_attention": ("decode_attention",),
+    "list_open": ("list_open",),
+    "merge_lowest": ("merge_lowest", "merge_normed", "merge_below"),
 }
+OPERATORS = {operator: file for file, operators in _FILES.items() for operator in operators}
 """The file of each operator; a function in the file has the operator's name and arguments."""
 
 
