@@ -113,7 +113,7 @@ ON_GPU = Setup(  # shapes of a model with 8 B parameters
     logits=(2048, 128256),
     tokens=(4096, 4096),
     images=((1, 197, 768), (64, 197, 768), (64, 197, 1024), (64, 577, 1024)),
-    rows=(1, 4, 8),
+    rows=(1, 4, 16),
     keeps=(1.0, 0.6, 0.4),
 )
 ON_CPU = Setup(  # shapes of models with 1 B and 0.1 B parameters

@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-MOST_ROWS = 8
-"""Maximum inputs that select channels and rows together. With more inputs, nearly all channels and rows are needed by
-some input, and a dense product is faster."""
+MOST_ROWS = 16
+"""Maximum inputs that select channels and rows together: tensor cores multiply so many at a time. Eight or more need
+nearly all channels and rows, and gain launches alone: 7 a block, where gates and dense products are 17."""
 MOST_RANGES = 64
 """Maximum ranges of a weight's inputs."""
 MOST_SPLITS = 32
@@ -115,11 +115,12 @@ product is faster. Derived from the resources of the compiled kernels, not measu
 Four programs of four warps fit on a multiprocessor, or two of eight (at most 128 registers a thread), with 60 to 200
 KiB of weights in flight, where an H200's bandwidth times latency asks for some 30 KiB a multiprocessor. The loop takes
 a warp 120 to 130 instructions for 2 KiB of kept weights. With the list, four inputs take 0.35 to 0.48 of the issue
-slots that pass while memory reads an 8 B model's weights at 4.3 TB/s, and eight inputs 0.39 to 0.51 (0.52 to 0.65 with
-four warps and strips half as wide), so that memory is the limit. The obstacle to 1.05 of a dense product's time at a
-share of 1 is the list, which precedes the weights: 70 to 300 instructions of a warp for one input (0.2 to 0.7 us a
-launch), 250 to 600 for two to eight, of which only those for the first 256 to 1,024 channels are waited for. Wide
-strips mean fewer programs that repeat the list; narrow strips, with few outputs, fewer ranges whose sums are added."""
+slots that pass while memory reads an 8 B model's weights at 4.3 TB/s, eight inputs 0.39 to 0.51 (0.52 to 0.65 with four
+warps and strips half as wide), and sixteen 0.41 to 0.58, so that memory is the limit. The obstacle to 1.05 of a dense
+product's time at a share of 1 is the list, which precedes the weights: 70 to 300 instructions of a warp for one input
+(0.2 to 0.7 us a launch), 250 to 600 for two to sixteen, of which only those for the first 256 to 1,024 channels are
+waited for. Wide strips mean fewer programs that repeat the list; narrow strips, with few outputs, fewer ranges whose
+sums are added."""
 
 ROWS: dict[int, dict[str, Rows]] = {
     80: {

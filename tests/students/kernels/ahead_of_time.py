@@ -72,9 +72,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("read_channels", make(narrow), limit, *up_and_gate)
     yield call("few_channels", make(8, narrow), limit, *up_and_gate)
     yield call("read_channels", make(wide), long_limit, make(wide, narrow), *plain, [narrow])
-    yield call("few_channels", make(4, wide), long_limit, make(wide, narrow), *plain, [narrow])
+    yield call("few_channels", make(16, wide), long_limit, make(wide, narrow), *plain, [narrow])
     yield call("read_channels", make(narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
-    yield call("few_channels", make(4, narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
+    yield call("few_channels", make(16, narrow), limit, make(narrow, vocabulary), *plain, [vocabulary])
     yield call("read_channels", make(77), make(77, kind=single), make(77, 301), make(301), None, None, [301])
     for rows in (1, 8):
         sums, stream = make(rows, 64, kind=single), make(rows, narrow)
@@ -83,7 +83,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         shut = long_limit, make(wide, narrow), None, make(rank, wide), make(rank, narrow), [narrow]
         yield call("fused_channels", *gates, None, 0.0, 3, stream, *shut)
     head = make(vocabulary, narrow)
-    for rows in (1, 8):
+    for rows in (1, 16):
         yield call("exact_rows", make(rows, narrow), head, None, make(rows, vocabulary), make(rows), make())
     yield call("dot_rows", make(narrow), head, make(vocabulary), make(1000, kind=torch.int64))
     x, tokens = make(4, 1024, narrow), make(4, 1024, kind=single)

@@ -73,7 +73,7 @@ def exact_rows(draw: Draw) -> Iterator[Arguments]:
     for rows in (1, 3):
         yield draw(rows, 40), draw(301, 40), draw(301), draw(rows, 301), draw(rows), draw()
         yield draw(rows, 40), draw(301, 40), None, draw(rows, 301), draw(rows) + 9, draw()
-    for rows, vocabulary, least in ((2, 2, -2.0), (5, 201, -2.0), (1, 2500, torch.inf), (2, 2500, -torch.inf)):
+    for rows, vocabulary, least in ((2, 2, -2.0), (13, 201, -2.0), (1, 2500, torch.inf), (2, 2500, -torch.inf)):
         limit = torch.full_like(draw(rows), least)
         yield draw(rows, 64), draw(vocabulary, 64), draw(vocabulary), draw(rows, vocabulary), limit, draw()
 
@@ -224,7 +224,7 @@ def list_open(draw: Draw) -> Iterator[Arguments]:
 
 SAMPLES: dict[str, Samples] = {
     "read_channels": lambda draw: channels(draw, 1),
-    "few_channels": lambda draw: channels(draw, 3),
+    "few_channels": lambda draw: channels(draw, 13),
     "fused_channels": fused_channels,
     "dot_rows": dot_rows,
     "exact_rows": exact_rows,
