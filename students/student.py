@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -185,6 +185,12 @@ class Student(nn.Module):
         self._layouts += 1
         for wrapper in self._wrappers():
             wrapper.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert all tensors. Layouts are undone before: their addresses may be the same after a way back."""
+        if self._layouts:
+            self.forget_layouts()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _wrappers(self) -> list[Wrapper]:
         """Return the wrappers of this student; those in a vision tower with routers belong to the tower's student."""
