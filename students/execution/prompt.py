@@ -181,11 +181,40 @@ def following(positions: Tensor) -> Tensor:
     return (last if last.ndim == 1 else last[-3:].amax(0)) + 1
 
 
+def in_rows(image: Tensor, parts: Sequence[Tensor]) -> dict[str, Any]:
+    """Return DeepStack's arguments (arXiv 2406.04334) of a trunk that adds the features parts [n, D] to image tokens at
+    image [B, T] bool, as features [B, T, D] of whole rows: their indices take no wait, as the mask does."""
+    wide = image.unsqueeze(-1)
+    laid = [part.new_zeros(*image.shape, part.shape[-1]).masked_scatter(wide, part) for part in parts]
+    return {"visual_pos_masks": torch.arange(len(image), device=image.device), "deepstack_visual_embeds": laid}
+
+
+@contextmanager
+def _deep_features(trunk: nn.Module, image: Tensor, parts: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which a trunk is given DeepStack's features for its image tokens, as in `in_rows`; none: nothing."""
+    if not parts:
+        yield
+        return
+    given = in_rows(image, parts)
+    hook = trunk.register_forward_pre_hook(
+        lambda trunk, args, kwargs: (args, {**kwargs, **given}), with_kwargs=True, prepend=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return features [n, D] of all images, whether they come together or apart."""
+    return (parts if isinstance(parts, Tensor) else torch.cat(list(parts))).flatten(0, -2)
+
+
 class PromptPass:
     """A pass over prompts of one shape, on tensors that stay where they are, so that it can be recorded.
 
     text: inputs with one entry for each token; valid [B, T]: tokens that are not padding; images: embeddings [n, D] of
-    the image tokens.
+    the image tokens, followed in D by what DeepStack adds to them behind the first layers.
     """
 
     def __init__(
@@ -214,11 +243,13 @@ class PromptPass:
         ids = text.pop("input_ids")
         image = ids == self._model.config.image_token_id
         embeds = self._model.base_model.get_input_embeddings()(ids)
-        embeds = embeds.masked_scatter(image.unsqueeze(-1), self._images.to(embeds.dtype))
+        images, *deep = self._images.to(embeds.dtype).split(embeds.shape[-1], -1)
+        embeds = embeds.masked_scatter(image.unsqueeze(-1), images)
         cache = ReadCache(self._pruning.trunk.config.num_hidden_layers)
         inputs = with_cache(self._model, {**text, "inputs_embeds": embeds, "use_cache": True}, cache)
         asked = (self._places < self._length).expand(ids.shape)
-        with self._pruning.told(Prompted(image, self._valid, asked, self._room)):
+        told = self._pruning.told(Prompted(image, self._valid, asked, self._room))
+        with told, _deep_features(self._pruning.trunk, image, deep):
             logits = self._model(**inputs, logits_to_keep=self._last).logits
         return logits[:, -1].float(), cache
 
@@ -269,11 +300,9 @@ class Prompts:
         except ValueError as reason:
             self.kept.warn(str(reason))
             return None
-        if getattr(made, "deepstack_features", None) is not None:
-            self.kept.warn(f"{type(self.model).__name__} adds image features behind its first layers")
-            return None
-        images = made.pooler_output
-        images = (images if isinstance(images, Tensor) else torch.cat(list(images))).flatten(0, -2)
+        images = torch.cat(
+            [_joined(part) for part in (made.pooler_output, *(made.get("deepstack_features") or ()))], -1
+        )
         mask, fill = inputs.get("attention_mask"), -ids.shape[1] % MULTIPLE
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         valid = F.pad(valid, (0, fill), value=True)

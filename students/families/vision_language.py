@@ -21,7 +21,7 @@ from students.architectures import windows_of
 from students.decisions import Decisions
 from students.execution.capture import Fetched
 from students.execution.kv_cache import memory_of
-from students.execution.prompt import Prompted, PromptPruning, Read, Room
+from students.execution.prompt import Prompted, PromptPruning, Read, Room, in_rows
 from students.families.image import ImageStudent
 from students.families.image_pruning import (
     PruningPoint,
@@ -377,8 +377,10 @@ class VisionLanguageStudent(LanguageStudent):
         kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         if (shown := kwargs.get("visual_pos_masks")) is not None:  # DeepStack: image features for the first layers
-            kwargs["deepstack_visual_embeds"] = [part[kept[shown]] for part in kwargs["deepstack_visual_embeds"]]
-            kwargs["visual_pos_masks"] = shown.gather(1, index) & here
+            if shown.ndim == 2:
+                kwargs |= in_rows(shown, kwargs["deepstack_visual_embeds"])
+            wide = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            kwargs["deepstack_visual_embeds"] = [part.gather(1, wide) for part in kwargs["deepstack_visual_embeds"]]
         mask, padded = shorter_mask(self._own_masks(kwargs, valid), index, here), here.numel() - room.kept
         # without cache and mask, transformers would take gaps in positions for borders between packed texts
         if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
