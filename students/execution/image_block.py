@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from students.execution.call import Flow
 from students.execution.runtime import Runtime
-from students.execution.tokens import for_tokens, gather_open, rotary
+from students.execution.tokens import for_tokens, gather_open, rotary, rotary_of
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import ops
 from students.kernels.attention_gradient import learning, recomputing
@@ -155,9 +155,8 @@ class RoutedBlock(Wrapper):
             if lengths[members[0]] < most:
                 count = here.float() if count is None else count * here
             own = {} if count is None else {self.mask: key_mask(count, x.dtype)}
-            own |= rotary(kwargs, partial(_of_rows, rows, most - self.prefix))
             call.rows = None if offsets is None else offsets[rows]
-            done = self.base_layer(some, *args, **{**kwargs, **own})
+            done = self.base_layer(some, *args, **{**kwargs, **own, **rotary_of(kwargs, rows, most - self.prefix)})
             out[rows, :most] = torch.where(here.unsqueeze(-1), done, some)
         call.rows = offsets
         return out
@@ -187,8 +186,7 @@ class RoutedBlock(Wrapper):
         old places [B, keep], and the new places [B, n] of all tokens."""
         linear = router.linear
         given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
-        some, size, flow.score, index, into = merge_for(self.base_layer, x, *given, keep)
-        flow.size = size
+        some, flow.size, flow.score, index, into = merge_for(self.base_layer, x, *given, keep)
         return some, index, into
 
     def _choose_some(
@@ -383,10 +381,6 @@ class RoutedBlock(Wrapper):
         corrected = self.runtime.corrected(weight)
         weight = weight if corrected is None else 1 + (weight - 1) * corrected
         return F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
-
-
-def _of_rows(rows: Tensor, tokens: int, rope: Tensor) -> Tensor:
-    return rope[rows][..., :tokens, :]
 
 
 def similar_lengths(lengths: list[int], price: float) -> list[list[int]]:

@@ -273,3 +273,8 @@ def rotary(kwargs: dict[str, Any], of: Callable[[Tensor], Tensor]) -> dict[str, 
     rope, pair = kwargs.get("rope"), kwargs.get("position_embeddings")
     made = {} if rope is None else {"rope": of(rope)}
     return made if pair is None else {**made, "position_embeddings": tuple(map(of, pair))}
+
+
+def rotary_of(kwargs: dict[str, Any], rows: Tensor, patches: int) -> dict[str, Any]:
+    """Return the rotary embeddings, made by `for_tokens`, of these rows of a batch and of their first patches."""
+    return rotary(kwargs, lambda rope: rope[rows][..., :patches, :])

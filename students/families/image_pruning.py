@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from students.execution.prompt import Prompted, PromptPruning, Room
+from students.architectures import windows_of
+from students.execution.prompt import Prompted, PromptPruning, Room, in_rows
+from students.execution.runtime import Runtime
 from students.execution.wrapper import Named
 from students.libraries import cache_in
 from students.routers import ImageRouter, selection
@@ -89,29 +91,56 @@ def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
     return positions.expand(*positions.shape[:-2], len(x), -1)
 
 
-def masks_by_place(
-    kinds: Sequence[str] | None,
-    windows: Sequence[int | None],
-    sizes: Sequence[int],
-    queries: Tensor,
-    keys: Tensor,
-    held: Tensor,
-    dtype: torch.dtype,
-) -> Any:
-    """Return additive causal masks [B, 1, Q, K], by kind of layer if layers have kinds: tokens from columns queries
-    [B, Q] of the input attend to those from columns keys [B, K] that are marked in held [B, K], as far back as the
-    layer's window reaches.
+class Windows:
+    """The sliding windows of a language model of whose prompts image tokens are pruned: they reach back over so many
+    columns of the input, whether or not the tokens are there."""
 
-    kinds, windows, sizes: of each layer the kind, the width of the window, and how many of the last keys it has.
-    """
-    back = queries[:, :, None] - keys[:, None]
-    made = {}
-    for kind in dict.fromkeys(kinds or [""]):
-        layer = kinds.index(kind) if kinds else 0
-        seen = held[:, None] & (back >= 0) & (back < (windows[layer] or torch.inf))
-        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        made[kind] = hidden.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, :, -sizes[layer] :]
-    return made if kinds else made[""]
+    def __init__(self, trunk: nn.Module) -> None:
+        self._kinds: Sequence[str] | None = getattr(trunk.config, "layer_types", None)
+        self._widths = windows_of(trunk)
+        self.any = any(self._widths)
+        """Whether a layer has a window."""
+
+    def masks(self, queries: Tensor, keys: Tensor, held: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Any:
+        """Return additive causal masks [B, 1, Q, K], by kind of layer if layers have kinds: tokens from columns queries
+        [B, Q] of the input attend to those from columns keys [B, K] that are marked in held [B, K].
+
+        sizes: how many of the last keys each layer has.
+        """
+        back, made = queries[:, :, None] - keys[:, None], {}
+        for kind in dict.fromkeys(self._kinds or [""]):
+            layer = self._kinds.index(kind) if self._kinds else 0
+            seen = held[:, None] & (back >= 0) & (back < (self._widths[layer] or torch.inf))
+            made[kind] = selection.additive(seen[:, None, :, -sizes[layer] :], dtype)
+        return made if self._kinds else made[""]
+
+    def own_masks(self, kwargs: dict[str, Any], valid: Tensor) -> Any:
+        """Return the mask in a language model's kwargs or, where it would make masks of its own and count kept tokens
+        for its windows, masks that count columns; valid [B, T]: tokens that are not padding."""
+        mask, tokens = kwargs.get("attention_mask"), valid.shape[1]
+        if isinstance(mask, dict):
+            whole = all(part is not None for part in mask.values())
+        else:
+            whole = (mask is not None and mask.ndim == 4) or not any(w and w < tokens for w in self._widths)
+        if whole:
+            return mask
+        places = torch.arange(tokens, device=valid.device).expand(len(valid), -1)
+        return self.masks(places, places, valid, kwargs["inputs_embeds"].dtype, [tokens] * len(self._widths))
+
+
+def is_flat(mask: Any) -> TypeGuard[Tensor]:
+    """Return whether a mask is [B, T], as the model's caller gives it."""
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def pick_features(kwargs: dict[str, Any], index: Tensor) -> None:
+    """Restrict a language model's embeddings in kwargs, and DeepStack's features, to the tokens at index [B, L]."""
+    if (shown := kwargs.get("visual_pos_masks")) is not None and shown.ndim == 2:
+        kwargs |= in_rows(shown, kwargs["deepstack_visual_embeds"])
+    wide = index.unsqueeze(-1).expand(-1, -1, kwargs["inputs_embeds"].shape[-1])
+    kwargs["inputs_embeds"] = kwargs["inputs_embeds"].gather(1, wide)
+    if shown is not None:
+        kwargs["deepstack_visual_embeds"] = [part.gather(1, wide) for part in kwargs["deepstack_visual_embeds"]]
 
 
 def shorter_mask(mask: Any, index: Tensor, here: Tensor) -> Any:
@@ -144,3 +173,39 @@ def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype
         seen = mask.bool()
     allowed = selection.additive(selection.hide_closed_keys(own, seen, dtype), dtype)
     return allowed if bias is None else allowed + bias.to(dtype)[:, None, None, :]
+
+
+def shares_of(router: ImageRouter, run: Runtime, rows: int) -> list[float]:
+    """Return the share of each row's image tokens that passes, where that does not depend on the images."""
+    if router.spec.selection == "topk":
+        return [run.capacity if run.training else run.kept] * rows
+    offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
+    return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
+
+
+def choose(router: ImageRouter, run: Runtime, score: Tensor, image: Tensor, shares: Sequence[float] | None) -> Tensor:
+    """Return gates [B, T] of the image tokens at image [B, T] bool; gates of other tokens are arbitrary.
+
+    shares: the share of each row's image tokens that passes; None: as many as have a score of at least 0, by a quota in
+    training a share over all image tokens of the batch.
+    """
+    shift = router.shift(run.dial_of(score))
+    if router.spec.selection == "threshold":
+        return selection.threshold(score + shift)
+    have = image.sum(1, keepdim=True)
+    best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
+    limit: Tensor | None = None
+    if shares is None:  # as in selection.even
+        limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
+        ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
+        count = (ranked > -torch.inf).sum().clamp(min=1)
+        share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
+        most = (share * have).round().clamp(min=1)
+    else:
+        alike = len(set(shares)) == 1
+        each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
+        most = (each * have.double()).round().clamp(min=1)
+    if limit is None:  # scores count relative to the last that passes: a common shift must not saturate gradients
+        limit = best.detach().gather(1, (most - 1).long())
+    soft = (score - limit).sigmoid()
+    return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())

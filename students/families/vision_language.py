@@ -17,18 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from students.architectures import windows_of
 from students.decisions import Decisions
 from students.execution.capture import Fetched
 from students.execution.kv_cache import memory_of
-from students.execution.prompt import Prompted, PromptPruning, Read, Room, in_rows
+from students.execution.prompt import Prompted, PromptPruning, Read, Room
 from students.families.image import ImageStudent
 from students.families.image_pruning import (
     PruningPoint,
     StudentPruning,
+    Windows,
+    choose,
     hidden_keys,
-    masks_by_place,
+    is_flat,
+    pick_features,
     positions_of,
+    shares_of,
     shorter_mask,
 )
 from students.families.language import LanguageStudent
@@ -57,8 +60,7 @@ class VisionLanguageStudent(LanguageStudent):
         """The vision tower's student; None if the tower has no routers."""
         self.vision_macs: float | None = None
         """Multiply-accumulates of the frozen vision tower and projector per image token; counted at the first run."""
-        self._windows = windows_of(trunk)
-        self._windowed = any(self._windows)
+        self._windows = Windows(trunk)
         self._prompted: Prompted | None = None
         self.foretold: Prompted | None = None
         """The next call's prompts, where the call has only embeddings, which do not tell (see StudentPruning)."""
@@ -235,10 +237,10 @@ class VisionLanguageStudent(LanguageStudent):
             ids = torch.zeros(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=self.model.device)
         mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         valid = torch.ones_like(ids, dtype=torch.bool)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
+        if is_flat(mask):
             valid = mask[:, -ids.shape[1] :].bool()
         if self.image_router is None:
-            self._prompted = Prompted(None, valid) if _is_flat(mask) else None
+            self._prompted = Prompted(None, valid) if is_flat(mask) else None
             return None
         self.runtime.begin(len(ids), ids.device)
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
@@ -268,7 +270,7 @@ class VisionLanguageStudent(LanguageStudent):
             else:
                 kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
         mask = kwargs.get("attention_mask")
-        hidden = mask is not None and not _is_flat(mask) and prompted.room is None and prompted.valid.shape[1] > 1
+        hidden = mask is not None and not is_flat(mask) and prompted.room is None and prompted.valid.shape[1] > 1
         if kept is None and hidden:
             kept, padded = prompted.valid, prompted.valid.numel() - int(prompted.valid.sum())  # waits for the device
         before = self._prompt
@@ -278,7 +280,7 @@ class VisionLanguageStudent(LanguageStudent):
             out = super()._before(trunk, args, kwargs)
         finally:
             self._prompt = before
-        if kept is not None and padded and not _is_flat(kwargs.get("attention_mask")):
+        if kept is not None and padded and not is_flat(kwargs.get("attention_mask")):
             self.runtime.call.valid, self.runtime.call.padded = kept, padded
         call, decisions = self.runtime.call, self.runtime.decisions
         if kept is not None and call.prompt is not None:  # later decisions must not depend on closed image tokens
@@ -295,30 +297,12 @@ class VisionLanguageStudent(LanguageStudent):
         count = prompted.valid.shape[1]
         new = torch.arange(count, device=memory.next.device)
         kwargs["position_ids"] = memory.next + new
-        memory.append(prompted.valid, new.expand(len(prompted.valid), -1) if self._windowed else None)
+        memory.append(prompted.valid, new.expand(len(prompted.valid), -1) if self._windows.any else None)
         memory.next = memory.next + count
         if memory.places is not None:
             sizes = [layer.get_mask_sizes(count)[0] for layer in cache.layers]
             columns = memory.places[:, -count:], memory.places
-            kwargs["attention_mask"] = self._masks(*columns, memory.held, kwargs["inputs_embeds"].dtype, sizes)
-
-    def _masks(self, queries: Tensor, keys: Tensor, held: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Any:
-        return masks_by_place(
-            getattr(self.trunk.config, "layer_types", None), self._windows, sizes, queries, keys, held, dtype
-        )
-
-    def _own_masks(self, kwargs: dict[str, Any], valid: Tensor) -> Any:
-        """Return the mask in kwargs or, where the language model would make it and count kept tokens for its windows,
-        masks that count all; valid [B, T]: tokens that are not padding."""
-        mask, tokens = kwargs.get("attention_mask"), valid.shape[1]
-        if isinstance(mask, dict):
-            whole = all(part is not None for part in mask.values())
-        else:
-            whole = (mask is not None and mask.ndim == 4) or not any(w and w < tokens for w in self._windows)
-        if whole:
-            return mask
-        places = torch.arange(tokens, device=valid.device).expand(len(valid), -1)
-        return self._masks(places, places, valid, kwargs["inputs_embeds"].dtype, [tokens] * len(self._windows))
+            kwargs["attention_mask"] = self._windows.masks(*columns, memory.held, kwargs["inputs_embeds"].dtype, sizes)
 
     def _shorten(
         self, router: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
@@ -344,18 +328,19 @@ class VisionLanguageStudent(LanguageStudent):
                 run.decisions.valid = gate
             bias = torch.log(gate * (1 - LEAK) + LEAK)
             kwargs["inputs_embeds"] = learning(x, bias)
-            kwargs["attention_mask"] = hidden_keys(self._own_masks(kwargs, valid), valid, bias, x.dtype)
+            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), valid, bias, x.dtype)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
         room = self._room(router, prompted, kept)
-        if not room.fewer and (prompted.room is None or room.kept == valid.numel()):
-            return None, 0
-        if not room.fewer:  # a recorded pass, whose caller leaves padding to us
+        if not room.fewer:
+            if prompted.room is None or room.kept == valid.numel():
+                return None, 0
+            # a recorded pass, whose caller leaves padding to us
             kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, None, x.dtype)
             return valid, valid.numel() - room.kept
         positions = positions_of(kwargs, x)
         memory = None if cache is None else memory_of(cache)
-        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windowed else None
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windows.any else None
         if memory is not None:
             if not isinstance(cache, DynamicCache):
                 raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
@@ -365,7 +350,7 @@ class VisionLanguageStudent(LanguageStudent):
                 run.decisions.valid = kept
             if memory is not None:
                 memory.append(kept, place)
-            kwargs["attention_mask"] = hidden_keys(self._own_masks(kwargs, valid), kept, None, x.dtype)
+            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), kept, None, x.dtype)
             return kept, kept.numel() - room.kept
         # kept tokens move to the right end, so that every row's last token is in the last column
         index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
@@ -374,14 +359,9 @@ class VisionLanguageStudent(LanguageStudent):
             run.decisions.index, run.decisions.valid = index, here
         if memory is not None:
             memory.append(here, None if place is None else index)
-        kwargs["inputs_embeds"] = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
-        if (shown := kwargs.get("visual_pos_masks")) is not None:  # DeepStack: image features for the first layers
-            if shown.ndim == 2:
-                kwargs |= in_rows(shown, kwargs["deepstack_visual_embeds"])
-            wide = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-            kwargs["deepstack_visual_embeds"] = [part.gather(1, wide) for part in kwargs["deepstack_visual_embeds"]]
-        mask, padded = shorter_mask(self._own_masks(kwargs, valid), index, here), here.numel() - room.kept
+        pick_features(kwargs, index)
+        mask, padded = shorter_mask(self._windows.own_masks(kwargs, valid), index, here), here.numel() - room.kept
         # without cache and mask, transformers would take gaps in positions for borders between packed texts
         if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
             if not padded:
@@ -409,46 +389,12 @@ class VisionLanguageStudent(LanguageStudent):
     def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
         """Return the Room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
         passing = [
-            min(have, max(1, round(share * have)))  # as in `_choose`
-            for have, share in zip(image, self._shares(router, len(image)), strict=True)
+            min(have, max(1, round(share * have)))  # as in `choose`
+            for have, share in zip(image, shares_of(router, self.runtime, len(image)), strict=True)
         ]
         return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
 
-    def _shares(self, router: ImageRouter, rows: int) -> list[float]:
-        """Return the share of each row's image tokens that passes, if `counts`."""
-        run = self.runtime
-        if router.spec.selection == "topk":
-            return [run.capacity if run.training else run.kept] * rows
-        offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
-        return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
-
     def _choose(self, router: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
-        """Return gates [B, T] of the image tokens at image [B, T] bool; gates of other tokens are arbitrary."""
-        run = self.runtime
-        shift = router.shift(run.dial_of(score))
-        if router.spec.selection == "threshold":
-            return selection.threshold(score + shift)
-        have = image.sum(1, keepdim=True)
-        best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
-        limit: Tensor | None = None
-        if router.spec.selection == "quota" and run.training and not self.by_count:
-            # the share over all image tokens of the batch, as in selection.even
-            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
-            ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
-            count = (ranked > -torch.inf).sum().clamp(min=1)
-            share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
-            most = (share * have).round().clamp(min=1)
-        else:
-            shares = self._shares(router, len(score))
-            alike = len(set(shares)) == 1
-            each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
-            most = (each * have.double()).round().clamp(min=1)
-        if limit is None:  # scores count relative to the last that passes: a common shift must not saturate gradients
-            limit = best.detach().gather(1, (most - 1).long())
-        soft = (score - limit).sigmoid()
-        return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
-
-
-def _is_flat(mask: Any) -> bool:
-    """Return whether a mask is [B, T], as the model's caller gives it."""
-    return isinstance(mask, Tensor) and mask.ndim == 2
+        """Return gates [B, T] of the image tokens at image [B, T] bool, as `choose` does."""
+        shares = shares_of(router, self.runtime, len(score)) if self.counts else None
+        return choose(router, self.runtime, score, image, shares)
