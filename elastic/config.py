@@ -27,8 +27,9 @@ from teachers.registry import ModelEntry, models, resolve
 
 SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.section))
 """Sections of a preset or file that are used only for one phase or one family of models."""
-NAMED_DATA = ("builtin", "fashion-mnist", "easy-vqa")
-"""Values of `data.source` that are never taken as paths, even if the working directory has a file of that name."""
+NAMED_DATA = {"builtin": "llm", "fashion-mnist": "vit", "easy-vqa": "vlm"}
+"""Values of `data.source` that are never taken as paths, even if the working directory has a file of that name, and the
+family that each is for."""
 
 
 @dataclass(frozen=True)
@@ -378,16 +379,19 @@ def make_config(
     if traits.data and merged["data"]["source"] == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
     source = merged["data"].get("source")
-    if isinstance(source, str) and source.strip() and source not in (*NAMED_DATA, entry.data):
+    if isinstance(source, str) and source.strip() and source != entry.data:
         require_data(source, entry.family)
-        if Path(source).expanduser().exists():
+        if source not in NAMED_DATA and Path(source).expanduser().exists():
             merged["data"]["source"] = str(Path(source).expanduser().absolute())
     return from_dict(RunConfig, merged)
 
 
 def require_data(source: str, family: str) -> None:
-    """Raise ValueError if `source` can only be a path and nothing exists there, before a model is loaded in vain."""
+    """Raise ValueError if `source` can only be a path and nothing exists there, or is data for another family, before a
+    model is loaded in vain."""
     path = Path(source).expanduser()
+    if (other := NAMED_DATA.get(source, family)) != family:
+        raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {TRAITS[family].noun}")
     on_hub = not is_path(source) and ("/" in source or TRAITS[family].one_word)
     if on_hub or source in NAMED_DATA or path.exists():
         return

@@ -216,7 +216,7 @@ def plan_command(options: argparse.Namespace) -> None:
     table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
     table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
-    trained = f"{found['samples']:.3g} {found['unit']}, {found['tokens']:.3g} tokens"
+    trained = f"{found['samples']:,.0f} {found['unit']}, {found['tokens']:.3g} tokens"
     table.add_row(trained, f"{found['steps']:,} steps, {_duration(found['days'])}")
     Console(soft_wrap=True, markup=False).print(table)
 

@@ -103,6 +103,9 @@ def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., s
     assert "empty.txt is too short: 0 tokens found, 96 needed" in refused(*arguments, "--data", "empty.txt")
     for source in ("emty.txt", "./empty", "some/where/else", "word"):  # noticed before the model is looked for
         assert "no such file or folder" in refused("distill", "--model", "gpt2", "--data", source)
+    assert "fashion-mnist is data for an image model" in refused(
+        "distill", "--model", "gpt2", "--data", "fashion-mnist"
+    )
     assert "did you mean builtin?" in refused("distill", "--model", "gpt2", "--data", "buildin")
     assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
     windows = ("--set", "data.window=128", "--set", "train.window=128")
