@@ -87,6 +87,12 @@ def _grouped_flops(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *r
 _grouped_flops._get_raw = True  # type: ignore[attr-defined]
 
 
+def grouped_bytes(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *rest: Any) -> int:
+    """Return the bytes that such products read: x, and the matrices of weight [G, I, O] that have rows of x."""
+    used = int((ends.diff(prepend=ends.new_zeros(1)) > 0).sum())
+    return x.nbytes + used * weight[0].nbytes
+
+
 def other_products() -> dict[Any, Callable[..., int]]:
     """Return FLOP formulas of products with some rows of a matrix (kernels/first_rows.py) and, if bitsandbytes has been
     imported, with its packed weights."""

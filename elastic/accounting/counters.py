@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from students.flops import ATTENTION, flop_counter, other_products
+from students.flops import ATTENTION, flop_counter, grouped_bytes, other_products
 from students.kernels.ops import OPERATORS
 
 _aten = torch.ops.aten
@@ -27,7 +27,9 @@ class _ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
-        if packet in self.products:
+        if packet is _aten._grouped_mm:
+            self.total += grouped_bytes(*args)
+        elif packet in self.products:
             self.total += sum(x.nbytes for x in args if isinstance(x, Tensor))
         elif function.namespace == "elastic":
             read = OPERATORS[packet.__name__].read

@@ -83,6 +83,19 @@ def test_counted_compute_is_reported_compute(name: str, experts: str, tokens: to
     assert spent / dense == pytest.approx(float(student.compute.ratio(decisions, ALL, "prefill")), rel=0.01)
 
 
+@torch.no_grad()
+def test_bytes_are_those_of_the_experts_that_are_used(tokens: torch.Tensor) -> None:
+    """One token reads three of eight experts in each of three blocks, and no expert if all are closed."""
+    student = make("mixtral", StudentSpec((MIXTURE,)), close=False)
+    read = []
+    for limit in (-30.0, 30.0):
+        for parameter in student.added_parameters().values():
+            parameter.fill_(limit)
+        student.prepare()
+        read.append(count(lambda: student(tokens[:1, :1], use_cache=False))[1])
+    assert read[0] - read[1] == 3 * 3 * (3 * 32 * 48) * 4  # gate, up and down of each expert, in float32
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 @torch.no_grad()
 def test_recorded_steps_decode_the_same_text(name: str, tokens: torch.Tensor) -> None:
