@@ -44,8 +44,11 @@ def test_a_run_reaches_its_budget_and_says_how_good_it_is(finished: Path) -> Non
     assert 0 < row["compute_vision"] < 1
     teacher = run.teacher()
     student, held_out = run.load_student(teacher), vision_language.load(run.config, teacher).held_out
-    student.runtime.execution = "mask"
     prompts, samples = held_out.read(range(6))
+    decisions, valid = student.features(**prompts.inputs)[1], prompts.inputs["attention_mask"].bool()
+    macs, _, dense = (x.sum() for x in student.spent(decisions, prompts.image, valid, prompts.answers.sum(1)))
+    assert row["compute"] == pytest.approx(float(macs / dense), rel=1e-4)
+    student.runtime.execution = "mask"
     own = student(**prompts.inputs)[0].logits
     with student.teacher():
         exact = student(**prompts.inputs)[0].logits
