@@ -17,7 +17,7 @@ from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
 from elastic.run import DTYPES, share_weights
 from elastic.timing.workload import Workload
-from students.execution.capture import KEPT
+from students.kernels.capture import KEPT
 from teachers import Teacher
 from teachers.load import preferred_dtype
 from teachers.quantize import quantize

@@ -50,7 +50,7 @@ class Need:
 
     def recorded(self, tokens: int) -> int:
         """Return the bytes that the CUDA graphs of the student and a dense model hold for `tokens` tokens in all:
-        static caches with up to 50 % spare slots (students/execution/decoding.py), or activations without a cache."""
+        static caches with up to 50 % spare slots (students/recording/decoding.py), or activations without a cache."""
         return round(SLACK * 2 * tokens * (1.5 * self.cache or self.passing))
 
     def calibration(self, tokens: int, sampled: int) -> int:

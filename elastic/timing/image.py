@@ -17,8 +17,8 @@ from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, medians, row_of
 from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
 from students.calibration.image import CALIBRATED
-from students.execution.capture import Forward
 from students.families.image import ImageStudent, call, tokens_of
+from students.kernels.capture import Forward
 from teachers.data.image_set import ImageSet
 from teachers.data.images import ImageData
 

@@ -16,8 +16,8 @@ from elastic.timing.passes import COUNTED, Contender, Models, Row, decode, prefi
 from elastic.timing.workload import PROMPT, InputSizes, StepSizes, TrainingBatch, Workload
 from students.calibration.language import ROWS_PER_BATCH
 from students.execution.attention import route_trunk
-from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
+from students.recording.decoding import Decoding
 from teachers.data.text import TextData
 from teachers.families.language import most_tokens
 

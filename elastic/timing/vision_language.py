@@ -16,9 +16,9 @@ from students.architectures.vision_language import VISION_TOWERS
 from students.calibration.vision_language import CALIBRATED
 from students.decisions import Decisions
 from students.execution.attention import route_trunk
-from students.execution.decoding import Decoding
 from students.families.image import image_shape, tokens_of
 from students.families.vision_language import VisionLanguageStudent
+from students.recording.decoding import Decoding
 from teachers.data.synthetic import ANSWER, QUESTION
 
 OPTIONS: tuple[str, ...] = ("new_tokens",)

@@ -1,1 +1,1 @@
-"""How a routed model runs: wrappers around frozen modules, attention, caches, merging, recorded passes."""
+"""How a routed model runs: wrappers around frozen modules, attention, caches, merging."""

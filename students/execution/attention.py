@@ -101,7 +101,7 @@ def routed_attention(
     ([B, T, H, d], weights).
 
     Tokens that the plan leaves out get zeros. If the plan has `heads`, query holds the open heads only. `slot` [1], a
-    device tensor, is the index of the newest key in a step of fixed shape (execution/fixed.py).
+    device tensor, is the index of the newest key in a step of fixed shape (recording/step.py).
     """
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)

@@ -72,7 +72,7 @@ class LinearGroup:
         self.limit: Tensor | None = None
         """Limit [I] that channel magnitudes have to reach (see ChannelRouter.limit); None: it differs between rows."""
         self._limit: Tensor | None = None
-        """The tensor of the last limit, overwritten in place because recorded steps read it (execution/fixed.py)."""
+        """The tensor of the last limit, overwritten in place because recorded steps read it (recording/step.py)."""
         self._reader: Callable[[Tensor], tuple[Tensor, int | Tensor]] | None = None
         self._stamp.reset()
 

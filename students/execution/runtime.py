@@ -30,7 +30,7 @@ class Runtime:
     bypass: bool = False
     """Whether routers are bypassed, so that the student is its teacher."""
     recorded: int = 0
-    """Number of tokens of the fixed-shape step (execution/fixed.py) that runs with `bypass`; 0: none runs. Its masks
+    """Number of tokens of the fixed-shape step (recording/step.py) that runs with `bypass`; 0: none runs. Its masks
     change the rounding anyway, so routed layers may run: they read all channels with fewer launches than the model's
     own layers."""
     execution: Literal["skip", "mask"] = "skip"
@@ -63,7 +63,7 @@ class Runtime:
     """The record of this forward pass's decisions; None if nobody asked for it."""
     dial: Tensor | None = None
     """The offset as a tensor [] on the device, for calls that skip. It is overwritten in place, as the rows' offsets
-    are, because recorded steps read it (execution/fixed.py)."""
+    are, because recorded steps read it (recording/step.py)."""
     limit: Tensor | None = None
     """The score [1] from which on gates are open at the offset `dial`, for routers without gains."""
     call: Call = field(default_factory=Call)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.execution.capture import Fetched
 from students.kernels import devices, ops
+from students.kernels.capture import Fetched
 
 
 @dataclass

@@ -16,9 +16,9 @@ from students.architectures import BRANCHES, architecture_of, trunk_of
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
-from students.execution.capture import Forward
 from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
+from students.kernels.capture import Forward
 from students.routers import Router
 from students.spec import RouterSpec
 from students.student import Student
@@ -69,7 +69,7 @@ class ImageStudent(Student):
         for; for other sizes see `at`."""
 
     def predict(self, pixel_values: Tensor) -> Any:
-        """Return the model's own output, without gradients; on GPUs through recorded passes (execution/capture.py),
+        """Return the model's own output, without gradients; on GPUs through recorded passes (kernels/capture.py),
         whose output the next call overwrites. For many batches of few shapes."""
         return self._recorded(pixel_values)
 

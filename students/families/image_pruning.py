@@ -11,10 +11,10 @@ from einops import repeat
 from torch import Tensor, nn
 
 from students.architectures import windows_of
-from students.execution.prompt import Prompted, PromptPruning, Room, in_rows
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named
 from students.libraries import cache_in
+from students.recording.prompt import Prompted, PromptPruning, Room, in_rows
 from students.routers import ImageRouter, selection
 
 if TYPE_CHECKING:

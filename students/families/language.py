@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
-from students.execution.decoding import Decoding
-from students.execution.fixed import FixedCache
 from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
-from students.execution.prompt import PromptPruning
 from students.execution.tokens import Order
 from students.kernels import devices
 from students.kernels.autograd import forward_kl
 from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
+from students.recording.decoding import Decoding
+from students.recording.prompt import PromptPruning
+from students.recording.step import FixedCache
 from students.student import Student
 
 IN_PARTS = "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"
@@ -66,7 +66,7 @@ class LanguageStudent(Student):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' `generate` on the routed model, on GPUs through recorded steps (execution/decoding.py).
+        """Run transformers' `generate` on the routed model, on GPUs through recorded steps (recording/decoding.py).
 
         Pipelines take `student.model`. Raises ValueError if there are routers of sequence granularity and an argument
         would have the prompt read in parts or with guessed tokens, since these routers decide from the whole prompt.

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
-from students.execution.capture import Fetched
 from students.execution.kv_cache import memory_of
-from students.execution.prompt import Prompted, PromptPruning, Read, Room
 from students.families.image import ImageStudent
 from students.families.image_pruning import (
     PruningPoint,
@@ -37,7 +35,9 @@ from students.families.image_pruning import (
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.kernels.attention_gradient import learning
+from students.kernels.capture import Fetched
 from students.libraries import cache_in, with_cache
+from students.recording.prompt import Prompted, PromptPruning, Read, Room
 from students.routers import ImageRouter, selection
 
 LEAK = 1e-8

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.execution.capture import CudaGraph
+from students.kernels.capture import CudaGraph
 from students.kernels.cpu.pages import large_pages
 from students.kernels.packing import PackedProduct
 

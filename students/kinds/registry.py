@@ -84,7 +84,7 @@ class Kind:
 
     def fixes_shapes(self, spec: RouterSpec) -> bool:
         """Return whether tensor shapes in a decode step do not depend on the router's decisions, so that the step can
-        be captured into a CUDA graph (see students/execution/fixed.py)."""
+        be captured into a CUDA graph (see students/recording/step.py)."""
         return False
 
     def saves(self, spec: RouterSpec, phase: Literal["decode", "prefill"]) -> bool:

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast, TextStreamer
 
 from students import LoraSpec, RouterSpec, StudentSpec
-from students.execution import decoding
-from students.execution.capture import KEPT, CudaGraph, recorder_for
-from students.execution.decoding import Decoding, slots_for
-from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
 from students.kernels import devices
+from students.kernels.capture import KEPT, CudaGraph, recorder_for
 from students.libraries import cache_of, with_cache
+from students.recording import decoding
+from students.recording.decoding import Decoding, slots_for
+from students.recording.step import DecodeStep
 from tests.pico.language import TINY, make_tiny, make_tokenizer
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from students.execution.capture import Fetched
+from students.kernels.capture import Fetched
 from tests.students.host_waits import HostWait, NoHostWaits
 from tests.students.tape import Tape
 

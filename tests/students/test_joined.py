@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students import LoraSpec, RouterSpec, StudentSpec
-from students.execution.decoding import Decoding
 from students.families.language import LanguageStudent
 from students.kernels import devices, ops
 from students.kernels.deferred import Deferred, Stream, entering, gate, output, settled
 from students.libraries import cache_of, with_cache
+from students.recording.decoding import Decoding
 from tests.backends import running_on
 from tests.students.tape import Tape
 from tests.students.test_execution import CLOSE, make

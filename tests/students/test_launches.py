@@ -10,11 +10,11 @@ from torch import Tensor
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.execution.attention import route_trunk
-from students.execution.decoding import Decoding
-from students.execution.prompt import Read
 from students.families.language import LanguageStudent
 from students.kernels import devices, ops
 from students.libraries import cache_of
+from students.recording.decoding import Decoding
+from students.recording.prompt import Read
 from tests.pico.language import make_tiny
 from tests.students.host_waits import Launches
 from tests.students.test_execution import CLOSE, make

@@ -51,7 +51,7 @@ def test_a_cache_is_handed_on_under_one_name() -> None:
 
 @torch.no_grad()
 def test_decoding_is_handed_over_with_all_that_is_prepared() -> None:
-    """For execution/decoding.py: `custom_generate` gets prepared arguments, `_prefill` exists, a cache is returned."""
+    """For recording/decoding.py: `custom_generate` gets prepared arguments, `_prefill` exists, a cache is returned."""
     seen: list[Any] = []
 
     def decode(model: Any, input_ids: Any, logits_processor: Any, generation_config: Any, words_to: Any, **rest: Any):

@@ -15,8 +15,8 @@ from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
 from students.architectures import BRANCHES
 from students.execution import tokens as some_tokens
-from students.execution.capture import Fetched
 from students.kernels import devices, first_rows
+from students.kernels.capture import Fetched
 from students.libraries import cache_of
 from tests.students.host_waits import Launches
 from tests.students.test_execution import CLOSE, MATRIX, SPECS, assert_decodes_in_one_pass, decode, in_both_ways, make

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students import RouterSpec
-from students.execution.capture import KEPT
-from students.execution.decoding import Decoding
-from students.execution.prompt import MULTIPLE
 from students.families.vision_language import VisionLanguageStudent
+from students.kernels.capture import KEPT
 from students.libraries import cache_of
+from students.recording.decoding import Decoding
+from students.recording.prompt import MULTIPLE
 from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
 from tests.students.host_waits import Launches, NoHostWaits
 from tests.students.tape import Tape

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students import RouterSpec
-from students.execution.capture import Forward
 from students.families.image import ImageStudent, call
 from students.kernels import devices
+from students.kernels.capture import Forward
 from tests.pico.image import MODELS
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, StudentSpec
-from students.execution import replay as replaying
-from students.execution.decoding import Decoding
-from students.execution.replay import Replay
 from students.families.language import LanguageStudent
+from students.recording import replay as replaying
+from students.recording.decoding import Decoding
+from students.recording.replay import Replay
 from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_execution import make

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from students import RouterSpec, StudentSpec, elasticize
 from students.execution.attention import route_trunk
-from students.execution.fixed import DecodeStep
 from students.families.language import LanguageStudent
 from students.kernels import cpu, ops, reference
 from students.kernels.cpu import operators, toolchain
 from students.kernels.triton import tuning
 from students.libraries import cache_of
+from students.recording.step import DecodeStep
 from tests.backends import DTYPES
 from tests.pico.language import TINY, make_tiny
 from tests.students.kernels.samples import Draw

@@ -1,7 +1,7 @@
 """transformers' `generate` through recorded decode steps, with its greedy search, sampling, stopping and streaming.
 
-The prompt is computed by the model itself or, with images, through recorded passes (execution/prompt.py). After that
-every token is one replay of a step of fixed shape (execution/fixed.py). There is one recording for each batch size and
+The prompt is computed by the model itself or, with images, through recorded passes (recording/prompt.py). After that
+every token is one replay of a step of fixed shape (recording/step.py). There is one recording for each batch size and
 number of slots; when all slots are taken, a step with more slots continues. Turning the dial keeps recordings valid.
 """
 
@@ -18,13 +18,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteri
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from students.architectures import windows_of
-from students.execution.capture import Fetched, Recorder, Recordings, recorder_for
-from students.execution.fixed import DecodeStep
 from students.execution.kv_cache import keys_and_values, memory_of
-from students.execution.prompt import PromptPruning, Prompts, Read, following
-from students.execution.replay import Replay
 from students.kernels import ops
+from students.kernels.capture import Fetched, Recorder, Recordings, recorder_for
 from students.libraries import CACHE_NAMES, cache_of
+from students.recording.prompt import PromptPruning, Prompts, Read, following
+from students.recording.replay import Replay
+from students.recording.step import DecodeStep
 
 SMALLEST = 256
 """Number of slots of the smallest cache."""
