@@ -72,6 +72,12 @@ def test_timing_stays_within_the_positions(short: Path) -> None:
         bench_run(str(short), repeats=1, say=silent)
 
 
+def test_random_tokens_stay_within_the_positions(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(short.parent / "model")
+    assert main(["bench", "--model", model, "--random-weights", "--target-compute", "0.8"]) == 2
+    assert "reads at most 64 tokens: say --set data.window=64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_which_models_have_a_limit(name: str) -> None:
     student = elasticize(make_tiny(name), StudentSpec((RouterSpec("token"),)))
