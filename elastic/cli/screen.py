@@ -87,7 +87,9 @@ def _log_to(say: Say) -> Iterator[None]:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the table of results at the end of a run: a line for each quantity, a column for each row of results."""
+    """Print the table of results at the end of a run: a line for each quantity or, of several rows of results, what all
+    have in common, then a line for each row."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -99,7 +101,16 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
         ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
     ]
-    table = Table("", *(Column(overflow="fold") for _ in rows), show_header=False)  # fold: paths are shown whole
-    for name, show in lines:
-        table.add_row(name, *(show(row) for row in rows))
-    Console(soft_wrap=True, markup=False).print(table)
+    found = {name: [show(row) for row in rows] for name, show in lines}
+    common = Table("", Column(overflow="fold"), show_header=False)  # fold: paths are shown whole
+    for name, values in found.items():
+        if len(set(values)) == 1:
+            common.add_row(name, values[0])
+    console = Console(soft_wrap=True, markup=False)
+    console.print(common)
+    if len(rows) > 1:
+        apart = {name: values for name, values in found.items() if len(set(values)) > 1}
+        table = Table(*apart, box=SIMPLE, padding=0)
+        for row in zip(*apart.values(), strict=True):
+            table.add_row(*row)
+        console.print(table)
