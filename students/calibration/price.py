@@ -142,11 +142,15 @@ def limit_choice(router: ChannelRouter, x: Tensor, importance: Tensor, saving: f
     nats, importance [C]: limits solve cost < price * saving for x, or of the mean cost if the router is static."""
     cost, static = x[:PRICED_ROWS].pow(2) * importance / 2, router.spec.network == "static"
     cost = cost.mean(0, keepdim=True) if static else cost
-    each = cost[0] if static else importance / 2
+    return Choice(cost, saving, limits_for(router, cost[0] if static else importance / 2, saving))
+
+
+def limits_for(router: ChannelRouter, each: Tensor, saving: float) -> Callable[[float], None]:
+    """Return a function of the price that sets limits below which each * x^2 < price * saving; each: [C]."""
 
     @torch.no_grad()
     def apply(price: float) -> None:
         limit = price * saving / each.clamp(min=1e-30)
         router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
 
-    return Choice(cost, saving, apply)
+    return apply

@@ -67,8 +67,5 @@ class RoutedExperts(Wrapper):
         run, rows = self.runtime, self.branch.rows
         if run.decisions is None:
             return
-        if rows is None:
-            share = share.view(run.call.batch, -1)
-        else:
-            share = share.new_zeros(rows.shape.numel()).index_copy_(0, rows.queries, share).view(rows.shape)
+        share = share.view(run.call.batch, -1) if rows is None else rows.whole(share, rows.queries)
         run.note(self.key, self.routers["mixture"].spec, share)

@@ -9,12 +9,12 @@ from torch import nn
 
 from students.architectures import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
-from students.calibration.price import Choice
+from students.calibration.price import Choice, limits_for
 from students.compute import BlockCost, Phase
 from students.execution.mixture import RoutedExperts
 from students.kinds.registry import Kind
 from students.places import BlockPlace
-from students.routers import OPEN, ChannelRouter
+from students.routers import ChannelRouter
 from students.shards import open_unit
 from students.spec import RouterSpec, StudentSpec
 
@@ -80,13 +80,8 @@ class MixtureKind(Kind):
         total = torch.zeros_like(router.log_limit).index_add(0, index.flatten(), effect.flatten())
         effect_of = (total + effect.mean()) / (index.flatten().bincount(minlength=len(total)) + 1)  # rarely used: mean
         saving = block.shape.mlp_out / index.shape[1] / block.dense
-
-        @torch.no_grad()
-        def apply(price: float) -> None:
-            limit = 2 * price * saving / effect_of.clamp(min=1e-30)
-            router.log_limit.copy_((limit.log() / 2).clamp(OPEN, -OPEN))
-
-        return [Choice(weights.float().pow(2) * effect_of[index] / 2, saving, apply)]
+        cost = weights.float().pow(2) * effect_of[index] / 2
+        return [Choice(cost, saving, limits_for(router, effect_of / 2, saving))]
 
 
 def _experts(block: nn.Module, record: Architecture) -> Any:

@@ -25,16 +25,8 @@ _VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_at
 _SIGLIP = dict(_VISION, patch_size=4, model_type="siglip_vision_model", vision_use_head=False)
 _CLIP = dict(_VISION, patch_size=4, model_type="clip_vision_model")
 _QWEN = dict(_TEXT, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0})
-_QWEN3 = dict(
-    depth=2,
-    hidden_size=24,
-    num_heads=2,
-    out_hidden_size=32,
-    intermediate_size=32,
-    patch_size=4,
-    num_position_embeddings=16,
-    deepstack_visual_indexes=[0, 1],
-)
+_PATCHES = dict(depth=2, hidden_size=24, num_heads=2, out_hidden_size=32, intermediate_size=32, patch_size=4)
+_QWEN3 = dict(_PATCHES, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
 _MARKS = dict(image_token_id=IMAGE_TOKEN, vision_start_token_id=111, vision_end_token_id=112, video_token_id=113)
 _SMOL = dict(
     vision_config={**_VISION, "patch_size": 4},
@@ -79,30 +71,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(
             text_config=_QWEN,
             vision_config=dict(depth=2, embed_dim=24, num_heads=2, hidden_size=32, patch_size=4, mlp_ratio=2),
-            image_token_id=IMAGE_TOKEN,
-            vision_start_token_id=111,
-            vision_end_token_id=112,
-            video_token_id=113,
+            **_MARKS,
         ),
     ),
     "qwen2_5_vl": (
         "Qwen2_5_VLConfig",
         dict(
             text_config=_QWEN,
-            vision_config=dict(
-                depth=2,
-                hidden_size=24,
-                num_heads=2,
-                out_hidden_size=32,
-                intermediate_size=32,
-                patch_size=4,
-                window_size=16,
-                fullatt_block_indexes=[1],
-            ),
-            image_token_id=IMAGE_TOKEN,
-            vision_start_token_id=111,
-            vision_end_token_id=112,
-            video_token_id=113,
+            vision_config=dict(_PATCHES, window_size=16, fullatt_block_indexes=[1]),
+            **_MARKS,
         ),
     ),
     "qwen3_vl": (
