@@ -108,13 +108,11 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def library(cache_folder: Path) -> object:
-    """The compiled library of C operators, which runs find in the cache; None where there is no C compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toolchain, "loaded", None)
-        toolchain.build(cache_folder)
-        return toolchain.loaded
+    """The compiled library of C operators, in use in every test as in every run; None where there is no C compiler."""
+    toolchain.build(cache_folder)
+    return toolchain.loaded
 
 
 @pytest.fixture(params=BACKENDS)

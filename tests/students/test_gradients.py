@@ -123,10 +123,12 @@ def test_rms_norms_have_their_gradient_and_their_bits(norm: type[nn.Module], dty
         model = nn.Sequential(norm(width, eps=1e-3)).to(dtype).requires_grad_(False)
         model[0].weight.normal_()
         x, by = (torch.randn(7, 30, width).to(dtype).transpose(0, 1) for _ in range(2))
+        strided = torch.randn(7, width, 30).to(dtype).transpose(1, 2)
         x.requires_grad_()
-        plain = model(x)
+        plain, other = model(x), model(strided)
         expected = gradients((plain * by).sum(), x)
         fuse_norms(model)
+        assert torch.equal(model(strided), other)
         assert torch.equal(model(x), plain)
         assert (type(model(x).grad_fn).__name__ == "RMSNormBackward") == (toolchain.native(x) is not None)
         with torch.no_grad():

@@ -53,7 +53,7 @@ def distinct(request: pytest.FixtureRequest) -> str:
 
 
 @torch.no_grad()
-def test_open_gates_change_nothing(name: str) -> None:
+def test_open_gates_change_nothing(name: str, operators: None) -> None:
     model = make_vlm(name).requires_grad_(False)  # requires_grad can change the order of sums
     inputs = make_prompts(model, PER_KIND.get(name, (2, 1)), left=True)
     expected = model(**inputs, output_hidden_states=True)
