@@ -77,7 +77,7 @@ def _fits(
     model = build(shape, dtype, "meta")
     sizes = families.of(config.family).timing.input_sizes(model, config, workload)
     need, free = need_of(model, sizes.trunk), free_memory(device)
-    held = sum(sorted(workload.batch)[-KEPT:]) * sizes.longest
+    held = sum(sorted(workload.batch)[-KEPT:]) * sizes.recorded
     work = need.inference(max(workload.batch) * sizes.longest) + need.recorded(held)
     work = max(work, need.calibration(sizes.calibrated, sizes.sampled))
     step = need.backward(config.train.batch * sizes.trained)

@@ -46,7 +46,7 @@ class Need:
     def inference(self, tokens: int) -> int:
         """Return the bytes of forward passes over `tokens` tokens, with the caches of one model kept while another
         model's are filled."""
-        return round(SLACK * tokens * (2 * self.passing + 3 * self.cache))
+        return round(SLACK * tokens * (1.5 * self.passing + 2 * self.cache))
 
     def recorded(self, tokens: int) -> int:
         """Return the bytes that the CUDA graphs of the student and a dense model hold for `tokens` tokens in all:

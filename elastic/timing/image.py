@@ -69,7 +69,7 @@ def training_batch(student: ImageStudent, data: ImageData, config: RunConfig) ->
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Return how many tokens the model reads at once; calibration reads CALIBRATED images at a time."""
     tokens = tokens_of(model)
-    return InputSizes(model, tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
+    return InputSizes(model, tokens, tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
 
 
 def step_sizes(student: ImageStudent, config: RunConfig) -> StepSizes:

@@ -77,9 +77,10 @@ def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Return how many tokens the model reads at once; calibration reads two windows at a time."""
-    windows, longest = config.calibration.windows, max(*workload.tokens, PROMPT) + workload.new_tokens
+    windows, decoded = config.calibration.windows, workload.prompt + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
-    return InputSizes(model, longest, config.train.window, calibrated, sampled)
+    longest = max(*workload.tokens, decoded)
+    return InputSizes(model, longest, decoded, config.train.window, calibrated, sampled)
 
 
 def step_sizes(student: LanguageStudent, config: RunConfig) -> StepSizes:

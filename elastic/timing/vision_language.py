@@ -70,7 +70,8 @@ def training_batch(student: VisionLanguageStudent, data: Any, config: RunConfig)
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
     """Return how many tokens the model reads at once; calibration reads CALIBRATED questions at a time."""
     tokens = image_tokens(model) + QUESTION + ANSWER
-    return InputSizes(model.get_decoder(), tokens, tokens, min(CALIBRATED, config.calibration.windows) * tokens, 0)
+    calibrated = min(CALIBRATED, config.calibration.windows) * tokens
+    return InputSizes(model.get_decoder(), tokens, tokens, tokens, calibrated, 0)
 
 
 def step_sizes(student: VisionLanguageStudent, config: RunConfig) -> StepSizes:

@@ -65,6 +65,8 @@ class InputSizes(NamedTuple):
     """The part of the model that holds its blocks."""
     longest: int
     """Tokens per row in inference."""
+    recorded: int
+    """Tokens per row in recorded passes."""
     trained: int
     """Tokens per row in training."""
     calibrated: int

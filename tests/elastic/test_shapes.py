@@ -10,6 +10,7 @@ import torch
 
 from elastic import shapes as timed
 from elastic.accounting.memory import Need, need_of
+from elastic.bench import workload_of
 from elastic.cli import main
 from elastic.shapes import bench_shape, shape_config
 from students.execution.kv_cache import cache_bytes
@@ -47,6 +48,14 @@ def test_what_a_model_needs_is_what_it_takes() -> None:
     blocks = model.config.num_hidden_layers
     assert need.kept == blocks * need.passing and need.head == 4 * model.lm_head.weight.numel()
     assert need.backward(1) < need.calibration(1, 0) < need.calibration(1, 2)
+
+
+def test_two_copies_of_a_large_model_fit_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed, "free_memory", lambda device: 79 * 2**30)
+    config = shape_config("llama3-8b")
+    workload = workload_of(config, batch=[1, 4, 8, 32], tokens=[512, 2048])
+    fits = timed._fits(find_shape("llama3-8b"), config, workload, torch.bfloat16, torch.device("cpu"), print)
+    assert fits == (2, True)
 
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> Any:
