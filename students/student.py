@@ -20,7 +20,7 @@ from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
-from students.kernels.attention_gradient import fast_attention_gradients, recomputing
+from students.kernels.attention_gradient import attention_gradients, recomputing
 from students.kernels.devices import AnyLength
 from students.kernels.packing import MOST_ROWS, pack_linears, prepare_linears
 from students.prepared import Stamp, writes
@@ -33,6 +33,9 @@ ADDED = {"routers", "substitutes", "lora"}
 
 class Student(nn.Module):
     """A frozen model and its routers; with routers bypassed, the same weights are the teacher (see `teacher`)."""
+
+    masks = False
+    """Whether attention takes masks in training."""
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class Student(nn.Module):
         run = self.runtime
         run.decisions = Decisions(bypassed=run.bypass)
         try:
-            with fast_attention_gradients(self._frozen.device):
+            with attention_gradients(self._frozen.device, self.masks):
                 yield run.decisions
         finally:
             run.decisions = None
@@ -127,7 +130,7 @@ class Student(nn.Module):
         self.train(self.training)
 
     def _recomputing(self) -> Any:
-        return recomputing(self._frozen.device)
+        return recomputing(self._frozen.device, self.masks)
 
     def prepare(self) -> None:
         """Lay out frozen weights for skip execution, convert corrections, routers and the dial, and pack weights.

@@ -54,6 +54,8 @@ class VisionLanguageStudent(LanguageStudent):
     `decisions.index` holds the input token of each row, and `decisions.valid` marks the rows that are not padding.
     """
 
+    masks = True  # questions are padded
+
     def __init__(self, *parts: Any, trunk: PreTrainedModel, vision: ImageStudent | None) -> None:
         super().__init__(*parts, trunk=trunk)
         self.vision = vision
@@ -93,8 +95,7 @@ class VisionLanguageStudent(LanguageStudent):
         """Run `forward` without the LM head: return the base model's output and the routers' decisions."""
         self.count_vision(kwargs)
         with self._deciding_from(prompt) as decisions:
-            base = self.model.base_model
-            out = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
 
     def spent(
@@ -112,8 +113,7 @@ class VisionLanguageStudent(LanguageStudent):
         macs = self.compute.routed_blocks(decisions, weight, "prefill").sum(1) + head
         if self.image_router is not None:
             macs = macs + self.image_router.macs(self.trunk.config.hidden_size) * valid.sum(1)
-        vision = outside
-        inside = decisions.vision
+        vision, inside = outside, decisions.vision
         if self.vision is not None and inside is not None and inside.share:
             images = max(len(share) for share in inside.share.values())
             tokens = max(share.shape[1] for share in inside.share.values())

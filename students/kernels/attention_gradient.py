@@ -2,13 +2,13 @@
 
 torch's CPU kernel takes two to three times as long backward as forward, and up to fifteen times with few tokens. The
 backward pass used here recomputes the attention weights block by block, with matrix products. On GPUs torch's own is
-used, and is not asked for the one gradient that it cannot compute (see `learning`).
+used, and is not asked for the gradients that it cannot compute (see `learning` and `_without_cudnn`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,15 +20,32 @@ from students.kernels import devices
 from students.kernels.autograd import Attention
 
 
-def fast_attention_gradients(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which every call of `scaled_dot_product_attention` on a CPU has the faster gradient."""
-    return _FastAttention() if device.type == "cpu" and torch.is_grad_enabled() else nullcontext()
+def attention_gradients(device: torch.device, masks: bool = False) -> AbstractContextManager[Any]:
+    """Return a context in which every call of `scaled_dot_product_attention` on a CPU has the faster gradient, and, if
+    calls take masks, none on a GPU has cuDNN's."""
+    if not torch.is_grad_enabled():
+        return nullcontext()
+    return _FastAttention() if device.type == "cpu" else _without_cudnn() if masks else nullcontext()
 
 
-def recomputing(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return the contexts of a forward pass within `fast_attention_gradients` and of its recomputation in backward, as
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Context without cuDNN's attention, which torch prefers on Hopper: its gradients may be NaN if a mask covers 64
+    keys more than a multiple of 128 (torch 2.11 to 2.14; pytorch issue 196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def recomputing(
+    device: torch.device, masks: bool = False
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the contexts of a forward pass within `attention_gradients` and of its recomputation in backward, as
     `context_fn` of torch's checkpoint has to."""
-    return nullcontext(), fast_attention_gradients(device)
+    return nullcontext(), attention_gradients(device, masks)
 
 
 def learning(x: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from students import RouterSpec, StudentSpec, elasticize
 from students.execution.linear import RoutedLinear
 from students.kernels import attention_gradient
-from students.kernels.attention_gradient import fast_attention_gradients
+from students.kernels.attention_gradient import attention_gradients
 from students.kernels.autograd import GateOfChannel, RoutedKL, RowGate, forward_kl
 from students.kernels.cpu import toolchain
 from students.kernels.norms import Recipes, fuse_norms
@@ -60,11 +60,11 @@ def test_fast_attention_has_attention_s_gradient(
         inputs.append(options["attn_mask"])
     by = torch.randn(2, heads, 11, 8).to(dtype)
     expected = gradients((F.scaled_dot_product_attention(query, key, value, **options) * by).sum(), *inputs)
-    with fast_attention_gradients(query.device):
+    with attention_gradients(query.device):
         out = F.scaled_dot_product_attention(query, key, value, **options)
     assert type(out.grad_fn).__name__ == "AttentionBackward"
     fixed = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
-    with torch.no_grad(), fast_attention_gradients(query.device):
+    with torch.no_grad(), attention_gradients(query.device):
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **fixed))
     for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[dtype])
@@ -92,6 +92,21 @@ def test_no_mask_learns_alone_on_a_gpu(spec: str, probes: bool, monkeypatch: pyt
     student.runtime.probed = {} if probes else None
     student(**inputs)
     assert learned and all(learned)
+
+
+def test_no_gradient_through_masks_is_cudnn_s(monkeypatch: pytest.MonkeyPatch):
+    """With masks, gradients of cuDNN's attention may be NaN; without, it is the fastest on Hopper."""
+    for masks, learns in ((True, True), (True, False), (False, True)):
+        with torch.set_grad_enabled(learns), attention_gradients(torch.device("cuda"), masks):
+            assert torch.backends.cuda.cudnn_sdp_enabled() != (masks and learns)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    asked: list[bool] = []
+    for name, context in (("attention_gradients", nullcontext()), ("recomputing", (nullcontext(), nullcontext()))):
+        monkeypatch.setattr(f"students.student.{name}", lambda device, masks, made=context: asked.append(masks) or made)
+    student = student_of("llava", RouterSpec("channel")).train(True)
+    student.checkpoint_blocks()
+    student(**make_prompts(student.model, (1, 1)))
+    assert asked == [True] * (1 + len(student.blocks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,7 +236,7 @@ def test_students_learn_from_the_same_gradients(
         return out, gradients(out.square().mean(), *student.added_parameters().values())
 
     fast, found = learn()
-    monkeypatch.setattr("students.student.fast_attention_gradients", lambda device: nullcontext())
+    monkeypatch.setattr("students.student.attention_gradients", lambda *_: nullcontext())
     monkeypatch.setattr("students.kernels.norms.Trial.recipes", lambda *_: Recipes())
     plain, expected = learn()
     assert torch.equal(fast, plain)
