@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from students.architectures import (
     BOTH_WAYS,
-    LINEAR_SITES,
     VISION_TOWERS,
     Architecture,
     architecture_of,
@@ -89,10 +88,10 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
 
 
 def _at_sites(spec: StudentSpec, record: Architecture) -> StudentSpec:
-    """Return the specification without sites that the blocks of a model with this record lack, except for routers whose
-    sites are given."""
-    if record.sites == LINEAR_SITES:
-        return spec
+    """Return the specification without optional routers of experts if MLPs are dense, else without sites that blocks
+    lack, except for routers whose sites are given."""
+    if record.mlp_in:
+        return replace(spec, routers=tuple(router for router in spec.routers if not router.optional))
     routers = [replace(r, sites=record.sites) if r.of_kind.over_channels and not r.sites else r for r in spec.routers]
     corrected = tuple(site for site in spec.lora.sites if site in record.sites)
     return replace(spec, routers=tuple(routers), lora=replace(spec.lora, sites=corrected))

@@ -6,7 +6,7 @@ vocab routers compare an activation, a routing weight or a preview of a logit wi
 falls as the offset rises. The *offset* is one number for the whole student, set by the dial: 0 leaves gates as learned,
 lower values close more.
 
-    StudentSpec(routers=(RouterSpec("channel"), RouterSpec("vocab")))  # the preset `default`, which saves in decoding
+    StudentSpec(routers=(RouterSpec("channel"), RouterSpec("vocab")))  # the preset `default` for dense models
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class RouterSpec:
     query: int = 0
     """image: rank of a bilinear form of image token and question that is added to the score; 0: scores depend on the
     image alone."""
+    optional: bool = False
+    """mixture: whether a model whose MLPs are dense goes without this router, instead of being refused."""
     part: Literal["language", "vision"] = "language"
     """Vision-language models: the tower whose blocks get the router."""
 

@@ -46,7 +46,7 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
         left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
         what = "ask for more, or route more" if least < 1 else "in this phase they save nothing, so route otherwise"
         if not student.record.mlp_in and not student.spec.find("mixture"):
-            what = "ask for more, or route experts (--preset mixture-of-experts)"
+            what = "ask for more, or route experts (--preset default)"
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
             f"{left}; {what}"

@@ -25,7 +25,7 @@ class MixtureKind(Kind):
     layers). The other experts keep their weights. Executed by students/execution/mixture.py."""
 
     name = "mixture"
-    fields = ("blocks", "part")
+    fields = ("blocks", "part", "optional")
     in_vision_tower = False
     limits = ("log_limit", "log_gain")
 

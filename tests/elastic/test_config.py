@@ -64,8 +64,8 @@ def test_prefill_section_counts_for_that_phase_only(tmp_path: Path):
     assert (decode.train.lr, decode.train.batch) == (0.5, TrainConfig().batch)
     assert (prefill.train.lr, prefill.train.batch) == (0.25, 3)
     assert make_config(file=file, budget__phase="prefill", train__lr=0.1, **NAMED).train.lr == 0.1
-    assert {r.kind for r in decode.student.routers} == {"channel", "vocab"}
-    assert {r.kind for r in prefill.student.routers} == {"token"}
+    assert {r.kind for r in decode.student.routers} == {"mixture", "channel", "vocab"}
+    assert {r.kind for r in prefill.student.routers} == {"mixture", "token"}
     assert make_config(settings=["budget.phase=prefill"], **NAMED).student == prefill.student
     file = write(tmp_path, {"prefill": {"budget": {"target": "0.6:1.0"}}})
     assert make_config(file=file, budget__phase="prefill", **NAMED).student.gains

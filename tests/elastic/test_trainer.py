@@ -57,14 +57,14 @@ LORA = "student.lora.rank=8"
 RUN = (LORA,)
 
 
-@pytest.mark.parametrize("preset", [*presets(), "prefill"])
+@pytest.mark.parametrize("preset", [*presets(), "prefill", "experts"])
 def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, configure: Configure, tmp_path: Path):
     if preset == "prefill":  # in models this small, routers and substitutes are a large share of compute
         config = configure(preset="default", budget__phase="prefill", budget__target=0.95)
-    elif preset == "mixture-of-experts":
+    elif preset == "experts":
         make_tiny("mixtral").save_pretrained(tmp_path / "model")
         make_tokenizer(words=117).save_pretrained(tmp_path / "model")
-        config = configure(preset=preset, model=str(tmp_path / "model"))
+        config = configure(preset="default", model=str(tmp_path / "model"), budget__target=0.7)
     else:
         config = configure(preset=preset)
     row = distill(config, tmp_path / "run")
@@ -81,7 +81,7 @@ def test_every_preset_runs_and_is_the_teacher_at_full_compute(preset: str, confi
         return
     student, ids = elastic.load(run.folder), torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(3))
     student.set_compute(1.0)
-    model = make_tiny("mixtral" if preset == "mixture-of-experts" else "llama")
+    model = make_tiny("mixtral" if preset == "experts" else "llama")
     assert torch.equal(student(ids)[0].logits, model(ids).logits)
     (row,) = measure_run(str(run.folder), compute=[1.0], say=silent)
     assert row["compute"] == pytest.approx(1) and row["kl"] == pytest.approx(0, abs=1e-6)

@@ -132,3 +132,6 @@ def test_routers_within_dense_mlps_are_refused(router: RouterSpec) -> None:
 def test_experts_of_dense_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dense"):
         elasticize(make_tiny("llama"), StudentSpec((MIXTURE,)))
+    spec = StudentSpec((RouterSpec("mixture", optional=True), RouterSpec("channel")))
+    assert [router.kind for router in elasticize(make_tiny("llama"), spec).spec.routers] == ["channel"]
+    assert [router.kind for router in elasticize(make_tiny("mixtral"), spec).spec.routers] == ["mixture", "channel"]
