@@ -176,8 +176,8 @@ class BlockPlace:
 
     def enclose(self, spec: RouterSpec) -> RoutedBlock:
         """Wrap the whole block in a RoutedBlock, which hands it the open tokens only; return the wrapper."""
-        key, prefix = spec.of_kind.key(self.number, self.branch), self.record.prefix or 0
-        routed = RoutedBlock(self.block, self.runtime, key, prefix, self.record.mask, spec.dropped, last=self.last)
+        key = spec.of_kind.key(self.number, self.branch)
+        routed = RoutedBlock(self.block, self.runtime, key, self.record.mask, spec.dropped, last=self.last)
         self.around = _like(self.block, routed)
         return routed
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from students.execution.block_context import Narrow
+from students.execution.patch_counts import SoFar
 from students.execution.tokens import Order
 from students.kernels.key_bias import key_mask
 from students.kernels.merging import at
@@ -58,8 +59,8 @@ class Flow:
     """Number of patches [B, n] that each token stands for, where patches merge; None: one each."""
     stand_in: Tensor | None = None
     """For mask execution: index [B, T] of the token that each token has been merged into; None: itself."""
-    so_far: list[tuple[float, int]] = field(default_factory=list)
-    """(Patches lost by rounding, patches left) after the blocks so far (see Runtime.patches_kept)."""
+    so_far: SoFar = field(default_factory=list)
+    """What earlier blocks have rounded away (see PatchCounts.after)."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """Return the additive attention mask [B, 1, n, n], the logarithm of each key's size; None: all are 1."""

@@ -33,23 +33,21 @@ CALL = 2**26
 class RoutedBlock(Wrapper):
     """A block that runs on the open tokens of its router only; closed tokens are no keys in it either.
 
-    key: name of its decisions. prefix: number of tokens in front that are never closed. mask: name of the keyword
-    argument that takes the attention mask. dropped: as in RouterSpec. last: whether this is the last block.
+    key: name of its decisions. mask: name of the keyword argument that takes the attention mask. dropped: as in
+    RouterSpec. last: whether this is the last block.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, runtime: Runtime, key: str, prefix: int, mask: str, dropped: str, last: bool
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, key: str, mask: str, dropped: str, last: bool) -> None:
         super().__init__(base_layer, runtime)
         self.key = key
-        self.prefix = prefix
+        self.prefix = runtime.prefix
         self.mask = mask
         self.shortens = dropped != "return"
         self.merges = dropped == "merge"
         self.last = last
         self.routers = Named[Router]()
         # scores of the prefix: above all others, and in its order
-        self.register_buffer("top", torch.arange(prefix, 0, -1) * TOP, persistent=False)
+        self.register_buffer("top", torch.arange(self.prefix, 0, -1) * TOP, persistent=False)
 
     @property
     def router(self) -> Router | None:
@@ -170,7 +168,7 @@ class RoutedBlock(Wrapper):
         lengths = torch.full((len(x),), tokens, device=device) if flow.valid is None else flow.valid.sum(1)
         shift = torch.as_tensor(router.shift(self.runtime.dial_of(x[:, 0, 0])), device=device).float().expand(len(x))
         given = flow.size, flow.score, linear.weight[0], linear.bias, router.distance_weight, self.top
-        multiple = self.runtime.multiple(router.spec)
+        multiple = self.runtime.patch_counts(router.spec).multiple
         some, size, score, index, into, left = ops.merge_below(x, *given, lengths, shift, multiple)
         counts, before = torch.stack([left, lengths]).tolist()  # waits for the device
         most = max(counts)
@@ -247,12 +245,13 @@ class RoutedBlock(Wrapper):
         """Return how many patches of each image pass by their ranks [B, n], in multiples; here as in `_rank`. None if
         any number of patches may pass, as while routers are trained: those with a rank of at least 0."""
         run = self.runtime
-        if run.multiple(router.spec) == 1 or run.training:
+        counts = run.patch_counts(router.spec)
+        if counts.multiple == 1 or run.training:
             return None
         here = torch.ones_like(rank, dtype=torch.bool) if here is None else here
         open_ = (rank + router.shift(run.dial_of(rank)) >= 0) & here
         wanted, left = (part[:, self.prefix :].sum(1).tolist() for part in (open_, here))
-        return run.in_multiples(router.spec, wanted, left)
+        return counts.near(wanted, left)
 
     def _take_in(self, x: Tensor, flow: Flow, matches: Matches, leaving: Tensor) -> tuple[Tensor, Tensor | None]:
         """Merge a share `leaving` [B, n] of each token of x [B, n, D] into its match: returns the tokens, and the new

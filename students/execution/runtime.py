@@ -14,6 +14,7 @@ from torch import Tensor
 from students.decisions import Decisions
 from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
+from students.execution.patch_counts import PatchCounts, SoFar
 from students.kernels import devices, ops
 from students.routers import Router, selection
 from students.spec import RouterSpec
@@ -246,65 +247,23 @@ class Runtime:
             score = score.masked_fill(~here, -torch.inf)
         return selection.best(score, count, 1)
 
-    def patches_kept(
-        self, router: Router, patches: int, so_far: list[tuple[float, int]] | None = None
-    ) -> int | tuple[int, ...] | None:
+    def patches_kept(self, router: Router, patches: int, so_far: SoFar | None = None) -> int | tuple[int, ...] | None:
         """Return how many of `patches` patches an image keeps: one number, or one for each row if rows have offsets of
-        their own; None if an image keeps the patches with a score of at least 0.
-
-        so_far, where patches merge or stay away in multiples: (patches lost by rounding, patches left) after earlier
-        blocks, for all rows or for each; updated in place. Later blocks get back what one block rounds away, so that
-        compute follows the quotas more closely than to a `multiple` in every block.
-        """
+        their own; None if an image keeps the patches with a score of at least 0. so_far: as in `PatchCounts.after`."""
         spec = router.spec
         if spec.granularity == "sequence" or spec.selection == "threshold":
             return None
+        counts = self.patch_counts(spec)
         if spec.selection == "topk":
-            return self._whole(spec, self.kept, patches)
+            return counts.of(self.kept, patches)
         rows = self.call.rows
         offsets: list[float] = [self.one_offset] if rows is None else rows.tolist()
-        shares = [router.quota(offset) for offset in offsets]
-        before = so_far or [(0.0, patches)] * len(shares)
-        counts = [
-            min(left, max(self._least(spec, left), self._whole(spec, share + owed / patches, patches)))
-            for share, (owed, left) in zip(shares, before, strict=True)
-        ]
-        if so_far is not None:
-            so_far[:] = [
-                (owed + min(share * patches, left) - count, count)
-                for share, count, (owed, left) in zip(shares, counts, before, strict=True)
-            ]
-        return counts[0] if rows is None else tuple(counts)
+        kept = counts.after([router.quota(offset) for offset in offsets], patches, so_far)
+        return kept[0] if rows is None else tuple(kept)
 
-    def multiple(self, spec: RouterSpec) -> int:
-        """Return the number of tokens of which an image keeps a multiple; 1: any number."""
-        return spec.multiple if self.multiples else 1
-
-    def in_multiples(self, spec: RouterSpec, wanted: list[int], left: list[int]) -> tuple[int, ...]:
-        """Return how many of the patches `left` each image keeps; wanted: how many have a score of at least 0."""
-        return tuple(
-            max(self._least(spec, here), self._whole(spec, count / max(here, 1), here))
-            for count, here in zip(wanted, left, strict=True)
-        )
-
-    def _least(self, spec: RouterSpec, left: int) -> int:
-        """Return how many of `left` patches must stay: half where patches merge in pairs, else none. From three
-        multiples on, prefix included, the number is rounded up to a multiple."""
-        if spec.dropped != "merge":
-            return 0
-        tokens, multiple = self.prefix + math.ceil(left / 2), self.multiple(spec)
-        if tokens >= 3 * multiple:
-            tokens = multiple * math.ceil(tokens / multiple)
-        return tokens - self.prefix
-
-    def _whole(self, spec: RouterSpec, share: float, patches: int) -> int:
-        """Return a share of the patches, rounded with the prefix to a multiple where the router asks for one."""
-        if share >= 1:
-            return patches
-        tokens, multiple = self.prefix + max(0, round(share * patches)), self.multiple(spec)
-        if tokens >= multiple:
-            tokens = multiple * round(tokens / multiple)
-        return min(patches, max(0 if self.prefix else 1, tokens - self.prefix))
+    def patch_counts(self, spec: RouterSpec) -> PatchCounts:
+        """Return the rule by which a router's numbers of patches are rounded."""
+        return PatchCounts(self.prefix, spec.multiple if self.multiples else 1, spec.dropped == "merge")
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
         """Return scores [B, 1, N] from the mean of the prompt's tokens, or those that the cache remembers."""

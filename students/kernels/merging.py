@@ -93,7 +93,7 @@ def merge(x: Tensor, size: Tensor | None, leaving: Tensor, target: Tensor) -> tu
 
 def in_multiples(wanted: Tensor, lengths: Tensor, prefix: int, multiple: int) -> Tensor:
     """Return how many tokens [B], prefix included, stay of images with `lengths` [B] tokens if `wanted` [B] patches are
-    to stay: at least every other patch, and a multiple where that is not too far up (see Runtime.in_multiples)."""
+    to stay: at least every other patch, and a multiple where that is not too far up (see PatchCounts.near)."""
     patches = lengths - prefix
     least, whole = prefix + (patches + 1) // 2, prefix + wanted
     least = torch.where(least >= 3 * multiple, (least + multiple - 1) // multiple * multiple, least)
