@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elastic.data_parallel import local_batches, sum_over_processes
+from elastic.reporting.progress import Watched
 from students.compute import Phase
 from students.families.language import LanguageStudent
 
@@ -27,7 +28,8 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
     window that are not counted.
     """
     spent = whole = 0.0
-    for local in local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])):
+    batches = local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1]))
+    for local in Watched("measuring compute", batches):
         batch = windows[local.rows]
         valid = torch.ones_like(batch, dtype=torch.bool)
         out, decisions = student.features(batch, prompt=prompt_mask(batch, prompt))
@@ -46,7 +48,6 @@ def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
     rows = hidden.flatten(0, 1)
     owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
     parts = zip(rows.split(128), owners.split(128), strict=True)
-    shares = [share for part, owner in parts if (share := student.logits(part, *tensors, owner=owner)[1]) is not None]
-    share = torch.cat(shares).view(hidden.shape[:2])
-    cost = student.compute.routed_head(share, phase)
+    share = torch.cat([student.head_share(part, *tensors, owner=owner) for part, owner in parts])
+    cost = student.compute.routed_head(share.view(hidden.shape[:2]), phase)
     return torch.as_tensor(cost, device=hidden.device).expand(hidden.shape[:2])

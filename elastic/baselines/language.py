@@ -207,6 +207,9 @@ class _RandomRows(RoutedHead):
         open_ = (torch.rand(exact.shape, generator=self.generator) < self.share).to(exact.device)
         return torch.where(open_, exact, preview + tail.to(hidden.dtype)), open_.float().mean(-1)
 
+    def open_share(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> Tensor:
+        return hidden.new_full(hidden.shape[:-1], self.share, dtype=torch.float32)
+
     def _some_rows(self, hidden: Tensor, dial: float | Tensor) -> tuple[Tensor, Tensor]:
         return self.routed_logits(hidden, *self.tensors())
 
@@ -290,8 +293,7 @@ def _shares(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShar
         shares = dict(decisions.share)
         if tensors := student.head_tensors():
             hidden = out.last_hidden_state.flatten(0, 1).split(128)
-            exact = (student.logits(part, *tensors)[1] for part in hidden)
-            shares["vocab"] = torch.cat([open_ for open_ in exact if open_ is not None])
+            shares["vocab"] = torch.cat([student.head_share(part, *tensors) for part in hidden])
         for key, open_ in shares.items():
             part = open_.double().mean() * len(ids) * info.counts
             sums[key] = sums[key] + part if key in sums else part

@@ -44,8 +44,8 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, visible=False)
-        loop = bar.add_task("this part", total=None, visible=False)
-        times = [0.0, 0.0]  # when the loop began and when it last reported progress
+        loop = bar.add_task("", total=None, visible=False)
+        times = [0.0, time.monotonic()]  # when the loop began and when a loop last reported progress
 
         def progress(step: int, steps: int | None, line: dict[str, float]) -> None:
             phases = [key.removeprefix("compute_") for key in line if key.startswith("compute_")]
@@ -55,16 +55,16 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
                 left = "" if steps is None else f", {(steps - step) / line['steps_per_second'] / 60:.1f} min left"
                 console.print(f"step {step}/{steps or '?'}: KL {line['kl']:.4f}, compute {spent}{left}")
 
-        def watch(done: int, total: int) -> None:
+        def watch(what: str, done: int, total: int) -> None:
             now = time.monotonic()
-            bar.update(loop, completed=done, visible=done < total)
+            bar.update(loop, description=what, completed=done, visible=done < total)
             if done == 0:
                 bar.reset(loop, total=total)
-                times[:] = now, now
+                times[0] = now
             elif not console.is_terminal and done < total and now - times[1] > QUIET_SECONDS:
                 times[1] = now
                 left = (now - times[0]) / done * (total - done) / 60
-                console.print(f"{done} of {total} done, {left:.1f} min left")
+                console.print(f"{what}: {done} of {total} done, {left:.1f} min left")
 
         with watched_by(watch), _log_to(console.print):
             yield console.print, progress

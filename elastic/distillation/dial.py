@@ -42,8 +42,8 @@ STEPS = 256
 """Approximate number of offsets at which compute is measured if it grows in steps."""
 SPREAD = 32.0
 """Largest offset, in either direction, in the search for an exact start."""
-APART = 0.06
-"""Largest gap in compute between neighbouring measured points of a range."""
+APART = 0.1
+"""Largest gap in compute between neighbouring measured points of a range, with a computed point in each gap."""
 PAUSE = 20.0
 """Seconds between two messages about the progress of a search."""
 CLOSED = -1e4
@@ -264,8 +264,24 @@ def set_range(student: Student, span: tuple[float, float], offsets: Sequence[flo
         if gap <= APART:
             break
         curve.roughly(middle)
-    for part in (0.25, 0.5, 0.75):
-        curve.exactly(_nearest(points, low + (high - low) * part))
-    student.dial = curve.dial()
+    curve.exactly(_nearest(points, (low + high) / 2))
+    student.dial = curve.dial() if student.stepwise else _with_midpoints(curve.dial())
     student.span = span
     student.set_compute(low)
+
+
+def _with_midpoints(dial: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    """Return a dial with a point in the middle of each gap, by cubic interpolation with the slopes of parabolas through
+    three neighbours: half as many measured points then serve as well, because compute grows smoothly."""
+    points = sorted((offset, compute) for compute, offset in dial)
+    wide = [b - a for (a, _), (b, _) in pairwise(points)]
+    rise = [(high - low) / width for ((_, low), (_, high)), width in zip(pairwise(points), wide, strict=True)]
+    inner = [(b * r + a * s) / (a + b) for (a, b), (r, s) in zip(pairwise(wide), pairwise(rise), strict=True)]
+    if not inner:
+        return dial
+    slopes = [2 * rise[0] - inner[0], *inner, 2 * rise[-1] - inner[-1]]
+    middle = []
+    for ((a, low), (b, high)), (first, last) in zip(pairwise(points), pairwise(slopes), strict=True):
+        compute = (low + high) / 2 + (b - a) * (first - last) / 8
+        middle.append((min(max(compute, min(low, high)), max(low, high)), (a + b) / 2))
+    return tuple(sorted([*dial, *middle]))

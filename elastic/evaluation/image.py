@@ -156,7 +156,7 @@ def _ahead(read: Callable[[P], T], parts: Sequence[P]) -> Iterator[T]:
     """
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, parts[0])
-        for following in Watched([*parts[1:], None]):
+        for following in Watched("images", [*parts[1:], None]):
             found = launch.together(ahead.result)
             if following is not None:
                 ahead = pool.submit(read, following)

@@ -64,7 +64,8 @@ def _measure(student: LanguageStudent, windows: Tensor, config: RunConfig, kept:
     module = Distillation(student, LossConfig(), replace(config.budget, control="price"), config.data).eval()
     total = None
     device = next(student.parameters()).device
-    for number, local in enumerate(Watched(local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1])))):
+    batches = local_batches(len(windows), max(1, BATCH_TOKENS // windows.shape[1]))
+    for number, local in enumerate(Watched("measuring", batches)):
         ids = windows[local.rows].to(device)
         signals = kept.of(number, partial(module.teacher_signals, ids), device)
         _, measured = module(ids, signals=signals)

@@ -57,7 +57,7 @@ def evaluate(
     first = _first_tokens(processor, questions)
     device, total = student.model.device, None
     counts = [0, 0, 0, 0]  # right answers of the student, right answers of the teacher, equal answers, questions
-    for number, local in enumerate(Watched(local_batches(len(questions), MEASURED))):
+    for number, local in enumerate(Watched("measuring", local_batches(len(questions), MEASURED))):
         prompts, samples, counted = launch.together(partial(_read, held_out, local))
         prompts = prompts.to(device)
         ask = partial(_teacher_outputs, student, prompts, None if first is not None else (processor, samples))

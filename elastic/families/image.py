@@ -108,7 +108,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     of runs with the same routers."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, shard = scatter(batches)
-    looked_at = Watched(list(chosen_pixels(student, data.train, own)))
+    looked_at = Watched("calibrating", list(chosen_pixels(student, data.train, own)))
     targets, seed = trained(config.budget), config.train.seed
     of = config.data, seed, config.calibration.windows
     routers, observe = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, shard)

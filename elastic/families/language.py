@@ -124,7 +124,7 @@ def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunCo
     """Calibrate the student; order: shuffled numbers of the training windows; session: holds the calibration statistics
     of runs whose routers need as much or more."""
     own, shard = scatter(order[: config.calibration.windows].split(CALIBRATED))
-    windows = Watched([data.train[part].to(next(student.parameters()).device) for part in own])
+    windows = Watched("calibrating", [data.train[part].to(next(student.parameters()).device) for part in own])
     budget, seed = config.budget, config.train.seed
     of = config.data, seed, config.calibration.windows
     seen = session.observed(of, places(student), lambda: observe(student, windows, seed, shard))
@@ -162,6 +162,7 @@ def baseline(
         train = launch.main_process_first(lambda: session.data(config)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
         own, shard = scatter(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
+        own = Watched(f"calibrating {name}", own)
 
         def seen(other: LanguageStudent) -> Seen:
             of = "baselines", *key[3:5]
@@ -174,7 +175,8 @@ def baseline(
     key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
     session.turn_to(student)
     if name == "random":
-        other = baselines.at_random(student, frozen, config, compute, *scatter(first.split(CALIBRATED)))
+        own, shard = scatter(first.split(CALIBRATED))
+        other = baselines.at_random(student, frozen, config, compute, Watched("measuring shares", own), shard)
         session.turn_to(other)
     else:
         same = session.once(key, same_shares)

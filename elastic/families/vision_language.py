@@ -146,7 +146,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     ]
     targets, seed = trained(config.budget), config.train.seed
     read = tokens(student, data, config)
-    looked_at = Watched(batches)
+    looked_at = Watched("calibrating", batches)
     of = config.data, seed, config.calibration.windows
     routers = frozenset([config.student.routers])
     observe = partial(observe_image_tokens, student, looked_at, seed, shard)

@@ -90,7 +90,7 @@ class Scorer(TemplateLM):
         require_rows(self.student.model, self.tokenizer, torch.tensor(tokens))  # for all batches: all processes raise
         own, shard = scatter(batches)
         found: list[tuple[int, tuple[float, bool]]] = []
-        for batch, info in shard.enumerate(Watched(own)):
+        for batch, info in shard.enumerate(Watched("scoring", own)):
             continuations = [[requests[number][2] for number in numbers[text]] for text in batch]
             before = self.spent.copy(), self.dense.copy()
             scored = zip(batch, self._score(batch, continuations), strict=True)

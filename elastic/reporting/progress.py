@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 Say = Callable[[str], None]
 """Prints a line for the user."""
-Watcher = Callable[[int, int], None]
-"""Called with (parts of a loop that are done, parts in all), from (0, n) to (n, n)."""
+Watcher = Callable[[str, int, int], None]
+"""Called with (what a loop does, its parts that are done, its parts in all), from (..., 0, n) to (..., n, n)."""
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
@@ -28,9 +28,13 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 class Watched(Sequence[T]):
-    """A sequence that, while it is looped over, reports its progress to the watcher set by `watched_by`, if any."""
+    """A sequence that, while it is looped over, reports its progress to the watcher set by `watched_by`, if any.
 
-    def __init__(self, parts: Sequence[T]) -> None:
+    what: what the loop does, in the user's words.
+    """
+
+    def __init__(self, what: str, parts: Sequence[T]) -> None:
+        self._what = what
         self._parts = parts
 
     def __len__(self) -> int:
@@ -40,8 +44,8 @@ class Watched(Sequence[T]):
         return self._parts[place]
 
     def __iter__(self) -> Iterator[T]:
-        watcher = _watcher.get() or (lambda done, total: None)
+        watcher = _watcher.get() or (lambda what, done, total: None)
         for done, part in enumerate(self._parts):
-            watcher(done, len(self._parts))
+            watcher(self._what, done, len(self._parts))
             yield part
-        watcher(len(self._parts), len(self._parts))
+        watcher(self._what, len(self._parts), len(self._parts))

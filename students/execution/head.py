@@ -119,9 +119,19 @@ class RoutedHead(Wrapper):
         out: tuple[Tensor, Tensor] = RoutedKL.apply(*self._parts(hidden, tensors, owner), teacher)
         return out
 
+    def open_share(self, hidden: Tensor, *tensors: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Return the share of exact rows [...] that `routed_logits` returns, without any logit."""
+        preview, limit = self._previewed(hidden, tensors, owner)
+        return (preview >= limit).mean(-1, dtype=torch.float32)
+
     def _parts(self, hidden: Tensor, tensors: tuple[Tensor, ...], owner: Tensor | None) -> tuple[Tensor, ...]:
         """Return exact logits and previewed logits [..., V], the limit [..., 1] of the preview, and the tail."""
-        router, (spread, tail, preview, log_gain) = self.routers["vocab"], tensors
+        return self.base_layer(hidden), *self._previewed(hidden, tensors, owner), tensors[1]
+
+    def _previewed(
+        self, hidden: Tensor, tensors: tuple[Tensor, ...], owner: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        router, (spread, _, preview, log_gain) = self.routers["vocab"], tensors
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))
-        return self.base_layer(hidden), self._product(features, preview), limit, tail
+        return self._product(features, preview), limit

@@ -134,6 +134,11 @@ class LanguageStudent(Student):
             logits = (head.base_layer if isinstance(head, RoutedHead) else head)(hidden)
         return self._scaled(logits), share
 
+    def head_share(self, hidden: Tensor, *head_tensors: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Return the share of exact rows [N] alone; arguments as in `logits`, head_tensors not empty."""
+        share: Tensor = self.model.get_output_embeddings().open_share(hidden, *head_tensors, owner=owner)
+        return share
+
     def forward_kl(
         self, hidden: Tensor, teacher: Tensor, *head_tensors: Tensor, owner: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
