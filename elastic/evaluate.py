@@ -8,20 +8,20 @@ from typing import Any
 
 from elastic import families, launch
 from elastic.config import require_data
+from elastic.evaluation.parts import HELD_OUT as HELD_OUT
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.progress import Say
 from elastic.run import Run
 from students import Student
 
-HELD_OUT = "held-out data"
-"""Name, in a row of results, of the part that was set aside from the training data's source."""
 TOLERANCE = 0.015
 """Largest difference between the budget and the compute on held-out data at which the budget counts as met."""
 
 
-def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of results: the run's settings, the name of the data, what was measured, and sizes."""
+def describe(run: Run, student: Student, data: str, part: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of results: the run's settings, the data and which part of it ("held-out" or "all"), what was
+    measured, and sizes."""
     config = run.config
     trainable = sum(p.numel() for p in student.added_parameters().values())
     frozen = sum(p.numel() for p in student.model.parameters()) - trainable
@@ -32,6 +32,7 @@ def describe(run: Run, student: Student, data: str, measured: dict[str, Any]) ->
         "phase": config.budget.phase,
         "compute_target": config.budget.target,
         "data": data,
+        "part": part,
         **measured,
         "trainable_parameters": trainable,
         "trainable_share": trainable / frozen,
@@ -46,10 +47,11 @@ def measure(
     held_out: Any,
     budgets: Sequence[float | None],
     kept: TeacherOutputs | None = None,
+    part: str = "held-out",
 ) -> list[dict[str, Any]]:
     """Return a row of results for each budget (None: the dial stays), measured by all processes.
 
-    name: what rows call the data. kept: the teacher's outputs on this process's part of the data.
+    name, part: what rows call the data, and the part of it. kept: the teacher's outputs on this process's part of it.
     """
     kept = kept or TeacherOutputs()
     config, rows = run.config, []
@@ -57,7 +59,7 @@ def measure(
         if budget is not None:
             student.set_compute(budget)
         work = partial(families.of(config.family).evaluate, student, held_out, config, kept)
-        row = describe(run, student, name, launch.in_step(work))
+        row = describe(run, student, name, part, launch.in_step(work))
         rows.append(row if budget is None else {**row, "compute_target": budget})
     return rows
 
@@ -87,7 +89,8 @@ def measure_run(
     session: Session | None = None,
     say: Say = print,
 ) -> list[dict[str, Any]]:
-    """Load a finished run and measure it on all of `data`, or on the run's held-out data if that is None.
+    """Load a finished run and measure it on the held-out part of `data`, on all of it if it has none, or on the run's
+    held-out data if that is None.
 
     Returns one row for each budget in `compute` (none given: one row where training left the dial, or for a range one
     at each end and one in the middle), then one for each baseline (BASELINES of the family) at the first row's compute.
@@ -101,11 +104,12 @@ def measure_run(
     for budget in compute:
         launch.in_step(partial(student.set_compute, budget))  # raises for an unreachable budget before the data is read
     if data is None:
-        held_out, name = launch.main_process_first(lambda: session.data(config)).held_out, HELD_OUT
+        held_out, whole = launch.main_process_first(lambda: session.data(config)).held_out, False
     else:
-        held_out, name = launch.main_process_first(lambda: session.all_of(data, config)), data
+        held_out, whole = launch.main_process_first(lambda: session.all_of(data, config))
     say(f"measuring on {len(held_out):,} {family.UNIT} ...")
-    rows = measure(run, student, name, held_out, budgets, session.kept(held_out))
+    part = "all" if whole else "held-out"
+    rows = measure(run, student, data or HELD_OUT, held_out, budgets, session.kept(held_out), part)
     row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")
@@ -156,7 +160,7 @@ def compare_runs(folder: str, other: str, *, data: str | None = None) -> list[di
     if data is None:
         images = family.load(config, loaded[0]).held_out
     else:
-        images = family.load_all(data, config, loaded[0])
+        images, _ = family.load_all(data, config, loaded[0])
     found = family.score_correlations(*students, images)
     found["mean"] = sum(found.values()) / len(found)
     return [{"router": key, "correlation": value} for key, value in found.items()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic import launch
-from students.architectures import VISION_TOWERS, architecture_of, kind_of
+from students.architectures import ARCHITECTURES, VISION_TOWERS, architecture_of, kind_of
 from students.shards import Shards, part_of, unit_of
 
 
@@ -42,10 +42,12 @@ def refuse_timing() -> None:
 
 def units(model: Any) -> list[list[nn.Module]]:
     """Return the groups of modules whose weights are gathered together: each block of each tower, the token embedding
-    and the LM head (one group if tied). Modules in no group, such as the patch embedding, are always whole."""
+    and the LM head (one group if tied). Modules in no group, such as the patch embedding and vision towers without a
+    record, are always whole."""
     towers = [model]
     if kind_of(model) in VISION_TOWERS:
-        towers = [model.base_model.get_submodule(VISION_TOWERS[kind_of(model)]), model.get_decoder()]
+        vision = model.base_model.get_submodule(VISION_TOWERS[kind_of(model)])
+        towers = [*([vision] if kind_of(vision) in ARCHITECTURES else []), model.get_decoder()]
     found = [architecture_of(tower) for tower in towers]
     blocks = [[block] for _, blocks in found for block in blocks]
     if not any(record.causal for record, _ in found):

@@ -17,6 +17,7 @@ from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
+from elastic.evaluation.parts import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
@@ -230,7 +231,7 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
     return [
         (
             "measured on",
-            lambda r: f"{r['data']}, {r['images']:,} images" + f", {r['broken']} broken" * (r["broken"] > 0),
+            lambda r: f"{data_of(r)}, {r['images']:,} images" + f", {r['broken']} broken" * (r["broken"] > 0),
         ),
         ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
         ("compute", lambda r: f"{r['compute']:.3f}"),

@@ -15,6 +15,7 @@ from elastic.accounting.language import BATCH_TOKENS, head_cost, prompt_mask
 from elastic.accounting.routing import routing_profile
 from elastic.config import LossConfig, RunConfig
 from elastic.data_parallel import local_batches
+from elastic.evaluation.parts import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.language import Distillation, Measured
 from elastic.objectives.sums import of_all
@@ -100,7 +101,7 @@ def routing(student: LanguageStudent, windows: Tensor, teacher: Teacher, config:
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
     """Return (label, function from a row of results to text) for each line of the printed table."""
     return [
-        ("measured on", lambda r: f"{r['data']}, {r['tokens']:,} tokens"),
+        ("measured on", lambda r: f"{data_of(r)}, {r['tokens']:,} tokens"),
         ("compute asked", lambda r: f"{r['compute_target']:.3f} ({r['phase']})"),
         ("compute, decode", lambda r: f"{r['compute']:.3f}"),
         ("compute, prefill", lambda r: f"{r['compute_prefill']:.3f}"),

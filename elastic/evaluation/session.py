@@ -85,8 +85,8 @@ class Session:
         key = "data", config.data, config.train.seed
         return self.once(key, lambda: families.of(config.family).load(config, teacher))
 
-    def all_of(self, source: str, config: RunConfig) -> Any:
-        """Return the evaluation data of a source, loaded once (see `Family.load_all`)."""
+    def all_of(self, source: str, config: RunConfig) -> tuple[Any, bool]:
+        """Return the evaluation data of a source, loaded once, and whether it is all of it (see `Family.load_all`)."""
         teacher = self.loaded(config)
         key = "all", source, config.data.window
         return self.once(key, lambda: families.of(config.family).load_all(source, config, teacher))

@@ -16,6 +16,7 @@ from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
+from elastic.evaluation.parts import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.sums import of_all
 from elastic.objectives.vision_language import Measured, measured_on, text_rows
@@ -213,7 +214,7 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
     return [
         (
             "measured on",
-            lambda r: f"{r['data']}, {r['questions']:,} questions" + f", {r['broken']} broken" * (r["broken"] > 0),
+            lambda r: f"{data_of(r)}, {r['questions']:,} questions" + f", {r['broken']} broken" * (r["broken"] > 0),
         ),
         ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
         ("compute", lambda r: f"{r['compute']:.3f} (vision {r['compute_vision']:.3f})"),

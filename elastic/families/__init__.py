@@ -99,8 +99,8 @@ class Family(Protocol):
     def load(self, config: RunConfig, teacher: Teacher) -> Any:
         """Load the run's training and held-out data, the same at every call."""
 
-    def load_all(self, source: str, config: RunConfig, teacher: Teacher) -> Any:
-        """Load evaluation data: the validation part of a source, or the whole source if it has no parts."""
+    def load_all(self, source: str, config: RunConfig, teacher: Teacher) -> tuple[Any, bool]:
+        """Load evaluation data: the held-out part of a source, or all of it if it has none (True)."""
 
     def random_data(self, config: RunConfig, model: nn.Module) -> Any:
         """Make random data, for models with random weights, with as many training samples as calibration reads."""

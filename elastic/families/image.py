@@ -68,9 +68,10 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
     return random_images(image_shape(model), counts, config.train.seed, next(model.parameters()).dtype)
 
 
-def load_all(source: str, config: RunConfig, teacher: Teacher) -> ImageSet:
-    """Load the validation images of a source, or all of its images if it has no parts."""
-    return load_all_images(source, teacher.processor, classes_of(teacher.model))
+def load_all(source: str, config: RunConfig, teacher: Teacher) -> tuple[ImageSet, bool]:
+    """Load the validation images of a source, or all of its images if it has no such part (True)."""
+    images = load_all_images(source, teacher.processor, classes_of(teacher.model))
+    return images, images.whole
 
 
 def summary(data: ImageData, config: RunConfig) -> str:

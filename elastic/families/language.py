@@ -33,7 +33,7 @@ from students.calibration.price import Start
 from students.families.language import LanguageStudent
 from teachers import Teacher
 from teachers.data.synthetic import random_text
-from teachers.data.text import TextData, load_text, load_windows
+from teachers.data.text import TextData, has_held_out_part, load_text, load_windows
 from teachers.families.language import require_rows
 
 timing: Timing = timing_language
@@ -83,11 +83,11 @@ def random_data(config: RunConfig, model: Any) -> TextData:
     return random_text(vocabulary, config.data.window, counts, config.train.seed)
 
 
-def load_all(source: str, config: RunConfig, teacher: Teacher) -> Tensor:
-    """Load a whole source as token windows [N, T]."""
+def load_all(source: str, config: RunConfig, teacher: Teacher) -> tuple[Tensor, bool]:
+    """Load the held-out part of a source, or all of it if it has none (True), as token windows [N, T]."""
     windows = load_windows(source, teacher.processor, window=config.data.window)
     require_rows(teacher.model, teacher.processor, windows)
-    return windows
+    return windows, not has_held_out_part(source)
 
 
 def summary(data: TextData, config: RunConfig) -> str:

@@ -82,9 +82,10 @@ def random_data(config: RunConfig, model: Any) -> SyntheticData:
     return random_questions(model.config.image_token_id, tokens, shape, counts, config.train.seed, model.dtype)
 
 
-def load_all(source: str, config: RunConfig, teacher: Teacher) -> PromptSet:
-    """Load the validation questions of a source, or all of its questions if it has no parts."""
-    return _prompts(teacher, load_all_questions(source))
+def load_all(source: str, config: RunConfig, teacher: Teacher) -> tuple[PromptSet, bool]:
+    """Load the validation questions of a source, or all of its questions if it has no such part (True)."""
+    questions = load_all_questions(source)
+    return _prompts(teacher, questions), questions.whole
 
 
 def _prompts(teacher: Teacher, questions: QuestionSet) -> PromptSet:

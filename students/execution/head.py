@@ -128,9 +128,7 @@ class RoutedHead(Wrapper):
         """Return exact logits and previewed logits [..., V], the limit [..., 1] of the preview, and the tail."""
         return self.base_layer(hidden), *self._previewed(hidden, tensors, owner), tensors[1]
 
-    def _previewed(
-        self, hidden: Tensor, tensors: tuple[Tensor, ...], owner: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _previewed(self, hidden: Tensor, tensors: tuple[Tensor, ...], owner: Tensor | None) -> tuple[Tensor, Tensor]:
         router, (spread, _, preview, log_gain) = self.routers["vocab"], tensors
         features = router.features(hidden)
         limit = router.limit(features, spread, log_gain.exp(), self.runtime.dial_of(features, owner))

@@ -89,6 +89,12 @@ class VisionLanguageStudent(LanguageStudent):
     def _pruning(self) -> PromptPruning:
         return StudentPruning(self)
 
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Decisions]:
+        self.count_vision(kwargs)
+        return super().forward(input_ids, attention_mask, prompt, **kwargs)
+
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
@@ -250,6 +256,11 @@ class VisionLanguageStudent(LanguageStudent):
             self._prompted.counts = Fetched(torch.stack([image.sum(1), valid.sum(1)]))
         held = None if cache is None else memory_of(cache).held
         if held is not None:  # the cache has fewer places than the caller assumes
+            if shown and not bool(held.all() & valid.all()):
+                raise ValueError(
+                    "images follow prompts of which image tokens were left out and some are padded: pass each "
+                    "conversation alone, or whole and without its cache"
+                )
             kwargs["attention_mask"] = torch.cat([held, valid], 1).to(torch.long)
         return args, kwargs
 

@@ -39,6 +39,8 @@ class ImageSet(Samples):
     """Why classes of the data have no number, for the user to read; None if all have one."""
     classes: tuple[str, ...] | None = None
     """The data's class names, if labels are indices in this list (see Labels.names)."""
+    whole: bool = False
+    """Whether these are all images of a source without a validation part."""
     shape: tuple[int, ...] | None = None
     """Most frequent input shape [C, H, W] in the first batch that was read; images of other shapes are left out."""
 

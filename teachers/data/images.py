@@ -81,9 +81,11 @@ def load_all(source: str, preprocess: Preprocess, model_classes: Classes | None 
 
     model_classes: see `load_images`.
     """
-    images = _open(source, False, preprocess, None, model_classes)
-    images = images if images is not None else _open(source, True, preprocess, None, model_classes)
+    if (held_out := _open(source, False, preprocess, None, model_classes)) is not None:
+        return held_out
+    images = _open(source, True, preprocess, None, model_classes)
     assert images is not None  # every source has at least one of the two parts
+    images.whole = True
     return images
 
 

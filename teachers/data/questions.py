@@ -58,6 +58,8 @@ class QuestionSet(Samples):
     decode: Callable[[Any], Image]
     choices: tuple[str, ...] | None = None
     """All different answers, if there are few enough to score each; None if answers are free text."""
+    whole: bool = False
+    """Whether these are all questions of a source without a validation part."""
     left_out: LeftOut = field(default_factory=lambda: LeftOut("the data", "questions"))
     records: LeftOut = field(default_factory=lambda: LeftOut("the data", "records"))
     """Records that hold no question about an image."""
@@ -151,8 +153,10 @@ def load_all(source: str) -> QuestionSet:
     """Return all questions of a source's validation part, or of the whole source if it has no such part."""
     every = _open(source, False, None)
     train = _open(source, True, None) if every is None or source == EASY_VQA else None
+    whole = every is None
     every = every if every is not None else train
     assert every is not None  # every source has at least one of the two parts
+    every.whole = whole
     every.choices = _choices((train or every).samples)
     return every
 

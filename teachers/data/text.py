@@ -120,6 +120,11 @@ def load_text(
     return data
 
 
+def has_held_out_part(source: str) -> bool:
+    """Return whether a source has a held-out part of its own."""
+    return _parts(source)[1] is not None
+
+
 def load_windows(source: str, tokenizer: PreTrainedTokenizerBase, *, window: int) -> torch.Tensor:
     """Return a source's own held-out part, or all of it if it has none, in order, as token windows [N, window], int64.
 

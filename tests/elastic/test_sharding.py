@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic import launch, sharding
+from tests.pico.vision_language import make_vlm
 
 
 @pytest.fixture
@@ -56,3 +57,13 @@ def test_the_third_stage_of_deepspeed_is_the_same(fsdp: pytest.MonkeyPatch):
             with pytest.raises(ValueError, match=said):
                 launch.join()
     assert not launch.spreads()
+
+
+def test_a_vision_tower_without_a_record_stays_whole():
+    for name, gathered in (("llava", True), ("qwen2_vl", False)):
+        model = make_vlm(name)
+        tower = next(part for path, part in model.named_modules() if path.endswith(("visual", "vision_tower")))
+        inside = set(tower.modules())
+        units = sharding.units(model)
+        assert any(module in inside for modules in units for module in modules) == gathered
+        assert any(module not in inside for modules in units for module in modules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from elastic.accounting.counters import count
 from students import RouterSpec, StudentSpec, elasticize
@@ -176,7 +176,7 @@ def test_reported_compute_is_what_torch_counts() -> None:
     for routers in ((PRUNING,), every):
         student = student_of("llava", *routers)
         inputs = make_prompts(student.model, (1, 1, 1))
-        _, decisions = student.features(**inputs)
+        _, decisions = student(**inputs)
         valid = inputs["attention_mask"].bool()
         each = decisions.valid.shape[1]
         macs, vision, dense = (x.sum() for x in student.spent(decisions, inputs["input_ids"] == 110, valid, each))
@@ -265,6 +265,12 @@ def test_what_does_not_fit_says_so() -> None:
         cache = StaticCache(student.trunk.config, max_cache_len=64)
         with torch.no_grad():
             student(**make_prompts(student.model), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="some are padded"), torch.no_grad():
+        student, cache = student_of("llava"), DynamicCache()
+        inputs = make_prompts(student.model, (1, 2))
+        student(**inputs, past_key_values=cache, use_cache=True)
+        del inputs["attention_mask"]
+        student(**inputs, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="cannot stand in the vision tower"):
         elasticize(make_vlm("llava"), StudentSpec((RouterSpec("layer", part="vision", kv="drop"),)))
     with pytest.raises(ValueError, match="in both directions"):
