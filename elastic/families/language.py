@@ -162,14 +162,14 @@ def baseline(
         train = launch.main_process_first(lambda: session.data(config)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
         own, shard = scatter(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
-        own = Watched(f"calibrating {name}", own)
+        looked_at = Watched(f"calibrating {name}", own)
 
         def seen(other: LanguageStudent) -> Seen:
             of = "baselines", *key[3:5]
-            make = partial(observe, other, own, config.train.seed, shard)
+            make = partial(observe, other, looked_at, config.train.seed, shard)
             return session.observed(of, places(other), make, keep=True)
 
-        return baselines.SameShares(name, vocab, frozen, config, own, seen, shard)
+        return baselines.SameShares(name, vocab, frozen, config, looked_at, seen, shard)
 
     vocab = next(iter(student.spec.at("head")), None) if name == "uniform" else None
     key = "baseline", name, vocab, config.data, config.train.seed, config.budget.phase
