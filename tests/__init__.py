@@ -2,7 +2,12 @@
 
 import os
 
-import torch
+# what libraries read when they are imported: how wide and coloured to print, and how to reach servers
+for name in ("COLUMNS", "FORCE_COLOR", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before Triton is imported

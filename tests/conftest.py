@@ -42,6 +42,18 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give fixtures the same random numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Give a test the same random numbers whether it is the first to need a shared fixture or not."""
+    torch.manual_seed(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Set ELASTIC_CACHE to a temporary folder, so that no test touches the user's own cache."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import socketserver
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,11 +305,11 @@ def test_command_lines_that_do_not_parse_get_one_line(arguments: list[str], caps
 
 
 def test_help_is_quick_and_loads_no_heavy_library():
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run_process("--help")
-    seconds = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0 and result.stdout.startswith("usage: elastic") and "examples:" in result.stdout
-    assert seconds < 1
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of CPU time: others may be busy
     code = "import sys; from elastic.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "argparse" in modules and not {"torch", "transformers", "numpy", "yaml", "rich"} & set(modules)
@@ -320,13 +322,17 @@ def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_network_in_a_process_of_its_own(here: Path):
-    """An unreachable hub costs seconds, exactly one line on stderr, and no file."""
-    start = time.monotonic()
-    result = run_process(*("distill", "--model", "gpt2"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here / "hf"))
+    """A hub that does not answer is asked once, and costs exactly one line on stderr, and no file."""
+    asked: list[object] = []
+    with socketserver.TCPServer(("127.0.0.1", 0), lambda *request: asked.append(request)) as hub:  # hangs up
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+        result = run_process(*("distill", "--model", "gpt2"), HF_ENDPOINT=endpoint, HF_HOME=str(here / "hf"))
+        hub.shutdown()
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("elastic: error: ") and result.stderr.count("\n") == 1
-    assert all(word in result.stderr for word in ("openai-community/gpt2", "http://127.0.0.1:9", "HF_HOME"))
-    assert time.monotonic() - start < 60
+    assert all(word in result.stderr for word in ("openai-community/gpt2", endpoint, "HF_HOME"))
+    assert len(asked) == 1  # libraries would ask again and again, for half a minute a file
     assert not [path for path in here.rglob("*") if path.is_file()]
 
 

@@ -62,7 +62,7 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
         f"layers,drop --model tiny-llm --tokens 16 --new-tokens 2 {quick}\n"
     )
     script = shutil.copy(CI / "gpu_commands.py", tmp_path)
-    command = [sys.executable, script, tmp_path, "200"]
+    command = [sys.executable, script, tmp_path, "1000"]
     environment = {**os.environ, "PYTHONPATH": str(CI.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

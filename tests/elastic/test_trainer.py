@@ -332,8 +332,8 @@ def test_bench_measures_every_phase_against_the_dense_model(finished: Path):
     assert 1 < decode["predicted_speedup_bytes"] < 2
     assert decode["compute"] < pair["compute"]  # with two sequences, no channel is skipped
     assert decode["cache_bytes"] == decode["dense_cache_bytes"] > 0
-    assert 1 < train["teacher_forwards"] < 1000  # a step contains a forward pass of the teacher
-    assert 0 < train["cached_teacher_forwards"] < 1000
+    assert train["teacher_forwards"] == pytest.approx(train["seconds"] / train["dense_seconds"])
+    assert train["cached_teacher_forwards"] > 0
     assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
 
 
