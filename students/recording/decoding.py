@@ -2,7 +2,8 @@
 
 The prompt is computed by the model itself or, with images, through recorded passes (recording/prompt.py). After that
 every token is one replay of a step of fixed shape (recording/step.py). There is one recording for each batch size and
-number of slots; when all slots are taken, a step with more slots continues. Turning the dial keeps recordings valid.
+number of slots; when all slots are taken, a step with more slots continues. On GPUs, whose attention reads taken slots
+only, there are slots for all tokens of a call from the start. Turning the dial keeps recordings valid.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from students.recording.step import DecodeStep
 
 SMALLEST = 256
 """Number of slots of the smallest cache."""
+AT_ONCE = 2048
+"""Maximum number of slots that are made before tokens need them."""
 OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
 """Arguments of `generate` with which the caller controls decoding; recorded steps are then not used."""
 OURS = "students.", "transformers."
@@ -209,7 +212,7 @@ class Decoding:
             fetched = Fetched(torch.stack([tokens, unfinished]))
             if input_ids.shape[1] < config.max_length:  # launched before the host knows whether it is needed
                 if step is None or replay is None:
-                    step, replay = self._begin(read, valid)
+                    step, replay = self._begin(read, valid, 1 if self.replays else config.max_length - prompt)
                 elif step.full:
                     step, replay = self._grow(step)
                 step.advance(tokens)
@@ -229,8 +232,9 @@ class Decoding:
         made["sequences"] = input_ids
         return GenerateDecoderOnlyOutput(**made)
 
-    def _begin(self, read: Read, valid: Tensor | None) -> tuple[DecodeStep, Callable[[], Tensor]]:
-        """Return the step that continues behind a prompt, and its replay; valid [B, T]: the call's attention mask."""
+    def _begin(self, read: Read, valid: Tensor | None, new: int) -> tuple[DecodeStep, Callable[[], Tensor]]:
+        """Return the step that continues behind a prompt, and its replay; valid [B, T]: the call's attention mask; new:
+        number of tokens to make slots for."""
         cache, used = read.cache, read.used
         memory, rows = memory_of(cache), len(keys_and_values(cache)[0][0])
         if memory.held is not None and memory.next is not None:  # only some tokens were kept
@@ -241,7 +245,7 @@ class Decoding:
             positions = torch.full((rows,), used, device=self.model.device)
         else:
             positions = valid.sum(1)
-        step, replay = self._step(cache, slots_for(used + 1))
+        step, replay = self._step(cache, slots_for(max(used + 1, min(used + new, AT_ONCE))))
         step.load(cache, used, valid, positions)
         return step, replay
 
