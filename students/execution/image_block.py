@@ -265,7 +265,7 @@ class RoutedBlock(Wrapper):
         """Return how many patches pass (see Runtime.patches_kept)."""
         if router is None:
             return None
-        carries = router.spec.dropped == "merge" or (self.shortens and router.spec.multiple > 1)
+        carries = router.spec.dropped == "merge" or (self.shortens and router.spec.multiple != 1)
         so_far = flow.so_far if carries else None
         return self.runtime.patches_kept(router, flow.tokens - self.prefix, so_far)
 

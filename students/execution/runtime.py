@@ -45,6 +45,8 @@ class Runtime:
     """The share of gates that top-k routers keep."""
     multiples: bool = True
     """Whether images keep a multiple of tokens where a router asks for one (`multiple`); else any number."""
+    own_multiple: int = 1
+    """The multiple of tokens that suits the model's images, for routers with `multiple` 0."""
     training: bool = False
     """Whether routers are being trained. Causal models choose a top-k of a sequence's tokens only then."""
     pool: selection.Pool = selection.alone
@@ -263,7 +265,8 @@ class Runtime:
 
     def patch_counts(self, spec: RouterSpec) -> PatchCounts:
         """Return the rule by which a router's numbers of patches are rounded."""
-        return PatchCounts(self.prefix, spec.multiple if self.multiples else 1, spec.dropped == "merge")
+        multiple = (spec.multiple or self.own_multiple) if self.multiples else 1
+        return PatchCounts(self.prefix, multiple, spec.dropped == "merge")
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
         """Return scores [B, 1, N] from the mean of the prompt's tokens, or those that the cache remembers."""

@@ -152,7 +152,9 @@ def test_the_dial_of_a_range_reaches_both_ends() -> None:
 def test_multiples_give_way_to_a_budget(configure_images: Configure, tmp_path: Path) -> None:
     """With 16 patches, a compute of 0.73 lies between two multiples of 4."""
     said: list[str] = []
-    row = trainer.distill(configure_images(budget__target=0.73), tmp_path / "run", say=said.append)
+    routers = "{kind: layer, blocks: odd, selection: quota, multiple: 4, kv: drop, dropped: merge}"
+    config = configure_images(f"student.routers=[{routers}]", budget__target=0.73)
+    row = trainer.distill(config, tmp_path / "run", say=said.append)
     assert any("any number of them is kept" in line for line in said)
     assert row["compute"] == pytest.approx(0.73, abs=0.02)
     assert not load(tmp_path / "run").runtime.multiples

@@ -339,6 +339,14 @@ def test_an_oblong_mae_sees_all_patches(size: tuple[int, int]) -> None:
         assert student(torch.randn(2, 3, *size))[0].last_hidden_state.shape == (2, 65, 32)
 
 
+@pytest.mark.parametrize(("size", "multiple"), [(28, 4), (16, 1), (56, 16)])
+def test_a_multiple_suits_the_number_of_tokens(size: int, multiple: int) -> None:
+    model = timm.models.VisionTransformer(size, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3).eval()
+    spec = RouterSpec("layer", selection="quota", multiple=0, kv="drop", dropped="merge")
+    student = elasticize(model.requires_grad_(False), StudentSpec((spec,)))
+    assert (student.tokens, student.runtime.patch_counts(spec).multiple) == ((size // 4) ** 2 + 1, multiple)
+
+
 def test_any_number_of_patches_is_kept_where_multiples_are_too_coarse(pixels: Tensor) -> None:
     student = routed("vit", "multiples of 4 merge", pixels)
     counts = {}
