@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from students.execution.block_context import BlockContext, LinearGroupContext
 from students.kernels import devices, direct, ops
 from students.kernels.cpu.pages import large_pages
-from students.kernels.deferred import entering, gate, output, settled
+from students.kernels.deferred import entering, gate, gated, output, settled, summand
 from students.kernels.packing import PackedLinear, PackedProduct
 from students.prepared import Stamp
 
@@ -97,8 +97,13 @@ class LinearGroup:
         """Return the outputs [..., O] of all layers for x [..., I]."""
         run, limit = self.layers[0].runtime, self.limit
         call = run.call
-        if run.bypass or self._joins(x):
+        if run.bypass:
             return self._joined(x)
+        if limit is not None and call.rows is None and run.decisions is None and self._defers(x):
+            if ops.reads_few(call.tokens, self.laid.whole, self._ends):
+                return self._joined(x)
+            if self.laid.down is None and ops.compiled(x):
+                return self._gated(x, limit)
         x = settled(x)
         if call.alone and self._reader is not None:  # read only what the token selects
             out, count = self._reader(x)
@@ -116,19 +121,13 @@ class LinearGroup:
         """Return whether the teacher's layers may run like routed layers that read all channels (see Runtime.recorded):
         only while their weights are views of `whole`."""
         laid, first = self._laid, self.layers[0]
-        if laid is None or not self._fuses(x, first.runtime.recorded):
+        if laid is None or not (self._defers(x) and ops.reads_few(first.runtime.recorded, laid.whole, self._ends)):
             return False
         return laid.whole.data_ptr() == first.base_layer.weight.data_ptr()
 
-    def _joins(self, x: Tensor) -> bool:
-        run = self.layers[0].runtime
-        shared = self.limit is not None and run.call.rows is None and run.decisions is None
-        return shared and self._fuses(x, run.call.tokens)
-
-    def _fuses(self, x: Tensor, tokens: int) -> bool:
-        """Whether one launch computes the layers and what stands in front of and behind them (kernels/deferred.py)."""
-        ahead = devices.runs_ahead(x.device) and not torch.compiler.is_compiling()
-        return ahead and ops.reads_few(tokens, self.laid.whole, self._ends)
+    def _defers(self, x: Tensor) -> bool:
+        """Whether launches are saved by including what stands in front of the layers and behind them."""
+        return devices.runs_ahead(x.device) and not torch.compiler.is_compiling()
 
     def _joined(self, x: Tensor) -> list[Tensor]:
         """Return the outputs of all layers from one launch. That of a branch's last layer is deferred, so that the
@@ -152,6 +151,23 @@ class LinearGroup:
             outs[0] = gate(outs[0])
         return outs
 
+    def _gated(self, x: Tensor, limit: Tensor) -> list[Tensor]:
+        """As `_many`, without corrections: the launch that masks closed channels also computes what stands in front of
+        the layers, and adds an earlier output to the residual stream."""
+        outs = [out.view(*x.shape[:-1], -1) for out in self._products(gated(x, limit))]
+        if self.ends and len(outs) == 1:
+            return [summand(outs[0])]
+        if self.gates:
+            outs[0] = gate(outs[0])
+        return outs
+
+    def _products(self, masked: Tensor) -> list[Tensor]:
+        """Return the outputs of all layers for masked inputs [N, I], without corrections."""
+        if len(masked) > JOINT_ROWS:
+            return [layer.base_layer(masked) for layer in self.layers]
+        out: Tensor = self.laid.product(masked, self.laid.whole.T, self.laid.bias)
+        return list(out.split(self._sizes, 1))
+
     def _many(self, x: Tensor) -> list[Tensor]:
         """Compute outputs for many tokens: leaving out channels would save nothing, so closed channels are masked."""
         first, run, laid = self.layers[0], self.layers[0].runtime, self.laid
@@ -160,11 +176,7 @@ class LinearGroup:
             limit = first.routers["channel"].limit(first.dial_of(x), x.dtype)
         masked, share = ops.channel_gate(x, limit)
         self._note(lambda: share)
-        masked = masked.flatten(0, -2)
-        if len(masked) <= JOINT_ROWS:
-            outs = laid.product(masked, laid.whole.T, laid.bias).split(self._sizes, 1)
-        else:
-            outs = [layer.base_layer(masked) for layer in self.layers]
+        outs = self._products(masked.flatten(0, -2))
         if laid.down is not None and laid.up is not None:
             low = F.linear(x.flatten(0, -2), laid.down)
             corrected = first.corrected(x)

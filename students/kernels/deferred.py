@@ -8,7 +8,10 @@ the code gets deferred tensors, which record the operators:
     output, then + the residual stream (Stream), then its norm -> read by the next layers
     gate, then its activation, then * up                       -> read by the next layer
 
-Layers get the recorded operators from `entering`. Any other use of a deferred tensor computes it as usual, once.
+Layers get the recorded operators from `entering`. Where too many inputs are read together for such layers, the
+operators are part of the launch that closes channels in front of a dense product (`gated`), and an output is computed
+at once, but its sum with the residual stream is not (`Sum`). Any other use of a deferred tensor computes it as usual,
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from students.kernels import ops
 
 _FACTS = {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")}
 _FACTS |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")}
@@ -46,8 +51,9 @@ class Deferred(Tensor):
     """A tensor that is not computed yet, of this shape, and of the dtype and on the device of `like`.
 
     compute: returns the computed tensor. read: returns the input of layers that read the tensor (None: the computed
-    tensor). joins: by torch function that can be deferred in turn, the options that the function must have, and a
-    function that maps the other tensor argument to the resulting Deferred.
+    tensor). close: maps limits [I] to the tensor as rows [B, I], computed with channels below the limits set to 0.
+    joins: by torch function that can be deferred in turn, the options that the function must have, and a function that
+    maps the other tensor argument to the resulting Deferred.
     """
 
     made: Tensor | None = None
@@ -65,8 +71,9 @@ class Deferred(Tensor):
         compute: Callable[[], Any],
         read: Callable[[], Entering] | None = None,
         joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Deferred]]] = MappingProxyType({}),
+        close: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.compute, self.read, self.joins = compute, read, joins
+        self.compute, self.read, self.joins, self.close = compute, read, joins, close
 
     def settle(self) -> Tensor:
         """Return the tensor, computed at the first call."""
@@ -124,6 +131,47 @@ class Stream(Deferred):
         return Deferred(self.shape, self, lambda: run(self.settle(), weight), read)
 
 
+class Sum(Stream):
+    """A deferred residual stream: the sum of the previous stream and `out`, the output of layers that have run."""
+
+    def __init__(self, shape: torch.Size, residual: Tensor, out: Tensor) -> None:
+        self.terms: list[Tensor] = [residual, out]  # emptied when the sum is made: a prompt's are large
+        Deferred.__init__(self, shape, residual, partial(_sum, self.terms))
+
+    def settle(self) -> Tensor:
+        """Return the tensor, computed at the first call."""
+        return Deferred.settle(self)
+
+    def normed(self, weight: Tensor, epsilon: float, kind: int, run: Callable[[Tensor, Tensor], Tensor]) -> Deferred:
+        """Return the deferred RMS norm of the stream, as `Stream.normed`."""
+
+        def close(limit: Tensor) -> Tensor:
+            if self.made is not None:
+                return ops.fused_gate(_rows(self.made), weight, None, epsilon, kind, limit)[0]
+            residual, out = map(_rows, self.terms)
+            closed, stream = ops.fused_gate(out, weight, residual, epsilon, kind, limit)
+            self.made = stream.view(self.shape)
+            self.terms.clear()
+            return closed
+
+        return Deferred(self.shape, self, lambda: run(self.settle(), weight), close=close)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    residual, out = terms
+    terms.clear()
+    return residual + out
+
+
+def summand(out: Tensor) -> Deferred:
+    """Return out, the output of layers that have run, as a tensor that defers its addition to the residual stream."""
+
+    def add(residual: Tensor) -> Deferred:
+        return Sum(out.shape, residual, out)
+
+    return Deferred(out.shape, out, lambda: out, joins=dict.fromkeys(_ADD, ({}, add)))
+
+
 def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
     """Return the deferred output of a layer whose launch can also add a residual stream."""
 
@@ -141,7 +189,11 @@ def gate(x: Tensor) -> Deferred:
 
         def times(up: Tensor) -> Deferred:
             read = partial(Entering, _rows(x), _rows(up), kind=3 + kind)
-            return Deferred(x.shape, x, lambda: function(x, **options) * up, read)
+
+            def close(limit: Tensor) -> Tensor:
+                return ops.fused_gate(_rows(x), _rows(up), None, 0.0, 3 + kind, limit)[0]
+
+            return Deferred(x.shape, x, lambda: function(x, **options) * up, read, close=close)
 
         return Deferred(x.shape, x, lambda: function(x, **options), joins=dict.fromkeys(_MULTIPLY, ({}, times)))
 
@@ -158,6 +210,14 @@ def entering(x: Tensor) -> Entering:
     """Return the input of layers that read x [..., I], as rows [B, I], with the operators that x has recorded."""
     read = x.read if isinstance(x, Deferred) and x.made is None else None
     return Entering(_rows(settled(x))) if read is None else read()
+
+
+def gated(x: Tensor, limit: Tensor) -> Tensor:
+    """Return x [..., I] as rows [B, I] with 0 where the magnitude is below limit [I]; the operators that x has recorded
+    run in the same launch."""
+    if isinstance(x, Deferred) and x.made is None and x.close is not None:
+        return x.close(limit)
+    return ops.channel_gate(_rows(settled(x)), limit)[0]
 
 
 def _rows(x: Tensor) -> Tensor:

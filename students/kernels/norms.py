@@ -70,12 +70,12 @@ class FusedNorm(nn.Module):
             return self._plainly(x, *args)
         exact, near = self.trial.recipes(self.plain, weight)
         may_round = self.routing is not None and self.routing.rounds
-        if x.stride(-1) != 1:  # torch sums strided channels in another order than the trial's
+        if not isinstance(x, Stream) and x.stride(-1) != 1:  # torch sums these in another order than the trial's
             exact = None
         recipe = near if exact is None and may_round else exact
         if recipe is None:
             return self._plainly(x)
-        if isinstance(x, Stream) and may_round:  # a Stream's squares are not summed in torch's order
+        if isinstance(x, Stream) and may_round:  # its squares are not summed in torch's order
             return x.normed(weight, self.trial.epsilon, recipe.kind, recipe.run)
         x = settled(x)
         if grad and x.requires_grad:

@@ -197,6 +197,14 @@ channel_gate: Pair = _operator(
 """x [..., C] with 0 where |x| < limit, and the share of channels kept [...]; limit: float32 [C], or [B, 1, C] for x
 [B, T, C]."""
 
+fused_gate: Pair = _operator(
+    "fused_gate(Tensor x, Tensor other, Tensor? residual, float epsilon, int kind, Tensor limit) -> (Tensor, Tensor)",
+    lambda x, other, residual, *_: (_like(x), x.new_empty(0 if residual is None else x.shape)),
+)
+"""x [B, I], after an operator, with 0 where the magnitude is below limit [I] (float32). kind: as in `fused_channels`.
+0 to 2: the RMS norm of x + residual [B, I], with weight `other` [I]; 3 and 4: activation(x) times other [B, I]. The
+second result is x + residual; empty without `residual`."""
+
 channel_gate_grad: Pair = _operator(
     "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
     " -> (Tensor, Tensor)",

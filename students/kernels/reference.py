@@ -100,6 +100,17 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     return x * keep, keep.mean(-1, dtype=torch.float32)
 
 
+def fused_gate(
+    x: Tensor, other: Tensor, residual: Tensor | None, epsilon: float, kind: int, limit: Tensor
+) -> tuple[Tensor, Tensor]:
+    stream = x.new_empty(0) if residual is None else x + residual
+    if kind < 3:
+        x = rms_norm(x if residual is None else stream, other, epsilon, kind)
+    else:
+        x = entering(x, other, None, epsilon, kind)
+    return channel_gate(x, limit)[0], stream
+
+
 def channel_gate_grad(
     grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:

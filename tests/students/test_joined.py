@@ -12,7 +12,7 @@ from torch import Tensor
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.families.language import LanguageStudent
 from students.kernels import devices, ops
-from students.kernels.deferred import Deferred, Stream, entering, gate, output, settled
+from students.kernels.deferred import Deferred, Stream, entering, gate, gated, output, settled, summand
 from students.libraries import cache_of, with_cache
 from students.recording.decoding import Decoding
 from tests.backends import running_on
@@ -65,6 +65,24 @@ def test_decoding_says_what_masks_say(name: str, tokens: Tensor, monkeypatch: py
     assert (name in ("gemma2",)) == all(residual is None for _, residual in calls)
 
 
+@pytest.mark.parametrize("name", JOINED)
+def test_many_tokens_say_what_masks_say(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all weights are read, the launch that masks channels includes the same operators in front of the layers."""
+    calls: list[tuple[Tensor | None, float, int]] = []
+    call = ops.fused_gate
+    monkeypatch.setattr(ops, "fused_gate", lambda *given: calls.append(given[2:5]) or call(*given))
+    student = make(name, StudentSpec(DEFAULT), num_hidden_layers=2)
+    student.runtime.execution = "mask"
+    whole = student.model(tokens, use_cache=False, output_hidden_states=True)
+    student.runtime.execution = "skip"
+    some = student.model(tokens, use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(some.logits, whole.logits, **CLOSE)
+    for one, other in zip(some.hidden_states, whole.hidden_states, strict=True):
+        torch.testing.assert_close(settled(one), other, **CLOSE)
+    assert {kind for *_, kind in calls} == JOINED[name] - {-1}
+    assert all((residual is not None) == (kind < 3) for residual, _, kind in calls)
+
+
 def test_beside_other_routers(tokens: Tensor) -> None:
     """Fused layers agree with masks also where other routers skip tokens, heads and experts."""
     routers = RouterSpec("channel"), RouterSpec("token", substitute=2), RouterSpec("head"), RouterSpec("expert")
@@ -80,21 +98,30 @@ def test_in_kernels(tokens: Tensor) -> None:
         torch.testing.assert_close(in_steps(student, tokens[:, :4]), whole, **CLOSE)
 
 
+def decoding_of(blocks: int, opened: bool = False) -> Decoding:
+    student = student_of(*DEFAULT, blocks=blocks)
+    student.prepare()
+    student.runtime.bypass = opened
+    student._decoding.recorder = lambda work: work
+    return student._decoding
+
+
 @pytest.mark.parametrize(("rows", "opened"), [(1, False), (4, False), (1, True)])
 def test_a_block_launches_seven_times(rows: int, opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block launches seven operators in a decode step; opened: with all gates open, at compute 1.0."""
     monkeypatch.setattr(ops, "observed", lambda: False)
-
-    def make_decoding(blocks: int) -> Decoding:
-        student = student_of(*DEFAULT, blocks=blocks)
-        student.prepare()
-        student.runtime.bypass = opened
-        student._decoding.recorder = lambda work: work
-        return student._decoding
-
-    launched = of_a_block(make_decoding, rows)
+    launched = of_a_block(lambda blocks: decoding_of(blocks, opened), rows)
     assert launched["elastic.fused_channels.default"] == 4
     assert sum(launched.values()) == 7, "and rotary embeddings, the cache and attention"
+
+
+def test_a_block_launches_eleven_times_where_all_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the rows that read some channels, a block launches fewer operators than the dense model's sixteen."""
+    monkeypatch.setattr(ops, "observed", lambda: False)
+    launched = of_a_block(decoding_of, 16)
+    assert (launched["elastic.fused_gate.default"], launched["aten.mm.default"]) == (3, 4)
+    assert launched["elastic.channel_gate.default"] == 1, "the gate behind attention"
+    assert sum(launched.values()) == 11, "and rotary embeddings, the cache and attention"
 
 
 @pytest.mark.parametrize("opened", [False, True])
@@ -158,6 +185,21 @@ def test_a_residual_stream_is_added_on_the_way() -> None:
     given = entering(norm)
     assert (given.kind, given.epsilon) == (0, 1e-5) and torch.equal(given.x, stream.flatten(0, 1))
     assert torch.equal(norm * 1, stream * 1) and entering(norm).kind == -1, "who computes it, computes it for all"
+
+
+def test_a_sum_is_normalised_on_the_way() -> None:
+    """The sum of an output that is computed and the residual stream is made by the norm's kernel, or without it."""
+    residual, out, limit = torch.randn(2, 1, 4), torch.randn(2, 1, 4), torch.full((4,), 0.5)
+    for first in (True, False):
+        stream = residual + summand(out)
+        assert isinstance(stream, Stream) and stream.made is None
+        norm = stream.normed(torch.ones(4), 1e-5, 1, lambda x, weight: F.rms_norm(x, (4,), weight, 1e-5))
+        if first:
+            assert torch.equal(stream * 1, residual + out)
+        expected = F.rms_norm(residual + out, (4,), torch.ones(4), 1e-5)
+        torch.testing.assert_close(gated(norm, limit), (expected * (expected.abs() >= 0.5)).flatten(0, 1))
+        assert stream.made is not None and torch.equal(stream * 1, residual + out)
+        torch.testing.assert_close(norm * 1, expected)
 
 
 def test_gate_and_up() -> None:

@@ -22,7 +22,7 @@ def scales(squares, row, inputs, sums, epsilon, SUMS: tl.constexpr, ONE: tl.cons
 
 
 @triton.jit
-def _inputs(x, other, scale, place, channel, mask, here, KIND: tl.constexpr):
+def inputs_at(x, other, scale, place, channel, mask, here, KIND: tl.constexpr):
     """Return the layers' input at `place` of x (KIND: see `ops.fused_channels`), each step rounded as in the model."""
     kind = x.dtype.element_ty
     value = tl.load(x + place, mask=mask, other=0.0)
@@ -81,7 +81,7 @@ def list_channels(
     here = channel < last
     least = tl.load(limit + channel, mask=here, other=float("inf"))
     if ONE:
-        value = _inputs(x, other, scale, channel, channel, here, here, KIND)
+        value = inputs_at(x, other, scale, channel, channel, here, here, KIND)
         if down is not None:
             all_of_it, feature = start + tl.arange(0, CHUNK), tl.arange(0, RANK)
             mask = (feature < rank)[:, None] & (all_of_it < last)[None, :]
@@ -93,7 +93,7 @@ def list_channels(
         tl.store(values + slot, value, mask=some > 0)
     else:
         place, beside = row[:, None] * stride + channel[None, :], here[None, :]
-        value = _inputs(x, other, scale, place, channel[None, :], beside, beside, KIND)
+        value = inputs_at(x, other, scale, place, channel[None, :], beside, beside, KIND)
         if down is not None:
             tl.store(values + (rows + row)[:, None] * inputs + channel[None, :], value, mask=beside)
         needed = tl.abs(value.to(tl.float32)) >= least[None, :]

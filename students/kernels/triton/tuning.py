@@ -9,7 +9,7 @@ import torch
 
 MOST_ROWS = 16
 """Maximum inputs that select channels and rows together: tensor cores multiply so many at a time. Eight or more need
-nearly all channels and rows, and gain launches alone: 7 a block, where gates and dense products are 17."""
+nearly all channels and rows, and gain launches alone: 7 a block, where gates and dense products are 11."""
 MOST_RANGES = 64
 """Maximum ranges of a weight's inputs."""
 MOST_SPLITS = 32

@@ -8,15 +8,32 @@ from torch import Tensor
 
 
 @triton.jit
-def _write_slot(keys, values, key, value, slot, length, key_size, value_size, KEY: tl.constexpr, VALUE: tl.constexpr):
+def _write_slot(
+    keys,
+    values,
+    key,
+    value,
+    slot,
+    heads,
+    length,
+    key_size,
+    value_size,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+):
     head, place = tl.program_id(0).to(tl.int64), tl.load(slot)
+    row, own = head // heads, head % heads
     feature = tl.arange(0, KEY)
     here = feature < key_size
-    one = tl.load(key + head * key_size + feature, mask=here)
+    one = tl.load(key + row * key_row + own * key_head + feature, mask=here)
     tl.store(keys + (head * length + place) * key_size + feature, one, mask=here)
     feature = tl.arange(0, VALUE)
     here = feature < value_size
-    one = tl.load(value + head * value_size + feature, mask=here)
+    one = tl.load(value + row * value_row + own * value_head + feature, mask=here)
     tl.store(values + (head * length + place) * value_size + feature, one, mask=here)
 
 
@@ -24,8 +41,9 @@ def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: T
     """`ops.write_slot` in Triton."""
     batch, heads, length, size = keys.shape
     other = values.shape[3]
+    key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     _write_slot[(batch * heads,)](
-        *(keys, values, key.contiguous(), value.contiguous(), slot, length, size, other),
+        *(keys, values, key, value, slot, heads, length, size, other, *key.stride()[:2], *value.stride()[:2]),
         KEY=triton.next_power_of_2(size),
         VALUE=triton.next_power_of_2(other),
         num_warps=1,

@@ -88,6 +88,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("dot_rows", make(narrow), head, make(vocabulary), make(1000, kind=torch.int64))
     x, tokens = make(4, 1024, narrow), make(4, 1024, kind=single)
     yield call("channel_gate", x, limit)
+    yield call("fused_gate", make(64, narrow), make(narrow), make(64, narrow), 1e-6, 0, limit)
+    yield call("fused_gate", *make(64, 2 * wide).chunk(2, 1), None, 0.0, 3, long_limit)
     yield call("channel_gate_grad", x, tokens, x, limit, limit, limit)
     for kind in (0, 1):
         y = make(4, 1024, wide)

@@ -83,6 +83,14 @@ def channel_gate(draw: Draw) -> Iterator[Arguments]:
         yield draw(3, 5, 77), draw.limit(*shape)
 
 
+def fused_gate(draw: Draw) -> Iterator[Arguments]:
+    for kind in range(5):
+        for width in (77, 300):
+            x, other = draw(5, 2 * width).chunk(2, 1)
+            limit = torch.full_like(draw.single(width), 0.5)
+            yield x, draw(width) if kind < 3 else other, draw(5, width) if kind < 2 else None, 1e-3, kind, limit
+
+
 def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
     for x, limit in (*channel_gate(draw), (draw(2, 700, 9), draw.limit(2, 1, 9))):
         yield draw(*x.shape), draw.single(*x.shape[:2]), x, limit, 0.6 * limit, 1.6 * limit
@@ -154,7 +162,9 @@ def rotary_grad(draw: Draw) -> Iterator[Arguments]:
 
 def write_slot(draw: Draw) -> Iterator[Arguments]:
     slot = torch.tensor([3]).to(draw.device)
-    yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), draw(2, 1, 3, 20).transpose(1, 2), draw(2, 3, 1, 16), slot
+    both = draw(2, 1, 3, 36).transpose(1, 2)
+    yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), both[..., :20], both[..., 20:], slot
+    yield draw(2, 3, 7, 20), draw(2, 3, 7, 16), draw(2, 3, 1, 20), draw(2, 3, 1, 16), slot
 
 
 def biased_attention(draw: Draw) -> Iterator[Arguments]:
@@ -229,6 +239,7 @@ SAMPLES: dict[str, Samples] = {
     "dot_rows": dot_rows,
     "exact_rows": exact_rows,
     "channel_gate": channel_gate,
+    "fused_gate": fused_gate,
     "channel_gate_grad": channel_gate_grad,
     "gated_grad": gated_grad,
     "row_gate": row_gate,
