@@ -1,24 +1,34 @@
-"""Pruning of image tokens in front of a language model: the router's module, masks and positions of pruned prompts."""
+"""Pruning of image tokens in front of a language model.
+
+The choice is made once, from the prompt: from image tokens as the projector outputs them and, with `query`, from the
+question. Pruned tokens have no place in the sequence behind the pruning point: they are neither computed nor cached
+there, and the remaining tokens keep their positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from students.architectures import windows_of
+from students.execution.kv_cache import memory_of
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named
+from students.kernels.attention_gradient import learning
+from students.kernels.capture import Fetched
 from students.libraries import cache_in
-from students.recording.prompt import Prompted, PromptPruning, Room, in_rows
+from students.recording.prompt import Prompted, Room, in_rows
 from students.routers import ImageRouter, selection
 
-if TYPE_CHECKING:
-    from students.families.vision_language import VisionLanguageStudent
+LEAK = 1e-8
+"""Weight of a closed image token in attention while routers are trained: so small that even a token to which all others
+attend has no effect."""
 
 
 class PruningPoint(nn.Module):
@@ -27,59 +37,6 @@ class PruningPoint(nn.Module):
     def __init__(self, router: ImageRouter) -> None:
         super().__init__()
         self.routers = Named[ImageRouter]({"image": router})
-
-
-class StudentPruning(PromptPruning):
-    """How a student prunes image tokens in recorded passes: numbers of tokens determine how many are kept."""
-
-    def __init__(self, student: VisionLanguageStudent) -> None:
-        super().__init__(student.trunk)
-        self._student = student
-
-    def tower_state(self, pixels: Tensor) -> Hashable:
-        """Return the state that a recorded pass through the vision tower depends on; None if the tower has no routers.
-        Raises ValueError if the pass cannot be recorded."""
-        student = self._student
-        if student.vision is None:
-            return None
-        student._follow()
-        made: Hashable = student.vision._recorded_for(pixels)
-        return made
-
-    def state(self) -> Hashable:
-        """Return the state of language model, dial and image router that a recorded pass depends on besides shapes.
-        Raises ValueError if it cannot be recorded, as when the number of kept tokens depends on the images."""
-        student, run = self._student, self._student.runtime
-        language: Hashable = student._recorded_for()
-        if run.bypass or student.image_router is None:
-            return language
-        if isinstance(run.offset, tuple) or not student.counts:
-            raise ValueError("how many image tokens pass depends on the images, or differs between them")
-        shares = (student.image_router.levels, student.image_router.log_gain)
-        return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
-
-    def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """Return the Room of rows after pruning, from their numbers of image tokens and of tokens without padding."""
-        student = self._student
-        whole = super().room(image, valid, tokens)
-        if student.runtime.bypass or student.image_router is None:
-            return whole
-        made = student.room(student.image_router, image, valid)
-        return made if made.fewer else whole
-
-    @contextmanager
-    def told(self, prompted: Prompted) -> Iterator[None]:
-        """A context in which the model is called with the embeddings that `prompted` describes."""
-        student = self._student
-        if student.runtime.bypass or student.image_router is None:
-            with super().told(prompted):
-                yield
-            return
-        student.foretold = prompted
-        try:
-            yield
-        finally:
-            student.foretold = None
 
 
 def positions_of(kwargs: dict[str, Any], x: Tensor) -> Tensor:
@@ -175,37 +132,177 @@ def hidden_keys(mask: Any, kept: Tensor, bias: Tensor | None, dtype: torch.dtype
     return allowed if bias is None else allowed + bias.to(dtype)[:, None, None, :]
 
 
-def shares_of(router: ImageRouter, run: Runtime, rows: int) -> list[float]:
-    """Return the share of each row's image tokens that passes, where that does not depend on the images."""
-    if router.spec.selection == "topk":
-        return [run.capacity if run.training else run.kept] * rows
-    offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
-    return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
+class ImagePruner:
+    """Decides which image tokens of a prompt enter a language model, and restricts the model's inputs to them."""
 
+    def __init__(self, trunk: nn.Module, runtime: Runtime, alone: bool) -> None:
+        """trunk: the language model. alone: whether its student has no other routers in blocks."""
+        self.trunk: Any = trunk
+        self.runtime = runtime
+        self._alone = alone
+        self._windows = Windows(trunk)
 
-def choose(router: ImageRouter, run: Runtime, score: Tensor, image: Tensor, shares: Sequence[float] | None) -> Tensor:
-    """Return gates [B, T] of the image tokens at image [B, T] bool; gates of other tokens are arbitrary.
+    @property
+    def router(self) -> ImageRouter | None:
+        """The router of image tokens, or None."""
+        place: PruningPoint | None = getattr(self.trunk, "door", None)
+        return None if place is None else place.routers["image"]
 
-    shares: the share of each row's image tokens that passes; None: as many as have a score of at least 0, by a quota in
-    training a share over all image tokens of the batch.
-    """
-    shift = router.shift(run.dial_of(score))
-    if router.spec.selection == "threshold":
-        return selection.threshold(score + shift)
-    have = image.sum(1, keepdim=True)
-    best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
-    limit: Tensor | None = None
-    if shares is None:  # as in selection.even
-        limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
-        ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
-        count = (ranked > -torch.inf).sum().clamp(min=1)
-        share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
-        most = (share * have).round().clamp(min=1)
-    else:
-        alike = len(set(shares)) == 1
-        each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
-        most = (each * have.double()).round().clamp(min=1)
-    if limit is None:  # scores count relative to the last that passes: a common shift must not saturate gradients
-        limit = best.detach().gather(1, (most - 1).long())
-    soft = (score - limit).sigmoid()
-    return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
+    @property
+    def by_count(self) -> bool:
+        """Whether only image tokens are routed, and by quota: a prompt's cost follows from its numbers of tokens."""
+        return self._alone and self.router is not None and self.router.spec.selection == "quota"
+
+    @property
+    def counts(self) -> bool:
+        """Whether the numbers of image tokens alone determine how many pass."""
+        if self.router is None or self.router.spec.selection == "threshold":
+            return False
+        return self.router.spec.selection == "topk" or not self.runtime.training or self.by_count
+
+    def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
+        """Return the Room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
+        passing = [
+            min(have, max(1, round(share * have)))  # as in `choose`
+            for have, share in zip(image, self._shares(router, len(image)), strict=True)
+        ]
+        return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
+
+    def _shares(self, router: ImageRouter, rows: int) -> list[float]:
+        """Return the share of each row's image tokens that passes, if `counts`."""
+        run = self.runtime
+        if router.spec.selection == "topk":
+            return [run.capacity if run.training else run.kept] * rows
+        offsets = run.offset if isinstance(run.offset, tuple) else (run.offset,)
+        return [router.quota(offset) for offset in offsets for _ in range(rows // len(offsets))]
+
+    def choose(self, router: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
+        """Return gates [B, T] of the image tokens at image [B, T] bool; gates of other tokens are arbitrary.
+
+        Where numbers do not determine how many pass, those with a score of at least 0 do, or by a quota in training a
+        share over all image tokens of the batch.
+        """
+        run, shift = self.runtime, router.shift(self.runtime.dial_of(score))
+        if router.spec.selection == "threshold":
+            return selection.threshold(score + shift)
+        have = image.sum(1, keepdim=True)
+        best, order = score.masked_fill(~image, -torch.inf).sort(dim=1, descending=True, stable=True)
+        if self.counts:
+            shares = self._shares(router, len(score))
+            alike = len(set(shares)) == 1
+            each = shares[0] if alike else torch.tensor(shares, dtype=torch.double, device=score.device).unsqueeze(1)
+            most = (each * have.double()).round().clamp(min=1)
+            # scores count relative to the last that passes: a common shift must not saturate gradients
+            limit = best.detach().gather(1, (most - 1).long())
+        else:  # as in selection.even
+            limit = torch.as_tensor(-shift, dtype=score.dtype, device=score.device)
+            ranked = run.pool(score.detach().masked_fill(~image, -torch.inf).flatten()).sort().values
+            count = (ranked > -torch.inf).sum().clamp(min=1)
+            share = ((len(ranked) - torch.searchsorted(ranked, limit.detach())) / count).clamp(max=1)
+            most = (share * have).round().clamp(min=1)
+        soft = (score - limit).sigmoid()
+        return (order.argsort(dim=1) < most).to(score.dtype) + (soft - soft.detach())
+
+    def prune(
+        self, router: ImageRouter, prompted: Prompted, prompt: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, int]:
+        """Remove closed image tokens from the language model's kwargs (skip), or hide them from other tokens (mask).
+
+        prompt [B, T] bool: the tokens that sequence-level decisions may read; None: all. Returns a bool mask [B, L] of
+        the tokens now in kwargs that are not padding, and the number that are; (None, 0) if nothing was changed.
+        """
+        run, x, valid = self.runtime, kwargs["inputs_embeds"], prompted.valid
+        gate = self._decide(router, prompted, prompt, x)
+        if torch.is_grad_enabled():
+            if run.decisions is not None and run.probed is None:
+                run.decisions.valid = gate
+            bias = torch.log(gate * (1 - LEAK) + LEAK)
+            kwargs["inputs_embeds"] = learning(x, bias)
+            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), valid, bias, x.dtype)
+            return valid, int(valid.numel() - valid.sum())
+        kept = (gate != 0) & valid
+        room = self._room_of(router, prompted, kept)
+        if room.fewer:
+            return self._shorten(prompted, kept, room, kwargs)
+        if prompted.room is None or room.kept == valid.numel():
+            return None, 0
+        # a recorded pass, whose caller leaves padding to us
+        kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, None, x.dtype)
+        return valid, valid.numel() - room.kept
+
+    def _decide(self, router: ImageRouter, prompted: Prompted, prompt: Tensor | None, x: Tensor) -> Tensor:
+        """Return the gates [B, T] of all tokens of x [B, T, D]: 1 for text, 0 for padding."""
+        run, valid = self.runtime, prompted.valid
+        assert prompted.image is not None, "an image came with this call"
+        image = prompted.image & valid
+        question = valid & ~image if prompt is None else valid & ~image & prompt
+        if prompted.asked is not None:
+            question = question & prompted.asked
+        score = router.of_prompt(x, question)
+        if run.probed is not None:
+            gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+            run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
+            return gate
+        gate = torch.where(image, self.choose(router, score, image), valid.to(score.dtype))
+        run.note("image", router.spec, gate, score.unsqueeze(-1))
+        return gate
+
+    def _room_of(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
+        """Return the Room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
+        if prompted.room is not None:
+            return prompted.room
+        if prompted.counts is not None:
+            return self.room(router, *prompted.counts.wait().tolist())
+        return Room.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
+
+    def _shorten(self, prompted: Prompted, kept: Tensor, room: Room, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+        """As `prune`, for prompts of which some tokens are not in kept [B, T]."""
+        run, x, cache, valid = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs), prompted.valid
+        positions = positions_of(kwargs, x)
+        memory = None if cache is None else memory_of(cache)
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windows.any else None
+        if memory is not None:
+            if not isinstance(cache, DynamicCache):
+                raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
+            memory.next = positions.masked_fill(~valid, 0).amax(-1, keepdim=True) + 1
+        if run.execution == "mask":
+            if run.decisions is not None:
+                run.decisions.valid = kept
+            if memory is not None:
+                memory.append(kept, place)
+            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), kept, None, x.dtype)
+            return kept, kept.numel() - room.kept
+        # kept tokens move to the right end, so that every row's last token is in the last column
+        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
+        here = kept.gather(1, index)
+        if run.decisions is not None:
+            run.decisions.index, run.decisions.valid = index, here
+        if memory is not None:
+            memory.append(here, None if place is None else index)
+        kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
+        pick_features(kwargs, index)
+        mask, padded = shorter_mask(self._windows.own_masks(kwargs, valid), index, here), here.numel() - room.kept
+        # without cache and mask, transformers would take gaps in positions for borders between packed texts
+        if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
+            if not padded:
+                mask = None
+            elif prompted.room is not None:
+                mask = selection.additive(selection.hide_closed_keys(None, here, x.dtype), x.dtype)
+        kwargs["attention_mask"] = mask
+        return here, padded
+
+    def extend(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
+        """Set positions and cache places of tokens that follow a shortened prompt."""
+        cache = cache_in(kwargs)
+        memory = None if cache is None else memory_of(cache)
+        if memory is None or memory.held is None or memory.next is None:
+            return
+        count = prompted.valid.shape[1]
+        new = torch.arange(count, device=memory.next.device)
+        kwargs["position_ids"] = memory.next + new
+        memory.append(prompted.valid, new.expand(len(prompted.valid), -1) if self._windows.any else None)
+        memory.next = memory.next + count
+        if memory.places is not None:
+            sizes = [layer.get_mask_sizes(count)[0] for layer in cache.layers]
+            columns = memory.places[:, -count:], memory.places
+            kwargs["attention_mask"] = self._windows.masks(*columns, memory.held, kwargs["inputs_embeds"].dtype, sizes)

@@ -1,48 +1,27 @@
-"""Students of vision-language models: image tokens may be pruned in front of the language model.
-
-The choice is made once, from the prompt: from image tokens as the projector outputs them and, with `query`, from the
-question. Pruned tokens have no place in the sequence behind the pruning point: they are neither computed nor cached
-there, and the remaining tokens keep their positions.
-"""
+"""Students of vision-language models: image tokens may be pruned in front of the language model."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.kv_cache import memory_of
 from students.families.image import ImageStudent
-from students.families.image_pruning import (
-    PruningPoint,
-    StudentPruning,
-    Windows,
-    choose,
-    hidden_keys,
-    is_flat,
-    pick_features,
-    positions_of,
-    shares_of,
-    shorter_mask,
-)
+from students.families.image_pruning import ImagePruner, is_flat
 from students.families.language import LanguageStudent
 from students.flops import flop_counter
-from students.kernels.attention_gradient import learning
 from students.kernels.capture import Fetched
 from students.libraries import cache_in, with_cache
 from students.recording.prompt import Prompted, PromptPruning, Read, Room
-from students.routers import ImageRouter, selection
+from students.routers import ImageRouter
 
-LEAK = 1e-8
-"""Weight of a closed image token in attention while routers are trained: so small that even a token to which all others
-attend has no effect."""
 VISION = "vision."
 """Prefix of the keys of decisions in the vision tower."""
 
@@ -62,7 +41,7 @@ class VisionLanguageStudent(LanguageStudent):
         """The vision tower's student; None if the tower has no routers."""
         self.vision_macs: float | None = None
         """Multiply-accumulates of the frozen vision tower and projector per image token; counted at the first run."""
-        self._windows = Windows(trunk)
+        self.pruner = ImagePruner(trunk, self.runtime, alone=not self.spec.routers and vision is None)
         self._prompted: Prompted | None = None
         self.foretold: Prompted | None = None
         """The next call's prompts, where the call has only embeddings, which do not tell (see StudentPruning)."""
@@ -74,8 +53,7 @@ class VisionLanguageStudent(LanguageStudent):
     @property
     def image_router(self) -> ImageRouter | None:
         """The router of image tokens, or None."""
-        place: PruningPoint | None = getattr(self.trunk, "door", None)
-        return None if place is None else place.routers["image"]
+        return self.pruner.router
 
     def replace_image_router(self, router: nn.Module) -> None:
         """Replace the router of image tokens by a module with those methods of ImageRouter that are called."""
@@ -133,8 +111,7 @@ class VisionLanguageStudent(LanguageStudent):
     @property
     def by_count(self) -> bool:
         """Whether only image tokens are routed, and by quota: a prompt's cost follows from its numbers of tokens."""
-        quota = self.image_router is not None and self.image_router.spec.selection == "quota"
-        return quota and not self.spec.routers and self.vision is None
+        return self.pruner.by_count
 
     @property
     def stepwise(self) -> bool:
@@ -149,7 +126,7 @@ class VisionLanguageStudent(LanguageStudent):
         assert self.image_router is not None, "only an image router can decide by numbers"
         self.runtime.call.rows = self.runtime.offsets(len(image), image.device)
         order = -torch.arange(image.shape[1], device=image.device).float()
-        gate = self._choose(self.image_router, order.expand(image.shape), image)
+        gate = self.pruner.choose(self.image_router, order.expand(image.shape), image)
         return Decisions(share={"image": gate}, valid=torch.where(image, gate, valid.float()))
 
     def uniform(self, share: float, tokens: Any, phase: str) -> float:
@@ -252,7 +229,8 @@ class VisionLanguageStudent(LanguageStudent):
         shown = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         image = (ids == self.model.config.image_token_id) & valid
         self._prompted = Prompted(image if shown else None, valid)
-        if shown and self.counts and not torch.is_grad_enabled():  # copied to the host while the vision tower runs
+        if shown and self.pruner.counts and not torch.is_grad_enabled():
+            # copied to the host while the vision tower runs
             self._prompted.counts = Fetched(torch.stack([image.sum(1), valid.sum(1)]))
         held = None if cache is None else memory_of(cache).held
         if held is not None:  # the cache has fewer places than the caller assumes
@@ -277,9 +255,9 @@ class VisionLanguageStudent(LanguageStudent):
         if self.image_router is not None:
             kwargs = with_cache(trunk, kwargs, self._cache_for(kwargs))
             if prompted.image is None:
-                self._continue(prompted, kwargs)
+                self.pruner.extend(prompted, kwargs)
             else:
-                kept, padded = self._shorten(self.image_router, prompted.image & prompted.valid, prompted, kwargs)
+                kept, padded = self.pruner.prune(self.image_router, prompted, self._prompt, kwargs)
         mask = kwargs.get("attention_mask")
         hidden = mask is not None and not is_flat(mask) and prompted.room is None and prompted.valid.shape[1] > 1
         if kept is None and hidden:
@@ -299,113 +277,55 @@ class VisionLanguageStudent(LanguageStudent):
             call.prompt = call.prompt & passing
         return out
 
-    def _continue(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
-        """Set positions and cache places of tokens that follow a shortened prompt."""
-        cache = cache_in(kwargs)
-        memory = None if cache is None else memory_of(cache)
-        if memory is None or memory.held is None or memory.next is None:
+
+class StudentPruning(PromptPruning):
+    """How a student prunes image tokens in recorded passes: numbers of tokens determine how many are kept."""
+
+    def __init__(self, student: VisionLanguageStudent) -> None:
+        super().__init__(student.trunk)
+        self._student = student
+
+    def tower_state(self, pixels: Tensor) -> Hashable:
+        """Return the state that a recorded pass through the vision tower depends on; None if the tower has no routers.
+        Raises ValueError if the pass cannot be recorded."""
+        student = self._student
+        if student.vision is None:
+            return None
+        student._follow()
+        made: Hashable = student.vision._recorded_for(pixels)
+        return made
+
+    def state(self) -> Hashable:
+        """Return the state of language model, dial and image router that a recorded pass depends on besides shapes.
+        Raises ValueError if it cannot be recorded, as when the number of kept tokens depends on the images."""
+        student, run = self._student, self._student.runtime
+        language: Hashable = student._recorded_for()
+        if run.bypass or student.image_router is None:
+            return language
+        if isinstance(run.offset, tuple) or not student.pruner.counts:
+            raise ValueError("how many image tokens pass depends on the images, or differs between them")
+        shares = (student.image_router.levels, student.image_router.log_gain)
+        return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
+
+    def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
+        """Return the Room of rows after pruning, from their numbers of image tokens and of tokens without padding."""
+        student = self._student
+        whole = super().room(image, valid, tokens)
+        if student.runtime.bypass or student.image_router is None:
+            return whole
+        made = student.pruner.room(student.image_router, image, valid)
+        return made if made.fewer else whole
+
+    @contextmanager
+    def told(self, prompted: Prompted) -> Iterator[None]:
+        """A context in which the model is called with the embeddings that `prompted` describes."""
+        student = self._student
+        if student.runtime.bypass or student.image_router is None:
+            with super().told(prompted):
+                yield
             return
-        count = prompted.valid.shape[1]
-        new = torch.arange(count, device=memory.next.device)
-        kwargs["position_ids"] = memory.next + new
-        memory.append(prompted.valid, new.expand(len(prompted.valid), -1) if self._windows.any else None)
-        memory.next = memory.next + count
-        if memory.places is not None:
-            sizes = [layer.get_mask_sizes(count)[0] for layer in cache.layers]
-            columns = memory.places[:, -count:], memory.places
-            kwargs["attention_mask"] = self._windows.masks(*columns, memory.held, kwargs["inputs_embeds"].dtype, sizes)
-
-    def _shorten(
-        self, router: ImageRouter, image: Tensor, prompted: Prompted, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, int]:
-        """Remove closed image tokens from kwargs (skip), or hide them from all other tokens (mask).
-
-        image [B, T] bool: places of image tokens that are not padding. Returns a bool mask [B, L] of the tokens now in
-        kwargs that are not padding, and the number that are; (None, 0) if nothing was changed.
-        """
-        run, x, cache, valid = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs), prompted.valid
-        question = valid & ~image if self._prompt is None else valid & ~image & self._prompt
-        if prompted.asked is not None:
-            question = question & prompted.asked
-        score = router.of_prompt(x, question)
-        if run.probed is not None:
-            gate = torch.ones(image.shape, dtype=x.dtype, device=x.device, requires_grad=True)
-            run.probed["image"] = gate, F.rms_norm(x.detach(), x.shape[-1:])
-        else:
-            gate = torch.where(image, self._choose(router, score, image), valid.to(score.dtype))
-            run.note("image", router.spec, gate, score.unsqueeze(-1))
-        if torch.is_grad_enabled():
-            if run.decisions is not None and run.probed is None:
-                run.decisions.valid = gate
-            bias = torch.log(gate * (1 - LEAK) + LEAK)
-            kwargs["inputs_embeds"] = learning(x, bias)
-            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), valid, bias, x.dtype)
-            return valid, int(valid.numel() - valid.sum())
-        kept = (gate != 0) & valid
-        room = self._room(router, prompted, kept)
-        if not room.fewer:
-            if prompted.room is None or room.kept == valid.numel():
-                return None, 0
-            # a recorded pass, whose caller leaves padding to us
-            kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, None, x.dtype)
-            return valid, valid.numel() - room.kept
-        positions = positions_of(kwargs, x)
-        memory = None if cache is None else memory_of(cache)
-        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if self._windows.any else None
-        if memory is not None:
-            if not isinstance(cache, DynamicCache):
-                raise ValueError(f"a {type(cache).__name__} has a fixed length: image routers need a dynamic cache")
-            memory.next = positions.masked_fill(~valid, 0).amax(-1, keepdim=True) + 1
-        if run.execution == "mask":
-            if run.decisions is not None:
-                run.decisions.valid = kept
-            if memory is not None:
-                memory.append(kept, place)
-            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), kept, None, x.dtype)
-            return kept, kept.numel() - room.kept
-        # kept tokens move to the right end, so that every row's last token is in the last column
-        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
-        here = kept.gather(1, index)
-        if run.decisions is not None:
-            run.decisions.index, run.decisions.valid = index, here
-        if memory is not None:
-            memory.append(here, None if place is None else index)
-        kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
-        pick_features(kwargs, index)
-        mask, padded = shorter_mask(self._windows.own_masks(kwargs, valid), index, here), here.numel() - room.kept
-        # without cache and mask, transformers would take gaps in positions for borders between packed texts
-        if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
-            if not padded:
-                mask = None
-            elif prompted.room is not None:
-                mask = selection.additive(selection.hide_closed_keys(None, here, x.dtype), x.dtype)
-        kwargs["attention_mask"] = mask
-        return here, padded
-
-    def _room(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
-        """Return the Room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
-        if prompted.room is not None:
-            return prompted.room
-        if prompted.counts is not None:
-            return self.room(router, *prompted.counts.wait().tolist())
-        return Room.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
-
-    @property
-    def counts(self) -> bool:
-        """Whether the numbers of image tokens alone determine how many pass."""
-        if self.image_router is None or self.image_router.spec.selection == "threshold":
-            return False
-        return self.image_router.spec.selection == "topk" or not self.runtime.training or self.by_count
-
-    def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
-        """Return the Room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
-        passing = [
-            min(have, max(1, round(share * have)))  # as in `choose`
-            for have, share in zip(image, shares_of(router, self.runtime, len(image)), strict=True)
-        ]
-        return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
-
-    def _choose(self, router: ImageRouter, score: Tensor, image: Tensor) -> Tensor:
-        """Return gates [B, T] of the image tokens at image [B, T] bool, as `choose` does."""
-        shares = shares_of(router, self.runtime, len(score)) if self.counts else None
-        return choose(router, self.runtime, score, image, shares)
+        student.foretold = prompted
+        try:
+            yield
+        finally:
+            student.foretold = None
