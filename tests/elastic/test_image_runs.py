@@ -37,6 +37,7 @@ from tests.elastic.runs import (
     distill,
     silent,
 )
+from tests.pico.routers import draw_parameters
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +306,7 @@ def test_recomputing_activations_changes_no_gradient(timm_folder: Path) -> None:
         spec = StudentSpec((RouterSpec("layer", selection="quota", kv="drop", dropped="stay"),))
         student = elasticize(teachers.load(str(timm_folder), dtype=torch.float32).model, spec)
         assert isinstance(student, ImageStudent)
-        with torch.no_grad():
-            for parameter in student.added_parameters().values():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        draw_parameters(student, 0.1)
         student.train()
         if recompute:
             student.checkpoint_blocks()
@@ -315,8 +314,7 @@ def test_recomputing_activations_changes_no_gradient(timm_folder: Path) -> None:
         (out.pooled.square().sum() + sum(share.sum() for share in decisions.share.values())).backward()
         found.append([parameter.grad for parameter in student.added_parameters().values()])
     assert any(bool(grad.any()) for grad in found[0])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", ["vit-base-imagenet", "vit-mae-large-imagenet"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.pico.language import make_tiny, make_tokenizer
+from tests.pico.routers import draw_parameters
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is missing: pip install 'elastic-distill[tasks]'")
 
@@ -38,10 +39,8 @@ SPECS = {
 def make_student(name: str) -> LanguageStudent:
     """Return a tiny student whose gates depend on the text."""
     student = elasticize(make_tiny("llama"), SPECS[name])
-    generator = torch.Generator().manual_seed(0)
+    draw_parameters(student, 0.5, seed=0)
     with torch.no_grad():
-        for parameter in student.added_parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
         for key, layer in student.model.named_modules():
             if key.endswith("routers.channel"):
                 layer.log_limit.sub_(0.5)

@@ -87,8 +87,7 @@ def test_blocks_that_are_computed_again_decide_the_same(preset: str, monkeypatch
             student.zero_grad()
             step(distillation)
         found.append([parameter.grad for parameter in student.added_parameters().values()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-3)
 
 
 def test_a_block_more_is_few_launches(monkeypatch: pytest.MonkeyPatch):

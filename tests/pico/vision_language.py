@@ -28,126 +28,45 @@ _QWEN = dict(_TEXT, rope_parameters={"rope_type": "default", "mrope_section": [1
 _PATCHES = dict(depth=2, hidden_size=24, num_heads=2, out_hidden_size=32, intermediate_size=32, patch_size=4)
 _QWEN3 = dict(_PATCHES, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
 _MARKS = dict(image_token_id=IMAGE_TOKEN, vision_start_token_id=111, vision_end_token_id=112, video_token_id=113)
-_SMOL = dict(
-    vision_config={**_VISION, "patch_size": 4},
-    text_config={**_TEXT, "model_type": "llama"},
-    scale_factor=2,
-    image_token_id=IMAGE_TOKEN,
-)
+_LLAMA, _MISTRAL = dict(_TEXT, model_type="llama"), dict(_TEXT, model_type="mistral", sliding_window=None)
+_SMALL, _QWEN2 = dict(_VISION, patch_size=4), dict(_TEXT, model_type="qwen2")
+_TILES = dict(image_grid_pinpoints=[[16, 16], [16, 32]])
+_TOKEN, _INDEX = dict(image_token_id=IMAGE_TOKEN), dict(image_token_index=IMAGE_TOKEN)
+_SMOL = dict(vision_config=_SMALL, text_config=_LLAMA, scale_factor=2, **_TOKEN)
+_QWEN2_VISION = dict(depth=2, embed_dim=24, num_heads=2, hidden_size=32, patch_size=4, mlp_ratio=2)
+_GEMMA3 = {**TINY["gemma3"][1], "num_hidden_layers": 4, "model_type": "gemma3_text"}
+_COHERE2 = {**TINY["cohere2"][1], "max_position_embeddings": 128, "model_type": "cohere2"}
+_GLM_MARKS = dict(image_start_token_id=111, image_end_token_id=112, video_token_id=113)
 
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llava": (
-        "LlavaConfig",
-        dict(
-            vision_config=_CLIP,
-            text_config={**_TEXT, "model_type": "llama"},
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-2,
-        ),
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llava": dict(vision_config=_CLIP, text_config=_LLAMA, vision_feature_layer=-2, **_INDEX),
+    "llava_next": dict(
+        **dict(vision_config=_SIGLIP, text_config=_MISTRAL, vision_feature_layer=-1, **_TILES, **_INDEX),
+        vision_feature_select_strategy="full",
     ),
-    "llava_next": (
-        "LlavaNextConfig",
-        dict(
-            vision_config=_SIGLIP,
-            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            image_grid_pinpoints=[[16, 16], [16, 32]],
-        ),
+    "paligemma": dict(vision_config=_SIGLIP, text_config=_GEMMA, projection_dim=32, **_INDEX),
+    "paligemma2": dict(vision_config=_SIGLIP, text_config=_GEMMA2, projection_dim=32, **_INDEX, model_type="paligemma"),
+    "idefics3": _SMOL,
+    "smolvlm": _SMOL,
+    "qwen2_vl": dict(text_config=_QWEN, vision_config=_QWEN2_VISION, **_MARKS),
+    "qwen2_5_vl": dict(
+        text_config=_QWEN, vision_config=dict(_PATCHES, window_size=16, fullatt_block_indexes=[1]), **_MARKS
     ),
-    "paligemma": (
-        "PaliGemmaConfig",
-        dict(vision_config=_SIGLIP, text_config=_GEMMA, image_token_index=IMAGE_TOKEN, projection_dim=32),
-    ),
-    "paligemma2": (
-        "PaliGemmaConfig",
-        dict(vision_config=_SIGLIP, text_config=_GEMMA2, image_token_index=IMAGE_TOKEN, projection_dim=32),
-    ),
-    "idefics3": ("Idefics3Config", _SMOL),
-    "smolvlm": ("SmolVLMConfig", _SMOL),
-    "qwen2_vl": (
-        "Qwen2VLConfig",
-        dict(
-            text_config=_QWEN,
-            vision_config=dict(depth=2, embed_dim=24, num_heads=2, hidden_size=32, patch_size=4, mlp_ratio=2),
-            **_MARKS,
-        ),
-    ),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLConfig",
-        dict(
-            text_config=_QWEN,
-            vision_config=dict(_PATCHES, window_size=16, fullatt_block_indexes=[1]),
-            **_MARKS,
-        ),
-    ),
-    "qwen3_vl": (
-        "Qwen3VLConfig",
-        dict(text_config=dict(_QWEN, head_dim=8), vision_config=_QWEN3, **_MARKS),
-    ),
-    "glm4v": (
-        "Glm4vConfig",
-        dict(
-            text_config=_QWEN,
-            vision_config={**_QWEN3, "image_size": 16},
-            image_token_id=IMAGE_TOKEN,
-            image_start_token_id=111,
-            image_end_token_id=112,
-            video_token_id=113,
-        ),
-    ),
-    "gemma3": (
-        "Gemma3Config",
-        dict(
-            vision_config=_SIGLIP,
-            text_config={**TINY["gemma3"][1], "num_hidden_layers": 4, "model_type": "gemma3_text"},
-            image_token_index=IMAGE_TOKEN,
-            mm_tokens_per_image=4,
-        ),
-    ),
-    "internvl": (
-        "InternVLConfig",
-        dict(
-            vision_config={**_VISION, "patch_size": 4},
-            text_config={**_TEXT, "model_type": "qwen2"},
-            image_token_id=IMAGE_TOKEN,
-        ),
-    ),
-    "llava_onevision": (
-        "LlavaOnevisionConfig",
-        dict(
-            vision_config=_SIGLIP,
-            text_config={**_TEXT, "model_type": "qwen2"},
-            image_token_index=IMAGE_TOKEN,
-            image_grid_pinpoints=[[16, 16], [16, 32]],
-        ),
-    ),
-    "mistral3": (
-        "Mistral3Config",
-        dict(
-            vision_config={**_VISION, "patch_size": 4, "head_dim": 12, "model_type": "pixtral"},
-            text_config={**_TEXT, "model_type": "mistral", "sliding_window": None},
-            image_token_index=IMAGE_TOKEN,
-        ),
-    ),
-    "cohere2_vision": (
-        "Cohere2VisionConfig",
-        dict(
-            vision_config=_SIGLIP,
-            text_config={**TINY["cohere2"][1], "max_position_embeddings": 128, "model_type": "cohere2"},
-            image_token_id=IMAGE_TOKEN,
-            alignment_intermediate_size=32,
-        ),
-    ),
+    "qwen3_vl": dict(text_config=dict(_QWEN, head_dim=8), vision_config=_QWEN3, **_MARKS),
+    "glm4v": dict(text_config=_QWEN, vision_config=dict(_QWEN3, image_size=16), **_TOKEN, **_GLM_MARKS),
+    "gemma3": dict(vision_config=_SIGLIP, text_config=_GEMMA3, mm_tokens_per_image=4, **_INDEX),
+    "internvl": dict(vision_config=_SMALL, text_config=_QWEN2, **_TOKEN),
+    "llava_onevision": dict(vision_config=_SIGLIP, text_config=_QWEN2, **_TILES, **_INDEX),
+    "mistral3": dict(vision_config=dict(_SMALL, head_dim=12, model_type="pixtral"), text_config=_MISTRAL, **_INDEX),
+    "cohere2_vision": dict(vision_config=_SIGLIP, text_config=_COHERE2, alignment_intermediate_size=32, **_TOKEN),
 }
+"""Settings of configurations, by name of the model type if they do not say another."""
 
 
 def make_vlm(name: str) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = CONFIGS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**settings)
+    config = transformers.AutoConfig.for_model(**{"model_type": name, **CONFIGS[name]})
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast, TextStreamer
 
@@ -36,7 +33,9 @@ DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)))
 CORRECTED = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
 STATIC = StudentSpec((RouterSpec("channel", network="static"), RouterSpec("head", network="static")))
 CLOSE = dict(atol=2e-3, rtol=2e-3)
-SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+GREEDY = dict(do_sample=False, pad_token_id=0)
+SIX = dict(GREEDY, max_new_tokens=6, min_new_tokens=6)
+SIX_LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
 
 
 @pytest.fixture
@@ -76,14 +75,12 @@ def both(student: LanguageStudent, *args: Any, **options: Any) -> tuple[Any, Any
 )
 def test_recorded_tokens_and_logits(name: str, spec: StudentSpec, padded: dict[str, Tensor], operators: None) -> None:
     student = student_for(name, spec)
-    options = dict(SIX, return_dict_in_generate=True, output_logits=True, output_scores=True)
     for inputs in (padded, {"input_ids": padded["input_ids"][1:]}):
-        plain, recorded = both(student, **inputs, **options)
+        plain, recorded = both(student, **inputs, **SIX_LOGITS, output_scores=True)
         assert student._decoding.made == 1
         assert torch.equal(recorded.sequences, plain.sequences)
         for kind in ("logits", "scores"):
-            for one, other in zip(recorded[kind], plain[kind], strict=True):
-                torch.testing.assert_close(one, other, **CLOSE)
+            torch.testing.assert_close(recorded[kind], plain[kind], **CLOSE)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -133,7 +130,7 @@ def test_turning_the_dial_records_nothing_anew(rows: int, tokens: Tensor, operat
     seen = []
     for number, offset in enumerate((0.0, 1.5, -1.0, 0.7)):
         turned(student, offset)
-        plain, recorded = both(student, prompt, **SIX, return_dict_in_generate=True, output_logits=True)
+        plain, recorded = both(student, prompt, **SIX_LOGITS)
         assert student._decoding.made == (number == 0)
         assert torch.equal(recorded.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), **CLOSE)
@@ -283,13 +280,10 @@ def test_sampling(padded: dict[str, Tensor]) -> None:
 
 def test_rows_end_where_they_end(tokens: Tensor) -> None:
     student = student_for()
-    free = student.model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    end = int(free[0, 15])
-    for options in ({"eos_token_id": end}, {"eos_token_id": [end, int(free[1, 20])]}, {"max_length": 20}):
-        options = {"do_sample": False, "pad_token_id": 0, **({"max_new_tokens": 12} | options)}
-        if "max_length" in options:
-            del options["max_new_tokens"]
-        assert torch.equal(*both(student, tokens, **options))
+    free = student.model.generate(tokens, max_new_tokens=12, **GREEDY)
+    end, other = int(free[0, 15]), int(free[1, 20])
+    for options in (*(dict(max_new_tokens=12, eos_token_id=ids) for ids in (end, [end, other])), dict(max_length=20)):
+        assert torch.equal(*both(student, tokens, **GREEDY, **options))
 
 
 def test_criteria_processors_and_configurations(tokens: Tensor) -> None:
@@ -311,14 +305,14 @@ def test_criteria_processors_and_configurations(tokens: Tensor) -> None:
 
 
 def test_text_that_ends_it(tokens: Tensor) -> None:
-    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet())[:120])}
-    model = Tokenizer(BPE(letters, []))
-    model.pre_tokenizer, model.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:120])}
+    model = Tokenizer(models.BPE(letters, []))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     student, tokenizer = student_for(), PreTrainedTokenizerFast(tokenizer_object=model)
-    free = student.model.generate(tokens[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    eight = dict(GREEDY, max_new_tokens=8)
+    free = student.model.generate(tokens[:1], **eight)
     word = tokenizer.decode(free[0, 14:16])
-    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, stop_strings=[word], tokenizer=tokenizer)
-    plain, recorded = both(student, tokens[:1], **options)
+    plain, recorded = both(student, tokens[:1], **eight, stop_strings=[word], tokenizer=tokenizer)
     assert torch.equal(plain, recorded) and recorded.shape[1] < free.shape[1] and student._decoding.made == 1
 
 
@@ -395,8 +389,7 @@ def test_cuda_graphs_decode_what_the_model_does(name: str, padded: dict[str, Ten
     inputs = {key: tensor.to("cuda") for key, tensor in padded.items()}
     for offset in (0.0, 1.0, float("inf")):
         turned(student, offset)
-        options = dict(SIX, return_dict_in_generate=True, output_logits=True)
-        plain, recorded = (work(**inputs, **options) for work in (student.model.generate, student.generate))
+        plain, recorded = (work(**inputs, **SIX_LOGITS) for work in (student.model.generate, student.generate))
         assert student._decoding._steps and torch.equal(recorded.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(recorded.logits), torch.stack(plain.logits), **CLOSE)
 

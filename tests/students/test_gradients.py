@@ -66,8 +66,7 @@ def test_fast_attention_has_attention_s_gradient(
     fixed = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
     with torch.no_grad(), attention_gradients(query.device):
         assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, **fixed))
-    for a, b in zip(gradients((out * by).sum(), *inputs), expected, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE[dtype])
+    torch.testing.assert_close(gradients((out * by).sum(), *inputs), expected, **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("probes", [False, True])
@@ -126,8 +125,9 @@ def test_routed_divergence_is_that_of_routed_logits(dtype: torch.dtype, operator
     found = RoutedKL.apply(exact * 1, preview * 1, limit, tail, teacher)
     torch.testing.assert_close(found[0], kl, atol=1e-5, rtol=1e-5)
     assert torch.equal(found[1], share) and found[0][2] == kl[2] == 0
-    for a, b in zip(learn(*found), learn(kl, share), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4 if dtype == torch.float32 else 0.01)
+    torch.testing.assert_close(
+        learn(*found), learn(kl, share), atol=1e-5, rtol=1e-4 if dtype == torch.float32 else 0.01
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,8 +221,7 @@ def test_gated_products_have_torch_s_gradient_and_keep_less_for_it(
     assert torch.equal(joined, plain)
     width = student.trunk.config.intermediate_size
     assert kept[1] - kept[0] == 2 * len(student.blocks) * tokens.numel() * width * plain.element_size()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])
@@ -240,8 +239,7 @@ def test_students_learn_from_the_same_gradients(
     monkeypatch.setattr("students.kernels.norms.Trial.recipes", lambda *_: Recipes())
     plain, expected = learn()
     assert torch.equal(fast, plain)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,8 +43,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_mask_is_skip(name: str, kind: str, tokens: Tensor) -> None:
     student = make(name, SPECS[kind])
     for batch in (tokens, tokens[:1], tokens[:1, :1], tokens.view(4, 6)):
-        masked, skipped = in_both_ways(student, batch)
-        torch.testing.assert_close(masked, skipped, **CLOSE)
+        torch.testing.assert_close(*in_both_ways(student, batch), **CLOSE)
         assert not left_over(student)
     padding = torch.ones_like(tokens)
     padding[0, :4] = 0
@@ -105,8 +104,7 @@ def test_rows_with_budgets_of_their_own(kind: str, tokens: Tensor) -> None:
         pytest.skip("one budget for all rows")
     student = make("llama", SPECS[kind])
     student.runtime.offset = (0.3, torch.inf)
-    masked, skipped = in_both_ways(student, tokens)
-    torch.testing.assert_close(masked, skipped, **CLOSE)
+    torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
 
 
 def of_blocks(student: Student, *args: object, **kwargs: object) -> tuple[list[int], list[dict[str, int]]]:
@@ -152,8 +150,7 @@ def test_where_products_wait_for_their_number_the_host_waits_twice(
 ) -> None:
     """Without products over a number of rows that only the device knows, the host waits twice a block."""
     monkeypatch.setattr(first_rows, "possible", lambda x, outputs: False)
-    masked, skipped = in_both_ways(make("llama", SPECS[kind]), tokens)
-    torch.testing.assert_close(masked, skipped, **CLOSE)
+    torch.testing.assert_close(*in_both_ways(make("llama", SPECS[kind]), tokens), **CLOSE)
     student = make("llama", BOTH)
     student.model(tokens, use_cache=True)
     assert of_blocks(student, tokens, use_cache=True)[0] == [2] * len(student.blocks)
@@ -296,8 +293,7 @@ def test_on_a_gpu_blocks_wait_for_nothing_but_what_they_ask(spec: StudentSpec, t
             student, batch = student.bfloat16(), tokens.cuda()
             student.model(batch)  # runs the trials of the kernels
         else:
-            masked, skipped = in_both_ways(student, batch)
-            torch.testing.assert_close(masked, skipped, **CLOSE)
+            torch.testing.assert_close(*in_both_ways(student, batch), **CLOSE)
         hooks = []
         for block in student.blocks:
             enter = block.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"), prepend=True)
