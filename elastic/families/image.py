@@ -109,12 +109,12 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     of runs with the same routers."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, shard = scatter(batches)
-    looked_at = Watched("calibrating", list(chosen_pixels(student, data.train, own)))
+    looked_at = list(chosen_pixels(student, data.train, own))
     targets, seed = trained(config.budget), config.train.seed
-    of = config.data, seed, config.calibration.windows
-    routers, observe = frozenset([config.student.routers]), partial(observe_images, student, looked_at, seed, shard)
+    observe = partial(observe_images, student, Watched("calibrating", looked_at), seed, shard)
+    of, routers = (config.data, seed, config.calibration.windows), frozenset([config.student.routers])
     seen = session.observed(of, routers, observe)
-    start = calibrate_images(student, looked_at, targets, seed, shard, seen)
+    start = calibrate_images(student, seen, looked_at[0].shape[-2:], targets)
     merging = [placed.router for placed in student.routers() if placed.router.spec.dropped == "merge"]
     if not merging:
         return start

@@ -146,13 +146,10 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
         for prompts in _batches(student, data.train, own)
     ]
     targets, seed = trained(config.budget), config.train.seed
+    observe = partial(observe_image_tokens, student, Watched("calibrating", batches), seed, shard)
+    of, routers = (config.data, seed, config.calibration.windows), frozenset([config.student.routers])
     read = tokens(student, data, config)
-    looked_at = Watched("calibrating", batches)
-    of = config.data, seed, config.calibration.windows
-    routers = frozenset([config.student.routers])
-    observe = partial(observe_image_tokens, student, looked_at, seed, shard)
-    seen = session.observed(of, routers, observe)
-    start = calibrate_image_router(student, looked_at, targets, read, seed, shard, seen)
+    start = calibrate_image_router(student, session.observed(of, routers, observe), read, targets)
     if not student.by_count:
         return start
     return exact_start(start, student, [student.image_router], targets, compute_meter(student, data, order, config))

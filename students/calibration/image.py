@@ -31,23 +31,12 @@ Seen = dict[str, tuple[Tensor, Tensor]]
 """Observations by the router's key: the features that it reads [rows, D] and its gates' costs [rows, N] in nats."""
 
 
-def calibrate_images(
-    student: ImageStudent,
-    batches: Sequence[Tensor],
-    target: float | Sequence[float],
-    seed: int = 0,
-    shard: DataShard | None = None,
-    seen: Seen | None = None,
-) -> Start:
-    """Initialise all routers at the price that reaches `target`, or at the geometric mean of the first and the last
-    price for several targets.
+def calibrate_images(student: ImageStudent, seen: Seen, size: Sequence[int], targets: Sequence[float]) -> Start:
+    """Initialise all routers at the price that reaches the target, or at the geometric mean of the prices of the first
+    and the last of several targets.
 
-    batches: pixels [B, C, H, W]. shard: this process's shard, which the batches are (None: a single process's). seen:
-    the result of `observe_images` for the same batches, seed and routers, if there is one.
+    seen: the result of `observe_images` for images of this size (height, width).
     """
-    targets = [target] if isinstance(target, float) else target
-    seen = observe_images(student, batches, seed, shard or DataShard()) if seen is None else seen
-    size = batches[0].shape[-2:]
     tokens, compute = student.at(size)
     dense = float(compute.dense(torch.ones(1, tokens, dtype=torch.bool), "prefill").sum()) / tokens
     images, choices = ImageStart(student, seen, tokens, dense), []
@@ -105,9 +94,7 @@ def _log_likelihood(features: Features, generator: torch.Generator) -> Tensor:
 class ImageStart:
     """An image model's student whose routers are to be initialised, with the observations of their gates."""
 
-    def __init__(
-        self, student: ImageStudent, seen: dict[str, tuple[Tensor, Tensor]], tokens: int, dense: float
-    ) -> None:
+    def __init__(self, student: ImageStudent, seen: Seen, tokens: int, dense: float) -> None:
         self.student, self._seen, self._tokens, self._dense = student, seen, tokens, dense
 
     def branch(self, number: int, branch: str) -> float:

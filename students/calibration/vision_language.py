@@ -24,26 +24,16 @@ DRAWS = 2
 
 
 def calibrate_image_router(
-    student: VisionLanguageStudent,
-    batches: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
-    targets: Sequence[float],
-    tokens: tuple[int, int],
-    seed: int = 0,
-    shard: DataShard | None = None,
-    seen: tuple[Tensor, Tensor] | None = None,
+    student: VisionLanguageStudent, seen: tuple[Tensor, Tensor], tokens: tuple[int, int], targets: Sequence[float]
 ) -> Start:
     """Initialise the image-token router at the price that reaches the target, or at the geometric mean of the prices of
     the first and the last of several targets, ascending.
 
-    batches: tuples of keyword arguments of `features`, a bool mask [B, T] of the positions that predict the answer, and
-    a bool mask [B, T] of image tokens. tokens: numbers of text and image tokens in a prompt. shard: this process's
-    shard, which the batches are (None: a single process's). seen: the result of `observe_image_tokens` for the same
-    batches and seed, if there is one.
+    seen: the result of `observe_image_tokens`. tokens: numbers of text and image tokens in a prompt.
     """
-    x, cost = observe_image_tokens(student, batches, seed, shard or DataShard()) if seen is None else seen
     compute = student.uniform(1.0, tokens, "prefill")
     assert student.image_router is not None
-    choice = gated_choice(student.image_router, x, cost, compute - student.uniform(0.0, tokens, "prefill"))
+    choice = gated_choice(student.image_router, *seen, compute - student.uniform(0.0, tokens, "prefill"))
     return start_at([choice], Curve([choice]), [compute] * len(targets), targets)
 
 
@@ -54,7 +44,11 @@ def observe_image_tokens(
     shard: DataShard,
 ) -> tuple[Tensor, Tensor]:
     """Return the features that the router reads [rows, D] and the costs [rows, 1] in nats of closing its gate, for the
-    image tokens in the batches of all processes."""
+    image tokens in the batches of all processes.
+
+    batches: tuples of keyword arguments of `features`, a bool mask [B, T] of the positions that predict the answer, and
+    a bool mask [B, T] of image tokens. shard: this process's shard, which the batches are.
+    """
     run, seen = student.runtime, []
     try:
         for (inputs, answers, image), info in shard.enumerate(batches):

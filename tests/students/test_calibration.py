@@ -152,7 +152,7 @@ def test_estimated_cost_of_an_image_model_s_heads_is_the_kl_of_closing_them():
         for block, scale in zip(model.blocks, (0.02, 0.5, 0.5), strict=True):  # all matter alike
             block.attn.proj.weight.mul_(scale)
     student = elasticize(model, StudentSpec((RouterSpec("head", network="static"),)))
-    start = calibrate_images(student, pixels.split(16), 0.9)
+    start = calibrate_images(student, observe_images(student, pixels.split(16), 0, DataShard()), (16, 16), [0.9])
     scores, measured = list(student.added_parameters().values()), []
     known = torch.cat(scores).detach()
     estimated = known.exp() * start.price * (1 - start.compute) / (known < 0).sum()
