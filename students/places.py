@@ -225,11 +225,9 @@ class BlockPlace:
             self.number,
             branch,
             self.context,
-            prenorm=record.prenorm,
-            late_exit=late is not None,
+            record,
             narrows=self.narrows[branch],
             window=self.sizes.window,
-            mask=record.mask,
         )
         for router in self.routers:
             router.of_kind.attach(router, self)
@@ -262,14 +260,8 @@ class BlockPlace:
             part = self.narrowed.get(name, part)
             if channel is None and not corrected and not part and not per_query:
                 continue
-            routed = RoutedLinear(
-                linear,
-                self.runtime,
-                group,
-                self.wrappers[branch].context,
-                part=part,
-                per_query=per_query,
-            )
+            context = self.wrappers[branch].context
+            routed = RoutedLinear(linear, self.runtime, group, context, part=part, per_query=per_query)
             if channel is not None:
                 routed.add_channels(channel)
             if corrected:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import Branch
+from students.architectures import Architecture, Branch
 from students.execution.attention import Packing, Plan
 from students.execution.block_context import BlockContext, BranchContext, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
@@ -25,10 +25,8 @@ from students.routers import Router, Substitute, selection
 class RoutedBranch(Wrapper):
     """An attention or MLP branch whose routers read its input.
 
-    block: index of the block. context: state of the block. prenorm: whether the input is already normalised. late_exit:
-    whether a RoutedExit behind a post-norm applies the gates instead of this module. narrows: whether the linear layers
-    can leave out closed heads or groups. window: width of the layer's sliding window. mask: name of the keyword
-    argument that takes attention's mask.
+    block: index of the block. context: state of the block. record: the model's architecture. narrows: whether the
+    linear layers can leave out closed heads or groups. window: width of the layer's sliding window.
     """
 
     def __init__(
@@ -38,21 +36,20 @@ class RoutedBranch(Wrapper):
         block: int,
         branch: Branch,
         context: BlockContext,
+        record: Architecture,
         *,
-        prenorm: bool,
-        late_exit: bool,
         narrows: bool,
         window: int | None,
-        mask: str = "attention_mask",
     ) -> None:
         super().__init__(base_layer, runtime)
-        self.mask = mask
+        self.mask = record.mask
         self.block = block
         self.branch = branch
         self.of_block = context
         self.context: BranchContext = context.attn if branch == "attn" else context.mlp
-        self.prenorm = prenorm
-        self.late_exit = late_exit
+        self.prenorm = record.prenorm
+        self.late_exit = getattr(record, f"{branch}_exit") is not None
+        """Whether a RoutedExit behind a post-norm applies the gates instead of this module."""
         self.narrows = narrows
         self.window = window
         self.reads_positions = "position_ids" in signature(base_layer.forward).parameters
