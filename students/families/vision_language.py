@@ -43,7 +43,7 @@ class VisionLanguageStudent(LanguageStudent):
         """Multiply-accumulates of the frozen vision tower and projector per image token; counted at the first run."""
         self.pruner = ImagePruner(trunk, self.runtime, alone=not self.spec.routers and vision is None)
         self._prompted: Prompted | None = None
-        self.foretold: Prompted | None = None
+        self.upcoming: Prompted | None = None
         """The next call's prompts, where the call has only embeddings, which do not tell (see StudentPruning)."""
         self.model.base_model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._returned, always_call=True)
@@ -209,9 +209,9 @@ class VisionLanguageStudent(LanguageStudent):
         """Hook before the whole model: note places of image tokens and padding; fit the mask to a shortened cache."""
         self._follow()
         self._prompted = None
-        if self.foretold is not None:
-            self.runtime.begin(len(self.foretold.valid), self.foretold.valid.device)
-            self._prompted = self.foretold
+        if self.upcoming is not None:
+            self.runtime.begin(len(self.upcoming.valid), self.upcoming.valid.device)
+            self._prompted = self.upcoming
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         if self.runtime.bypass:
@@ -324,8 +324,8 @@ class StudentPruning(PromptPruning):
             with super().told(prompted):
                 yield
             return
-        student.foretold = prompted
+        student.upcoming = prompted
         try:
             yield
         finally:
-            student.foretold = None
+            student.upcoming = None
