@@ -39,15 +39,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["elastic"])
-            return {_today(name): file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {".".join(FORMER_NAMES.get(part, part) for part in n.split(".")): x for n, x in tensors.items()}, about
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint of Elastic ({error}); restore it or distil again"
         ) from None
-
-
-def _today(name: str) -> str:
-    """Return the present name of a tensor, given its name in a file of any version."""
-    return ".".join(FORMER_NAMES.get(part, part) for part in name.split("."))

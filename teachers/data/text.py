@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, hub
 from teachers.quiet import first_line, one_line, quiet
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 FILES = (*TEXT_FILES, *RECORD_FILES)
@@ -260,13 +259,17 @@ def _records(source: str, part: _Part, left_out: LeftOut, streaming: bool) -> It
         for file in part:
             yield from local_records(file, left_out)
         return
-    rows, number = iter(_split(source, part, streaming)), 0
-    while True:
+    import datasets
+
+    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
+    with _hub(source):
+        streaming = streaming and not hub.unreachable()
+        rows = iter(datasets.load_dataset(name, config, split=part, streaming=streaming))
+    for number in count(1):
         with one_line(f"{source} cannot be read"), quiet():
             row = next(rows, None)
         if row is None:
             return
-        number += 1
         yield f"{source}, {part} row {number}", row
 
 
@@ -294,15 +297,6 @@ def _parts(source: str) -> tuple[_Part | None, _Part | None]:
     if found == [None, None]:
         raise ValueError(f"{source} has the splits {', '.join(splits)}; {' or '.join(TRAIN_NAMES)} is needed")
     return found[0], found[1]
-
-
-def _split(source: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """Return a split of a hub data set, from the cache if the hub cannot be reached."""
-    import datasets
-
-    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
-    with _hub(source):
-        return datasets.load_dataset(name, config, split=split, streaming=streaming and not hub.unreachable())
 
 
 @contextlib.contextmanager
