@@ -19,27 +19,6 @@ TOLERANCE = 0.015
 """Largest difference between the budget and the compute on held-out data at which the budget counts as met."""
 
 
-def describe(run: Run, student: Student, data: str, part: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of results: the run's settings, the data and which part of it ("held-out" or "all"), what was
-    measured, and sizes."""
-    config = run.config
-    trainable = sum(p.numel() for p in student.added_parameters().values())
-    frozen = sum(p.numel() for p in student.model.parameters()) - trainable
-    return {
-        "model": config.model,
-        "family": config.family,
-        "preset": config.preset,
-        "phase": config.budget.phase,
-        "compute_target": config.budget.target,
-        "data": data,
-        "part": part,
-        **measured,
-        "trainable_parameters": trainable,
-        "trainable_share": trainable / frozen,
-        "checkpoint_bytes": run.routers.stat().st_size,
-    }
-
-
 def measure(
     run: Run,
     student: Student,
@@ -49,18 +28,34 @@ def measure(
     kept: TeacherOutputs | None = None,
     part: str = "held-out",
 ) -> list[dict[str, Any]]:
-    """Return a row of results for each budget (None: the dial stays), measured by all processes.
+    """Return a row of results for each budget (None: the dial stays), measured by all processes: the run's settings,
+    what was measured, and sizes.
 
     name, part: what rows call the data, and the part of it. kept: the teacher's outputs on this process's part of it.
     """
     kept = kept or TeacherOutputs()
     config, rows = run.config, []
+    trainable = sum(p.numel() for p in student.added_parameters().values())
+    frozen = sum(p.numel() for p in student.model.parameters()) - trainable
     for budget in budgets:
         if budget is not None:
             student.set_compute(budget)
-        work = partial(families.of(config.family).evaluate, student, held_out, config, kept)
-        row = describe(run, student, name, part, launch.in_step(work))
-        rows.append(row if budget is None else {**row, "compute_target": budget})
+        measured = launch.in_step(partial(families.of(config.family).evaluate, student, held_out, config, kept))
+        rows.append(
+            {
+                "model": config.model,
+                "family": config.family,
+                "preset": config.preset,
+                "phase": config.budget.phase,
+                "compute_target": config.budget.target if budget is None else budget,
+                "data": name,
+                "part": part,
+                **measured,
+                "trainable_parameters": trainable,
+                "trainable_share": trainable / frozen,
+                "checkpoint_bytes": run.routers.stat().st_size,
+            }
+        )
     return rows
 
 

@@ -42,12 +42,17 @@ def measured_compute(student: LanguageStudent, windows: Tensor, phase: Phase, pr
 
 def head_cost(student: LanguageStudent, hidden: Tensor, phase: Phase) -> Tensor:
     """Return the LM head's multiply-accumulates [B, T] for each of the final hidden states [B, T, D]."""
-    tensors = student.head_tensors()
-    if not tensors:
-        return torch.as_tensor(student.compute.routed_head(None, phase), device=hidden.device).expand(hidden.shape[:2])
+    cost = student.compute.routed_head(exact_rows(student, hidden), phase)
+    return torch.as_tensor(cost, device=hidden.device).expand(hidden.shape[:2])
+
+
+def exact_rows(student: LanguageStudent, hidden: Tensor) -> Tensor | None:
+    """Return the share [B, T] of the LM head's rows that are computed exactly for final hidden states [B, T, D]; None:
+    there is no vocab router."""
+    if not (tensors := student.head_tensors()):
+        return None
     rows = hidden.flatten(0, 1)
     owners = torch.arange(len(hidden), device=rows.device).repeat_interleave(hidden.shape[1])
     parts = zip(rows.split(128), owners.split(128), strict=True)
     share = torch.cat([student.head_share(part, *tensors, owner=owner) for part, owner in parts])
-    cost = student.compute.routed_head(share.view(hidden.shape[:2]), phase)
-    return torch.as_tensor(cost, device=hidden.device).expand(hidden.shape[:2])
+    return share.view(hidden.shape[:2])

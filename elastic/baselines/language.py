@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic.accounting.language import exact_rows
 from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for
 from students import elasticize
@@ -291,9 +292,8 @@ def _shares(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShar
         rows += info.counts * len(ids)
         out, decisions = student.features(ids)
         shares = dict(decisions.share)
-        if tensors := student.head_tensors():
-            hidden = out.last_hidden_state.flatten(0, 1).split(128)
-            shares["vocab"] = torch.cat([student.head_share(part, *tensors) for part in hidden])
+        if (exact := exact_rows(student, out.last_hidden_state)) is not None:
+            shares["vocab"] = exact
         for key, open_ in shares.items():
             part = open_.double().mean() * len(ids) * info.counts
             sums[key] = sums[key] + part if key in sums else part

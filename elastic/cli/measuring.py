@@ -15,20 +15,26 @@ from elastic.cli.screen import print_rows, screen
 def eval_command(options: argparse.Namespace) -> None:
     """`elastic eval`: measure a finished run on data, or on tasks of lm-evaluation-harness."""
     launch.in_step(partial(_check_eval, options))
-    if options.tasks is not None:
-        return _eval_tasks(options)
-    from elastic.evaluate import measure_run
-
     with screen() as (say, _):
-        rows = measure_run(
-            options.run, data=options.data, compute=options.compute, baselines=options.baselines, say=say
-        )
+        if options.tasks is None:
+            from elastic.evaluate import measure_run
+
+            given = {"data": options.data, "baselines": options.baselines}
+            rows = measure_run(options.run, compute=options.compute, **given, say=say)
+        else:
+            from elastic.tasks import score_run
+
+            names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+            given = {"compute": options.compute, "limit": options.limit}
+            rows = launch.in_step(partial(score_run, options.run, names, **given, say=say))
     if not launch.is_main():
         return
     if options.json:
         print(json.dumps({"rows": rows}))
-    else:
+    elif options.tasks is None:
         print_rows(rows)
+    else:
+        _print_accuracies(rows)
 
 
 def _check_eval(options: argparse.Namespace) -> None:
@@ -47,18 +53,8 @@ def _check_eval(options: argparse.Namespace) -> None:
         raise ValueError("--tasks needs lm-evaluation-harness: pip install 'elastic-distill[tasks]'")
 
 
-def _eval_tasks(options: argparse.Namespace) -> None:
-    from elastic.tasks import score_run
-
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    with screen() as (say, _):
-        work = partial(score_run, options.run, names, compute=options.compute, limit=options.limit, say=say)
-        rows = launch.in_step(work)
-    if not launch.is_main():
-        return
-    if options.json:
-        print(json.dumps({"rows": rows}))
-        return
+def _print_accuracies(rows: list[dict[str, Any]]) -> None:
+    """Print the table of accuracies on tasks, with their standard errors."""
     from rich.console import Console
     from rich.table import Table
 

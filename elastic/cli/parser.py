@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands with their options, in the order of --help."""
+    """Return the parser of all commands with their options: one list, in the order of --help."""
     root = _Parser(
         prog="elastic",
         description="Make a pretrained transformer elastic: frozen weights, tiny routers, one dial for compute.",

@@ -181,17 +181,17 @@ def _svg(figure: Figure, alt: str, alone: bool = False) -> str:
     label = f'role="img" aria-label="{escape(alt)}" stroke-linejoin="round"'
     if not alone:
         return text.replace("<svg ", f"<svg {label} ", 1)
-    style = f"{palette(':root')} :root {{ background: var(--page) }} text {{ font-family: system-ui, sans-serif }}"
+    style = f"{palette()} :root {{ background: var(--page) }} text {{ font-family: system-ui, sans-serif }}"
     text = text.replace(">", f"><title>{escape(alt)}</title><style>{style}</style>", 1)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text.replace("<svg ", f"<svg {label} ", 1)
 
 
-def palette(selector: str) -> str:
-    """Return CSS rules that define the plots' colour properties for a selector, in light and in dark mode."""
+def palette() -> str:
+    """Return CSS rules that define the plots' colour properties for a page, in light and in dark mode."""
 
     def rule(page: str, ink: str, faint: str, series: Sequence[str]) -> str:
         colours = "".join(f"--series-{number}: {colour}; " for number, colour in enumerate(series))
-        return f"{selector} {{ --page: {page}; color: {ink}; --faint: {faint}; {colours}}}"
+        return f":root {{ --page: {page}; color: {ink}; --faint: {faint}; {colours}}}"
 
     light, dark = rule("#ffffff", "#1c2127", "#d9dee4", LIGHT), rule("#12161b", "#e4e8ec", "#343c46", DARK)
     return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }}"

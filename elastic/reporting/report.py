@@ -61,7 +61,7 @@ def _page(models: list[Model], origins: Origins) -> str:
     return template.render(
         models=models,
         origins=origins,
-        palette=Markup(plots.palette(":root")),
+        palette=Markup(plots.palette()),
         levels=LEVELS,
         room=EXAMPLE_BYTES // len(models),
         number=_is_number,
