@@ -37,7 +37,7 @@ def of_a_block(make_decoding: object, rows: int) -> Counter[str]:
         decoding: Decoding = make_decoding(blocks)
         tokens = torch.randint(3, 120, (rows, 7), generator=torch.Generator().manual_seed(0))
         out = decoding.model(tokens, use_cache=True)
-        step, run = decoding._begin(Read(out.logits[:, -1], cache_of(out)), None)
+        step, run = decoding._begin(Read(out.logits[:, -1], cache_of(out)), None, 1)
         step.advance(tokens[:, 0])
         run()
         step.advance(tokens[:, 0])
