@@ -130,11 +130,20 @@ def hide_closed_keys(mask: Tensor | None, kept: Tensor, dtype: torch.dtype, caus
         return allowed & torch.ones(tokens, tokens, dtype=torch.bool, device=kept.device).tril()
     if mask.dtype == torch.bool:
         return allowed & mask
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)
+    return mask.masked_fill(~allowed, unseen(dtype))
+
+
+def unseen(dtype: torch.dtype) -> float:
+    """Return what an additive mask of this dtype holds for a hidden key.
+
+    Not the lowest number of all: attention kernels on GPUs multiply scores by log2(e), to which the lowest bfloat16 or
+    float32 overflows, so that a query becomes NaN if all keys of the first tile are hidden (pytorch issue 109517).
+    """
+    return max(torch.finfo(dtype).min, -(2.0**40))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an attention mask that is added to the scores, of this dtype if `mask` is boolean (True: visible)."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, unseen(dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,3 +66,15 @@ def test_row_gate(dtype: torch.dtype, backend: torch.device):
     mixed = mixed + (opens - opens.detach()) * (exact - preview - tail).detach().float()
     expected = gradients((mixed * by_out).sum() + (opens.mean(-1) * by_share).sum(), exact, preview, limit, tail)
     torch.testing.assert_close(found, expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tile_of_hidden_keys_leaves_numbers(dtype: torch.dtype):
+    """Attention kernels take scores to base 2, a tile of keys at a time: here all keys of the first are hidden."""
+    score, seen = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), torch.arange(64) >= 32
+    score = score + selection.additive(seen.expand(4, -1), dtype).float()
+    first, second = (score * math.log2(math.e)).split(32, 1)
+    most = first.amax(1, keepdim=True)
+    new = torch.maximum(most, second.amax(1, keepdim=True))
+    weight = torch.cat([(first - most).exp2() * (most - new).exp2(), (second - new).exp2()], 1)
+    torch.testing.assert_close(weight / weight.sum(1, keepdim=True), score.softmax(1))
