@@ -80,9 +80,8 @@ class RouterSpec:
     multiple: int = 1
     """`selection: quota`, and threshold in layer routers of image models: if an image keeps at least this many tokens,
     class and register tokens included, their number is rounded to a multiple of `multiple`. On some CPUs, attention
-    over 37 tokens takes as long as over 50, and over 32 tokens a third of that; on a GPU, products over 64 or more
-    images fill its multiprocessors evenly at multiples of 16. 0: the largest power of two up to a twelfth of an image's
-    tokens, 4 of 50 and 16 of 197."""
+    over 37 tokens takes as long as over 50, and over 32 tokens a third of that. 0: 64, the width of a tile of attention
+    on GPUs, for images of at least three times as many tokens; else 4."""
     groups: int = 16
     """expert: number of groups that the neurons of an MLP are split into."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"

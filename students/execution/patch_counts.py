@@ -38,7 +38,7 @@ class PatchCounts:
         """
         before = so_far or [(0.0, patches)] * len(shares)
         counts = [
-            min(left, max(self._least(left), self.of(share + owed / patches, patches)))
+            min(left, max(self._least(max(1, left // 2)), self.of(share + owed / patches, patches)))
             for share, (owed, left) in zip(shares, before, strict=True)
         ]
         if so_far is not None:
@@ -51,14 +51,16 @@ class PatchCounts:
     def near(self, wanted: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
         """Return how many of the patches `left` each image keeps, given the numbers `wanted`."""
         pairs = zip(wanted, left, strict=True)
-        return tuple(max(self._least(here), self.of(count / max(here, 1), here)) for count, here in pairs)
+        return tuple(
+            max(self._least(math.ceil(here / 2)), self.of(count / max(here, 1), here)) for count, here in pairs
+        )
 
-    def _least(self, left: int) -> int:
-        """Return how many of `left` patches must stay: half of them, from three multiples on (prefix included) rounded
-        up to a multiple."""
+    def _least(self, half: int) -> int:
+        """Return how many patches must stay if merging leaves `half` of them: as many, from three multiples on (prefix
+        included) rounded up to a multiple."""
         if not self.merges:
             return 0
-        tokens = self.prefix + math.ceil(left / 2)
+        tokens = self.prefix + half
         if tokens >= 3 * self.multiple:
             tokens = self.multiple * math.ceil(tokens / self.multiple)
         return tokens - self.prefix

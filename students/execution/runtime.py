@@ -45,8 +45,8 @@ class Runtime:
     """The share of gates that top-k routers keep."""
     multiples: bool = True
     """Whether images keep a multiple of tokens where a router asks for one (`multiple`); else any number."""
-    own_multiple: int = 1
-    """The multiple of tokens that suits the model's images, for routers with `multiple` 0."""
+    own_multiple: int = 4
+    """The multiple of tokens for routers with `multiple` 0."""
     training: bool = False
     """Whether routers are being trained. Causal models choose a top-k of a sequence's tokens only then."""
     pool: selection.Pool = selection.alone

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.architectures.record import LINEAR_SITES
 from students.execution.image_block import similar_lengths
+from students.execution.patch_counts import PatchCounts
 from students.families.image import call
 from students.kernels.merging import match, merge
 from tests.pico.image import BOTH, IMAGE, MODELS, SIZES, TIMM, make_tiny
@@ -331,12 +332,16 @@ def test_an_oblong_mae_sees_all_patches(size: tuple[int, int]) -> None:
         assert student(torch.randn(2, 3, *size))[0].last_hidden_state.shape == (2, 65, 32)
 
 
-@pytest.mark.parametrize(("size", "multiple"), [(28, 4), (16, 1), (56, 16)])
+@pytest.mark.parametrize(("size", "multiple"), [(28, 4), (56, 64)])
 def test_a_multiple_suits_the_number_of_tokens(size: int, multiple: int) -> None:
     model = timm.models.VisionTransformer(size, 4, embed_dim=8, depth=2, num_heads=2, num_classes=3).eval()
     spec = RouterSpec("layer", selection="quota", multiple=0, kv="drop", dropped="merge")
     student = elasticize(model.requires_grad_(False), StudentSpec((spec,)))
     assert (student.tokens, student.runtime.patch_counts(spec).multiple) == ((size // 4) ** 2 + 1, multiple)
+
+
+def test_of_an_odd_number_of_patches_the_larger_half_may_leave() -> None:
+    assert PatchCounts(prefix=1, multiple=64, merges=True).after([0.0], 196, [(0.0, 127)]) == [63]
 
 
 def test_any_number_of_patches_is_kept_where_multiples_are_too_coarse(pixels: Tensor) -> None:
