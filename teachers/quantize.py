@@ -79,15 +79,16 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def quantized_by(name: str, folder: Path) -> str | None:
-    """Return the name of the package that quantized the checkpoint in a folder, or None if it is not quantized.
+    """Return the name of the package that quantized the checkpoint in a folder, or None if it is not quantized, or in
+    MXFP4, which is not kept (see `unpacking`).
 
     Raises ValueError if that package is not supported or is missing, and for LLM.int8() with a threshold, where tokens
     of a batch would change each other's outputs.
     """
-    about = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
-    if about is None:
-        return None
+    about = _quantization(folder)
     method = str(about.get("quant_method"))
+    if not about or method == "mxfp4":
+        return None
     if method not in set(PACKAGES.values()):
         known = " and ".join(sorted(set(PACKAGES.values())))
         raise ValueError(f"{name} is quantized by {method}, which is not read: {known} are, and what is not quantized")
@@ -99,6 +100,18 @@ def quantized_by(name: str, folder: Path) -> str | None:
             "looked for in all tokens of a batch, so that tokens change each other; set it to 0.0 there"
         )
     return method
+
+
+def unpacking(folder: Path) -> dict[str, Any]:
+    """Return the options with which transformers turns weights in MXFP4, the experts' of gpt-oss, into the type that is
+    asked for, without the package that would multiply by them as they are; none for other checkpoints."""
+    if _quantization(folder).get("quant_method") != "mxfp4":
+        return {}
+    return {"quantization_config": import_module("transformers").Mxfp4Config(dequantize=True)}
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config") or {}
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

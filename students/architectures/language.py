@@ -68,6 +68,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "olmoe": replace(_MIXTURE, whole_heads=True),
     "glm4_moe": _MIXTURE,
     "ernie4_5_moe": _MIXTURE,
+    "gpt_oss": replace(_MIXTURE, mlp_pair=True, whole_heads=True),
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
     "gpt_bigcode": _GPT2,

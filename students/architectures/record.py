@@ -45,6 +45,8 @@ class Architecture:
     """Config key of the divisor of the logits."""
     logit_cap: str | None = None
     """Config key of the soft cap c of the logits, c * tanh(logits / c) (Gemma 2, arXiv 2408.00118)."""
+    mlp_pair: bool = False
+    """Whether the MLP returns a tuple, as attention does, of which the first is added to the residual stream."""
     whole_heads: bool = False
     """Whether closed heads must be computed all the same: because queries are normalised over all heads or by a norm of
     each head's own, each head has a sink, or attention does not hand further keyword arguments on to its attention

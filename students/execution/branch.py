@@ -43,6 +43,8 @@ class RoutedBranch(Wrapper):
     ) -> None:
         super().__init__(base_layer, runtime)
         self.mask = record.mask
+        self.pair = branch == "attn" or record.mlp_pair
+        """Whether the branch returns a tuple, of which the first is its output."""
         self.block = block
         self.branch = branch
         self.of_block = context
@@ -164,7 +166,7 @@ class RoutedBranch(Wrapper):
         context, gate = self.context, self.context.gate
         packed = take(exits.x, exits.x, rows) if packed is None else packed
         if len(rows) == 0:
-            return self._leave(packed, exits)
+            return self._leave(self._as_returned(packed), exits)
         context.rows = Rows(rows, chosen, exits.x.shape[:2])
         if gate is not None:
             context.gate = take(gate, exits.x, rows)
@@ -210,7 +212,7 @@ class RoutedBranch(Wrapper):
         plan.packing = self._pack(x, kept, kwargs)
         exits.rows, seen = chosen.rows, kept.cut(filled)
         if len(kept.rows) == 0:
-            return self._leave((seen, None), exits)  # late exit: the block still unpacks a tuple
+            return self._leave(self._as_returned(seen), exits)
         if context.gate is not None:
             context.gate = take(context.gate, x, chosen.rows)
         context.rows = Rows(kept.rows, chosen, x.shape[:2])
@@ -227,7 +229,7 @@ class RoutedBranch(Wrapper):
             kwargs["routed"] = Plan(packing=self._pack(gathered.x, gathered.chosen, kwargs, gathered.placed))
         rows = gathered.chosen.rows
         if len(rows) == 0:
-            return self._leave((x, None) if attends else x, gathered.exits, all_open=True)
+            return self._leave(self._as_returned(x), gathered.exits, all_open=True)
         self.context.rows = Rows(rows, gathered.chosen, gathered.x.shape[:2])
         try:
             return self._leave(self.base_layer(x, *args, **kwargs), gathered.exits, all_open=True)
@@ -277,6 +279,10 @@ class RoutedBranch(Wrapper):
         if layer is not None:
             layer.expect(batch, index, kept.counts, tokens, rectangle)
         return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)
+
+    def _as_returned(self, out: Tensor) -> Any:
+        """Return an output as the branch returns it, so that the block can unpack it."""
+        return (out, None) if self.pair else out
 
     def _leave(self, out: Any, exits: Exits, all_open: bool = False) -> Any:
         """Apply the exits to the branch's output (a tuple from attention), or pass them to the RoutedExit."""

@@ -20,9 +20,9 @@ class RoutedExperts(Wrapper):
     weight stays below the expert's limit.
 
     Where gates are skipped, a closed expert's number becomes that of an expert elsewhere, as in expert parallelism:
-    transformers then computes no product for it, without the host waiting. `batched_mm`, to which transformers switches
-    for decoding on GPUs, would compute it all the same, so that `grouped_mm` runs in its place. block: index of the
-    block.
+    transformers' `grouped_mm` then computes no product for it, without the host waiting. It runs in place of other
+    implementations: `batched_mm`, to which transformers switches for decoding on GPUs, would compute it all the same,
+    and gpt-oss's own would fail. block: index of the block.
     """
 
     def __init__(
@@ -47,8 +47,7 @@ class RoutedExperts(Wrapper):
         skips = run.call.skipping and not run.bypass
         if skips:
             index = index.masked_fill(weights == 0, base.num_experts)
-            if base.config._experts_implementation not in ("eager", "grouped_mm"):
-                compute = partial(grouped_mm_experts_forward, base)
+            compute = partial(grouped_mm_experts_forward, base)
         base._is_expert_parallel = skips
         out: Tensor = compute(x, index, weights)
         return out

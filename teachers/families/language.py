@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from teachers import hub
 from teachers.families import Loaded
 from teachers.families.image import SUPPORTED
+from teachers.quantize import unpacking
 from teachers.quiet import one_line
 
 
@@ -30,7 +31,7 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         if known is None or (config.architectures and known.__name__ not in config.architectures):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     hub.require_weights(name, folder)
-    model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code)
+    model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code, **unpacking(folder))
     patterns = "*token*", "*vocab*", "*.model"
     tokenizer = hub.read_beside(name, folder, "tokenizer", AutoTokenizer, trust_remote_code, *patterns)
     if tokenizer.pad_token is None:

@@ -48,6 +48,7 @@ TINY = {
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
 }
 _MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
+_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
 _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
 TINY_MIXTURES = {
     "mixtral": ("MixtralConfig", dict(_MIXTURE, num_local_experts=8, sliding_window=6)),
@@ -56,6 +57,7 @@ TINY_MIXTURES = {
     "qwen2_moe": ("Qwen2MoeConfig", dict(_QWEN_MOE, shared_expert_intermediate_size=40)),
     "glm4_moe": ("Glm4MoeConfig", dict(_MIXTURE, head_dim=8, n_routed_experts=8, moe_intermediate_size=24)),
     "ernie4_5_moe": ("Ernie4_5_MoeConfig", dict(_LLAMA, moe_k=3, moe_num_experts=8, moe_intermediate_size=24)),
+    "gpt_oss": ("GptOssConfig", dict(_MIXTURE, num_local_experts=8, head_dim=8, sliding_window=6, **_ROPE)),
     "granitemoe": ("GraniteMoeConfig", dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)),
 }
 """Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
@@ -85,7 +87,7 @@ MORE = {
     "nemotron": ("NemotronConfig", _WIDE),
     "arcee": ("ArceeConfig", _WIDE),
     "jais2": ("Jais2Config", dict(_TWO, head_dim=8)),
-    "apertus": ("ApertusConfig", dict(_TWO, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    "apertus": ("ApertusConfig", dict(_TWO, **_ROPE)),
     "nanochat": ("NanoChatConfig", dict(_TWO, final_logit_softcapping=3.0)),
     "gpt_bigcode": ("GPTBigCodeConfig", dict(_GPT2, n_layer=2, bos_token_id=1, eos_token_id=2)),
 }
@@ -104,7 +106,7 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
                 parameter.mul_(4)
-            elif name in MORE and not parameter.any():  # biases and the like, which start at 0
+            elif name in (*MORE, "gpt_oss") and not parameter.any():  # biases and the like, which start at 0
                 parameter.normal_(std=0.3)
     return model
 

@@ -52,7 +52,10 @@ def test_open_student_is_the_teacher_bit_for_bit(name: str, tokens: torch.Tensor
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "default") for name in TINY_MIXTURES), *(("qwen3_moe", kind) for kind in ("tokens", "drop", "layers"))],
+    [
+        *((name, "default") for name in TINY_MIXTURES),
+        *((name, kind) for name in ("qwen3_moe", "gpt_oss") for kind in ("tokens", "drop", "layers")),
+    ],
 )
 @torch.no_grad()
 def test_mask_is_skip_is_cached_decoding(name: str, kind: str, tokens: torch.Tensor) -> None:
@@ -69,7 +72,7 @@ def test_mask_is_skip_is_cached_decoding(name: str, kind: str, tokens: torch.Ten
 
 @pytest.mark.parametrize(
     ("name", "experts"),
-    [*((name, "grouped_mm") for name in TINY_MIXTURES), ("qwen3_moe", "eager"), ("qwen3_moe", "batched_mm")],
+    [*((name, "grouped_mm") for name in TINY_MIXTURES), ("gpt_oss", "eager"), ("qwen3_moe", "batched_mm")],
 )
 @torch.no_grad()
 def test_counted_compute_is_reported_compute(name: str, experts: str, tokens: torch.Tensor) -> None:
@@ -96,7 +99,7 @@ def test_bytes_are_those_of_the_experts_that_are_used(tokens: torch.Tensor) -> N
     assert read[0] - read[1] == 3 * 3 * (3 * 32 * 48) * 4  # gate, up and down of each expert, in float32
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 @torch.no_grad()
 def test_recorded_steps_decode_the_same_text(name: str, tokens: torch.Tensor) -> None:
     assert torch.equal(*both(make(name, SPECS["default"]), tokens, **SIX))

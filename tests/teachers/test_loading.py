@@ -282,3 +282,20 @@ def test_image_models_of_transformers_that_are_not_supported(tmp_path: Path):
     transformers.ResNetModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="resnet is an image model that is not supported; image models that are"):
         teachers.load(str(tmp_path))
+
+
+def test_experts_in_mxfp4_are_unpacked(tmp_path: Path):
+    """Every 4-bit code is 2, which stands for 1, and every scale 126 - 127, for a half."""
+    model = make_tiny("gpt_oss", num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words=117).save_pretrained(tmp_path)
+    weights, name = model.state_dict(), "model.layers.0.mlp.experts.gate_up_proj"
+    experts, inputs, outputs = weights.pop(name).shape
+    weights[f"{name}_blocks"] = torch.full((experts, outputs, inputs // 32, 16), 0x22, dtype=torch.uint8)
+    weights[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 126, dtype=torch.uint8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    read = teachers.load(str(tmp_path), dtype=torch.float32).model.state_dict()
+    assert read.pop(name).eq(0.5).all()
+    assert all(torch.equal(weights[key], weight) for key, weight in read.items())
