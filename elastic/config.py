@@ -131,10 +131,9 @@ class DataConfig:
             raise ValueError(
                 f"data.window ({self.window}) must be at least 8 and data.held_out ({self.held_out}) at least 1"
             )
-        if self.prompt < 1 or (self.max_tokens is not None and self.max_tokens < 1):
-            raise ValueError(f"data.prompt ({self.prompt}) and data.max_tokens ({self.max_tokens}) must be at least 1")
-        if self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"data.max_images is {self.max_images}; it must be at least 1")
+        for name in ("prompt", "max_tokens", "max_images"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"data.{name} is {number}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -343,7 +342,7 @@ def make_config(
         except yaml.YAMLError:
             raise ValueError(f"--set {setting}: {value!r} is not YAML") from None
     user = read_yaml(Path(file)) if file else {}
-    preset = chosen.get("preset") or user.get("preset") or "default"
+    chosen["preset"] = preset = chosen.get("preset") or user.get("preset") or "default"
     if preset not in presets():
         raise ValueError(f"unknown preset {preset!r}{near(str(preset), presets())}; there are {', '.join(presets())}")
     base = yaml.safe_load(files("configs").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8"))
@@ -354,12 +353,9 @@ def make_config(
     entry = entry or resolve(model)
     if entry.folder is not None and model not in models():
         put(chosen, ["model"], str(entry.folder.absolute()))  # for runs that are opened from another directory
-    budget: dict[str, Any] = {}
-    for layer in layers:
-        budget |= section_of(layer, "budget")
-    prefill = "prefill" if budget.get("phase") == "prefill" else ""
+    phases = [phase for layer in layers if (phase := section_of(layer, "budget").get("phase"))]
     traits = TRAITS[entry.family]
-    applies = traits.section or prefill
+    applies = traits.section or ("prefill" if phases[-1:] == ["prefill"] else "")
     merged: dict[str, Any] = {"data": {"source": entry.data}, "family": entry.family}
     if not traits.decodes:
         merged |= {"budget": {"phase": "prefill"}}
@@ -373,7 +369,6 @@ def make_config(
         if given:
             layer = merge({"train": {"steps": None, "minutes": None}}, layer)
         merged = merge(merged, layer)
-    merged["preset"] = preset
     if ":" in str(section_of(merged, "budget").get("target")):
         merged["student"] = {"gains": True, **section_of(merged, "student")}
     if traits.data and merged["data"]["source"] == "builtin":
