@@ -1,4 +1,4 @@
-"""Writing files atomically: a file is complete or absent, never half-written."""
+"""Writing files atomically, complete or not at all, and finding run folders."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):  # unlinking fails too on a read-only disk
             part.unlink(missing_ok=True)
+
+
+def require_run(folder: str | Path, *, finished: bool = False) -> None:
+    """Raise ValueError if a folder has no run or, with `finished`, an unfinished one. Commands ask this before they
+    import libraries that take seconds."""
+    path = Path(folder).expanduser()
+    if not (path / "config.yaml").is_file() or not (path / "elastic.json").is_file():
+        raise ValueError(
+            f"{folder} is not a run folder (no config.yaml and elastic.json in it); elastic distill makes one"
+        )
+    if finished and not (path / "routers.safetensors").exists():
+        raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {folder}")

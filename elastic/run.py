@@ -30,7 +30,7 @@ from torch import nn
 import teachers
 from elastic import __version__, launch, sharding
 from elastic.config import NAMED_DATA, RunConfig
-from elastic.files import write_text
+from elastic.files import require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from students.kernels import cpu
@@ -111,14 +111,8 @@ class Run:
     @classmethod
     def open(cls, folder: str | Path, *, finished: bool = False) -> Run:
         """Return an existing run; raise ValueError if the folder has none or, with `finished`, an unfinished one."""
-        run = cls(folder)
-        if not (run.folder / "config.yaml").is_file() or not (run.folder / "elastic.json").is_file():
-            raise ValueError(
-                f"{folder} is not a run folder (no config.yaml and elastic.json in it); elastic distill makes one"
-            )
-        if finished and not run.routers.exists():
-            raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {folder}")
-        return run
+        require_run(folder, finished=finished)
+        return cls(folder)
 
     @property
     def config(self) -> RunConfig:

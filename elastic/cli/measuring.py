@@ -10,6 +10,8 @@ from typing import Any
 
 from elastic import launch
 from elastic.cli.screen import print_rows, screen
+from elastic.files import require_run
+from elastic.harness.names import require_known
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -24,9 +26,8 @@ def eval_command(options: argparse.Namespace) -> None:
         else:
             from elastic.tasks import score_run
 
-            names = [name.strip() for name in options.tasks.split(",") if name.strip()]
             given = {"compute": options.compute, "limit": options.limit}
-            rows = launch.in_step(partial(score_run, options.run, names, **given, say=say))
+            rows = launch.in_step(partial(score_run, options.run, _names(options), **given, say=say))
     if not launch.is_main():
         return
     if options.json:
@@ -38,7 +39,8 @@ def eval_command(options: argparse.Namespace) -> None:
 
 
 def _check_eval(options: argparse.Namespace) -> None:
-    """Raise ValueError if options of `elastic eval` contradict each other or lm-evaluation-harness is missing."""
+    """Raise ValueError if options of `elastic eval` contradict each other, or what they name is missing."""
+    require_run(options.run, finished=True)
     if options.tasks is None:
         if options.limit is not None:
             raise ValueError("--limit is for --tasks: leave it away")
@@ -51,6 +53,12 @@ def _check_eval(options: argparse.Namespace) -> None:
         raise ValueError("--limit must be at least 1")
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs lm-evaluation-harness: pip install 'elastic-distill[tasks]'")
+    require_known(_names(options))
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """Return the items of --tasks."""
+    return [name.strip() for name in options.tasks.split(",") if name.strip()]
 
 
 def _print_accuracies(rows: list[dict[str, Any]]) -> None:
@@ -110,6 +118,7 @@ def _check_bench(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.model is None):
         raise ValueError("bench times a finished run (elastic bench RUN) or a shape (--model SHAPE --random-weights)")
     if options.model is None:
+        require_run(options.run, finished=True)
         named = ("random_weights", "target_compute", "preset", "set")
         given = ["--" + name.replace("_", "-") for name in named if getattr(options, name)]
         if given:
@@ -230,6 +239,8 @@ def _duration(days: float) -> str:
 
 def compare_command(options: argparse.Namespace) -> None:
     """`elastic compare`: rank correlations of the router scores of two runs of an image model."""
+    for run in (options.run, options.other):
+        require_run(run, finished=True)
     from elastic.evaluate import compare_runs
 
     rows = compare_runs(options.run, options.other, data=options.data)

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from elastic.cli.screen import print_rows, screen
+from elastic.files import require_run
 
 if TYPE_CHECKING:
     from students import RouterSpec
@@ -23,10 +24,10 @@ def report_command(options: argparse.Namespace) -> None:
 
 def generate_command(options: argparse.Namespace) -> None:
     """`elastic generate`: print the continuation of a prompt, and on stderr its speed and compute."""
-    from elastic.generate import generate_text
-
+    require_run(options.run, finished=True)
     if options.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1")
+    from elastic.generate import generate_text
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -48,6 +49,7 @@ def generate_command(options: argparse.Namespace) -> None:
 
 def info_command(options: argparse.Namespace) -> None:
     """`elastic info`: print a run's model, routers, data, versions and results, or with --json all that is recorded."""
+    require_run(options.run)
     from elastic.run import Run
     from elastic.settings import to_dict
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic import launch
 from elastic.cli.screen import print_rows, screen
+from elastic.files import require_run
 
 if TYPE_CHECKING:
     from elastic.config import RunConfig
@@ -45,15 +46,16 @@ def _what_to_distil(options: argparse.Namespace) -> tuple[RunConfig, str] | None
 
     Raises ValueError if options contradict each other.
     """
-    from elastic.config import make_config
-
     if options.resume:
         names = ("model", "target_compute", "preset", "data", "output", "steps", "minutes", "config", "set")
         given = [name for name in names if getattr(options, name) is not None] + ["overwrite"] * options.overwrite
         if given:
             extra = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"--resume continues with the run's own configuration: leave {extra} away")
+        require_run(options.resume)
         return None
+    from elastic.config import make_config
+
     config = make_config(
         file=options.config,
         settings=options.set,

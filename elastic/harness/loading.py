@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from lm_eval.api.task import ConfigurableTask
 
+from elastic.harness.names import path_of, unknown
 from elastic.harness.questions import file_task
 from elastic.reporting.progress import Say
 from teachers import hub
@@ -24,10 +23,9 @@ def load_tasks(items: Sequence[str], say: Say = print) -> dict[str, Configurable
         raise ValueError(
             "--tasks names no task: give names of the harness and paths of files, with commas between them"
         )
-    paths = {item: Path(item).expanduser() for item in items}
-    files = {item for item, path in paths.items() if path.is_file() or path.suffix or len(path.parts) > 1}
-    found = [(paths[item].stem, file_task(paths[item])) for item in items if item in files]
-    names = [item for item in items if item not in files]
+    paths = {item: path_of(item) for item in items}
+    found = [(path.stem, file_task(path)) for item in items if (path := paths[item]) is not None]
+    names = [item for item in items if paths[item] is None]
     if names:
         say("reading the harness's list of tasks ...")
         found += _harness_tasks(names)
@@ -52,9 +50,7 @@ def _harness_tasks(names: Sequence[str]) -> list[tuple[str, ConfigurableTask]]:
         manager = TaskManager()
     for name in names:
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"the harness has no task {name!r}: {hint}`lm-eval ls tasks` lists them; files go by path")
+            raise unknown(name, manager.all_tasks)
     reason = hub.unreachable()
     found = []
     for name in names:

@@ -284,6 +284,7 @@ def test_command_line(
 
     assert "no such file of questions: missing.jsonl" in refused("--tasks", "missing.jsonl")
     assert "--tasks names no task" in refused("--tasks", ",")
+    assert "no task 'arc_eazy': did you mean arc_easy?" in refused("--tasks", "arc_eazy")
     assert "two tasks are called own" in refused("--tasks", f"{file},{file}")
     assert "--limit must be at least 1" in refused("--tasks", file, "--limit", "0")
     assert "--limit is for --tasks" in refused("--limit", "3")
