@@ -42,9 +42,11 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
     meter = families.of(config.family).compute_meter(student, data, shuffled[:LOOKED_AT], config)
     least = lowest(student, meter, trained=False)
     if config.budget.span[0] < least:
-        phase = f"{config.budget.phase} " if TRAITS[config.family].decodes else ""
+        decodes = TRAITS[config.family].decodes
+        phase = f"{config.budget.phase} " if decodes else ""
         left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
-        what = "ask for more, or route more" if least < 1 else "in this phase they save nothing, so route otherwise"
+        where = "in this phase" if decodes else "in this model"
+        what = "ask for more, or route more" if least < 1 else f"{where} they save nothing, so route otherwise"
         if not student.record.mlp_in and not student.spec.find("mixture"):
             what = "ask for more, or route experts (--preset default)"
         raise ValueError(
