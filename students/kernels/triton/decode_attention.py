@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton import counters, tuning
+from students.kernels.triton.chaining import chained, follow
 from students.kernels.triton.forward_kl import rescale_rows
 
 AT_ONCE = 1 << 14
@@ -98,6 +99,7 @@ def _decode_attention(
     SPLIT: tl.constexpr,
     CAP: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Attend to one range of slots with the heads of one key head; the last program of a key head adds up the ranges.
 
@@ -105,6 +107,7 @@ def _decode_attention(
     the scores less the range's highest score. tops [B * K, SPLIT, 2, HEADS], float32: that highest score, and the sum
     of the exponentials.
     """
+    follow(CHAINED)
     one, part = tl.program_id(0), tl.program_id(1)
     row, group = (one // groups).to(tl.int64), one % groups
     newest = slots - 1
@@ -205,6 +208,8 @@ def decode_attention(
         SPLIT=split,
         CAP=cap != 0,
         STAGES=plan.stages,
+        CHAINED=chained(query.device),
+        launch_pdl=chained(query.device),
         num_warps=plan.warps,
     )
     return out

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from students.kernels import reference
 from students.kernels.triton import counters, tuning
+from students.kernels.triton.chaining import chained, follow
 from students.kernels.triton.channel_gate import channel_gate
 from students.kernels.triton.listing import list_channels, scales
 
@@ -162,9 +163,11 @@ def _gather(
     STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Write out [rows, outputs], and how many channels were read. This is one function, because the values that it
     keeps in registers throughout (where its strip lies, its sums) would be most of what parts of it would pass on."""
+    follow(CHAINED)
     strip, part = tl.program_id(0), tl.program_id(1)
     layer, begin, end, own = 0, 0, ENDS[0], strip
     for another in tl.static_range(1, len(ENDS)):
@@ -306,6 +309,8 @@ def launch(
         STEP=plan.step,
         SPLIT=split,
         STAGES=plan.stages,
+        CHAINED=chained(x.device),
+        launch_pdl=chained(x.device),
         num_warps=plan.warps,
     )
     return out, count, found

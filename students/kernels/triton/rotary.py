@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.chaining import chained, follow
+
 HEADS = 8
 """Heads of a token that one program rotates."""
 
@@ -82,7 +84,9 @@ def _rotary(
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     BACK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     row, place = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
     cos += row * angle_row + place * column
     sin += row * angle_row + place * column
@@ -128,6 +132,8 @@ def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, outs: tuple[Te
         HEADS=HEADS,
         QUERIES=groups[0],
         BACK=back,
+        CHAINED=chained(query.device),
+        launch_pdl=chained(query.device),
         num_warps=2,
         enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
     )

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.chaining import chained, follow
+
 
 @triton.jit
 def _write_slot(
@@ -24,7 +26,9 @@ def _write_slot(
     value_head,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     head, place = tl.program_id(0).to(tl.int64), tl.load(slot)
     row, own = head // heads, head % heads
     feature = tl.arange(0, KEY)
@@ -46,5 +50,7 @@ def write_slot(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: T
         *(keys, values, key, value, slot, heads, length, size, other, *key.stride()[:2], *value.stride()[:2]),
         KEY=triton.next_power_of_2(size),
         VALUE=triton.next_power_of_2(other),
+        CHAINED=chained(keys.device),
+        launch_pdl=chained(keys.device),
         num_warps=1,
     )

@@ -158,12 +158,14 @@ def compiled(capability: int, dtype: torch.dtype) -> dict[str, object]:
 
 def needs(kernel: object) -> dict[str, int]:
     """Return a kernel's resources: registers, bytes of stack and of local memory per thread; bytes of shared memory and
-    warps per program; and the number of asynchronous 16-byte copies from global to shared memory in its code."""
+    warps per program; the number of asynchronous 16-byte copies from global to shared memory in its code; and whether
+    it waits for the launch before it (1) or reads or writes memory first (0)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    first = re.search(r"griddepcontrol\.wait|\b(ld|st|atom|cp\.async)\S*\.global", kernel.asm["ptx"])
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),
@@ -171,6 +173,7 @@ def needs(kernel: object) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "copies": kernel.asm["ptx"].count("cp.async.cg.shared.global"),
+        "waits": int(first is not None and first.group() == "griddepcontrol.wait"),
     }
 
 

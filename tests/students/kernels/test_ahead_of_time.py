@@ -54,6 +54,8 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(capability: int, dtype:
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel
         assert kernel["shared"] <= SHARED, kernel
+        assert kernel["waits"] == ("'launch_pdl': True" in kernel["kernel"]), kernel
+    assert any(kernel["waits"] for kernel in kernels) == (capability >= 90)
     readers = [kernel for kernel in kernels if kernel["kernel"].startswith(("_gather", "_exact", "_dot_rows"))]
     ahead = [kernel for kernel in readers if kernel["copies"]]
     assert len(ahead) == len(readers) - 1, "weights are on their way before their use, but where rows are not aligned"
