@@ -238,8 +238,8 @@ class Student(nn.Module):
         """Position and reach of the dial, as plain data for checkpoints; assigning it restores them."""
         run = self.runtime
         about = {"offset": run.offset, "capacity": run.capacity, "dial": self.dial, "span": self.span}
-        if not run.multiples:
-            about["multiples"] = False  # only where it is off: other files stay as earlier versions wrote them
+        if run.multiples is not None:
+            about["multiples"] = run.multiples  # only where it is set: other files stay as earlier versions wrote them
         return about
 
     @setting.setter
@@ -249,7 +249,8 @@ class Student(nn.Module):
         offset = about["offset"]
         self.runtime.offset = tuple(offset) if isinstance(offset, list) else offset
         self.runtime.capacity = about["capacity"]
-        self.runtime.multiples = about.get("multiples", True)
+        most = about.get("multiples")
+        self.runtime.multiples = 1 if most is False else most  # False: in files of earlier versions
 
     def save(self, path: str | Path) -> None:
         """Write the tensors of all added modules and the dial to one safetensors file."""

@@ -33,7 +33,7 @@ EXACT = 5
 """Maximum number of offsets near the target that are measured on all samples."""
 COARSE = 0.01
 """Largest distance between a budget and the nearest compute reached with whole multiples of patches; if the distance is
-larger, any number of patches may be kept."""
+larger, smaller multiples or any number of patches may be kept."""
 REACH = 12
 """Maximum number of steps, per pass, in the search for the ends of a range."""
 BETWEEN = 24
@@ -224,14 +224,16 @@ def _measure_steps(curve: _Curve) -> None:
 
 
 def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: Say) -> bool:
-    """Whether a budget is more than COARSE away from the nearest step; if so, let the student keep any number of
-    patches from now on."""
+    """Whether a budget is more than COARSE away from the nearest step; if so, let the student keep smaller multiples of
+    patches from now on, in the end any number."""
     run = student.runtime
     away = max(abs(curve.exact[_nearest(curve.exact, target)] - target) for target in targets)
-    if away <= COARSE or not run.multiples or all(router.multiple == 1 for router in student.spec.routers):
+    used = max(run.patch_counts(router).multiple for router in student.spec.routers)
+    if away <= COARSE or used == 1:
         return False
-    say(f"whole multiples of patches miss the budget by {away:.3f}: any number of them is kept")
-    run.multiples = False
+    run.multiples = used // 2 if used > 8 else 1
+    kept = "any number of them is" if run.multiples == 1 else f"multiples of {run.multiples} are"
+    say(f"multiples of {used} patches miss the budget by {away:.3f}: {kept} kept")
     return True
 
 

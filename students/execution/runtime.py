@@ -43,8 +43,8 @@ class Runtime:
     computed as by the teacher."""
     capacity: float = 1.0
     """The share of gates that top-k routers keep."""
-    multiples: bool = True
-    """Whether images keep a multiple of tokens where a router asks for one (`multiple`); else any number."""
+    multiples: int | None = None
+    """The largest multiple of tokens that images keep; None: the multiple that a router asks for (`multiple`)."""
     own_multiple: int = 4
     """The multiple of tokens for routers with `multiple` 0."""
     training: bool = False
@@ -265,7 +265,8 @@ class Runtime:
 
     def patch_counts(self, spec: RouterSpec) -> PatchCounts:
         """Return the rule by which a router's numbers of patches are rounded."""
-        multiple = (spec.multiple or self.own_multiple) if self.multiples else 1
+        asked = spec.multiple or self.own_multiple
+        multiple = asked if self.multiples is None else min(asked, self.multiples)
         return PatchCounts(self.prefix, multiple, spec.dropped == "merge")
 
     def _score_prompt(self, key: str, router: Router, x: Tensor) -> Tensor:
