@@ -72,7 +72,8 @@ class Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if WAITS & {*function.tags}:
+        chosen = args[1] if function is torch.ops.aten.index.Tensor else ()
+        if WAITS & {*function.tags} and (not chosen or any(x is not None and x.dtype == torch.bool for x in chosen)):
             raise DependsOnData
         if function.namespace == "elastic":
             with self:

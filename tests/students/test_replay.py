@@ -19,7 +19,9 @@ from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_execution import make
 
-SPEC = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
+SPEC = StudentSpec(
+    (RouterSpec("mixture", optional=True), RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2)
+)
 RECORDED = 3
 """The number of the run that is recorded, set low for these tests, which make few runs."""
 CLOSE = dict(atol=2e-3, rtol=2e-3)
@@ -45,7 +47,10 @@ def replays(decoding: Decoding) -> list[Replay]:
     return [replay for _, replay in decoding._steps.values() if isinstance(replay, Replay) and replay.recorded]
 
 
-@pytest.mark.parametrize(("name", "rows"), [*((name, 1) for name in sorted(TINY)), ("llama", 2), ("gpt2", 2)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [*((name, 1) for name in sorted(TINY)), ("llama", 2), ("gpt2", 2), ("qwen3_moe", 1), ("gpt_oss", 2)],
+)
 def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
     """Recorded generation gives the model's tokens, and a replayed step the bits of the modules' step."""
     student, dense = student_for(name), make_tiny(name)
