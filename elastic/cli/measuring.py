@@ -155,7 +155,7 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     names = "elastic-distill", "torch", "transformers"
     print(f"{about['timed']}; {first['preset']}, {first['dtype']}; {about['date']}")
     print(
-        f"{machine.get('device', machine['processor'])}, {machine['threads']} threads; "
+        f"{machine.get('device', machine['processor'])}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
     )
     columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"

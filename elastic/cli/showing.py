@@ -93,8 +93,9 @@ def _router(router: RouterSpec) -> str:
     changed = [
         f"{field.name} {getattr(router, field.name)}"
         for field in fields(router)
-        if field.name not in ("kind", "sites", "blocks") and getattr(router, field.name) != field.default
+        if field.name not in ("kind", "sites", "blocks", "optional") and getattr(router, field.name) != field.default
     ]
+    places += " where the model has experts" * router.optional
     return "; ".join(part for part in (router.kind, places, *changed) if part)
 
 
