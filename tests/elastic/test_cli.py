@@ -225,8 +225,8 @@ def test_long_loops_say_how_far_they_are(
     monkeypatch.setattr("elastic.evaluation.language.BATCH_TOKENS", 1)
     assert main(arguments) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
-    count = int(lines[0].split()[2])
-    assert [line.split(" done")[0] for line in lines] == [f"{n} of {count}" for n in range(1, count)]
+    count = int(lines[0].split()[3])
+    assert [line.split(" done")[0] for line in lines] == [f"measuring: {n} of {count}" for n in range(1, count)]
 
 
 def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.CaptureFixture[str]):
