@@ -53,7 +53,7 @@ def inference(student: ImageStudent, models: Models, data: ImageData, workload: 
     """Yield a row of timings for each batch size."""
     merged: dict[float, dict[str, Contender]] = {}
     for size in workload.batch:
-        say(f"{size} images at once ...")
+        say(f"{size} image{'s' * (size > 1)} at once ...")
         pixels = _images(data.held_out, size * max(1, IMAGES // size))
         tokens = student.at(pixels.shape[-2:])[0]
         pixels = pixels.to(next(models["dense"].model.parameters()).device)
