@@ -6,6 +6,7 @@ import os
 for name in ("COLUMNS", "FORCE_COLOR", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+os.environ["OMP_NUM_THREADS"] = "1"  # on tensors this small, threads cost more than they save
 
 import torch  # noqa: E402
 

@@ -16,8 +16,6 @@ from tests.backends import BACKENDS, running_on
 from tests.elastic.runs import Configure, configurations, distill
 from tests.pico.language import RUN_SETTINGS, TINY, make_tiny, make_tokenizer
 
-torch.set_num_threads(1)  # on tensors this small, threads cost more than they save
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", metavar="K/N", help="run one of N parts of the tests, the Kth")

@@ -27,7 +27,7 @@ PATIENCE = 180
 
 @functools.cache
 def _server(root: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen([sys.executable, "-m", "tests.elastic.forked"], cwd=root, env=environment, **pipes)
     atexit.register(server.communicate)  # closes the server's stdin, at whose end the server exits
@@ -100,12 +100,9 @@ def _become(environment: dict[str, str], arguments: list[str], files: list[str])
 
 
 if __name__ == "__main__":
-    import torch
-
     from elastic import families
     from tests.elastic import several  # noqa: F401
 
-    torch.set_num_threads(1)
     for family in families.TRAITS:
         families.of(family)
     for line in sys.stdin:

@@ -52,7 +52,7 @@ def launched(
 ) -> subprocess.CompletedProcess[str]:
     """Run this module with the arguments in `count` processes on CPUs; variables: added to the environment."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     environment = {**os.environ, **settings, **variables}
     if launcher is FORKED:
         return forked(count, [str(argument) for argument in arguments], environment, ROOT)
@@ -161,7 +161,6 @@ def _main(runs: Path) -> None:
 
 def work() -> int | None:
     """Do the work of one process, and return its exit code (None: success)."""
-    torch.set_num_threads(1)
     if "FAILS" in os.environ:
         _fail(*os.environ["FAILS"].split(":"))
     return _main(Path(sys.argv[1])) if sys.argv[1].endswith(".jsonl") else cli.main()

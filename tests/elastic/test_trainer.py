@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -245,7 +244,6 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
     result = subprocess.run(
         [sys.executable, "-c", KILLED, *(tmp_path / moment for moment in saved_before)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         input=yaml.safe_dump(to_dict(configure(LORA))),
         capture_output=True,
         text=True,
