@@ -57,8 +57,7 @@ def both(student: LanguageStudent, *args: Any, **options: Any) -> tuple[Any, Any
     plain = student.model.generate(*args, **options)
     student._decoding.recorder = Tape
     before = Tape.made
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         recorded = student.generate(*args, **options)
     student._decoding.made = Tape.made - before
     return plain, recorded
@@ -343,8 +342,7 @@ def test_where_nothing_can_be_recorded_it_says_so_once(
     student._decoding.recorder, before = Tape, Tape.made
     with pytest.warns(UserWarning, match=f"^decoding without recorded steps: .*{reason}"):
         first = student.generate(tokens, **SIX, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         assert torch.equal(student.generate(tokens, **SIX, **options), first)
     assert Tape.made == before
     turned(student, float("inf"))
@@ -362,8 +360,7 @@ def test_a_model_that_cannot_be_recorded_takes_the_same_steps(tokens: Tensor) ->
     student._decoding.recorder = refuse
     with pytest.warns(UserWarning, match=r"recording failed \(operation not .* capturing\)$"):
         assert torch.equal(student.generate(tokens, **SIX), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         assert torch.equal(student.generate(tokens, **SIX), expected)
 
 

@@ -36,8 +36,7 @@ def recorded(student: VisionLanguageStudent | Decoding, inputs: dict[str, Tensor
     """Generate with a `Tape` as recorder, without warnings; return the output and the number of recorded prompts."""
     decoding = getattr(student, "_decoding", student)
     decoding.recorder = Tape
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         out = student.generate(**inputs, **{**FOUR, **options})
     return out, len(decoding._prompts.kept)
 
