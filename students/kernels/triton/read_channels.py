@@ -213,9 +213,14 @@ def _gather(
         total = tl.sum(tl.where((row == 0)[:, None], total, 0.0), 0)[None, :]
         row = tl.arange(0, 1)
     if up is not None:
-        for which in range(rank):
-            grown = tl.load(up + which * outputs + column, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(tl.where((feature == which)[None, :], lows, 0.0), 1)[:, None] * grown[None, :]
+        if ONE or (RANK > 32 or up.dtype.element_ty == tl.float32):
+            for which in range(rank):
+                grown = tl.load(up + which * outputs + column, mask=inside, other=0.0).to(tl.float32)
+                total += tl.sum(tl.where((feature == which)[None, :], lows, 0.0), 1)[:, None] * grown[None, :]
+        else:  # on tensor cores with half as many registers, so that two programs fit on a multiprocessor
+            place = feature[:, None] * outputs + column[None, :]
+            grown = tl.load(up + place, mask=(feature < rank)[:, None] & inside[None, :], other=0.0)
+            total = tl.dot(lows.to(grown.dtype), grown, total)
     if SPLIT == 1:
         _write(total, bias, residual, out, sums_out, row, column, end, rows, outputs, strip, STRIP)
         if strip == 0:
