@@ -2,8 +2,8 @@
 
 import os
 
-# what libraries read when they are imported: how wide and coloured to print, and how to reach servers
-for name in ("COLUMNS", "FORCE_COLOR", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+# what libraries read when they are imported: whether to print in colours, and how to reach servers
+for name in ("FORCE_COLOR", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ["OMP_NUM_THREADS"] = "1"  # on tensors this small, threads cost more than they save

@@ -52,6 +52,12 @@ def pytest_runtest_call() -> None:
     torch.manual_seed(1)
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give printed tables room, so that how long the paths of temporary folders are breaks no line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Set ELASTIC_CACHE to a temporary folder, so that no test touches the user's own cache."""
