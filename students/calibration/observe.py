@@ -181,7 +181,8 @@ class BlockStart:
             saved -= substitute.macs()
             missing = missing - scale * substitute(x)
         cost = (missing.pow(2) @ skipped.sensitivity / 2).unsqueeze(-1)
-        return gated_choice(self.router(branch, spec.kind), self._features(x), cost, saved / self.dense)
+        router = self.router(branch, spec.kind)
+        return gated_choice(router, self._features(x), cost, saved / self.dense, keeps_mean=True)
 
     def narrowing(self, spec: RouterSpec, branch: str) -> list[Choice]:
         """Return the choice of a router of heads or groups: closing one costs the sum over its channels' costs."""

@@ -106,11 +106,13 @@ class Curve:
         return math.exp(LOWEST + FINENESS * min(place, self.points))
 
 
-def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choice:
+def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float, *, keeps_mean: bool = False) -> Choice:
     """Return the choice of a router that predicts log(cost), by ridge regression on the features x [rows, D], or as the
     mean cost if the router is static.
 
-    Where tokens merge, the last column of x is a token's distance to the token that it would merge into.
+    keeps_mean: whether predictions are raised until their mean is that of the costs: a regression of logarithms
+    predicts a geometric mean, which misses the few tokens that need a branch most. Where tokens merge, the last column
+    of x is a token's distance to the token that it would merge into.
     """
     logs = cost.clamp(min=1e-12).log()
     static = router.spec.network == "static"
@@ -118,6 +120,10 @@ def gated_choice(router: Router, x: Tensor, cost: Tensor, saving: float) -> Choi
         logs = cost.mean(0, keepdim=True).clamp(min=1e-12).log()
     weight = logs if static else ridge(x, logs)
     predicted = logs if static else x @ weight[:-1] + weight[-1]
+    if keeps_mean and not static:
+        short = (cost.clamp(min=1e-12).mean(0) / predicted.exp().mean(0)).log()
+        weight[-1] += short
+        predicted = predicted + short
 
     @torch.no_grad()
     def apply(price: float) -> None:

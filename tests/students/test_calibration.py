@@ -12,7 +12,8 @@ from students.calibration.data_shard import DataShard
 from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge
 from students.calibration.image import calibrate_images, observe_images
 from students.calibration.language import calibrate
-from students.routers import Substitute
+from students.calibration.price import gated_choice
+from students.routers import Router, Substitute
 from tests.pico.image import make_tiny as make_image
 from tests.pico.language import make_tiny
 
@@ -245,6 +246,16 @@ def test_ridge_penalises_the_weight_and_not_the_mean():
     loose, tight = ridge(x, y, 1e-3), ridge(x, y, 1e6)
     assert tight[:-1].norm() < 1e-3 * loose[:-1].norm()
     torch.testing.assert_close(tight[-1], y.mean(0), atol=1e-3, rtol=1e-3)
+
+
+def test_predicted_costs_have_the_mean_of_the_costs_also_where_few_tokens_cost_the_most():
+    x, cost = draw(400, 6), draw(400, 1, seed=1).exp()
+    cost[::50] *= 1000
+    router = Router(RouterSpec("token", sites=("mlp",)), 6, 1)
+    choice = gated_choice(router, x, cost, saving=0.1, keeps_mean=True)
+    assert float(choice.cost.mean()) == pytest.approx(float(cost.mean()), rel=1e-3)
+    choice.apply(2.0)
+    torch.testing.assert_close(router(x).detach() >= 0, choice.cost >= 2.0 * 0.1)
 
 
 @pytest.mark.parametrize(("neurons", "groups"), [(48, 6), (48, 48), (50, 6), (10, 4), (7, 1)])
