@@ -72,7 +72,7 @@ class Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        chosen = args[1] if function is torch.ops.aten.index.Tensor else ()  # by numbers, unlike masks, shapes are fixed
+        chosen = args[1] if function is torch.ops.aten.index.Tensor else ()  # shapes are fixed unless masks choose
         if WAITS & {*function.tags} and (not chosen or any(x is not None and x.dtype == torch.bool for x in chosen)):
             raise DependsOnData
         if function.namespace == "elastic":

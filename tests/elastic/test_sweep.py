@@ -258,7 +258,8 @@ def test_the_command_line(model_folder: Path, text_file: Path, tmp_path: Path, c
     out, err = capsys.readouterr()
     assert "0.800" in out and f"elastic report {folder} -o report.html" in out and "0/1 points" in err
     (row,) = SweepFolder.open(folder).rows()
-    assert row["command"].startswith(f"elastic sweep --model {shlex.quote(str(model_folder))}") and row["data"] == str(text_file)
+    assert row["command"].startswith(f"elastic sweep --model {shlex.quote(str(model_folder))}")
+    assert row["data"] == str(text_file)
     assert row["tokens"] == 4000 // 32 * 32 and key_of(row)[2] is None
     cache = json.loads((folder / row["run"] / "elastic.json").read_text())["teacher_cache"]
     assert cache == {"folder": str(tmp_path / "cache"), "found": 0, "asked": 12}
