@@ -80,8 +80,8 @@ class RouterSpec:
     multiple: int = 1
     """`selection: quota`, and threshold in layer routers of image models: if an image keeps at least this many tokens,
     class and register tokens included, their number is rounded to a multiple of `multiple`. On some CPUs, attention
-    over 37 tokens takes as long as over 50, and over 32 tokens a third of that. 0: 64, the width of a tile of attention
-    on GPUs, for images of at least three times as many tokens; else 4."""
+    over 37 tokens takes as long as over 50, and over 32 tokens a third of that. 0: 32, half a tile of attention on
+    GPUs, for images of at least six times as many tokens; else 4."""
     groups: int = 16
     """expert: number of groups that the neurons of an MLP are split into."""
     grouping: Literal["contiguous", "coactivation"] = "contiguous"

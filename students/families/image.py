@@ -67,7 +67,7 @@ class ImageStudent(Student):
         self.tokens, self.compute = self.at(image_shape(self.model)[1:])
         """Number of tokens, prefix included, and compute model of an image of the size that the model is configured
         for; for other sizes see `at`."""
-        self.runtime.own_multiple = 64 if self.tokens >= 3 * 64 else 4
+        self.runtime.own_multiple = 32 if self.tokens >= 6 * 32 else 4
 
     def predict(self, pixel_values: Tensor) -> Any:
         """Return the model's own output, without gradients; on GPUs through recorded passes (kernels/capture.py),
