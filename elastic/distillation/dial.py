@@ -228,7 +228,7 @@ def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: 
     patches from now on, in the end any number."""
     run = student.runtime
     away = max(abs(curve.exact[_nearest(curve.exact, target)] - target) for target in targets)
-    used = max(run.patch_counts(router).multiple for router in student.spec.routers)
+    used = max((run.patch_counts(router).multiple for router in student.spec.routers), default=1)
     if away <= COARSE or used == 1:
         return False
     run.multiples = used // 2 if used > 8 else 1
