@@ -23,7 +23,7 @@ from students.execution.wrapper import Named
 from students.kernels.attention_gradient import learning
 from students.kernels.capture import Fetched
 from students.libraries import cache_in
-from students.recording.prompt import Prompted, Room, in_rows
+from students.recording.prompt import Prompted, PromptSize, in_rows
 from students.routers import ImageRouter, selection
 
 LEAK = 1e-8
@@ -160,13 +160,13 @@ class ImagePruner:
             return False
         return self.router.spec.selection == "topk" or not self.runtime.training or self.by_count
 
-    def room(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> Room:
-        """Return the Room of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
+    def size_of(self, router: ImageRouter, image: Sequence[int], valid: Sequence[int]) -> PromptSize:
+        """Return the size of prompts from each row's numbers of image tokens and of all tokens, if `counts`."""
         passing = [
             min(have, max(1, round(share * have)))  # as in `choose`
             for have, share in zip(image, self._shares(router, len(image)), strict=True)
         ]
-        return Room.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
+        return PromptSize.of([t - have + some for t, have, some in zip(valid, image, passing, strict=True)], valid)
 
     def _shares(self, router: ImageRouter, rows: int) -> list[float]:
         """Return the share of each row's image tokens that passes, if `counts`."""
@@ -221,14 +221,14 @@ class ImagePruner:
             kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), valid, bias, x.dtype)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
-        room = self._room_of(router, prompted, kept)
-        if room.fewer:
-            return self._shorten(prompted, kept, room, kwargs)
-        if prompted.room is None or room.kept == valid.numel():
+        size = self._size_of(router, prompted, kept)
+        if size.fewer:
+            return self._shorten(prompted, kept, size, kwargs)
+        if prompted.size is None or size.kept == valid.numel():
             return None, 0
         # a recorded pass, whose caller leaves padding to us
         kwargs["attention_mask"] = hidden_keys(kwargs.get("attention_mask"), valid, None, x.dtype)
-        return valid, valid.numel() - room.kept
+        return valid, valid.numel() - size.kept
 
     def _decide(self, router: ImageRouter, prompted: Prompted, prompt: Tensor | None, x: Tensor) -> Tensor:
         """Return the gates [B, T] of all tokens of x [B, T, D]: 1 for text, 0 for padding."""
@@ -247,15 +247,17 @@ class ImagePruner:
         run.note("image", router.spec, gate, score.unsqueeze(-1))
         return gate
 
-    def _room_of(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> Room:
-        """Return the Room of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
-        if prompted.room is not None:
-            return prompted.room
+    def _size_of(self, router: ImageRouter, prompted: Prompted, kept: Tensor) -> PromptSize:
+        """Return the size of prompts whose tokens at kept [B, T] pass; wait for the device if numbers are not known."""
+        if prompted.size is not None:
+            return prompted.size
         if prompted.counts is not None:
-            return self.room(router, *prompted.counts.wait().tolist())
-        return Room.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
+            return self.size_of(router, *prompted.counts.wait().tolist())
+        return PromptSize.of(*Fetched(torch.stack([kept.sum(1), prompted.valid.sum(1)])).wait().tolist())
 
-    def _shorten(self, prompted: Prompted, kept: Tensor, room: Room, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+    def _shorten(
+        self, prompted: Prompted, kept: Tensor, size: PromptSize, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, int]:
         """As `prune`, for prompts of which some tokens are not in kept [B, T]."""
         run, x, cache, valid = self.runtime, kwargs["inputs_embeds"], cache_in(kwargs), prompted.valid
         positions = positions_of(kwargs, x)
@@ -271,9 +273,9 @@ class ImagePruner:
             if memory is not None:
                 memory.append(kept, place)
             kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), kept, None, x.dtype)
-            return kept, kept.numel() - room.kept
+            return kept, kept.numel() - size.kept
         # kept tokens move to the right end, so that every row's last token is in the last column
-        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -room.tokens :]
+        index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -size.tokens :]
         here = kept.gather(1, index)
         if run.decisions is not None:
             run.decisions.index, run.decisions.valid = index, here
@@ -281,12 +283,12 @@ class ImagePruner:
             memory.append(here, None if place is None else index)
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         pick_features(kwargs, index)
-        mask, padded = shorter_mask(self._windows.own_masks(kwargs, valid), index, here), here.numel() - room.kept
+        mask, padded = shorter_mask(self._windows.own_masks(kwargs, valid), index, here), here.numel() - size.kept
         # without cache and mask, transformers would take gaps in positions for borders between packed texts
         if isinstance(mask, Tensor) and mask.ndim == 2 and cache is not None:
             if not padded:
                 mask = None
-            elif prompted.room is not None:
+            elif prompted.size is not None:
                 mask = selection.additive(selection.hide_closed_keys(None, here, x.dtype), x.dtype)
         kwargs["attention_mask"] = mask
         return here, padded

@@ -19,7 +19,7 @@ from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.kernels.capture import Fetched
 from students.libraries import cache_in, with_cache
-from students.recording.prompt import Prompted, PromptPruning, Read, Room
+from students.recording.prompt import Prompted, PromptPruning, PromptSize, Read
 from students.routers import ImageRouter
 
 VISION = "vision."
@@ -259,7 +259,7 @@ class VisionLanguageStudent(LanguageStudent):
             else:
                 kept, padded = self.pruner.prune(self.image_router, prompted, self._prompt, kwargs)
         mask = kwargs.get("attention_mask")
-        hidden = mask is not None and not is_flat(mask) and prompted.room is None and prompted.valid.shape[1] > 1
+        hidden = mask is not None and not is_flat(mask) and prompted.size is None and prompted.valid.shape[1] > 1
         if kept is None and hidden:
             kept, padded = prompted.valid, prompted.valid.numel() - int(prompted.valid.sum())  # waits for the device
         before = self._prompt
@@ -307,21 +307,21 @@ class StudentPruning(PromptPruning):
         shares = (student.image_router.levels, student.image_router.log_gain)
         return language, run.offset, run.capacity, tuple(x._version for x in shares if x is not None)
 
-    def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """Return the Room of rows after pruning, from their numbers of image tokens and of tokens without padding."""
+    def size_of(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> PromptSize:
+        """Return the size of rows after pruning, from their numbers of image tokens and of tokens without padding."""
         student = self._student
-        whole = super().room(image, valid, tokens)
+        whole = super().size_of(image, valid, tokens)
         if student.runtime.bypass or student.image_router is None:
             return whole
-        made = student.pruner.room(student.image_router, image, valid)
+        made = student.pruner.size_of(student.image_router, image, valid)
         return made if made.fewer else whole
 
     @contextmanager
-    def told(self, prompted: Prompted) -> Iterator[None]:
+    def applied(self, prompted: Prompted) -> Iterator[None]:
         """A context in which the model is called with the embeddings that `prompted` describes."""
         student = self._student
         if student.runtime.bypass or student.image_router is None:
-            with super().told(prompted):
+            with super().applied(prompted):
                 yield
             return
         student.upcoming = prompted

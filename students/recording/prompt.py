@@ -33,7 +33,7 @@ TEXT = ("input_ids", "position_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
-class Room:
+class PromptSize:
     """Numbers of tokens that a batch of prompts takes in the language model."""
 
     tokens: int
@@ -44,8 +44,8 @@ class Room:
     """Whether some tokens are pruned."""
 
     @classmethod
-    def of(cls, kept: Sequence[int], valid: Sequence[int]) -> Room:
-        """Make the Room of rows of which so many `kept` tokens pass out of so many `valid` ones."""
+    def of(cls, kept: Sequence[int], valid: Sequence[int]) -> PromptSize:
+        """Make the size of rows of which so many `kept` tokens pass out of so many `valid` ones."""
         return cls(max(kept), sum(kept), sum(kept) < sum(valid))
 
 
@@ -59,7 +59,7 @@ class Prompted:
     """[B, T] bool: tokens of this call that are not padding."""
     asked: Tensor | None = None
     """[B, T] bool: tokens that may belong to the question; None: all."""
-    room: Room | None = None
+    size: PromptSize | None = None
     """Numbers of tokens after pruning, for a pass that needs these numbers beforehand."""
     counts: Fetched | None = None
     """Numbers [2, B] of image tokens and of all tokens in each row, if these are being copied to the host."""
@@ -80,15 +80,15 @@ class PromptPruning:
         """Return what a recorded pass through all modules behind the vision tower depends on; as `tower_state`."""
         return None
 
-    def room(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> Room:
-        """Return the Room of rows of length `tokens`, with so many image tokens and so many `valid` tokens each."""
-        return Room(tokens, sum(valid), fewer=False)
+    def size_of(self, image: Sequence[int], valid: Sequence[int], tokens: int) -> PromptSize:
+        """Return the size of rows of length `tokens`, with so many image tokens and so many `valid` tokens each."""
+        return PromptSize(tokens, sum(valid), fewer=False)
 
     @contextmanager
-    def told(self, prompted: Prompted) -> Iterator[None]:
+    def applied(self, prompted: Prompted) -> Iterator[None]:
         """A context in which the model is called with the embeddings that `prompted` describes."""
         valid = prompted.valid
-        if prompted.room is None or prompted.room.kept == valid.numel():
+        if prompted.size is None or prompted.size.kept == valid.numel():
             yield
             return
 
@@ -218,9 +218,15 @@ class PromptPass:
     """
 
     def __init__(
-        self, model: Any, pruning: PromptPruning, text: dict[str, Tensor], valid: Tensor, images: Tensor, room: Room
+        self,
+        model: Any,
+        pruning: PromptPruning,
+        text: dict[str, Tensor],
+        valid: Tensor,
+        images: Tensor,
+        size: PromptSize,
     ) -> None:
-        self._model, self._pruning, self._room = model, pruning, room
+        self._model, self._pruning, self._size = model, pruning, size
         with torch.inference_mode(False):  # they are written with and without inference mode
             self._text = {name: tensor.clone() for name, tensor in text.items()}
             self._valid, self._images = valid.clone(), images.clone()
@@ -235,7 +241,7 @@ class PromptPass:
         self._valid.copy_(valid)
         self._images.copy_(images)
         self._length.fill_(valid.shape[1] - fill)
-        self._last.fill_(self._room.tokens - fill - 1)
+        self._last.fill_(self._size.tokens - fill - 1)
 
     def run(self) -> tuple[Tensor, ReadCache]:
         """Return (logits [B, V], cache); this is the part that is recorded."""
@@ -248,8 +254,8 @@ class PromptPass:
         cache = ReadCache(self._pruning.trunk.config.num_hidden_layers)
         inputs = with_cache(self._model, {**text, "inputs_embeds": embeds, "use_cache": True}, cache)
         asked = (self._places < self._length).expand(ids.shape)
-        told = self._pruning.told(Prompted(image, self._valid, asked, self._room))
-        with told, _deep_features(self._pruning.trunk, image, deep):
+        applied = self._pruning.applied(Prompted(image, self._valid, asked, self._size))
+        with applied, _deep_features(self._pruning.trunk, image, deep):
             logits = self._model(**inputs, logits_to_keep=self._last).logits
         return logits[:, -1].float(), cache
 
@@ -310,13 +316,13 @@ class Prompts:
         of_rows, in_all = Fetched(torch.stack([image.sum(1), valid.sum(1)])).wait().tolist()
         if sum(of_rows) != len(images):
             return None  # the model raises the error
-        room = self.pruning.room(of_rows, in_all, valid.shape[1])
+        size = self.pruning.size_of(of_rows, in_all, valid.shape[1])
         text = self._filled(inputs, fill)
-        padded = room.kept < len(ids) * room.tokens
-        key = valid.shape, images.shape, images.dtype, ids.device, room.tokens, room.fewer, padded, *text, state
+        padded = size.kept < len(ids) * size.tokens
+        key = valid.shape, images.shape, images.dtype, ids.device, size.tokens, size.fewer, padded, *text, state
 
         def make() -> tuple[PromptPass, Callable[[], tuple[Tensor, ReadCache]]]:
-            made = PromptPass(self.model, self.pruning, text, valid, images, room)
+            made = PromptPass(self.model, self.pruning, text, valid, images, size)
             made.write(text, valid, images, fill)
             return made, made.run
 
