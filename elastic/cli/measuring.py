@@ -118,11 +118,11 @@ def _check_bench(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.model is None):
         raise ValueError("bench times a finished run (elastic bench RUN) or a shape (--model SHAPE --random-weights)")
     if options.model is None:
-        require_run(options.run, finished=True)
         named = ("random_weights", "target_compute", "preset", "set")
         given = ["--" + name.replace("_", "-") for name in named if getattr(options, name)]
         if given:
             raise ValueError(f"a run was made with its own configuration: leave {', '.join(given)} away")
+        require_run(options.run, finished=True)
     elif not options.random_weights:
         raise ValueError(
             f"--model {options.model} would be timed without training it: add --random-weights, or distill a run first"
