@@ -8,7 +8,8 @@ from typing import Any
 
 from elastic import families, launch
 from elastic.config import require_data
-from elastic.evaluation.parts import HELD_OUT as HELD_OUT
+from elastic.evaluation.rows import HELD_OUT as HELD_OUT
+from elastic.evaluation.rows import settings_of
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.progress import Say
@@ -43,11 +44,7 @@ def measure(
         measured = launch.in_step(partial(families.of(config.family).evaluate, student, held_out, config, kept))
         rows.append(
             {
-                "model": config.model,
-                "family": config.family,
-                "preset": config.preset,
-                "phase": config.budget.phase,
-                "compute_target": config.budget.target if budget is None else budget,
+                **settings_of(config, budget),
                 "data": name,
                 "part": part,
                 **measured,

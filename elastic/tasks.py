@@ -15,6 +15,7 @@ from lm_eval.evaluator import evaluate
 
 from elastic import launch
 from elastic.data_parallel import sum_over_processes
+from elastic.evaluation.rows import settings_of
 from elastic.harness.loading import load_tasks
 from elastic.harness.questions import file_task as file_task  # so that it can be imported from here, as before
 from elastic.harness.scorer import Scorer
@@ -69,11 +70,7 @@ def score_run(
             spent = {phase: own / dense for phase, (own, dense) in zip(PHASES, macs, strict=True)}
             rows.append(
                 {
-                    "model": config.model,
-                    "family": config.family,
-                    "preset": config.preset,
-                    "phase": config.budget.phase,
-                    "compute_target": config.budget.target if budget is None else budget,
+                    **settings_of(config, budget),
                     "task": name,
                     "examples": len(chosen),
                     "compute": spent["decode"],

@@ -53,8 +53,8 @@ def pytest_runtest_call() -> None:
 
 
 @pytest.fixture(autouse=True)
-def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give printed tables room, so that how long the paths of temporary folders are breaks no line."""
+def wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print tables as wide as they are, so that how long the paths of temporary folders are breaks no line."""
     monkeypatch.setenv("COLUMNS", "1000")
 
 

@@ -17,7 +17,7 @@ from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
-from elastic.evaluation.parts import data_of
+from elastic.evaluation.rows import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched

@@ -15,7 +15,7 @@ from elastic.accounting.language import BATCH_TOKENS, head_cost, prompt_mask
 from elastic.accounting.routing import routing_profile
 from elastic.config import LossConfig, RunConfig
 from elastic.data_parallel import local_batches
-from elastic.evaluation.parts import data_of
+from elastic.evaluation.rows import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.language import Distillation, Measured
 from elastic.objectives.sums import of_all

@@ -16,7 +16,7 @@ from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
-from elastic.evaluation.parts import data_of
+from elastic.evaluation.rows import data_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.sums import of_all
 from elastic.objectives.vision_language import Measured, measured_on, text_rows
