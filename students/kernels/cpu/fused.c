@@ -3,6 +3,8 @@
 //
 // Compiled with kernels.c (see toolchain.py). Arithmetic is in float32; limits are first rounded to the tensors' type,
 // in which torch would compare them.
+//
+// Sums choose factors, not terms: GCC 14.2 with -fno-trapping-math vectorises `sum += near ? a * b : 0` wrongly.
 
 #include <math.h>
 #include <stdint.h>
@@ -159,7 +161,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                 int keep = guess >= least, near = (guess >= low) & (guess < high);                               \
                 te[v] = keep ? g[v] : 0;                                                                         \
                 rest += keep ? 0 : out;                                                                          \
-                slope += near ? (up_##S(e[v]) - up_##S(down_##S(guess + tail))) * out + price : 0;               \
+                slope += (near ? up_##S(e[v]) - up_##S(down_##S(guess + tail)) : 0) * out + (near ? price : 0);  \
             }                                                                                                    \
             for (int64_t v = 0; to_preview && v < V; v++) to_preview[n * V + v] = up_##S(p[v]) >= least ? 0 : g[v]; \
             to_limit[n] = -slope, to_tail[n] = rest;                                                             \
@@ -251,7 +253,7 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                 float out = up_##S(back);                                                                        \
                 e[v] = keep ? back : 0, p[v] = keep ? 0 : back;                                                  \
                 rest += keep ? 0 : out;                                                                          \
-                slope += near ? (value - other) * out + price : 0;                                               \
+                slope += (near ? value - other : 0) * out + (near ? price : 0);                                  \
             }                                                                                                    \
             to_limit[n] = -slope, to_tail[n] = rest;                                                             \
         }                                                                                                        \
