@@ -5,7 +5,6 @@ torch's autograd would store intermediate results that these backward passes rec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,13 +34,8 @@ class ChannelGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor, Tensor | None]:
         x, limit = ctx.saved_tensors
-        grad_x, grad_limit = ops.channel_gate_grad(grad_out, grad_share, x, *_ramp(limit))
+        grad_x, grad_limit = ops.channel_gate_grad(grad_out, grad_share, x, limit)
         return grad_x, grad_limit if ctx.needs_input_grad[1] else None
-
-
-def _ramp(limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the limit and the lower and upper ends of the surrogate gradient's ramp around it."""
-    return limit, limit * math.exp(-0.5), limit * math.exp(0.5)
 
 
 class GatedChannelGate(torch.autograd.Function):
@@ -61,7 +55,7 @@ class GatedChannelGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_share: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, limit = ctx.saved_tensors
-        by_gate, by_up, by_limit = ops.gated_grad(grad_out, grad_share, gate, up, *_ramp(limit), ctx.kind)
+        by_gate, by_up, by_limit = ops.gated_grad(grad_out, grad_share, gate, up, limit, ctx.kind)
         return None, by_limit if ctx.needs_input_grad[1] else None, by_gate, by_up, None
 
 

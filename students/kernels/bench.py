@@ -95,11 +95,9 @@ def other_lines(on: Setup) -> Iterator[str]:
     size, single, wide = on.dtype.itemsize, torch.float32, on.tokens[1]
     x, gate = on.make(*on.tokens), on.make(*on.tokens)
     share, limit = on.make(on.tokens[0], dtype=single), on.make(wide, dtype=single).abs()
-    ends = limit * 0.6, limit * 1.6
-    call: Call = partial(ops.channel_gate_grad, x, share, x, limit, *ends)
     yield line(f"channel_gate {on.tokens}", 2 * x.numel() * size, partial(ops.channel_gate, x, limit))
-    yield line("channel_gate_grad", 3 * x.numel() * size, call)
-    yield line("gated_grad", 5 * x.numel() * size, partial(ops.gated_grad, x, share, gate, x, limit, *ends, 0))
+    yield line("channel_gate_grad", 3 * x.numel() * size, partial(ops.channel_gate_grad, x, share, x, limit))
+    yield line("gated_grad", 5 * x.numel() * size, partial(ops.gated_grad, x, share, gate, x, limit, 0))
     s, t = (on.make(*on.logits) for _ in range(2))
     each, tail, limit = on.make(len(s), dtype=single), on.make(dtype=single), on.make(len(s), 1, dtype=single)
     yield line(f"row_gate {on.logits}", 3 * s.numel() * size, partial(ops.row_gate, s, t, limit, tail))
@@ -109,7 +107,7 @@ def other_lines(on: Setup) -> Iterator[str]:
     yield line("forward_kl_grad", 3 * s.numel() * size, partial(ops.forward_kl_grad, s, t, logs, each))
     for rows in (1, 4, on.tokens[0]):
         x, gain = on.make(rows, wide), on.make(wide)
-        call = partial(ops.rms_norm, x, gain, 1e-5, 0)
+        call: Call = partial(ops.rms_norm, x, gain, 1e-5, 0)
         yield line(f"rms_norm {tuple(x.shape)}", 2 * x.numel() * size, call, partial(_plain_norm, x, gain))
     for slots in (256, 1024, 4096):
         keys, values, query = on.make(1, 8, slots, 128), on.make(1, 8, slots, 128), on.make(1, 32, 1, 128)

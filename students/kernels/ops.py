@@ -206,15 +206,15 @@ fused_gate: Pair = _operator(
 second result is x + residual; empty without `residual`."""
 
 channel_gate_grad: Pair = _operator(
-    "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit, Tensor low, Tensor high)"
-    " -> (Tensor, Tensor)",
-    lambda grad_out, grad_share, x, limit, *_: (_like(x), _like(limit)),
+    "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit) -> (Tensor, Tensor)",
+    lambda grad_out, grad_share, x, limit: (_like(x), _like(limit)),
 )
-"""Gradients of `channel_gate` by x and by log(limit); only channels with low <= |x| < high contribute to the latter."""
+"""Gradients of `channel_gate` by x and by log(limit), to which the channels with |x| from exp(-1/2) to exp(1/2) times
+the limit contribute."""
 
 gated_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
-    "gated_grad(Tensor grad_out, Tensor grad_share, Tensor gate, Tensor up, Tensor limit, Tensor low, Tensor high,"
-    " int kind) -> (Tensor, Tensor, Tensor)",
+    "gated_grad(Tensor grad_out, Tensor grad_share, Tensor gate, Tensor up, Tensor limit, int kind)"
+    " -> (Tensor, Tensor, Tensor)",
     lambda grad_out, grad_share, gate, up, limit, *_: (_like(gate), _like(up), _like(limit)),
 )
 """Gradients by gate, up and log(limit) of `channel_gate` applied to activation(gate) * up. kind: the activation, 0 for

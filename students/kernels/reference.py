@@ -111,26 +111,17 @@ def fused_gate(
     return channel_gate(x, limit)[0], stream
 
 
-def channel_gate_grad(
-    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
+def channel_gate_grad(grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     x, grad_out = x.contiguous(), grad_out.contiguous()
     size = x.abs()
-    near = _reaches(size, low) - _reaches(size, high)
+    near = _reaches(size, limit * math.exp(-0.5)) - _reaches(size, limit * math.exp(0.5))
     slope = _sum_tokens(None, (grad_out * x).mul_(near), limit.shape)
     slope += _sum_tokens(grad_share, near, limit.shape) / x.shape[-1]
     return grad_out * _reaches(size, limit), -slope
 
 
 def gated_grad(
-    grad_out: Tensor,
-    grad_share: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    limit: Tensor,
-    low: Tensor,
-    high: Tensor,
-    kind: int,
+    grad_out: Tensor, grad_share: Tensor, gate: Tensor, up: Tensor, limit: Tensor, kind: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     gate, up, wide = gate.contiguous(), up.contiguous(), _wide(gate)
     if kind == 0:
@@ -140,7 +131,7 @@ def gated_grad(
         active, root = F.gelu(gate, approximate="tanh"), (2 / math.pi) ** 0.5
         soft = (root * (wide + 0.044715 * wide.pow(3))).tanh()
         slope = (1 + soft + wide * (1 - soft.square()) * root * (1 + 3 * 0.044715 * wide.square())) / 2
-    grad, grad_limit = channel_gate_grad(grad_out, grad_share, active * up, limit, low, high)
+    grad, grad_limit = channel_gate_grad(grad_out, grad_share, active * up, limit)
     return (_wide(grad * up) * slope).to(gate.dtype), grad * active, grad_limit
 
 

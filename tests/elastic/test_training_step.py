@@ -27,7 +27,7 @@ PRESETS = {
     "mixture-of-depths": [],
     "router-tuning, a sequence": ["student.routers=[{kind: token, granularity: sequence}]", "data.prompt=8"],
 }
-MOST = 118
+MOST = 110
 """Largest number of operators launched for one block in a training step (forward pass of the teacher, forward and
 backward pass of the student), with torch's norms and attention and fused rotary embeddings."""
 

@@ -32,6 +32,8 @@
     }
 
 #define WIDE 512
+#define LOW 0.6065306597126334f // exp(-1/2)
+#define HIGH 1.6487212707001282f // exp(1/2)
 
 // Returns how many adjacent channels a thread processes together: the more, the fewer pages are in use at a time.
 static inline int64_t wide_of(int64_t I, int threads) {
@@ -40,12 +42,11 @@ static inline int64_t wide_of(int64_t I, int threads) {
 }
 
 // Gradients of CHANNEL_GATE: in[n, i] = grad[n, i] where x is kept, else 0; slope[g, i] -= grad x + by_share[n] / I,
-// summed over the rows of x with low <= |x| < high. low and high are [*, I] as limit is. Results
-// go through local arrays, since compilers do not vectorise loops over arrays that may overlap.
+// summed over the rows of x with LOW limit <= |x| < HIGH limit. Results go through local arrays, since compilers do not
+// vectorise loops over arrays that may overlap.
 #define CHANNEL_GATE_GRAD(S, T)                                                                                  \
     void channel_gate_grad_##S(const T *grad, const T *x, int64_t N, int64_t I, const float *limit,              \
-                               const float *low, const float *high, int64_t each, const float *by_share,         \
-                               T *in, float *slope, int threads) {                                               \
+                               int64_t each, const float *by_share, T *in, float *slope, int threads) {          \
         int64_t wide = wide_of(I, threads), parts = (I + wide - 1) / wide;                                       \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t part = 0; part < parts; part++) {          \
             int64_t a = part * wide, m = a + wide < I ? wide : I - a;                                            \
@@ -58,7 +59,8 @@ static inline int64_t wide_of(int64_t I, int threads) {
                 if (n % each == 0)                                                                               \
                     for (int64_t i = 0; i < m; i++) {                                                            \
                         least[i] = up_##S(down_##S(limit[group + i]));                                           \
-                        from[i] = up_##S(down_##S(low[group + i])), to[i] = up_##S(down_##S(high[group + i]));   \
+                        from[i] = up_##S(down_##S(LOW * limit[group + i]));                                      \
+                        to[i] = up_##S(down_##S(HIGH * limit[group + i]));                                       \
                     }                                                                                            \
                 for (int64_t i = 0; i < m; i++) {                                                                \
                     float value = up_##S(v[i]), size = fabsf(value);                                             \
@@ -93,8 +95,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
 // [N, I], and slope.
 #define GATED_GRAD(S, T)                                                                                         \
     void gated_grad_##S(const T *grad, const T *gate, const T *up, int64_t N, int64_t I, const float *limit,     \
-                        const float *low, const float *high, int64_t each, const float *by_share, int64_t kind,  \
-                        T *by_gate, T *by_up, float *slope, int threads) {                                       \
+                        int64_t each, const float *by_share, int64_t kind, T *by_gate, T *by_up, float *slope,   \
+                        int threads) {                                                                           \
         int64_t wide = wide_of(I, threads), parts = (I + wide - 1) / wide;                                       \
         _Pragma("omp parallel for num_threads(threads)") for (int64_t part = 0; part < parts; part++) {          \
             int64_t a = part * wide, m = a + wide < I ? wide : I - a;                                            \
@@ -107,7 +109,8 @@ static inline void activation(const float *x, int64_t m, int64_t kind, float *ac
                 if (n % each == 0)                                                                               \
                     for (int64_t i = 0; i < m; i++) {                                                            \
                         least[i] = up_##S(down_##S(limit[group + i]));                                           \
-                        from[i] = up_##S(down_##S(low[group + i])), to[i] = up_##S(down_##S(high[group + i]));   \
+                        from[i] = up_##S(down_##S(LOW * limit[group + i]));                                      \
+                        to[i] = up_##S(down_##S(HIGH * limit[group + i]));                                       \
                     }                                                                                            \
                 for (int64_t i = 0; i < m; i++) x[i] = up_##S(g[i]);                                             \
                 activation(x, m, kind, active, rise);                                                            \

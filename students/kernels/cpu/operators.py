@@ -92,29 +92,20 @@ def _each(x: Tensor, limit: Tensor) -> int:
 
 
 @_in_c
-def channel_gate_grad(
-    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
+def channel_gate_grad(grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     grads = x.new_empty(x.shape), limit.new_zeros(limit.shape)
-    shape, limits = (grad_share.numel(), x.shape[-1]), (limit, low, high, _each(x, limit))
-    toolchain.call("channel_gate_grad", grad_out, x, *shape, *limits, grad_share, *grads)
+    shape = grad_share.numel(), x.shape[-1]
+    toolchain.call("channel_gate_grad", grad_out, x, *shape, limit, _each(x, limit), grad_share, *grads)
     return grads
 
 
 @_in_c
 def gated_grad(
-    grad_out: Tensor,
-    grad_share: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    limit: Tensor,
-    low: Tensor,
-    high: Tensor,
-    kind: int,
+    grad_out: Tensor, grad_share: Tensor, gate: Tensor, up: Tensor, limit: Tensor, kind: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = gate.new_empty(gate.shape), up.new_empty(up.shape), limit.new_zeros(limit.shape)
-    shape, limits = (grad_share.numel(), gate.shape[-1]), (limit, low, high, _each(gate, limit))
-    toolchain.call("gated_grad", grad_out, gate, up, *shape, *limits, grad_share, kind, *grads)
+    shape = grad_share.numel(), gate.shape[-1]
+    toolchain.call("gated_grad", grad_out, gate, up, *shape, limit, _each(gate, limit), grad_share, kind, *grads)
     return grads
 
 

@@ -41,8 +41,6 @@ def _gate_grad(
     x,
     up,
     limit,
-    low,
-    high,
     to_x,
     to_up,
     partial,
@@ -63,9 +61,10 @@ def _gate_grad(
     here = channel < channels
     own = group * channels + channel
     kind = x.dtype.element_ty
-    least = tl.load(limit + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
-    lower = tl.load(low + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
-    upper = tl.load(high + own, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    exact = tl.load(limit + own, mask=here, other=0.0)[None, :]
+    least = exact.to(kind).to(tl.float32)
+    lower = (exact * 0.6065306597126334).to(kind).to(tl.float32)  # exp(-1/2)
+    upper = (exact * 1.6487212707001282).to(kind).to(tl.float32)  # exp(1/2)
     sums = tl.zeros([TILE, BLOCK], tl.float32)
     for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, rows), TILE):
         token = start + tl.arange(0, TILE)
@@ -129,38 +128,28 @@ def _each(x: Tensor, limit: Tensor) -> int:
     return max(1, x.numel() // limit.numel())
 
 
-def channel_gate_grad(
-    grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
+def channel_gate_grad(grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.channel_gate_grad` in Triton."""
-    grad_x, _, grad_limit = gated_grad(grad_out, grad_share, x, None, limit, low, high, -1)
+    grad_x, _, grad_limit = gated_grad(grad_out, grad_share, x, None, limit, -1)
     return grad_x, grad_limit
 
 
 def gated_grad(
-    grad_out: Tensor,
-    grad_share: Tensor,
-    x: Tensor,
-    up: Tensor | None,
-    limit: Tensor,
-    low: Tensor,
-    high: Tensor,
-    kind: int,
+    grad_out: Tensor, grad_share: Tensor, x: Tensor, up: Tensor | None, limit: Tensor, kind: int
 ) -> tuple[Any, ...]:
     """`ops.gated_grad` in Triton, where x is the gate; with kind -1, and without `up`, `ops.channel_gate_grad`."""
     grad_out, grad_share, x = grad_out.contiguous(), grad_share.contiguous(), x.contiguous()
-    up = None if up is None else up.contiguous()
-    limits = limit.contiguous(), low.contiguous(), high.contiguous()
+    up, limit = None if up is None else up.contiguous(), limit.contiguous()
     channels, rows = x.shape[-1], _each(x, limit)
     groups, chunks = limit.numel() // channels, triton.cdiv(rows, ROWS)
-    grads = torch.empty_like(x), None if up is None else torch.empty_like(up), torch.empty_like(limits[0])
+    grads = torch.empty_like(x), None if up is None else torch.empty_like(up), torch.empty_like(limit)
     if not x.numel():
         return *grads[:2], grads[2].zero_()
     partial = limit.new_empty(groups, chunks, channels)
     block = min(256, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     _gate_grad[(blocks, chunks, groups)](
-        *(grad_out, grad_share, x, up, *limits, *grads[:2], partial, channels, rows),
+        *(grad_out, grad_share, x, up, limit, *grads[:2], partial, channels, rows),
         KIND=kind,
         ROWS=ROWS,
         TILE=8,

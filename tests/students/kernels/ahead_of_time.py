@@ -90,10 +90,10 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("channel_gate", x, limit)
     yield call("fused_gate", make(64, narrow), make(narrow), make(64, narrow), 1e-6, 0, limit)
     yield call("fused_gate", *make(64, 2 * wide).chunk(2, 1), None, 0.0, 3, long_limit)
-    yield call("channel_gate_grad", x, tokens, x, limit, limit, limit)
+    yield call("channel_gate_grad", x, tokens, x, limit)
     for kind in (0, 1):
         y = make(4, 1024, wide)
-        yield call("gated_grad", y, tokens, y, y, long_limit, long_limit, long_limit, kind)
+        yield call("gated_grad", y, tokens, y, y, long_limit, kind)
     logits, each, limits = make(512, vocabulary), make(512, kind=single), make(512, 1, kind=single)
     yield call("row_gate", logits, logits, limits, scalar)
     yield call("row_gate_grad", logits, each, logits, logits, limits, scalar)

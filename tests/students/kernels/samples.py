@@ -93,12 +93,12 @@ def fused_gate(draw: Draw) -> Iterator[Arguments]:
 
 def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
     for x, limit in (*channel_gate(draw), (draw(2, 700, 9), draw.limit(2, 1, 9))):
-        yield draw(*x.shape), draw.single(*x.shape[:2]), x, limit, 0.6 * limit, 1.6 * limit
+        yield draw(*x.shape), draw.single(*x.shape[:2]), x, limit
 
 
 def gated_grad(draw: Draw) -> Iterator[Arguments]:
     for kind, (x, limit) in enumerate(channel_gate(draw)):
-        yield draw(3, 5, 77), draw.single(3, 5), 2 * draw(3, 5, 77), x, limit, 0.6 * limit, 1.6 * limit, kind
+        yield draw(3, 5, 77), draw.single(3, 5), 2 * draw(3, 5, 77), x, limit, kind
 
 
 def row_gate(draw: Draw) -> Iterator[Arguments]:
