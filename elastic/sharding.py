@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic import launch
-from students.architectures import ARCHITECTURES, VISION_TOWERS, architecture_of, kind_of
+from students.architectures.lookup import ARCHITECTURES, architecture_of, kind_of
+from students.architectures.vision_language import VISION_TOWERS
 from students.shards import Shards, part_of, unit_of
 
 

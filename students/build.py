@@ -11,10 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from students.architectures import (
-    BOTH_WAYS,
-    VISION_TOWERS,
-    Architecture,
+from students.architectures.lookup import (
     architecture_of,
     can_be_read_in_part,
     kind_of,
@@ -23,6 +20,8 @@ from students.architectures import (
     trunk_of,
     windows_of,
 )
+from students.architectures.record import Architecture
+from students.architectures.vision_language import BOTH_WAYS, VISION_TOWERS
 from students.compute import BlockShape, ComputeModel
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.architectures import BRANCHES
+from students.architectures.record import BRANCHES
 from students.decisions import Decisions
 from students.spec import RouterSpec, StudentSpec
 

@@ -10,17 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.architectures import (
-    BRANCHES,
-    LINEAR_SITES,
-    Architecture,
-    Branch,
-    Linear,
-    Sizes,
-    can_be_read_in_part,
-    matrices_of,
-    shape_of,
-)
+from students.architectures.lookup import Linear, Sizes, can_be_read_in_part, matrices_of, shape_of
+from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
 from students.compute import BlockShape
 from students.execution.attention import route_attention
 from students.execution.block import BlockGather

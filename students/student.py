@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 from students.checkpoint import read_tensors, write_tensors
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from students import Student
-from students.architectures import architecture_of, matrices_of, shape_of, sizes_of, weight_of
+from students.architectures.lookup import architecture_of, matrices_of, shape_of, sizes_of, weight_of
 from students.architectures.record import Architecture
 from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper

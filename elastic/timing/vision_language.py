@@ -11,7 +11,7 @@ from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, decode, prefill
 from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
-from students.architectures import architecture_of
+from students.architectures.lookup import architecture_of
 from students.architectures.vision_language import VISION_TOWERS
 from students.calibration.vision_language import CALIBRATED
 from students.decisions import Decisions

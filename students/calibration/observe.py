@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import shape_of, values_of
+from students.architectures.lookup import shape_of, values_of
 from students.calibration.data_shard import DataShard
 from students.calibration.fit import cluster_neurons, fit_substitute
 from students.calibration.price import Choice, gated_choice

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from students.architectures import architecture_of, windows_of
+from students.architectures.lookup import architecture_of, windows_of
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
 from students.execution.tokens import Order, Rectangle, scatter_rows

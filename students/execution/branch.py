@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import Architecture, Branch
+from students.architectures.record import Architecture, Branch
 from students.execution.attention import Packing, Plan
 from students.execution.block_context import BlockContext, BranchContext, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures import Architecture, Linear, shape_of, weight_of
+from students.architectures.lookup import Linear, shape_of, weight_of
+from students.architectures.record import Architecture
 from students.execution.block_context import BranchContext, Narrow
 from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime

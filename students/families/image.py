@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.architectures import BRANCHES, architecture_of, trunk_of
+from students.architectures.lookup import architecture_of, trunk_of
+from students.architectures.record import BRANCHES
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions

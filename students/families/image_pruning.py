@@ -16,7 +16,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from students.architectures import windows_of
+from students.architectures.lookup import windows_of
 from students.execution.kv_cache import memory_of
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named

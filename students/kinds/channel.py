@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from students.architectures import Architecture
-from students.architectures.record import LINEAR_SITES
+from students.architectures.record import LINEAR_SITES, Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice, limit_choice
 from students.compute import BlockCost

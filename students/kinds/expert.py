@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockStart
 from students.calibration.price import Choice
 from students.kinds.head import HeadKind

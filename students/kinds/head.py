@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from students.architectures import Architecture
-from students.architectures.record import BRANCHES
+from students.architectures.record import BRANCHES, Architecture
 from students.calibration.image import ImageStart
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice

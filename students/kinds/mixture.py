@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice, limits_for
 from students.compute import BlockCost, Phase

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from students.architectures import Architecture, shape_of
+from students.architectures.lookup import shape_of
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice, limit_choice
 from students.compute import BlockCost

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 
 if TYPE_CHECKING:
     from students.spec import RouterSpec, StudentSpec

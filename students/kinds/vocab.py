@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from students.architectures import Architecture
+from students.architectures.record import Architecture
 from students.compute import Phase
 from students.execution.head import RoutedHead
 from students.kinds.registry import Kind

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from students.architectures import windows_of
+from students.architectures.lookup import windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels import ops
 from students.kernels.capture import Fetched, Recorder, Recordings, recorder_for

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from students.architectures import windows_of
+from students.architectures.lookup import windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels.capture import Fetched, Forward, Recorder, Recordings, recorder_for
 from students.libraries import with_cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from students.architectures import windows_of
+from students.architectures.lookup import windows_of
 from students.execution.call import Memory
 from students.execution.kv_cache import keys_and_values
 from students.kernels import ops

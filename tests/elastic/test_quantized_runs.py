@@ -16,7 +16,7 @@ from elastic.evaluate import measure_run
 from elastic.generate import generate_text
 from elastic.run import Run
 from elastic.trainer import Interrupted, distill, resume
-from students.architectures import can_be_read_in_part
+from students.architectures.lookup import can_be_read_in_part
 from teachers import quantize
 from tests.elastic.runs import Configure
 from tests.pico.language import make_tiny, make_tokenizer

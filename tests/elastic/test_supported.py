@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elastic.cli import main
 from elastic.run import Run
-from students.architectures import ARCHITECTURES, VISION_TOWERS
+from students.architectures.lookup import ARCHITECTURES
+from students.architectures.vision_language import VISION_TOWERS
 from tests.elastic.runs import write_images
 from tests.pico.language import MORE, TINY, TINY_MIXTURES
 from tests.pico.processors import make_processor

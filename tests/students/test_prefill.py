@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
-from students.architectures import BRANCHES
+from students.architectures.record import BRANCHES
 from students.execution import tokens as some_tokens
 from students.kernels import devices, first_rows
 from students.kernels.capture import Fetched

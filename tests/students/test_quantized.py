@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
-from students.architectures import LINEAR_SITES, can_be_read_in_part, shape_of, values_of
+from students.architectures.lookup import can_be_read_in_part, shape_of, values_of
+from students.architectures.record import LINEAR_SITES
 from students.compute import PHASES
 from teachers.quantize import PACKAGES, kept_bytes, quantize
 from tests.pico.language import make_tiny
