@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from students.architectures.lookup import windows_of
@@ -97,51 +97,26 @@ class PromptPruning:
             mask = selection.additive(selection.hide_closed_keys(own, valid, dtype), dtype)
             return args, {**kwargs, "attention_mask": mask}
 
-        hook = self.trunk.register_forward_pre_hook(hide, with_kwargs=True)
-        try:
+        with self.trunk.register_forward_pre_hook(hide, with_kwargs=True):
             yield
-        finally:
-            hook.remove()
 
 
-class ReadLayer(CacheLayerMixin):
+class ReadLayer(DynamicLayer):
     """Cache of one layer, filled by one pass: holds the keys and values [B, H, L, d] of that pass uncopied."""
-
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self) -> None:
-        CacheLayerMixin.__init__(self)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note dtype and device; nothing is allocated."""
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep the keys and values of the pass, and return both."""
-        self.lazy_initialization(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = key_states, value_states
         return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (number of tokens of the pass, 0): no token came before."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def get_max_length(self) -> int:
-        """Return -1: the length is not limited."""
-        return -1
 
 
 class ReadCache(DynamicCache):
     """The cache of one recorded pass."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = [ReadLayer() for _ in range(layers)]
+        self.layer_class_to_replicate = ReadLayer
 
 
 class Read(NamedTuple):
@@ -196,13 +171,12 @@ def _deep_features(trunk: nn.Module, image: Tensor, parts: Sequence[Tensor]) -> 
         yield
         return
     given = in_rows(image, parts)
-    hook = trunk.register_forward_pre_hook(
-        lambda trunk, args, kwargs: (args, {**kwargs, **given}), with_kwargs=True, prepend=True
-    )
-    try:
+
+    def add(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, **given}
+
+    with trunk.register_forward_pre_hook(add, with_kwargs=True, prepend=True):
         yield
-    finally:
-        hook.remove()
 
 
 def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
@@ -251,7 +225,7 @@ class PromptPass:
         embeds = self._model.base_model.get_input_embeddings()(ids)
         images, *deep = self._images.to(embeds.dtype).split(embeds.shape[-1], -1)
         embeds = embeds.masked_scatter(image.unsqueeze(-1), images)
-        cache = ReadCache(self._pruning.trunk.config.num_hidden_layers)
+        cache = ReadCache()
         inputs = with_cache(self._model, {**text, "inputs_embeds": embeds, "use_cache": True}, cache)
         asked = (self._places < self._length).expand(ids.shape)
         applied = self._pruning.applied(Prompted(image, self._valid, asked, self._size))
