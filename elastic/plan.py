@@ -80,15 +80,7 @@ def plan(
     length, its tokens; flops_per_token, step_flops, step_seconds, tokens, samples, steps, days.
     """
     family, train = families.of(config.family), config.train
-    counted, other = ("tokens", "samples") if "tokens" in family.timing.OPTIONS else ("samples", "tokens")
-    if other in amount:
-        raise ValueError(
-            f"{config.model} is {TRAITS[config.family].noun}, which trains on {family.UNIT}: "
-            f"say --{counted} instead of --{other}"
-        )
-    if config.quantization != "none":
-        raise ValueError(f"plan counts weights in bfloat16: leave quantization={config.quantization} away")
-    wanted = amount.get(counted, AMOUNTS[counted])
+    counted, wanted = _amount(config, amount)
     if min(gpus, memory, wanted, peak) <= 0 or not 0 < share <= 1:
         raise ValueError(f"--gpus, --memory, --{counted} and --peak must be above 0, and --share above 0 and at most 1")
     model: Any = build(find_shape(config.model), torch.bfloat16, "meta")
@@ -139,6 +131,20 @@ def plan(
         "steps": steps,
         "days": steps * seconds / 86400,
     }
+
+
+def _amount(config: RunConfig, amount: dict[str, float]) -> tuple[str, float]:
+    """Return what the model's data is counted in, "tokens" or "samples", and how many are trained on."""
+    family = families.of(config.family)
+    counted, other = ("tokens", "samples") if "tokens" in family.timing.OPTIONS else ("samples", "tokens")
+    if other in amount:
+        raise ValueError(
+            f"{config.model} is {TRAITS[config.family].noun}, which trains on {family.UNIT}: "
+            f"say --{counted} instead of --{other}"
+        )
+    if config.quantization != "none":
+        raise ValueError(f"plan counts weights in bfloat16: leave quantization={config.quantization} away")
+    return counted, amount.get(counted, AMOUNTS[counted])
 
 
 def _bytes(modules: list[nn.Module]) -> int:
