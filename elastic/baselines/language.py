@@ -16,6 +16,7 @@ Baselines run as students do, with limits set here instead of trained, and witho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -253,21 +254,18 @@ def _levels(student: LanguageStudent, batches: Sequence[Tensor], shard: DataShar
         return layer.register_forward_pre_hook(hook)
 
     head, counted = student.model.get_output_embeddings(), 0
-    handles = [watch(key, layer) for key, layer in _sites(student).items()]
-    try:
-        with student.teacher():
-            for ids, info in shard.enumerate(batches):
-                counted += info.counts
-                hidden = student.features(ids)[0].last_hidden_state
-                if isinstance(head, RoutedHead):
-                    router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
-                    features = router.features(_sample(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
-                    mean = router.limit(features, torch.zeros_like(router.spread), 1.0, 0.0)
-                    length = features.float().norm(dim=-1, keepdim=True)
-                    add("vocab", (F.linear(features, preview_weight).float() - mean) / length)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, student.teacher():
+        for key, layer in _sites(student).items():
+            hooks.enter_context(watch(key, layer))
+        for ids, info in shard.enumerate(batches):
+            counted += info.counts
+            hidden = student.features(ids)[0].last_hidden_state
+            if isinstance(head, RoutedHead):
+                router, (_, _, preview_weight, _) = head.routers["vocab"], head.tensors()
+                features = router.features(_sample(hidden, max(1, HEAD_NUMBERS // len(preview_weight))))
+                mean = router.limit(features, torch.zeros_like(router.spread), 1.0, 0.0)
+                length = features.float().norm(dim=-1, keepdim=True)
+                add("vocab", (F.linear(features, preview_weight).float() - mean) / length)
     return {key: shard.all_reduce(level) / shard.all_reduce(level.new_tensor(counted)) for key, level in levels.items()}
 
 

@@ -14,6 +14,7 @@ limits solve the inequality exactly, all other routers by a ridge regression of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
     seen: Seen = {}
     rows = torch.empty(0, dtype=torch.long)
     info = BatchInfo(0, True)
-    handles = []
+    hooks = ExitStack()
 
     def observe_place(place: Observed, at: Observer) -> None:
         waiting: list[Tensor] = []
@@ -144,27 +145,23 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
                 moment = moments(x, y)
                 place.moments = moment if place.moments is None else place.moments + moment
 
-        handles.append(at.module.register_forward_hook(enter, with_kwargs=True))
-        handles.append(at.end.register_forward_hook(leave))
+        hooks.enter_context(at.module.register_forward_hook(enter, with_kwargs=True))
+        hooks.enter_context(at.end.register_forward_hook(leave))
 
     for observers in _observers(student):
         for key, at in observers.items():
             observe_place(seen.setdefault(key, Observed()), at)
     embeddings = student.model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
+    hooks.enter_context(embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_()))
     final = seen.setdefault("hidden", Observed())
-    try:
-        with student.teacher(), torch.enable_grad():
-            for ids, info in (shard or DataShard()).enumerate(batches):
-                generator = batch_generator(seed, info.index)
-                rows = torch.randperm(ids.numel() if info.counts else 0, generator=generator)[:ROWS_PER_BATCH]
-                rows = rows.to(ids.device)
-                hidden = student.features(ids)[0].last_hidden_state.flatten(0, 1)
-                final.inputs.append(info.counted(hidden.detach()))
-                _backward_fisher(student, hidden, generator)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks, student.teacher(), torch.enable_grad():
+        for ids, info in (shard or DataShard()).enumerate(batches):
+            generator = batch_generator(seed, info.index)
+            rows = torch.randperm(ids.numel() if info.counts else 0, generator=generator)[:ROWS_PER_BATCH]
+            rows = rows.to(ids.device)
+            hidden = student.features(ids)[0].last_hidden_state.flatten(0, 1)
+            final.inputs.append(info.counted(hidden.detach()))
+            _backward_fisher(student, hidden, generator)
     return seen
 
 

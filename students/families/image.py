@@ -101,10 +101,10 @@ class ImageStudent(Student):
             parameter = next(self.model.parameters())
             pixels = parameter.new_zeros(1, image_shape(self.model)[0], height, width)
             seen: list[int] = []
-            hook = self.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+            watch = self.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
             before, self.runtime.bypass = self.runtime.bypass, True
             try:
-                with flop_counter() as flops:
+                with watch, flop_counter() as flops:
                     call(self.model, pixels)
             except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # how models refuse a size
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -113,7 +113,6 @@ class ImageStudent(Student):
                     f"{' x '.join(map(str, image_shape(self.model)[1:]))}: {reason}"
                 ) from error
             finally:
-                hook.remove()
                 self.runtime.bypass = before
             blocks = replace(self.compute, outside=0)
             inside = float(blocks.dense(torch.ones(1, seen[0], dtype=torch.bool), "prefill").sum())

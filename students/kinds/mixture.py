@@ -68,9 +68,8 @@ class MixtureKind(Kind):
         mlp, router = block.block.get_submodule(block.record.mlp), experts.routers["mixture"]
         given: list[Any] = []
         x = block.seen("mlp").x.to(next(mlp.parameters()).dtype)
-        hook = experts.register_forward_pre_hook(lambda module, args: given.append(args))
-        getattr(mlp, "base_layer", mlp)(x.unsqueeze(0))
-        hook.remove()
+        with experts.register_forward_pre_hook(lambda module, args: given.append(args)):
+            getattr(mlp, "base_layer", mlp)(x.unsqueeze(0))
         x, index, weights = given[0]
         effects = [
             experts.base_layer(x, one, torch.ones_like(weights[:, :1])).float().pow(2) @ block.seen("mlp").sensitivity
