@@ -164,8 +164,6 @@ def train_vit(
         part: file for snapshots, from which a stopped run resumes.
         about: settings that identify the run, stored in snapshots (see `Snapshot`).
     """
-    from timm.layers import PatchDropout
-
     blocks: Any = model.blocks
     for block in blocks:
         block.attn.fused_attn = False  # on CPUs the fused kernel's backward would take half of a step's time
@@ -187,22 +185,12 @@ def train_vit(
     for step in range(first, steps):
         done = (step / steps + 1) / 2 if again else step / steps
         rows = order[step * batch : (step + 1) * batch]
-        dropped = next(share for begin, share in reversed(DROPPED_PATCHES) if done >= begin)
-        work.patch_drop = PatchDropout(dropped, num_prefix_tokens=1) if dropped else nn.Identity()
+        work.patch_drop = _patch_dropout(done)
         x = augment(normalise(images[rows], mean, std)).to(torch.bfloat16)
         loss = F.cross_entropy(work(x).float(), labels[rows], label_smoothing=SMOOTHING)
         loss.backward()
         lr = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            for parameter, master in zip(parameters, masters, strict=True):
-                assert parameter.grad is not None, "the loss depends on all parameters"
-                master.grad, parameter.grad = parameter.grad.float(), None
-            nn.utils.clip_grad_norm_(masters, 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-        _take_over(parameters, masters)
+        _update(parameters, masters, optimizers, lr)
         loss_sum += float(loss.detach())
         if (step + 1) % REPORT == 0:
             speed = REPORT / (time.monotonic() - mark)
@@ -227,6 +215,33 @@ def _optimizers(names: Sequence[str], masters: Sequence[nn.Parameter]) -> list[t
         torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=PEAK_LR, weight_decay=WEIGHT_DECAY),
     ]
+
+
+def _patch_dropout(done: float) -> nn.Module:
+    """Return the module that leaves out patches when this share of the run is done."""
+    from timm.layers import PatchDropout
+
+    dropped = next(share for begin, share in reversed(DROPPED_PATCHES) if done >= begin)
+    return PatchDropout(dropped, num_prefix_tokens=1) if dropped else nn.Identity()
+
+
+@torch.no_grad()
+def _update(
+    parameters: Iterable[nn.Parameter],
+    masters: Sequence[nn.Parameter],
+    optimizers: Iterable[torch.optim.Optimizer],
+    lr: float,
+) -> None:
+    """Take one optimizer step with the gradients of the bfloat16 parameters, which are cleared."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        assert parameter.grad is not None, "the loss depends on all parameters"
+        master.grad, parameter.grad = parameter.grad.float(), None
+    nn.utils.clip_grad_norm_(masters, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    _take_over(parameters, masters)
 
 
 @torch.no_grad()
