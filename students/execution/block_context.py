@@ -91,10 +91,10 @@ class Exits:
                 kept = this if kept is None else kept & this
         return kept if kept is not None else self.x.new_ones(self.x.shape[:2], dtype=torch.bool)
 
-    def chosen(self, of: int, only: list[int] | None = None) -> Chosen:
-        """Return the tokens of `open(only)`. of: number of tokens in the batch that are not padding."""
+    def chosen(self, valid_count: int, only: list[int] | None = None) -> Chosen:
+        """Return the tokens of `open(only)`. valid_count: number of tokens in the batch that are not padding."""
         listed = self.gates[0][0].listed if len(self.gates) == 1 and self.valid is None else None
-        return Chosen(self.open(only), of, self.count if only is None else None, listed)
+        return Chosen(self.open(only), valid_count, self.count if only is None else None, listed)
 
     def apply(self, out: Tensor) -> Tensor:
         """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""

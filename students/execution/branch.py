@@ -60,15 +60,14 @@ class RoutedBranch(Wrapper):
         self.substitutes = Named[Substitute]()
         self.decided: tuple[Router, ...] = ()
         """Routers of the whole block, whose gates attention decides and this MLP applies too."""
-        self._standing: tuple[Narrow, Tensor] | None = None
+        self._static: tuple[Narrow, Tensor] | None = None
+        """What a static router leaves open, as `_narrow` returns it; None: not decided at this position of the dial."""
 
     def set_dial(self) -> None:
         """Forget which parts a static router leaves open; the next call decides again."""
-        self._standing = None
+        self._static = None
 
-    def forget(self) -> None:
-        """Forget which parts a static router leaves open."""
-        self._standing = None
+    forget = set_dial
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.runtime
@@ -137,8 +136,8 @@ class RoutedBranch(Wrapper):
         """Return (open channels, indices of open gates) of gates [N]; kept if they hold for later calls too."""
         run, static = self.runtime, router.spec.network == "static"
         memory = None if static else run.call.memory
-        if static and run.call.skipping and self._standing is not None:
-            return self._standing
+        if static and run.call.skipping and self._static is not None:
+            return self._static
         if memory is not None and key in memory.narrow:
             return memory.narrow[key]
         open_ = gate != 0
@@ -148,7 +147,7 @@ class RoutedBranch(Wrapper):
         keep = static or router.spec.granularity == "sequence"
         result = Narrow(channels, len(members), weight, keep), open_.nonzero().squeeze(1)
         if static:
-            self._standing = result if run.call.skipping else None
+            self._static = result if run.call.skipping else None
         elif keep and memory is not None:
             memory.narrow[key] = result
         return result

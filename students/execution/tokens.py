@@ -31,13 +31,15 @@ class Chosen:
     The host waits when it first asks how many; what is launched between `begin` and that question runs meanwhile. Work
     that does not need the number is launched earlier, on a table of the open tokens, filled up with the last token.
 
-    of: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then waits.
-    listed: as in Gates.
+    valid_count: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then
+    waits. listed: as in Gates.
     """
 
-    def __init__(self, open_: Tensor, of: int, count: int | None = None, listed: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, open_: Tensor, valid_count: int, count: int | None = None, listed: list[Tensor] | None = None
+    ) -> None:
         self._open = open_
-        self._of = of
+        self._valid_count = valid_count
         self._ahead = devices.runs_ahead(open_.device)
         self._fetched: Fetched | None = None
         if count is not None:
@@ -109,7 +111,7 @@ class Chosen:
     @property
     def every(self) -> bool:
         """Whether all tokens but padding are open."""
-        return (sum(self.counts) if self._ahead else len(self.rows)) == self._of
+        return (sum(self.counts) if self._ahead else len(self.rows)) == self._valid_count
 
     def filled(self, x: Tensor) -> Tensor:
         """Gather the open tokens of x [B or 1, T, ...]: [1, N, ...], longer where the host runs ahead (see `cut`)."""
