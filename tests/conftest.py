@@ -118,6 +118,20 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture
+def padding(tokens: torch.Tensor) -> torch.Tensor:
+    """An attention mask of `tokens` that takes the first four of the first row for padding."""
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    return mask
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    """Images [3, 3, 16, 16]."""
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
 def no_gradients() -> Iterator[None]:
     """Disable autograd for the test."""
     with torch.no_grad():

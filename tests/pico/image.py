@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 IMAGE = dict(image_size=16, patch_size=4, num_channels=3)
@@ -70,3 +71,8 @@ def make_tiny(name: str) -> nn.Module:
             elif parameter.ndim == 1 and float(parameter.abs().max()) < 1e-3:  # scales that start near 0
                 parameter.fill_(0.5)
     return model
+
+
+def first(out: Any) -> Tensor:
+    """Return the first output of a model: the logits or features of timm's models and of transformers'."""
+    return out if isinstance(out, Tensor) else out[0]

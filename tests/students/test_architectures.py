@@ -6,38 +6,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from students import LoraSpec, RouterSpec, StudentSpec, elasticize
+from students import RouterSpec, StudentSpec, elasticize
 from students.calibration.language import calibrate
 from students.kernels import devices
 from tests.pico.language import MORE, make_tiny
 from tests.students.test_decoding import DEFAULT, SIX, both, student_for
 from tests.students.test_execution import CLOSE, GATED, SPECS, assert_counted, decode, eager, make
-from tests.students.test_students import EVERY_KIND
+from tests.students.test_students import open_student_of
 
 KINDS = ["mixed", "mixed-keep", "layer-drop", "head-static"]
 pytestmark = pytest.mark.parametrize("name", MORE)
 
 
-def test_open_gates_change_no_bit(name: str, tokens: Tensor) -> None:
-    mask = torch.ones_like(tokens)
-    mask[0, :4] = 0
-    before = make_tiny(name)(tokens, attention_mask=mask, output_hidden_states=True)
-    routers = [EVERY_KIND[kind] for kind in ("head", "expert", "channel", "layer", "vocab")]
-    student = elasticize(make_tiny(name), StudentSpec((RouterSpec("token", substitute=2), *routers), LoraSpec(2)))
-    after, decisions = student(tokens, mask, output_hidden_states=True)
-    assert torch.equal(before.logits, after.logits)
-    assert all(map(torch.equal, before.hidden_states, after.hidden_states))
-    shares = {key: share.expand(tokens.shape)[mask.bool()] for key, share in decisions.share.items()}
-    zeros = name in ("nemotron", "arcee", "jais2", "nanochat")  # ReLU^2 makes zeros, which no limit lets through
-    assert all((share == 1).all() for key, share in shares.items() if not (zeros and "mlp_out" in key))
+def test_open_gates_change_no_bit(name: str, tokens: Tensor, padding: Tensor) -> None:
+    open_student_of(make_tiny(name), tokens, padding)
 
 
 @torch.no_grad()
-def test_routed_it_is_the_same_however_it_runs(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = torch.ones_like(tokens)
-    mask[0, :4] = 0
-    valid, prompt = mask.bool(), mask.bool() & (torch.arange(12) < 5)
-    given = dict(attention_mask=mask, prompt=prompt, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+def test_routed_it_is_the_same_however_it_runs(
+    name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valid, prompt = padding.bool(), padding.bool() & (torch.arange(12) < 5)
+    given = dict(attention_mask=padding, prompt=prompt, position_ids=(padding.cumsum(1) - 1).clamp(min=0))
     for kind in [*KINDS, "mixed-neuron"] if name in GATED else KINDS:
         student, close = make(name, SPECS[kind]), CLOSE
         if student.model.config._attn_implementation == "sdpa":  # eager attention answers NaN to padding in float64
@@ -51,7 +41,7 @@ def test_routed_it_is_the_same_however_it_runs(name: str, tokens: Tensor, monkey
         with monkeypatch.context() as patch:
             patch.setattr(devices, "runs_ahead", lambda device: True)
             ahead = student(tokens, **given)[0].logits
-        for logits in (skipped, of_hidden, ahead, decode(student, tokens, mask, 5)):
+        for logits in (skipped, of_hidden, ahead, decode(student, tokens, padding, 5)):
             torch.testing.assert_close(masked[valid], logits[valid], **close)
         torch.testing.assert_close(masked[1:], decode(student, tokens[1:], None, 5), **close)
 

@@ -39,11 +39,9 @@ SIX_LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
 
 
 @pytest.fixture
-def padded(tokens: Tensor) -> dict[str, Tensor]:
+def padded(tokens: Tensor, padding: Tensor) -> dict[str, Tensor]:
     """Inputs of a batch [2, 12] whose first row is padded at the left by 4."""
-    ids, mask = tokens.clone(), torch.ones_like(tokens)
-    ids[0, :4], mask[0, :4] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": tokens * padding, "attention_mask": padding}
 
 
 def student_for(name: str = "llama", spec: StudentSpec = DEFAULT) -> LanguageStudent:

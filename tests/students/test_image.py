@@ -52,11 +52,6 @@ COUNTED = ["vit", "clip", "timm_registers", "timm_eva02", "timm_dinov3"]
 FEWER = [(name, spec) for name, spec in MATRIX if name == "timm_fused" or (name in COUNTED and spec in COMBINED)]
 
 
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
 def bias_of(student: Student, key: str) -> str:
     """Return the parameter name of the bias of the router whose decisions have this key."""
     number, *branch, kind = key.split(".")

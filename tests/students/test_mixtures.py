@@ -11,7 +11,7 @@ from students.calibration.language import calibrate
 from students.families.language import LanguageStudent
 from tests.pico.language import TINY_MIXTURES, make_tiny
 from tests.students.test_decoding import SIX, both
-from tests.students.test_execution import CLOSE, assert_decodes_in_one_pass, in_both_ways
+from tests.students.test_execution import CLOSE, assert_decodes_in_one_pass, assert_mask_is_skip, in_both_ways
 from tests.students.test_students import scramble
 
 MIXTURE = RouterSpec("mixture")
@@ -58,16 +58,13 @@ def test_open_student_is_the_teacher_bit_for_bit(name: str, tokens: torch.Tensor
     ],
 )
 @torch.no_grad()
-def test_mask_is_skip_is_cached_decoding(name: str, kind: str, tokens: torch.Tensor) -> None:
+def test_mask_is_skip_is_cached_decoding(name: str, kind: str, tokens: torch.Tensor, padding: torch.Tensor) -> None:
     student = make(name, SPECS[kind], IMPLEMENTATIONS[list(TINY_MIXTURES).index(name) % 3])
     assert 0.05 < torch.cat([s for k, s in student(tokens)[1].share.items() if "mixture" in k]).mean() < 0.95
     torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
     assert_decodes_in_one_pass(student, tokens)
-    mask = torch.ones_like(tokens)
-    mask[0, :3] = 0
     student.runtime.offset = (0.3, -0.3)  # each row has its own
-    masked, skipped = in_both_ways(student, tokens, mask)
-    torch.testing.assert_close(masked[mask.bool()], skipped[mask.bool()], **CLOSE)
+    assert_mask_is_skip(student, tokens, padding)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,16 @@ from students.kernels import devices, first_rows
 from students.kernels.capture import Fetched
 from students.libraries import cache_of
 from tests.students.host_waits import Launches
-from tests.students.test_execution import CLOSE, MATRIX, SPECS, assert_decodes_in_one_pass, decode, in_both_ways, make
+from tests.students.test_execution import (
+    CLOSE,
+    MATRIX,
+    SPECS,
+    assert_decodes_in_one_pass,
+    assert_mask_is_skip,
+    decode,
+    in_both_ways,
+    make,
+)
 from tests.students.test_students import left_over
 
 SKIPPING = [name for name, spec in SPECS.items() if spec.find("token") or spec.find("layer")]
@@ -40,15 +49,12 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in MATRIX if case[1] in SKIPPING])
-def test_mask_is_skip(name: str, kind: str, tokens: Tensor) -> None:
+def test_mask_is_skip(name: str, kind: str, tokens: Tensor, padding: Tensor) -> None:
     student = make(name, SPECS[kind])
     for batch in (tokens, tokens[:1], tokens[:1, :1], tokens.view(4, 6)):
         torch.testing.assert_close(*in_both_ways(student, batch), **CLOSE)
         assert not left_over(student)
-    padding = torch.ones_like(tokens)
-    padding[0, :4] = 0
-    masked, skipped = in_both_ways(student, tokens, padding)
-    torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+    assert_mask_is_skip(student, tokens, padding)
 
 
 @pytest.mark.parametrize("spec", [StudentSpec((RouterSpec("channel"),)), StudentSpec((RouterSpec("token"),))])
@@ -66,8 +72,7 @@ def test_padded_prompts_attend_without_a_mask(
         return attend(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    masked, skipped = in_both_ways(student, tokens, padding, position_ids=positions)
-    torch.testing.assert_close(masked[padding.bool()], skipped[padding.bool()], **CLOSE)
+    assert_mask_is_skip(student, tokens, padding, position_ids=positions)
     sees_all = [shape.window is None for shape in student.compute.blocks]
     assert [mask is None for mask in masks] == [False] * len(sees_all) + sees_all
     with student.teacher():

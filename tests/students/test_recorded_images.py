@@ -14,7 +14,7 @@ from students import RouterSpec
 from students.families.image import ImageStudent, call
 from students.kernels import devices
 from students.kernels.capture import Forward
-from tests.pico.image import MODELS
+from tests.pico.image import MODELS, first
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_image import MATRIX, SPECS, routed
@@ -23,15 +23,6 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 OVER_TOKENS = {name: [r for r in routers if r.kind in ("layer", "token")] for name, routers in SPECS.items()}
 QUOTAS = [name for name, routers in OVER_TOKENS.items() if "threshold" not in {r.selection for r in routers}]
-
-
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def first(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]
 
 
 def student_for(name: str, spec: str, pixels: Tensor) -> ImageStudent:

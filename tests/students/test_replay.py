@@ -11,22 +11,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, StudentSpec
-from students.families.language import LanguageStudent
 from students.recording import replay as replaying
 from students.recording.decoding import Decoding
 from students.recording.replay import Replay
 from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
-from tests.students.test_execution import make
+from tests.students.test_decoding import CLOSE, SIX, SIX_LOGITS, student_for
 
 SPEC = StudentSpec(
     (RouterSpec("mixture", optional=True), RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2)
 )
 RECORDED = 3
 """The number of the run that is recorded, set low for these tests, which make few runs."""
-CLOSE = dict(atol=2e-3, rtol=2e-3)
-SIX = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-LOGITS = dict(SIX, return_dict_in_generate=True, output_logits=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,12 +30,6 @@ def _in_c(library: object) -> Iterator[None]:
     with running_on("c", library), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(replaying, "RECORDED", RECORDED)
         yield
-
-
-def student_for(name: str = "llama", spec: StudentSpec = SPEC) -> LanguageStudent:
-    student = make(name, spec, **({"vocab_size": 120} if name != "gpt2" else {}))
-    assert isinstance(student, LanguageStudent)
-    return student
 
 
 def replays(decoding: Decoding) -> list[Replay]:
@@ -53,9 +43,9 @@ def replays(decoding: Decoding) -> list[Replay]:
 )
 def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
     """Recorded generation gives the model's tokens, and a replayed step the bits of the modules' step."""
-    student, dense = student_for(name), make_tiny(name)
+    student, dense = student_for(name, SPEC), make_tiny(name)
     for model, decoding in ((student.model, student._decoding), (dense, Decoding(dense, dense.base_model))):
-        found, expected = (work(tokens[:rows], **LOGITS) for work in (decoding.generate, model.generate))
+        found, expected = (work(tokens[:rows], **SIX_LOGITS) for work in (decoding.generate, model.generate))
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
         (step, replay), made = next(iter(decoding._steps.values())), []
@@ -68,27 +58,26 @@ def test_tokens_and_bits(name: str, rows: int, tokens: Tensor) -> None:
 
 
 def test_the_dial_threads_and_inference_mode(tokens: Tensor) -> None:
-    student, one = student_for(), tokens[:1]
+    student, one = student_for(spec=SPEC), tokens[:1]
     student.generate(one, **SIX)
     for offset in (1.0, -1.0):
         student.runtime.offset = offset
         with torch.inference_mode():
-            found = student.generate(one, **LOGITS)
+            found = student.generate(one, **SIX_LOGITS)
         torch.set_num_threads(2 if offset > 0 else 1)
-        expected = student.model.generate(one, **LOGITS)
+        expected = student.model.generate(one, **SIX_LOGITS)
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
     assert len(replays(student._decoding)) == 1
 
 
 def test_modules_run_where_somebody_watches(tokens: Tensor) -> None:
     """Steps run as modules while FLOPs are counted or a hook is registered, for many rows, and as the teacher."""
-    student, calls = student_for(), []
+    student, calls = student_for(spec=SPEC), []
     with FlopCounterMode(display=False) as counter:
         student.generate(tokens, **SIX)
     assert counter.get_total_flops() > 0
-    hook = student.model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *given: calls.append(given))
-    student.generate(tokens, **SIX)
-    hook.remove()
+    with student.model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *given: calls.append(given)):
+        student.generate(tokens, **SIX)
     assert len(calls) == 6
     student.generate(tokens.repeat(4, 1), **SIX)
     student.runtime.bypass = True

@@ -64,7 +64,9 @@ def decode(model: torch.nn.Module, trunk: torch.nn.Module, tokens: Tensor, valid
 
 
 @torch.no_grad()
-def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_with_products_of_bfloat16(
+    library: object, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The operator runs with and without padding; not for several query tokens, nor for a student run as teacher."""
     monkeypatch.setattr(toolchain, "loaded", library)
     monkeypatch.setattr(operators, "FEW_NUMBERS", 0)
@@ -73,9 +75,7 @@ def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, mon
     monkeypatch.setattr(ops, "decode_attention", lambda *given: ran.append(given) or attend(*given))
     if not cpu.attends_to_cache(*(torch.empty(1, 2, 1, 32, dtype=torch.bfloat16),) * 3):
         pytest.skip("no such products here")
-    padded = torch.ones_like(tokens)
-    padded[0, :4] = 0
-    for valid in (None, padded):
+    for valid in (None, padding):
         with student.teacher():
             cache = cache_of(student.model(tokens[:, :-1], None if valid is None else valid[:, :-1], use_cache=True))
             given = dict(attention_mask=valid, past_key_values=copy.deepcopy(cache))
@@ -89,23 +89,23 @@ def test_on_a_cpu_with_products_of_bfloat16(library: object, tokens: Tensor, mon
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_it_is_the_model_s_attention(name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_model_s_attention(
+    name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The operator has each architecture's windows, masks, scales and soft caps, in dense models and students."""
     dense, student = make_tiny(name), make(name, StudentSpec((RouterSpec("channel"),)))
     assert isinstance(student, LanguageStudent)
-    valid = torch.ones_like(tokens)
-    valid[0, :4] = 0
     blocks = len(student.compute.blocks)
     monkeypatch.setattr(ops, "attends_to_cache", lambda *given: False)
-    before, of_student = (decode(m, m.base_model, tokens, valid) for m in (dense, student.model))
+    before, of_student = (decode(m, m.base_model, tokens, padding) for m in (dense, student.model))
     assert before[1] == of_student[1] == 0
     route_trunk(dense.base_model)
     monkeypatch.setattr(ops, "attends_to_cache", lambda *given: given[3] is not None)
     for model, expected in ((dense, before), (student.model, of_student)):
-        found, times = decode(model, model.base_model, tokens, valid)
+        found, times = decode(model, model.base_model, tokens, padding)
         torch.testing.assert_close(found, expected[0], **CLOSE)
         assert times == blocks
     with student.teacher():
-        found, times = decode(student.model, student.trunk, tokens, valid)
+        found, times = decode(student.model, student.trunk, tokens, padding)
     torch.testing.assert_close(found, before[0], **CLOSE)
     assert times == blocks

@@ -9,24 +9,15 @@ from torch import Tensor
 
 from students.families.image import call
 from students.kernels import devices, key_bias, ops
-from tests.pico.image import BOTH
+from tests.pico.image import BOTH, first
 from tests.students.host_waits import Launches
-from tests.students.test_image import pixels, routed  # noqa: F401
-
-
-def first(out: object) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]  # type: ignore[index]
+from tests.students.test_image import routed
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("spec", ["block merges", "odd blocks merge adaptively"])
 @pytest.mark.parametrize("name", BOTH)
-def test_libraries_hand_the_mask_on(
-    name: str,
-    spec: str,
-    pixels: Tensor,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_libraries_hand_the_mask_on(name: str, spec: str, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers and timm hand a `KeyBias` on to attention, so that its kernel runs, with the outputs of a mask."""
     student, pixels = routed(name, spec, pixels).bfloat16(), pixels.bfloat16()
     with Launches() as before:
