@@ -128,21 +128,6 @@ def test_unknown_settings_and_malformed_ones(settings: str, words: list[str]):
         ("data.source=7", "data.source is 7; it must be text"),
         ("budget.phase=both", "budget.phase is 'both'; it must be one of decode, prefill"),
         ("train.precision=float16", "must be one of auto, bfloat16, float32"),
-    ],
-)
-def test_types_are_checked(setting: str, words: str):
-    assert words in problem(settings=[setting])
-
-
-def test_numbers_that_yaml_takes_for_text_are_numbers():
-    train = make_config(settings=["train.lr=1e-3", "train.clip=2", "train.limit_lr=1E-2"], **NAMED).train
-    assert (train.lr, train.clip, train.limit_lr) == (0.001, 2.0, 0.01)
-    assert type(train.clip) is float
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
         *((f"budget.target={value}", "0.7 means 70 %") for value in (0, -1, 1.5, 70)),
         ("data.source=' '", "--data is empty"),
         ("data.window=4", "data.window"),
@@ -166,8 +151,14 @@ def test_numbers_that_yaml_takes_for_text_are_numbers():
         ("student.lora.rank=-1", "lora.rank"),
     ],
 )
-def test_values_are_checked(setting: str, words: str):
+def test_types_and_values_are_checked(setting: str, words: str):
     assert words in problem(settings=[setting])
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    train = make_config(settings=["train.lr=1e-3", "train.clip=2", "train.limit_lr=1E-2"], **NAMED).train
+    assert (train.lr, train.clip, train.limit_lr) == (0.001, 2.0, 0.01)
+    assert type(train.clip) is float
 
 
 @pytest.mark.parametrize(
