@@ -178,9 +178,8 @@ class Distillation(Objective):
             with torch.no_grad():
                 quality = [h.new_zeros(())] * 3
                 if not self.training:
-                    first = [x.max(-1).indices for x in (logits, teacher_logits)]  # argmax is slow in bfloat16
-                    agreement = (first[0] == first[1]).sum()
-                    quality = [agreement, _nll(logits, target, follows), _nll(teacher_logits, target, follows)]
+                    quality = [_agreement(logits, teacher_logits)]
+                    quality += [_nll(x, target, follows) for x in (logits, teacher_logits)]
                 parts = torch.stack([kl, *cost.values()], 1).double()
                 each = parts.new_zeros(len(ids), 3).index_add(0, owner, parts)
                 return total, torch.cat([torch.stack(quality).double(), each.flatten()])
@@ -190,6 +189,12 @@ class Distillation(Objective):
         rows = [x[:, first:].flatten(0, 1) for x in (hidden, targets, follows, owners, *known)]
         total, sums = chunked(chunk_loss, rows, tensors, chunk_rows=self._chunk_rows(ids))
         return total, sums[:3], sums[3:].view(len(ids), 3)
+
+
+def _agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the number of rows [N, V] of which both name the same token as the likeliest."""
+    first, other = (x.max(-1).indices for x in (logits, teacher_logits))  # argmax is slow in bfloat16
+    return (first == other).sum()
 
 
 def _nll(logits: Tensor, target: Tensor, follows: Tensor) -> Tensor:
