@@ -22,7 +22,7 @@ from elastic.accounting.peaks import line_of
 from elastic.config import BudgetConfig, RunConfig, TrainConfig
 from elastic.data_parallel import exchange_left_out
 from elastic.distillation import checkpoints
-from elastic.distillation.budgets import draw, trained
+from elastic.distillation.budgets import draw, trained_budgets
 from elastic.distillation.checkpoints import State
 from elastic.distillation.interrupt import interruptible
 from elastic.distillation.loader import loader_of, picked
@@ -199,7 +199,7 @@ def _train(
         checkpoints.restore_optimizer(run, student, optimizer)
     if train.tracker != "none":
         accelerator.init_trackers("elastic", config={"config": json.dumps(to_dict(config))})
-    knots = trained(budget)
+    knots = trained_budgets(budget)
     targets = torch.tensor(knots, device=device)
 
     def backward() -> tuple[Tensor, Sums, Tensor]:
@@ -258,7 +258,7 @@ def _train(
             state.step += 1
             since_log += 1
 
-            if schedule.look(state.step, loss.item):
+            if schedule.adapt(state.step, loss.item):
                 launch.on_main(lambda: run.record(**schedule.decided))
             steps = schedule.steps(state.step)
             done = state.step == steps
@@ -298,7 +298,7 @@ def _start(
     if state is not None:
         say(f"resuming at step {state.step}")
         return state
-    knots = trained(budget)
+    knots = trained_budgets(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:
         session.memory.turn_to("calibration")

@@ -15,7 +15,7 @@ TOP = 0.85
 is lost, and the dial reaches these budgets without training."""
 
 
-def trained(budget: BudgetConfig) -> tuple[float, ...]:
+def trained_budgets(budget: BudgetConfig) -> tuple[float, ...]:
     """Return the budgets that have a price: the target, or the knots of a range, ascending."""
     low, high = budget.span
     if not budget.ranges:

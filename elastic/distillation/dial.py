@@ -207,7 +207,7 @@ def set_dial(student: Student, target: float, meter: Meter, say: Say) -> None:
     if student.stepwise:
         _measure_steps(curve)
         best = _nearest(curve.exact, target)
-        if _too_coarse(student, curve, (target,), say):
+        if _allow_smaller_multiples(student, curve, (target,), say):
             return set_dial(student, target, meter, say)
     student.runtime.offset = best
     student.dial = curve.dial()
@@ -223,9 +223,9 @@ def _measure_steps(curve: _Curve) -> None:
             curve.exactly(low + (high - low) * step / each)
 
 
-def _too_coarse(student: Student, curve: _Curve, targets: Sequence[float], say: Say) -> bool:
-    """Whether a budget is more than COARSE away from the nearest step; if so, let the student keep smaller multiples of
-    patches from now on, in the end any number."""
+def _allow_smaller_multiples(student: Student, curve: _Curve, targets: Sequence[float], say: Say) -> bool:
+    """If a budget is more than COARSE away from the nearest step, let the student keep smaller multiples of patches, in
+    the end any number. Return whether it does so from now on: the dial then has to be set again."""
     run = student.runtime
     away = max(abs(curve.exact[_nearest(curve.exact, target)] - target) for target in targets)
     used = max((run.patch_counts(router).multiple for router in student.spec.routers), default=1)
@@ -258,7 +258,7 @@ def set_range(student: Student, span: tuple[float, float], offsets: Sequence[flo
             step *= 1.5
     if student.stepwise:
         _measure_steps(curve)
-        if _too_coarse(student, curve, (low, (low + high) / 2), say):
+        if _allow_smaller_multiples(student, curve, (low, (low + high) / 2), say):
             return set_range(student, span, offsets, meter, say)
     for _ in range(BETWEEN):
         steps = [(points[b] - points[a], (a + b) / 2) for a, b in pairwise(sorted(points))]

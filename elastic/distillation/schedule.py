@@ -12,7 +12,7 @@ from elastic.config import TrainConfig
 
 TIMED_STEPS = 4
 """Number of steps, after an untimed first step, that are timed to convert minutes into a number of steps."""
-LOOKS = 4
+ADAPTATIONS = 4
 """How often the number of steps is adapted to the remaining time: whenever half of the remaining time or steps have
 passed."""
 
@@ -68,7 +68,7 @@ class Schedule:
         """Seconds that the run has trained, including before it was resumed; recorded with each checkpoint."""
         return self._before + time.monotonic() - self._clock
 
-    def look(self, step: int, wait: Callable[[], object]) -> bool:
+    def adapt(self, step: int, wait: Callable[[], object]) -> bool:
         """Decide on the number of steps anew if it is time to do so after this step, and return whether it was.
 
         wait: blocks until the device has finished the step, so that time is measured correctly.
@@ -91,13 +91,13 @@ class Schedule:
         return True
 
     def _due(self, step: int) -> bool:
-        """Whether this process would decide on the number of steps anew after this step (see LOOKS)."""
+        """Whether this process would decide on the number of steps anew after this step (see ADAPTATIONS)."""
         if step <= TIMED_STEPS or any(place > step for place, _ in self.points):
             return False
         if not self.points:
             return True
         last, end = self.points[-1]
         over = self.seconds / (60 * self._minutes) if self._minutes else 0.0
-        if len(self.points) > LOOKS:
+        if len(self.points) > ADAPTATIONS:
             return over >= 1 and step < end
         return step < end and (2 * (step - last) >= end - last or over >= 1 - 0.5 ** len(self.points))

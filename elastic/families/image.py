@@ -14,7 +14,7 @@ from elastic.accounting.image import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
 from elastic.data_parallel import scatter, split
-from elastic.distillation.budgets import trained
+from elastic.distillation.budgets import trained_budgets
 from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
 from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.image import MEASURED, chosen_pixels, compare
@@ -110,7 +110,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
     own, shard = scatter(batches)
     looked_at = list(chosen_pixels(student, data.train, own))
-    targets, seed = trained(config.budget), config.train.seed
+    targets, seed = trained_budgets(config.budget), config.train.seed
     observe = partial(observe_images, student, Watched("calibrating", looked_at), seed, shard)
     of, routers = (config.data, seed, config.calibration.windows), frozenset([config.student.routers])
     seen = session.observed(of, routers, observe)

@@ -15,7 +15,7 @@ from elastic.accounting.language import measured_compute
 from elastic.baselines import language as baselines
 from elastic.config import RunConfig
 from elastic.data_parallel import scatter
-from elastic.distillation.budgets import trained
+from elastic.distillation.budgets import trained_budgets
 from elastic.distillation.dial import Meter
 from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.language import METRICS as METRICS
@@ -128,7 +128,7 @@ def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunCo
     budget, seed = config.budget, config.train.seed
     of = config.data, seed, config.calibration.windows
     seen = session.observed(of, places(student), lambda: observe(student, windows, seed, shard))
-    return calibrate(student, windows, trained(budget), budget.phase, seed, seen, shard)
+    return calibrate(student, windows, trained_budgets(budget), budget.phase, seed, seen, shard)
 
 
 def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig) -> Meter:

@@ -16,7 +16,7 @@ from elastic.accounting.vision_language import measured_compute
 from elastic.baselines import image as baselines
 from elastic.config import RunConfig
 from elastic.data_parallel import all_gather, scatter, split
-from elastic.distillation.budgets import trained
+from elastic.distillation.budgets import trained_budgets
 from elastic.distillation.dial import Meter, exact_start
 from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.session import Session
@@ -145,7 +145,7 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)
         for prompts in _batches(student, data.train, own)
     ]
-    targets, seed = trained(config.budget), config.train.seed
+    targets, seed = trained_budgets(config.budget), config.train.seed
     observe = partial(observe_image_tokens, student, Watched("calibrating", batches), seed, shard)
     of, routers = (config.data, seed, config.calibration.windows), frozenset([config.student.routers])
     read = tokens(student, data, config)

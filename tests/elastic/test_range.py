@@ -17,7 +17,7 @@ import elastic
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.config import BudgetConfig, RunConfig
-from elastic.distillation.budgets import draw, trained
+from elastic.distillation.budgets import draw, trained_budgets
 from elastic.evaluate import measure_run
 from elastic.families import language
 from elastic.run import Run
@@ -92,13 +92,13 @@ def test_what_a_range_cannot_do_is_said(configure: Configure):
 
 
 def test_budgets_of_a_batch_cover_the_range():
-    knots = trained(BudgetConfig("0.5:1.0"))
+    knots = trained_budgets(BudgetConfig("0.5:1.0"))
     assert knots[0] == 0.5 and knots[-1] < 1 and list(knots) == sorted(knots)
     seen = torch.stack([draw(knots, 4, seed) @ torch.tensor(knots) for seed in range(200)])
     assert (seen[:, 1:] - seen[:, :-1]).allclose(torch.tensor((knots[-1] - knots[0]) / 4), atol=1e-5)
     assert seen.min() < 0.51 and seen.max() > knots[-1] - 0.01
     assert torch.equal(draw(knots, 4, 7), draw(knots, 4, 7))
-    assert draw(trained(BudgetConfig(0.7)), 3, 0).tolist() == [[1.0]] * 3
+    assert draw(trained_budgets(BudgetConfig(0.7)), 3, 0).tolist() == [[1.0]] * 3
 
 
 def test_every_budget_is_met_on_held_out_text_and_more_is_better(finished: Path):

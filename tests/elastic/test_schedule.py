@@ -13,7 +13,7 @@ import pytest
 
 from elastic import trainer
 from elastic.config import TrainConfig
-from elastic.distillation.schedule import LOOKS, Schedule
+from elastic.distillation.schedule import ADAPTATIONS, Schedule
 from elastic.families import language
 from elastic.files import write_text
 from elastic.run import Run
@@ -63,7 +63,7 @@ def test_minutes_hold_where_the_machine_changes_its_pace(
         now = clock(patch, pace)
         distill(configure(*MINUTES), tmp_path / "one")
         about, seconds = Run.open(tmp_path / "one").about, now()
-    assert 60 - later <= seconds <= 60 + later and 1 < len(about["plan"]) <= 2 + LOOKS
+    assert 60 - later <= seconds <= 60 + later and 1 < len(about["plan"]) <= 2 + ADAPTATIONS
     assert metrics(tmp_path / "one")[-1]["step"] == about["steps"] == about["plan"][-1][1]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "checkpoint.safetensors").unlink()  # as if killed before the first checkpoint
