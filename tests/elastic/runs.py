@@ -30,6 +30,11 @@ FINISHED = ["checkpoint.safetensors", "config.yaml", "elastic.json", "metrics.js
 """Names of the files in the folder of a finished run, sorted."""
 
 
+def as_options(settings: Sequence[str]) -> list[str]:
+    """Return settings of the form "a.b=c" as options of the command line."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def silent(*_: object) -> None:
     """Discard the messages of a run (an argument for `say`)."""
 

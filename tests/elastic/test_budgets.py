@@ -16,7 +16,7 @@ from elastic.config import RunConfig
 from elastic.distillation.dial import ROUGH, set_dial, set_range
 from elastic.evaluate import HELD_OUT, TOLERANCE, missed
 from elastic.run import Run, load
-from tests.elastic.runs import Configure, silent
+from tests.elastic.runs import Configure, as_options, silent
 
 TEXT = {
     "default": (),
@@ -91,7 +91,7 @@ def test_a_missed_budget_is_said(
         "student.routers=[{kind: layer, network: static, kv: drop}]",
     ]
     given = ["--model", config.model, "--data", config.data.source, "--steps", "2"]
-    given += [part for setting in settings for part in ("--set", setting)]
+    given += as_options(settings)
     assert main(["distill", *given, "--target-compute", "0.6", "--output", "run"]) == 3
     out, err = capsys.readouterr()
     spent = Run.open("run").about["result"]["compute"]

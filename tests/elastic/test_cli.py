@@ -19,6 +19,7 @@ import yaml
 from elastic.cli import main
 from elastic.run import Run
 from students.kernels.cpu import toolchain
+from tests.elastic.runs import as_options
 from tests.pico.language import RUN_SETTINGS, make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ ROW = (
     *("model", "preset", "compute_target", "compute", "compute_prefill", "perplexity", "teacher_perplexity"),
     *("perplexity_ratio", "kl", "agreement", "tokens"),
 )
-SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+SETTINGS = as_options(RUN_SETTINGS)
 
 
 @pytest.fixture(autouse=True)

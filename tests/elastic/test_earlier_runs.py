@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import elastic
-from elastic import trainer
 from elastic.evaluate import measure_run
 from elastic.run import Run
 from students.checkpoint import read_tensors
+from tests.elastic.runs import resume, silent
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 EARLIER = sorted(FIXTURES.glob("runs-*"))
@@ -69,7 +69,7 @@ def test_a_finished_run_says_what_it_said(at, folder: Path, name: str) -> None:
 @pytest.mark.parametrize(("folder", "name"), FINISHED, ids=lambda value: getattr(value, "name", value))
 def test_its_results_are_measured_again(at, folder: Path, name: str) -> None:
     at(folder)
-    for again, stored in zip(measure_run(name, say=lambda _: None), Run.open(name).about["results"], strict=True):
+    for again, stored in zip(measure_run(name, say=silent), Run.open(name).about["results"], strict=True):
         assert stored.keys() <= again.keys()
         for key, value in stored.items():
             if "per_second" in key:
@@ -84,7 +84,7 @@ def test_its_results_are_measured_again(at, folder: Path, name: str) -> None:
 def test_a_stopped_run_ends_like_one_that_was_not(at, folder: Path, cut: str, whole: str) -> None:
     at(folder)
     assert read_tensors(Path(cut) / "checkpoint.safetensors")[1]["step"] == 4
-    row = trainer.resume(cut, say=lambda _: None)
+    row = resume(cut)
     found, about = read_tensors(Path(cut) / "routers.safetensors")
     stored, about_stored = read_tensors(Path(whole) / "routers.safetensors")
     assert row["compute"] == pytest.approx(Run.open(whole).about["result"]["compute"], abs=1e-3)

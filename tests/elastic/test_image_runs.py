@@ -32,6 +32,7 @@ from tests.elastic.cached import assert_a_cache_changes_nothing
 from tests.elastic.runs import (
     FEW_STEPS,
     Configure,
+    as_options,
     assert_only_routers_learned,
     assert_stopping_changes_nothing,
     distill,
@@ -115,7 +116,7 @@ def test_damaged_images_end_no_run_and_are_named_once(
     settings = ["data.held_out=8", "calibration.windows=16", *FEW_STEPS, "train.batch=1", "train.steps=60"]
     run = str(tmp_path / "run")
     arguments = ["--model", str(timm_folder), "--data", str(data), "--target-compute", "0.7", "--output", run]
-    assert main(["distill", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
+    assert main(["distill", *arguments, *as_options(settings)]) == 0
     said = capsys.readouterr().err
     assert [said.count(f"left out: {file}: no image") for file in broken] == [1, 1, 1]
     assert f"data: 38 images of {data} to train on, " in said

@@ -17,7 +17,7 @@ from elastic.config import RunConfig
 from elastic.evaluate import measure_run
 from elastic.run import Run
 from students.checkpoint import read_tensors
-from tests.elastic.runs import Configure
+from tests.elastic.runs import Configure, as_options, silent
 from tests.elastic.several import (
     ACCELERATE,
     FORKED,
@@ -74,7 +74,7 @@ def test_two_processes_with_parts_of_the_weights_learn_what_one_does(configure: 
 
     configs = {name: configure(*LANGUAGE[name][0], **LANGUAGE[name][1]) for name in names}
     with pytest.raises(KeyboardInterrupt):
-        trainer.distill(configs["price"], stopped, progress=stop, say=lambda _: None)
+        trainer.distill(configs["price"], stopped, progress=stop, say=silent)
     spread: dict[Path, RunConfig | None] = {tmp_path / name: config for name, config in configs.items()}
     in_processes(2, {**spread, stopped: None}, tmp_path, launcher=FSDP2)
     for name in names:
@@ -101,8 +101,16 @@ def test_a_process_that_fails_costs_one_line_and_no_step(
     fails: str, launcher: Sequence[object], runs: Path, model_folder: Path, text_file: Path, tmp_path: Path
 ):
     """The run ends with a whole last checkpoint and, unless a process died, one error line; it can be resumed."""
-    settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
-    command = ["distill", "--model", model_folder, "--data", text_file, "--target-compute", 0.8, *settings]
+    command = [
+        "distill",
+        "--model",
+        model_folder,
+        "--data",
+        text_file,
+        "--target-compute",
+        0.8,
+        *as_options(RUN_SETTINGS),
+    ]
     done = launched(2, *command, "--output", tmp_path / "run", launcher=launcher, FAILS=fails)
     said = [line for line in done.stderr.splitlines() if line.startswith("elastic: ")]
     assert done.returncode != 0 and done.stdout == ""
@@ -116,7 +124,7 @@ def test_a_process_that_fails_costs_one_line_and_no_step(
         return
     one, two = tmp_path / "one", tmp_path / "run"
     shutil.copytree(two, one)
-    trainer.resume(one, say=lambda _: None)
+    trainer.resume(one, say=silent)
     in_processes(2, {two: None}, tmp_path, launcher=FORKED)
     assert_close(one, two)
 
@@ -139,7 +147,7 @@ def test_what_all_processes_refuse_is_said_once(command: Sequence[str], says: st
 def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     model_folder: Path, text_file: Path, tmp_path: Path
 ):
-    settings = [part for setting in RUN_SETTINGS for part in ("--set", setting) if setting != "train.steps=6"]
+    settings = as_options([setting for setting in RUN_SETTINGS if setting != "train.steps=6"])
     command = ["sweep", "--model", model_folder, "--data", text_file, "--target-compute", 0.7, 0.9, "--steps", 3]
     command += ["--baselines", "random", "--no-bench", "--output", tmp_path / "sweep"]
     done = launched(2, *command, *settings, launcher=ACCELERATE)
@@ -153,7 +161,7 @@ def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     command = ["eval", run, "--data", text_file, "--compute", 0.8, "--baselines", "uniform", "teal", "--json"]
     ours = json.loads(launched(2, *command, launcher=FORKED).stdout)["rows"]
     options = {"data": str(text_file), "compute": [0.8], "baselines": ["uniform", "teal"]}
-    alone = measure_run(str(run), say=lambda _: None, **options)
+    alone = measure_run(str(run), say=silent, **options)
     assert [row["tokens"] for row in ours] == [4000] * 3
     for row, other in zip(ours, alone, strict=True):
         assert row == {key: x if isinstance(x, str) else pytest.approx(x, rel=1e-4) for key, x in other.items()}

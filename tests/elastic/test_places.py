@@ -12,9 +12,10 @@ import yaml
 from elastic.cli import main
 from elastic.run import Run
 from teachers import hub
+from tests.elastic.runs import as_options
 from tests.pico.language import RUN_SETTINGS
 
-SETTINGS = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+SETTINGS = as_options(RUN_SETTINGS)
 
 
 @pytest.fixture

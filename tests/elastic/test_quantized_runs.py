@@ -13,40 +13,31 @@ import elastic
 import teachers
 from elastic.bench import bench_run
 from elastic.evaluate import measure_run
+from elastic.families import language
 from elastic.generate import generate_text
 from elastic.run import Run
-from elastic.trainer import Interrupted, distill, resume
 from students.architectures.lookup import can_be_read_in_part
 from teachers import quantize
-from tests.elastic.runs import Configure
+from tests.elastic.runs import Configure, assert_stopping_changes_nothing, distill, silent
 from tests.pico.language import make_tiny, make_tokenizer
 
 
 def test_a_run_on_an_int8_base(configure: Configure, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     settings = "quantization=int8", "budget.phase=prefill", "budget.target=0.9"
-    result = distill(configure(*settings), tmp_path / "run", say=lambda _: None)
+    result = distill(configure(*settings), tmp_path / "run")
     run = Run.open(tmp_path / "run", finished=True)
     assert run.config.quantization == "int8" and run.about["identity"].endswith("-int8")
     assert run.about["source"].endswith("linear layers in int8")
     student = elastic.load(tmp_path / "run")
     assert not can_be_read_in_part(student.blocks[0].get_submodule("mlp.down_proj"))
     assert sum(p.numel() for p in student.added_parameters().values()) > 0
-    again = measure_run(tmp_path / "run", say=lambda _: None)[0]
+    again = measure_run(tmp_path / "run", say=silent)[0]
     assert again["compute_prefill"] == pytest.approx(result["compute_prefill"]) and result["compute_prefill"] < 0.95
     assert generate_text(str(tmp_path / "run"), "w1 w2 w3", max_new_tokens=3)["tokens"] == 3
-    rows = bench_run(str(tmp_path / "run"), tokens=[8], new_tokens=2, repeats=1, say=lambda _: None)
+    rows = bench_run(str(tmp_path / "run"), tokens=[8], new_tokens=2, repeats=1, say=silent)
     assert {row["phase"] for row in rows} == {"prefill", "decode", "train"}
-
-    def stop(step: int, *_: object) -> None:
-        if step == 3:
-            raise Interrupted
-
-    with pytest.raises(KeyboardInterrupt):
-        distill(configure(*settings), tmp_path / "stopped", say=lambda _: None, progress=stop)
-    resume(tmp_path / "stopped", say=lambda _: None)
-    before, after = (elastic.load(tmp_path / name).added_state() for name in ("run", "stopped"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_stopping_changes_nothing(tmp_path / "run", configure(*settings), tmp_path / "stopped", language)
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace("quantization: int8", "quantization: none"))
     with pytest.raises(ValueError, match="made for other weights"):
@@ -57,7 +48,7 @@ def test_a_budget_of_choices_that_save_nothing_is_refused(configure: Configure, 
     pytest.importorskip("torchao")
     config = configure("quantization=int8", "student.routers=[{kind: channel}]")
     with pytest.raises(ValueError, match="they save nothing, so route otherwise"):
-        distill(config, tmp_path / "run", say=lambda _: None)
+        distill(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

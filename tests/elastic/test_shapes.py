@@ -17,9 +17,10 @@ from students.execution.kv_cache import cache_bytes
 from students.libraries import cache_of
 from teachers.registry import models
 from teachers.shapes import build, find_shape, shapes
+from tests.elastic.runs import silent
 
 TINY = [name for name in shapes() if name.startswith("tiny")]
-QUICK = {"repeats": 1, "say": lambda *_: None}
+QUICK = {"repeats": 1, "say": silent}
 
 
 @pytest.mark.parametrize("name", shapes())

@@ -16,7 +16,7 @@ from elastic.cli import main
 from elastic.run import Run
 from students.architectures.lookup import ARCHITECTURES
 from students.architectures.vision_language import VISION_TOWERS
-from tests.elastic.runs import write_images
+from tests.elastic.runs import as_options, write_images
 from tests.pico.language import MORE, TINY, TINY_MIXTURES
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import ALIKE, CONFIGS, make_vlm
@@ -50,7 +50,7 @@ IMAGE_MODELS = {
 
 def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
     """Distil for two steps by the command line, in the machine's default precision, and return the run's result."""
-    given = [part for setting in (*settings, "train.log_every=1") for part in ("--set", setting)]
+    given = as_options([*settings, "train.log_every=1"])
     names = ["--model", str(model), "--data", str(data), "--output", str(run), "--steps", "2"]
     assert main(["distill", *names, "--target-compute", str(LARGE), *given]) in (0, 3)
     return Run.open(run).about["result"]

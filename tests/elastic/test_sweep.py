@@ -21,7 +21,7 @@ from elastic.reporting.results import SweepFolder, key_of
 from elastic.sweep import Clock, _keys, plan, sweep
 from students import RouterSpec, StudentSpec, elasticize
 from students.decisions import Decisions
-from tests.elastic.runs import silent
+from tests.elastic.runs import as_options, silent
 from tests.pico.language import RUN_SETTINGS
 
 
@@ -251,7 +251,7 @@ def test_time_left():
 def test_the_command_line(model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "sweep"
     arguments = ["sweep", "--model", str(model_folder), "--data", str(text_file), "--eval-data", str(text_file)]
-    arguments += [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+    arguments += as_options(RUN_SETTINGS)
     arguments += ["--target-compute", "0.8", "--no-bench", "--output", str(folder)]
     arguments += ["--teacher-cache", str(tmp_path / "cache")]
     assert main(arguments) == 0
