@@ -268,13 +268,14 @@ class RunConfig:
     2305.14314) bitsandbytes."""
     preset: str = "default"
     """Name of a file in configs/presets with the settings that the configuration file and the command line change."""
-    student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
-    """Routers and low-rank corrections that are added to the model; see students/spec.py."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    student: StudentSpec = field(default_factory=lambda: StudentSpec((RouterSpec("channel"),)))
+    """Routers and low-rank corrections that are added to the model; see students/spec.py. Read last, because what kinds
+    of routers say of themselves takes torch, whose import takes seconds."""
 
     def __post_init__(self) -> None:
         if not self.student.routers:

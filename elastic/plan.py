@@ -18,13 +18,12 @@ from torch import nn
 from elastic import families
 from elastic.accounting.memory import SLACK, kept_bytes, need_of
 from elastic.bench import workload_of
-from elastic.config import RunConfig, make_config
+from elastic.config import RunConfig
 from elastic.sharding import units
 from elastic.timing.workload import StepSizes
 from elastic.traits import TRAITS
 from losses import default_chunk_rows
 from students import Student, elasticize
-from teachers.registry import ModelEntry
 from teachers.shapes import build, find_shape
 
 FORWARDS = 3
@@ -58,12 +57,6 @@ def router_bytes(student: Student) -> int:
     """Return the bytes of routers and other added tensors, their gradients and the optimizer's moments."""
     learned = sum(p.nbytes for p in student.added_parameters().values())
     return 3 * learned + sum(x.nbytes for x in student.added_tensors().values())
-
-
-def plan_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
-    """Return the configuration of a run with a model of this shape, from settings and flags as for `make_config`."""
-    entry = ModelEntry(name, family=find_shape(name).family, data="any")
-    return make_config(entry=entry, settings=settings, model=name, **flags)
 
 
 def plan(

@@ -24,7 +24,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type, data: Any, path: str = "") -> Any:
     """Return a dataclass `kind` from plain data; `path` is the prefix of its settings in messages, such as "train.".
 
-    Raises ValueError for unknown or missing settings and for values of the wrong type.
+    Raises ValueError for unknown or missing settings and for values of the wrong type, looked at in the order of the
+    dataclass's fields.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{path.rstrip('.') or 'the configuration'} is {data!r}; it must be a section of settings")
@@ -35,7 +36,7 @@ def from_dict(kind: type, data: Any, path: str = "") -> Any:
             raise ValueError(
                 f"unknown setting {path + str(key)!r}{near(str(key), known)}; there are {', '.join(known)}"
             )
-    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in data.items()}
+    values = {key: _value(hints[key], data[key], f"{path}{key}") for key in known if key in data}
     missing = [
         f.name
         for f in dataclasses.fields(kind)

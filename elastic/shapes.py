@@ -11,7 +11,7 @@ from torch import nn
 from elastic import families
 from elastic.accounting.memory import free_memory, need_of
 from elastic.bench import measure, workload_of
-from elastic.config import RunConfig, make_config
+from elastic.config import RunConfig
 from elastic.distillation.start import calibrate, set_budget, set_capacity, student_for
 from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
@@ -21,16 +21,7 @@ from students.kernels.capture import KEPT
 from teachers import Teacher
 from teachers.load import preferred_dtype
 from teachers.quantize import quantize
-from teachers.registry import ModelEntry
 from teachers.shapes import Shape, build, find_shape
-
-
-def shape_config(name: str, *, settings: list[str] | None = None, **flags: Any) -> RunConfig:
-    """Return the configuration of a model with random weights and data, by its shape's name; see `make_config`."""
-    shape = find_shape(name)
-    entry = ModelEntry(name, family=shape.family, data="random")
-    random: dict[str, Any] = dict(families.of(shape.family).timing.RANDOM)
-    return make_config(entry=entry, settings=settings, model=name, **random, **flags)
 
 
 def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[dict[str, Any]]:

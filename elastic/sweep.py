@@ -9,34 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from elastic import bench, evaluate, families, launch, sharding, trainer
-from elastic.config import RunConfig, make_config, require_data
+from elastic.config import RunConfig, require_data
 from elastic.evaluation.session import Session
 from elastic.files import write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
 from elastic.settings import to_dict
-
-FLAGS = {"model": "model", "preset": "preset", "budget.target": "target-compute", "train.seed": "seed"}
-"""Settings that distinguish the runs of a sweep, with the option that gives each of them."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run of a sweep, and the budgets at which it is measured."""
-
-    name: str
-    config: RunConfig
-    target: str
-    """The budget, or range "LOW:HIGH" of budgets, that the run is trained for."""
-    points: tuple[tuple[float, float | None], ...]
-    """Pairs of a budget and the compute to set the dial to (None: the dial stays where training left it)."""
+from elastic.sweep_tasks import Task, plan
 
 
 @dataclass(frozen=True)
@@ -157,48 +142,6 @@ def sweep(
     if failures:
         raise ValueError(f"{len(failures)} failed, the rest is in {output}; the first was {failures[0]}")
     return [finished[key] for keys in wanted.values() for key in keys]
-
-
-def plan(
-    models: Sequence[str],
-    budgets: Sequence[float],
-    presets: Sequence[str],
-    seeds: Sequence[int],
-    per_budget: bool,
-    settings: Sequence[str],
-    flags: dict[str, Any],
-) -> list[Task]:
-    """Return the runs of a sweep with their complete configurations; raise ValueError for contradictory options."""
-    for setting in settings:
-        if (key := setting.partition("=")[0]) in FLAGS:
-            raise ValueError(f"--set {setting}: a sweep takes --{FLAGS[key]} for that")
-    budgets = sorted(set(budgets), reverse=True)
-    below = [budget for budget in budgets if budget < 1]
-    if not below or budgets[-1] <= 0 or budgets[0] > 1:
-        raise ValueError(
-            f"--target-compute is {' '.join(f'{b:g}' for b in budgets)}; it takes budgets above 0 and at most 1, "
-            "one of them below 1"
-        )
-    runs: list[tuple[str, float | str, tuple[tuple[float, float | None], ...]]]
-    if per_budget or len(below) == 1:  # at 1.0 every run is the teacher, so no run is trained for it
-        runs = [(f"{budget}", budget, ((budget, None),)) for budget in below]
-        if budgets[0] == 1:
-            target, value, points = runs[0]
-            runs[0] = target, value, ((1.0, 1.0), *points)
-    else:
-        target = f"{budgets[-1]}:{budgets[0]}"
-        runs = [(target, target, tuple((budget, budget) for budget in budgets))]
-    tasks: list[Task] = []
-    for model, preset, seed, (target, value, points) in product(
-        dict.fromkeys(models), dict.fromkeys(presets), dict.fromkeys(seeds), runs
-    ):
-        chosen = {"model": model, "preset": preset, "train__seed": seed, "budget__target": value}
-        config = make_config(settings=list(settings), **flags, **chosen)
-        name = f"{Path(model).name}-{preset}-{target.replace(':', '-')}-seed{seed}"
-        if any(task.name == name for task in tasks):
-            raise ValueError(f"two of the models are called {Path(model).name}: sweep them into different folders")
-        tasks.append(Task(name, config, target, points))
-    return tasks
 
 
 def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None) -> list[Key]:

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.architectures.record import BRANCHES
 from students.decisions import Decisions
+from students.sites import BRANCHES
 from students.spec import RouterSpec, StudentSpec
 
 Phase = Literal["decode", "prefill"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures.lookup import Linear, Sizes, can_be_read_in_part, matrices_of, shape_of
-from students.architectures.record import BRANCHES, LINEAR_SITES, Architecture, Branch
+from students.architectures.record import Architecture
 from students.compute import BlockShape
 from students.execution.attention import route_attention
 from students.execution.block import BlockGather
@@ -23,6 +23,7 @@ from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
+from students.sites import BRANCHES, LINEAR_SITES, Branch
 from students.spec import RouterSpec, StudentSpec
 
 M = TypeVar("M", bound=nn.Module)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from students.architectures.record import LINEAR_SITES
 from students.kinds.registry import Kind, KindName, kinds
+from students.sites import LINEAR_SITES
 
 
 @dataclass(frozen=True)

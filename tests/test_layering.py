@@ -54,10 +54,31 @@ def test_the_rule_sees_every_form_of_import() -> None:
     assert imported_packages(source) == {"torch", "os", "elastic", "timm"}
 
 
-@pytest.mark.parametrize("module", ["elastic", "elastic.cli"])
-def test_importing_the_command_line_loads_no_heavy_library(module: str) -> None:
+def heavy_after(code: str) -> list[str]:
+    """Return the libraries whose import takes seconds that are loaded after `code` has run in a fresh process."""
     heavy = {"torch", "transformers", "timm", "datasets", "accelerate", "torchvision", "matplotlib"}
-    code = f"import sys, {module}; print(*({heavy!r} & sys.modules.keys()))"
+    code = f"import sys\n{code}\nprint(*({heavy!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize("module", ["elastic", "elastic.cli"])
+def test_importing_the_command_line_loads_no_heavy_library(module: str) -> None:
+    assert heavy_after(f"import {module}") == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["distill", "--model", "smollm2-135m", "--preset", "defualt"],
+        ["distill", "--model", "smollm2-135m", "--target-compute", "70"],
+        ["distill", "--model", "smollm2-135m", "--set", "train.steps=-1"],
+        ["distill", "--model", "smollm2-135m", "--set", "student.routers=[{kind: tokn}]"],
+        ["sweep", "--model", "smollm2-135m", "--target-compute", "0.5", "--set", "train.lr=fast", "--output", "none"],
+        ["plan", "--model", "llama3-8b", "--set", "train.bacth=8"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_found_before_a_heavy_library_is_loaded(command: list[str]) -> None:
+    assert heavy_after(f"from elastic.cli import main\nassert main({command!r}) == 2") == []

@@ -86,18 +86,21 @@ def bench_command(options: argparse.Namespace) -> None:
     _check_bench(options)
     from datetime import date
 
+    if options.model is not None:
+        from elastic.shape_config import shape_config
+
+        config = shape_config(
+            options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
+        )
     from elastic.bench import bench_run
     from elastic.run import surroundings
-    from elastic.shapes import bench_shape, shape_config
+    from elastic.shapes import bench_shape
 
     work = {name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats")}
     with screen() as (say, _):
         if options.model is None:
             rows = bench_run(options.run, **work, say=say)
         else:
-            config = shape_config(
-                options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
-            )
             rows = bench_shape(config, **work, say=say)
     timed = options.run or f"{options.model}, random weights"
     about = {"date": date.today().isoformat(), "timed": timed, **surroundings()}
@@ -189,9 +192,11 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
 
 def plan_command(options: argparse.Namespace) -> None:
     """`elastic plan`: estimate memory, FLOPs and days of training."""
-    from elastic.plan import plan, plan_config
+    from elastic.shape_config import plan_config
 
     config = plan_config(options.model, preset=options.preset, settings=options.set)
+    from elastic.plan import plan
+
     amount = {name: given for name in ("tokens", "samples") if (given := getattr(options, name)) is not None}
     machines = {name: getattr(options, name) for name in ("gpus", "memory", "peak", "share")}
     found = plan(config, amount=amount, **machines)

@@ -74,27 +74,32 @@ def sweep_command(options: argparse.Namespace) -> int | None:
     """`elastic sweep`: finish all points of a sweep and print their table; return the exit code."""
     import shlex
 
+    from elastic.sweep_tasks import plan
+
+    flags = {"data__source": options.data, "train__steps": options.steps, "train__minutes": options.minutes}
+    runs: dict[str, Any] = {
+        "models": options.model,
+        "budgets": options.target_compute,
+        "presets": options.preset,
+        "seeds": options.seed,
+        "per_budget": options.per_budget,
+        "settings": options.set,
+    }
+    launch.together(functools.partial(plan, **runs, flags=flags))  # finds mistakes before libraries are imported
     from elastic.sweep import sweep
 
     with screen() as (say, progress):
         rows = sweep(
             options.output,
-            models=options.model,
-            budgets=options.target_compute,
-            presets=options.preset,
-            seeds=options.seed,
+            **runs,
+            **flags,
             baselines=options.baselines,
-            per_budget=options.per_budget,
             eval_data=options.eval_data,
             timed=not options.no_bench,
             teacher_cache=options.teacher_cache,
             command=shlex.join(options.line),
             say=say,
             progress=progress,
-            settings=options.set,
-            data__source=options.data,
-            train__steps=options.steps,
-            train__minutes=options.minutes,
         )
     if not launch.is_main():
         return None

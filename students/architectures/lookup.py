@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from students.architectures.image import IMAGE_MODELS, side_by_side
 from students.architectures.language import LANGUAGE_MODELS, LLAMA
-from students.architectures.record import LINEAR_SITES, Architecture
+from students.architectures.record import Architecture
+from students.sites import LINEAR_SITES
 
 Linear: TypeAlias = nn.Linear | Conv1D
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures.record import Architecture, Branch
+from students.architectures.record import Architecture
 from students.execution.attention import Packing, Plan
 from students.execution.block_context import BlockContext, BranchContext, Exits, Gathered, Narrow, Rows
 from students.execution.runtime import Runtime
@@ -20,6 +20,7 @@ from students.kernels.autograd import GateOfChannel
 from students.kernels.merging import flat_index
 from students.libraries import cache_in
 from students.routers import Router, Substitute, selection
+from students.sites import Branch
 
 
 class RoutedBranch(Wrapper):

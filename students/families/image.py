@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.architectures.lookup import architecture_of, trunk_of
-from students.architectures.record import BRANCHES
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
@@ -21,6 +20,7 @@ from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.kernels.capture import Forward
 from students.routers import Router
+from students.sites import BRANCHES
 from students.spec import RouterSpec
 from students.student import Student
 

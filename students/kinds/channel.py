@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from students.architectures.record import LINEAR_SITES, Architecture
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice, limit_choice
 from students.compute import BlockCost
 from students.kinds.registry import Kind
 from students.places import BlockPlace
 from students.routers import ChannelRouter
+from students.sites import LINEAR_SITES
 from students.spec import RouterSpec, StudentSpec
 
 

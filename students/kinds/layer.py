@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from students.architectures.record import BRANCHES, Architecture
+from students.architectures.record import Architecture
 from students.calibration.image import ImageStart
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
@@ -16,6 +16,7 @@ from students.kinds.registry import kinds
 from students.kinds.token import TokenKind
 from students.places import BlockPlace
 from students.routers import Router
+from students.sites import BRANCHES
 from students.spec import RouterSpec, StudentSpec
 
 

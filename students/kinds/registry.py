@@ -10,11 +10,10 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from torch import nn
-
-from students.architectures.record import Architecture
-
 if TYPE_CHECKING:
+    from torch import nn
+
+    from students.architectures.record import Architecture
     from students.spec import RouterSpec, StudentSpec
 
 KindName = Literal["token", "head", "expert", "neuron", "mixture", "channel", "layer", "vocab", "image"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from students.architectures.record import BRANCHES, Architecture
+from students.architectures.record import Architecture
 from students.calibration.observe import BlockObservers, BlockStart
 from students.calibration.price import Choice
 from students.compute import BlockCost, Phase
 from students.kinds.registry import GATED, Kind
 from students.places import BlockPlace
+from students.sites import BRANCHES
 from students.spec import RouterSpec, StudentSpec
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from typing import Any
 
-import torch
-
 from teachers.quiet import first_line
 
 NAMED = 20
@@ -123,6 +121,8 @@ class Samples:
 
     def shuffled(self, seed: int) -> list[int]:
         """Return the numbers of all samples in a random order that `seed` determines."""
+        import torch  # here, because configurations are checked by this package before torch is imported
+
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def filled(self, chosen: Sequence[int]) -> list[tuple[int, Any]]:

@@ -18,7 +18,7 @@ import torch
 
 from elastic.cli import main
 from elastic.cli.parser import parser
-from elastic.shapes import shape_config
+from elastic.shape_config import shape_config
 
 CI = Path(__file__).parent.parent.parent / ".ci"
 COMMANDS = [

@@ -18,7 +18,8 @@ from elastic import families
 from elastic.cli import main
 from elastic.cli.measuring import _duration, _size
 from elastic.config import RunConfig
-from elastic.plan import plan_config, step_bytes, step_flops
+from elastic.plan import step_bytes, step_flops
+from elastic.shape_config import plan_config
 from students import Student, elasticize
 from students.flops import ATTENTION
 from teachers import hub

@@ -12,7 +12,8 @@ from elastic import shapes as timed
 from elastic.accounting.memory import Need, need_of
 from elastic.bench import workload_of
 from elastic.cli import main
-from elastic.shapes import bench_shape, shape_config
+from elastic.shape_config import shape_config
+from elastic.shapes import bench_shape
 from students.execution.kv_cache import cache_bytes
 from students.libraries import cache_of
 from teachers.registry import models

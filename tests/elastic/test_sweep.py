@@ -18,7 +18,8 @@ from elastic.accounting.routing import open_shares, routing_profile
 from elastic.cli import main
 from elastic.distillation import checkpoints
 from elastic.reporting.results import SweepFolder, key_of
-from elastic.sweep import Clock, _keys, plan, sweep
+from elastic.sweep import Clock, _keys, sweep
+from elastic.sweep_tasks import plan
 from students import RouterSpec, StudentSpec, elasticize
 from students.decisions import Decisions
 from tests.elastic.runs import as_options, silent

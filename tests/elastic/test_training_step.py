@@ -11,7 +11,7 @@ from elastic import families
 from elastic.config import BudgetConfig, LossConfig, RunConfig
 from elastic.objectives.language import Distillation
 from elastic.objectives.sums import routing_loss
-from elastic.plan import plan_config
+from elastic.shape_config import plan_config
 from students import RouterSpec, StudentSpec, elasticize
 from students.decisions import Decisions
 from students.kernels import devices, ops

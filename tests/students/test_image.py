@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
-from students.architectures.record import LINEAR_SITES
 from students.execution.image_block import similar_lengths
 from students.execution.patch_counts import PatchCounts
 from students.families.image import call
 from students.kernels.merging import match, merge
+from students.sites import LINEAR_SITES
 from tests.pico.image import BOTH, IMAGE, MODELS, SIZES, TIMM, make_tiny
 from tests.pico.routers import draw_parameters
 

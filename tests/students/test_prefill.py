@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
-from students.architectures.record import BRANCHES
 from students.execution import tokens as some_tokens
 from students.kernels import devices, first_rows
 from students.kernels.capture import Fetched
 from students.libraries import cache_of
+from students.sites import BRANCHES
 from tests.students.host_waits import Launches
 from tests.students.test_execution import (
     CLOSE,

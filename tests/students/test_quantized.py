@@ -9,8 +9,8 @@ import torch
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.architectures.lookup import can_be_read_in_part, shape_of, values_of
-from students.architectures.record import LINEAR_SITES
 from students.compute import PHASES
+from students.sites import LINEAR_SITES
 from teachers.quantize import PACKAGES, kept_bytes, quantize
 from tests.pico.language import make_tiny
 from tests.pico.vision_language import make_prompts, make_vlm
