@@ -33,6 +33,7 @@ from elastic.config import NAMED_DATA, RunConfig
 from elastic.files import require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
+from students.checkpoint import read_tensors
 from students.kernels import cpu
 from teachers import Teacher
 from teachers.cache import cache_folder
@@ -183,6 +184,15 @@ class Run:
     def routers(self) -> Path:
         """Path of the file with the finished student's routers."""
         return self.folder / "routers.safetensors"
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The rows of results of a finished run; none if it is not finished, or of a version that stored none. Raises
+        ValueError if its routers are damaged."""
+        if not self.routers.exists():
+            return []
+        read_tensors(self.routers)
+        return self.about.get("results", [])
 
     def load_student(self, teacher: Teacher, *, pack: bool | None = None, prepare: bool = True) -> Student:
         """Return the finished student on its teacher's weights.

@@ -85,13 +85,17 @@ def resume(
     say: Say = print,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Continue an interrupted run with its own configuration; the result is that of an uninterrupted run.
+    """Continue an interrupted run with its own configuration; the result is that of an uninterrupted run. Of a finished
+    run, the result that it has.
 
     teacher_cache: see `distill`; None: the folder that the run has used so far, if any.
     """
     session = session or Session()
     session.memory.turn_to("start")
     run = launch.together(lambda: Run.open(folder))
+    if rows := launch.together(lambda: run.results):
+        say(f"{run.folder} is finished: there is nothing to resume")
+        return rows[0]
     config = launch.together(lambda: run.config)
     launch.in_step(partial(_require, config))
     kept = _cache(teacher_cache)

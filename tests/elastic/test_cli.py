@@ -158,6 +158,8 @@ def test_resume_continues(finished: Path, here: Path, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert "resuming at step 6" in err and "student: run" in out
     assert (here / "run" / "routers.safetensors").read_bytes() == (finished / "routers.safetensors").read_bytes()
+    assert main(["distill", "--resume", "run"]) == 0
+    assert capsys.readouterr() == (out, "run is finished: there is nothing to resume\n")
 
 
 def test_unfinished_and_damaged_runs(finished: Path, refused: Callable[..., str], here: Path):
@@ -183,8 +185,9 @@ def test_run_of_other_weights(finished: Path, refused: Callable[..., str], here:
     other = make_tiny("llama")
     other.model.norm.weight.data.mul_(2)
     other.save_pretrained(model)
-    for command in (["eval", "run"], ["distill", "--resume", "run"]):
-        assert "run was made for other weights" in refused(*command)
+    assert "run was made for other weights" in refused("eval", "run")
+    (here / "run" / "routers.safetensors").unlink()
+    assert "run was made for other weights" in refused("distill", "--resume", "run")
 
 
 def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):

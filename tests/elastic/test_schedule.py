@@ -66,7 +66,8 @@ def test_minutes_hold_where_the_machine_changes_its_pace(
     assert 60 - later <= seconds <= 60 + later and 1 < len(about["plan"]) <= 2 + ADAPTATIONS
     assert metrics(tmp_path / "one")[-1]["step"] == about["steps"] == about["plan"][-1][1]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    (tmp_path / "two" / "checkpoint.safetensors").unlink()  # as if killed before the first checkpoint
+    for name in ("checkpoint", "routers"):  # as if killed before the first checkpoint
+        (tmp_path / "two" / f"{name}.safetensors").unlink()
     write_text(tmp_path / "two" / "elastic.json", json.dumps({k: v for k, v in about.items() if k != "trained"}))
     clock(monkeypatch, pace)
     with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted):

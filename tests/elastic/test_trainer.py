@@ -27,6 +27,7 @@ from elastic.distillation import dial
 from elastic.distillation.loader import picked
 from elastic.evaluate import measure_run
 from elastic.families import language
+from elastic.files import write_text
 from elastic.run import Run
 from elastic.settings import to_dict
 from elastic.timing.passes import medians
@@ -259,9 +260,19 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
         assert_same_run(finished, folder)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path):
+def test_resuming_a_finished_run_says_so_and_touches_nothing(finished: Path, tmp_path: Path):
+    copied, said = shutil.copytree(finished, tmp_path / "copied"), []
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.iterdir()}
+    assert trainer.resume(copied, say=said.append) == Run.open(finished).about["result"]
+    assert said == [f"{copied} is finished: there is nothing to resume"]
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.iterdir()} == before
+
+
+def test_a_run_killed_while_it_is_measured_is_measured(finished: Path, tmp_path: Path):
     copied = shutil.copytree(finished, tmp_path / "copied")
-    assert resume(copied) == Run.open(finished).about["result"]
+    about = Run(copied).about
+    write_text(copied / "elastic.json", json.dumps({k: v for k, v in about.items() if k not in ("result", "results")}))
+    assert resume(copied) == about["result"]
     assert_same_run(finished, copied)
 
 
