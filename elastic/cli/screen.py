@@ -96,7 +96,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     from elastic import families
 
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("model, preset", lambda r: f"{r['model']}, {r['preset']}"),
+        ("model", lambda r: r["model"]),
+        ("preset", lambda r: r["preset"]),
         *families.of(rows[0]["family"]).lines(),
         ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
         ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
@@ -110,7 +111,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     console.print(common)
     if len(rows) > 1:
         apart = {name: values for name, values in found.items() if len(set(values)) > 1}
-        table = Table(*apart, box=SIMPLE, padding=0)
+        table = Table(*(Column(name, no_wrap=True) for name in apart), box=SIMPLE)
         for row in zip(*apart.values(), strict=True):
             table.add_row(*row)
-        console.print(table)
+        Console(width=200, markup=False).print(table)  # wide, so that no number is cut in a narrow terminal or a pipe
