@@ -41,7 +41,7 @@ def plan(
             raise ValueError(f"--set {setting}: a sweep takes --{FLAGS[key]} for that")
     budgets = sorted(set(budgets), reverse=True)
     below = [budget for budget in budgets if budget < 1]
-    if not below or budgets[-1] <= 0 or budgets[0] > 1:
+    if not below or not all(0 < budget <= 1 for budget in budgets):
         raise ValueError(
             f"--target-compute is {' '.join(f'{b:g}' for b in budgets)}; it takes budgets above 0 and at most 1, "
             "one of them below 1"

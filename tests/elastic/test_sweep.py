@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Callable
@@ -152,6 +153,7 @@ def test_mistakes_come_before_any_work(
     for options, message in (
         ({"budgets": [1.0]}, "one of them below 1"),
         ({"budgets": [70.0]}, "above 0 and at most 1"),
+        ({"budgets": [0.5, math.nan]}, "above 0 and at most 1"),
         ({"presets": ["default", "statik"]}, "did you mean static"),
         ({"settings": ["train.seed=3"]}, "takes --seed for that"),
     ):
