@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from students.kernels import devices
 from students.libraries import cache_of, fresh_positions, with_cache
 from students.spec import StudentSpec
 from students.student import Student
@@ -90,8 +91,8 @@ class SelfCheck:
         """Compare a student's outputs with the frozen model's; ValueError if they differ.
 
         Bit for bit: the student as its teacher, and with all gates open in mode `mask` (within rounding if closed
-        tokens drop their keys, because attention then gets another mask). Within rounding: mode `skip`, and decoding
-        from the student's own cache.
+        tokens drop their keys, because attention then gets another mask, and on GPUs, where libraries choose kernels by
+        how a tensor lies in memory). Within rounding: mode `skip`, and decoding from the student's own cache.
         """
         run, before = student.runtime, student.runtime.execution
         drops = any(router.kv == "drop" for router in student.spec.routers)
@@ -135,6 +136,7 @@ class SelfCheck:
         whole = self._whole[:, -1:] if out.shape[1:2] == (1,) and self._language else self._whole
         if out.shape != whole.shape:
             raise _Differs(f"{what} gives {list(out.shape)} instead of {list(whole.shape)}")
+        exact = exact and not devices.runs_ahead(out.device)
         if exact and torch.equal(out, whole):
             return
         apart = float((out.float() - whole.float()).abs().max())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -191,6 +192,26 @@ def test_self_check_finds_another_teacher(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("llama", "gpt2"):
         with pytest.raises(ValueError, match="the student as its teacher differs from the frozen model by"):
             elasticize(make_tiny(name), StudentSpec((RouterSpec("token"),)))
+
+
+def test_self_check_lets_libraries_of_gpus_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, products and attention may differ by rounding with the strides of what is multiplied."""
+    plain = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, *rest: Any, **more: Any) -> Tensor:
+        moved = query.new_tensor(1e-5 if calls else 0.0)
+        return plain(query, *rest, **more) + moved
+
+    calls: list[int] = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    compare = selfcheck.SelfCheck.compare
+    monkeypatch.setattr(selfcheck.SelfCheck, "compare", lambda *args: (calls.append(1), compare(*args)))
+    with pytest.raises(ValueError, match="the student as its teacher differs"):
+        elasticize(make_tiny("llama"), DROPS)
+    calls.clear()
+    monkeypatch.setattr(selfcheck.devices, "runs_ahead", lambda device: True)
+    elasticize(make_tiny("llama"), DROPS)
+    assert calls == [1]
 
 
 def test_self_check_is_switched_off_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
