@@ -49,6 +49,9 @@ def lines(files: Sequence[Path]) -> list[str]:
             for row in made["rows"]
             if row["phase"] != "decode" or row["tokens"] >= FEWEST
         ]
+    for file, made in found:
+        if "replaced_kernels" in made["machine"]:
+            out += ["", f"{file.stem}: torch's operators in place of {made['machine']['replaced_kernels']}"]
     return out
 
 

@@ -35,6 +35,7 @@ from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from students.checkpoint import read_tensors
 from students.kernels import cpu
+from students.kernels.trial import replaced
 from teachers import Teacher
 from teachers.cache import cache_folder
 from teachers.load import LOCAL
@@ -242,6 +243,8 @@ def surroundings() -> dict[str, Any]:
     machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
+    if replaced:
+        machine["replaced_kernels"] = ", ".join(sorted(replaced))
     if launch.size() > 1:
         machine["processes"] = launch.size()
     # a checkout of Elastic may not be installed, and torch.__version__ also says which CUDA torch was built for

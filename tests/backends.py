@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from students.kernels import ops, triton
+from students.kernels import trial, triton
 from students.kernels.cpu import toolchain
 from tests import interpreter
 
@@ -35,5 +35,5 @@ def running_on(name: str, library: object) -> Iterator[torch.device]:
         interpreter.mend(patch)
         with torch.library._scoped_library("elastic", "IMPL") as operators:
             for operator in triton.OPERATORS:
-                operators.impl(operator, ops.on_gpu(operator), "CPU", allow_override=True)
+                operators.impl(operator, trial.on_gpu(operator), "CPU", allow_override=True)
             yield torch.device("cpu")

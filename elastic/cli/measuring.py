@@ -161,6 +161,8 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
         f"{machine.get('device', machine['processor'])}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
     )
+    if "replaced_kernels" in machine:
+        print(f"torch's operators, which are slower, in place of the kernels of {machine['replaced_kernels']}")
     columns = "phase", "batch", "tokens", "compute", "by FLOPs", "by bytes", "measured", "efficiency", "tuned"
     sizes = {name: size for name, size in SIZES.items() if any(size[0] in r for r in rows)}
     table = Table(*columns, *sizes, box=None, pad_edge=False)

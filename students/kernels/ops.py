@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from students.kernels import cpu, reference, triton
 from students.kernels.cpu import toolchain
 from students.kernels.merging import flops_of_merging, shapes_of_merged
+from students.kernels.trial import on_gpu
 from students.kernels.triton import tuning
 
 One = Callable[..., Tensor]
@@ -63,19 +64,6 @@ def _operator(schema: str, shapes: Callable[..., Any], flops: Cost | None = None
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(flops)
     return packet.default
-
-
-def on_gpu(name: str) -> Callable[..., Any]:
-    """Return the function for GPUs: the Triton kernel, or the reference in float64 and where Triton cannot launch."""
-    kernel, other = triton.implementation(name), getattr(reference, name)
-
-    def run(first: Tensor, *rest: Any) -> Any:
-        if first.dtype == torch.float64 or (first.is_cuda and not triton.available()):
-            return other(first, *rest)
-        with torch.cuda.device_of(first):  # Triton launches where the current device is
-            return kernel(first, *rest)
-
-    return run
 
 
 def on_cpu(operator: Any) -> Callable[..., Any]:

@@ -86,6 +86,18 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
     assert table.lines([]) == ["nothing was timed"]
 
 
+def test_a_table_names_kernels_that_were_replaced(table: ModuleType, tmp_path: Path) -> None:
+    versions = dict.fromkeys(("torch", "transformers", "elastic-distill"), "1")
+    machine = {"device": "a GPU", "processor": "a CPU"}
+    row = {"phase": "classify", "batch": 1, "tokens": 65, "dtype": "bfloat16", "compute_target": 0.7, "compute": 0.7}
+    row |= {"predicted_speedup": 1.4, "measured_speedup": 1.2, "dense_seconds": 2.0, "seconds": 1.0, "peak_bytes": 1e9}
+    made = {"date": "today", "timed": "tiny-vit, random weights", "versions": versions, "rows": [row]}
+    for number, more in enumerate(({}, {"replaced_kernels": "merge_lowest, rotary"}), 1):
+        (tmp_path / f"{number}-merging.json").write_text(json.dumps(made | {"machine": machine | more}))
+    found = table.lines(list(tmp_path.glob("*.json")))
+    assert found[-2:] == ["", "2-merging: torch's operators in place of merge_lowest, rotary"] and len(found) == 8
+
+
 def test_rows_say_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
     command = "bench --model tiny-llm --random-weights --target-compute 0.8 --compute 0.8 1.0 --tokens 8 --new-tokens 2"
     assert main([*command.split(), "--repeats", "1", "--json", "--set", "train.batch=1"]) == 0
