@@ -55,7 +55,8 @@ def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple
     count, device = score.numel(), score.device
     is_open = torch.empty(score.shape, dtype=torch.bool, device=device)
     table = torch.empty(count, dtype=torch.long, device=device)
-    before, upto = torch.empty(2, count, dtype=torch.int32, device=device)
+    # each begins at a multiple of 16 bytes whatever `count` is, which Triton compiles for
+    before, upto = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
     given = score.contiguous()
     _list_open[(1,)](
         given.view(torch.uint8) if limit is None else given,
