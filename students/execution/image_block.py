@@ -19,7 +19,7 @@ from students.kernels import ops
 from students.kernels.attention_gradient import learning, recomputing
 from students.kernels.key_bias import key_mask
 from students.kernels.merging import NOT_NOW, Matches, at, flat_index, match, merge
-from students.kernels.normed_tokens import merge_for
+from students.kernels.residual import merge_for, residual_of
 from students.routers import Router, selection
 
 TOP = 1e30
@@ -126,7 +126,7 @@ class RoutedBlock(Wrapper):
         if valid is not None:
             out = self._by_length(some, valid, flow.size, args, kwargs)
         else:
-            mask = flow.mask(x.dtype)
+            mask, some = flow.mask(x.dtype), residual_of(some)
             out = self.base_layer(some, *args, **(kwargs if mask is None else {**kwargs, self.mask: mask}))
         if weight is not None:
             out = some + weight * (out - some)

@@ -31,7 +31,7 @@ from students.kernels import ops
 _FACTS = {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")}
 _FACTS |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")}
 """Properties of a deferred tensor that are known before it is computed."""
-_ADD = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
+ADD = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
 _MULTIPLY = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
 ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (F.silu, {}), (F.gelu, {"approximate": "tanh"})
 """Activation functions of the kernels, in the order of the kernels' numbers, and the options of each function."""
@@ -93,7 +93,7 @@ class Deferred(Tensor):
         for one, *others in (args, args[::-1]) if args else ():
             if isinstance(one, Deferred) and one.made is None and func in one.joins:
                 expected, join = one.joins[func]
-                if options == expected and all(_alike(one, other) for other in others):
+                if options == expected and all(alike(one, other) for other in others):
                     return join(*map(settled, others))
         return func(*tree_map(settled, args), **tree_map(settled, kwargs))
 
@@ -169,7 +169,7 @@ def summand(out: Tensor) -> Deferred:
     def add(residual: Tensor) -> Deferred:
         return Sum(out.shape, residual, out)
 
-    return Deferred(out.shape, out, lambda: out, joins=dict.fromkeys(_ADD, ({}, add)))
+    return Deferred(out.shape, out, lambda: out, joins=dict.fromkeys(ADD, ({}, add)))
 
 
 def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
@@ -178,7 +178,7 @@ def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
     def add(residual: Tensor) -> Deferred:
         return Stream(shape, residual, launch)
 
-    return Deferred(shape, like, lambda: launch(None)[0], joins=dict.fromkeys(_ADD, ({}, add)))
+    return Deferred(shape, like, lambda: launch(None)[0], joins=dict.fromkeys(ADD, ({}, add)))
 
 
 def gate(x: Tensor) -> Deferred:
@@ -224,5 +224,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _alike(one: Tensor, other: Any) -> bool:
+def alike(one: Tensor, other: Any) -> bool:
+    """Whether `other` is a tensor of the same shape, dtype and device as `one`."""
     return isinstance(other, Tensor) and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)

@@ -193,6 +193,12 @@ fused_gate: Pair = _operator(
 0 to 2: the RMS norm of x + residual [B, I], with weight `other` [I]; 3 and 4: activation(x) times other [B, I]. The
 second result is x + residual; empty without `residual`."""
 
+sum_norm: Pair = _operator(
+    "sum_norm(Tensor x, Tensor other, Tensor weight, Tensor? bias, float epsilon) -> (Tensor, Tensor)",
+    lambda x, *_: (_like(x), _like(x)),
+)
+"""The layer norm of x + other [..., D] with weight and bias [D] of x's dtype (arXiv 1607.06450), and the sum itself."""
+
 channel_gate_grad: Pair = _operator(
     "channel_gate_grad(Tensor grad_out, Tensor grad_share, Tensor x, Tensor limit) -> (Tensor, Tensor)",
     lambda grad_out, grad_share, x, limit: (_like(x), _like(limit)),

@@ -111,6 +111,11 @@ def fused_gate(
     return channel_gate(x, limit)[0], stream
 
 
+def sum_norm(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    total = (x + other).contiguous()
+    return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
+
+
 def channel_gate_grad(grad_out: Tensor, grad_share: Tensor, x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     x, grad_out = x.contiguous(), grad_out.contiguous()
     size = x.abs()

@@ -21,6 +21,7 @@ _FILES = {
     "exact_rows": ("exact_rows",),
     "channel_gate": ("channel_gate", "channel_gate_grad", "gated_grad"),
     "fused_gate": ("fused_gate",),
+    "sum_norm": ("sum_norm",),
     "row_gate": ("row_gate", "row_gate_grad", "routed_kl", "routed_kl_grad"),
     "forward_kl": ("forward_kl", "forward_kl_grad"),
     "rms_norm": ("rms_norm", "rms_norm_grad"),

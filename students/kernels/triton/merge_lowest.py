@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels import merging
+from students.kernels.triton.sum_norm import layer_norm
 
 NOBODY: tl.constexpr = tl.constexpr(2**30)
 NOT_NOW: tl.constexpr = tl.constexpr(merging.NOT_NOW)
@@ -230,13 +231,8 @@ def _take_in(
         kind = out.dtype.element_ty
         tl.store(out + place_out, mean.to(kind), mask=shown[:, None] & wide)
         if gain is not None:
-            mean = mean.to(kind).to(tl.float32)
-            apart = tl.where(wide, mean - (tl.sum(mean, 1) / width)[:, None], 0.0)
-            unit = apart * tl.rsqrt(tl.sum(apart * apart, 1) / width + epsilon)[:, None]
-            scaled = unit * tl.load(gain + lane, mask=lane < width, other=0.0).to(tl.float32)[None, :]
-            if offset is not None:
-                scaled += tl.load(offset + lane, mask=lane < width, other=0.0).to(tl.float32)[None, :]
-            tl.store(normed + place_out, scaled.to(kind), mask=shown[:, None] & wide)
+            rounded, here_out = mean.to(kind).to(tl.float32), shown[:, None] & wide
+            layer_norm(rounded, gain, offset, lane, width, epsilon, normed, place_out, here_out)
 
 
 def merge_lowest(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -90,6 +90,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("channel_gate", x, limit)
     yield call("fused_gate", make(64, narrow), make(narrow), make(64, narrow), 1e-6, 0, limit)
     yield call("fused_gate", *make(64, 2 * wide).chunk(2, 1), None, 0.0, 3, long_limit)
+    for hidden in (768, 1024):
+        yield call("sum_norm", make(64, 197, hidden), make(64, 197, hidden), make(hidden), make(hidden), 1e-6)
     yield call("channel_gate_grad", x, tokens, x, limit)
     for kind in (0, 1):
         y = make(4, 1024, wide)

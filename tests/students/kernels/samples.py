@@ -91,6 +91,12 @@ def fused_gate(draw: Draw) -> Iterator[Arguments]:
             yield x, draw(width) if kind < 3 else other, draw(5, width) if kind < 2 else None, 1e-3, kind, limit
 
 
+def sum_norm(draw: Draw) -> Iterator[Arguments]:
+    for shape in ((77,), (5, 300), (3, 7, 96)):
+        yield draw(*shape), draw(*shape), draw(shape[-1]), draw(shape[-1]) if len(shape) > 1 else None, 1e-3
+    yield draw(9, 3).T, draw(3, 9), draw(9), None, 1e-3
+
+
 def channel_gate_grad(draw: Draw) -> Iterator[Arguments]:
     for x, limit in (*channel_gate(draw), (draw(2, 700, 9), draw.limit(2, 1, 9))):
         yield draw(*x.shape), draw.single(*x.shape[:2]), x, limit
@@ -240,6 +246,7 @@ SAMPLES: dict[str, Samples] = {
     "exact_rows": exact_rows,
     "channel_gate": channel_gate,
     "fused_gate": fused_gate,
+    "sum_norm": sum_norm,
     "channel_gate_grad": channel_gate_grad,
     "gated_grad": gated_grad,
     "row_gate": row_gate,

@@ -27,9 +27,10 @@ def test_libraries_hand_the_mask_on(name: str, spec: str, pixels: Tensor, monkey
     with Launches() as launches:
         out = first(call(student.model, pixels))
     assert launches.launched["elastic.biased_attention.default"] >= (3 if spec == "block merges" else 2)
-    norms = [seen.launched["aten.native_layer_norm.default"] for seen in (before, launches)]
-    folded = launches.launched["elastic.merge_normed.default"]
-    assert norms[0] - norms[1] == folded and (folded > 0) == (spec == "block merges")
+    fewer = before.launched - launches.launched
+    merged, summed = (launches.launched[f"elastic.{name}.default"] for name in ("merge_normed", "sum_norm"))
+    assert fewer["aten.native_layer_norm.default"] == merged + summed and (merged > 0) == (spec == "block merges")
+    assert fewer["aten.add.Tensor"] == summed > 0
     torch.testing.assert_close(out, plain, rtol=0.05, atol=0.05)
 
 
