@@ -143,6 +143,8 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
             f"{type(model).__name__} has sliding windows, and a cache without dropped tokens does not know how far "
             "back they reach over image tokens that stay outside: use `kv: keep`"
         )
+    if spec.at("input") and any(router.prefix for router in language.routers):
+        raise ValueError("`prefix` counts tokens, of which image routers leave some out: use one or the other")
     _freeze(model)
     runtime, compute = _language_parts(model, trunk, record, blocks, language)
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None

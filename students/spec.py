@@ -95,6 +95,9 @@ class RouterSpec:
     query: int = 0
     """image: rank of a bilinear form of image token and question that is added to the score; 0: scores depend on the
     image alone."""
+    prefix: int = 0
+    """token, layer: number of tokens at the start of each sequence, padding not counted, whose gates are open
+    whatever their scores. Later tokens attend to the first one above all (attention sinks, arXiv 2309.17453)."""
     optional: bool = False
     """mixture: whether a model whose MLPs are dense goes without this router, instead of being refused."""
     part: Literal["language", "vision"] = "language"
@@ -114,9 +117,10 @@ class RouterSpec:
             takers = [other.name for other in kinds().values() if name in other.fields]
             if takers and self.kind not in takers and getattr(self, name) != setting.default:
                 raise ValueError(f"`{name}` has no effect on a {self.kind} router, only on: {', '.join(takers)}")
-        if self.hidden < 1 or self.groups < 1 or min(self.substitute, self.rank, self.query) < 0:
+        if self.hidden < 1 or self.groups < 1 or min(self.substitute, self.rank, self.query, self.prefix) < 0:
             raise ValueError(
-                "router sizes (hidden, groups, substitute, rank, query) cannot be negative, hidden and groups not 0"
+                "router sizes (hidden, groups, substitute, rank, query, prefix) cannot be negative, hidden and groups "
+                "not 0"
             )
         if self.network != "mlp" and self.hidden != RouterSpec.hidden:
             raise ValueError("`hidden` has no effect without `network: mlp`")

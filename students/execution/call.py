@@ -95,6 +95,8 @@ class Call:
     """Number of padding tokens."""
     order: Order | None = None
     """Padded causal prompts on a GPU: the order with padding behind the other tokens, where attention needs no mask."""
+    position: Tensor | None = None
+    """[1 or B, T]: the position of each token in its sequence, padding not counted; None: no router asks for it."""
     prompt: Tensor | None = None
     """[B, T] bool: the tokens that sequence-level decisions are taken from; None: all."""
     memory: Memory | None = None

@@ -193,7 +193,7 @@ class Runtime:
         elif over_tokens and not self.causal:
             gate, count = self._patches(router, score)
         else:
-            raised = score + router.shift(self.dial_of(score))
+            raised = self._open_prefix(spec, score + router.shift(self.dial_of(score)))
             if over_tokens and spec.network == "static" and self.call.skipping and self.call.rows is None:
                 count = x.shape[1] if router.stands(raised, self.one_offset) else 0
             if self._asked_for_gates_alone(spec):
@@ -210,6 +210,14 @@ class Runtime:
             gate, closed = gate.detach() * weight, closed.detach()
         return Gates(dtype, count, gate=gate.to(dtype), closed=closed.to(dtype))
 
+    def _open_prefix(self, spec: RouterSpec, raised: Tensor) -> Tensor:
+        """Return scores [B, T, N], with the shift added, that are positive for the first `spec.prefix` tokens of each
+        sequence."""
+        position = self.call.position
+        if not spec.prefix or position is None:
+            return raised
+        return raised.masked_fill((position < spec.prefix).unsqueeze(-1), 1.0)
+
     def _asked_for_gates_alone(self, spec: RouterSpec) -> bool:
         """Whether neither scores nor weights nor gradients of a router are wanted."""
         return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
@@ -219,6 +227,7 @@ class Runtime:
         without gains whose scores nobody else needs, on a device that the host runs ahead of."""
         spec = router.spec
         by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network == "linear"
+        by_token = by_token and not spec.prefix
         alone = spec.of_kind.over_tokens and self.causal and router.log_gain is None and devices.runs_ahead(x.device)
         return by_token and alone and self._on_device and self._asked_for_gates_alone(spec)
 

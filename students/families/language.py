@@ -205,6 +205,7 @@ class LanguageStudent(Student):
                 call.valid, call.padded = valid, padded
                 if call.skipping and devices.runs_ahead(mask.device) and mask.shape == tokens.shape:
                     call.order = Order(valid)
+        call.position = self._positions(tokens, kwargs)
         call.prompt = self._prompt
         if call.prompt is None:
             call.prompt = torch.ones_like(tokens, dtype=torch.bool) if call.valid is None else call.valid
@@ -212,6 +213,20 @@ class LanguageStudent(Student):
         kwargs = with_cache(trunk, kwargs, cache)
         call.memory = None if cache is None else memory_of(cache)
         return args, kwargs
+
+    def _positions(self, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the position [1 or B, T] of tokens [B, T] in their sequences, padding not counted, if a router asks
+        for it. Without a mask, position_ids say where each of several sequences in one row begins."""
+        if not any(router.prefix for router in self.spec.routers):
+            return None
+        count, mask, ids = tokens.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.cumsum(1)[:, -count:] - 1
+        if isinstance(ids, Tensor):
+            return ids if ids.ndim == 2 else ids[0]  # the first axis of M-RoPE
+        cache = cache_in(kwargs)
+        before = 0 if cache is None else int(cache.get_seq_length())
+        return torch.arange(before, before + count, device=tokens.device)[None]
 
     def _leave(self, trunk: nn.Module, args: Any, out: Any) -> None:
         super()._leave(trunk, args, out)

@@ -18,7 +18,7 @@ class TokenKind(Kind):
     """A gate for each token in front of a branch, executed by students/execution/branch.py."""
 
     name = "token"
-    fields: ClassVar[tuple[str, ...]] = (*GATED, "kv", "substitute")
+    fields: ClassVar[tuple[str, ...]] = (*GATED, "kv", "substitute", "prefix")
     sites: ClassVar[tuple[str, ...]] = BRANCHES
     over_tokens = True
     may_keep_quota = True
@@ -26,10 +26,16 @@ class TokenKind(Kind):
     def check(self, spec: RouterSpec) -> None:
         if spec.selection == "topk" and spec.granularity == "sequence":
             raise ValueError("top-k over the tokens of a sequence needs `granularity: token`")
+        if spec.prefix and (spec.selection, spec.granularity) != ("threshold", "token"):
+            raise ValueError("`prefix` is for routers with `selection: threshold` and `granularity: token`")
+        if spec.prefix and spec.network == "static":
+            raise ValueError("a static router decides once for all tokens: leave `prefix` away")
 
     def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
         if not record.causal and "attn" in self.touches(spec) and spec.kv == "keep":
             raise ValueError(f"image models keep no keys of skipped tokens: give the {self.name} router `kv: drop`")
+        if not record.causal and spec.prefix:
+            raise ValueError("`prefix` is for language models: leave it away")
 
     def touches(self, spec: RouterSpec) -> tuple[str, ...]:
         return spec.where

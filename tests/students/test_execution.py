@@ -23,6 +23,8 @@ KINDS = {
     **EVERY_KIND,
     "token-weighted": RouterSpec("token", weight="score", substitute=2),
     "token-drop-all": RouterSpec("token", kv="drop", substitute=4),
+    "token-prefix": RouterSpec("token", prefix=3, substitute=4),
+    "layer-prefix-drop": RouterSpec("layer", prefix=3, kv="drop"),
     "token-static": RouterSpec("token", network="static", blocks="odd"),
     "layer-sequence": RouterSpec("layer", granularity="sequence", kv="drop"),
     "head-sequence": RouterSpec("head", granularity="sequence"),
