@@ -29,33 +29,48 @@ static void *scratch(size_t size) {
 // what one core can have in flight. Of shorter rows, the whole next row is prefetched.
 #define AHEAD(rows) (8192 / (rows) / 64 * 64)
 
+// Rows that are multiplied together are adjacent ones of the selection, or one of each of so many equal parts. The latter
+// on CPUs with AMX: the prefetcher of Intel's cores follows several rising streams of reads, of which adjacent short rows
+// are but one.
+#ifdef __AMX_TILE__
+enum { DISTANT = 1 };
+#else
+enum { DISTANT = 0 };
+#endif
+
+// Returns where in a selection the i-th row of a group of `each` is.
+static inline int64_t place_of(int64_t group, int64_t i, int64_t groups, int64_t each) {
+    return DISTANT ? i * groups + group : group * each + i;
+}
+
 #define OF_SIX(S) (v[0] * up_##S(r[0][j]) + v[1] * up_##S(r[1][j]) + v[2] * up_##S(r[2][j])  \
                  + v[3] * up_##S(r[3][j]) + v[4] * up_##S(r[4][j]) + v[5] * up_##S(r[5][j]))
 
 // acc[width] += sum of value[k] * w[row[k], :] over n rows of w, which are `stride` apart; six rows at a time, and of
 // each a cache line
-#define ADD_ROWS(S, T)                                                                                                 \
-    static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,        \
-                             int64_t n, float *restrict acc) {                                                         \
-        enum { line = 64 / sizeof(T) };                                                                                \
-        int64_t k = 0, whole = width / line * line, ahead = AHEAD(6) / sizeof(T);                                      \
-        if (ahead > whole) ahead = whole;                                                                              \
-        for (; k + 6 <= n; k += 6) {                                                                                   \
-            const T *r[6], *next[6];                                                                                   \
-            for (int i = 0; i < 6; i++) {                                                                              \
-                r[i] = w + row[k + i] * stride;                                                                        \
-                next[i] = k + 6 + i < n ? w + row[k + 6 + i] * stride : r[i];                                          \
-            }                                                                                                          \
-            const float *v = value + k;                                                                                \
-            for (int64_t from = 0; from < whole; from += line) {                                                       \
-                int64_t at = from + ahead;                                                                             \
-                for (int i = 0; i < 6; i++) __builtin_prefetch(at < width ? r[i] + at : next[i] + (at - width));       \
-                for (int64_t j = from; j < from + line; j++) acc[j] += OF_SIX(S);                                      \
-            }                                                                                                          \
-            for (int64_t j = whole; j < width; j++) acc[j] += OF_SIX(S);                                               \
-        }                                                                                                              \
-        for (; k < n; k++)                                                                                             \
-            for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);                   \
+#define ADD_ROWS(S, T)                                                                                           \
+    static void add_rows_##S(const T *w, int64_t stride, int64_t width, const int64_t *row, const float *value,  \
+                             int64_t n, float *restrict acc) {                                                   \
+        enum { line = 64 / sizeof(T) };                                                                          \
+        int64_t groups = n / 6, whole = width / line * line, ahead = AHEAD(6) / sizeof(T);                       \
+        if (ahead > whole) ahead = whole;                                                                        \
+        for (int64_t g = 0; g < groups; g++) {                                                                   \
+            const T *r[6], *next[6];                                                                             \
+            float v[6];                                                                                          \
+            for (int i = 0; i < 6; i++) {                                                                        \
+                int64_t at = place_of(g, i, groups, 6);                                                          \
+                r[i] = w + row[at] * stride, v[i] = value[at];                                                   \
+                next[i] = g + 1 < groups ? w + row[place_of(g + 1, i, groups, 6)] * stride : r[i];               \
+            }                                                                                                    \
+            for (int64_t from = 0; from < whole; from += line) {                                                 \
+                int64_t at = from + ahead;                                                                       \
+                for (int i = 0; i < 6; i++) __builtin_prefetch(at < width ? r[i] + at : next[i] + (at - width)); \
+                for (int64_t j = from; j < from + line; j++) acc[j] += OF_SIX(S);                                \
+            }                                                                                                    \
+            for (int64_t j = whole; j < width; j++) acc[j] += OF_SIX(S);                                         \
+        }                                                                                                        \
+        for (int64_t k = 6 * groups; k < n; k++)                                                                 \
+            for (int64_t j = 0; j < width; j++) acc[j] += value[k] * up_##S(w[row[k] * stride + j]);             \
     }
 
 #define DOT(S, T)                                                                                         \
@@ -125,18 +140,29 @@ static void *scratch(size_t size) {
     }
 
 // out[k] = w[rows[k], :] . x + bias[rows[k]] for n rows of w [*, I]; bias may be NULL, rows NULL means the first n
-#define DOT_ROWS(S, T)                                                                                         \
+#define DOT_ROWS(S, T)                                                                                          \
     void dot_rows_##S(const T *x, const T *w, const T *bias, const int64_t *rows, int64_t n, int64_t I, T *out, \
-                      int threads) {                                                                           \
-        float *values = scratch(sizeof(float) * I);                                                            \
-        for (int64_t i = 0; i < I; i++) values[i] = up_##S(x[i]);                                              \
-        _Pragma("omp parallel num_threads(threads)") {                                                         \
-            int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                   \
-            for (int64_t k = me * n / team; k < (me + 1) * n / team; k++) {                                    \
-                int64_t row = rows ? rows[k] : k;                                                              \
-                out[k] = down_##S(dot_##S(w + row * I, values, I) + (bias ? up_##S(bias[row]) : 0));           \
-            }                                                                                                  \
-        }                                                                                                      \
+                      int threads) {                                                                            \
+        float *values = scratch(sizeof(float) * I);                                                             \
+        for (int64_t i = 0; i < I; i++) values[i] = up_##S(x[i]);                                               \
+        _Pragma("omp parallel num_threads(threads)") {                                                          \
+            int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                    \
+            int64_t from = me * n / team, to = (me + 1) * n / team, groups = (to - from + 7) / 8;               \
+            for (int64_t g = 0; g < groups; g++) {                                                              \
+                const T *r[8], *next[8];                                                                        \
+                const float *with[8];                                                                           \
+                int64_t k[8], row[8];                                                                           \
+                float sum[8];                                                                                   \
+                for (int64_t i = 0; i < 8; i++) { /* a short group repeats its last row */                      \
+                    int64_t at = from + place_of(g, i, groups, 8), then = from + place_of(g + 1, i, groups, 8); \
+                    k[i] = at < to ? at : to - 1, then = then < to ? then : to - 1;                             \
+                    row[i] = rows ? rows[k[i]] : k[i];                                                          \
+                    r[i] = w + row[i] * I, next[i] = w + (rows ? rows[then] : then) * I, with[i] = values;      \
+                }                                                                                               \
+                eight_dots_##S(r, next, with, I, sum);                                                          \
+                for (int i = 0; i < 8; i++) out[k[i]] = down_##S(sum[i] + (bias ? up_##S(bias[row[i]]) : 0));   \
+            }                                                                                                   \
+        }                                                                                                       \
     }
 
 // WALKS: whether `walk` supports rows of D numbers. `walk` writes the products of all inputs with rows from .. to of
@@ -197,55 +223,57 @@ static void walk_bf16(const uint16_t *x, int64_t B, const uint16_t *head, const 
 
 // out[b][v] = head[v, :] . x[b] + bias[v] where preview[b][v] reaches limit[b], else preview + tail; head [V, D],
 // x [B, D], preview and out [B, V]; bias may be NULL. count[b]: the number of exact logits.
-#define EXACT_ROWS(S, T)                                                                                           \
-    void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,                 \
-                        const T *preview, const float *limit, const float *tail, T *out, int64_t *count, int threads) { \
-        enum { near = 64 }; /* rows that stay in the cache until all inputs have read them */                      \
-        int64_t total = 0, *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */              \
-        float *values = (float *)(chosen + V * B);                                                                 \
-        for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                              \
-        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                              \
-        _Pragma("omp parallel num_threads(threads)") {                                                             \
-            int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                                \
-            int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from * B;                     \
-            for (int64_t first = from; first < to; first += near)                                                  \
-                for (int64_t b = 0; b < B; b++) {                                                                  \
-                    const T *guess = preview + b * V;                                                              \
-                    for (int64_t v = first; v < first + near && v < to; v++) {                                     \
-                        mine[n] = b << 32 | v;                                                                     \
-                        n += up_##S(guess[v]) >= limit[b];                                                         \
-                    }                                                                                              \
-                }                                                                                                  \
-            for (int64_t b = 0; b < B; b++) {                                                                      \
-                int64_t exact = 0;                                                                                 \
-                for (int64_t v = from; v < to; v++) {                                                              \
-                    float guess = up_##S(preview[b * V + v]);                                                      \
-                    out[b * V + v] = down_##S(guess + *tail);                                                      \
-                    exact += guess >= limit[b];                                                                    \
-                }                                                                                                  \
-                _Pragma("omp atomic") count[b] += exact;                                                           \
-            }                                                                                                      \
-            _Pragma("omp atomic") total += n;                                                                      \
-            _Pragma("omp barrier")                                                                                 \
-            if (WALKS_##S(D) && V >= 4 && 5 * total > 6 * V) { /* measured: then faster than the list */           \
-                walk_##S(x, B, head, bias, V, D, preview, limit, out, from, to);                                   \
-                n = 0;                                                                                             \
-            }                                                                                                      \
-            for (int64_t k = 0; k < n; k += 8) {                                                                   \
-                const T *r[8], *next[8];                                                                           \
-                const float *with[8];                                                                              \
-                int64_t v[8], b[8];                                                                                \
-                float sum[8];                                                                                      \
-                for (int64_t i = 0; i < 8; i++) { /* a short group repeats its last row */                         \
-                    int64_t at = mine[k + i < n ? k + i : n - 1], later = mine[k + 8 + i < n ? k + 8 + i : n - 1]; \
-                    v[i] = (uint32_t)at, b[i] = at >> 32;                                                          \
-                    r[i] = head + v[i] * D, next[i] = head + (uint32_t)later * D, with[i] = values + b[i] * D;     \
-                }                                                                                                  \
-                eight_dots_##S(r, next, with, D, sum);                                                             \
-                for (int i = 0; i < 8; i++)                                                                        \
-                    out[b[i] * V + v[i]] = down_##S(sum[i] + (bias ? up_##S(bias[v[i]]) : 0));                     \
-            }                                                                                                      \
-        }                                                                                                          \
+#define EXACT_ROWS(S, T)                                                                                         \
+    void exact_rows_##S(const T *x, int64_t B, const T *head, const T *bias, int64_t V, int64_t D,               \
+                        const T *preview, const float *limit, const float *tail, T *out, int64_t *count,         \
+                        int threads) {                                                                           \
+        enum { near = DISTANT ? 8 : 64 }; /* rows that stay in the cache until all inputs have read them */      \
+        int64_t total = 0, *chosen = scratch(sizeof(int64_t) * V * B + sizeof(float) * B * D); /* b << 32 | v */ \
+        float *values = (float *)(chosen + V * B);                                                               \
+        for (int64_t i = 0; i < B * D; i++) values[i] = up_##S(x[i]);                                            \
+        for (int64_t b = 0; b < B; b++) count[b] = 0;                                                            \
+        _Pragma("omp parallel num_threads(threads)") {                                                           \
+            int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), n = 0;                              \
+            int64_t from = me * V / team, to = (me + 1) * V / team, *mine = chosen + from * B;                   \
+            for (int64_t first = from; first < to; first += near)                                                \
+                for (int64_t b = 0; b < B; b++) {                                                                \
+                    const T *guess = preview + b * V;                                                            \
+                    for (int64_t v = first; v < first + near && v < to; v++) {                                   \
+                        mine[n] = b << 32 | v;                                                                   \
+                        n += up_##S(guess[v]) >= limit[b];                                                       \
+                    }                                                                                            \
+                }                                                                                                \
+            for (int64_t b = 0; b < B; b++) {                                                                    \
+                int64_t exact = 0;                                                                               \
+                for (int64_t v = from; v < to; v++) {                                                            \
+                    float guess = up_##S(preview[b * V + v]);                                                    \
+                    out[b * V + v] = down_##S(guess + *tail);                                                    \
+                    exact += guess >= limit[b];                                                                  \
+                }                                                                                                \
+                _Pragma("omp atomic") count[b] += exact;                                                         \
+            }                                                                                                    \
+            _Pragma("omp atomic") total += n;                                                                    \
+            _Pragma("omp barrier")                                                                               \
+            if (WALKS_##S(D) && V >= 4 && 5 * total > 6 * V) { /* measured: then faster than the list */         \
+                walk_##S(x, B, head, bias, V, D, preview, limit, out, from, to);                                 \
+                n = 0;                                                                                           \
+            }                                                                                                    \
+            for (int64_t g = 0, groups = (n + 7) / 8; g < groups; g++) {                                         \
+                const T *r[8], *next[8];                                                                         \
+                const float *with[8];                                                                            \
+                int64_t v[8], b[8];                                                                              \
+                float sum[8];                                                                                    \
+                for (int64_t i = 0; i < 8; i++) { /* a short group repeats its last row */                       \
+                    int64_t at = place_of(g, i, groups, 8), then = place_of(g + 1, i, groups, 8);                \
+                    at = mine[at < n ? at : n - 1], then = mine[then < n ? then : n - 1];                        \
+                    v[i] = (uint32_t)at, b[i] = at >> 32;                                                        \
+                    r[i] = head + v[i] * D, next[i] = head + (uint32_t)then * D, with[i] = values + b[i] * D;    \
+                }                                                                                                \
+                eight_dots_##S(r, next, with, D, sum);                                                           \
+                for (int i = 0; i < 8; i++)                                                                      \
+                    out[b[i] * V + v[i]] = down_##S(sum[i] + (bias ? up_##S(bias[v[i]]) : 0));                   \
+            }                                                                                                    \
+        }                                                                                                        \
     }
 
 #define KERNELS(S, T) ADD_ROWS(S, T) DOT(S, T) EIGHT_DOTS(S, T) READ_CHANNELS(S, T) DOT_ROWS(S, T) EXACT_ROWS(S, T)
@@ -261,11 +289,14 @@ KERNELS(bf16, uint16_t)
 static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int64_t *row, int64_t n,
                          const uint32_t *pairs, int64_t wide, int64_t B, float *sums) {
     int64_t ahead = AHEAD(16) / sizeof(uint16_t) < O ? AHEAD(16) / sizeof(uint16_t) : O;
-    for (int64_t k = 0; k < n; k += 16) {
+    for (int64_t g = 0, groups = n / 16; g < groups; g++) { // of four times four adjacent rows
         const uint16_t *r[16], *next[16];
+        int64_t fours[4];
         for (int i = 0; i < 16; i++) {
-            r[i] = w + row[k + i] * stride;
-            next[i] = k + 16 < n ? w + row[k + 16 + i] * stride : r[i];
+            int64_t then = 4 * place_of(g + 1, i / 4, groups, 4) + i % 4;
+            fours[i / 4] = 4 * place_of(g, i / 4, groups, 4);
+            r[i] = w + row[fours[i / 4] + i % 4] * stride;
+            next[i] = g + 1 < groups ? w + row[then] * stride : r[i];
         }
         for (int64_t from = 0; from < O; from += 32) {
             __m512i low[8], high[8];
@@ -277,11 +308,11 @@ static void add_rows_few(const uint16_t *w, int64_t stride, int64_t O, const int
             }
             for (int64_t b = 0; b < B; b++) {
                 float *at = sums + b * O + from;
-                const uint32_t *pair = pairs + b * wide + k / 2;
                 __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
                 __m512 third = _mm512_setzero_ps(), fourth = _mm512_setzero_ps();
                 for (int i = 0; i < 8; i += 2) {
-                    __m512bh x = (__m512bh)_mm512_set1_epi32((int)pair[i]), y = (__m512bh)_mm512_set1_epi32((int)pair[i + 1]);
+                    const uint32_t *pair = pairs + b * wide + fours[i / 2] / 2;
+                    __m512bh x = (__m512bh)_mm512_set1_epi32((int)pair[0]), y = (__m512bh)_mm512_set1_epi32((int)pair[1]);
                     first = _mm512_dpbf16_ps(first, (__m512bh)low[i], x);
                     second = _mm512_dpbf16_ps(second, (__m512bh)high[i], x);
                     third = _mm512_dpbf16_ps(third, (__m512bh)low[i + 1], y);
