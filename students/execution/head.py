@@ -92,13 +92,11 @@ class RoutedHead(Wrapper):
         """hidden [n, D] -> logits [n, V] and the share of exact rows [n]; only exact rows of the head are read. dial:
         one offset, or one for each token [n, 1]."""
         router, base, up = self.routers["vocab"], self.base_layer, self._preview_weight()
-        features = self._down_product(hidden, self._features_weight())
+        weight, alone = self._features_weight(), len(hidden) == 1
+        features = ops.dot_rows(hidden[0], weight, None, None)[None] if alone else self._down_product(hidden, weight)
         gain = 1.0 if router.log_gain is None else router.log_gain.exp()
         limit = router.limit(features, router.spread, gain, dial).squeeze(-1)
-        if len(hidden) == 1:
-            preview = ops.dot_rows(features[0], up, None, None).unsqueeze(0)
-        else:
-            preview = self._product(features, up)
+        preview = ops.dot_rows(features[0], up, None, None)[None] if alone else self._product(features, up)
         tail = router.tail.to(hidden.dtype)
         logits, count = ops.exact_rows(hidden, base.weight, base.bias, preview, limit.to(hidden.dtype), tail)
         return logits, count / len(base.weight)
