@@ -40,6 +40,7 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
       norms and attention from one token (packing.py and norms.py in students/kernels, attention.py in
       students/execution), if a second copy of the weights fits into half of the free memory; on GPUs that attention,
       and CUDA graphs for decode steps, images and prompts with images (students/recording).
+    - lossless_seconds, with `lossless` at batch 1: of lossless decoding (students/recording/lossless.py).
     - tome_speedup, for ViTs of timm: the speed-up over the dense model with ToMe's merging (arXiv 2210.09461) at the
       student's FLOPs, executed as the student is.
     - peak_bytes, dense_peak_bytes: the peak memory while that model ran, with all of these models loaded.
@@ -62,12 +63,13 @@ def workload_of(
     tokens: Sequence[int] | None = None,
     new_tokens: int | None = None,
     repeats: int = 5,
+    lossless: bool = False,
 ) -> Workload:
     """Return the workload to time; raise ValueError for an option that has no effect in the run's family.
 
     compute: budgets to set; none: the dial stays. batch: batch sizes (None: 1 for text; 1, 8 and 64 for images; 1 and 8
     for questions). tokens: lengths of text prompts (None: 512). new_tokens: tokens to decode (None: 128). repeats:
-    calls that a median is taken over.
+    calls that a median is taken over. lossless: whether to time lossless decoding of text.
     """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):
@@ -77,8 +79,10 @@ def workload_of(
                 "leave it away"
             )
     batch, tokens = batch or timing.BATCHES, tokens or (512,)
+    if lossless and ("tokens" not in timing.OPTIONS or 1 not in batch):
+        raise ValueError("--lossless is timed with one sequence of a language model: leave it away, or add --batch 1")
     samples = timing.samples(config, batch, tokens)
-    return Workload(compute or (None,), batch, tokens, new_tokens or 128, repeats, samples)
+    return Workload(compute or (None,), batch, tokens, new_tokens or 128, repeats, samples, lossless=lossless)
 
 
 def measure(

@@ -45,10 +45,12 @@ class _Stream(TextStreamer):
         assert self.write is not None, "text is decoded for somebody"
         self.write(text)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """The inverse of a token's median time: the first tokens also take the prefill and CUDA graph capture."""
-        return 1 / statistics.median(b - a for a, b in pairwise(self.times))
+    def tokens_per_second(self, bursts: bool) -> float:
+        """The inverse of a token's median time: the first tokens also take the prefill and CUDA graph capture. Where
+        tokens come in bursts, of the mean time in the second half."""
+        times = self.times[(len(self.times) - 1) // 2 :] if bursts else self.times
+        each = [b - a for a, b in pairwise(times)]
+        return 1 / (statistics.mean(each) if bursts else statistics.median(each))
 
 
 def generate_text(
@@ -58,16 +60,19 @@ def generate_text(
     image: str | None = None,
     compute: float | None = None,
     max_new_tokens: int = 128,
+    lossless: bool = False,
     stream: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt greedily, as the answer to it if the model has a chat template.
 
-    image: file of the image that a vision-language model is asked about. compute: budget to set first. stream: called
-    with each piece of text as soon as it is final.
+    image: file of the image that a vision-language model is asked about. compute: budget to set first. lossless: the
+    student only drafts, and the text is the dense model's (students/recording/lossless.py). stream: called with each
+    piece of text as soon as it is final.
 
     Returns a dictionary with the keys text; tokens, the number of new tokens; full, whether generation stopped at the
     model's maximum length; tokens_per_second, from the median time of a token; and compute, the student's FLOPs over
-    the teacher's: of the new tokens, or for a question about an image, of its prompt.
+    the teacher's: of the new tokens, or for a question about an image, of its prompt; tokens_per_verification, if
+    lossless, else None: new tokens per pass of the dense model, all of whose tokens count as compute, kept or not.
     """
     run = Run.open(folder, finished=True)
     generation = families.of(run.config.family).generation
@@ -97,12 +102,19 @@ def generate_text(
             do_sample=False,
             pad_token_id=padding,
             streamer=streamer,
+            lossless=lossless,
         )
+    drafting = lossless and not student.runtime.bypass
+    spent = 1.0 if student.runtime.bypass else generation.compute(student, inputs, whole)
+    counts = student.lossless.counts
+    if drafting:
+        spent = counts.compute(spent)
     new = whole.shape[1] - length
     return {
         "text": tokenizer.decode(whole[0, length:], skip_special_tokens=True),
         "tokens": new,
         "full": new == room < max_new_tokens,
-        "tokens_per_second": streamer.tokens_per_second,
-        "compute": 1.0 if student.runtime.bypass else generation.compute(student, inputs, whole),
+        "tokens_per_second": streamer.tokens_per_second(drafting),
+        "tokens_per_verification": counts.tokens / max(1, counts.rounds) if drafting else None,
+        "compute": spent,
     }

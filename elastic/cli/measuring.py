@@ -96,7 +96,9 @@ def bench_command(options: argparse.Namespace) -> None:
     from elastic.run import surroundings
     from elastic.shapes import bench_shape
 
-    work = {name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats")}
+    work = {
+        name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats", "lossless")
+    }
     with screen() as (say, _):
         if options.model is None:
             rows = bench_run(options.run, **work, say=say)
@@ -134,6 +136,7 @@ def _check_bench(options: argparse.Namespace) -> None:
 
 SIZES = {
     "student ms": ("seconds", 1e-3),
+    "lossless ms": ("lossless_seconds", 1e-3),
     "tuned ms": ("tuned_seconds", 1e-3),
     "dense ms": ("dense_seconds", 1e-3),
     "ToMe ms": ("tome_seconds", 1e-3),
@@ -180,6 +183,8 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     )
     if first["phase"] == "prefill":
         print("prefill: as generate reads a prompt, whose last token alone enters the LM head")
+    if "lossless ms" in sizes:
+        print("lossless: the student drafts and the dense model verifies, whose text it is")
     if "ToMe ms" in sizes:
         print(
             "ToMe: the dense model with ToMe's merging (arXiv 2210.09461) at the student's FLOPs, run as the student is"

@@ -138,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=int, nargs="+", metavar="T", help="prompt lengths of text (default 512)")
     bench.add_argument("--new-tokens", type=int, metavar="N", help="tokens of text to decode (default 128)")
     bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
+    bench.add_argument("--lossless", action="store_true", help="time lossless decoding too (batch 1; see students)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 
     plan = command(
@@ -215,6 +216,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
+    )
+    generate.add_argument(
+        "--lossless", action="store_true", help="the student only drafts: the text is the dense model's, one sequence"
     )
     generate.add_argument("--stream", action="store_true", help="print words as they come")
 

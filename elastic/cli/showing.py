@@ -39,12 +39,16 @@ def generate_command(options: argparse.Namespace) -> None:
             image=options.image,
             compute=options.compute,
             max_new_tokens=options.max_new_tokens,
+            lossless=options.lossless,
             stream=write if options.stream else None,
         )
         print("" if options.stream else result["text"])
         if result["full"]:
             say("stopped: the model has no position for another token")
-        say(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, compute {result['compute']:.3f}")
+        each = result["tokens_per_verification"]
+        kept = "" if each is None else f"{each:.2f} tokens per verification, "
+        speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s"
+        say(f"{speed}, {kept}compute {result['compute']:.3f}")
 
 
 def info_command(options: argparse.Namespace) -> None:

@@ -161,8 +161,8 @@ def answers(
     All processes take the same number of decode steps, because the weights may be spread over the processes.
     """
     texts = [prompt_text(processor, question) for _, question, _ in samples]
-    inputs = call(processor, texts, [image for image, _, _ in samples], "left")
-    inputs = {name: tensor.to(student.model.device) for name, tensor in inputs.items()}
+    read = call(processor, texts, [image for image, _, _ in samples], "left")
+    inputs: dict[str, Any] = {name: tensor.to(student.model.device) for name, tensor in read.items()}
     padding = processor.tokenizer.pad_token_id
     settings = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "pad_token_id": padding}
     out = student.generate(**inputs, **settings, synced_gpus=launch.size() > 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ def inference(student: LanguageStudent, models: Models, data: TextData, workload
         yield prefill(models, _unpadded(_cut(text, size, length)), repeats)
     for size in workload.batch:
         say(f"decoding {size} x {new_tokens} tokens after {workload.prompt} ...")
-        yield decode(models, _unpadded(_cut(text, size, workload.prompt)), new_tokens, repeats)
+        timed = dict(models)
+        if workload.lossless and size == 1:
+            timed["lossless"] = Contender(student.model, partial(student.generate, lossless=True))
+        yield decode(timed, _unpadded(_cut(text, size, workload.prompt)), new_tokens, repeats)
 
 
 def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) -> TrainingBatch:

@@ -44,7 +44,8 @@ class Contender:
 
 Models = dict[str, Contender]
 """The contenders by name: "student"; "dense", the model as its library ships it; and, on GPUs and where weights can be
-packed, "tuned", a dense model with the student's faster execution (CUDA graphs, packed weights, ...) but no routers."""
+packed, "tuned", a dense model with the student's faster execution (CUDA graphs, packed weights, ...) but no routers;
+where asked for, "lossless", the student whose drafts the dense model verifies."""
 
 
 def medians(works: Mapping[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
@@ -93,7 +94,7 @@ def row_of(
         **({"tuned_speedup": seconds["tuned"] / seconds["student"]} if "tuned" in seconds else {}),
         "seconds": seconds["student"],
         "dense_seconds": seconds["dense"],
-        **({"tuned_seconds": seconds["tuned"]} if "tuned" in seconds else {}),
+        **{f"{name}_seconds": seconds[name] for name in ("tuned", "lossless") if name in seconds},
         "flops": flops,
         "dense_flops": dense_flops,
         "bytes": read,

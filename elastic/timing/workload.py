@@ -30,6 +30,8 @@ class Workload:
     """Number of windows, images or questions that the largest timed pass takes."""
     prompt: int = PROMPT
     """Length in tokens of the prompt before the timed decode steps."""
+    lossless: bool = False
+    """Whether lossless decoding is timed too, at batch size 1."""
 
 
 class TrainingBatch(NamedTuple):

@@ -119,8 +119,9 @@ def routed_attention(
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
             window = 0 if slot is None else module.window or 0  # else the model's mask applies it
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
-        if free and tokens == 1 and key.shape[1] < query.shape[1] and shared:
-            return _from_one_token(query, key, value, attention_mask, kwargs.get("scaling")), None
+        few = (free and tokens == 1) or (tokens > 1 and fixed and plain and base == "sdpa" and cap is None)
+        if few and key.shape[1] < query.shape[1] and shared:
+            return _from_few_tokens(query, key, value, attention_mask, kwargs.get("scaling")), None
         out: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return out
     kwargs.pop("position_ids", None)
@@ -146,13 +147,15 @@ def routed_attention(
     return _selected(run, query, key, value, attention_mask, routed.queries, routed.counts), None
 
 
-def _from_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of query [B, H, 1, d] to all keys. Query heads that share a key head are rows of one product, which
-    reads the keys once instead of once for each query head."""
-    batch, heads, _, size = query.shape
+def _from_few_tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention of query [B, H, T, d] to all keys; mask [B, 1, T, C], None only if T is 1. Query heads that share a key
+    head are rows of one product, which reads the keys once instead of once for each query head."""
+    batch, heads, tokens, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
+    if mask is not None and tokens > 1:
+        mask = mask.repeat(1, 1, heads // key.shape[1], 1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, -1)
+    return out.reshape(batch, heads, tokens, -1).transpose(1, 2)
 
 
 def _in_order(

@@ -19,6 +19,7 @@ from students.kernels.autograd import forward_kl
 from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.recording.decoding import Decoding
+from students.recording.lossless import Lossless
 from students.recording.prompt import PromptPruning
 from students.recording.step import FixedCache
 from students.student import Student
@@ -47,6 +48,7 @@ class LanguageStudent(Student):
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
         self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning())
+        self.lossless = Lossless(self.model, trunk, self._recorded_for, self._settle, self.teacher)
 
     def _pruning(self) -> PromptPruning | None:
         """Return how image tokens are pruned in front of the trunk; None: there are no image tokens."""
@@ -65,11 +67,15 @@ class LanguageStudent(Student):
         with self._deciding_from(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, lossless: bool = False, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the routed model, on GPUs through recorded steps (recording/decoding.py).
 
-        Pipelines take `student.model`. Raises ValueError if there are routers of sequence granularity and an argument
-        would have the prompt read in parts or with guessed tokens, since these routers decide from the whole prompt.
+        lossless: the student only drafts, and the text is the dense model's (recording/lossless.py); one sequence at a
+        time, greedy or sampled. `student.lossless.counts` then says what it took. At compute 1.0 nothing is drafted.
+
+        Pipelines take `student.model`. Raises ValueError where nothing can be drafted, or if there are routers of
+        sequence granularity and an argument would have the prompt read in parts or with guessed tokens, since these
+        routers decide from the whole prompt.
         """
         parts = [name for name in IN_PARTS if kwargs.get(name) is not None]
         if parts and not self.runtime.bypass and any(router.granularity == "sequence" for router in self.spec.routers):
@@ -77,7 +83,10 @@ class LanguageStudent(Student):
                 "routers with `granularity: sequence` decide from the whole prompt, and from nothing else: generate "
                 f"without {', '.join(parts)}"
             )
-        return self._decoding.generate(*args, **with_cache(self.model, kwargs, cache_in(kwargs)))
+        kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
+        if lossless and not self.runtime.bypass:
+            return self.lossless.generate(*args, **kwargs)
+        return self._decoding.generate(*args, **kwargs)
 
     def _recorded_for(self) -> Any:
         """Return the state that a recorded decode step depends on besides shapes. Raises ValueError if the step cannot

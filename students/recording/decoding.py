@@ -96,6 +96,10 @@ class Decoding:
                 self._steps.warn(str(reason))
         if not possible:
             return self.model.generate(*args, **kwargs)
+        return self._through_steps(args, kwargs)
+
+    def _through_steps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's `generate`, with `_decode` as its loop."""
         if self._prompts is not None:
             with torch.no_grad():
                 kwargs = self._prompts.seen(kwargs, self.recorder)
@@ -188,7 +192,6 @@ class Decoding:
         padding = config._pad_token_tensor
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
-        asked = {"scores": config.output_scores, "logits": config.output_logits}
         valid = model_kwargs.get("attention_mask")
         read = self._read(input_ids, config, model_kwargs)
         logits = read.logits
@@ -198,7 +201,7 @@ class Decoding:
         while True:
             scores = logits_processor(input_ids, logits.to(input_ids.device, copy=True))
             for name, tensor in (("scores", scores), ("logits", logits)):
-                if config.return_dict_in_generate and asked[name]:
+                if config.return_dict_in_generate and getattr(config, f"output_{name}"):
                     kept[name].append(tensor.clone())
             if config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
@@ -222,11 +225,24 @@ class Decoding:
                 words_to.put(written)
             if not bool(going.any()):
                 break
+        return self._returned(input_ids, prompt, config, kept, read, step, words_to)
+
+    def _returned(
+        self,
+        input_ids: Tensor,
+        prompt: int,
+        config: Any,
+        kept: dict[str, list[Tensor]],
+        read: Read,
+        step: DecodeStep | None,
+        words_to: Any,
+    ) -> Any:
+        """End the stream, and return what `generate` returns: the tokens, or with them what the call asked for."""
         if words_to is not None:
             words_to.end()
         if not config.return_dict_in_generate:
             return input_ids
-        made: dict[str, Any] = {name: tuple(tensors) for name, tensors in kept.items() if asked[name]}
+        made: dict[str, Any] = {n: tuple(x) for n, x in kept.items() if getattr(config, f"output_{n}")}
         name = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
         made[name] = read.owned() if step is None else self._as_cache(step, read, input_ids.shape[1] - prompt - 1)
         made["sequences"] = input_ids

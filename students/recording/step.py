@@ -23,16 +23,17 @@ from students.routers import selection
 
 
 class FixedLayer(CacheLayerMixin):
-    """Static cache of one layer: keys and values [B, H, L, d]; a step writes at index `slot` [1], in all rows alike."""
+    """Static cache of one layer: keys and values [B, H, L, d]; a step writes at indices `slots` [T], in all rows
+    alike."""
 
     is_sliding = False
     is_compileable = True
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         CacheLayerMixin.__init__(self)
-        self.keys, self.values, self.slot = keys, values, slot
+        self.keys, self.values, self.slots = keys, values, slots
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
@@ -40,8 +41,12 @@ class FixedLayer(CacheLayerMixin):
         """Do nothing: keys and values are allocated from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the key and value of one token; returns all slots, of which the mask hides the empty ones."""
-        ops.write_slot(self.keys, self.values, key_states, value_states, self.slot)
+        """Write the keys and values of the tokens; returns all slots, of which the mask hides those that are empty."""
+        if len(self.slots) == 1:
+            ops.write_slot(self.keys, self.values, key_states, value_states, self.slots)
+        else:
+            self.keys.index_copy_(2, self.slots, key_states)
+            self.values.index_copy_(2, self.slots, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -50,7 +55,7 @@ class FixedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Return the number of tokens so far, as a tensor [] on the device."""
-        return self.slot[0]
+        return self.slots[0]
 
     def get_max_length(self) -> int:
         """Return the number of slots."""
@@ -66,15 +71,26 @@ class FixedCache(Cache):
 
 
 class DecodeStep:
-    """One more token for each row of a batch: `advance` takes the tokens [B], `run` returns logits [B, V] in float32.
+    """The next T tokens of each row of a batch, `ids` [B, T]: `run` returns float32 logits [B, T, V], or [B, V] if
+    T is 1. Then `advance` takes the tokens [B], and a run moves on; several tokens need `go_to` before each run.
 
     model: a causal language model or a vision-language model, routed or not; trunk: its module that holds the blocks;
-    like: a cache of the model's own that holds a prompt of B rows; length: number of slots.
+    like: a cache of the model's own that holds a prompt of B rows; length: number of slots; tokens: T; beside: a step
+    whose cache this one reads and writes too.
     """
 
-    def __init__(self, model: PreTrainedModel, trunk: nn.Module, like: Cache, length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trunk: nn.Module,
+        like: Cache,
+        length: int,
+        tokens: int = 1,
+        beside: DecodeStep | None = None,
+    ) -> None:
         self.model = model
         self.length = length
+        self.cache: FixedCache
         self.used = 0
         """Number of slots that are taken."""
         self._windows = windows_of(trunk)
@@ -83,20 +99,25 @@ class DecodeStep:
         held = keys_and_values(like)
         batch, device, self._dtype = len(held[0][0]), held[0][0].device, model.dtype
         with torch.inference_mode(False):  # they are written with and without inference mode
-            self.slot = torch.zeros(1, dtype=torch.long, device=device)
-            self.ids, self.positions = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
-            self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            self.slots = torch.arange(tokens, device=device)
+            self.slot = self.slots[-1:]
+            self.ids, self.positions = (torch.zeros(batch, tokens, dtype=torch.long, device=device) for _ in range(2))
+            self.shift = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self._places = torch.arange(length, device=device)
-            self.cache = FixedCache([self._layer(keys, values) for keys, values in held])
+            if beside is None:
+                held = [(self._empty(keys), self._empty(values)) for keys, values in held]
+                self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            else:
+                held, self.open, self.shift = keys_and_values(beside.cache), beside.open, beside.shift
+            self.cache = FixedCache([FixedLayer(keys, values, self.slots) for keys, values in held])
 
-    def _layer(self, keys: Tensor, values: Tensor) -> FixedLayer:
-        made_keys, made_values = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
-        return FixedLayer(made_keys, made_values, self.slot)
+    def _empty(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], self.length, x.shape[3])
 
     @property
     def full(self) -> bool:
-        """Whether no slot is left."""
-        return self.used == self.length
+        """Whether fewer slots are left than a run writes."""
+        return self.used + len(self.slots) > self.length
 
     def load(self, cache: Cache, used: int, valid: Tensor | None, positions: Tensor) -> None:
         """Copy the first `used` tokens of each row from a cache and continue behind them. valid [B, used]: tokens that
@@ -108,9 +129,14 @@ class DecodeStep:
                 into[:, :, used - held : used] = kept[:, :, :held]
                 into[:, :, used:] = 0
         self.open[:, :used] = True if valid is None else valid.bool()
-        self.open[:, used:] = False
-        self.slot.fill_(used)
-        self.positions.copy_(positions.unsqueeze(1))
+        self.open[:, used:] = True
+        self.shift.copy_(positions.unsqueeze(1) - used)
+        self.go_to(used)
+
+    def go_to(self, used: int) -> None:
+        """Continue behind the first `used` slots, whatever the others hold."""
+        torch.arange(used, used + len(self.slots), out=self.slots)
+        self.positions.copy_(self.slots + self.shift)
         self.used = used
 
     def take_over(self, other: DecodeStep) -> None:
@@ -123,30 +149,34 @@ class DecodeStep:
         self.used += 1
 
     def run(self) -> Tensor:
-        """Return the logits [B, V] of the next token, float32; this is the part that is recorded."""
-        self.open.index_fill_(1, self.slot, True)
+        """Return the logits of the tokens that follow, float32; this is the part that is recorded."""
         inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": True}
-        inputs |= {"attention_mask": self._masks(), "slot": self.slot, "logits_to_keep": 1}  # see `routed_attention`
+        inputs |= {"attention_mask": self._masks(), "slot": self.slot}  # see `routed_attention`
+        inputs["logits_to_keep"] = len(self.slots)
         inputs = with_cache(self.model, inputs, self.cache)
         self._rotations.begin()
         try:
-            logits: Tensor = self.model(**inputs).logits[:, -1].float()
+            logits: Tensor = self.model(**inputs).logits.float()
         finally:
             self._rotations.end()
-        self.slot.add_(1)
-        self.positions.add_(1)
-        return logits
+        if len(self.slots) == 1:  # how far several tokens go is for the caller to say
+            self.slots.add_(1)
+            self.positions.add_(1)
+        return logits.squeeze(1)
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
-        """Return the additive mask [B, 1, 1, L] of each type of layer; one tensor if all layers share a window."""
+        """Return the additive mask [B, 1, T, L] of each type of layer; one tensor if all layers share a window."""
         if len(set(self._windows)) == 1:
             return self._mask(self._windows[0])
         made = {window: self._mask(window) for window in set(self._windows)}
         return {kind: made[window] for kind, window in zip(self._kinds, self._windows, strict=True)}
 
     def _mask(self, window: int | None) -> Tensor:
-        seen = self.open if window is None else self.open & (self._places > self.slot - window)
-        return selection.additive(seen, self._dtype)[:, None, None]
+        newest = self.slots[:, None]
+        seen = self.open[:, None] & (self._places <= newest)
+        if window is not None:
+            seen &= self._places > newest - window
+        return selection.additive(seen, self._dtype)[:, None]
 
     def dynamic(self, used: int) -> DynamicCache:
         """Copy the first `used` tokens into a dynamic cache."""

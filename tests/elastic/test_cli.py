@@ -252,6 +252,11 @@ def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == whole.out
     assert main([*command, "--compute", "1.0"]) == 0
     assert "compute 1.000" in capsys.readouterr().err
+    dense = [*command, "--compute", "1.0"]
+    assert main(dense) == 0 and main([*command, "--lossless"]) == 0
+    whole = capsys.readouterr()
+    assert len({*whole.out.split("\n")[:2]}) == 1 and "tokens per verification, compute" in whole.err
+    assert main([*dense, "--lossless"]) == 0 and "verification" not in capsys.readouterr().err
 
 
 def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., str]):
@@ -260,16 +265,18 @@ def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., s
     assert "--max-new-tokens" in refused("generate", finished, "--prompt", "w3", "--max-new-tokens", 0)
     assert "--batch must be at least 1" in refused("bench", finished, "--batch", 0)
     assert "--new-tokens" in refused("bench", finished, "--new-tokens", 1)
+    assert "--lossless is timed with one sequence" in refused("bench", finished, "--lossless", "--batch", 2)
 
 
 def test_bench_prints_one_json_object(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     command = ["bench", str(finished), "--tokens", "8", "--new-tokens", "2", "--repeats", "1"]
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--lossless", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     keys = {"phase", "batch", "tokens", "compute", "predicted_speedup", "measured_speedup", "efficiency"}
     assert [row["phase"] for row in rows] == ["prefill", "decode", "train"] and all(keys <= set(row) for row in rows)
+    assert [row["phase"] for row in rows if row.get("lossless_seconds", 0) > 0] == ["decode"]
     monkeypatch.setattr(toolchain, "loaded", None)
     monkeypatch.setenv("PATH", str(here))
     monkeypatch.delenv("CC", raising=False)
