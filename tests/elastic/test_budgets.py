@@ -20,7 +20,7 @@ from tests.elastic.runs import Configure, as_options, silent
 
 TEXT = {
     "default": (),
-    "prefill": ("budget.phase=prefill", "data.held_out=16"),
+    "prefill": ("budget.phase=prefill", "data.held_out=4", "data.window=64", "train.window=64"),
     "tokens without keys": ("student.routers=[{kind: token, kv: drop}]", "data.held_out=16"),
     "heads and groups": ("student.routers=[{kind: head}, {kind: expert}]", "data.held_out=16"),
     "fixed groups in prefill": ("student.routers=[{kind: expert, network: static}]", "budget.phase=prefill"),
