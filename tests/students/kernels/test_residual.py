@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from students.families.image import call
 from students.kernels import devices, ops, residual
 from tests.students.host_waits import Launches
-from tests.students.test_image import pixels, routed  # noqa: F401
+from tests.students.test_image import routed
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_with_gradients_nothing_waits(x: Tensor) -> None:
         assert norm.bias.grad is not None and type(residual.residual_of(x)) is Tensor
 
 
-def test_norms_and_sums_of_a_model_are_launched_together(pixels: Tensor) -> None:  # noqa: F811
+def test_norms_and_sums_of_a_model_are_launched_together(pixels: Tensor) -> None:
     """No layer norm is a launch of its own."""
     student = routed("timm_fused", "block merges", pixels)
     with Launches() as launches:
