@@ -369,7 +369,8 @@ def test_who_decides_for_himself_is_left_alone(options: dict[str, Any], tokens: 
     assert torch.equal(plain, recorded) and student._decoding.made == 0
 
 
-def test_cpus_decode_as_ever(tokens: Tensor) -> None:
+@pytest.mark.parametrize("operators", ["reference"], indirect=True)
+def test_cpus_decode_as_ever(tokens: Tensor, operators: None) -> None:
     record = recorder_for(torch.device("cuda", 1))
     assert recorder_for(torch.device("cpu")) is None and isinstance(record, partial) and record.func is CudaGraph
     student = student_for()
