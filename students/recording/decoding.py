@@ -45,6 +45,21 @@ def slots_for(tokens: int) -> int:
     return slots
 
 
+def scored(ids: Tensor, logits: Tensor, processor: Any, config: Any, kept: dict[str, list[Tensor]]) -> Tensor:
+    """Return the scores [B, V] that a call's processors make of logits [B, V] behind ids [B, T], and keep what the call
+    wants returned."""
+    scores: Tensor = processor(ids, logits.to(ids.device, copy=True))
+    for name, tensor in (("scores", scores), ("logits", logits)):
+        if config.return_dict_in_generate and getattr(config, f"output_{name}"):
+            kept[name].append(tensor.clone())
+    return scores
+
+
+def drawn(scores: Tensor, sample: bool) -> Tensor:
+    """Return tokens [B] of scores [B, V]: sampled, or the likeliest."""
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of the caller's, which a replayed step would not run."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -199,14 +214,8 @@ class Decoding:
         replay: Callable[[], Tensor] | None = None
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         while True:
-            scores = logits_processor(input_ids, logits.to(input_ids.device, copy=True))
-            for name, tensor in (("scores", scores), ("logits", logits)):
-                if config.return_dict_in_generate and getattr(config, f"output_{name}"):
-                    kept[name].append(tensor.clone())
-            if config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
-            else:
-                tokens = scores.argmax(-1)
+            scores = scored(input_ids, logits, logits_processor, config, kept)
+            tokens = drawn(scores, config.do_sample)
             if ends:
                 tokens = tokens * unfinished + padding.to(tokens.device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], 1)

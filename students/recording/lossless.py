@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.kernels.capture import Recorder, Recordings, recorder_for
-from students.recording.decoding import Decoding
+from students.recording.decoding import Decoding, drawn, scored
 from students.recording.replay import Replay
 from students.recording.step import DecodeStep
 
@@ -106,10 +106,7 @@ class Lossless(Decoding):
         step = replay = None
         while True:
             for n, logits in enumerate(rows.unbind(1)[: len(drafts) + 1]):
-                scores = logits_processor(input_ids, logits.to(input_ids.device, copy=True))
-                for name, tensor in (("scores", scores), ("logits", logits)):
-                    if config.return_dict_in_generate and getattr(config, f"output_{name}"):
-                        kept[name].append(tensor.clone())
+                scores = scored(input_ids, logits, logits_processor, config, kept)
                 if n < len(drafts):
                     agreed, token = verified(drafts[n], guesses[n], scores, config.do_sample)
                 else:
@@ -173,11 +170,6 @@ class Lossless(Decoding):
         dense, verify = self._passes.take(step, record, make)
         dense.go_to(used)
         return step, replay, dense, verify or make()[1]
-
-
-def drawn(scores: Tensor, sample: bool) -> Tensor:
-    """Return a token [1] of scores [1, V]: sampled, or the likeliest."""
-    return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)
 
 
 def verified(draft: Tensor, guess: Tensor, scores: Tensor, sample: bool) -> tuple[bool, Tensor]:
