@@ -153,7 +153,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield device
 
 
-@pytest.fixture(params=["c", "reference"], scope="module")
+@pytest.fixture(params=["c", "reference"])
 def operators(request: pytest.FixtureRequest, library: object) -> Iterator[None]:
     """Run the operators on each backend that is fast enough for whole models on a CPU: in C, and as references."""
     with running_on(request.param, library):
