@@ -11,7 +11,7 @@ from typing import Any
 
 from teachers.quiet import first_line
 
-NAMED = 20
+NAMED = 5
 """Number of samples of a source that are named on the user's screen; all are in `LeftOut.reasons`."""
 PROBED = 256
 """Number of samples that are read as a trial before anything else is done with a source."""
