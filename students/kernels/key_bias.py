@@ -19,7 +19,9 @@ def key_mask(size: Tensor, dtype: torch.dtype) -> Tensor:
     has_kernel = dtype.itemsize == 2 and devices.runs_ahead(size.device) and ops.compiled(size)
     if not has_kernel or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _of_queries(size.log().to(dtype))
-    return _of_queries(size).as_subclass(KeyBias)
+    mask = _of_queries(size).as_subclass(KeyBias)
+    mask.kind = dtype
+    return mask
 
 
 def _of_queries(x: Tensor) -> Tensor:
@@ -30,8 +32,11 @@ class KeyBias(Tensor):
     """Sizes [B, 1, T, K] of keys, equal for all queries, for which F.scaled_dot_product_attention runs
     `ops.biased_attention`.
 
-    Every other function gets log(size), an additive mask.
+    Every other function gets log(size) in the dtype `kind`, an additive mask: attention on GPUs takes no other dtype
+    than that of queries.
     """
+
+    kind: torch.dtype
 
     @classmethod
     def __torch_function__(
@@ -44,7 +49,7 @@ class KeyBias(Tensor):
 
 
 def _logarithms(mask: KeyBias) -> Tensor:
-    return mask.as_subclass(Tensor).log()
+    return mask.as_subclass(Tensor).log().to(mask.kind)
 
 
 def _attend(
@@ -58,8 +63,9 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     if dropout_p or is_causal or query.ndim != 4 or not query.shape[1] == key.shape[1] == value.shape[1]:
-        mask = _logarithms(attn_mask).to(query.dtype)
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, _logarithms(attn_mask), dropout_p, is_causal, **options
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return ops.biased_attention(query, key, value, attn_mask[:, 0, 0], scale).transpose(1, 2)

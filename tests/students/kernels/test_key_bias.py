@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students.families.image import call
+from students.families.image import ImageStudent, call
 from students.kernels import devices, key_bias, ops
 from tests.pico.image import BOTH, first
 from tests.students.host_waits import Launches
@@ -44,7 +46,7 @@ def test_to_others_it_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     mask = key_bias.key_mask(size, x.dtype)
     assert type(mask) is key_bias.KeyBias and type(mask[..., :3]) is Tensor
-    torch.testing.assert_close((mask + 1).bfloat16(), plain_mask + 1)
+    assert torch.equal(mask + plain_mask, 2 * plain_mask)
     plain = F.scaled_dot_product_attention(x, keys, keys, plain_mask)
     torch.testing.assert_close(F.scaled_dot_product_attention(x, keys, keys, mask), plain)
     few = F.scaled_dot_product_attention(x, keys[:, :2], keys[:, :2], mask, enable_gqa=True)
@@ -52,3 +54,21 @@ def test_to_others_it_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(few, expected)
     with torch.enable_grad():
         assert type(key_bias.key_mask(size, x.dtype)) is Tensor
+
+
+@torch.no_grad()
+def test_masks_of_a_gpu_have_the_dtype_of_queries(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients, too, where gates are masks, as while quotas are set: GPUs take no mask of another dtype."""
+    student, seen, attend = routed("timm_fused", "block merges", pixels).bfloat16(), [], F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
+        if type(attn_mask) is Tensor:
+            seen.append(attn_mask.dtype == query.dtype)
+        return attend(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert isinstance(student, ImageStudent)
+    student.set_quotas([pixels.bfloat16()])
+    assert len(seen) >= 2 and all(seen)
