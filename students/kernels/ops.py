@@ -90,6 +90,11 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """Return an empty tensor like x [B, H, T, d] that lies in memory as [B, T, H, d]."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
 def _size(x: Tensor | None) -> int:
     """Return the number of bytes of x; 0 for None."""
     return 0 if x is None else x.numel() * x.element_size()
@@ -284,17 +289,18 @@ rms_norm_grad: One = _operator(
 
 rotary: Pair = _operator(
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    lambda query, key, *_: (_like(query), _like(key)),
+    lambda query, key, *_: (_by_token(query), _by_token(key)),
 )
 """Rotary embeddings (arXiv 2104.09864) of query [B, H, T, d] and key [B, K, T, d] by cos and sin [B or 1, T, r]. The
-first r channels are rotated, their first half with their second half; every step rounds, as torch's operators do."""
+first r channels are rotated, their first half with their second half; every step rounds, as torch's operators do. The
+results lie in memory as [B, T, H, d], like the outputs of the linear layers that make queries and keys: torch's
+attention gives its output the layout of the query, and the next linear layer reads [B, T, H, d] without a copy."""
 
 rotary_grad: Pair = _operator(
     "rotary_grad(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    lambda query, key, *_: tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key)),
+    lambda query, key, *_: (_by_token(query), _by_token(key)),
 )
-"""Gradients of `rotary` by its inputs; query and key: the gradients by its outputs. The results lie in memory as
-[B, T, H, d], like the outputs of the linear layers that make queries and keys."""
+"""Gradients of `rotary` by its inputs, in the same layout; query and key: the gradients by its outputs."""
 
 write_slot: Callable[..., None] = _operator(
     "write_slot(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor slot) -> ()", lambda *_: None

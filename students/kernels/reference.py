@@ -284,9 +284,10 @@ def decode_attention(
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
-    turned = x[..., :width] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
-    return torch.cat([turned, rest], -1).contiguous()
+    turned = x[..., :width] * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, rest], -1).contiguous().transpose(1, 2)
 
 
 def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

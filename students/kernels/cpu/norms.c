@@ -56,7 +56,7 @@
         }                                                                                                     \
     }
 
-// Writes to out [B, H, L, D] x [B, H, L, D], of strides `batch`, `head` and `token`, with the first r of D channels
+// Writes to out [B, L, H, D] x [B, H, L, D], of strides `batch`, `head` and `token`, with the first r of D channels
 // rotated by cos and sin [*, L, r], whose stride from row to row of the batch is `each`. Every step rounds.
 #define ROTARY(S, T)                                                                                          \
     static inline T turned_##S(T v, T cos, float w, T sin) {                                                  \
@@ -68,7 +68,7 @@
                     int threads) {                                                                            \
         _Pragma("omp parallel for num_threads(B * H * L * D > 65536 ? threads : 1)")                          \
         for (int64_t n = 0; n < B * H * L; n++) {                                                             \
-            int64_t b = n / (H * L), h = n / L % H, l = n % L, half = r / 2;                                  \
+            int64_t b = n / (H * L), l = n / H % L, h = n % H, half = r / 2;                                  \
             const T *from = x + b * batch + h * head + l * token, *c = cos + b * each + l * r;                \
             const T *s = sin + b * each + l * r;                                                              \
             T *restrict to = out + n * D;                                                                     \

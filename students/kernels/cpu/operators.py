@@ -244,9 +244,9 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, each: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.transpose(1, 2).shape)
     toolchain.call("rotary", out, x.data_ptr(), *x.shape, *x.stride()[:3], cos, sin, cos.shape[-1], each)
-    return out
+    return out.transpose(1, 2)
 
 
 @_in_c

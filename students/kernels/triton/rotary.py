@@ -3,7 +3,6 @@ torch's operators."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,17 +33,14 @@ def _turn(
     HEADS: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Rotate some heads of one token. BACK: rotate by the transposed matrix, for the gradient, and write to a tensor in
-    which the heads of a token lie side by side."""
+    """Rotate some heads of one token, and write them side by side. BACK: rotate by the transposed matrix, for the
+    gradient."""
     own, part = group * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
     kind = x.dtype.element_ty
     half = column // 2
     mask = (own < heads)[:, None] & (part < half)[None, :]
     source = x + row * by_row + place * by_place + own[:, None] * by_head + part[None, :]
-    if BACK:
-        target = out + ((row * places + place) * heads + own[:, None]) * size + part[None, :]
-    else:
-        target = out + ((row * heads + own[:, None]) * places + place) * size + part[None, :]
+    target = out + ((row * places + place) * heads + own[:, None]) * size + part[None, :]
     here = part < half
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
@@ -105,23 +101,20 @@ def _rotary(
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.rotary` in Triton."""
-    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
-    _launch(query, key, cos, sin, outs, back=False)
-    return outs[0], outs[1]
+    return _launch(query, key, cos, sin, back=False)
 
 
 def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.rotary_grad` in Triton."""
-    outs = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key))
-    _launch(query, key, cos, sin, outs, back=True)
-    return outs[0].transpose(1, 2), outs[1].transpose(1, 2)
+    return _launch(query, key, cos, sin, back=True)
 
 
-def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, outs: tuple[Tensor, ...], back: bool) -> None:
+def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, size = query.shape
     width = cos.shape[-1]
+    outs = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key)]
     if not batch * tokens:
-        return
+        return outs[0], outs[1]
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     cos, sin = cos.contiguous(), sin.contiguous()
     groups = triton.cdiv(heads, HEADS), triton.cdiv(key.shape[1], HEADS)
@@ -137,3 +130,4 @@ def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, outs: tuple[Te
         num_warps=2,
         enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
     )
+    return outs[0], outs[1]

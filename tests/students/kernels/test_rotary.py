@@ -27,6 +27,7 @@ def test_bits_are_the_model_s(
     given = query, key, angles.cos().to(dtype), angles.sin().to(dtype)
     found, expected = ops.rotary(*given), plain(*given)
     assert all(map(torch.equal, found, expected)) == same
+    assert all(x.transpose(1, 2).is_contiguous() for x in found), "else attention's output would be copied"
     at_once = Rotary(plain)
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     assert at_once._fits(*given) == same
