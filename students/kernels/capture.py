@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,6 +31,20 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Context of a capture that gives cuBLAS a workspace in the graph's own memory.
+
+    torch keeps a workspace for each stream. With any graph that was captured on a stream, torch 2.14 frees the stream's
+    workspace, to which all other graphs captured there still write (pytorch issue 193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class Recorder(Protocol):
     """Turns work on tensors that stay where they are into a function that repeats it and returns the same tensors."""
 
@@ -51,14 +66,14 @@ class CudaGraph:
                     work()
             before.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            own = counters.lent(side.device)
+            own, capture = counters.lent(side.device), partial(torch.cuda.graph, stream=side, capture_error_mode=THREAD)
             try:
-                with own as self._counters, torch.cuda.graph(self._graph, stream=side, capture_error_mode=THREAD):
+                with own as self._counters, _own_workspace(), capture(self._graph):
                     self._out = work()
             except RuntimeError:
                 # after a failed capture torch stays on its stream, and has no random numbers until a capture succeeds
                 torch.cuda.set_stream(before)
-                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode=THREAD):
+                with capture(torch.cuda.CUDAGraph()):
                     torch.zeros((), device=side.device)
                 raise
 

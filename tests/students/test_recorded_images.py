@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from students import RouterSpec
 from students.families.image import ImageStudent, call
-from students.kernels import devices
+from students.kernels import capture, devices
 from students.kernels.capture import Forward
 from tests.pico.image import MODELS, first
 from tests.students.host_waits import NoHostWaits
@@ -128,6 +131,39 @@ def test_what_cannot_be_recorded_runs_as_ever(pixels: Tensor) -> None:
     with pytest.warns(UserWarning, match=r"recording failed \(out of memory\)"):
         student.predict(pixels.flip(0))
     assert torch.equal(student.predict(pixels), call(student.model, pixels))
+
+
+def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch frees the workspace of a stream with any graph captured on it, while the others still write to it."""
+    did: list[str] = []
+
+    @contextmanager
+    def capturing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        did.append("begin")
+        yield
+        did.append("end")
+
+    fakes = {"graph": capturing, "CUDAGraph": MagicMock, "stream": nullcontext, "device": nullcontext}
+    for name, fake in {**fakes, "current_stream": MagicMock, "current_device": lambda: 0}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(capture, "_stream", MagicMock())
+    monkeypatch.setattr(capture.counters, "lent", lambda device: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: did.append("clear"), raising=False)
+    capture.CudaGraph(lambda: did.append("work"))
+    assert did == ["work"] * capture.WARM_UP + ["clear", "begin", "work", "end", "clear"]
+
+
+@pytest.mark.gpu
+def test_a_dropped_graph_takes_no_memory_of_others() -> None:
+    weight = torch.randn(256, 256, device="cuda")
+    graphs = [capture.CudaGraph(lambda x=x: x @ weight @ weight) for x in torch.randn(3, 64, 256, device="cuda")]
+    expected = [graph().clone() for graph in graphs]
+    del graphs[0]
+    torch.cuda.empty_cache()
+    taken = [torch.zeros(2**25, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    for graph, result in zip(graphs, expected[1:], strict=True):
+        assert torch.equal(graph(), result)
+    assert not any(bool(x.any()) for x in taken)
 
 
 @pytest.mark.gpu
