@@ -96,10 +96,16 @@ class Student(nn.Module):
         """Start a forward pass: begin a call, and prepare what skip execution reads.
 
         tokens: number of tokens in the batch, 0 if it does not matter. prepared: whether nothing has changed since
-        `prepare`, so that preparation is skipped.
+        `prepare`, so that preparation is skipped. ValueError if routers skip under torch.autocast.
         """
         run = self.runtime
-        if run.begin(batch, device, tokens).skipping and not prepared:
+        skipping = run.begin(batch, device, tokens).skipping
+        if skipping and torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                "torch.autocast is on: kernels that skip take one type, which autocast mixes with others; convert the "
+                "student instead, as in student.to(torch.bfloat16), and call it without autocast"
+            )
+        if skipping and not prepared:
             self._prepare()
             self._pack_for(tokens or batch)
 

@@ -87,6 +87,12 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return partial(CudaGraph, device=device) if device.type == "cuda" else None
 
 
+def check_types(device: torch.device) -> None:
+    """Raise ValueError under torch.autocast, whose choice of types a recording would keep for calls without it."""
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError("under torch.autocast the types of tensors are not the model's")
+
+
 class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Generic[T]):
     """The most recently used recordings, by the key that each was made for: the tensors that the work reads, and its
     replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once."""
@@ -145,11 +151,12 @@ class Forward:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:
         """Return the result of `run`; the next call overwrites it."""
-        record = self.recorder or recorder_for(pixels.device)
+        record, key = self.recorder or recorder_for(pixels.device), None
         try:
-            key = None if record is None else (pixels.shape, pixels.dtype, pixels.device, self._state(pixels))
+            if record is not None:
+                check_types(pixels.device)
+                key = pixels.shape, pixels.dtype, pixels.device, self._state(pixels)
         except ValueError as reason:
-            key = None
             self.kept.warn(str(reason))
         if record is None or key is None:
             return self._run(pixels)

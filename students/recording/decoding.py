@@ -21,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from students.architectures.lookup import windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels import ops
-from students.kernels.capture import Fetched, Recorder, Recordings, recorder_for
+from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
 from students.libraries import CACHE_NAMES, cache_of
 from students.recording.prompt import PromptPruning, Prompts, Read, following
 from students.recording.replay import Replay
@@ -187,6 +187,7 @@ class Decoding:
             return False
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("attentions and hidden states are not kept")
+        check_types(self.model.device)
         if self._prompts is not None and any(windows_of(self.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
         self._state()

@@ -173,3 +173,19 @@ def test_what_cannot_be_drafted_is_refused(tokens: Tensor) -> None:
         skipping.generate(tokens[:1], lossless=True, **LONG)
     student.runtime.bypass = True
     assert torch.equal(student.generate(tokens[:1], lossless=True, **LONG), student.model.generate(tokens[:1], **LONG))
+
+
+def test_under_autocast_nothing_skips_and_nothing_is_recorded() -> None:
+    student, prompt, about = student_for(), torch.arange(3, 15)[None], "under torch[.]autocast"
+    student._decoding.recorder, before = Tape, Tape.made
+    with torch.autocast("cpu", torch.bfloat16):
+        with student.teacher(), pytest.warns(UserWarning, match=f"^decoding without recorded steps: {about}"):
+            student.generate(prompt, **LONG)
+        for call in (student, student.generate):
+            with pytest.raises(ValueError, match=r"^torch\.autocast is on"):
+                call(prompt)
+        with pytest.raises(ValueError, match=about):
+            student.generate(prompt, lossless=True, **LONG)
+    assert Tape.made == before
+    assert torch.equal(student.generate(prompt, **LONG), student.model.generate(prompt, **LONG))
+    assert Tape.made == before + 1

@@ -122,6 +122,15 @@ def test_a_frozen_model_and_no_recorder(pixels: Tensor) -> None:
     assert torch.equal(plain(pixels), call(model, pixels)) and not plain.kept
 
 
+def test_under_autocast_nothing_is_recorded(pixels: Tensor) -> None:
+    model = MODELS["timm_fused"]()
+    recorded = Forward(lambda images: call(model, images), recorder=Tape)
+    about = r"^images without recorded passes: under torch\.autocast"
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match=about):
+        assert torch.equal(recorded(pixels), call(model, pixels))
+    assert not recorded.kept and torch.equal(recorded(pixels), call(model, pixels))
+
+
 def test_what_cannot_be_recorded_runs_as_ever(pixels: Tensor) -> None:
     def refuse(work: Any) -> Any:
         raise RuntimeError("out of memory")
