@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,17 +160,16 @@ class Lossless(Decoding):
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             dense = DecodeStep(self.model, self.trunk, like, slots, DRAFTED + 1, beside=step)
             dense.go_to(used)  # recording runs it, and writes keys
-
-            def run() -> Tensor:
-                with self._dense():
-                    return dense.run()
-
-            return dense, run
+            return dense, partial(self._run, dense)
 
         record = self.recorder or recorder_for(step.ids.device) or Replay
         dense, verify = self._passes.take(step, record, make)
         dense.go_to(used)
-        return step, replay, dense, verify or make()[1]
+        return step, replay, dense, verify or partial(self._run, dense)
+
+    def _run(self, dense: DecodeStep) -> Tensor:
+        with self._dense():
+            return dense.run()
 
 
 def verified(draft: Tensor, guess: Tensor, scores: Tensor, sample: bool) -> tuple[bool, Tensor]:

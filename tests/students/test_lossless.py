@@ -175,6 +175,17 @@ def test_what_cannot_be_drafted_is_refused(tokens: Tensor) -> None:
     assert torch.equal(student.generate(tokens[:1], lossless=True, **LONG), student.model.generate(tokens[:1], **LONG))
 
 
+def test_text_is_the_dense_models_where_recording_fails() -> None:
+    def refuse(work: Any) -> Any:
+        work()
+        raise RuntimeError("out of memory")
+
+    student, prompt = student_for(recorder=refuse), torch.arange(3, 15)[None]
+    with pytest.warns(UserWarning, match=r"^lossless decoding without recorded passes: recording failed"):
+        found = student.generate(prompt, lossless=True, **LONG)
+    assert torch.equal(found, dense(student, prompt, **LONG)) and student.lossless.counts.drafts
+
+
 def test_under_autocast_nothing_skips_and_nothing_is_recorded() -> None:
     student, prompt, about = student_for(), torch.arange(3, 15)[None], "under torch[.]autocast"
     student._decoding.recorder, before = Tape, Tape.made
