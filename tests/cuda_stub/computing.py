@@ -53,9 +53,9 @@ class Computing(TorchDispatchMode):
             found = _run(func, name, *_mapped(_beside, (args, kwargs)))
             return args[0] if func._schema.is_mutable else _mapped(_moved, found)
         out = func(*args, **kwargs)
-        own_args, own_kwargs, own_out = _mapped(_beside, (args, kwargs, out))
         if self._recording is not None:  # a capture has read what is small and on the host
-            own_args, own_kwargs = _mapped(_kept, (own_args, own_kwargs))
+            args, kwargs = _mapped(_kept, (args, kwargs))
+        own_args, own_kwargs, own_out = _mapped(_beside, (args, kwargs, out))
         work = partial(self._compute, func, name, own_args, own_kwargs, own_out)
         if self._recording is None:
             work()
@@ -156,7 +156,7 @@ def _beside(x: Any) -> Any:
 
 
 def _kept(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) and x.dim() == 0 and not x.is_cuda and x.untyped_storage() else x
+    return x.clone() if isinstance(x, Tensor) and x.dim() == 0 and not x.is_cuda else x
 
 
 def _moved(x: Any) -> Any:

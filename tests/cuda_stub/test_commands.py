@@ -46,7 +46,8 @@ def on_stub(tmp_path_factory: pytest.TempPathFactory) -> RunOnStub:
         done = subprocess.run(line, cwd=ROOT, env=environment(library), capture_output=True, text=True, timeout=550)
         assert report.exists(), done.stderr[-5000:]
         records: list[Record] = json.loads(report.read_text())
-        assert [record["code"] for record in records] == [0] * len(commands), done.stderr[-5000:]
+        said = [record["out"][-5000:] for record in records if record["code"]] + [done.stderr[-5000:]]
+        assert [record["code"] for record in records] == [0] * len(commands), "\n".join(said)
         return records
 
     return run
@@ -86,6 +87,22 @@ def test_a_capture_refuses_to_wait(probed: dict[str, Any]) -> None:
     for work in ("item", "nonzero", "synchronize"):
         assert "CUDA error: operation" in probed[work], work
     assert probed["allowed"] == probed["after"] == ""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "test_decoding.py -k 'llama or fails'",
+        pytest.param(
+            "test_decoding.py test_prefill.py test_prompts.py test_recorded_images.py", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_what_needs_a_gpu_holds(tests: str, on_stub: RunOnStub) -> None:
+    """Tests of recordings that are marked gpu pass here: replays say what the model says, wherever the dial is."""
+    (made,) = on_stub("pytest -m gpu -q -p no:cacheprovider " + tests.replace("test_", "tests/students/test_"))
+    assert " passed" in made["out"] and "skipped" not in made["out"]
+    assert (made["outside"], made["problems"]) == (0, []) and made["replays"] > 10
 
 
 def test_a_run_is_that_of_a_cpu(

@@ -165,7 +165,8 @@ def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.gpu
 def test_a_dropped_graph_takes_no_memory_of_others() -> None:
     weight = torch.randn(256, 256, device="cuda")
-    graphs = [capture.CudaGraph(lambda x=x: x @ weight @ weight) for x in torch.randn(3, 64, 256, device="cuda")]
+    inputs = torch.randn(3, 64, 256, device="cuda")  # stay, since graphs read them again
+    graphs = [capture.CudaGraph(lambda x=x: x @ weight @ weight) for x in inputs]
     expected = [graph().clone() for graph in graphs]
     del graphs[0]
     torch.cuda.empty_cache()
