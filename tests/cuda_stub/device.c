@@ -43,8 +43,6 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *device, int number) {
     OK;
 }
 
-static const char *itself(const void *name) { return name; }
-
 /* ---- kernels of torch, which register themselves by name when its libraries are loaded ---- */
 
 typedef struct Function { const void *handle; const char *name; } Function;

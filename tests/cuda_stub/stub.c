@@ -99,8 +99,6 @@ int stub_submit(const void *stream, const char *(*name)(const void *), const voi
     return 1;
 }
 
-static const char *itself(const void *name) { return name; }
-
 static cudaError_t wait(Capture *capture, const char *what) {
     __atomic_add_fetch(&stub_waits, 1, __ATOMIC_RELAXED);
     return capture ? refuse(capture, what) : cudaSuccess;

@@ -19,3 +19,4 @@
 cudaError_t stub_fail(cudaError_t error, const char *what);
 cudaError_t stub_unsafe(const char *what);
 int stub_submit(const void *stream, const char *(*name)(const void *), const void *what);
+static inline const char *itself(const void *name) { return name; } /* for work that is named by its submitter */
