@@ -35,8 +35,9 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *device, int number) {
     *device = (struct cudaDeviceProp){
         .name = "stub of CUDA", .totalGlobalMem = MEMORY, .major = 9, .minor = 0, .warpSize = 32,
         .multiProcessorCount = 132, .maxThreadsPerBlock = 1024, .maxThreadsDim = {1024, 1024, 64},
-        .maxGridSize = {2147483647, 65535, 65535}, .maxThreadsPerMultiProcessor = 2048, .maxBlocksPerMultiProcessor = 32,
-        .sharedMemPerBlock = 49152, .sharedMemPerBlockOptin = SHARED, .sharedMemPerMultiprocessor = SHARED + 1024,
+        .maxGridSize = {2147483647, 65535, 65535}, .maxThreadsPerMultiProcessor = 2048,
+        .maxBlocksPerMultiProcessor = 32, .sharedMemPerBlock = 49152, .sharedMemPerBlockOptin = SHARED,
+        .sharedMemPerMultiprocessor = SHARED + 1024,
         .regsPerBlock = 65536, .regsPerMultiprocessor = 65536, .totalConstMem = 65536, .textureAlignment = 512,
         .memoryBusWidth = 5120, .l2CacheSize = 50 << 20, .concurrentKernels = 1, .cooperativeLaunch = 1,
         .unifiedAddressing = 1};
@@ -53,7 +54,8 @@ void **__cudaRegisterFatBinary(void *binary) { static void *handle; return &hand
 void __cudaRegisterFatBinaryEnd(void **binary) {}
 void __cudaUnregisterFatBinary(void **binary) {}
 char __cudaInitModule(void **binary) { return 1; }
-void __cudaRegisterVar(void **binary, char *host, char *device, const char *name, int extern_, size_t size, int constant, int global) {}
+void __cudaRegisterVar(void **binary, char *host, char *device, const char *name, int extern_, size_t size,
+                       int constant, int global) {}
 void __cudaRegisterFunction(void **binary, const char *handle, char *device, const char *name, int limit, uint3 *thread,
                             uint3 *block, dim3 *block_size, dim3 *grid_size, int *warp) {
     if (count == room) functions = realloc(functions, (room = 2 * room + 4096) * sizeof *functions);
@@ -67,7 +69,8 @@ static const char *name_of(const void *handle) {
 
 static __thread struct { dim3 grid, block; size_t shared; void *stream; } configuration;
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
-    configuration.grid = grid, configuration.block = block, configuration.shared = shared, configuration.stream = stream;
+    configuration.grid = grid, configuration.block = block;
+    configuration.shared = shared, configuration.stream = stream;
     return 0;
 }
 cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
@@ -76,29 +79,38 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
     OK;
 }
 
-static cudaError_t launch(const void *stream, const char *(*name)(const void *), const void *function, dim3 grid, dim3 block, size_t shared) {
+static cudaError_t launch(const void *stream, const char *(*name)(const void *), const void *function, dim3 grid,
+                          dim3 block, size_t shared) {
     size_t threads = (size_t)block.x * block.y * block.z;
-    if (!grid.x || !grid.y || !grid.z || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024 || shared > SHARED)
+    int empty = !grid.x || !grid.y || !grid.z || !threads;
+    if (empty || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 || threads > 1024 || shared > SHARED)
         return stub_fail(cudaErrorInvalidConfiguration, name(function));
     stub_submit(stream, name, function);
     OK;
 }
-cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
+                             cudaStream_t stream) {
     return launch(stream, name_of, function, grid, block, shared);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *at, const void *function, void **arguments) {
     return launch(at->stream, name_of, function, at->gridDim, at->blockDim, at->dynamicSmemBytes);
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) { *kernel = (cudaKernel_t)function; OK; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
+                               cudaStream_t stream) {
     return launch(stream, name_of, kernel, grid, block, shared);
 }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *found, const void *function) {
-    *found = (struct cudaFuncAttributes){.maxThreadsPerBlock = 1024, .numRegs = 32, .binaryVersion = 90, .ptxVersion = 90};
+    *found = (struct cudaFuncAttributes){
+        .maxThreadsPerBlock = 1024, .numRegs = 32, .binaryVersion = 90, .ptxVersion = 90};
     OK;
 }
 cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute attribute, int value) { OK; }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads, size_t shared, unsigned flags) { *blocks = 4; OK; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads,
+                                                                   size_t shared, unsigned flags) {
+    *blocks = 4;
+    OK;
+}
 
 /* ---- the driver, which Triton launches through ---- */
 
@@ -121,41 +133,62 @@ CUresult cuLogsRegisterCallback(CUlogsCallback call, void *data, CUlogsCallbackH
 CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle handle) { OK; }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = HANDLE; return stub_unsafe(__func__); }
 CUresult cuModuleUnload(CUmodule module) { OK; }
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)strdup(name); OK; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+    *function = (CUfunction)strdup(name);
+    OK;
+}
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-    *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS ? 64 : 0;
+    *value = 0;
+    if (attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK) *value = 1024;
+    if (attribute == CU_FUNC_ATTRIBUTE_NUM_REGS) *value = 64;
     OK;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { OK; }
-CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *at) { *clusters = 1; OK; }
-CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *at, const cuuint64_t *sizes,
-                                const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
-                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *at) {
+    *clusters = 1;
+    OK;
+}
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *at,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                CUtensorMapFloatOOBfill fill) {
     memset(map, 0, sizeof *map);
     OK;
 }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { OK; }
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) { *blocks = 4; OK; }
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {
+    *blocks = 4;
+    OK;
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig *at, CUfunction function, void **arguments, void **extra) {
     dim3 grid = {at->gridDimX, at->gridDimY, at->gridDimZ}, block = {at->blockDimX, at->blockDimY, at->blockDimZ};
-    return launch(at->hStream, itself, function, grid, block, at->sharedMemBytes) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    cudaError_t error = launch(at->hStream, itself, function, grid, block, at->sharedMemBytes);
+    return error ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned i, unsigned j, unsigned k,
                         unsigned shared, CUstream stream, void **arguments, void **extra) {
-    return launch(stream, itself, function, (dim3){x, y, z}, (dim3){i, j, k}, shared) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    cudaError_t error = launch(stream, itself, function, (dim3){x, y, z}, (dim3){i, j, k}, shared);
+    return error ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                             unsigned long long flags,
                                              enum cudaDriverEntryPointQueryResult *result) {
     *function = dlsym(RTLD_DEFAULT, name);
     if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     OK;
 }
 
-/* ---- cuBLAS, declared here since its headers need more than the wheels have; products are generated (build.py) ---- */
+/* ---- cuBLAS, declared here since its headers need more than the wheels have; build.py generates products ---- */
 
 typedef struct Handle { void *stream; } Handle;
-typedef struct Algorithm { unsigned long long opaque[8]; size_t space; int status; float waves; int reserved[4]; } Algorithm;
+typedef struct Algorithm {
+    unsigned long long opaque[8];
+    size_t space;
+    int status;
+    float waves;
+    int reserved[4];
+} Algorithm;
 
 int stub_product(const void *handle, const char *name) { stub_submit(((Handle *)handle)->stream, itself, name); OK; }
 int cublasCreate_v2(void **handle) { *handle = calloc(1, sizeof(Handle)); OK; }
@@ -164,7 +197,10 @@ int cublasGetMathMode(const void *handle, int *mode) { *mode = 0; OK; }
 int cublasGetPointerMode_v2(const void *handle, int *mode) { *mode = 0; OK; }
 size_t cublasLtGetVersion(void) { return 130000; }
 int cublasLtMatmulDescCreate(void **made, int compute, int scale) { *made = HANDLE; OK; }
-int cublasLtMatrixLayoutCreate(void **made, int type, uint64_t rows, uint64_t columns, int64_t stride) { *made = HANDLE; OK; }
+int cublasLtMatrixLayoutCreate(void **made, int type, uint64_t rows, uint64_t columns, int64_t stride) {
+    *made = HANDLE;
+    OK;
+}
 int cublasLtMatmulPreferenceCreate(void **made) { *made = HANDLE; OK; }
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b, void *c, void *d, void *preference,
                                    int wanted, Algorithm *found, int *count) {

@@ -44,7 +44,9 @@ cudaError_t stub_fail(cudaError_t error, const char *what) {
 int stub_missing(const char *name) { return stub_fail(cudaErrorNotSupported, name); }
 cudaError_t cudaGetLastError(void) { cudaError_t error = last_error; last_error = cudaSuccess; return error; }
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
-const char *cudaGetErrorName(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "cudaError"; }
+const char *cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : "cudaError";
+}
 const char *cudaGetErrorString(cudaError_t error) {
     static __thread char text[80];
     if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
@@ -118,11 +120,12 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     OK;
 }
 cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph, const cudaGraphNode_t *after,
-                                          const cudaGraphEdgeData *edges, size_t count, enum cudaStreamCaptureMode mode) {
+                                          const cudaGraphEdgeData *edges, size_t count,
+                                          enum cudaStreamCaptureMode mode) {
     return cudaStreamBeginCapture(stream, mode);
 }
 
-/* Captures are never freed: events and graphs point to them. A captured stream that has joined leaves with the capture. */
+/* Captures are never freed: events and graphs point to them. A stream that has joined leaves with its capture. */
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     Capture *capture = capture_of(stream);
     if (!capture) return stub_fail(cudaErrorIllegalState, "end of a capture that has not begun");
@@ -132,7 +135,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     capture->active = 0;
     pthread_mutex_unlock(&lock);
     *graph = capture->invalid ? 0 : (cudaGraph_t)capture;
-    return capture->invalid ? stub_fail(cudaErrorStreamCaptureInvalidated, "end of a capture in which a call was refused") : 0;
+    if (!capture->invalid) OK;
+    return stub_fail(cudaErrorStreamCaptureInvalidated, "end of a capture in which a call was refused");
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     Capture *capture = capture_of(stream);
@@ -163,10 +167,15 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode
 
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = calloc(1, sizeof(Stream)); OK; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return cudaStreamCreate(stream);
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { OK; }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; OK; }
-cudaError_t cudaStreamQuery(cudaStream_t stream) { Capture *own = capture_of(stream); return own ? refuse(own, __func__) : 0; }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    Capture *own = capture_of(stream);
+    return own ? refuse(own, __func__) : 0;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(capture_of(stream), __func__); }
 cudaError_t cudaDeviceSynchronize(void) { UNSAFE; return wait(0, __func__); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, unsigned flags) {
@@ -174,7 +183,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, unsigne
     if (other && other->active && !own) stream_of(stream)->capture = other; /* joins the capture */
     else if (own && own != other) {
         own->invalid = 1;
-        return stub_fail(cudaErrorStreamCaptureIsolation, "a captured stream waits for an event outside of its capture");
+        return stub_fail(cudaErrorStreamCaptureIsolation,
+                         "a captured stream waits for an event outside of its capture");
     }
     OK;
 }
@@ -183,7 +193,11 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t run, void *data
     OK;
 }
 
-static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1e3 + t.tv_nsec * 1e-6; }
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1e3 + t.tv_nsec * 1e-6;
+}
 cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = calloc(1, sizeof(Event)); OK; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); OK; }
@@ -191,7 +205,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream) {
     *(Event *)handle = (Event){capture_of(stream), now()};
     OK;
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    return cudaEventRecord(event, stream);
+}
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
     if (((Event *)handle)->capture) return stub_fail(cudaErrorCapturedEvent, __func__);
     UNSAFE;
@@ -201,7 +217,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     __atomic_add_fetch(&stub_waits, 1, __ATOMIC_RELAXED);
     return cudaEventQuery(event);
 }
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) { *ms = ((Event *)to)->ms - ((Event *)from)->ms; OK; }
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    *ms = ((Event *)to)->ms - ((Event *)from)->ms;
+    OK;
+}
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
     if (!graph) return stub_fail(cudaErrorInvalidValue, "no graph");
@@ -215,8 +234,15 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     stub_replays++;
     OK;
 }
-cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) { *count = ((Capture *)graph)->launches; OK; }
-cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t *of, cudaGraphEdgeData *edges, size_t *count) { *count = 0; OK; }
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    *count = ((Capture *)graph)->launches;
+    OK;
+}
+cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t *of, cudaGraphEdgeData *edges,
+                                         size_t *count) {
+    *count = 0;
+    OK;
+}
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { OK; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { OK; }
 
@@ -263,11 +289,19 @@ cudaError_t cudaFree(void *at) {
     OK;
 }
 cudaError_t cudaMemGetInfo(size_t *left, size_t *total) { *left = MEMORY - used; *total = MEMORY; OK; }
-cudaError_t cudaHostAlloc(void **at, size_t size, unsigned flags) { UNSAFE; *at = aligned_alloc(PAGE, (size / PAGE + 1) * PAGE); OK; }
+cudaError_t cudaHostAlloc(void **at, size_t size, unsigned flags) {
+    UNSAFE;
+    *at = aligned_alloc(PAGE, (size / PAGE + 1) * PAGE);
+    OK;
+}
 cudaError_t cudaFreeHost(void *at) { UNSAFE; free(at); OK; }
 cudaError_t cudaHostRegister(void *at, size_t size, unsigned flags) { OK; }
 cudaError_t cudaHostUnregister(void *at) { OK; }
-cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) { UNSAFE; memmove(to, from, size); return wait(0, __func__); }
+cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+    UNSAFE;
+    memmove(to, from, size);
+    return wait(0, __func__);
+}
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
     if (stub_submit(stream, itself, "a copy")) memmove(to, from, size);
     OK;
@@ -277,7 +311,10 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t strea
     if (stub_submit(stream, itself, "a memset")) memset(at, value, size);
     OK;
 }
-cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *from, size_t size, size_t offset, enum cudaMemcpyKind kind) { OK; }
+cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *from, size_t size, size_t offset,
+                               enum cudaMemcpyKind kind) {
+    OK;
+}
 cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { static char symbols[1 << 20]; *at = symbols; OK; }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *at) {
     memset(found, 0, sizeof *found);
