@@ -21,9 +21,11 @@ from tests.pico.language import RUN_SETTINGS
 
 ROOT = Path(__file__).parent.parent.parent
 Record = dict[str, Any]
+Together = tuple[dict[str, Record], Path]
 RunOnStub = Callable[..., list[Record]]
 BENCH = "elastic.cli bench --random-weights --target-compute 0.7 --batch 2 --repeats 1 --set train.batch=1 --json"
 PROMPT = ["--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
+GPU_TESTS = "pytest -m gpu -q -p no:cacheprovider"
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +56,49 @@ def on_stub(tmp_path_factory: pytest.TempPathFactory) -> RunOnStub:
 
 
 @pytest.fixture(scope="module")
-def probed(on_stub: RunOnStub) -> dict[str, Any]:
+def training(model_folder: Path, text_file: Path) -> list[str]:
+    """Options of `elastic distill` for two steps of a tiny run."""
+    options = ["--model", str(model_folder), "--data", str(text_file), "--target-compute", "0.8", "--steps", "2"]
+    return options + as_options([one for one in RUN_SETTINGS if not one.startswith("train.steps")])
+
+
+@pytest.fixture(scope="module")
+def together(on_stub: RunOnStub, training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Together:
+    """Records, by name, of commands in one process, since each process imports all libraries; and the run's folder."""
+    run = tmp_path_factory.mktemp("runs") / "cuda"
+    commands = {
+        "bench": f"{BENCH} --model tiny-llm --tokens 8 --new-tokens 3",
+        "probe": "tests.cuda_stub.probe",
+        "distill": shlex.join(["elastic.cli", "distill", *training, "--output", str(run)]),
+        "generate": shlex.join(["elastic.cli", "generate", str(run), *PROMPT]),
+        "tests": f"{GPU_TESTS} tests/students/test_decoding.py -k 'llama or fails'",
+    }
+    return dict(zip(commands, on_stub(*commands.values()), strict=True)), run
+
+
+@pytest.fixture(scope="module")
+def probed(together: Together) -> dict[str, Any]:
     """What probe.py has found out."""
-    (record,) = on_stub("tests.cuda_stub.probe")
+    record = together[0]["probe"]
     assert record["outside"] == 0 and record["problems"] == []
     return json.loads(record["out"])
 
 
-@pytest.mark.parametrize(
-    ("options", "graphs"),
-    [
-        ("--model tiny-llm --tokens 8 --new-tokens 3", 2),  # a step of the student, one of the dense model
-        pytest.param("--model tiny-vlm --new-tokens 3", 6, marks=pytest.mark.slow),  # and two for each one's prompt
-    ],
-)
-def test_a_bench_records_its_steps(options: str, graphs: int, on_stub: RunOnStub) -> None:
-    """Whatever can be recorded is, with no launch beside the capture, and nothing in a capture waits."""
-    (made,) = on_stub(f"{BENCH} {options}")
+def assert_steps_are_recorded(made: Record, graphs: int) -> None:
+    """Assert that whatever can be recorded is, with no launch beside the capture, and nothing in a capture waits."""
     assert [row["phase"] for row in json.loads(made["out"])["rows"]] == ["prefill", "decode", "train"]
     assert len(made["graphs"]) == graphs and min(made["graphs"]) > 10 and made["replays"] > graphs
     assert (made["outside"], made["refused"], made["problems"]) == (0, 0, [])
+
+
+def test_a_bench_records_its_steps(together: Together) -> None:
+    assert_steps_are_recorded(together[0]["bench"], 2)  # a step of the student, one of the dense model
+
+
+@pytest.mark.slow
+def test_a_bench_of_a_vision_language_model_records_its_steps(on_stub: RunOnStub) -> None:
+    (made,) = on_stub(f"{BENCH} --model tiny-vlm --new-tokens 3")
+    assert_steps_are_recorded(made, 6)  # and two for each one's prompt
 
 
 def test_a_block_launches_what_is_said(probed: dict[str, Any]) -> None:
@@ -89,37 +114,33 @@ def test_a_capture_refuses_to_wait(probed: dict[str, Any]) -> None:
     assert probed["allowed"] == probed["after"] == ""
 
 
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "test_decoding.py -k 'llama or fails'",
-        pytest.param(
-            "test_decoding.py test_prefill.py test_prompts.py test_recorded_images.py", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_what_needs_a_gpu_holds(tests: str, on_stub: RunOnStub) -> None:
-    """Tests of recordings that are marked gpu pass here: replays say what the model says, wherever the dial is."""
-    (made,) = on_stub("pytest -m gpu -q -p no:cacheprovider " + tests.replace("test_", "tests/students/test_"))
+def assert_tests_hold(made: Record) -> None:
+    """Assert that tests marked gpu pass: replays say what the model says, wherever the dial is."""
     assert " passed" in made["out"] and "skipped" not in made["out"]
     assert (made["outside"], made["problems"]) == (0, []) and made["replays"] > 10
 
 
+def test_what_needs_a_gpu_holds(together: Together) -> None:
+    assert_tests_hold(together[0]["tests"])
+
+
+@pytest.mark.slow
+def test_whatever_needs_a_gpu_holds(on_stub: RunOnStub) -> None:
+    files = (f"tests/students/test_{name}.py" for name in ("decoding", "prefill", "prompts", "recorded_images"))
+    (made,) = on_stub(" ".join([GPU_TESTS, *files]))
+    assert_tests_hold(made)
+
+
 def test_a_run_is_that_of_a_cpu(
-    on_stub: RunOnStub, model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    together: Together, training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training two steps and generating give the compute and the text of the same commands on the CPU."""
-    options = ["--model", str(model_folder), "--data", str(text_file), "--target-compute", "0.8", "--steps", "2"]
-    options += as_options([one for one in RUN_SETTINGS if not one.startswith("train.steps")])
-    here, there = tmp_path / "cpu", tmp_path / "cuda"
-    assert main(["distill", *options, "--output", str(here)]) == 0
+    (records, there), here = together, tmp_path / "cpu"
+    assert main(["distill", *training, "--output", str(here)]) == 0
     capsys.readouterr()
     assert main(["generate", str(here), *PROMPT]) == 0
     text = capsys.readouterr().out
-    trained, generated = on_stub(
-        shlex.join(["elastic.cli", "distill", *options, "--output", str(there)]),
-        shlex.join(["elastic.cli", "generate", str(there), *PROMPT]),
-    )
+    trained, generated = records["distill"], records["generate"]
     assert generated["out"] == text and generated["graphs"] and trained["launches"] > 1000
     assert trained["outside"] == generated["outside"] == 0 and trained["problems"] == generated["problems"] == []
     made, expected = (json.loads((run / "elastic.json").read_text())["result"] for run in (there, here))
