@@ -64,6 +64,10 @@ counted."""
 COMBINED = ["mixed", "mixed-keep", "mixed-channels", "mixed-neuron", "expert-static", "head-static", "token-drop-all"]
 """Specifications that between them route every part of a model in every way: all models are tested with them."""
 MATRIX = [(name, kind) for name in sorted(TINY) for kind in sorted(SPECS) if name in COUNTED or kind in COMBINED]
+PLACES = {case: sorted(TINY).index(case[0]) + sorted(SPECS).index(case[1]) for case in MATRIX}
+EVEN, ODD = ([case for case in MATRIX if case[0] == "llama" or PLACES[case] % 2 == odd] for odd in (0, 1))
+"""Halves of the matrix like the two colours of a chessboard: of tests of which one says nearly what the other says, one
+takes EVEN and one takes ODD. Either has every model and every kind; Llama, with every kind, is in both."""
 CLOSE = dict(atol=1e-3, rtol=2e-3)
 
 
@@ -93,7 +97,7 @@ def assert_mask_is_skip(student: Student, tokens: torch.Tensor, padding: torch.T
     torch.testing.assert_close(masked, skipped, **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "kind"), MATRIX)
+@pytest.mark.parametrize(("name", "kind"), EVEN)
 def test_mask_is_skip(name: str, kind: str, tokens: torch.Tensor, padding: torch.Tensor):
     student = make(name, SPECS[kind])
     for batch in (tokens, tokens[:1], tokens[:1, :1]):
@@ -126,7 +130,7 @@ def assert_decodes_in_one_pass(student: Student, tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("operators", "name", "kind"),
-    [*(("c", *case) for case in MATRIX), *(("reference", *case) for case in MATRIX if "llama" in case)],
+    [*(("c", *case) for case in ODD), *(("reference", *case) for case in ODD if "llama" in case)],
     indirect=["operators"],
 )
 def test_cached_decoding_is_one_forward_pass(name: str, kind: str, tokens: torch.Tensor, operators: None):

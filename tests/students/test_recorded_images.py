@@ -20,7 +20,7 @@ from students.kernels.capture import Forward
 from tests.pico.image import MODELS, first
 from tests.students.host_waits import NoHostWaits
 from tests.students.tape import Tape
-from tests.students.test_image import MATRIX, SPECS, routed
+from tests.students.test_image import HALF, SPECS, routed
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -34,7 +34,7 @@ def student_for(name: str, spec: str, pixels: Tensor) -> ImageStudent:
     return student
 
 
-@pytest.mark.parametrize(("name", "spec"), [case for case in MATRIX if case[1] in QUOTAS and case[0] != "vit_mae"])
+@pytest.mark.parametrize(("name", "spec"), [case for case in HALF if case[1] in QUOTAS and case[0] != "vit_mae"])
 def test_nothing_waits_and_recorded_passes_say_what_the_model_says(name: str, spec: str, pixels: Tensor) -> None:
     """The embeddings of vit_mae, which is left out, set a slice to a number, which takes a copy on CPUs."""
     student, made = student_for(name, spec, pixels), []
