@@ -246,12 +246,14 @@ class TrainConfig:
         for name in ("batch", "window", "accumulation", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if (self.steps is not None and self.steps < 0) or (self.minutes is not None and self.minutes <= 0):
-            raise ValueError("train.steps cannot be negative and train.minutes must be above 0")
+        for name in ("steps", "lr", "limit_lr", "warmup", "seed"):
+            if (number := getattr(self, name)) is not None and number < 0:
+                raise ValueError(f"train.{name} is {number}; it cannot be negative")
+        for name in ("minutes", "clip"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise ValueError(f"train.{name} is {number}; it must be above 0")
         if self.seed >= 2**32:
             raise ValueError(f"train.seed is {self.seed}; it must be below 2 ** 32")
-        if min(self.lr, self.limit_lr, self.warmup, self.seed) < 0 or self.clip <= 0:
-            raise ValueError("train.lr, limit_lr, warmup and seed cannot be negative, and train.clip must be above 0")
 
 
 @dataclass(frozen=True)

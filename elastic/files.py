@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,19 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):  # unlinking fails too on a read-only disk
             part.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise ValueError if no file can be written at `path`, before a command works for it in vain."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir():
+        raise ValueError(
+            f"cannot write {path}: {folder} is " + ("a file" if folder.exists() else "missing: make that folder first")
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: {folder} cannot be written to")
 
 
 def require_run(folder: str | Path, *, finished: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from os.path import expanduser
 from typing import Any, NoReturn
@@ -35,7 +36,11 @@ class _Parser(argparse.ArgumentParser):
         """Parse as ArgumentParser does, but let the command report an unknown option, since its --help lists them."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            from elastic.settings import near  # reads yaml, which takes time that --help does not need
+
+            known = re.findall(r"--[a-z-]+", options.parser.format_usage())
+            hint = near(unknown[0].partition("=")[0], known)
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
 
     def error(self, message: str) -> NoReturn:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from elastic.files import write_text
+from elastic.files import require_writable, write_text
 from elastic.reporting import plots
 from elastic.reporting.contents import LEVELS, Model, Origins, Table, benched
 from elastic.reporting.results import Row, SweepFolder
@@ -27,12 +27,13 @@ EXAMPLE_BYTES = 1_200_000
 def report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
     """Write an HTML page about sweep folders and, beside it, .md and .csv files and an SVG plot per model.
 
-    Returns the paths written. ValueError if `output` does not end in .html, if a folder is not a sweep folder, or if no
-    point is finished in any of the folders.
+    Returns the paths written. ValueError if `output` does not end in .html or cannot be written, if a folder is not a
+    sweep folder, or if no point is finished in any of the folders.
     """
     page = Path(output)
     if page.suffix != ".html":
         raise ValueError(f"--output is {output}; it is a page, and ends in .html")
+    require_writable(page)
     sweeps = [SweepFolder.open(folder) for folder in folders]
     rows = [{**row, "folder": sweep} for sweep in sweeps for row in sweep.rows()]
     if not rows:

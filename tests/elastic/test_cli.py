@@ -86,6 +86,15 @@ def test_unknown_and_missing_models(refused: Callable[..., str]):
     assert "--model smollm2-135m" in refused("distill")
 
 
+def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
+    for given, hint in (("--modle", " (did you mean --model?)"), ("--comput=1", ""), ("--ovrwrite", "--overwrite?)")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["distill", given])
+        message = capsys.readouterr().err
+        assert message.startswith(f"elastic: error: unrecognized arguments: {given}")
+        assert f"{hint} (see elastic distill --help)" in message and message.count("\n") == 1
+
+
 def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str]):
     assert "did you mean static?" in refused(*arguments, "--preset", "statik")
     assert "did you mean lr?" in refused(*arguments, "--set", "train.lrr=1")

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -243,15 +244,27 @@ def test_examples_that_would_burst_the_page_are_left_out(folder: Path, tmp_path:
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "results.jsonl").write_text("")
+    (tmp_path / "folder.html").mkdir()
     for arguments, message in (
         ([str(tmp_path / "missing")], "is not a sweep folder"),
         ([str(tmp_path)], "no point is finished yet"),
         ([str(folder), "-o", str(tmp_path / "report.pdf")], "ends in .html"),
-        ([str(folder), "-o", str(tmp_path / "none" / "report.html")], "cannot write"),
+        ([str(folder), "-o", str(tmp_path / "none" / "report.html")], "none is missing: make that folder first"),
+        ([str(folder), "-o", str(tmp_path / "results.jsonl" / "report.html")], "results.jsonl is a file"),
+        ([str(folder), "-o", str(tmp_path / "folder.html")], "it is a folder"),
     ):
         assert main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"results.jsonl", "folder.html"}
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write wherever modes forbid it
+    monkeypatch.setattr(SweepFolder, "rows", lambda _: pytest.fail("the sweep was read"))
+    with pytest.raises(ValueError, match=rf"cannot write .*report\.html: {tmp_path} cannot be written to"):
+        report([folder], tmp_path / "report.html")
 
 
 def test_a_disk_that_is_read_only_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
