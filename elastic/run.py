@@ -42,6 +42,11 @@ from teachers.load import LOCAL
 from teachers.quantize import kept_bytes
 from teachers.registry import models
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 """Version of the run folder's format, recorded in elastic.json."""
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
@@ -55,16 +60,19 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        self._lock: int | None = None
+        """Descriptor of the folder while `lock` holds it."""
 
     @classmethod
     def create(cls, folder: str | Path, config: RunConfig, teacher: Teacher, overwrite: bool, **entries: Any) -> Run:
         """Create the folder with config.yaml and elastic.json; `entries` are further entries of elastic.json.
 
-        Raises ValueError for a folder that `refuse_existing` refuses.
+        Raises ValueError for a folder that `refuse_existing` or `lock` refuses. The run is locked.
         """
         run = cls(folder)
         run.refuse_existing(overwrite)
         run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock()
         run._clear()
         try:
             write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -79,6 +87,7 @@ class Run:
             )
         except OSError:
             run._clear()
+            run.unlock()
             with suppress(OSError):
                 run.folder.rmdir()
             raise
@@ -88,6 +97,28 @@ class Run:
         """Delete the run's files, but not the folder or other files in it."""
         for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
+
+    def lock(self) -> None:
+        """Let no other process train into this folder until `unlock` or the end of this process; raise ValueError if
+        one does already. Where the system or disk has no locks nothing happens."""
+        if fcntl is None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise ValueError(
+                f"another process is training into {self.folder}: wait for its end, or name another folder"
+            ) from None
+        except OSError:
+            self.unlock()
+
+    def unlock(self) -> None:
+        """End what `lock` began."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def refuse_existing(self, overwrite: bool) -> None:
         """Raise ValueError if the folder cannot be written to, has files that are no run's, or has a run that is not to

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -49,7 +50,7 @@ REASONS = 1000
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised after Ctrl-C or SIGTERM, once the state has been saved."""
+    """Raised after Ctrl-C, or in training after SIGTERM; once the state has been saved, with how to continue."""
 
 
 def distill(
@@ -74,7 +75,8 @@ def distill(
     kept = _cache(teacher_cache)
     teacher, data, student = _load(config, session, session.teacher, say)
     run = launch.on_main(lambda: Run.create(output, config, teacher, overwrite, **kept))
-    return _run(run, config, student, data, session, say, progress)
+    with _locked(run):
+        return _run(run, config, student, data, session, say, progress)
 
 
 def resume(
@@ -96,13 +98,29 @@ def resume(
     if rows := launch.together(lambda: run.results):
         say(f"{run.folder} is finished: there is nothing to resume")
         return rows[0]
-    config = launch.together(lambda: run.config)
-    launch.in_step(partial(_require, config))
-    kept = _cache(teacher_cache)
-    _, data, student = _load(config, session, lambda _: run.teacher(session.teacher), say)
-    if kept:
-        launch.on_main(lambda: run.record(**kept))
-    return _run(run, config, student, data, session, say, progress)
+    launch.on_main(run.lock)
+    with _locked(run):
+        config = launch.together(lambda: run.config)
+        launch.in_step(partial(_require, config))
+        kept = _cache(teacher_cache)
+        _, data, student = _load(config, session, lambda _: run.teacher(session.teacher), say)
+        if kept:
+            launch.on_main(lambda: run.record(**kept))
+        return _run(run, config, student, data, session, say, progress)
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[None]:
+    """Context at whose end a locked run is unlocked, and in which Ctrl-C says how to continue."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; continue with: elastic distill --resume {run.folder}") from None
+    finally:
+        if launch.is_main():
+            run.unlock()
 
 
 def _cache(folder: str | Path | None) -> dict[str, Any]:

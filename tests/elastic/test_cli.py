@@ -149,6 +149,19 @@ def test_folders_that_are_no_run(command: list[str], refused: Callable[..., str]
         assert f"{folder} is not a run folder" in refused(*command, folder)
 
 
+def test_a_run_that_another_process_trains_is_left_alone(
+    arguments: list[str], finished: Path, refused: Callable[..., str], here: Path
+):
+    (shutil.copytree(finished, here / "run") / "routers.safetensors").unlink()
+    other = Run("run")
+    other.lock()
+    for command in (["distill", "--resume", "run"], [*arguments, "--output", "run", "--overwrite"]):
+        assert "another process is training into run: wait" in refused(*command)
+    other.unlock()
+    for _ in range(2):  # a finished command holds it no longer
+        assert main([*arguments, "--output", "run", "--overwrite"]) == 0
+
+
 @pytest.mark.parametrize("extra", [["--model", "gpt2"], ["--set", "train.lr=1"], ["--overwrite"], ["--steps", "3"]])
 def test_resume_takes_no_other_settings(extra: list[str], finished: Path, refused: Callable[..., str]):
     message = refused("distill", "--resume", finished, *extra)
