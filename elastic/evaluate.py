@@ -124,10 +124,12 @@ def _what_to_measure(
     for budget in compute:
         if not 0 < budget <= 1:
             raise ValueError(f"--compute is {budget}; it must be above 0 and at most 1")
-    known = families.of(config.family).BASELINES
+    known = families.of(config.family).baselines_of(config)
     for other in baselines:
         if other not in known:
-            raise ValueError(f"there is no baseline {other} for {config.model}, only {', '.join(known)}")
+            raise ValueError(
+                f"there is no baseline {other} for {config.model} and these routers, only {', '.join(known) or 'none'}"
+            )
     budgets = tuple(compute) or config.budget.measured
     if baselines and len(budgets) > 1:
         given = f"{len(budgets)} are given" if compute else f"{folder} serves {config.budget.target}"

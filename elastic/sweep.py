@@ -145,19 +145,22 @@ def sweep(
 
 
 def _keys(task: Task, budget: float, baselines: Sequence[str], data: str | None) -> list[Key]:
-    """Return the keys of a point's rows: the student's, then one for each baseline that the model's family has (none at
-    1.0, where the student is the teacher)."""
-    known = families.of(task.config.family).BASELINES
+    """Return the keys of a point's rows: the student's, then one for each baseline that the run's routers can have
+    (none at 1.0, where the student is the teacher)."""
+    known = families.of(task.config.family).baselines_of(task.config)
     kinds = (None, *dict.fromkeys(kind for kind in baselines if kind in known and budget < 1))
     return [(f"runs/{task.name}", budget, kind, data or evaluate.HELD_OUT) for kind in kinds]
 
 
 def _require_baselines(baselines: Sequence[str], tasks: Sequence[Task]) -> None:
-    """Raise ValueError for a baseline that no model of the sweep has; models that lack one are measured without."""
-    known = list(dict.fromkeys(name for task in tasks for name in families.of(task.config.family).BASELINES))
+    """Raise ValueError for a baseline that no run of the sweep can have; runs that lack one are measured without."""
+    of = [families.of(task.config.family).baselines_of(task.config) for task in tasks]
+    known = list(dict.fromkeys(name for names in of for name in names))
     for name in baselines:
         if name not in known:
-            raise ValueError(f"there is no baseline {name} for these models, only {', '.join(known)}")
+            raise ValueError(
+                f"there is no baseline {name} for these models and routers, only {', '.join(known) or 'none'}"
+            )
 
 
 def _require_same(path: Path, config: RunConfig) -> None:

@@ -137,6 +137,9 @@ class Family(Protocol):
     ) -> dict[str, Any]:
         """Measure quality and compute, as a row of results; kept: earlier outputs of the teacher on the same data."""
 
+    def baselines_of(self, config: RunConfig) -> tuple[str, ...]:
+        """Return those of BASELINES that can stand beside a run's routers."""
+
     def baseline(
         self, name: str, student: Any, held_out: Any, config: RunConfig, compute: float, session: Session
     ) -> dict[str, Any]:

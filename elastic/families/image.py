@@ -154,6 +154,12 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
     return meter
 
 
+def baselines_of(config: RunConfig) -> tuple[str, ...]:
+    """Return those of BASELINES that can stand beside a run's routers."""
+    layer = config.student.over_blocks
+    return BASELINES if layer is not None and layer.selection != "topk" else ("tome",)
+
+
 def baseline(
     name: str, student: ImageStudent, images: ImageSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:

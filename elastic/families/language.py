@@ -143,6 +143,16 @@ def compute_meter(student: LanguageStudent, data: TextData, order: Tensor, confi
     return meter
 
 
+def baselines_of(config: RunConfig) -> tuple[str, ...]:
+    """Return those of BASELINES that can stand beside a run's routers. Whether `optional` ones are there only the model
+    says: `baseline` itself refuses what a mixture of experts cannot have."""
+    if config.budget.phase == "prefill":
+        return ("static",)
+    certain = [r.of_kind for r in config.student.routers if not r.optional]
+    drawn = all(kind.over_channels or kind.place == "head" for kind in certain)
+    return BASELINES if drawn else tuple(name for name in BASELINES if name != "random")
+
+
 def baseline(
     name: str, student: LanguageStudent, windows: Tensor, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:

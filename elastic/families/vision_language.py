@@ -184,6 +184,11 @@ def _batches(
         yield launch.together(partial(questions.load, part)).to(student.model.device)
 
 
+def baselines_of(config: RunConfig) -> tuple[str, ...]:
+    """Return those of BASELINES that can stand beside a run's routers."""
+    return BASELINES if any(r.kind == "image" and r.selection == "quota" for r in config.student.routers) else ()
+
+
 def baseline(
     name: str, student: VisionLanguageStudent, questions: PromptSet, config: RunConfig, compute: float, session: Session
 ) -> dict[str, Any]:

@@ -211,11 +211,16 @@ def test_runs_of_a_plan(model_folder: Path):
 def test_models_have_the_baselines_of_their_family(
     model_folder: Path, run_sweep: Callable[..., list[dict]], tmp_path: Path, calls: list[str]
 ):
-    text, images = plan([str(model_folder), "vit-fashion"], [0.7], ["default"], [0], False, [], {})
+    tasks = plan([str(model_folder), "vit-fashion"], [0.7], ["default", "static"], [0], False, [], {})
+    text, fixed_text, images, fixed_images = tasks
     asked = ["random", "teal", "tome"]
     assert [key[2] for key in _keys(text, 0.7, asked, None)] == [None, "random", "teal"]
     assert [key[2] for key in _keys(images, 0.7, asked, None)] == [None, "random", "tome"]
-    with pytest.raises(ValueError, match="no baseline tome for these models, only random, uniform, static, teal"):
+    assert [key[2] for key in _keys(fixed_text, 0.7, asked, None)] == [None, "teal"]  # its heads cannot be drawn
+    assert [key[2] for key in _keys(fixed_images, 0.7, asked, None)] == [None, "tome"]  # it has no patches to draw
+    (skipping,) = plan([str(model_folder)], [0.7], ["default"], [0], False, ["budget.phase=prefill"], {})
+    assert [key[2] for key in _keys(skipping, 0.7, ["random", "static"], None)] == [None, "static"]
+    with pytest.raises(ValueError, match="no baseline tome for these models and routers, only random, uniform, st"):
         run_sweep(tmp_path / "sweep", baselines=asked)
     assert calls == []
 
