@@ -28,6 +28,7 @@ def measure(
     budgets: Sequence[float | None],
     kept: TeacherOutputs | None = None,
     part: str = "held-out",
+    say: Say = print,
 ) -> list[dict[str, Any]]:
     """Return a row of results for each budget (None: the dial stays), measured by all processes: the run's settings,
     what was measured, and sizes.
@@ -36,12 +37,16 @@ def measure(
     """
     kept = kept or TeacherOutputs()
     config, rows = run.config, []
+    family = families.of(config.family)
     trainable = sum(p.numel() for p in student.added_parameters().values())
     frozen = sum(p.numel() for p in student.model.parameters()) - trainable
-    for budget in budgets:
+    for number, budget in enumerate(budgets, 1):
         if budget is not None:
             student.set_compute(budget)
-        measured = launch.in_step(partial(families.of(config.family).evaluate, student, held_out, config, kept))
+        size = f"all {len(held_out):,}" if part == "all" else f"{len(held_out):,} {part}"
+        turn = f" at compute {budget:g}, {number} of {len(budgets)}" if len(budgets) > 1 else ""
+        say(f"measuring on {size} {family.UNIT}{turn} ...")
+        measured = launch.in_step(partial(family.evaluate, student, held_out, config, kept))
         rows.append(
             {
                 **settings_of(config, budget),
@@ -99,9 +104,8 @@ def measure_run(
         held_out, whole = launch.main_process_first(lambda: session.data(config)).held_out, False
     else:
         held_out, whole = launch.main_process_first(lambda: session.all_of(data, config))
-    say(f"measuring on {len(held_out):,} {family.UNIT} ...")
     part = "all" if whole else "held-out"
-    rows = measure(run, student, data or HELD_OUT, held_out, budgets, session.kept(held_out), part)
+    rows = measure(run, student, data or HELD_OUT, held_out, budgets, session.kept(held_out), part, say)
     row = rows[0]
     for other in baselines:
         say(f"measuring the baseline {other} ...")

@@ -150,7 +150,11 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The resolved configuration, with local model and data where they are now, in case they or the run moved."""
-        config: RunConfig = from_dict(RunConfig, read_yaml(self.folder / "config.yaml"))
+        file = self.folder / "config.yaml"
+        settings = read_yaml(file)
+        if "student" not in settings:  # the last section: what is missing would silently be what it is by default
+            raise ValueError(f"{file} is damaged (it has no section student): restore it or distil again")
+        config: RunConfig = from_dict(RunConfig, settings)
         data = replace(config.data, source=self._located("data", config.data.source))
         return replace(config, model=self._located("model", config.model), data=data)
 
@@ -186,9 +190,12 @@ class Run:
         """The contents of elastic.json; reading them raises ValueError if the file is damaged."""
         file = self.folder / "elastic.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            about = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(about, dict) or not {"model", "identity", "source"} <= about.keys():
+                raise ValueError("it does not name model, identity and source")
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
+        return about
 
     def record(self, **entries: Any) -> None:
         """Add entries to elastic.json."""

@@ -160,7 +160,6 @@ def _load(
 def _run(
     run: Run, config: RunConfig, student: Student, data: Any, session: Session, say: Say, progress: Progress
 ) -> dict[str, Any]:
-    family = families.of(config.family)
     session.turn_to(student)
     accelerator = Accelerator(
         log_with=None if config.train.tracker == "none" else config.train.tracker, project_dir=run.folder
@@ -172,8 +171,8 @@ def _run(
     session.memory.turn_to("measuring")
     adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
     launch.on_main(lambda: student.save(run.routers))
-    say(f"measuring on {len(data.held_out):,} held-out {family.UNIT} ...")
-    rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, session.kept(data.held_out))
+    kept = session.kept(data.held_out)
+    rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, kept, say=say)
     exchange_left_out(data.left_out)
     left_out = distinct(data.left_out)
     for part in left_out:

@@ -71,12 +71,20 @@ def _read(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def cut_metrics(run: Run, step: int) -> None:
-    """Remove the lines of metrics.jsonl after this step, which a resumed run writes again."""
+    """Remove the lines of metrics.jsonl after this step, which a resumed run writes again, and those that a kill or a
+    loss of power has damaged."""
     path = run.folder / "metrics.jsonl"
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if _is_until(line, step)))
+
+
+def _is_until(line: str, step: int) -> bool:
+    """Return whether this is a whole line of metrics.jsonl, of this step or an earlier one."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def diverged(run: Run, state: State, what: str) -> ValueError:

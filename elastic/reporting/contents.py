@@ -329,9 +329,12 @@ def speed_ups(row: Row, way: str) -> list[tuple[float, float]]:
 
 def details_of(row: Row) -> Details | None:
     """Return the routing profile saved for a row's point (see elastic/accounting/routing.py); None if there is none, as
-    at compute 1.0, where nothing is routed."""
+    at compute 1.0, where nothing is routed. ValueError if its file is damaged."""
     path = row["folder"].details(row)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the report does without") from None
 
 
 def ranked(details: Details) -> tuple[str, np.ndarray]:

@@ -19,6 +19,9 @@ from elastic.files import write_text
 Row = dict[str, Any]
 Key = tuple[str, float, str | None, str]
 
+NEEDED = {"model", "preset", "compute", "metrics", "bench", "versions", "machine"}
+"""Keys that every row has, besides those of its point."""
+
 
 class SweepFolder:
     """A sweep folder on disk."""
@@ -41,22 +44,26 @@ class SweepFolder:
 
         A last line without its newline, cut short by a kill, is ignored; ValueError if another line is not a row.
         """
-        *lines, _ = self.results.read_text(encoding="utf-8").split("\n")
+        *lines, _ = self.results.read_text(encoding="utf-8", errors="replace").split("\n")
         newest: dict[Key, Row] = {}
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 newest[key_of(row)] = row
+                whole = row.keys() >= NEEDED
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"line {number} of {self.results} is no row of a sweep: remove it") from None
+                whole = False
+            if not whole:
+                raise ValueError(f"line {number} of {self.results} is no row of a sweep: remove it")
         return list(newest.values())
 
     def prepare(self) -> None:
         """Create the folder if necessary, and remove a last line of results.jsonl that a kill cut short."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self.results.read_text(encoding="utf-8") if self.results.exists() else ""
-        whole, newline, _ = found.rpartition("\n")
-        write_text(self.results, whole + newline)
+        whole, newline, cut = found.rpartition("\n")
+        if cut or not self.results.exists():  # else another sweep may be adding a row just now
+            write_text(self.results, whole + newline)
 
     def append(self, row: Row) -> None:
         """Append a row to results.jsonl and sync the file to disk."""
@@ -73,7 +80,10 @@ class SweepFolder:
     def failures(self) -> dict[Key, str]:
         """Return the newest reason of every point that has failed and has no row."""
         lines = self._failures.read_text(encoding="utf-8").splitlines() if self._failures.exists() else ()
-        reasons = {tuple(key): reason for *key, reason in map(json.loads, lines)}
+        try:
+            reasons = {tuple(key): reason for *key, reason in map(json.loads, lines)}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._failures} is damaged ({error}): delete it") from None
         made = {key_of(row) for row in self.rows()}
         return {key: reason for key, reason in reasons.items() if key not in made}
 

@@ -240,12 +240,14 @@ def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: py
     assert other["compute_target"] == 0.75 and other["compute"] == pytest.approx(0.75, abs=0.05)
 
 
-def test_no_number_is_cut_in_a_narrow_terminal(
+def test_several_budgets_are_announced_and_no_number_is_cut_in_a_narrow_terminal(
     finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "40")
     assert main(["eval", str(finished), "--compute", "0.7", "0.8"]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if "nats" in line]
+    out, err = capsys.readouterr()
+    assert err == "".join(f"measuring on 2 held-out windows at compute 0.{7 + n}, {n + 1} of 2 ...\n" for n in range(2))
+    table = [line for line in out.splitlines() if "nats" in line]
     assert len(table) == 2 and "0.700 (decode)" in table[0] and "0.800 (decode)" in table[1]
     assert all("%" in line and "…" not in line for line in table)
 

@@ -80,6 +80,19 @@ def test_truncated_files_are_refused(copied: Path, size: int):
         assert "\n" not in str(error.value)
 
 
+def test_files_that_lost_their_end_or_contents_are_refused(copied: Path):
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config[: config.index("student:")])
+    with pytest.raises(ValueError, match=r"config.yaml is damaged \(it has no section student\): restore it"):
+        elastic.load(copied)
+    (copied / "config.yaml").write_text(config)
+    for text in ("{}", "[]", "null", '{"model": "tiny"}', '{"model"'):
+        (copied / "elastic.json").write_text(text)
+        with pytest.raises(ValueError, match=r"elastic.json is damaged \(.*\): restore it") as error:
+            elastic.load(copied)
+        assert "\n" not in str(error.value)
+
+
 def test_student_with_other_routers_is_refused(copied: Path):
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["student"]["lora"]["rank"] = 3

@@ -258,6 +258,28 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.name for path in tmp_path.rglob("*")} == {"results.jsonl", "folder.html"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "results.jsonl",
+            b'{"run": "runs/a", "compute_target": 1, "baseline": null, "data": "b"}\n',
+            "line 1 of .*row",
+        ),
+        ("results.jsonl", b"\xb5\xff\n", r"line 1 of .*results.jsonl is no row of a sweep: remove it"),
+        ("failures.jsonl", b"[1\n", r"failures.jsonl is damaged \(.*\): delete it"),
+        ("details", b'{"layers": [', r"json is damaged \(.*\): delete it, and the report does without"),
+    ],
+)
+def test_damaged_files_are_named(folder: Path, tmp_path: Path, name: str, content: bytes, message: str):
+    copy = shutil.copytree(folder, tmp_path / "sweep")
+    for path in copy.glob("details/*/*.json") if name == "details" else [copy / name]:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        report([copy], tmp_path / "report.html")
+    assert "\n" not in str(error.value) and not (tmp_path / "report.html").exists()
+
+
 def test_a_place_that_cannot_be_written_is_said_before_any_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

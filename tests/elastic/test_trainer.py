@@ -265,8 +265,8 @@ def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp
     for moment, saved in saved_before.items():
         folder = tmp_path / moment
         assert (folder / "checkpoint.safetensors").exists() == saved and not Run(folder).routers.exists()
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 6, "lo')  # a line of which half was written
+        with (folder / "metrics.jsonl").open("ab") as file:  # damaged lines, then one of which half was written
+            file.write(b'\0\0\0\0\n\xb5\n[]\n{"step": "x"}\n{"step": 6, "lo')
         resume(folder)
         assert files(folder) == FINISHED
         assert_same_run(finished, folder)
