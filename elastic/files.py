@@ -33,13 +33,21 @@ def require_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {folder} cannot be written to")
 
 
+def require_place(folder: Path) -> None:
+    """Raise ValueError if `folder` neither is a folder that can be written to nor can be made."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder with --output")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"nothing can be kept in {folder}: {place} {reason}; name another folder with --output")
+
+
 def require_run(folder: str | Path, *, finished: bool = False) -> None:
     """Raise ValueError if a folder has no run or, with `finished`, an unfinished one. Commands ask this before they
     import libraries that take seconds."""
     path = Path(folder).expanduser()
-    if not (path / "config.yaml").is_file() or not (path / "elastic.json").is_file():
-        raise ValueError(
-            f"{folder} is not a run folder (no config.yaml and elastic.json in it); elastic distill makes one"
-        )
+    if missing := [name for name in ("config.yaml", "elastic.json") if not (path / name).is_file()]:
+        raise ValueError(f"{folder} is not a run folder (no {' and '.join(missing)} in it); elastic distill makes one")
     if finished and not (path / "routers.safetensors").exists():
         raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {folder}")

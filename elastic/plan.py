@@ -74,8 +74,11 @@ def plan(
     """
     family, train = families.of(config.family), config.train
     counted, wanted = _amount(config, amount)
-    if min(gpus, memory, wanted, peak) <= 0 or not 0 < share <= 1:
-        raise ValueError(f"--gpus, --memory, --{counted} and --peak must be above 0, and --share above 0 and at most 1")
+    for name, given in {"gpus": gpus, "memory": memory, counted: wanted, "peak": peak}.items():
+        if not 0 < given < math.inf:
+            raise ValueError(f"--{name} is {given:g}; it must be above 0")
+    if not 0 < share <= 1:
+        raise ValueError(f"--share is {share:g}; it must be above 0 and at most 1 (0.4 means 40 %)")
     model: Any = build(find_shape(config.model), torch.bfloat16, "meta")
     read = family.timing.input_sizes(model, config, workload_of(config))
     need = need_of(model, read.trunk)

@@ -30,7 +30,7 @@ from torch import nn
 import teachers
 from elastic import __version__, launch, sharding
 from elastic.config import NAMED_DATA, RunConfig
-from elastic.files import require_run, write_text
+from elastic.files import require_place, require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from students.checkpoint import read_tensors
@@ -123,14 +123,7 @@ class Run:
     def refuse_existing(self, overwrite: bool) -> None:
         """Raise ValueError if the folder cannot be written to, has files that are no run's, or has a run that is not to
         be overwritten."""
-        if self.folder.is_file():
-            raise ValueError(f"{self.folder} is a file; name a folder with --output")
-        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            reason = "cannot be written to" if place.is_dir() else "is a file"
-            raise ValueError(
-                f"no run can be kept in {self.folder}: {place} {reason}; name another folder with --output"
-            )
+        require_place(self.folder)
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / "config.yaml").exists():

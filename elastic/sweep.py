@@ -16,7 +16,7 @@ from typing import Any
 from elastic import bench, evaluate, families, launch, sharding, trainer
 from elastic.config import RunConfig, require_data
 from elastic.evaluation.session import Session
-from elastic.files import write_text
+from elastic.files import require_place, write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
@@ -81,6 +81,7 @@ def sweep(
     folder = SweepFolder(output)
 
     def begin() -> list[Row]:
+        require_place(folder.folder)
         if folder.folder.is_dir() and not folder.results.exists() and any(folder.folder.iterdir()):
             raise ValueError(f"{output} exists and is not a sweep folder: name another with --output")
         for task in tasks:

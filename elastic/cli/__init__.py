@@ -34,15 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # errors that a user can fix are raised as ValueError or OSError, with one line that says how
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
-        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
         if launch.is_said_here(error):
-            print(f"elastic: error: {line}", file=sys.stderr, flush=True)
+            print(f"elastic: error: {_line(error)}", file=sys.stderr, flush=True)
         launch.wait_until_said(error)
         return 2
     except KeyboardInterrupt as interruption:
         if launch.is_main():
             print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _line(error: Exception) -> str:
+    """Return an error in one line: of an error of the system what it concerns and what it is, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -167,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--target-compute",
         nargs="+",
-        type=float,
+        type=_budget,
         required=True,
         metavar="C",
         help="budgets, up to 1.0; a single one below 1 is trained for alone, several share a run",
@@ -260,3 +260,11 @@ def _target(text: str) -> float | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; write a number such as 0.7, or a range such as 0.5:1.0") from None
     return text if len(budgets) > 1 else budgets[0]
+
+
+def _budget(text: str) -> float:
+    """Parse one of the budgets of a sweep."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; write numbers, such as 0.5 0.7 1.0, which share a run") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
 import resource
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from elastic.cli import main
+from elastic.cli import main, showing
 from elastic.run import Run
 from students.kernels.cpu import toolchain
 from tests.elastic.runs import as_options
@@ -93,6 +95,28 @@ def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
         message = capsys.readouterr().err
         assert message.startswith(f"elastic: error: unrecognized arguments: {given}")
         assert f"{hint} (see elastic distill --help)" in message and message.count("\n") == 1
+
+
+def test_errors_of_the_system_are_named_by_what_they_concern(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    for error, line in (
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "my.txt"), "my.txt: Permission denied"),
+        (OSError("the hub is away\nmore"), "the hub is away"),
+    ):
+        monkeypatch.setattr(showing, "models_command", functools.partial(_raise, error))
+        assert refused("models") == f"elastic: error: {line}"
+
+
+def _raise(error: Exception, *_: object) -> None:
+    raise error
+
+
+def test_a_sweep_takes_single_budgets(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "--model", "gpt2", "--output", "new", "--target-compute", "0.5:1.0"])
+    assert "'0.5:1.0'; write numbers, such as 0.5 0.7 1.0, which share a run" in capsys.readouterr().err
 
 
 def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str]):

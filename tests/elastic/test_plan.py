@@ -153,6 +153,10 @@ def test_a_table_and_what_is_refused(capsys: pytest.CaptureFixture[str]):
     for arguments in (["--model", "llama3-8b", "--share", "40"], ["--model", "llama3-9b"], ["--model", "timm/foo"]):
         assert main(["plan", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    for flag, given, limit in (("tokens", "nan", "above 0"), ("gpus", "0", "above 0"), ("share", "40", "at most 1")):
+        assert main(["plan", "--model", "tiny-llm", f"--{flag}", given]) == 2
+        said = capsys.readouterr().err
+        assert f"--{flag} is {given}; it must be above 0" in said and limit in said
     for name, flag in (("tiny-vit", "tokens"), ("tiny-vlm", "tokens"), ("tiny-llm", "samples")):
         assert main(["plan", "--model", name, f"--{flag}", "1e6"]) == 2
         assert f"instead of --{flag}" in capsys.readouterr().err

@@ -164,6 +164,10 @@ def test_mistakes_come_before_any_work(
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not a sweep folder: name another with --output"):
         run_sweep(tmp_path)
+    with pytest.raises(ValueError, match=r"thesis.txt is a file; name a folder"):
+        run_sweep(tmp_path / "thesis.txt")
+    with pytest.raises(ValueError, match=r"nothing can be kept in .*sweep: .*thesis.txt is a file; name another"):
+        run_sweep(tmp_path / "thesis.txt" / "sweep")
     assert calls == [] and [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
