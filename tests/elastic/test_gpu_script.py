@@ -45,6 +45,35 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr.startswith(b"no GPU") and done.stderr.count(b"\n") == 1
 
 
+FAKES = {
+    "python": """case "$*" in
+        *is_available*) exit 0 ;;
+        *pytest*) echo "ran $*"; case "$*" in *1/5) exit 1 ;; *3/5) exit 5 ;; esac ;;
+        *kernels.bench*) echo "| kernels |" ;;
+        *gpu_commands.py*) echo "{}" >"$2/1-tokens,keep.json"; [ "$3" -gt 300 ] ;;
+        *gpu_table.py*) echo "| table of ${2##*/} |" ;;
+    esac""",
+    "timeout": """shift
+    case "$*" in *5/5) exit 124 ;; *) exec "$@" ;; esac""",
+}
+"""Programs that stand in for an interpreter on a machine with a GPU, whose first tests fail and whose last take too
+long, and for the command that ends these."""
+
+
+def test_all_is_run_whatever_fails(tmp_path: Path) -> None:
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(CI / "gpu")], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("ran")] == [
+        f"{part}/5" for part in (1, 2, 3, 4)
+    ]
+    assert done.stdout.splitlines()[-2:] == ["| kernels |", "| table of 1-tokens,keep.json |"]
+    assert "part 5/5 ran out of its 120 seconds" in done.stderr and done.stderr.count("ran out") == 1
+
+
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
 def test_every_command_is_one(name: str, line: str) -> None:
     options = parser().parse_args(["bench", *shlex.split(line)])
