@@ -36,13 +36,17 @@ def _own_workspace() -> Iterator[None]:
     """Context of a capture that gives cuBLAS a workspace in the graph's own memory.
 
     torch keeps a workspace for each stream. With any graph that was captured on a stream, torch 2.14 frees the stream's
-    workspace, to which all other graphs captured there still write (pytorch issue 193402).
+    workspace, to which all other graphs captured there still write (pytorch issue 193402). RuntimeError if this torch
+    cannot free workspaces when asked to.
     """
-    torch._C._cuda_clearCublasWorkspaces()
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if free is None:
+        raise RuntimeError(f"torch {torch.__version__} does not let graphs have cuBLAS workspaces of their own")
+    free()
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        free()
 
 
 class Recorder(Protocol):

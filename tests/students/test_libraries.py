@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students import RouterSpec, StudentSpec, elasticize, libraries, selfcheck
 from students.families import language
+from students.kernels import capture
 from students.libraries import CACHE_NAMES, cache_of, one_sequence_a_row, with_cache
 from tests.pico.language import TINY, make_tiny
 
@@ -146,6 +148,25 @@ def test_blocks_and_branches_are_called_as_ever() -> None:
     asked = {"position_embeddings", "attention_mask", libraries.cache_name(block)}
     assert asked <= calls[type(block.self_attn)][1]
     assert calls[type(block.mlp)] == (1, set()) and hidden == [(1, Tensor)]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
+def test_workspaces_of_cublas_can_be_freed() -> None:
+    """For kernels/capture.py (_own_workspace): the private function that frees them is there."""
+    assert callable(torch._C._cuda_clearCublasWorkspaces)
+
+
+def test_nothing_is_recorded_where_workspaces_cannot_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that function graphs would share a workspace, which torch frees too early: one warning, and no graph."""
+    monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
+
+    def record(work: Callable[[], Any]) -> Callable[[], Any]:
+        with capture._own_workspace():
+            return work
+
+    kept = capture.Recordings[None]("decoding without recorded steps")
+    with pytest.warns(UserWarning, match=r"recording failed \(torch .* cuBLAS workspaces of their own\)"):
+        assert kept.take("key", record, lambda: (None, list)) == (None, None)
 
 
 def test_self_check_finds_a_cache_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
