@@ -87,7 +87,7 @@ def test_every_command_is_one(name: str, line: str) -> None:
 def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
     quick = "--random-weights --repeats 1 --set train.batch=1"
     (tmp_path / "gpu-bench").write_text(
-        f"# of tiny shapes\n\nmerging --model tiny-vit --batch 2 {quick}\nnone --model huge {quick}\n"
+        f"# of tiny shapes\n\nmerging --model tiny-vit --preset static --batch 2 {quick}\nnone --model huge {quick}\n"
         f"layers,drop --model tiny-llm --tokens 16 --new-tokens 2 {quick}\n"
     )
     script = shutil.copy(CI / "gpu_commands.py", tmp_path)
