@@ -247,8 +247,9 @@ def from_fashion(folder: Path | None, train: bool, preprocess: Preprocess, model
                     (workshop / "FashionMNIST" / "raw").rename(workshop / raw.name)
             data = FashionMNIST(root, train=train)
         except Exception as error:
+            reason = " ".join(str(error).split())  # torchvision's first line ends in front of the reason
             raise OSError(
-                f"{FASHION} cannot be {'fetched' if folder is None else f'read from {folder}'} ({first_line(error)}): "
+                f"{FASHION} cannot be {'fetched' if folder is None else f'read from {folder}'} ({reason}): "
                 "install Debian's dataset-fashion-mnist, or name a folder with its four files"
             ) from error
     labels = labels_of_column(data.targets.tolist(), list(data.classes), model_classes)
