@@ -27,6 +27,10 @@ def generate_command(options: argparse.Namespace) -> None:
     require_run(options.run, finished=True)
     if options.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("--prompt has bytes that are no text in this locale: set LC_ALL=C.UTF-8") from None
     from elastic.generate import generate_text
 
     def write(text: str) -> None:

@@ -186,6 +186,11 @@ def test_a_run_that_another_process_trains_is_left_alone(
         assert main([*arguments, "--output", "run", "--overwrite"]) == 0
 
 
+def test_a_prompt_of_bytes_that_are_no_text(finished: Path, refused: Callable[..., str]):
+    prompt = b"gr\xc3\xb6sse".decode("ascii", "surrogateescape")  # as Python reads it with LC_ALL=C
+    assert "--prompt has bytes that are no text in this locale" in refused("generate", finished, "--prompt", prompt)
+
+
 @pytest.mark.parametrize("extra", [["--model", "gpt2"], ["--set", "train.lr=1"], ["--overwrite"], ["--steps", "3"]])
 def test_resume_takes_no_other_settings(extra: list[str], finished: Path, refused: Callable[..., str]):
     message = refused("distill", "--resume", finished, *extra)
