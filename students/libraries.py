@@ -1,4 +1,4 @@
-"""Adapters to what changes from release to release of transformers.
+"""Adapters to what changes from release to release of transformers and timm, and to what a recording must not meet.
 
 What else is assumed of internals of torch, transformers and timm is checked by tests/students/test_libraries.py. Module
 names that differ between architectures are in the records of students/architectures; they are looked up when a student
@@ -8,11 +8,12 @@ is made.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import masking_utils
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
@@ -58,6 +59,37 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         base.rope_deltas = before
+
+
+@contextmanager
+def kept_rotary(model: nn.Module) -> Iterator[None]:
+    """Context in which a model of timm makes the rotary embeddings of an image size once and keeps them, for as long as
+    the model is there: DINOv3 copies coordinates from the host in every forward pass, which no CUDA graph can hold.
+
+    Embeddings with parameters, and those of a model in training, which timm may shift at random, are made as ever.
+    """
+    rope: Any = getattr(model, "rope", None)
+    varies = not hasattr(rope, "get_embed") or rope.training or any(True for _ in rope.parameters())
+    if varies or torch.compiler.is_compiling():
+        yield
+        return
+    make: Callable[..., Tensor] = rope.get_embed
+    kept: dict[Any, Tensor] = rope.__dict__.setdefault("kept_by_elastic", {})
+
+    def get_embed(shape: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if shape is None or args or kwargs:
+            return make(shape, *args, **kwargs)
+        key = tuple(shape), *((x.device, x.dtype) for x in rope.buffers())
+        if key not in kept:
+            with torch.inference_mode(False), torch.no_grad():
+                kept[key] = make(shape)
+        return kept[key]
+
+    rope.get_embed = get_embed
+    try:
+        yield
+    finally:
+        del rope.get_embed
 
 
 @contextmanager

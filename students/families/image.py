@@ -19,6 +19,7 @@ from students.decisions import Decisions
 from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.kernels.capture import Forward
+from students.libraries import kept_rotary
 from students.routers import Router
 from students.sites import BRANCHES
 from students.spec import RouterSpec
@@ -228,7 +229,8 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
     """Run an image model's forward, with positions interpolated if images have another size than it is configured for.
     ViT-MAE, which shuffles patches at random, gets noise that keeps them in order."""
     if not isinstance(model, PreTrainedModel):
-        return model(pixel_values, **kwargs)
+        with kept_rotary(model):
+            return model(pixel_values, **kwargs)
     height, width = pixel_values.shape[-2:]
     if (height, width) != image_shape(model)[1:] and model.config.model_type not in INTERPOLATES_ANYWAY:
         kwargs["interpolate_pos_encoding"] = True
