@@ -23,7 +23,7 @@ REAL_ALONE = {
 }
 """Operators that compute nothing, or whose copy to the host the stub makes itself."""
 WAITING = {
-    *("nonzero", "masked_select", "equal", "bincount", "histc", "unique_dim", "_unique2", "unique_consecutive"),
+    *("nonzero", "masked_select", "equal", "bincount", "unique_dim", "_unique2", "unique_consecutive"),
     *("geqrf", "ormqr", "_cholesky_solve_helper"),
     *("erfinv", "erfinv_", "prod"),
 }
@@ -173,6 +173,8 @@ def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
     if name in ("_softmax", "_log_softmax") and given["half_to_float"]:
         return func(args[0].float(), args[1], False)
+    if name == "histc":  # of integers on GPUs alone; with limits given, nothing waits there
+        return func(args[0].float(), *args[1:], **kwargs)
     if name == "native_layer_norm_backward":  # for which the CPU wants statistics in the input's dtype
         return func(*args[:3], args[3].to(args[1].dtype), args[4].to(args[1].dtype), *args[5:])
     if name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"):
