@@ -12,12 +12,13 @@ from torch import Tensor
 
 from students.kernels import reference
 from students.kernels.triton.forward_kl import rescale_rows
+from students.kernels.triton.launching import launched
 
 WIDEST = 128
 """Maximum channels of a head: a program holds all of them."""
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@launched(do_not_specialize=["queries", "keys"])
 def _biased_attention(
     query,
     key,

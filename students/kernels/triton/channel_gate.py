@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.launching import launched
+
 ROWS = 64
 """Tokens over which one program sums gradients."""
 
 
-@triton.jit(do_not_specialize=["each"])
+@launched(do_not_specialize=["each"])
 def _channel_gate(x, limit, out, share, channels, each, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int32)
@@ -34,7 +36,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _gate_grad(
     grad,
     price,
@@ -99,7 +101,7 @@ def _gate_grad(
     tl.store(partial + (group * chunks + chunk).to(tl.int64) * channels + channel, tl.sum(sums, 0), mask=here)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@launched(do_not_specialize=["chunks"])
 def _add_chunks(partial, to_limit, channels, chunks, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Write the negated sum over chunks of partial [groups, chunks, channels] to to_limit [groups, channels]."""
     group = tl.program_id(1)

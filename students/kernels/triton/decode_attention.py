@@ -16,6 +16,7 @@ from torch import Tensor
 from students.kernels.triton import counters, tuning
 from students.kernels.triton.chaining import chained, follow
 from students.kernels.triton.forward_kl import rescale_rows
+from students.kernels.triton.launching import launched
 
 AT_ONCE = 1 << 14
 """Partial sums that a program loads at once when it adds up ranges: 128 registers a thread."""
@@ -62,7 +63,7 @@ def _add_up(
         tl.store(place, whole.to(out.dtype.element_ty), mask=(head < HEADS)[:, None] & (lane < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["window"])
+@launched(do_not_specialize=["window"])
 def _decode_attention(
     query,
     keys,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton import tuning
+from students.kernels.triton.launching import launched
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def products(
     return total
 
 
-@triton.jit(do_not_specialize=["count"])
+@launched(do_not_specialize=["count"])
 def _dot_rows(
     x,
     weight,

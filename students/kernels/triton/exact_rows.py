@@ -14,12 +14,13 @@ from torch import Tensor
 
 from students.kernels.triton import tuning
 from students.kernels.triton.dot_rows import products
+from students.kernels.triton.launching import launched
 
 CHUNK = 1024
 """Rows of the head in a chunk, for which one program makes the list."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _choose_rows(
     preview,
     limit,
@@ -51,7 +52,7 @@ def _choose_rows(
     tl.store(lengths + (1 + own) * chunks + me, tl.sum(needed, 1), mask=own < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "chunks"])
+@launched(do_not_specialize=["rows", "chunks"])
 def _exact_rows(
     x,
     head,

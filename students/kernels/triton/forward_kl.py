@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.launching import launched
+
 
 @triton.jit
 def rescale(most, values):
@@ -49,7 +51,7 @@ def rescale_rows(most, score):
     return new, tl.exp2(most - safe), tl.exp2(score - safe[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     most_s, most_t = float("-inf"), float("-inf")
@@ -64,7 +66,7 @@ def _forward_kl(student, teacher, value, logs, rows, vocabulary, BLOCK: tl.const
     write_row(value, logs, row, rows, most_s, most_t, sum_s, sum_t, apart)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _forward_kl_grad(student, teacher, logs, grad, to_student, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.launching import launched
 from students.kernels.triton.listing import inputs_at
 
 BLOCK = 2048
@@ -20,7 +21,7 @@ def _store(value, limit, out, place, channel, here):
     tl.store(out + place, tl.where(tl.abs(value.to(tl.float32)) >= least, value, 0.0), mask=here)
 
 
-@triton.jit
+@launched()
 def _normed_gate(x, weight, residual, limit, out, stream, width, epsilon, KIND: tl.constexpr, BLOCK: tl.constexpr):
     channel = tl.arange(0, BLOCK)
     here, place = channel < width, tl.program_id(0).to(tl.int64) * width + channel
@@ -39,7 +40,7 @@ def _normed_gate(x, weight, residual, limit, out, stream, width, epsilon, KIND: 
     _store((value * gain).to(kind), limit, out, place, channel, here)
 
 
-@triton.jit
+@launched()
 def _active_gate(x, other, limit, out, width, by_row, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = channel < width

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from students.kernels.triton.launching import launched
 
 BLOCK = 2048
 """Tokens in a step of the loop."""
 
 
-@triton.jit(do_not_specialize=["count"])
+@launched(do_not_specialize=["count"])
 def _list_open(
     score,
     bias,

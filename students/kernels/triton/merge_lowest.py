@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels import merging
+from students.kernels.triton.launching import launched
 from students.kernels.triton.sum_norm import layer_norm
 
 NOBODY: tl.constexpr = tl.constexpr(2**30)
@@ -33,7 +34,7 @@ def _of_eights(x):
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "going"])
+@launched(do_not_specialize=["tokens", "prefix", "going"])
 def _match(
     x,
     before,
@@ -116,7 +117,7 @@ def _in_multiples(wanted, length, prefix, multiple):
     return tl.where(wanted >= patches, length, tl.maximum(tl.minimum(whole, length), least))
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
+@launched(do_not_specialize=["tokens", "prefix", "going", "keep", "multiple"])
 def _take_in(
     x,
     size,

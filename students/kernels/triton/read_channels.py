@@ -21,6 +21,7 @@ from students.kernels import reference
 from students.kernels.triton import counters, tuning
 from students.kernels.triton.chaining import chained, follow
 from students.kernels.triton.channel_gate import channel_gate
+from students.kernels.triton.launching import launched
 from students.kernels.triton.listing import list_channels, scales
 
 _TOGETHER = tl.constexpr(reference.TOGETHER)
@@ -120,7 +121,7 @@ def _added(partial, row, column, inside, rows, outputs, STRIP: tl.constexpr, ROW
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "rank", "sums", "unit"])
+@launched(do_not_specialize=["rows", "rank", "sums", "unit"])
 def _gather(
     x,
     other,

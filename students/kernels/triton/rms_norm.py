@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from students.kernels.triton.launching import launched
 
-@lru_cache(maxsize=64)
+
 def threads_of(rows: int, width: int) -> tuple[int, int]:
     """Return (threads side by side, groups of such threads) with which torch sums each of `rows` rows of `width`
     numbers: a block has at most 512 threads, which are divided between rows and numbers."""
@@ -37,7 +38,7 @@ def _total(value, GROUPS: tl.constexpr, N: tl.constexpr):
         return _total(tl.sum(tl.reshape(value, [GROUPS, 2, N // 2]), 1), GROUPS, N // 2)
 
 
-@triton.jit
+@launched()
 def _rms_norm(
     x,
     weight,
@@ -75,7 +76,7 @@ def _rms_norm(
         tl.store(out + row + place, (value * gain).to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@launched()
 def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     place = tl.arange(0, BLOCK)
@@ -90,21 +91,22 @@ def _rms_norm_grad(grad, x, weight, out, width, epsilon, KIND: tl.constexpr, BLO
     tl.store(out + row + place, (scale * slope - back * value).to(out.dtype.element_ty), mask=here)
 
 
+@lru_cache(maxsize=64)
+def _launch_of(rows: int, width: int) -> tuple[float, dict[str, int]]:
+    """Return what a sum is multiplied by, rounded to float32 where torch does, and the constants of the launch."""
+    threads, groups = threads_of(rows, width)
+    factor = c_float(c_float(rows).value / c_float(rows * width).value).value
+    return factor, {"THREADS": threads, "GROUPS": groups, "num_warps": max(1, threads * groups // 32)}
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: int) -> Tensor:
     """`ops.rms_norm` in Triton."""
     x, width = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // width
     if rows:
-        threads, groups = threads_of(rows, width)
-        factor = c_float(c_float(rows).value / c_float(x.numel()).value)  # rounded to float32 where torch does
-        _rms_norm[(rows,)](
-            *(x, weight, out, width, epsilon, factor.value),
-            KIND=kind,
-            THREADS=threads,
-            GROUPS=groups,
-            num_warps=max(1, threads * groups // 32),
-            enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
-        )
+        factor, constants = _launch_of(rows, width)
+        # with fusion a product and a sum would be rounded once, where torch rounds twice
+        _rms_norm[rows,](x, weight, out, width, epsilon, factor, KIND=kind, **constants, enable_fp_fusion=False)
     return out
 
 

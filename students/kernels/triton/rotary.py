@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton.chaining import chained, follow
+from students.kernels.triton.launching import launched
 
 HEADS = 8
 """Heads of a token that one program rotates."""
@@ -56,7 +57,7 @@ def _turn(
         tl.store(target + start, tl.load(source + start, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@launched(do_not_specialize=["tokens"])
 def _rotary(
     query,
     key,
@@ -111,23 +112,24 @@ def rotary_grad(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, size = query.shape
-    width = cos.shape[-1]
-    outs = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key)]
+    key_heads, width = key.shape[1], cos.shape[-1]
+    turned = query.new_empty(batch, tokens, heads, size).transpose(1, 2)
+    turned_key = query.new_empty(batch, tokens, key_heads, size).transpose(1, 2)
     if not batch * tokens:
-        return outs[0], outs[1]
+        return turned, turned_key
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     cos, sin = cos.contiguous(), sin.contiguous()
-    groups = triton.cdiv(heads, HEADS), triton.cdiv(key.shape[1], HEADS)
-    _rotary[(batch * tokens, sum(groups))](
-        *(query, key, cos, sin, *outs, tokens, heads, key.shape[1], *query.stride()[:3], *key.stride()[:3]),
-        *(0 if len(cos) == 1 else tokens * width, size, width),
-        HALF=triton.next_power_of_2(width // 2),
+    groups, more = -(-heads // HEADS), -(-key_heads // HEADS)
+    _rotary[batch * tokens, groups + more](
+        *(query, key, cos, sin, turned, turned_key, tokens, heads, key_heads),
+        *(*query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else tokens * width, size, width),
+        HALF=1 << (width // 2 - 1).bit_length(),
         HEADS=HEADS,
-        QUERIES=groups[0],
+        QUERIES=groups,
         BACK=back,
         CHAINED=chained(query.device),
         launch_pdl=chained(query.device),
         num_warps=2,
         enable_fp_fusion=False,  # a product and a sum would be rounded once, where torch rounds twice
     )
-    return outs[0], outs[1]
+    return turned, turned_key

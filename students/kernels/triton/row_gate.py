@@ -9,9 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton.forward_kl import add_logits, write_row
+from students.kernels.triton.launching import launched
 
 
-@triton.jit
+@launched()
 def _row_gate(exact, preview, limit, tail, out, share, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     kind = exact.dtype.element_ty
@@ -40,7 +41,7 @@ def _chosen(exact, preview, least, added, here):
     return guess, value, other, tl.where(guess >= least, value, other)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _routed_kl(exact, preview, teacher, limit, tail, value, share, logs, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     kind = exact.dtype.element_ty
@@ -62,7 +63,7 @@ def _routed_kl(exact, preview, teacher, limit, tail, value, share, logs, rows, v
     tl.store(share + row, tl.div_rn(tl.sum(count, 0).to(tl.float32), (vocabulary + 0.0).to(tl.float32)))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def _row_gate_grad(
     source,
     price,

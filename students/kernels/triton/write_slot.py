@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from students.kernels.triton.chaining import chained, follow
+from students.kernels.triton.launching import launched
 
 
-@triton.jit
+@launched()
 def _write_slot(
     keys,
     values,
