@@ -33,7 +33,7 @@ class Stamp:
 
     @staticmethod
     def _of(tensors: Sequence[Tensor], settings: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-        return (*((_place(x), None if x.is_inference() else x._version) for x in tensors), *settings)
+        return (*[(_place(x), None if x.is_inference() else x._version) for x in tensors], *settings)
 
     def reset(self) -> None:
         """Forget the sources, so that the next `renew` returns True."""

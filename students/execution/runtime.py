@@ -15,7 +15,7 @@ from students.decisions import Decisions
 from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
 from students.execution.patch_counts import PatchCounts, SoFar
-from students.kernels import devices, ops
+from students.kernels import devices, direct
 from students.routers import Router, selection
 from students.spec import RouterSpec
 
@@ -178,7 +178,7 @@ class Runtime:
             return Gates(dtype, gate=gate, closed=1 - gate)
         if self._only_lists(router, x):
             product, *bias = router.linear.parts(x)
-            open_, *listed = ops.list_open(product, bias[0] if bias else None, self.limit)  # as raised >= 0 below
+            open_, *listed = direct.list_open(product, bias[0] if bias else None, self.limit)  # as raised >= 0 below
             return Gates(dtype, listed=listed, open=open_)
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
@@ -223,13 +223,10 @@ class Runtime:
         return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
 
     def _only_lists(self, router: Router, x: Tensor) -> bool:
-        """Whether one launch can decide and list the open tokens (`ops.list_open`): a causal linear threshold router
-        without gains whose scores nobody else needs, on a device that the host runs ahead of."""
-        spec = router.spec
-        by_token = spec.selection == "threshold" and spec.granularity == "token" and spec.network == "linear"
-        by_token = by_token and not spec.prefix
-        alone = spec.of_kind.over_tokens and self.causal and router.log_gain is None and devices.runs_ahead(x.device)
-        return by_token and alone and self._on_device and self._asked_for_gates_alone(spec)
+        """Whether one launch can decide and list the open tokens (`ops.list_open`): in a causal model, where nobody
+        else needs the scores, on a device that the host runs ahead of."""
+        listed = router.only_compares and self.causal and devices.runs_ahead(x.device)
+        return listed and self._on_device and self._asked_for_gates_alone(router.spec)
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
         """Return gates [B, T, 1] of an image's tokens, those of the prefix open, or [B, 1, 1], one for all tokens; and

@@ -42,8 +42,7 @@ class Chosen:
         self._valid_count = valid_count
         self._ahead = devices.runs_ahead(open_.device)
         self._fetched: Fetched | None = None
-        if count is not None:
-            self.counts = [count] * len(open_)
+        self._counts = None if count is None else [count] * open_.shape[0]
         if self._ahead:
             self._table, self._before, self._upto = listed or ops.list_open(open_, None, None)[1:]
 
@@ -60,12 +59,17 @@ class Chosen:
     @property
     def known(self) -> bool:
         """Whether the number of open tokens can be asked for without waiting."""
-        return not self._ahead or "counts" in self.__dict__
+        return not self._ahead or self._counts is not None
 
-    @cached_property
+    @property
     def counts(self) -> list[int]:
         """Number of open tokens of each row."""
-        self.begin()
+        if self._counts is None:
+            self.begin()
+            self._counts = self._asked()
+        return self._counts
+
+    def _asked(self) -> list[int]:
         if self._fetched is None:
             return self._open.sum(1).tolist()
         ends = self._fetched.wait().tolist()
@@ -84,7 +88,7 @@ class Chosen:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         table, tokens = self._listed, self._open.shape[1]
-        if len(self._open) == 1:
+        if self._open.shape[0] == 1:
             return _zeros(table.shape, table.dtype, table.device), table
         return table // tokens, table % tokens
 
@@ -115,7 +119,7 @@ class Chosen:
 
     def filled(self, x: Tensor) -> Tensor:
         """Gather the open tokens of x [B or 1, T, ...]: [1, N, ...], longer where the host runs ahead (see `cut`)."""
-        table = self._places[1] if len(x) < len(self._open) else self._listed
+        table = self._places[1] if x.shape[0] < self._open.shape[0] else self._listed
         return x.flatten(0, 1).index_select(0, table).unsqueeze(0)
 
     def cut(self, some: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class Chosen:
     def prepare_packing(self) -> None:
         """Launch the work behind `batch`, `index` and `turn`, which a Packing needs."""
         if self._ahead:
-            _ = self._places if len(self._open) == 1 else self._turns
+            _ = self._places if self._open.shape[0] == 1 else self._turns
 
     @property
     def number(self) -> Tensor:

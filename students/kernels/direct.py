@@ -1,8 +1,7 @@
-"""Operators with all arguments but the input bound in advance, for calls so short that the dispatcher's microseconds
-matter: the arguments of the C function are put together once.
+"""Operators without torch's dispatcher, for calls so short that its microseconds matter. The operator itself is called
+where operations are counted or compiled, and where there is no function of ours.
 
-The operator itself is called where operations are counted or compiled, and where there is no C function.
-"""
+C functions get all arguments but the input in advance: they are put together once."""
 
 from __future__ import annotations
 
@@ -15,6 +14,21 @@ from torch import Tensor
 from students.kernels import ops
 from students.kernels.cpu import toolchain
 from students.kernels.cpu.operators import layers
+from students.kernels.trial import on_gpu
+
+
+def launched(operator: Any) -> Callable[..., Any]:
+    """Return an operator that has a Triton kernel as a function of plain tensors: on GPUs without the dispatcher."""
+    kernel = on_gpu(operator.__name__.partition(".")[0])
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        return operator(first, *rest) if not first.is_cuda or ops.observed() else kernel(first, *rest)
+
+    return call
+
+
+list_open = launched(ops.list_open)
+_rms_norm = launched(ops.rms_norm)
 
 
 def read_channels(limit: Tensor, weight: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, int | Tensor]]:
@@ -38,7 +52,7 @@ def rms_norm(dtype: torch.dtype, device: torch.device, epsilon: float, kind: int
     """Return `ops.rms_norm` as a function of the input and the weight, both of this dtype and on this device."""
     probe = torch.empty(0, dtype=dtype, device=device)
     if toolchain.native(probe) is None:
-        return lambda x, weight: ops.rms_norm(x, weight, epsilon, kind)
+        return lambda x, weight: _rms_norm(x, weight, epsilon, kind)
     function = toolchain.function("rms_norm", probe, 0, 0, probe, epsilon, kind, probe)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:

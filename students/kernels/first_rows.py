@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,12 @@ def possible(x: Tensor, outputs: int) -> bool:
     """Return whether `linear` runs without the host waiting for the number of rows. torch's grouped product reads the
     number on the device in bfloat16 on Hopper if rows begin at multiples of 16 bytes, and asks the host elsewhere."""
     fits = x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 == outputs % 8
-    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return fits and x.is_cuda and _capability(x.device) == 9
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:

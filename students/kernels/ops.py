@@ -81,8 +81,7 @@ def compiled(x: Tensor) -> bool:
 
 def observed() -> bool:
     """Return whether operations are being counted or compiled, for which torch's own operators have to be called."""
-    counted = is_in_torch_dispatch_mode() and toolchain.recording.calls is None
-    return torch.compiler.is_compiling() or counted
+    return torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and toolchain.recording.calls is None)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class OnTrial:
         self._passed[key] = False
 
 
+@cache
 def on_gpu(name: str) -> Callable[..., Any]:
     """Return the function of an operator for GPUs: the Triton kernel, or the reference in float64, where Triton cannot
     launch, and where the kernel has failed."""
@@ -111,10 +113,17 @@ def on_gpu(name: str) -> Callable[..., Any]:
             return other(first, *rest)
         if not first.is_cuda:  # Triton's interpreter
             return kernel(first, *rest)
+        if _one_gpu():
+            return tried(first, *rest)
         with torch.cuda.device_of(first):  # Triton launches where the current device is
             return tried(first, *rest)
 
     return run
+
+
+@cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
 
 
 def _capturing(x: Tensor) -> bool:

@@ -72,6 +72,10 @@ class Router(Added):
         super().__init__()
         self.spec = spec
         self.gates = gates
+        by_token = spec.of_kind.over_tokens and spec.granularity == "token" and not spec.prefix
+        plain = spec.selection == "threshold" and spec.network == "linear" and spec.weight == "none"
+        self.only_compares = by_token and plain and not gains
+        """Whether all that is asked of the router is for which tokens a linear score reaches one limit."""
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._quota, self._stamp = 0.0, Stamp()
