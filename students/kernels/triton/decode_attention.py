@@ -27,7 +27,8 @@ def _hidden(mask, place, last):
     """Return what is added to the scores of the slots at `place`: the mask or 0, and -inf from slot `last` on."""
     if mask is None:
         return tl.where(place < last, 0.0, float("-inf"))
-    return tl.load(mask + place, mask=place < last, other=float("-inf")).to(tl.float32)
+    else:  # Triton compiles what follows a return
+        return tl.load(mask + place, mask=place < last, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit

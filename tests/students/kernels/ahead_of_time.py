@@ -122,8 +122,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
     for rows, heads, groups, size in ((1, 32, 8, 128), (64, 40, 8, 128), (1, 28, 4, 128), (1, 8, 4, 256)):
         cache, query = make(rows, groups, 1024, size), make(rows, heads, 1, size)
-        seen = make(rows, 1, 1, 1024), make(1, kind=torch.int64)
-        yield call("decode_attention", query, cache, cache, *seen, 0.1, *((0, 0.0) if size < 256 else (512, 50.0)))
+        mask, slot = None if rows == 64 else make(rows, 1, 1, 1024), make(1, kind=torch.int64)
+        limits = (0, 0.0) if size < 256 else (512, 50.0)
+        yield call("decode_attention", query, cache, cache, mask, slot, 0.1, *limits)
     for tokens in (1, 1024):
         query, key = (make(2, tokens, heads, 128).transpose(1, 2) for heads in (32, 8))
         yield call("rotary", query, key, make(1, tokens, 128), make(1, tokens, 128))
