@@ -24,6 +24,8 @@ while [ "$1" != -o ]; do shift; done
 """
 """A stub of the assembler that Triton calls, which writes an empty file: nothing would run the machine code of kernels,
 and making it takes half of the time of a command."""
+KERNELS = "libptx.so"
+"""The library that executes kernels (ptx.c)."""
 
 
 class Unavailable(Exception):
@@ -71,6 +73,8 @@ def build(folder: Path) -> Path:
     assembler = folder / "ptxas"
     assembler.write_text(PTXAS)
     assembler.chmod(0o755)
+    sources = [str(HERE / f"{name}.c") for name in ("ptx", "arithmetic")]
+    _compile(compiler, "-ffp-contract=off", "-shared", "-o", str(folder / KERNELS), *sources, "-lm")
     return library
 
 
@@ -88,7 +92,7 @@ def _output(*command: str) -> str:
 
 
 def _compile(compiler: str, *arguments: str) -> None:
-    made = subprocess.run([compiler, "-O1", "-fPIC", *arguments, "-ldl", "-lpthread"], capture_output=True, text=True)
+    made = subprocess.run([compiler, "-O2", "-fPIC", *arguments, "-ldl", "-lpthread"], capture_output=True, text=True)
     if made.returncode:
         raise Unavailable(f"the stub does not compile: {made.stderr.strip().splitlines()[0]}")
 

@@ -1,8 +1,9 @@
-"""Numbers on the stub of CUDA, whose kernels do nothing: what an operator computes is computed by the CPU.
+"""Numbers on the stub of CUDA, where torch's kernels do nothing: what an operator computes is computed by the CPU.
 
 While `Computing` is active, every operator on CUDA tensors runs for real first: torch checks devices and dtypes,
 allocates, and launches. Then the same operator runs on CPU tensors over the same memory, which fills in the results. In
-a capture that second part is put on a list, and a replay of the graph runs the list.
+a capture that second part is put on a list, and a replay of the graph runs the list. Operators with a Triton kernel
+compute by it (executing.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from students.kernels import reference, trial, triton
 
 REAL_ALONE = {
     *("empty", "empty_strided", "empty_like", "empty_permuted", "new_empty", "new_empty_strided"),
@@ -40,27 +43,37 @@ class Computing(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.problems: list[str] = []
-        self._recording: list[Callable[[], None]] | None = None
+        self.recording: list[Callable[[], None]] | None = None
+        """What a replay will compute, while a graph is captured."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flat = [*_leaves((args, kwargs))]
         name = func._schema.name.partition("::")[2]
-        if not any(map(_on_gpu, flat)) or any(map(_fake, flat)) or _moves_nothing(func, name):
+        if not any(map(_on_gpu, flat)) or any(map(_fake, flat)):
+            return func(*args, **kwargs)
+        if func._can_decompose():  # in inference mode, where `to` may be a view or a copy
+            with self:
+                return func.decompose(*args, **kwargs)
+        if _moves_nothing(func, name):
             return func(*args, **kwargs)
         if _waits(name, args, kwargs):
             torch.cuda.current_stream().synchronize()  # which a capture refuses
             found = _run(func, name, *_mapped(_beside, (args, kwargs)))
             return args[0] if func._schema.is_mutable else _mapped(_moved, found)
+        if func.namespace == "elastic":
+            with self:
+                work = trial.on_gpu(name) if name in triton.OPERATORS else getattr(reference, name)
+                return work(*args, **kwargs)
         out = func(*args, **kwargs)
-        if self._recording is not None:  # a capture has read what is small and on the host
+        if self.recording is not None:  # a capture has read what is small and on the host
             args, kwargs = _mapped(_kept, (args, kwargs))
         own_args, own_kwargs, own_out = _mapped(_beside, (args, kwargs, out))
         work = partial(self._compute, func, name, own_args, own_kwargs, own_out)
-        if self._recording is None:
+        if self.recording is None:
             work()
         else:
-            self._recording.append(work)
+            self.recording.append(work)
         return out
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -85,10 +98,10 @@ class Computing(TorchDispatchMode):
 
         def capture_begin(own: Any, *args: Any, **kwargs: Any) -> None:
             begin(own, *args, **kwargs)
-            own.work = self._recording = []
+            own.work = self.recording = []
 
         def capture_end(own: Any) -> None:
-            self._recording = None
+            self.recording = None
             end(own)
 
         def replayed(own: Any) -> None:

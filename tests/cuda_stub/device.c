@@ -3,8 +3,12 @@
 
 /* ---- the device: an H100 of 80 GB on paper ---- */
 
+static int capability(void) { /* 9, or what STUB_CAPABILITY says */
+    const char *asked = getenv("STUB_CAPABILITY");
+    return asked ? atoi(asked) : 9;
+}
 static const int ATTRIBUTES[][2] = {
-    {cudaDevAttrComputeCapabilityMajor, 9}, {cudaDevAttrComputeCapabilityMinor, 0}, {cudaDevAttrWarpSize, 32},
+    {cudaDevAttrComputeCapabilityMinor, 0}, {cudaDevAttrWarpSize, 32},
     {cudaDevAttrMultiProcessorCount, 132}, {cudaDevAttrMaxThreadsPerBlock, 1024}, {cudaDevAttrClockRate, 1980000},
     {cudaDevAttrMaxThreadsPerMultiProcessor, 2048}, {cudaDevAttrMaxSharedMemoryPerBlock, 49152},
     {cudaDevAttrMaxSharedMemoryPerBlockOptin, SHARED}, {cudaDevAttrMaxSharedMemoryPerMultiprocessor, SHARED + 1024},
@@ -26,14 +30,14 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     OK;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
-    *value = 0;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability() : 0;
     for (size_t i = 0; i < sizeof ATTRIBUTES / sizeof *ATTRIBUTES; i++)
         if (ATTRIBUTES[i][0] == (int)attribute) *value = ATTRIBUTES[i][1];
     OK;
 }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *device, int number) {
     *device = (struct cudaDeviceProp){
-        .name = "stub of CUDA", .totalGlobalMem = MEMORY, .major = 9, .minor = 0, .warpSize = 32,
+        .name = "stub of CUDA", .totalGlobalMem = MEMORY, .major = capability(), .minor = 0, .warpSize = 32,
         .multiProcessorCount = 132, .maxThreadsPerBlock = 1024, .maxThreadsDim = {1024, 1024, 64},
         .maxGridSize = {2147483647, 65535, 65535}, .maxThreadsPerMultiProcessor = 2048,
         .maxBlocksPerMultiProcessor = 32, .sharedMemPerBlock = 49152, .sharedMemPerBlockOptin = SHARED,
@@ -161,15 +165,24 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction fun
     *blocks = 4;
     OK;
 }
+
+/* Set by executing.py, to run kernels. sizes: of the grid, of a block, and bytes of shared memory. */
+void (*stub_kernel)(const void *function, const unsigned *sizes, void **arguments);
+
+static CUresult launch_kernel(CUfunction function, dim3 grid, dim3 block, unsigned shared, CUstream stream,
+                              void **arguments) {
+    unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, shared};
+    if (launch(stream, itself, function, grid, block, shared)) return CUDA_ERROR_INVALID_VALUE;
+    if (stub_kernel) stub_kernel(function, sizes, arguments);
+    return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig *at, CUfunction function, void **arguments, void **extra) {
     dim3 grid = {at->gridDimX, at->gridDimY, at->gridDimZ}, block = {at->blockDimX, at->blockDimY, at->blockDimZ};
-    cudaError_t error = launch(at->hStream, itself, function, grid, block, at->sharedMemBytes);
-    return error ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    return launch_kernel(function, grid, block, at->sharedMemBytes, at->hStream, arguments);
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned i, unsigned j, unsigned k,
                         unsigned shared, CUstream stream, void **arguments, void **extra) {
-    cudaError_t error = launch(stream, itself, function, (dim3){x, y, z}, (dim3){i, j, k}, shared);
-    return error ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    return launch_kernel(function, (dim3){x, y, z}, (dim3){i, j, k}, shared, stream, arguments);
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
                                              unsigned long long flags,

@@ -2,7 +2,8 @@
 
 Writes a list to the file REPORT as JSON, with one record for each command: its exit code and output, its launches,
 waits, replays and graphs (launches of each), its launches outside of a capture while their thread was capturing, calls
-that a capture refused, and operators without numbers. The environment is that of `tests.cuda_stub.build.environment`.
+that a capture refused, how often each kernel was executed, and problems: operators without numbers, and what ptx.c
+refuses. The environment is that of `tests.cuda_stub.build.environment`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import io
 import json
+import os
 import runpy
 import shlex
 import sys
@@ -20,8 +22,10 @@ from typing import Any
 
 import torch
 
-from students.kernels import ops, trial
+from students.kernels import ops
+from tests.cuda_stub.build import KERNELS
 from tests.cuda_stub.computing import Computing
+from tests.cuda_stub.executing import Executing
 
 COUNTS = ("launches", "outside", "waits", "replays", "refused", "graphs")
 
@@ -36,8 +40,9 @@ def graphs() -> list[int]:
     return list((ctypes.c_long * counted()["graphs"]).in_dll(ctypes.CDLL(None), "stub_graph_launches"))
 
 
-def run(command: str, computing: Computing) -> dict[str, Any]:
+def run(command: str, computing: Computing, executing: Executing) -> dict[str, Any]:
     """Run a command and return its record."""
+    executing.kernels.clear()
     before, known, out, code = counted(), len(computing.problems), io.StringIO(), 0
     sys.argv = shlex.split(command)
     with contextlib.redirect_stdout(out):
@@ -50,6 +55,7 @@ def run(command: str, computing: Computing) -> dict[str, Any]:
             code = 1
     record: dict[str, Any] = {name: count - before[name] for name, count in counted().items()}
     record["graphs"] = graphs()[before["graphs"] :]
+    record["kernels"] = dict(executing.kernels)
     return {"code": code, "out": out.getvalue(), "problems": computing.problems[known:], **record}
 
 
@@ -59,10 +65,10 @@ def main() -> None:
     computing = Computing()
     torch.cuda.init()
     computing.install()
-    # kernels of Triton do nothing here, so that a comparison of their first results would replace them
-    trial.OnTrial.__call__ = lambda self, first, *rest: self._kernel(first, *rest)  # type: ignore[method-assign]
+    executing = Executing(computing, Path(os.environ["TRITON_LIBCUDA_PATH"]) / KERNELS)
+    executing.install()
     ops.is_in_torch_dispatch_mode = lambda: torch._C._len_torch_dispatch_stack() > 1  # but for the stub's own mode
-    Path(file).write_text(json.dumps([run(command, computing) for command in commands]))
+    Path(file).write_text(json.dumps([run(command, computing, executing) for command in commands]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ typedef struct Capture {
 } Capture;
 typedef struct Stream { Capture *capture; } Stream;
 typedef struct Event { Capture *capture; double ms; } Event;
-typedef struct Block { char *start; size_t size; } Block;
+typedef struct Block { char *start; size_t size, asked; } Block;
 
 /* Read by tests/cuda_stub/run.py. */
 long stub_launches, stub_outside, stub_waits, stub_replays, stub_refused, stub_graphs;
@@ -259,8 +259,17 @@ static int on_device(const void *at) {
     pthread_mutex_unlock(&lock);
     return found;
 }
+/* Whether a kernel may access these bytes. */
+int stub_holds(uint64_t address, uint64_t size) {
+    pthread_mutex_lock(&lock);
+    size_t i = find((void *)address);
+    int held = i < block_count && address + size <= (uint64_t)blocks[i].start + blocks[i].asked;
+    pthread_mutex_unlock(&lock);
+    return held;
+}
 cudaError_t cudaMalloc(void **at, size_t size) {
     UNSAFE;
+    size_t asked = size;
     size = (size / PAGE + 1) * PAGE;
     pthread_mutex_lock(&lock);
     void *got = MAP_FAILED;
@@ -268,8 +277,9 @@ cudaError_t cudaMalloc(void **at, size_t size) {
         got = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got != MAP_FAILED) {
         if (block_count == block_room) blocks = realloc(blocks, (block_room = 2 * block_room + 64) * sizeof *blocks);
-        blocks[block_count++] = (Block){got, size};
+        blocks[block_count++] = (Block){got, size, asked};
         used += size;
+        if (stub_kernel) memset(got, 0xff, size); /* NaN, where kernels would see what is not written */
     }
     pthread_mutex_unlock(&lock);
     *at = got;

@@ -20,3 +20,4 @@ cudaError_t stub_fail(cudaError_t error, const char *what);
 cudaError_t stub_unsafe(const char *what);
 int stub_submit(const void *stream, const char *(*name)(const void *), const void *what);
 static inline const char *itself(const void *name) { return name; } /* for work that is named by its submitter */
+extern void (*stub_kernel)(const void *function, const unsigned *sizes, void **arguments);
