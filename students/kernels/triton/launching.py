@@ -33,7 +33,7 @@ class Kernel:
     def _launch(self, grid: tuple[int, ...], first: Tensor, *rest: Any, **given: Any) -> None:
         seen = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in rest]
         device = first.get_device()
-        key = device, first.dtype, first.data_ptr() % 16, *seen, *given.items()
+        key = device, first.dtype, first.data_ptr() % 16, *seen, *map(type, rest), *given.items()  # 1 == 1.0 == True
         found = self._compiled.get(key)
         if found is None:
             kernel = self._function[grid](first, *rest, **given)

@@ -65,6 +65,8 @@ def test_whatever_triton_compiles_for_is_told_apart() -> None:
         ((X, OUT.half(), 5), options),
         ((X, None, 5), options),
         ((X, OUT, 16), options),
+        ((X, OUT, 1), options),
+        ((X, OUT, 1.0), options),
         ((X, OUT, 5), {**options, "KIND": 2}),
         ((X, OUT, 5), {**options, "num_warps": 8}),
     ]
