@@ -215,8 +215,11 @@ def test_ctrl_c_while_progress_is_shown(finished: Path, configure: Configure, tm
 def test_ctrl_c_outside_of_training_says_how_to_continue(
     phase: str, finished: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(trainer.Interrupted, match=f"--resume {tmp_path / 'run'}"):
-        patch.setattr(trainer, phase, interrupt)
+        patch.setattr(trainer, phase, stop)
         distill(configure(LORA), tmp_path / "run")
     resume(tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")

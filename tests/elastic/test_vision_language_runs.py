@@ -271,4 +271,4 @@ def test_the_command_line_speaks_of_questions(
 
 
 def test_the_lowest_budget(configure: Configure, tmp_path: Path) -> None:
-    check_lowest_budget(configure, tmp_path, "train.steps=2")
+    check_lowest_budget("default", {"default": ()}, configure, tmp_path)
