@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.elastic.runs import Configure
 from tests.elastic.several import FORKED, SPREAD, assert_close, in_processes, one_and_two
 
 TOKENS = "student.routers=[{kind: token, sites: [attn, mlp]}, {kind: image}]"
@@ -30,22 +31,36 @@ RUNS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
 """Settings of runs by name, for each kind of data."""
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs in RUNS[param], by one process and by two, and of one by two that shard the weights."""
-    configure, folder = request.getfixturevalue(f"configure_{request.param}"), tmp_path_factory.mktemp("runs")
-    configs = {name: configure(*settings, **flags) for name, (settings, flags) in RUNS[request.param].items()}
+def made(of: str, configure: Configure, folder: Path) -> Path:
+    """Make the runs in RUNS[of] in a folder, by one process and by two, and one by two that shard the weights."""
+    configs = {name: configure(*settings, **flags) for name, (settings, flags) in RUNS[of].items()}
     one_and_two(configs, folder)
-    spread = "merging" if request.param == "images" else "quota"
+    spread = "merging" if of == "images" else "quota"
     in_processes(2, {folder / "spread": configs[spread]}, folder, launcher=FORKED, **SPREAD)
     return folder
 
 
-@pytest.mark.parametrize(("runs", "name"), [(of, name) for of in RUNS for name in RUNS[of]], indirect=["runs"])
+@pytest.fixture(scope="module")
+def runs_images(configure_images: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("images", configure_images, tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def runs_questions(configure_questions: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("questions", configure_questions, tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture
+def runs(of: str, request: pytest.FixtureRequest) -> Path:
+    """The folder of the runs in RUNS[of]. (A parametrized fixture of the module would make them for each test.)"""
+    return request.getfixturevalue(f"runs_{of}")
+
+
+@pytest.mark.parametrize(("of", "name"), [(of, name) for of in RUNS for name in RUNS[of]])
 def test_two_processes_learn_what_one_does(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / f"two-{name}")
 
 
-@pytest.mark.parametrize(("runs", "name"), [("images", "merging"), ("questions", "quota")], indirect=["runs"])
+@pytest.mark.parametrize(("of", "name"), [("images", "merging"), ("questions", "quota")])
 def test_two_processes_with_parts_of_the_weights_learn_the_same(name: str, runs: Path):
     assert_close(runs / f"one-{name}", runs / "spread")
