@@ -55,9 +55,10 @@ FAKES = {
     esac""",
     "timeout": """shift
     case "$*" in *5/5) exit 124 ;; *) exec "$@" ;; esac""",
+    "nproc": "echo 7",  # three in four of these run tests: 5
 }
 """Programs that stand in for an interpreter on a machine with a GPU, whose first tests fail and whose last take too
-long, and for the command that ends these."""
+long, for the command that ends these, and for the number of cores."""
 
 
 def test_all_is_run_whatever_fails(tmp_path: Path) -> None:
