@@ -148,7 +148,7 @@ class Program:
                 self._control(made, name, extra, operands)
             else:
                 self._computation(made, name, extra, operands)
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, StopIteration) as error:
             raise Unsupported(f"{statement} ({error})") from error
         return made
 
@@ -184,6 +184,8 @@ class Program:
         given = [base, *operands[1:]] if first else [operands[0], base, *operands[2:]]
         if name == "ld" and extra[0] == "param":
             self._put(made, "ldparam", extra[-1], operands[0])
+            if made.count > 1:
+                raise ValueError("several numbers of a parameter")
             made.offset += self._parameters[base]
         elif name in ("ld", "st"):
             if extra[0] not in ("global", "shared"):
