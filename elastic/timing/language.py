@@ -49,13 +49,16 @@ def fitted(student: LanguageStudent, workload: Workload) -> Workload:
 
 def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
     """Return the student and the dense model, each run by its `generate`."""
-    return {"student": Contender(student.model, student.generate), "dense": Contender(dense, dense.generate)}
+    routed = Contender(student.model, student.generate, student.reader)
+    return {"student": routed, "dense": Contender(dense, dense.generate)}
 
 
 def recorded(model: Any) -> Contender:
-    """Return a dense model that decodes as students do: through CUDA graphs on GPUs, with the student's attention."""
-    route_trunk(model.base_model)
-    return Contender(model, Decoding(model, model.base_model).generate)
+    """Return a dense model that prefills and decodes as students do: through CUDA graphs on GPUs, with the student's
+    attention."""
+    decoding = Decoding(model, model.base_model)
+    route_trunk(decoding.trunk)
+    return Contender(model, decoding.generate, decoding.reader)
 
 
 def inference(student: LanguageStudent, models: Models, data: TextData, workload: Workload, say: Say) -> Iterator[Row]:

@@ -40,7 +40,7 @@ class BlockGather:
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)
         gates = run.decide(router.spec.of_kind.key(attn.block, attn.branch), router, features)
-        chosen = Exits(x, [(gates, None)], valid=run.call.valid).chosen(run.counted(x))
+        chosen = Exits(x, [(gates, None)], valid=run.call.valid, room=run.room).chosen(run.counted(x))
         chosen.begin()
         filled, kwargs = chosen.filled(x), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         placed = place_tokens(chosen, kwargs, attn.reads_positions)
@@ -60,5 +60,5 @@ class BlockGather:
             return None
         args[0] = gathered.x  # hooks that run later, such as transformers' for hidden states, expect all tokens
         some = out[0] if isinstance(out, tuple) else out
-        full = gathered.x.flatten(0, 1).index_copy(0, gathered.chosen.rows, some.squeeze(0)).view_as(gathered.x)
+        full = gathered.chosen.replace(gathered.x, some.squeeze(0))
         return (full, *out[1:]) if isinstance(out, tuple) else full

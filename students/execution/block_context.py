@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from students.execution.room import Room
 from students.execution.tokens import Chosen, Listed, scatter_rows
 from students.kernels import devices
 from students.routers import Substitute
@@ -59,6 +60,8 @@ class Exits:
     may follow. None: all tokens [B, T, D]."""
     valid: Tensor | None = None
     """Tokens [B, T] bool that are not padding, set where closed tokens are skipped: padding is skipped too."""
+    room: Room | None = None
+    """As in Runtime, set where closed tokens are skipped."""
     all_open: bool = False
     """Whether all tokens turned out to be open, so that only weights have an effect."""
     begun: dict[int, Tensor] = field(default_factory=dict)
@@ -94,7 +97,7 @@ class Exits:
     def chosen(self, valid_count: int, only: list[int] | None = None) -> Chosen:
         """Return the tokens of `open(only)`. valid_count: number of tokens in the batch that are not padding."""
         listed = self.gates[0][0].listed if len(self.gates) == 1 and self.valid is None else None
-        return Chosen(self.open(only), valid_count, self.count if only is None else None, listed)
+        return Chosen(self.open(only), valid_count, self.count if only is None else None, listed, self.room)
 
     def apply(self, out: Tensor) -> Tensor:
         """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""

@@ -85,7 +85,7 @@ class RoutedBranch(Wrapper):
         try:
             plan = self._pass_parts(features, skip)
             if skip and exits.gates:
-                exits.valid = run.call.valid
+                exits.valid, exits.room = run.call.valid, run.room
                 if self.branch == "mlp":
                     return self._compute_some(exits, args, kwargs)
                 if run.causal:
@@ -162,7 +162,7 @@ class RoutedBranch(Wrapper):
             packed = chosen.cut(chosen.filled(exits.x))
         if chosen.every:
             return self._leave(self.base_layer(exits.x, *args, **kwargs), exits, all_open=True)
-        exits.rows = rows = chosen.rows
+        exits.rows, rows = chosen.target, chosen.rows
         context, gate = self.context, self.context.gate
         packed = take(exits.x, exits.x, rows) if packed is None else packed
         if len(rows) == 0:
@@ -198,7 +198,8 @@ class RoutedBranch(Wrapper):
                 context.gate = take(context.gate, x, chosen.rows)
         out = self.base_layer(x, *args, **kwargs)
         every = chosen.known and chosen.every
-        exits.rows = None if every else chosen.rows if chosen.known else chosen  # the host did not ask how many
+        # the host may not have asked how many tokens are open
+        exits.rows = None if every else chosen.target if chosen.known else chosen
         return self._leave(out, exits, all_open=every)
 
     def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -210,7 +211,7 @@ class RoutedBranch(Wrapper):
         kept.begin()
         filled = kept.filled(x)
         plan.packing = self._pack(x, kept, kwargs)
-        exits.rows, seen = chosen.rows, kept.cut(filled)
+        exits.rows, seen = chosen.target, kept.cut(filled)
         if len(kept.rows) == 0:
             return self._leave(self._as_returned(seen), exits)
         if context.gate is not None:
@@ -278,6 +279,7 @@ class RoutedBranch(Wrapper):
             rectangle = Rectangle(kept)
         if layer is not None:
             layer.expect(batch, index, kept.counts, tokens, rectangle)
+            layer.number = None if kept.limit is None else kept.number
         return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)
 
     def _as_returned(self, out: Tensor) -> Any:

@@ -28,6 +28,8 @@ class DroppedLayer(CacheLayerMixin):
     lengths: list[int]
     index: Tensor
     incoming: tuple[Tensor, Tensor, list[int], Rectangle | None] | None
+    number: Tensor | None
+    """In a pass of fixed shape over one row: how many slots [1] hold tokens, int32, on the device."""
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
@@ -96,6 +98,11 @@ class DroppedLayer(CacheLayerMixin):
         """Apply choose(tensor, dimension of slots) to all three tensors."""
         self.keys, self.values, self.index = choose(self.keys, 2), choose(self.values, 2), choose(self.index, 1)
 
+    def cut(self, length: int) -> None:
+        """Keep the first `length` slots of the only row."""
+        self._select(lambda x, dim: x.narrow(dim, 0, length))
+        self.lengths, self.number = [length], None
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the sizes of a cache that holds every token: the model's masks cover the whole sequence."""
         return self.seen + query_length, 0
@@ -123,7 +130,7 @@ class DroppedLayer(CacheLayerMixin):
         self.seen = 0
         self.lengths = []
         self.index = torch.zeros(0, 0, dtype=torch.long)
-        self.incoming = None
+        self.incoming = self.number = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace each row b by row beam_idx[b]."""

@@ -15,6 +15,7 @@ from students.decisions import Decisions
 from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
 from students.execution.patch_counts import PatchCounts, SoFar
+from students.execution.room import Room
 from students.kernels import devices, direct
 from students.routers import Router, selection
 from students.spec import RouterSpec
@@ -62,6 +63,9 @@ class Runtime:
     probed: dict[str, tuple[Tensor, Tensor]] | None = None
     """Calibration of image and vision-language models: (gates, features that the router reads) by key of the decision.
     While this is set, all gates are open and require gradients."""
+    room: Room | None = None
+    """Room for open tokens, in passes of fixed shape and in those that such passes take their limits from; None: as
+    many tokens as are open are computed, and nobody asks how many these are."""
     decisions: Decisions | None = None
     """The record of this forward pass's decisions; None if nobody asked for it."""
     dial: Tensor | None = None

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from students.execution.room import Room
 from students.kernels import devices, ops
 from students.kernels.capture import Fetched
 
@@ -24,6 +25,11 @@ class Listed:
     every: bool = False
     """Whether these are all tokens."""
 
+    @property
+    def target(self) -> Tensor:
+        """As of Chosen."""
+        return self.rows
+
 
 class Chosen:
     """The open tokens of a batch, open_ [B, T] bool. Only the device knows which tokens are open, and how many.
@@ -32,11 +38,17 @@ class Chosen:
     that does not need the number is launched earlier, on a table of the open tokens, filled up with the last token.
 
     valid_count: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then
-    waits. listed: as in Gates.
+    waits. listed: as in Gates. room: for how many tokens there is room, in a pass of fixed shape: as many then count as
+    open, and the table behind the open tokens, which is filled up, is cut there.
     """
 
     def __init__(
-        self, open_: Tensor, valid_count: int, count: int | None = None, listed: list[Tensor] | None = None
+        self,
+        open_: Tensor,
+        valid_count: int,
+        count: int | None = None,
+        listed: list[Tensor] | None = None,
+        room: Room | None = None,
     ) -> None:
         self._open = open_
         self._valid_count = valid_count
@@ -45,6 +57,8 @@ class Chosen:
         self._counts = None if count is None else [count] * open_.shape[0]
         if self._ahead:
             self._table, self._before, self._upto = listed or ops.list_open(open_, None, None)[1:]
+        self.limit = room.limit(self.number) if room is not None and count is None and self._ahead else None
+        """How many tokens there is room for; None: as many as are open."""
 
     @property
     def _ends(self) -> Tensor:
@@ -59,11 +73,13 @@ class Chosen:
     @property
     def known(self) -> bool:
         """Whether the number of open tokens can be asked for without waiting."""
-        return not self._ahead or self._counts is not None
+        return not self._ahead or self._counts is not None or self.limit is not None
 
     @property
     def counts(self) -> list[int]:
-        """Number of open tokens of each row."""
+        """Number of open tokens of each row; of a single row, if there is a limit."""
+        if self.limit is not None:
+            return [self.limit]
         if self._counts is None:
             self.begin()
             self._counts = self._asked()
@@ -114,7 +130,9 @@ class Chosen:
 
     @property
     def every(self) -> bool:
-        """Whether all tokens but padding are open."""
+        """Whether all tokens but padding are known to be open."""
+        if self.limit is not None:
+            return False
         return (sum(self.counts) if self._ahead else len(self.rows)) == self._valid_count
 
     def filled(self, x: Tensor) -> Tensor:
@@ -132,6 +150,11 @@ class Chosen:
             _ = self._places if self._open.shape[0] == 1 else self._turns
 
     @property
+    def target(self) -> Tensor | Chosen:
+        """Where the result of work on `rows` belongs: these, or if more tokens have room than are open, this."""
+        return self.rows if self.limit is None else self
+
+    @property
     def number(self) -> Tensor:
         """Number of open tokens, an int32 tensor [1] that kernels read on the device."""
         return self._upto[-1:]
@@ -139,12 +162,25 @@ class Chosen:
     def spread(self, some: Tensor) -> Tensor:
         """Return [B * T, D] with the rows some [N or more, D] at open tokens and arbitrary rows at others; only where
         the host runs ahead."""
-        return some.index_select(0, self._before)
+        return some.index_select(0, self._before if self.limit is None else self._within)
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """Number [B * T] of open tokens in front of each token, where that is a row that there is room for."""
+        assert self.limit is not None, "all open tokens have a row"
+        return self._before.clamp(max=self.limit - 1)
 
     def scatter(self, some: Tensor) -> Tensor:
         """As `spread`, with zeros at closed tokens."""
         zero = _zeros((), some.dtype, some.device)  # a Python number would be another launch
         return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), zero)
+
+    def replace(self, x: Tensor, some: Tensor) -> Tensor:
+        """Return x [B, T, D] with the rows some [N or more, D] in place of the open tokens'."""
+        flat = x.flatten(0, 1)
+        if self.limit is None:
+            return flat.index_copy(0, self.rows, some).view_as(x)
+        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), flat).view_as(x)
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
-from students.execution.kv_cache import RoutedCache, memory_of
+from students.execution.kv_cache import DroppedLayer, RoutedCache, memory_of
+from students.execution.room import Room
 from students.execution.tokens import Order
 from students.kernels import devices
 from students.kernels.autograd import forward_kl
@@ -20,8 +21,9 @@ from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.recording.decoding import Decoding
 from students.recording.lossless import Lossless
-from students.recording.prompt import PromptPruning
+from students.recording.prompt import PromptPruning, Read, ReadLayer
 from students.recording.step import FixedCache
+from students.recording.text import TextRouting
 from students.student import Student
 
 IN_PARTS = "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"
@@ -47,7 +49,9 @@ class LanguageStudent(Student):
         self._rotations = Rotations(trunk)
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
-        self._decoding = Decoding(self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning())
+        self._decoding = Decoding(
+            self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning(), routing=StudentTexts(self)
+        )
         self.lossless = Lossless(self.model, trunk, self._recorded_for, self._settle, self.teacher)
 
     def _pruning(self) -> PromptPruning | None:
@@ -88,9 +92,10 @@ class LanguageStudent(Student):
             return self.lossless.generate(*args, **kwargs)
         return self._decoding.generate(*args, **kwargs)
 
-    def _recorded_for(self) -> Any:
-        """Return the state that a recorded decode step depends on besides shapes. Raises ValueError if the step cannot
-        be recorded, as when shapes inside depend on the data."""
+    def _recorded_for(self, texts: bool = False) -> Any:
+        """Return the state that a recorded decode step depends on besides shapes; texts: a pass over several tokens a
+        row, where tokens have room and other gates that differ from token to token are masks. Raises ValueError if the
+        step cannot be recorded, as when shapes inside depend on the data."""
         run = self.runtime
         if run.execution != "skip":
             raise ValueError("masks are for reference")
@@ -99,11 +104,15 @@ class LanguageStudent(Student):
                 raise ValueError("at compute 1.0 CPUs keep the model's bits")
             return "teacher", self._frozen.data_ptr(), self._layouts
         for router in self.spec.routers:
-            if not router.of_kind.fixes_shapes(router):
+            if not ((texts and router.granularity == "token") or router.of_kind.fixes_shapes(router)):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
             if router.of_kind.over_tokens and isinstance(run.offset, tuple):
                 raise ValueError(f"what {router.kind} routers leave in differs between rows")
         return self._layouts, self._choices, isinstance(run.offset, tuple)
+
+    def reader(self, **inputs: Any) -> Callable[[], Read]:
+        """Return a function, for timing, that reads a prompt as `generate` does, on GPUs through recorded passes."""
+        return self._decoding.reader(**inputs)
 
     def _settle(self, batch: int, device: torch.device) -> None:
         """Write the dial's setting to the tensors from which recorded steps read it."""
@@ -214,6 +223,8 @@ class LanguageStudent(Student):
                 call.valid, call.padded = valid, padded
                 if call.skipping and devices.runs_ahead(mask.device) and mask.shape == tokens.shape:
                     call.order = Order(valid)
+        if run.room is not None and run.room.valid is not None:
+            call.valid = run.room.valid
         call.position = self._positions(tokens, kwargs)
         call.prompt = self._prompt
         if call.prompt is None:
@@ -255,6 +266,11 @@ class LanguageStudent(Student):
         finally:
             self._rotations.end()
 
+    def _routed_cache(self) -> RoutedCache:
+        """Return an empty cache that leaves out the keys and values of dropped tokens."""
+        windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
+        return RoutedCache(self.trunk.config, windows)
+
     def _cache_for(self, kwargs: dict[str, Any]) -> Cache | None:
         """Return the cache for this pass (None without one): if a router's K/V policy is `drop` and execution skips, a
         cache that leaves out the keys and values of dropped tokens."""
@@ -262,8 +278,7 @@ class LanguageStudent(Student):
         use = self.trunk.config.use_cache if use is None else use
         if cache is None and not use:
             return None
-        windows = {n: b.window for n, b in enumerate(self.compute.blocks) if n in self._dropping}
-        if not windows or self.runtime.execution == "mask":
+        if not self._dropping or self.runtime.execution == "mask":
             return DynamicCache(config=self.trunk.config) if cache is None else cache
         if isinstance(cache, RoutedCache):
             return cache
@@ -272,7 +287,48 @@ class LanguageStudent(Student):
                 f"a {type(cache).__name__} holds a key of every token; routers with the K/V policy `drop` need a "
                 "dynamic cache that is empty at the start"
             )
-        routed: Any = RoutedCache(self.trunk.config, windows)
+        routed: Any = self._routed_cache()
         if cache is not None and any(map(cache.is_recording_past, range(len(cache.layers)))):
             routed.activate_past_recording()  # assisted decoding takes guessed tokens back
         return cast(Cache, routed)
+
+
+class StudentTexts(TextRouting):
+    """How a student's routers take part in reading a text: they leave open as many tokens as there is room for."""
+
+    def __init__(self, student: LanguageStudent) -> None:
+        self._student = student
+
+    def state(self, rows: int, padded: bool) -> Hashable:
+        """Return the state of routers and dial that a recorded pass over so many rows depends on besides shapes. Raises
+        ValueError if it cannot be recorded."""
+        student, run = self._student, self._student.runtime
+        state: Hashable = student._recorded_for(texts=True)
+        if run.bypass:
+            return state
+        if padded and any(r.of_kind.over_tokens and r.network == "static" for r in student.spec.routers):
+            raise ValueError("a static router that leaves all tokens in would take padding in, too")
+        if student._dropping and (
+            rows > 1 or any(r.of_kind.over_tokens and r.kv == "keep" for r in student.spec.routers)
+        ):
+            raise ValueError("rows, or routers, differ in which tokens have keys")
+        roomy = any(router.of_kind.over_tokens for router in student.spec.routers)
+        return state, (run.offset, run.capacity) if roomy else None  # how much room it takes
+
+    @contextmanager
+    def within(self, room: Room) -> Iterator[None]:
+        """A context in which the model has this room for open tokens."""
+        self._student.runtime.room = room
+        try:
+            yield
+        finally:
+            self._student.runtime.room = None
+
+    def cache(self) -> Cache:
+        """Return an empty cache for one pass, which leaves out what routers drop."""
+        student = self._student
+        if student.runtime.bypass or not student._dropping:
+            return super().cache()
+        cache = student._routed_cache()
+        cache.layers = [x if isinstance(x, DroppedLayer) else ReadLayer() for x in cache.layers]  # type: ignore[no-untyped-call]
+        return cache

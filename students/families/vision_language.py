@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from students.families.language import LanguageStudent
 from students.flops import flop_counter
 from students.kernels.capture import Fetched
 from students.libraries import cache_in, with_cache
-from students.recording.prompt import Prompted, PromptPruning, PromptSize, Read
+from students.recording.prompt import Prompted, PromptPruning, PromptSize
 from students.routers import ImageRouter
 
 VISION = "vision."
@@ -59,10 +59,6 @@ class VisionLanguageStudent(LanguageStudent):
         """Replace the router of image tokens by a module with those methods of ImageRouter that are called."""
         place: Any = self.trunk.door
         place.routers["image"] = router
-
-    def reader(self, **inputs: Any) -> Callable[[], Read]:
-        """Return a function, for timing, that reads a prompt as `generate` does, on GPUs through recorded passes."""
-        return self._decoding.reader(**inputs)
 
     def _pruning(self) -> PromptPruning:
         return StudentPruning(self)

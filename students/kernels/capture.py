@@ -99,10 +99,12 @@ def check_types(device: torch.device) -> None:
 
 class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Generic[T]):
     """The most recently used recordings, by the key that each was made for: the tensors that the work reads, and its
-    replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once."""
+    replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once; most: how
+    many are kept (None: the caller drops them)."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, most: int | None = KEPT) -> None:
         super().__init__()
+        self._most = most
         self._what = what
         self._said: set[str] = set()
 
@@ -125,7 +127,7 @@ class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Gene
                 self.warn(f"recording failed ({reason})")
                 self[key] = own, None
         self.move_to_end(key)
-        while len(self) > KEPT:
+        while self._most is not None and len(self) > self._most:
             self.popitem(last=False)
         return self[key]
 

@@ -1,16 +1,18 @@
 """transformers' `generate` through recorded decode steps, with its greedy search, sampling, stopping and streaming.
 
-The prompt is computed by the model itself or, with images, through recorded passes (recording/prompt.py). After that
-every token is one replay of a step of fixed shape (recording/step.py). There is one recording for each batch size and
-number of slots; when all slots are taken, a step with more slots continues. On GPUs, whose attention reads taken slots
-only, there are slots for all tokens of a call from the start. Turning the dial keeps recordings valid.
+The prompt is read through a recorded pass (recording/text.py or, with images, prompt.py) or by the model itself. After
+that every token is one replay of a step of fixed shape (recording/step.py). There is one recording for each batch size
+and number of slots; when all slots are taken, a step with more slots continues. On GPUs, whose attention reads taken
+slots only, there are slots for all tokens of a call from the start. Turning the dial keeps recordings of steps valid.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ from students.architectures.lookup import windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels import ops
 from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
-from students.libraries import CACHE_NAMES, cache_of
+from students.libraries import CACHE_NAMES, cache_in, cache_of
 from students.recording.prompt import PromptPruning, Prompts, Read, following
 from students.recording.replay import Replay
 from students.recording.step import DecodeStep
+from students.recording.text import TextRouting, Texts
 
 SMALLEST = 256
 """Number of slots of the smallest cache."""
@@ -33,6 +36,8 @@ AT_ONCE = 2048
 """Maximum number of slots that are made before tokens need them."""
 OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", "position_ids", "assistant_tokenizer")
 """Arguments of `generate` with which the caller controls decoding; recorded steps are then not used."""
+OF_A_TEXT = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+"""Arguments of a model, besides the cache, that `generate` makes by itself for a text."""
 OURS = "students.", "transformers."
 """Modules, by the start of their names, whose hooks may be left out when a step is replayed."""
 
@@ -72,7 +77,8 @@ class Decoding:
     trunk: the module that holds the blocks. state: returns what a recording depends on besides shapes; raises
     ValueError where nothing can be recorded, in words that complete "decoding without recorded steps: ". settle: called
     with (batch, device) before replays; writes changed settings to the tensors that steps read. recorder: None for the
-    device's default. pruning: how image tokens are pruned; None: not at all.
+    device's default. pruning: how image tokens are pruned, and routing: how routers take part in reading a text; None:
+    not at all.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Decoding:
         settle: Callable[[int, torch.device], None] = lambda batch, device: None,
         recorder: Recorder | None = None,
         pruning: PromptPruning | None = None,
+        routing: TextRouting | None = None,
     ) -> None:
         self.model: Any = model
         self.trunk = trunk
@@ -93,12 +100,17 @@ class Decoding:
         self._prompts: Prompts | None = None
         if hasattr(model.base_model, "get_image_features"):
             self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
+        self._routing = routing or TextRouting()
+        self._texts: Texts | None = None
+        if self._prompts is None and not any(windows_of(trunk)):
+            self._texts = Texts(model, self._routing, settle)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
         state, settle = copy.deepcopy(self._state, memo), copy.deepcopy(self._settle, memo)
         pruning = None if self._prompts is None else copy.deepcopy(self._prompts.pruning, memo)
-        return Decoding(model, trunk, state, settle, self.recorder, pruning)  # what is recorded cannot be copied
+        routing = copy.deepcopy(self._routing, memo)
+        return Decoding(model, trunk, state, settle, self.recorder, pruning, routing)  # no recording can be copied
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, through recorded steps where possible. Otherwise the model decodes by itself; unless
@@ -109,9 +121,36 @@ class Decoding:
             possible = False
             if not self.replays:
                 self._steps.warn(str(reason))
-        if not possible:
+        if possible:
+            return self._through_steps(args, kwargs)
+        with self._reading(kwargs):
             return self.model.generate(*args, **kwargs)
-        return self._through_steps(args, kwargs)
+
+    @contextmanager
+    def _reading(self, asked: dict[str, Any]) -> Iterator[None]:
+        """A context in which the model's own `generate`, called with the arguments `asked`, reads its prompt through
+        recorded passes where that is possible."""
+        own, reads = self.model._prefill, not (self.replays or self._texts is None or self._goes_own_way(asked))
+        if not reads or ops.observed() or any(map(_has_hooks, self.model.modules())):
+            yield
+            return
+        self.model._prefill = partial(self._prefilled, own)
+        try:
+            yield
+        finally:
+            del self.model._prefill
+
+    def _prefilled(self, own: Any, ids: Tensor, config: Any, kwargs: dict[str, Any], **options: Any) -> Any:
+        """The model's own `_prefill`, `own`, of texts through recorded passes where that is possible."""
+        plainly, cache = partial(own, ids, config, kwargs, **options), cache_in(kwargs)
+        alone = {name for name, value in kwargs.items() if value is not None} <= {*CACHE_NAMES, *OF_A_TEXT}
+        fresh = cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())
+        special = config.prefill_chunk_size, config.cache_implementation
+        more, mask = config.output_attentions or config.output_hidden_states, kwargs.get("attention_mask")
+        usual = alone and fresh and kwargs.get("use_cache") and special == (None, None) and not more
+        if self._texts is None or not usual or not (mask is None or bool(mask.all())):
+            return plainly()
+        return self._texts.read(ids, self.recorder, plainly)
 
     def _through_steps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's `generate`, with `_decode` as its loop."""
@@ -155,7 +194,7 @@ class Decoding:
             if inputs.get("position_ids") is not None:
                 positions = following(inputs["position_ids"])
         if read is None:
-            out = self.model._prefill(ids, config, kwargs)
+            out = self._prefilled(self.model._prefill, ids, config, kwargs)
             read = Read(out.logits[:, -1].float(), cache_of(out))
         return read._replace(positions=positions)
 
@@ -164,13 +203,17 @@ class Decoding:
         """Whether steps are recorded as lists of calls, on a CPU: only for few rows, and without warnings otherwise."""
         return self.recorder is None and recorder_for(self.model.device) is None
 
+    def _goes_own_way(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether the caller of `generate` controls decoding."""
+        return any(kwargs.get(name) is not None for name in OWN_WAY) or bool(kwargs.get("synced_gpus"))
+
     def _possible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether this call decodes through recorded steps. ValueError where it cannot and a warning is due."""
         if self.replays and (self._prompts is not None or not ops.compiled(next(self.model.parameters()))):
             return False
         if ops.observed() or any(map(_has_hooks, self.model.modules())):
             return False
-        if any(kwargs.get(name) is not None for name in OWN_WAY) or kwargs.get("synced_gpus"):
+        if self._goes_own_way(kwargs):
             return False
         config = copy.deepcopy(kwargs.get("generation_config") or self.model.generation_config)
         config.update(**{name: value for name, value in kwargs.items() if value is not None})

@@ -25,6 +25,7 @@ Together = tuple[dict[str, Record], Path]
 RunOnStub = Callable[..., list[Record]]
 BENCH = "elastic.cli bench --random-weights --target-compute 0.7 --batch 2 --repeats 1 --set train.batch=1 --json"
 PROMPT = ["--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
+RECORDINGS = "decoding", "prefill", "prompts", "recorded_images", "texts"
 GPU_TESTS = "pytest -m gpu -q -p no:cacheprovider"
 
 
@@ -72,7 +73,8 @@ def together(on_stub: RunOnStub, training: list[str], tmp_path_factory: pytest.T
         "probe": "tests.cuda_stub.probe",
         "distill": shlex.join(["elastic.cli", "distill", *training, "--output", str(run)]),
         "generate": shlex.join(["elastic.cli", "generate", str(run), *PROMPT]),
-        "tests": f"{GPU_TESTS} tests/students/test_decoding.py -k 'llama or fails'",
+        "tests": f"{GPU_TESTS} tests/students/test_decoding.py tests/students/test_texts.py "
+        "-k 'llama or fails or substitute-1'",
     }
     return dict(zip(commands, on_stub(*commands.values()), strict=True)), run
 
@@ -93,7 +95,7 @@ def assert_steps_are_recorded(made: Record, graphs: int) -> None:
 
 
 def test_a_bench_records_its_steps(together: Together) -> None:
-    assert_steps_are_recorded(together[0]["bench"], 2)  # a step of the student, one of the dense model
+    assert_steps_are_recorded(together[0]["bench"], 6)  # two prompts and a step, of student and dense model
 
 
 @pytest.mark.slow
@@ -128,7 +130,7 @@ def test_what_needs_a_gpu_holds(together: Together) -> None:
 
 @pytest.mark.slow
 def test_whatever_needs_a_gpu_holds(on_stub: RunOnStub) -> None:
-    files = (f"tests/students/test_{name}.py" for name in ("decoding", "prefill", "prompts", "recorded_images"))
+    files = (f"tests/students/test_{name}.py" for name in RECORDINGS)
     (made,) = on_stub(" ".join([GPU_TESTS, *files]))
     assert_tests_hold(made)
 
