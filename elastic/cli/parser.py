@@ -9,7 +9,7 @@ from os.path import expanduser
 from typing import Any, NoReturn
 
 from configs import presets
-from elastic import launch
+from elastic import __version__, launch
 from elastic.cli import measuring, showing, training
 
 EXAMPLES = """examples:
@@ -45,6 +45,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         launch.let_the_first_speak()
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            from elastic.settings import near
+
+            message += near(choice[1], re.findall(r"[\w-]+", choice[2]))
         self.exit(2, f"elastic: error: {message} (see {self.prog} --help)\n" if launch.is_main() else None)
 
 
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    root.add_argument("--version", action="version", version=f"elastic {__version__}")
     commands = root.add_subparsers(required=True, metavar="command", title="commands")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from elastic import __version__
 from elastic.cli import main, showing
 from elastic.run import Run
 from students.kernels.cpu import toolchain
@@ -95,6 +96,21 @@ def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
         message = capsys.readouterr().err
         assert message.startswith(f"elastic: error: unrecognized arguments: {given}")
         assert f"{hint} (see elastic distill --help)" in message and message.count("\n") == 1
+
+
+def test_misspelt_commands_and_choices(capsys: pytest.CaptureFixture[str]):
+    for given, hint in (["distil"], "distill"), (["eval", "run", "--baselines", "unifrom"], "uniform"), (["x"], None):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        message = capsys.readouterr().err
+        assert f"invalid choice: '{given[-1]}'" in message and message.count("\n") == 1
+        assert ("did you mean" in message) == (hint is not None) and (hint is None or f"mean {hint}?" in message)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"elastic {__version__}\n"
 
 
 def test_errors_of_the_system_are_named_by_what_they_concern(
