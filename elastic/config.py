@@ -385,15 +385,16 @@ def make_config(
 
 
 def require_data(source: str, family: str) -> None:
-    """Raise ValueError if `source` can only be a path and nothing exists there, or is data for another family, before a
-    model is loaded in vain."""
-    path = Path(source).expanduser()
+    """Raise ValueError if `source` cannot be data for models of this family, before a model is loaded in vain."""
+    path, traits = Path(source).expanduser(), TRAITS[family]
     if (other := NAMED_DATA.get(source, family)) != family:
-        raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {TRAITS[family].noun}")
-    on_hub = not is_path(source) and ("/" in source or TRAITS[family].one_word)
-    if on_hub or source in NAMED_DATA or path.exists():
+        raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {traits.noun}")
+    if source in NAMED_DATA:
         return
-    beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
-    raise ValueError(
-        f"no such file or folder: {source}{near(path.name, [*beside, *NAMED_DATA])}; --data takes one that exists"
-    )
+    if path.exists():
+        traits.kinds.require(path)
+    elif is_path(source) or not ("/" in source or traits.one_word):  # else it may be on the hub
+        beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
+        raise ValueError(
+            f"no such file or folder: {source}{near(path.name, [*beside, *NAMED_DATA])}; --data takes one that exists"
+        )

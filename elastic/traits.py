@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from teachers.data.kinds import IMAGES, QUESTIONS, TEXT, Kinds
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -17,6 +19,8 @@ class Traits:
     """What messages call a model of this family, with its article."""
     settings: tuple[str, ...]
     """Settings, as "section.key", that have an effect in this family but not in every family."""
+    kinds: Kinds
+    """The files and folders that are data for this family."""
     decodes: bool = False
     """Whether a budget can limit the compute of decoding; if not, it always limits that of prefill."""
     section: str | None = None
@@ -38,6 +42,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             "elastic.families.language",
             "a language model",
             ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight", "loss.hidden_layers"),
+            TEXT,
             decodes=True,
             tasks=True,
         ),
@@ -45,6 +50,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             "elastic.families.image",
             "an image model",
             ("data.max_images", "data.classes", "loss.hidden_layers"),
+            IMAGES,
             section="vit",
             data=_IMAGES,
             one_word=True,
@@ -53,6 +59,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             "elastic.families.vision_language",
             "a vision-language model",
             ("data.max_images",),
+            QUESTIONS,
             section="vlm",
             data=_QUESTIONS,
         ),

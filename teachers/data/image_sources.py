@@ -18,6 +18,7 @@ from teachers import hub
 from teachers.cache import cache_folder, published
 from teachers.data.classes import Classes, Labels, labels_of_column, labels_of_names
 from teachers.data.image_set import ImageSet, Preprocess
+from teachers.data.kinds import IMAGES
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, folders_of_parts, is_held_out
 from teachers.data.pictures import open_image, open_row
@@ -37,11 +38,6 @@ ENDINGS = (
 )
 """Endings of image files; images that the installed Pillow cannot read are left out and reported."""
 
-ACCEPTED = (
-    "--data takes a folder with train/ and val/ or class sub-folders, a parquet file or folder of them, "
-    f"{FASHION}, or a hub data set (name or org/name)"
-)
-
 
 def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: Classes | None) -> ImageSet | None:
     """Return the images of `root/train/CLASS/*.jpg` or `root/val/CLASS/*.jpg`; None if that part is missing.
@@ -60,7 +56,7 @@ def from_folder(root: Path, train: bool, preprocess: Preprocess, model_classes: 
         return None
     found = {one: _class_folders(one) for one in {part, *parts} if one is not None}
     if not any(child.is_dir() for child in part.iterdir()):
-        raise ValueError(f"{part} has no class sub-folders; {ACCEPTED}")
+        raise ValueError(f"{part} has no class sub-folders; {IMAGES.accepted}")
     if not found[part]:
         raise ValueError(f"no images ({', '.join(ENDINGS)}) in the class sub-folders of {part}")
     names = sorted({name for classes in found.values() for name in classes})
@@ -122,8 +118,6 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
     import pyarrow.parquet
 
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"unknown kind of file: {path}; {ACCEPTED}")
         every = files = [path] if train else []
     else:
         every = sorted(file for file in path.glob("*.parquet") if visible(file, path))
@@ -179,7 +173,7 @@ def from_hub(
     """Return the images of a part of a hub data set, streamed: at most `most` images are fetched, as encoded bytes."""
     import datasets
 
-    with hub.streamed(source, repository, config, TRAIN_NAMES if train else HELD_OUT_NAMES, ACCEPTED) as stream:
+    with hub.streamed(source, repository, config, TRAIN_NAMES if train else HELD_OUT_NAMES, IMAGES.accepted) as stream:
         if stream is None:
             return None
         if train:

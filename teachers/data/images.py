@@ -8,7 +8,8 @@ from pathlib import Path
 
 from teachers.data.classes import Classes
 from teachers.data.image_set import ImageSet, Preprocess
-from teachers.data.image_sources import ACCEPTED, FASHION, from_fashion, from_folder, from_hub, from_parquet
+from teachers.data.image_sources import FASHION, from_fashion, from_folder, from_hub, from_parquet
+from teachers.data.kinds import IMAGES
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES
 from teachers.data.records import hub_data_set
@@ -94,11 +95,13 @@ def _open(
 ) -> ImageSet | None:
     """Return one part of a source; None if it has no such part. most: limit on images streamed from the hub."""
     path = Path(source).expanduser()
+    if source != FASHION and path.exists():
+        IMAGES.require(path)
     if source == FASHION or (path.is_dir() and any(path.glob("*-ubyte*"))):
         return from_fashion(path if path.is_dir() else None, train, preprocess, model_classes)
     if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
         return from_parquet(path, train, preprocess, model_classes)
     if path.is_dir():
         return from_folder(path, train, preprocess, model_classes)
-    name, config = hub_data_set(source, ACCEPTED, bare=True)
+    name, config = hub_data_set(source, IMAGES.accepted, bare=True)
     return from_hub(source, name, config, train, preprocess, most, model_classes)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from teachers import hub
 from teachers.cache import cache_folder, published
 from teachers.data.conversations import FIELDS, questions_and_answers, turns_of
+from teachers.data.kinds import QUESTIONS
 from teachers.data.left_out import LeftOut, Samples
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.pictures import open_image, open_row
-from teachers.data.records import RECORD_FILES, Record, as_text, hub_data_set, local_records, rows_of, visible
+from teachers.data.records import Record, as_text, hub_data_set, local_records, rows_of
 from teachers.wheel import checked, download
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ _EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f
 MOST_CHOICES = 64
 """Largest number of different answers that count as a closed set, of which each is scored; with more, answers are
 generated."""
-
-_ACCEPTED = (
-    "--data takes a .jsonl, .json or .parquet file of image, question and answer (or LLaVA's conversations), a folder "
-    f"of such files, {EASY_VQA}, or a hub data set (org/name)"
-)
 
 
 @dataclass(frozen=True)
@@ -171,15 +167,11 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
     path = Path(source).expanduser()
     if source == EASY_VQA:
         return _easy_vqa(train)
-    if path.is_file():
-        if path.suffix.lower() not in RECORD_FILES:
-            raise ValueError(f"unknown kind of file: {path}; {_ACCEPTED}")
-        return _files([path], path.parent) if train else None
-    if path.is_dir():
-        every = sorted(file for file in path.iterdir() if file.suffix.lower() in RECORD_FILES and visible(file, path))
-        if not every:
-            raise ValueError(f"no .jsonl, .json or .parquet file in {path}; {_ACCEPTED}")
-        files = [file for file in every if is_held_out(Path(file.name)) != train]
+    if path.exists():
+        QUESTIONS.require(path)
+        if path.is_file():
+            return _files([path], path.parent) if train else None
+        files = [file for file in sorted(QUESTIONS.found(path)) if is_held_out(Path(file.name)) != train]
         return _files(files, path) if files else None
     return _hub(source, train, most)
 
@@ -195,8 +187,8 @@ def _hub(source: str, train: bool, most: int | None) -> QuestionSet | None:
     """Return a part of a hub data set, streamed: at most `most` of its questions are fetched."""
     import datasets
 
-    name, config = hub_data_set(source, _ACCEPTED)
-    with hub.streamed(source, name, config, TRAIN_NAMES if train else HELD_OUT_NAMES, _ACCEPTED) as stream:
+    name, config = hub_data_set(source, QUESTIONS.accepted)
+    with hub.streamed(source, name, config, TRAIN_NAMES if train else HELD_OUT_NAMES, QUESTIONS.accepted) as stream:
         if stream is None:
             return None
         for name, feature in (stream.features or {}).items():

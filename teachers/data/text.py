@@ -15,24 +15,18 @@ import torch
 from teachers import hub
 from teachers.data.conversations import FIELDS, turns_of
 from teachers.data.corpus import corpus_file
+from teachers.data.kinds import TEXT
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
-from teachers.data.records import RECORD_FILES, TEXT_FILES, Record, as_text, hub_data_set, local_records, visible
+from teachers.data.records import Record, as_text, hub_data_set, local_records
 from teachers.quiet import first_line, one_line, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = (*TEXT_FILES, *RECORD_FILES)
-"""Endings of the files that are read."""
-
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 """Pairs of fields that make one document, the second below the first."""
 
-_ACCEPTED_SOURCES = (
-    "--data takes a .txt, .md, .jsonl, .json or .parquet file, a folder of such files, "
-    "a hub data set (org/name or org/name:config), or builtin"
-)
 _ACCEPTED_COLUMNS = ", ".join(["text", "messages", *("+".join(pair) for pair in PAIRS), "conversations"])
 _Part = Sequence[Path] | str
 """One part of a source: its files, or the name of its split on the hub."""
@@ -261,7 +255,7 @@ def _records(source: str, part: _Part, left_out: LeftOut, streaming: bool) -> It
         return
     import datasets
 
-    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
+    name, config = hub_data_set(source, TEXT.accepted)
     with _hub(source):
         streaming = streaming and not hub.unreachable()
         rows = iter(datasets.load_dataset(name, config, split=part, streaming=streaming))
@@ -277,18 +271,16 @@ def _parts(source: str) -> tuple[_Part | None, _Part | None]:
     """Return the part to train on and the held-out part of a source, each None if it is missing. A file is all training
     part. Raises ValueError for a source that is neither local nor on the hub."""
     path = Path(source).expanduser()
-    if source == "builtin" or path.is_file():
-        if source != "builtin" and path.suffix.lower() not in FILES:
-            raise ValueError(f"unknown kind of file: {source}; {_ACCEPTED_SOURCES}")
-        return [corpus_file() if source == "builtin" else path], None
-    if path.is_dir():
-        every = (file for file in path.rglob("*") if file.suffix.lower() in FILES and file.is_file())
-        files = sorted(file for file in every if visible(file, path))
-        if not files:
-            raise ValueError(f"no {', '.join(FILES)} file in folder {source}; {_ACCEPTED_SOURCES}")
+    if source == "builtin":
+        return [corpus_file()], None
+    if path.exists():
+        TEXT.require(path)
+        if path.is_file():
+            return [path], None
+        files = sorted(TEXT.found(path))
         train, other = ([f for f in files if is_held_out(f.relative_to(path)) != train] for train in (True, False))
         return train or None, other or None
-    name, config = hub_data_set(source, _ACCEPTED_SOURCES)
+    name, config = hub_data_set(source, TEXT.accepted)
     import datasets
 
     with _hub(source):
@@ -313,7 +305,7 @@ def _hub(source: str) -> Iterator[None]:
         if reason:
             raise ValueError(
                 f"no such file or folder: {source}; as a hub data set it is not in the cache, and the hub cannot be "
-                f"reached ({reason}); {_ACCEPTED_SOURCES}"
+                f"reached ({reason}); {TEXT.accepted}"
             ) from error
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
 

@@ -149,7 +149,7 @@ def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Cal
     assert "--target-compute 0.2 is below" in message and "of the decode compute is left" in message
 
 
-def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., str], here: Path):
+def test_data_that_cannot_be_used(arguments: list[str], finished: Path, refused: Callable[..., str], here: Path):
     (here / "empty.txt").write_text("")
     assert "no such file or folder: missing.txt" in refused(*arguments, "--data", "missing.txt")
     assert "empty.txt is too short: 0 tokens found, 96 needed" in refused(*arguments, "--data", "empty.txt")
@@ -158,6 +158,15 @@ def test_data_that_cannot_be_used(arguments: list[str], refused: Callable[..., s
     assert "fashion-mnist is data for an image model" in refused(
         "distill", "--model", "gpt2", "--data", "fashion-mnist"
     )
+    (here / "notes" / "deep").mkdir(parents=True)
+    (here / "notes" / "deep" / "table.csv").write_text("text")
+    for source, words in (
+        ("notes/deep/table.csv", "unknown kind of file: notes/deep/table.csv; --data takes a .txt"),
+        ("notes", "no .txt, .md, .jsonl, .json, .parquet file in folder notes; --data takes a .txt"),
+        ("/dev/null", "/dev/null is neither a file nor a folder; --data takes a .txt"),
+    ):
+        assert words in refused("distill", "--model", "gpt2", "--data", source)
+        assert words in refused("eval", finished, "--data", source)
     assert "did you mean builtin?" in refused("distill", "--model", "gpt2", "--data", "buildin")
     assert "did you mean empty.txt?" in refused("distill", "--model", "gpt2", "--data", "emty.txt")
     windows = ("--set", "data.window=128", "--set", "train.window=128")
