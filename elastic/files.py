@@ -20,6 +20,21 @@ def write_text(path: Path, text: str) -> None:
             part.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Append a line to a text file, with `sync` down to the disk; raise OSError, with the path, if that fails, in which
+    case no part of a line stays at the file's end."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def require_writable(path: Path) -> None:
     """Raise ValueError if no file can be written at `path`, before a command works for it in vain."""
     folder = path.absolute().parent

@@ -208,6 +208,9 @@ def _distil(
             trainer.resume(path, **common)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+    except OSError as error:
+        error.__notes__ = ["the same command goes on from here"]
+        raise
 
 
 def _measure(

@@ -32,6 +32,7 @@ from elastic.distillation.start import adopted, calibrate, set_budget, set_capac
 from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
+from elastic.files import append_line, require_writable
 from elastic.objectives.sums import Sums, of_all
 from elastic.reporting.progress import Say
 from elastic.run import Run
@@ -98,6 +99,7 @@ def resume(
     if rows := launch.together(lambda: run.results):
         say(f"{run.folder} is finished: there is nothing to resume")
         return rows[0]
+    launch.on_main(lambda: require_writable(run.folder / "elastic.json"))
     launch.on_main(run.lock)
     with _locked(run):
         config = launch.together(lambda: run.config)
@@ -111,13 +113,18 @@ def resume(
 
 @contextmanager
 def _locked(run: Run) -> Iterator[None]:
-    """Context at whose end a locked run is unlocked, and in which Ctrl-C says how to continue."""
+    """Context at whose end a locked run is unlocked, and in which Ctrl-C and an error of the system, such as a full
+    disk, say how to continue."""
+    how = f"continue with: elastic distill --resume {run.folder}"
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; continue with: elastic distill --resume {run.folder}") from None
+        raise Interrupted(f"stopped; {how}") from None
+    except OSError as error:
+        error.add_note(how)
+        raise
     finally:
         if launch.is_main():
             run.unlock()
@@ -292,8 +299,7 @@ def _train(
                 if not math.isfinite(line["loss"]):
                     raise checkpoints.diverged(run, state, f"the loss is {line['loss']}")
                 if launch.is_main():
-                    with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    append_line(run.folder / "metrics.jsonl", json.dumps(line))
                 accelerator.log(line, step=state.step)
                 progress(state.step, steps, line)
                 if state.step % train.save_every < train.log_every or done:

@@ -21,11 +21,16 @@ def published(final: Path) -> Iterator[Path]:
     `final`.
 
     `final` appears in one rename after the body has succeeded. On any failure (full disk, Ctrl-C) the temporary folder
-    is removed with its contents. If another process has made `final` meanwhile, that one stays and this one is dropped.
+    is removed with its contents; OSError names `final` if not even that folder can be made. If another process has made
+    `final` meanwhile, that one stays and this one is dropped.
     Safetensors files get the permissions of any new file; their library makes them readable by the owner only.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    except OSError as error:
+        other = "; ELASTIC_CACHE=FOLDER keeps it elsewhere" if final.is_relative_to(cache_folder()) else ""
+        raise OSError(f"cannot write {final}: {error.strerror}{other}") from None
     try:
         yield workshop
         plain = workshop / ".plain"

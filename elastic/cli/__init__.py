@@ -45,10 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """Return an error in one line: of an error of the system what it concerns and what it is, without its number."""
+    """Return an error in one line: of an error of the system what it concerns and what it is, without its number; and
+    its notes, which say how to go on."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+    return "; ".join([line, *getattr(error, "__notes__", ())])
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -7,11 +7,12 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic import launch
 from elastic.cli.screen import print_rows, screen
-from elastic.files import require_run
+from elastic.files import require_place, require_run
 
 if TYPE_CHECKING:
     from elastic.config import RunConfig
@@ -137,6 +138,7 @@ def pretrain_command(options: argparse.Namespace) -> None:
 
     if options.epochs is not None and options.epochs < 1:
         raise ValueError("--epochs must be at least 1")
+    require_place(Path(options.output))
     with screen() as (say, _):
         if options.data == EASY_VQA:
             for option in ("epochs", "start"):

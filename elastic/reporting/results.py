@@ -9,12 +9,11 @@ runs/RUN                   run folders (see elastic/run.py)
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.files import write_text
+from elastic.files import append_line, write_text
 
 Row = dict[str, Any]
 Key = tuple[str, float, str | None, str]
@@ -67,10 +66,7 @@ class SweepFolder:
 
     def append(self, row: Row) -> None:
         """Append a row to results.jsonl and sync the file to disk."""
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.results, json.dumps(row), sync=True)
 
     def fail(self, keys: Sequence[Key], reason: str) -> None:
         """Record why these points failed."""

@@ -70,9 +70,8 @@ def corpus_file() -> Path:
         import pyarrow.parquet
 
         print("collecting English prose from the installed packages (once) ...", file=sys.stderr)
-        table = pyarrow.table({"text": collect()})
-        with published(path) as folder:
-            pyarrow.parquet.write_table(table, folder / path.name)
+        with published(path) as folder:  # an unwritable cache is noticed first: collecting takes a minute
+            pyarrow.parquet.write_table(pyarrow.table({"text": collect()}), folder / path.name)
     return path
 
 
