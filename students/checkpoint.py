@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return {".".join(FORMER_NAMES.get(part, part) for part in n.split(".")): x for n, x in tensors.items()}, about
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(f"{path} {'may not be read' if path.exists() else 'does not exist'}") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint of Elastic ({error}); restore it or distil again"

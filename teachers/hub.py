@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -198,7 +199,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def require_weights(name: str, folder: Path) -> None:
-    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model."""
+    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they may not be read."""
     files = weight_files(folder)
     if not files:
         raise ValueError(
@@ -208,3 +209,6 @@ def require_weights(name: str, folder: Path) -> None:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")
+    for file in files:
+        if (folder / file).is_file() and not os.access(folder / file, os.R_OK):  # safetensors calls that file missing
+            raise ValueError(f"{name}: {folder / file} cannot be read: permission denied")

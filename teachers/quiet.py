@@ -40,5 +40,8 @@ def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank; the class's name if there is none."""
+    """Return the first line of an error's message that is not blank; the class's name if there is none. Of an error of
+    `datasets` that only says that there was one, its cause's."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

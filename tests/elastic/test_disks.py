@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from elastic import sweep, trainer
 from elastic.cli import main
 from elastic.files import append_line
+from students import checkpoint
 from teachers.cache import published
 from teachers.data import corpus
+from teachers.data.images import load_images
 from tests.elastic.runs import as_options
 from tests.pico.language import RUN_SETTINGS
 
@@ -117,6 +122,37 @@ def test_a_cache_that_cannot_be_written_to_is_noticed_first(tmp_path: Path, monk
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"cannot write .*ELASTIC_CACHE=FOLDER"):
         corpus.corpus_file()
+
+
+def test_weights_and_routers_that_may_not_be_read_are_not_called_missing(
+    arguments: list[str],
+    finished: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Safetensors reports a file without permission as one that does not exist."""
+    weights = model_folder / "model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != weights)
+        assert main(["distill", *arguments, "--output", "run"]) == 2
+    assert f"{weights} cannot be read: permission denied" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "safe_open", partial(_raise, FileNotFoundError("No such file or directory")))
+    with pytest.raises(ValueError, match=r"routers\.safetensors may not be read"):
+        checkpoint.read_tensors(finished / "routers.safetensors")
+    with pytest.raises(ValueError, match=r"missing\.safetensors does not exist"):
+        checkpoint.read_tensors(finished / "missing.safetensors")
+
+
+def test_a_table_of_images_that_no_cache_can_take_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "images.parquet"
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    image = {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}
+    datasets.Dataset.from_dict({"image": [image] * 4}).to_parquet(file)
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", partial(_raise, FULL))
+    with pytest.raises(ValueError, match=r"images\.parquet cannot be read: .*No space left on device"):
+        load_images(str(file), pil_to_tensor, held_out=1, seed=0)
 
 
 def _raise(error: Exception, *_: object, **__: object) -> None:
