@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,4 +66,4 @@ def require_run(folder: str | Path, *, finished: bool = False) -> None:
     if missing := [name for name in ("config.yaml", "elastic.json") if not (path / name).is_file()]:
         raise ValueError(f"{folder} is not a run folder (no {' and '.join(missing)} in it); elastic distill makes one")
     if finished and not (path / "routers.safetensors").exists():
-        raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {folder}")
+        raise ValueError(f"{folder} is not finished: continue it with elastic distill --resume {quote(str(folder))}")

@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,8 +131,8 @@ class Run:
             raise ValueError(f"{self.folder} exists and is not a run folder; name another with --output")
         if not overwrite:
             raise ValueError(
-                f"{self.folder} exists: continue it with --resume {self.folder}, replace it with --overwrite, "
-                "or name another folder with --output"
+                f"{self.folder} exists: continue it with --resume {shlex.quote(str(self.folder))}, replace it with "
+                "--overwrite, or name another folder with --output"
             )
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def resume(
 def _locked(run: Run) -> Iterator[None]:
     """Context at whose end a locked run is unlocked, and in which Ctrl-C and an error of the system, such as a full
     disk, say how to continue."""
-    how = f"continue with: elastic distill --resume {run.folder}"
+    how = _how_to_continue(run)
     try:
         yield
     except Interrupted:
@@ -128,6 +129,10 @@ def _locked(run: Run) -> Iterator[None]:
     finally:
         if launch.is_main():
             run.unlock()
+
+
+def _how_to_continue(run: Run) -> str:
+    return f"continue with: elastic distill --resume {shlex.quote(str(run.folder))}"
 
 
 def _cache(folder: str | Path | None) -> dict[str, Any]:
@@ -275,7 +280,7 @@ def _train(
                 if state.step > begun:
                     launch.before_the_end(error, partial(checkpoints.save, run, student, optimizer, state))
                 if isinstance(error, launch.Lost):
-                    raise launch.Lost(f"{error}; continue with: elastic distill --resume {run.folder}") from error
+                    raise launch.Lost(f"{error}; {_how_to_continue(run)}") from error
                 raise
             for group in optimizer.param_groups:
                 clip_grad_norm_(group["params"], train.clip)
@@ -306,7 +311,7 @@ def _train(
                     save()
             if launch.any_of(interrupted()):
                 save()
-                raise Interrupted(f"stopped at step {state.step}; continue with: elastic distill --resume {run.folder}")
+                raise Interrupted(f"stopped at step {state.step}; {_how_to_continue(run)}")
     if train.tracker != "none":
         accelerator.end_training()
     loader.record(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from elastic.cli.screen import print_rows, screen
@@ -72,8 +73,9 @@ def info_command(options: argparse.Namespace) -> None:
     rows = about.get("results", [about["result"]] if "result" in about else [])  # runs of earlier versions have one
     steps = about.get("steps", config.train.steps)
     took = f", {about['seconds'] / 60:.1f} min" if "seconds" in about else ""
+    unfinished = "" if rows else f", not finished: elastic distill --resume {quote(str(run.folder))}"
     lines = [
-        ("run", str(run.folder) + ("" if rows else f", not finished: elastic distill --resume {run.folder}")),
+        ("run", f"{run.folder}{unfinished}"),
         ("model", f"{config.model} ({about['identity']})"),
         ("weights", about["source"]),
         ("quantization", config.quantization),

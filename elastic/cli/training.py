@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def distill_command(options: argparse.Namespace) -> int | None:
     folder = options.resume if asked is None else asked[1]
     rows = Run.open(folder).about["results"]
     print_rows(rows)
-    print(f"student: {folder}   measure it elsewhere: elastic eval {folder} --data FILE")
+    print(f"student: {folder}   measure it elsewhere: elastic eval {shlex.quote(folder)} --data FILE")
     return _report_missed(rows)
 
 
@@ -73,8 +74,6 @@ def _what_to_distil(options: argparse.Namespace) -> tuple[RunConfig, str] | None
 
 def sweep_command(options: argparse.Namespace) -> int | None:
     """`elastic sweep`: finish all points of a sweep and print their table; return the exit code."""
-    import shlex
-
     from elastic.sweep_tasks import plan
 
     flags = {"data__source": options.data, "train__steps": options.steps, "train__minutes": options.minutes}
@@ -116,7 +115,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         table.add_row(*which, *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys))
     Console(width=160).print(table)
     points = "1 point" if len(rows) == 1 else f"{len(rows)} points"
-    print(f"{points}: {options.output}   a page about them: elastic report {options.output} -o report.html")
+    page = f"elastic report {shlex.quote(options.output)} -o report.html"
+    print(f"{points}: {options.output}   a page about them: {page}")
     return _report_missed(rows)
 
 

@@ -79,6 +79,8 @@ def test_distill_prints_a_table_and_names_the_run(arguments: list[str], capsys: 
     out, err = capsys.readouterr()
     for words in ("compute asked", "perplexity ratio", "KL to the teacher", "trainable parameters", "checkpoint"):
         assert words in out
+    assert main([*arguments, "--set", "train.steps=0", "--output", "my runs/β"]) == 0
+    assert "student: my runs/β   measure it elsewhere: elastic eval 'my runs/β' --data" in capsys.readouterr().out
     assert "0.800 (decode)" in out and "elastic eval runs/tiny-0.8" in out
     assert "step 6/6" in err and "min left" in err
     assert Run.open("runs/tiny-0.8").about["result"]["compute_target"] == 0.8
