@@ -198,8 +198,7 @@ class RoutedBranch(Wrapper):
                 context.gate = take(context.gate, x, chosen.rows)
         out = self.base_layer(x, *args, **kwargs)
         every = chosen.known and chosen.every
-        # the host may not have asked how many tokens are open
-        exits.rows = None if every else chosen.target if chosen.known else chosen
+        exits.rows = None if every else chosen.target if chosen.known else chosen  # the host did not ask how many
         return self._leave(out, exits, all_open=every)
 
     def _attend_kept(self, exits: Exits, chosen: Chosen, plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -123,7 +123,7 @@ class RoutedLinear(Wrapper):
             some = queries.filled(x)
             weight, bias = weight_of(self.base_layer), self.base_layer.bias
             out = self._correct(first_rows.linear(some[0], weight, bias, queries.number).unsqueeze(0), some)
-            return out if self.group.ends else queries.spread(out[0]).view(*x.shape[:-1], -1)
+            return out if self.group.ends else queries.scatter(out[0]).view(*x.shape[:-1], -1)
         if queries.every:
             return self._compute(x, together=False)
         some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0)
@@ -131,7 +131,7 @@ class RoutedLinear(Wrapper):
         if self.group.ends:
             return out  # the last layer of its branch, whose output stays packed
         if isinstance(queries.target, Chosen):
-            return queries.target.spread(out[0]).view(*x.shape[:-1], -1)
+            return queries.target.scatter(out[0]).view(*x.shape[:-1], -1)
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _takes_number(self, x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-PARTS = 32
+PARTS = 64
 """Room is given in units of a pass's tokens divided by this, rounded up to a multiple of UNIT."""
 UNIT = 16
 """Room is a multiple of so many tokens, as products of such sizes are fast."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.execution.room import Room
-from students.kernels import devices, ops
+from students.kernels import devices, direct, ops, reference
 from students.kernels.capture import Fetched
 
 
@@ -151,36 +151,20 @@ class Chosen:
 
     @property
     def target(self) -> Tensor | Chosen:
-        """Where the result of work on `rows` belongs: these, or if more tokens have room than are open, this."""
-        return self.rows if self.limit is None else self
+        """Where the result of work on `rows` belongs: this where `scatter` is one launch, else these."""
+        return self if self._ahead and not torch.is_grad_enabled() else self.rows
 
     @property
     def number(self) -> Tensor:
         """Number of open tokens, an int32 tensor [1] that kernels read on the device."""
         return self._upto[-1:]
 
-    def spread(self, some: Tensor) -> Tensor:
-        """Return [B * T, D] with the rows some [N or more, D] at open tokens and arbitrary rows at others; only where
-        the host runs ahead."""
-        return some.index_select(0, self._before if self.limit is None else self._within)
-
-    @cached_property
-    def _within(self) -> Tensor:
-        """Number [B * T] of open tokens in front of each token, where that is a row that there is room for."""
-        assert self.limit is not None, "all open tokens have a row"
-        return self._before.clamp(max=self.limit - 1)
-
-    def scatter(self, some: Tensor) -> Tensor:
-        """As `spread`, with zeros at closed tokens."""
-        zero = _zeros((), some.dtype, some.device)  # a Python number would be another launch
-        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), zero)
-
-    def replace(self, x: Tensor, some: Tensor) -> Tensor:
-        """Return x [B, T, D] with the rows some [N or more, D] in place of the open tokens'."""
-        flat = x.flatten(0, 1)
-        if self.limit is None:
-            return flat.index_copy(0, self.rows, some).view_as(x)
-        return torch.where(self._open.flatten().unsqueeze(1), self.spread(some), flat).view_as(x)
+    def scatter(self, some: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return [B * T, D] with the rows some [N or more, D] at open tokens, and at closed ones the rows of other
+        [B * T, D] or zeros; only where the host runs ahead."""
+        put = reference.put_open if torch.is_grad_enabled() else direct.put_open
+        out: Tensor = put(some, self._before, self._open, other)
+        return out
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""

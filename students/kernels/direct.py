@@ -28,6 +28,7 @@ def launched(operator: Any) -> Callable[..., Any]:
 
 
 list_open = launched(ops.list_open)
+put_open = launched(ops.put_open)
 _rms_norm = launched(ops.rms_norm)
 
 

@@ -376,6 +376,14 @@ list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
 Also the flat indices [N] of the open tokens, filled up with the index of the last token of all; the number of open
 tokens in front of each token [N]; and that number including the token itself [N]."""
 
+put_open: Callable[..., Tensor] = _operator(
+    "put_open(Tensor some, Tensor before, Tensor is_open, Tensor? other) -> Tensor",
+    lambda some, before, *_: some.new_empty(len(before), some.shape[1]),
+)
+"""The rows [N, D] of all tokens: of open ones, in their order, those of some [n, D], and of closed ones those of other
+[N, D], or zeros. before [N] (int32) and is_open, bool of N numbers, as `list_open` returns them. Where more tokens are
+open than n, the last row stands for those behind it; without any row, all count as closed."""
+
 
 def exact_together(x: Tensor) -> int:
     """Return up to how many inputs `exact_rows` is faster than the whole LM head on the device of x. Each input needs

@@ -309,3 +309,11 @@ def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple
     upto = open_.flatten().cumsum(0, dtype=torch.int32)
     numbers = torch.arange(1, len(upto) + 1, dtype=torch.int32, device=upto.device)
     return open_.contiguous(), torch.searchsorted(upto[:-1], numbers), upto - open_.flatten().int(), upto
+
+
+def put_open(some: Tensor, before: Tensor, is_open: Tensor, other: Tensor | None) -> Tensor:
+    rest = some.new_zeros(()) if other is None else other
+    if len(some) == 0:
+        return rest.expand(len(before), some.shape[1]).clone()
+    rows = some.index_select(0, before.clamp(max=len(some) - 1))
+    return torch.where(is_open.flatten().unsqueeze(1), rows, rest)

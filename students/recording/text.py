@@ -106,7 +106,7 @@ class Met:
     numbers: list[int]
     """The most open tokens that a text had in each choice."""
     spare: int = 0
-    """Units of room beyond these numbers: as many as there were texts that found too little."""
+    """Units of room beyond these numbers: none at first; one, two, four ... after texts that found too little."""
 
 
 class Texts:
@@ -173,7 +173,7 @@ class Texts:
         numbers = Fetched(torch.cat(room.numbers)).wait().tolist() if room.numbers else []
         if before is not None:
             numbers = [max(pair) for pair in zip(numbers, before.numbers, strict=True)]
-        self._met[key] = Met(tokens, numbers, 0 if before is None else before.spare + 1)
+        self._met[key] = Met(tokens, numbers, 0 if before is None else max(1, 2 * before.spare))
         self._met.move_to_end(key)
         while sum(met.tokens for met in self._met.values()) > HELD:
             self.kept.pop(self._met.popitem(last=False)[0], None)

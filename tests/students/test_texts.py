@@ -109,8 +109,8 @@ def test_a_text_that_needs_more_room_is_read_again() -> None:
 
 
 def test_room_is_given_in_units() -> None:
-    assert room_for([0, 1, 64, 65, 2048], 2048, 0) == [64, 64, 64, 128, 2048]
-    assert room_for([0, 1, 64, 65, 2048], 2048, 2) == [128, 192, 192, 256, 2048]
+    assert room_for([0, 1, 64, 65, 2048], 2048, 0) == [32, 32, 64, 96, 2048]
+    assert room_for([0, 1, 64, 65, 2048], 2048, 2) == [64, 96, 128, 160, 2048]
     assert room_for([0, 3], 5, 0) == [5, 5]
 
 

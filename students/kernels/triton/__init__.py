@@ -30,6 +30,7 @@ _FILES = {
     "biased_attention": ("biased_attention",),
     "decode_attention": ("decode_attention",),
     "list_open": ("list_open",),
+    "put_open": ("put_open",),
     "merge_lowest": ("merge_lowest", "merge_normed", "merge_below"),
 }
 OPERATORS = {operator: file for file, operators in _FILES.items() for operator in operators}

@@ -118,6 +118,9 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         yield call("biased_attention", *parts, make(8, 150, kind=single), 0.1)
     yield call("list_open", make(4, 2048, 1), make(1), make(1, kind=single))
     yield call("list_open", make(4, 2048, kind=torch.bool), None, None)
+    places = make(2048, kind=torch.int32), make(1, 2048, kind=torch.bool)
+    yield call("put_open", make(1408, 4096), *places, None)
+    yield call("put_open", make(1408, 4096), *places, make(2048, 4096))
     kept, one = make(2, 8, 1024, 128), make(2, 8, 1, 128)
     yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
     for rows, heads, groups, size in ((1, 32, 8, 128), (64, 40, 8, 128), (1, 28, 4, 128), (1, 8, 4, 256)):

@@ -239,6 +239,15 @@ def list_open(draw: Draw) -> Iterator[Arguments]:
         yield score > 99, None, None
 
 
+def put_open(draw: Draw) -> Iterator[Arguments]:
+    for rows, tokens, width in ((1, 1, 5), (3, 700, 24), (2, 9, 2304)):
+        is_open, _, before, upto = reference.list_open(draw(rows, tokens, 1) > 0, None, None)
+        count, other = int(upto[-1]), draw(rows * tokens, width)
+        for some in (draw(count, width), draw(rows * tokens, width), draw(count // 2, width)):
+            yield some, before, is_open, None
+            yield some, before, is_open, other
+
+
 SAMPLES: dict[str, Samples] = {
     "read_channels": lambda draw: channels(draw, 1),
     "few_channels": lambda draw: channels(draw, 13),
@@ -265,6 +274,7 @@ SAMPLES: dict[str, Samples] = {
     "biased_attention": biased_attention,
     "decode_attention": decode_attention,
     "list_open": list_open,
+    "put_open": put_open,
     "merge_lowest": merge_lowest,
     "merge_normed": merge_normed,
     "merge_below": merge_below,

@@ -26,7 +26,8 @@ CLOSE = {
     torch.float16: dict(atol=0.05, rtol=0.02),
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
-IN_TORCH = {"fused_channels", "fused_gate", "sum_norm", "rotary_grad", "biased_attention", "list_open", "merge_normed"}
+IN_TORCH = {"fused_channels", "fused_gate", "sum_norm", "rotary_grad", "biased_attention", "merge_normed"}
+IN_TORCH |= {"list_open", "put_open"}
 """Operators without a C function: they save launches or compute the gradient of rotary embeddings, which matters on
 GPUs, or replace masks in attention, which torch's attention takes on CPUs."""
 
