@@ -7,18 +7,23 @@ import json
 import torch
 from torch import Tensor
 
+from students import StudentSpec
 from students.families.language import LanguageStudent
 from students.kernels.capture import CudaGraph
 from tests.cuda_stub.run import graphs
-from tests.students.test_launches import DEFAULT, student_of
+from tests.students.test_execution import make
+from tests.students.test_launches import DEFAULT
 
 OPTIONS = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=128)
+"""Those of the shape tiny-llm, whose kernels are compiled where a bench of it ran before."""
 
 
 def step(blocks: int, rows: int, kind: str) -> int:
     """Return the launches in a recorded decoding step; kind: gates are "open", or as they are ("routed")."""
     tokens = torch.randint(3, 120, (rows, 7), generator=torch.Generator().manual_seed(0)).cuda()
-    student: LanguageStudent = student_of(*DEFAULT, blocks=blocks)
+    student = make("llama", StudentSpec(DEFAULT), num_hidden_layers=blocks, **SIZES)
+    assert isinstance(student, LanguageStudent)
     student.to("cuda", torch.bfloat16)
     student.prepare()
     student.runtime.bypass = kind == "open"

@@ -23,8 +23,10 @@ ROOT = Path(__file__).parent.parent.parent
 Record = dict[str, Any]
 Together = tuple[dict[str, Record], Path]
 RunOnStub = Callable[..., list[Record]]
-BENCH = "elastic.cli bench --random-weights --target-compute 0.7 --batch 2 --repeats 1 --set train.batch=1 --json"
-PROMPT = ["--prompt", "w3 w4 w5 w6", "--max-new-tokens", "5"]
+BENCH = "elastic.cli bench --random-weights --target-compute 0.7 --repeats 1 --set train.batch=1 --json"
+SHORT = "--batch 1 --tokens 8 --new-tokens 3 --set data.window=32 --set train.window=32"
+"""Options for few numbers, and for kernels that the check of a new student has compiled."""
+PROMPT = ["--prompt", "w3 w4 w5 w6 w7 w8 w9", "--max-new-tokens", "5"]
 RECORDINGS = "decoding", "prefill", "prompts", "recorded_images", "texts"
 GPU_TESTS = "pytest -m gpu -q -p no:cacheprovider"
 
@@ -69,7 +71,7 @@ def together(on_stub: RunOnStub, training: list[str], tmp_path_factory: pytest.T
     """Records, by name, of commands in one process, since each process imports all libraries; and the run's folder."""
     run = tmp_path_factory.mktemp("runs") / "cuda"
     commands = {
-        "bench": f"{BENCH} --model tiny-llm --tokens 8 --new-tokens 3",
+        "bench": f"{BENCH} --model tiny-llm {SHORT}",
         "probe": "tests.cuda_stub.probe",
         "distill": shlex.join(["elastic.cli", "distill", *training, "--output", str(run)]),
         "generate": shlex.join(["elastic.cli", "generate", str(run), *PROMPT]),
@@ -100,7 +102,7 @@ def test_a_bench_records_its_steps(together: Together) -> None:
 
 @pytest.mark.slow
 def test_a_bench_of_a_vision_language_model_records_its_steps(on_stub: RunOnStub) -> None:
-    (made,) = on_stub(f"{BENCH} --model tiny-vlm --new-tokens 3", STUB_CAPABILITY="8")
+    (made,) = on_stub(f"{BENCH} --batch 2 --model tiny-vlm --new-tokens 3", STUB_CAPABILITY="8")
     assert_steps_are_recorded(made, 6)  # and two for each one's prompt
 
 
