@@ -19,6 +19,7 @@ from tests.cuda_stub.build import Unavailable, build, environment
 from tests.elastic.runs import as_options
 from tests.pico.language import RUN_SETTINGS
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parent.parent.parent
 Record = dict[str, Any]
 Together = tuple[dict[str, Record], Path]

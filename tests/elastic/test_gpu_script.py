@@ -128,6 +128,7 @@ def test_a_table_names_kernels_that_were_replaced(table: ModuleType, tmp_path: P
     assert found[-2:] == ["", "2-merging: torch's operators in place of merge_lowest, rotary"] and len(found) == 8
 
 
+@pytest.mark.thorough
 def test_rows_say_what_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
     command = "bench --model tiny-llm --random-weights --target-compute 0.8 --compute 0.8 1.0 --tokens 8 --new-tokens 2"
     assert main([*command.split(), "--repeats", "1", "--json", "--set", "train.batch=1"]) == 0

@@ -30,6 +30,7 @@ from tests.elastic.several import (
 )
 from tests.pico.language import RUN_SETTINGS
 
+pytestmark = pytest.mark.thorough
 LANGUAGE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "price": (("student.lora.rank=4", "train.batch=3"), {}),
     "accumulation": (("train.accumulation=2", "loss.hidden_weight=0.5", "loss.hidden_layers=all"), {}),

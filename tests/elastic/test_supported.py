@@ -114,6 +114,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_a_saved_image_model(name: str, pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)

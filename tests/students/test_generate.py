@@ -189,6 +189,7 @@ def test_teacher_generates_what_it_did(student: Student, tokens: Tensor):
         assert torch.equal(generate(student, tokens), expected)
 
 
+@pytest.mark.thorough
 def test_compiled_steps_agree(tokens: Tensor):
     """Forward passes compiled by torch's inductor agree with eager ones, with routers that keep all shapes static.
 

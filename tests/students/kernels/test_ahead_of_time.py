@@ -40,6 +40,7 @@ def compilers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         process.kill()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("capability", "dtype"),
