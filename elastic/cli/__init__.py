@@ -21,14 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        if not options.shared:
-            return 0 if _left_to_the_first() else options.command(options) or 0
-        launch.join()
-        code = options.command(options) or 0
-        launch.leave()
+        if options.shared:
+            launch.join()
+            code = options.command(options) or 0
+            launch.leave()
+        else:
+            code = 0 if _left_to_the_first() else options.command(options) or 0
+        sys.stdout.flush()  # else a closed pipe is noticed only when Python ends
         return code
-    except BrokenPipeError:  # the reader of stdout has exited; else Python fails again when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # the reader of stdout has exited, for which rich raises SystemExit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         return 141
     except (ValueError, OSError, launch.Lost) as error:
         # errors that a user can fix are raised as ValueError or OSError, with one line that says how

@@ -416,6 +416,17 @@ def test_help_is_quick_and_loads_no_heavy_library():
     assert "argparse" in modules and not {"torch", "transformers", "numpy", "yaml", "rich"} & set(modules)
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_pipe_that_its_reader_has_closed_ends_a_command_quietly(form: list[str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "elastic.cli", "models", *form]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ELASTIC_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown model"):
