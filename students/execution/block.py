@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from students.execution.block_context import BlockContext, Exits, Gates, Gathered
 from students.execution.branch import RoutedBranch
@@ -60,9 +60,5 @@ class BlockGather:
             return None
         args[0] = gathered.x  # hooks that run later, such as transformers' for hidden states, expect all tokens
         some = out[0] if isinstance(out, tuple) else out
-        x, chosen = gathered.x.flatten(0, 1), gathered.chosen
-        if isinstance(chosen.target, Tensor):
-            full = x.index_copy(0, chosen.target, some.squeeze(0)).view_as(gathered.x)
-        else:
-            full = chosen.target.scatter(some.squeeze(0), x).view_as(gathered.x)
+        full = gathered.chosen.scatter(some.squeeze(0), gathered.x.flatten(0, 1)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full

@@ -130,8 +130,8 @@ class RoutedLinear(Wrapper):
         out = self._compute(some, together=False)
         if self.group.ends:
             return out  # the last layer of its branch, whose output stays packed
-        if isinstance(queries.target, Chosen):
-            return queries.target.scatter(out[0]).view(*x.shape[:-1], -1)
+        if isinstance(queries, Chosen):
+            return queries.scatter(out[0]).view(*x.shape[:-1], -1)
         return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _takes_number(self, x: Tensor) -> bool:

@@ -160,11 +160,16 @@ class Chosen:
         return self._upto[-1:]
 
     def scatter(self, some: Tensor, other: Tensor | None = None) -> Tensor:
-        """Return [B * T, D] with the rows some [N or more, D] at open tokens, and at closed ones the rows of other
-        [B * T, D] or zeros; only where the host runs ahead."""
-        put = reference.put_open if torch.is_grad_enabled() else direct.put_open
-        out: Tensor = put(some, self._before, self._open, other)
-        return out
+        """Return [B * T, D] with the rows some [N, D] at open tokens, and at closed ones zeros or the rows of other
+        [B * T, D]. Where the host runs ahead, arbitrary rows may follow in some."""
+        learns = torch.is_grad_enabled()
+        if self._ahead and not (learns and self.known):
+            put = reference.put_open if learns else direct.put_open
+            out: Tensor = put(some, self._before, self._open, other)
+            return out
+        return (
+            scatter_rows(some, self.rows, self._open.numel()) if other is None else other.index_copy(0, self.rows, some)
+        )
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""
