@@ -55,9 +55,8 @@ class Distillation(Objective):
         to recompute, and the states after each block if the loss compares these; or, in training, if the loss needs no
         more, the "masses" and "tokens" [B * T, ...] of `top_of`.
         """
-        with self.student.teacher():
-            out, _ = self.student.features(ids, output_hidden_states=self.layers)
-        states = {"hidden": out.last_hidden_state, **self._compared(out)}
+        *layers, final = self.student.teacher_states(ids, self.layers)
+        states = {"hidden": final, **{f"layer.{number}": layer for number, layer in enumerate(layers)}}
         signals = {name: x.flatten(0, 1) for name, x in states.items()}
         if not (self.likeliest and self.training):
             return signals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from students.execution.head import RoutedHead
 from students.execution.kv_cache import DroppedLayer, RoutedCache, memory_of
 from students.execution.room import Room
 from students.execution.tokens import Order
-from students.kernels import devices
+from students.kernels import devices, ops
 from students.kernels.autograd import forward_kl
+from students.kernels.capture import Forward
 from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.recording.decoding import Decoding
@@ -52,6 +54,8 @@ class LanguageStudent(Student):
         self._decoding = Decoding(
             self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning(), routing=StudentTexts(self)
         )
+        about = "a teacher without recorded passes"
+        self._teacher_passes = {n: Forward(partial(self._states, n), self._taught, what=about) for n in (False, True)}
         self.lossless = Lossless(self.model, trunk, self._recorded_for, self._settle, self.teacher)
 
     def _pruning(self) -> PromptPruning | None:
@@ -128,6 +132,24 @@ class LanguageStudent(Student):
         with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
             return out, decisions
+
+    def teacher_states(self, ids: Tensor, layers: bool) -> list[Tensor]:
+        """Return the frozen model's final states [B, T, D] for token ids [B, T] without padding, and in front of them,
+        if `layers`, the states after each block. In training on a GPU through a recorded pass, one for each shape."""
+        with torch.no_grad(), self.teacher():
+            if not self.training or ops.observed():
+                return self._states(layers, ids)
+            return [state.clone() for state in self._teacher_passes[layers](ids)]
+
+    def _states(self, layers: bool, ids: Tensor) -> list[Tensor]:
+        out, _ = self.features(ids, output_hidden_states=layers)
+        return [*(out.hidden_states[1:] if layers else ()), out.last_hidden_state]
+
+    def _taught(self, ids: Tensor) -> Hashable:
+        """Return what a recorded pass of the teacher depends on besides shapes; ValueError if none can be made."""
+        if self._spread:
+            raise ValueError("its weights are spread over processes")
+        return self._frozen.data_ptr(), self._layouts
 
     def head_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that `logits` takes besides hidden states, through which gradients reach the vocab router;

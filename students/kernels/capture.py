@@ -133,11 +133,11 @@ class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Gene
 
 
 class Forward:
-    """A forward pass on images through recordings, one for each shape.
+    """A forward pass on one tensor, such as images, through recordings, one for each shape.
 
     run: the function of pixels [B, C, H, W] that is recorded. state: as in Decoding, called with the pixels. recorder:
     None for the device's default. Without any, or where `state` raises ValueError, `run` is called directly; one
-    warning then gives the error's reason.
+    warning then gives the error's reason, behind `what`.
     """
 
     def __init__(
@@ -145,14 +145,16 @@ class Forward:
         run: Callable[[Tensor], Any],
         state: Callable[[Tensor], Hashable] = lambda pixels: None,
         recorder: Recorder | None = None,
+        what: str = "images without recorded passes",
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings[Tensor]("images without recorded passes")
+        self.kept = Recordings[Tensor](what)
+        self._what = what
         self._run = run
         self._state = state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        return Forward(copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo), self.recorder)
+        return Forward(copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo), self.recorder, self._what)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:

@@ -98,7 +98,8 @@ def assert_steps_are_recorded(made: Record, graphs: int) -> None:
 
 
 def test_a_bench_records_its_steps(together: Together) -> None:
-    assert_steps_are_recorded(together[0]["bench"], 6)  # two prompts and a step, of student and dense model
+    # two prompts and a step, of student and dense model; in training the teacher
+    assert_steps_are_recorded(together[0]["bench"], 7)
 
 
 @pytest.mark.slow
@@ -162,6 +163,7 @@ def test_a_run_is_that_of_a_cpu(
     text = capsys.readouterr().out
     trained, generated = records["distill"], records["generate"]
     assert generated["out"] == text and generated["graphs"] and trained["launches"] > 1000
+    assert len(trained["graphs"]) == 1 and trained["replays"] == 2  # the teacher's pass, in each step
     assert trained["outside"] == generated["outside"] == 0 and trained["problems"] == generated["problems"] == []
     made, expected = (json.loads((run / "elastic.json").read_text())["result"] for run in (there, here))
     for name in ("compute", "compute_prefill", "kl"):

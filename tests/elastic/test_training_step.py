@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from elastic import families
 from elastic.config import BudgetConfig, LossConfig, RunConfig
@@ -18,6 +20,7 @@ from students.kernels import devices, ops
 from teachers.shapes import build, find_shape
 from tests.pico.language import make_tiny
 from tests.students.host_waits import Launches, NoHostWaits
+from tests.students.tape import Tape
 from tests.students.test_students import scramble
 
 PRESETS = {
@@ -60,6 +63,30 @@ def test_the_host_waits_for_nothing(preset: str):
     step(distillation)
     with NoHostWaits():
         step(distillation)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_recorded_teacher_says_the_same(layers: bool) -> None:
+    distillation = objective("default")
+    distillation.loss = replace(distillation.loss, hidden_weight=float(layers), hidden_layers="all")
+    distillation.layers = layers
+    passes, made = distillation.student._teacher_passes, Tape.made
+    texts = [torch.randint(3, 100, (2, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    losses = []
+    for recorder in (None, Tape):
+        for one in passes.values():
+            one.recorder = recorder
+        first = distillation.teacher_signals(texts[0])
+        losses.append(torch.stack([distillation(ids, 1.0, s)[0] for ids, s in ((texts[0], first), *with_none(texts))]))
+        assert Tape.made == made + (recorder is Tape) and len(passes[layers].kept) == (recorder is Tape)
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    distillation.eval()
+    distillation.teacher_signals(texts[0][:1])
+    assert Tape.made == made + 1, "only in training"
+
+
+def with_none(texts: list[Tensor]) -> list[tuple[Tensor, None]]:
+    return [(ids, None) for ids in texts]
 
 
 def test_the_host_waits_for_no_image() -> None:
