@@ -123,16 +123,16 @@ class RoutedLinear(Wrapper):
             some = queries.filled(x)
             weight, bias = weight_of(self.base_layer), self.base_layer.bias
             out = self._correct(first_rows.linear(some[0], weight, bias, queries.number).unsqueeze(0), some)
-            return out if self.group.ends else queries.scatter(out[0]).view(*x.shape[:-1], -1)
-        if queries.every:
+        elif queries.every:
             return self._compute(x, together=False)
-        some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0)
-        out = self._compute(some, together=False)
+        else:
+            some = x.flatten(0, 1).index_select(0, queries.rows).unsqueeze(0)
+            out = self._compute(some, together=False)
         if self.group.ends:
             return out  # the last layer of its branch, whose output stays packed
         if isinstance(queries, Chosen):
             return queries.scatter(out[0]).view(*x.shape[:-1], -1)
-        return scatter_rows(out.squeeze(0), queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
+        return scatter_rows(out[0], queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _takes_number(self, x: Tensor) -> bool:
         """Whether the layer can run without the host knowing the number of queries (see first_rows)."""

@@ -167,9 +167,9 @@ class Chosen:
             put = reference.put_open if learns else direct.put_open
             out: Tensor = put(some, self._before, self._open, other)
             return out
-        return (
-            scatter_rows(some, self.rows, self._open.numel()) if other is None else other.index_copy(0, self.rows, some)
-        )
+        if other is not None:
+            return other.index_copy(0, self.rows, some)
+        return scatter_rows(some, self.rows, self._open.numel())
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""

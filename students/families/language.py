@@ -328,14 +328,12 @@ class StudentTexts(TextRouting):
         state: Hashable = student._recorded_for(texts=True)
         if run.bypass:
             return state
-        if padded and any(r.of_kind.over_tokens and r.network == "static" for r in student.spec.routers):
+        choosing = [router for router in student.spec.routers if router.of_kind.over_tokens]
+        if padded and any(router.network == "static" for router in choosing):
             raise ValueError("a static router that leaves all tokens in would take padding in, too")
-        if student._dropping and (
-            rows > 1 or any(r.of_kind.over_tokens and r.kv == "keep" for r in student.spec.routers)
-        ):
+        if student._dropping and (rows > 1 or any(router.kv == "keep" for router in choosing)):
             raise ValueError("rows, or routers, differ in which tokens have keys")
-        roomy = any(router.of_kind.over_tokens for router in student.spec.routers)
-        return state, (run.offset, run.capacity) if roomy else None  # how much room it takes
+        return state, (run.offset, run.capacity) if choosing else None  # how much room it takes
 
     @contextmanager
     def within(self, room: Room) -> Iterator[None]:

@@ -131,7 +131,7 @@ class Decoding:
         """A context in which the model's own `generate`, called with the arguments `asked`, reads its prompt through
         recorded passes where that is possible."""
         own, reads = self.model._prefill, not (self.replays or self._texts is None or self._goes_own_way(asked))
-        if not reads or ops.observed() or any(map(_has_hooks, self.model.modules())):
+        if not reads or self._is_watched():
             yield
             return
         self.model._prefill = partial(self._prefilled, own)
@@ -203,6 +203,10 @@ class Decoding:
         """Whether steps are recorded as lists of calls, on a CPU: only for few rows, and without warnings otherwise."""
         return self.recorder is None and recorder_for(self.model.device) is None
 
+    def _is_watched(self) -> bool:
+        """Return whether somebody counts operations or has put hooks on modules, which no replay would run."""
+        return ops.observed() or any(map(_has_hooks, self.model.modules()))
+
     def _goes_own_way(self, kwargs: dict[str, Any]) -> bool:
         """Return whether the caller of `generate` controls decoding."""
         return any(kwargs.get(name) is not None for name in OWN_WAY) or bool(kwargs.get("synced_gpus"))
@@ -211,7 +215,7 @@ class Decoding:
         """Return whether this call decodes through recorded steps. ValueError where it cannot and a warning is due."""
         if self.replays and (self._prompts is not None or not ops.compiled(next(self.model.parameters()))):
             return False
-        if ops.observed() or any(map(_has_hooks, self.model.modules())):
+        if self._is_watched():
             return False
         if self._goes_own_way(kwargs):
             return False

@@ -7,21 +7,22 @@ recorded.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from students.architectures.lookup import windows_of
-from students.execution.kv_cache import keys_and_values, memory_of
+from students.execution.kv_cache import DroppedLayer, memory_of
 from students.kernels.capture import Fetched, Forward, Recorder, Recordings, recorder_for
 from students.libraries import with_cache
 from students.routers import selection
@@ -119,6 +120,26 @@ class ReadCache(DynamicCache):
         self.layer_class_to_replicate = ReadLayer
 
 
+def copied(cache: Cache, length: int) -> Cache:
+    """Return a copy of a pass's cache, to be continued behind the first `length` tokens."""
+    copies: list[Any] = []
+    layer: Any
+    for layer in cache.layers:
+        if isinstance(layer, DroppedLayer):
+            own: Any = copy.copy(layer)
+            own.seen, own.index = length, layer.index.clone()
+            own.keys, own.values = layer.keys.clone(), layer.values.clone()
+        else:
+            own = DynamicLayer()
+            own.lazy_initialization(layer.keys, layer.values)
+            own.keys, own.values = layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone()
+        copies.append(own)
+    made = DynamicCache() if isinstance(cache, ReadCache) else copy.copy(cache)
+    made.layers = copies
+    vars(made).update(elastic=copy.copy(memory_of(cache)))
+    return made
+
+
 class Read(NamedTuple):
     """The result of reading a prompt. The next recorded pass overwrites the result of a recorded pass."""
 
@@ -135,17 +156,15 @@ class Read(NamedTuple):
         """Number of tokens in the cache, without the padding at its end."""
         return int(self.cache.get_seq_length()) - self.fill
 
-    def owned(self) -> DynamicCache:
+    def owned(self) -> Cache:
         """Return the cache, copied where the next recorded pass would overwrite it."""
         if not isinstance(self.cache, ReadCache):
-            own: DynamicCache = self.cache
+            own: Cache = self.cache
             return own
-        cache, memory = DynamicCache(), replace(memory_of(self.cache))
-        for number, (keys, values) in enumerate(keys_and_values(self.cache)):
-            cache.update(keys[:, :, : self.used].clone(), values[:, :, : self.used].clone(), number)
+        cache = copied(self.cache, self.used)
+        memory = memory_of(cache)
         if memory.held is not None and memory.next is not None:
             memory.held, memory.next = memory.held[:, : self.used].clone(), memory.next - self.fill
-        vars(cache).update(elastic=memory)
         return cache
 
 

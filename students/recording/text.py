@@ -9,7 +9,6 @@ Behind the pass the host learns how many there were. A text that needs more room
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
 
-from students.execution.kv_cache import DroppedLayer, memory_of
+from students.execution.kv_cache import DroppedLayer
 from students.execution.room import Room, room_for
 from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
 from students.libraries import CACHE_NAMES, cache_of, with_cache
-from students.recording.prompt import ReadCache
+from students.recording.prompt import ReadCache, copied
 
 MOST = 8192
 """Largest number of tokens of a recorded pass: over more a GPU computes for longer than the host takes to launch it."""
@@ -155,7 +153,7 @@ class Texts:
         own.write(filled, fill)
         logits, cache, numbers = replay()
         fetched = None if numbers is None else Fetched(numbers)
-        logits, cache = logits.clone().unsqueeze(1), _owned(cache, length)  # while the pass runs
+        logits, cache = logits.clone().unsqueeze(1), copied(cache, length)  # while the pass runs
         if fetched is not None:
             found, choices = fetched.wait().tolist(), len(own.limits)
             if any(number > limit for number, limit in zip(found[:choices], own.limits, strict=True)):
@@ -182,26 +180,6 @@ class Texts:
 
 def _fields(kind: type[Any]) -> Any:
     return kind.__dataclass_fields__
-
-
-def _owned(cache: Cache, length: int) -> Cache:
-    """Return a copy of a pass's cache, to be continued behind the first `length` tokens."""
-    copies: list[Any] = []
-    layer: Any
-    for layer in cache.layers:
-        if isinstance(layer, DroppedLayer):
-            own: Any = copy.copy(layer)
-            own.seen, own.index = length, layer.index.clone()
-            own.keys, own.values = layer.keys.clone(), layer.values.clone()
-        else:
-            own = DynamicLayer()
-            own.lazy_initialization(layer.keys, layer.values)
-            own.keys, own.values = layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone()
-        copies.append(own)
-    made = DynamicCache() if isinstance(cache, ReadCache) else copy.copy(cache)
-    made.layers = copies
-    vars(made).update(elastic=copy.copy(memory_of(cache)))
-    return made
 
 
 def _kept(cache: Cache) -> dict[DroppedLayer, Tensor]:
