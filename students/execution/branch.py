@@ -278,7 +278,7 @@ class RoutedBranch(Wrapper):
             rectangle = Rectangle(kept)
         if layer is not None:
             layer.expect(batch, index, kept.counts, tokens, rectangle)
-            layer.number = None if kept.limit is None else kept.number
+            layer.numbers = None if kept.limit is None else kept.each
         return Packing(index, batch, kept.counts, layer, self.window, rectangle, tokens)
 
     def _as_returned(self, out: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class DroppedLayer(CacheLayerMixin):
     lengths: list[int]
     index: Tensor
     incoming: tuple[Tensor, Tensor, list[int], Rectangle | None] | None
-    number: Tensor | None
-    """In a pass of fixed shape over one row: how many slots [1] hold tokens, int32, on the device."""
+    numbers: Tensor | None
+    """In a pass of fixed shape: how many slots of each row [B] hold tokens, int32, on the device."""
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
@@ -98,10 +99,16 @@ class DroppedLayer(CacheLayerMixin):
         """Apply choose(tensor, dimension of slots) to all three tensors."""
         self.keys, self.values, self.index = choose(self.keys, 2), choose(self.values, 2), choose(self.index, 1)
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` slots of the only row."""
-        self._select(lambda x, dim: x.narrow(dim, 0, length))
-        self.lengths, self.number = [length], None
+    def copied(self, seen: int) -> DroppedLayer:
+        """Return a copy, as of a sequence of so many tokens."""
+        own = copy.copy(self)
+        own.keys, own.values, own.index, own.seen = self.keys.clone(), self.values.clone(), self.index.clone(), seen
+        return own
+
+    def cut(self, lengths: list[int]) -> None:
+        """Keep so many slots of each row."""
+        self._select(lambda x, dim: x.narrow(dim, 0, max(lengths)))
+        self.lengths, self.numbers = lengths, None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the sizes of a cache that holds every token: the model's masks cover the whole sequence."""
@@ -130,7 +137,7 @@ class DroppedLayer(CacheLayerMixin):
         self.seen = 0
         self.lengths = []
         self.index = torch.zeros(0, 0, dtype=torch.long)
-        self.incoming = self.number = None
+        self.incoming = self.numbers = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace each row b by row beam_idx[b]."""

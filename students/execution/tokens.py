@@ -53,12 +53,33 @@ class Chosen:
         self._open = open_
         self._valid_count = valid_count
         self._ahead = devices.runs_ahead(open_.device)
+        self._room = room if count is None and self._ahead else None
         self._fetched: Fetched | None = None
         self._counts = None if count is None else [count] * open_.shape[0]
         if self._ahead:
             self._table, self._before, self._upto = listed or ops.list_open(open_, None, None)[1:]
-        self.limit = room.limit(self.number) if room is not None and count is None and self._ahead else None
+        self.limit = None if self._room is None else self._room.limit(self.number)
         """How many tokens there is room for; None: as many as are open."""
+
+    @cached_property
+    def most(self) -> int:
+        """Largest number of open tokens of a row, or how many there is room for in each row; asked for once a pass."""
+        rows = self._open.shape[0]
+        if self._room is not None and rows > 1:
+            limit = self._room.limit(rows * self.each.amax(0, keepdim=True))
+            if limit is not None:
+                return limit // rows
+        return max(self.counts)
+
+    @property
+    def each(self) -> Tensor:
+        """Number [B] of open tokens of each row, int32, on the device; only on those that the host runs ahead of."""
+        return self._ends if self._open.shape[0] == 1 else self._ends - self.begins
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """Number [B] of open tokens in front of each row, int32, on the device; only where there is `each`."""
+        return F.pad(self._ends[:-1], (1, 0))
 
     @property
     def _ends(self) -> Tensor:
@@ -77,9 +98,9 @@ class Chosen:
 
     @property
     def counts(self) -> list[int]:
-        """Number of open tokens of each row; of a single row, if there is a limit."""
+        """Number of open tokens of each row; the most that it can be, if there is a limit."""
         if self.limit is not None:
-            return [self.limit]
+            return [min(self.limit, self._open.shape[1])] * self._open.shape[0]
         if self._counts is None:
             self.begin()
             self._counts = self._asked()
@@ -110,8 +131,8 @@ class Chosen:
 
     @cached_property
     def _turns(self) -> Tensor:
-        batch, begins = self._places[0], F.pad(self._ends[:-1], (1, 0))
-        return torch.arange(len(batch), device=batch.device) - begins.index_select(0, batch)
+        batch = self._places[0]
+        return torch.arange(len(batch), device=batch.device) - self.begins.index_select(0, batch)
 
     @property
     def batch(self) -> Tensor:
@@ -129,11 +150,16 @@ class Chosen:
         return self._known(self._turns)
 
     @property
+    def total(self) -> int:
+        """Number N of open tokens of all rows together, or of those that there is room for."""
+        return sum(self.counts) if self.limit is None else self.limit
+
+    @property
     def every(self) -> bool:
         """Whether all tokens but padding are known to be open."""
         if self.limit is not None:
             return False
-        return (sum(self.counts) if self._ahead else len(self.rows)) == self._valid_count
+        return (self.total if self._ahead else len(self.rows)) == self._valid_count
 
     def filled(self, x: Tensor) -> Tensor:
         """Gather the open tokens of x [B or 1, T, ...]: [1, N, ...], longer where the host runs ahead (see `cut`)."""
@@ -173,7 +199,7 @@ class Chosen:
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""
-        return x[: sum(self.counts)] if self._ahead else x
+        return x[: self.total] if self._ahead else x
 
 
 @lru_cache(maxsize=8)
@@ -184,33 +210,41 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 class Rectangle:
     """A layout of the open tokens [N, ...] as [B, most, ...]: each row begins with its tokens, and arbitrary entries
-    fill the rest."""
+    fill the rest. In a pass of fixed shape `most` is what there is room for in each row."""
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = chosen
-        self.rows, self.most = len(chosen.counts), max(chosen.counts)
-        self._full = self.rows * self.most == sum(chosen.counts)
+        self.rows, self.most = len(chosen.counts), chosen.most
+        self._full = self.rows * self.most == chosen.total and (self.rows == 1 or chosen.limit is None)
 
     @cached_property
     def slots(self) -> Tensor | None:
         """Flat place [N] of each token in the rectangle; None: there is nothing to fill."""
-        return None if self._full else self._chosen.batch * self.most + self._chosen.turn
+        if self._full:
+            return None
+        slots = self._chosen.batch * self.most + self._chosen.turn
+        return slots if self._chosen.limit is None else slots.clamp(max=self.rows * self.most - 1)
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        """Number [most] of places in front of each one in its row."""
+        return torch.arange(self.most, dtype=torch.int32, device=self._chosen.begins.device)
 
     @cached_property
     def sources(self) -> Tensor | None:
-        """Token [B * most] in each place, token 0 where filled; None: there is nothing to fill."""
-        if self.slots is None:
+        """Token [B * most] in each place, any where filled; None: there is nothing to fill."""
+        if self._full:
             return None
-        order = torch.arange(len(self.slots), device=self.slots.device)
-        return order.new_zeros(self.rows * self.most).index_copy_(0, self.slots, order)
+        return (self._chosen.begins[:, None] + self._turns).clamp(max=self._chosen.total - 1).flatten()
 
     def lay(self, x: Tensor, fill: int | None = None) -> Tensor:
-        """x [N, ...] -> [B, most, ...]; fill: value of the filling, None: arbitrary."""
-        if self.slots is not None and fill is not None:
-            x = x.new_full((self.rows * self.most, *x.shape[1:]), fill).index_copy_(0, self.slots, x)
-        elif self.sources is not None:
+        """x [N] or [N, ...] -> [B, most, ...]; fill: value of the filling of numbers x [N], None: arbitrary."""
+        if self.sources is not None:
             x = x.index_select(0, self.sources)
-        return x.view(self.rows, self.most, *x.shape[1:])
+        x = x.view(self.rows, self.most, *x.shape[1:])
+        if fill is None or (self._full and self._chosen.limit is None):
+            return x
+        return x.masked_fill(self._turns >= self._chosen.each[:, None], fill)
 
     def lay_heads(self, x: Tensor) -> Tensor:
         """x [1, H, N, d] -> [B, H, most, d]."""

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.decisions import Decisions
 from students.execution.head import RoutedHead
-from students.execution.kv_cache import DroppedLayer, RoutedCache, memory_of
+from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.room import Room
 from students.execution.tokens import Order
 from students.kernels import devices, ops
@@ -23,7 +23,7 @@ from students.kernels.rotary import Rotations
 from students.libraries import cache_in, one_sequence_a_row, with_cache
 from students.recording.decoding import Decoding
 from students.recording.lossless import Lossless
-from students.recording.prompt import PromptPruning, Read, ReadLayer
+from students.recording.prompt import PromptPruning, Read
 from students.recording.step import FixedCache
 from students.recording.text import TextRouting
 from students.student import Student
@@ -319,11 +319,12 @@ class StudentTexts(TextRouting):
     """How a student's routers take part in reading a text: they leave open as many tokens as there is room for."""
 
     def __init__(self, student: LanguageStudent) -> None:
+        super().__init__(student.model)
         self._student = student
 
-    def state(self, rows: int, padded: bool) -> Hashable:
-        """Return the state of routers and dial that a recorded pass over so many rows depends on besides shapes. Raises
-        ValueError if it cannot be recorded."""
+    def state(self, padded: bool) -> Hashable:
+        """Return the state of routers and dial that a recorded pass depends on besides shapes. Raises ValueError if it
+        cannot be recorded."""
         student, run = self._student, self._student.runtime
         state: Hashable = student._recorded_for(texts=True)
         if run.bypass:
@@ -331,8 +332,8 @@ class StudentTexts(TextRouting):
         choosing = [router for router in student.spec.routers if router.of_kind.over_tokens]
         if padded and any(router.network == "static" for router in choosing):
             raise ValueError("a static router that leaves all tokens in would take padding in, too")
-        if student._dropping and (rows > 1 or any(router.kv == "keep" for router in choosing)):
-            raise ValueError("rows, or routers, differ in which tokens have keys")
+        if student._dropping and any(router.kv == "keep" for router in choosing):
+            raise ValueError("routers differ in which tokens have keys")
         return state, (run.offset, run.capacity) if choosing else None  # how much room it takes
 
     @contextmanager
@@ -345,10 +346,6 @@ class StudentTexts(TextRouting):
             self._student.runtime.room = None
 
     def cache(self) -> Cache:
-        """Return an empty cache for one pass, which leaves out what routers drop."""
+        """Return an empty cache, which leaves out what routers drop."""
         student = self._student
-        if student.runtime.bypass or not student._dropping:
-            return super().cache()
-        cache = student._routed_cache()
-        cache.layers = [x if isinstance(x, DroppedLayer) else ReadLayer() for x in cache.layers]  # type: ignore[no-untyped-call]
-        return cache
+        return super().cache() if student.runtime.bypass or not student._dropping else student._routed_cache()

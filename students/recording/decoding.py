@@ -100,10 +100,8 @@ class Decoding:
         self._prompts: Prompts | None = None
         if hasattr(model.base_model, "get_image_features"):
             self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
-        self._routing = routing or TextRouting()
-        self._texts: Texts | None = None
-        if self._prompts is None and not any(windows_of(trunk)):
-            self._texts = Texts(model, self._routing, settle)
+        self._routing = routing or TextRouting(model)
+        self._texts = Texts(model, self._routing, settle) if self._prompts is None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)

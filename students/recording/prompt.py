@@ -120,24 +120,16 @@ class ReadCache(DynamicCache):
         self.layer_class_to_replicate = ReadLayer
 
 
-def copied(cache: Cache, length: int) -> Cache:
-    """Return a copy of a pass's cache, to be continued behind the first `length` tokens."""
-    copies: list[Any] = []
+def copied(cache: Cache, length: int, into: Cache) -> Cache:
+    """Copy the first `length` tokens of a pass's cache into an empty one, and return this."""
     layer: Any
-    for layer in cache.layers:
+    for number, layer in enumerate(cache.layers):
         if isinstance(layer, DroppedLayer):
-            own: Any = copy.copy(layer)
-            own.seen, own.index = length, layer.index.clone()
-            own.keys, own.values = layer.keys.clone(), layer.values.clone()
+            into.layers[number] = layer.copied(length)
         else:
-            own = DynamicLayer()
-            own.lazy_initialization(layer.keys, layer.values)
-            own.keys, own.values = layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone()
-        copies.append(own)
-    made = DynamicCache() if isinstance(cache, ReadCache) else copy.copy(cache)
-    made.layers = copies
-    vars(made).update(elastic=copy.copy(memory_of(cache)))
-    return made
+            into.update(layer.keys[:, :, :length], layer.values[:, :, :length], number)
+    vars(into).update(elastic=copy.copy(memory_of(cache)))
+    return into
 
 
 class Read(NamedTuple):
@@ -161,7 +153,7 @@ class Read(NamedTuple):
         if not isinstance(self.cache, ReadCache):
             own: Cache = self.cache
             return own
-        cache = copied(self.cache, self.used)
+        cache = copied(self.cache, self.used, DynamicCache())
         memory = memory_of(cache)
         if memory.held is not None and memory.next is not None:
             memory.held, memory.next = memory.held[:, : self.used].clone(), memory.next - self.fill

@@ -9,6 +9,7 @@ Behind the pass the host learns how many there were. A text that needs more room
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from students.execution.kv_cache import DroppedLayer
 from students.execution.room import Room, room_for
 from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
 from students.libraries import CACHE_NAMES, cache_of, with_cache
-from students.recording.prompt import ReadCache, copied
+from students.recording.prompt import ReadLayer, copied
 
 MOST = 8192
 """Largest number of tokens of a recorded pass: over more a GPU computes for longer than the host takes to launch it."""
@@ -44,8 +45,11 @@ def padded_to(tokens: int) -> int:
 class TextRouting:
     """How routers take part in reading a text: here not at all; subclasses say it for students."""
 
-    def state(self, rows: int, padded: bool) -> Hashable:
-        """Return what a recorded pass over so many rows, which may be padded at their ends, depends on besides shapes;
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def state(self, padded: bool) -> Hashable:
+        """Return what a recorded pass over rows, which may be padded at their ends, depends on besides shapes;
         ValueError if none can be made."""
         return None
 
@@ -54,8 +58,8 @@ class TextRouting:
         return nullcontext()
 
     def cache(self) -> Cache:
-        """Return an empty cache for one pass, whose layers hold keys and values uncopied."""
-        return ReadCache()
+        """Return an empty cache, as the model itself makes it."""
+        return DynamicCache(config=self._model.config)
 
 
 class TextPass:
@@ -69,7 +73,7 @@ class TextPass:
         self.limits = limits
         self.kind: type[Any]
         """Class of the model's output."""
-        self._model, self._routing, self._padded = model, routing, fill > 0
+        self._model, self._routing, self._padded, self._like = model, routing, fill > 0, routing.cache()
         with torch.inference_mode(False):  # they are written with and without inference mode
             self._ids = ids.clone()
             self._places = torch.arange(ids.shape[1], device=ids.device)
@@ -80,18 +84,25 @@ class TextPass:
         self._ids.copy_(ids)
         self._last.fill_(ids.shape[1] - fill - 1)
 
+    def _cache(self) -> Cache:
+        """Return an empty cache whose layers hold keys and values uncopied."""
+        cache = copy.copy(self._like)
+        layers = (DroppedLayer(x.window) if isinstance(x, DroppedLayer) else ReadLayer() for x in cache.layers)  # type: ignore[no-untyped-call]
+        cache.layers = [*layers]
+        return cache
+
     def run(self) -> tuple[Tensor, Cache, Tensor | None]:
         """Return (logits [B, V] of the token after each row's last one, float32, the cache, numbers); this is the part
         that is recorded. numbers (int32; None: there are none): of open tokens in each choice, and behind these of
         tokens in each layer of the cache where only the device knows how many there are."""
         valid = (self._places <= self._last).expand(self._ids.shape) if self._padded else None
-        cache, room = self._routing.cache(), Room(self.limits, valid)
+        cache, room = self._cache(), Room(self.limits, valid)
         inputs: dict[str, Any] = {"input_ids": self._ids, "use_cache": True}
         inputs["logits_to_keep"] = self._last if self._padded else 1
         with self._routing.within(room):
             out = self._model(**with_cache(self._model, inputs, cache))
         self.kind = type(out)
-        numbers = [*room.numbers, *_kept(cache).values()]
+        numbers = [*room.numbers, *_unread(cache).values()]
         return out.logits[:, -1].float(), cache_of(out), torch.cat(numbers) if numbers else None
 
 
@@ -134,7 +145,7 @@ class Texts:
         fill = tokens - length
         try:
             check_types(ids.device)
-            state = self.routing.state(rows, fill > 0)
+            state = self.routing.state(fill > 0)
         except ValueError:
             return plainly()
         key = rows, tokens, fill > 0, ids.device, self.model.dtype, state
@@ -153,14 +164,14 @@ class Texts:
         own.write(filled, fill)
         logits, cache, numbers = replay()
         fetched = None if numbers is None else Fetched(numbers)
-        logits, cache = logits.clone().unsqueeze(1), copied(cache, length)  # while the pass runs
+        logits, cache = logits.clone().unsqueeze(1), copied(cache, length, self.routing.cache())  # while the pass runs
         if fetched is not None:
             found, choices = fetched.wait().tolist(), len(own.limits)
             if any(number > limit for number, limit in zip(found[:choices], own.limits, strict=True)):
                 self.kept.pop(key)
                 return self._meet(key, met.tokens, plainly)
-            for layer, number in zip(_kept(cache), found[choices:], strict=True):
-                layer.cut(number)
+            for number, layer in enumerate(_unread(cache)):
+                layer.cut(found[choices + number * rows : choices + (number + 1) * rows])
         return own.kind(logits=logits, **{next(name for name in CACHE_NAMES if name in _fields(own.kind)): cache})
 
     def _meet(self, key: Hashable, tokens: int, plainly: Callable[[], Any]) -> Any:
@@ -182,7 +193,7 @@ def _fields(kind: type[Any]) -> Any:
     return kind.__dataclass_fields__
 
 
-def _kept(cache: Cache) -> dict[DroppedLayer, Tensor]:
-    """Return the numbers of tokens in those layers of a cache where only the device knows them."""
+def _unread(cache: Cache) -> dict[DroppedLayer, Tensor]:
+    """Return the numbers [B] of tokens in those layers of a cache where only the device knows them."""
     layers = (layer for layer in cache.layers if isinstance(layer, DroppedLayer))
-    return {layer: layer.number for layer in layers if layer.number is not None}
+    return {layer: layer.numbers for layer in layers if layer.numbers is not None}
