@@ -18,7 +18,7 @@ from students.execution.block import BlockGather
 from students.execution.block_context import BlockContext
 from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.image_block import RoutedBlock
-from students.execution.linear import RoutedLinear, join_product
+from students.execution.linear import GatedLinear, RoutedLinear, join_product
 from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.families.image_pruning import PruningPoint
@@ -240,6 +240,11 @@ class BlockPlace:
         linears, channel = self.linears(site), self.channels.get(site)
         corrected = self.spec.lora.rank > 0 and site in self.spec.lora.sites
         keeps = any(branch in router.of_kind.touches(router) and router.kv == "keep" for router in self.routers)
+        closes = self.record.causal and any(
+            branch in router.of_kind.touches(router) and (branch == "mlp" or router.kv == "drop")
+            for router in self.routers
+            if router.of_kind.over_tokens and router.granularity == "token" and router.network != "static"
+        )
         asks, gated = self.record.causal and branch == "attn" and keeps, branch in self.parts
         opens, opaque = branch in self.opens, site in self.opaque
         group = LinearGroup(f"{self.number}.{site}", self.context, ends=end == "out", opens=opens, opaque=opaque)
@@ -250,9 +255,11 @@ class BlockPlace:
             part: Literal["inputs", "outputs", ""]
             part = "inputs" if gated and end == "out" else "outputs" if narrowed and end == "in" else ""
             part = self.narrowed.get(name, part)
-            if channel is None and not corrected and not part and not per_query:
-                continue
             context = self.wrappers[branch].context
+            if channel is None and not corrected and not part and not per_query:
+                if closes:
+                    self.block.set_submodule(name, GatedLinear(linear, self.runtime, context, ends=end == "out"))
+                continue
             routed = RoutedLinear(linear, self.runtime, group, context, part=part, per_query=per_query)
             if channel is not None:
                 routed.add_channels(channel)

@@ -113,6 +113,9 @@ def routed_attention(
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
+        if slot is not None and attention_mask is None and not ops.attends_to_cache(query, key, value, slot):
+            seen = torch.arange(key.shape[2], device=key.device) <= slot  # a layer that has slots of its own
+            attention_mask = selection.additive(seen, query.dtype)[None, None, None]
         shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads
         fixed = slot is not None and base in ("sdpa", "eager")  # such steps return no attention weights
         if (free or (fixed and plain)) and tokens == 1 and shared and ops.attends_to_cache(query, key, value, slot):

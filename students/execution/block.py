@@ -35,7 +35,7 @@ class BlockGather:
     def _gather(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attn, router, run = self._attn, self._router, self._attn.runtime
         self._context.gathered = None
-        if run.bypass or not run.skips([router.spec]):
+        if run.bypass or run.call.fixed or not run.skips([router.spec]):
             return None
         x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         features = F.rms_norm(x, x.shape[-1:]) if self._norm is None else self._norm(x)

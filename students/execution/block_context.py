@@ -253,6 +253,15 @@ class BranchContext:
     """The tokens that the branch runs on; None: all of the batch."""
     queries: Chosen | Listed | None = None
     """The tokens that are queries, as flat indices into the tokens that the branch is called with; None: all."""
+    open: Tensor | None = None
+    """Set for a token that is alone in a step of fixed shape: whether it is open, [1] bool, so that no weights are read
+    if it is not."""
+    open_keys: Tensor | None = None
+    """The same for layers that other tokens need, too: those of keys and values; None: they run for closed tokens."""
+    open_parts: Tensor | None = None
+    """Which channels in front of the last linear layer are open, [C] bool, set where `open` may be."""
+    zeroed: bool = False
+    """Whether the branch's output is 0 if the token is closed that `open` is about."""
     factors: dict[int, Tensor] = field(default_factory=dict)
     """Outputs of the MLP's gate (0) and up (1), which carry gradients; their product carries none (see linear.py)."""
     exit: Exits | None = None
@@ -266,6 +275,8 @@ class BranchContext:
     def release(self) -> None:
         """Drop what was passed to linear layers, once they have run."""
         self.gate = self.narrow = self.rows = self.queries = None
+        self.open = self.open_keys = self.open_parts = None
+        self.zeroed = False
 
 
 @dataclass

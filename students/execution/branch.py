@@ -84,7 +84,8 @@ class RoutedBranch(Wrapper):
         skip = run.skips(exits.specs)
         try:
             plan = self._pass_parts(features, skip)
-            if skip and exits.gates:
+            fixed = run.call.fixed and (exits.count is None or bool(exits.drops))
+            if skip and exits.gates and not fixed:
                 exits.valid, exits.room = run.call.valid, run.room
                 if self.branch == "mlp":
                     return self._compute_some(exits, args, kwargs)
@@ -93,11 +94,30 @@ class RoutedBranch(Wrapper):
                 return self._attend_patches(exits, plan, args, kwargs)
             if plan is not None and self.branch == "attn":
                 kwargs["routed"] = plan
+            if fixed:
+                out, substituted = self._run_fixed(exits, args, kwargs), any(other for _, other in exits.gates)
+                return self._leave(out, exits, all_open=self.context.zeroed and not (substituted or self.late_exit))
             if self.branch == "attn" and exits.drops:
                 kwargs = self._without_closed_keys(exits, kwargs)
             return self._leave(self.base_layer(x, *args, **kwargs), exits)
         finally:
             self.context.release()
+
+    def _run_fixed(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the branch in a step of fixed shape: gates are masks, but for a token that is alone linear layers read no
+        weights of what it has closed (see RoutedLinear)."""
+        x, context, drops = exits.x, self.context, exits.drops if self.branch == "attn" else []
+        if x.shape[:2].numel() == 1:
+            context.open = exits.open().view(1) if exits.gates else None
+            context.open_keys = context.open if self.branch == "mlp" else exits.open(drops).view(1) if drops else None
+            if context.gate is not None:
+                parts = (context.gate != 0).flatten()
+                context.open_parts = parts if context.open is None else parts & context.open
+        if not drops:
+            return self.base_layer(x, *args, **kwargs)
+        layer = cache_in(kwargs).layers[self.base_layer.layer_idx]
+        layer.kept = exits.open(drops).view(1)
+        return self.base_layer(x, *args, **{**kwargs, self.mask: None, "slot": layer.slots})
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Decide the token and layer gates. Layer gates are decided in front of attention and passed on to the MLP."""
@@ -126,7 +146,8 @@ class RoutedBranch(Wrapper):
         gate = run.decide(key, router, features).gate
         by_token = router.spec.granularity == "token" and router.spec.network != "static"
         shared = gate.numel() == gate.shape[-1] and (run.causal or not by_token)  # an image with one token left is rare
-        if not (skip and shared and self.narrows and run.skips([router.spec])):
+        fixed = run.call.fixed and by_token
+        if fixed or not (skip and shared and self.narrows and run.skips([router.spec])):
             self.context.gate = GateOfChannel.apply(gate, router.of_channel)
             return None
         narrow, heads = self._narrow(key, router, gate.flatten())

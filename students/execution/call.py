@@ -89,6 +89,8 @@ class Call:
     """Whether closed parts are skipped and no gradients are recorded."""
     alone: bool = False
     """Whether the call is `skipping` and for one token only: reading fewer weights is then faster."""
+    fixed: bool = False
+    """Whether the call is a step of fixed shape (recording/step.py), in which no shape may depend on what is open."""
     valid: Tensor | None = None
     """[B, T] bool: the tokens that are not padding; None: all."""
     padded: int = 0

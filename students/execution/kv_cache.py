@@ -99,6 +99,12 @@ class DroppedLayer(CacheLayerMixin):
         """Apply choose(tensor, dimension of slots) to all three tensors."""
         self.keys, self.values, self.index = choose(self.keys, 2), choose(self.values, 2), choose(self.index, 1)
 
+    def fill(self, keys: Tensor, values: Tensor, index: Tensor, seen: int) -> None:
+        """Set keys and values [1, H, n, d] of the only row, and the indices [n] of their tokens, of `seen` tokens."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self.index, self.seen = keys, values, index[None], seen
+        self.lengths = [len(index)]
+
     def copied(self, seen: int) -> DroppedLayer:
         """Return a copy, as of a sequence of so many tokens."""
         own = copy.copy(self)

@@ -147,7 +147,13 @@ class RoutedLinear(Wrapper):
             gate, self.branch.gate = self.branch.gate, None
             x = x if gate is None else x * gate
         if "channel" not in self.routers:
-            return self._correct(self.base_layer(x), x)
+            if self.part == "inputs" and self.branch.open_parts is not None and self.group.is_laid:
+                return self._correct(self.group.nonzero_channels(x), x)
+            is_open = self._is_open()
+            if is_open is None or not has_rows(self.base_layer):
+                return self._correct(self.base_layer(x), x)
+            self.branch.zeroed = self.group.ends and self.lora is None
+            return self._correct(gated(self.base_layer, x, is_open), x)
         router = self.routers["channel"]
         if self._alone(x):
             return self.group.take(self, x) if together else self.group.one(self, x)
@@ -155,6 +161,14 @@ class RoutedLinear(Wrapper):
         if call.skipping and not self.group.opaque and router.spec.network == "static" and call.rows is None:
             return self._read_static(x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
+
+    def _is_open(self) -> Tensor | None:
+        """Return which outputs [O], or whether any [1], the only token of a step of fixed shape needs; None: all."""
+        branch, parts = self.branch, self.branch.open_parts
+        if self.part == "outputs" and parts is not None:
+            copies = self.outputs // len(parts)  # 2 where a layer holds gate and up
+            return parts if copies == 1 else parts.repeat(copies)
+        return branch.open if self.per_query else branch.open_keys
 
     def _owner(self) -> Tensor | None:
         """Return the row of the batch that each token of the input belongs to; None unless tokens are packed."""
@@ -266,6 +280,39 @@ class RoutedLinear(Wrapper):
         if self._slice[0] is not choice:
             self._slice = choice, make()
         return self._slice[1]
+
+
+class GatedLinear(Wrapper):
+    """A linear layer that reads no weights if the only token of a step of fixed shape is closed.
+
+    branch: state of the branch; ends: whether the layer is the branch's last.
+    """
+
+    base_layer: Linear
+
+    def __init__(self, base_layer: Linear, runtime: Runtime, branch: BranchContext, *, ends: bool) -> None:
+        super().__init__(base_layer, runtime)
+        self.branch = branch
+        self.ends = ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_open = self.branch.open_keys
+        if is_open is None or not has_rows(self.base_layer):
+            out: Tensor = self.base_layer(x)
+            return out
+        self.branch.zeroed = self.ends
+        return gated(self.base_layer, x, is_open)
+
+
+def has_rows(layer: nn.Module) -> bool:
+    """Return whether the weights of each output of a linear layer lie together."""
+    return isinstance(layer, nn.Linear) and layer.weight.is_contiguous()
+
+
+def gated(layer: Linear, x: Tensor, is_open: Tensor) -> Tensor:
+    """Return the output [..., O] of a linear layer for the only token x [..., I], 0 where is_open [1 or O] is false,
+    without reading the weights of these outputs."""
+    return ops.gated_rows(x.flatten(), layer.weight, layer.bias, is_open).view(*x.shape[:-1], -1)
 
 
 def join_product(block: nn.Module, record: Architecture) -> None:

@@ -36,6 +36,8 @@ class SideBySide:
     """The product with `whole`, which may be packed."""
     none: Tensor
     """Zeros [I]: a limit that all channels reach."""
+    least: Tensor
+    """The least positive numbers [I]: a limit that all channels reach but those that are 0."""
     bias: Tensor | None = None
     down: Tensor | None = None
     """Low-rank corrections: down [layers * rank, I], up [rank, outputs of all layers]."""
@@ -207,6 +209,18 @@ class LinearGroup:
         out, _ = ops.read_channels(full, limit, self.laid.whole, layer.base_layer.bias, None, None, self._ends)
         return out.view(*x.shape[:-1], -1)
 
+    @property
+    def is_laid(self) -> bool:
+        """Whether there is `laid`."""
+        return self._laid is not None
+
+    def nonzero_channels(self, x: Tensor) -> Tensor:
+        """Return the only layer's output, without corrections, for a single token x [1, 1, I], of which it reads no
+        channel that is 0."""
+        laid = self.laid
+        out, _ = ops.read_channels(x.flatten(), laid.least, laid.whole, laid.bias, None, None, self._ends)
+        return out.view(*x.shape[:-1], -1)
+
     def _note(self, share: Callable[[], Tensor]) -> None:
         if self.layers[0].runtime.decisions is not None:
             self.layers[0].note(share())
@@ -226,7 +240,9 @@ class LinearGroup:
             torch.cat([part.detach() for part in columns], 1, out=whole)
             for base, part in zip(bases, whole.split(self._sizes, 1), strict=True):
                 base.weight.data = part if isinstance(base, Conv1D) else part.T
-            self._laid = SideBySide(whole, PackedProduct(), whole.new_zeros(len(whole), dtype=torch.float32))
+            none = whole.new_zeros(len(whole), dtype=torch.float32)
+            least = torch.full_like(none, torch.finfo(torch.float32).tiny)
+            self._laid = SideBySide(whole, PackedProduct(), none, least)
             self._stamp.renew(weights)
         laid = self._laid
         laid.bias = laid.down = laid.up = self._limit = None

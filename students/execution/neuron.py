@@ -14,8 +14,9 @@ class RoutedActivation(Wrapper):
     """The activation of an MLP's gate; a neuron is closed where the magnitude stays below the neuron's limit.
 
     For a token on its own, the activations of open neurons only are returned and their indices passed on: `up` computes
-    only their rows and `down` reads only their channels (see RoutedLinear.part). Where there are more tokens, or these
-    layers cannot be read in part (opaque), closed neurons are masked. block: index of the block.
+    only their rows and `down` reads only their channels (see RoutedLinear.part). In a step of fixed shape both find out
+    on the device. Where there are more tokens, or these layers cannot be read in part (opaque), closed neurons are
+    masked. block: index of the block.
     """
 
     def __init__(
@@ -43,6 +44,9 @@ class RoutedActivation(Wrapper):
         run.note(self.key, router.spec, share if rows is None else rows.whole(share, rows.queries))
         self.branch.narrow = None
         if self.opaque or not (run.call.alone and x.shape[:-1].numel() == 1):
+            return out
+        if run.call.fixed:
+            self.branch.open_parts = (out != 0).flatten()
             return out
         open_ = out.flatten().nonzero().squeeze(1)
         self.branch.narrow = Narrow(open_, out.shape[-1], weight=None, keep=False)

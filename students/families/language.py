@@ -52,7 +52,7 @@ class LanguageStudent(Student):
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
         trunk.register_forward_hook(self._leave, always_call=True)
         self._decoding = Decoding(
-            self.model, trunk, self._recorded_for, self._settle, pruning=self._pruning(), routing=StudentTexts(self)
+            self.model, trunk, self._recorded_step, self._settle, pruning=self._pruning(), routing=StudentTexts(self)
         )
         about = "a teacher without recorded passes"
         self._teacher_passes = {n: Forward(partial(self._states, n), self._taught, what=about) for n in (False, True)}
@@ -96,10 +96,25 @@ class LanguageStudent(Student):
             return self.lossless.generate(*args, **kwargs)
         return self._decoding.generate(*args, **kwargs)
 
-    def _recorded_for(self, texts: bool = False) -> Any:
-        """Return the state that a recorded decode step depends on besides shapes; texts: a pass over several tokens a
-        row, where tokens have room and other gates that differ from token to token are masks. Raises ValueError if the
-        step cannot be recorded, as when shapes inside depend on the data."""
+    def _recorded_step(self, rows: int) -> Any:
+        """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
+        none can be recorded. Gates that differ from token to token are masks there (RoutedBranch._run_fixed); on CPUs,
+        where leaving parts out is faster, such steps are not recorded."""
+        run = self.runtime
+        state = self._recorded_for(by_token=not self._decoding.replays)
+        if run.bypass:
+            return state
+        if self._dropping and rows > 1:
+            raise ValueError("rows differ in which tokens have keys")
+        if any(self.compute.blocks[number].window for number in self._dropping):
+            raise ValueError("how far back a sliding window reaches depends on which tokens have keys")
+        chosen = any(router.selection == "topk" and router.of_kind.over_parts for router in self.spec.routers)
+        return state, (run.offset, run.capacity) if chosen else None
+
+    def _recorded_for(self, rows: int = 1, by_token: bool = False) -> Any:
+        """Return the state that a recorded pass depends on besides shapes; by_token: whether what is left in may differ
+        from token to token. Raises ValueError if the pass cannot be recorded, as when shapes inside depend on the
+        data."""
         run = self.runtime
         if run.execution != "skip":
             raise ValueError("masks are for reference")
@@ -108,7 +123,7 @@ class LanguageStudent(Student):
                 raise ValueError("at compute 1.0 CPUs keep the model's bits")
             return "teacher", self._frozen.data_ptr(), self._layouts
         for router in self.spec.routers:
-            if not ((texts and router.granularity == "token") or router.of_kind.fixes_shapes(router)):
+            if not ((by_token and router.granularity == "token") or router.of_kind.fixes_shapes(router)):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
             if router.of_kind.over_tokens and isinstance(run.offset, tuple):
                 raise ValueError(f"what {router.kind} routers leave in differs between rows")
@@ -237,6 +252,7 @@ class LanguageStudent(Student):
         mask = kwargs.get("attention_mask")
         self._enter(tokens.numel(), len(tokens), tokens.device, settled)
         call = run.call
+        call.fixed = settled
         self._lengths.begin(call.skipping and not settled and (bool(self._dropping) or tokens.shape[1] == 1))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()
@@ -302,7 +318,7 @@ class LanguageStudent(Student):
             return None
         if not self._dropping or self.runtime.execution == "mask":
             return DynamicCache(config=self.trunk.config) if cache is None else cache
-        if isinstance(cache, RoutedCache):
+        if isinstance(cache, RoutedCache | FixedCache):
             return cache
         if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
             raise ValueError(
@@ -326,7 +342,7 @@ class StudentTexts(TextRouting):
         """Return the state of routers and dial that a recorded pass depends on besides shapes. Raises ValueError if it
         cannot be recorded."""
         student, run = self._student, self._student.runtime
-        state: Hashable = student._recorded_for(texts=True)
+        state: Hashable = student._recorded_for(by_token=True)
         if run.bypass:
             return state
         choosing = [router for router in student.spec.routers if router.of_kind.over_tokens]
@@ -345,7 +361,11 @@ class StudentTexts(TextRouting):
         finally:
             self._student.runtime.room = None
 
+    @property
+    def drops(self) -> bool:
+        """Whether routers let tokens leave no keys."""
+        return bool(self._student._dropping) and not self._student.runtime.bypass
+
     def cache(self) -> Cache:
         """Return an empty cache, which leaves out what routers drop."""
-        student = self._student
-        return super().cache() if student.runtime.bypass or not student._dropping else student._routed_cache()
+        return self._student._routed_cache() if self.drops else super().cache()

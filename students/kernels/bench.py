@@ -109,6 +109,11 @@ def other_lines(on: Setup) -> Iterator[str]:
         x, gain = on.make(rows, wide), on.make(wide)
         call: Call = partial(ops.rms_norm, x, gain, 1e-5, 0)
         yield line(f"rms_norm {tuple(x.shape)}", 2 * x.numel() * size, call, partial(_plain_norm, x, gain))
+    weight = on.make(on.weights[-1][1], wide)
+    for open_ in (True, False):
+        call, flag = partial(ops.gated_rows, x[0], weight, None), torch.tensor([open_], device=on.device)
+        about = f"gated_rows {tuple(weight.shape)}, {'open' if open_ else 'closed'}"
+        yield line(about, open_ * weight.numel() * size, partial(call, flag), partial(F.linear, x[0], weight))
     for slots in (256, 1024, 4096):
         keys, values, query = on.make(1, 8, slots, 128), on.make(1, 8, slots, 128), on.make(1, 32, 1, 128)
         slot, bias = torch.tensor([slots - 1], device=on.device), on.make(1, 1, 1, slots) * 0

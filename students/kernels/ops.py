@@ -165,6 +165,12 @@ sums of squares `squares` [B, n], which add up to each input's sum; 3: SiLU(x) *
 times other. residual [B, O], for one layer only: added to the layer's output; output and sum are each rounded. The
 third result is the sums of squares [B, n] of each 64 outputs of that sum."""
 
+
+def _gated(weight: Tensor, is_open: Tensor) -> int:
+    """Return how many numbers of a weight [O, I] the open ones of its outputs read; is_open [1 or O]."""
+    return int(is_open.sum()) * weight.numel() // len(is_open)
+
+
 dot_rows: One = _operator(
     "dot_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor",
     lambda x, weight, bias, rows: x.new_empty(len(weight) if rows is None else len(rows)),
@@ -172,6 +178,14 @@ dot_rows: One = _operator(
     lambda x, weight, *_, out_val: len(out_val) * weight.shape[1] * weight.element_size(),
 )
 """The outputs `rows` [n] (None: all) of a linear layer with contiguous weight [O, I]: x [I] -> [n]."""
+
+gated_rows: One = _operator(
+    "gated_rows(Tensor x, Tensor weight, Tensor? bias, Tensor is_open) -> Tensor",
+    lambda x, weight, *_: x.new_empty(len(weight)),
+    lambda x, weight, bias, is_open, *, out_val: 2 * _gated(weight, is_open),
+    lambda x, weight, bias, is_open, *, out_val: _gated(weight, is_open) * weight.element_size(),
+)
+"""The outputs [O] of a linear layer with contiguous weight [O, I] for x [I], 0 where is_open [1 or O] is false."""
 
 exact_rows: Pair = _operator(
     "exact_rows(Tensor x, Tensor head, Tensor? bias, Tensor preview, Tensor limit, Tensor tail) -> (Tensor, Tensor)",

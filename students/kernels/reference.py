@@ -84,6 +84,10 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
     return F.linear(x, weight[rows], None if bias is None else bias[rows])
 
 
+def gated_rows(x: Tensor, weight: Tensor, bias: Tensor | None, is_open: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).masked_fill(~is_open, 0)
+
+
 def exact_rows(
     x: Tensor, head: Tensor, bias: Tensor | None, preview: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:

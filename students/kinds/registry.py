@@ -82,8 +82,8 @@ class Kind:
         raise NotImplementedError
 
     def fixes_shapes(self, spec: RouterSpec) -> bool:
-        """Return whether tensor shapes in a decode step do not depend on the router's decisions, so that the step can
-        be captured into a CUDA graph (see students/recording/step.py)."""
+        """Return whether no tensor's shape depends on the router's decisions, so that any pass can be recorded; for
+        other routers see LanguageStudent._recorded_step."""
         return False
 
     def saves(self, spec: RouterSpec, phase: Literal["decode", "prefill"]) -> bool:

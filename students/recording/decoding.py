@@ -27,7 +27,7 @@ from students.kernels.capture import Fetched, Recorder, Recordings, check_types,
 from students.libraries import CACHE_NAMES, cache_in, cache_of
 from students.recording.prompt import PromptPruning, Prompts, Read, following
 from students.recording.replay import Replay
-from students.recording.step import DecodeStep
+from students.recording.step import DecodeStep, initialize
 from students.recording.text import TextRouting, Texts
 
 SMALLEST = 256
@@ -74,18 +74,18 @@ def _has_hooks(module: nn.Module) -> bool:
 class Decoding:
     """A model whose tokens are decoded through recorded steps.
 
-    trunk: the module that holds the blocks. state: returns what a recording depends on besides shapes; raises
-    ValueError where nothing can be recorded, in words that complete "decoding without recorded steps: ". settle: called
-    with (batch, device) before replays; writes changed settings to the tensors that steps read. recorder: None for the
-    device's default. pruning: how image tokens are pruned, and routing: how routers take part in reading a text; None:
-    not at all.
+    trunk: the module that holds the blocks. state: returns what a recording for so many rows depends on besides shapes;
+    raises ValueError where nothing can be recorded, in words that complete "decoding without recorded steps: ".
+    settle: called with (batch, device) before replays; writes changed settings to the tensors that steps read.
+    recorder: None for the device's default. pruning: how image tokens are pruned, and routing: how routers take part in
+    reading a text; None: not at all.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         trunk: nn.Module,
-        state: Callable[[], Any] = lambda: None,
+        state: Callable[[int], Any] = lambda rows: None,
         settle: Callable[[int, torch.device], None] = lambda batch, device: None,
         recorder: Recorder | None = None,
         pruning: PromptPruning | None = None,
@@ -224,7 +224,8 @@ class Decoding:
         if config.stop_strings is not None and "stop_strings" not in kwargs:
             return False
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if self.replays and (ids is None or len(ids) * (config.num_return_sequences or 1) > ops.FEW_ROWS):
+        rows = (1 if ids is None else len(ids)) * (config.num_return_sequences or 1)
+        if self.replays and (ids is None or rows > ops.FEW_ROWS):
             return False
         if (config.num_beams or 1) > 1:
             raise ValueError("beam search moves rows of the cache")
@@ -235,7 +236,7 @@ class Decoding:
         check_types(self.model.device)
         if self._prompts is not None and any(windows_of(self.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
-        self._state()
+        self._state(rows)
         return True
 
     def _decode(
@@ -307,6 +308,7 @@ class Decoding:
         """Return the step that continues behind a prompt, and its replay; valid [B, T]: the call's attention mask; new:
         number of tokens to make slots for."""
         cache, used = read.cache, read.used
+        initialize(cache, self.trunk, torch.empty(0, dtype=self.model.dtype, device=self.model.device))
         memory, rows = memory_of(cache), len(keys_and_values(cache)[0][0])
         if memory.held is not None and memory.next is not None:  # only some tokens were kept
             valid, positions = memory.held[:, :used], following(memory.next - read.fill - 1).expand(rows)
@@ -329,7 +331,7 @@ class Decoding:
         """Return a step for a batch of this cache's size and dtype, and its replay; both are kept."""
         keys, _ = keys_and_values(like)[0]
         self._settle(len(keys), keys.device)
-        key = len(keys), slots, keys.device, keys.dtype, self._state()
+        key = len(keys), slots, keys.device, keys.dtype, self._state(len(keys))
 
         def make() -> tuple[DecodeStep, Callable[[], Tensor]]:
             step = DecodeStep(self.model, self.trunk, like, slots)
@@ -338,10 +340,11 @@ class Decoding:
         step, replay = self._steps.take(key, self.recorder or recorder_for(keys.device) or Replay, make)
         return step, replay or step.run
 
-    def _as_cache(self, step: DecodeStep, read: Read, new: int) -> DynamicCache:
+    def _as_cache(self, step: DecodeStep, read: Read, new: int) -> Cache:
         """Copy what a step holds, the prompt and `new` further tokens, into a dynamic cache."""
         used = read.used + new
-        cache, memory = step.dynamic(used), replace(memory_of(read.cache))
+        into = self._routing.cache() if self._routing.drops else DynamicCache()
+        cache, memory = step.copied(used, into), replace(memory_of(read.cache))
         vars(cache).update(elastic=memory)
         if memory.held is not None and memory.next is not None:
             memory.held, memory.next = step.open[:, :used].clone(), memory.next - read.fill + new

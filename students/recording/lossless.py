@@ -55,7 +55,7 @@ class Lossless(Decoding):
         self,
         model: PreTrainedModel,
         trunk: nn.Module,
-        state: Callable[[], Any],
+        state: Callable[[int], Any],
         settle: Callable[[int, torch.device], None],
         dense: Callable[[], AbstractContextManager[Any]],
         recorder: Recorder | None = None,

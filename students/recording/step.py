@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from students.architectures.lookup import windows_of
+from students.architectures.lookup import architecture_of, sizes_of, windows_of
 from students.execution.call import Memory
-from students.execution.kv_cache import keys_and_values
+from students.execution.kv_cache import DroppedLayer, keys_and_values
 from students.kernels import ops
 from students.kernels.rotary import Rotations
 from students.libraries import with_cache
@@ -24,16 +24,22 @@ from students.routers import selection
 
 class FixedLayer(CacheLayerMixin):
     """Static cache of one layer: keys and values [B, H, L, d]; a step writes at indices `slots` [T], in all rows
-    alike."""
+    alike.
+
+    index: where tokens may leave no keys, the token [L] of the only row that each slot holds; `slots` [1] is then the
+    layer's own, and stays in place for a token whose `kept` [1] is false.
+    """
 
     is_sliding = False
     is_compileable = True
     keys: Tensor
     values: Tensor
+    index: Tensor | None
+    kept: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         CacheLayerMixin.__init__(self)
-        self.keys, self.values, self.slots = keys, values, slots
+        self.keys, self.values, self.slots, self.index = keys, values, slots, None
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
@@ -60,6 +66,22 @@ class FixedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return the number of slots."""
         return self.keys.shape[2]
+
+
+def _drops(layer: Any) -> bool:
+    return layer.index is not None if isinstance(layer, FixedLayer) else isinstance(layer, DroppedLayer)
+
+
+def initialize(cache: Cache, trunk: nn.Module, like: Tensor) -> None:
+    """Give layers of a cache that no token of the only row has written to empty keys and values, of the type and on the
+    device of `like`."""
+    record, blocks = architecture_of(trunk)
+    layer: Any
+    for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
+        if not layer.is_initialized:
+            sizes = sizes_of(trunk, record, number, block)
+            empty = like.new_zeros(1, sizes.groups, 0, sizes.size)
+            layer.lazy_initialization(empty, empty)
 
 
 class FixedCache(Cache):
@@ -109,7 +131,13 @@ class DecodeStep:
                 self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
             else:
                 held, self.open, self.shift = keys_and_values(beside.cache), beside.open, beside.shift
-            self.cache = FixedCache([FixedLayer(keys, values, self.slots) for keys, values in held])
+            layers = [FixedLayer(keys, values, self.slots) for keys, values in held]
+            self._dropping = [layer for layer, other in zip(layers, like.layers, strict=True) if _drops(other)]
+            self._own = torch.zeros(len(self._dropping), dtype=torch.long, device=device)
+            self._index = torch.zeros(len(self._dropping), length, dtype=torch.long, device=device)
+            for number, layer in enumerate(self._dropping):
+                layer.slots, layer.index = self._own[number : number + 1], self._index[number]
+            self.cache = FixedCache(layers)
 
     def _empty(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:2], self.length, x.shape[3])
@@ -123,11 +151,17 @@ class DecodeStep:
         """Copy the first `used` tokens of each row from a cache and continue behind them. valid [B, used]: tokens that
         are not padding (None: all); positions [B]: those of the next tokens. Layers with a sliding window may hold the
         newest tokens only."""
-        for mine, theirs in zip(keys_and_values(self.cache), keys_and_values(cache), strict=True):
-            held = min(theirs[0].shape[2], used)
-            for into, kept in zip(mine, theirs, strict=True):
-                into[:, :, used - held : used] = kept[:, :, :held]
-                into[:, :, used:] = 0
+        mine: Any
+        theirs: Any
+        for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            held = min(theirs.keys.shape[2], used)
+            start = used - held if mine.index is None else 0
+            for into, kept in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                into[:, :, start : start + held] = kept[:, :, :held]
+                into[:, :, start + held :] = 0
+            if mine.index is not None:
+                mine.index[:held] = theirs.index.flatten()[:held]
+                mine.slots.copy_(theirs.slots if isinstance(theirs, FixedLayer) else torch.full_like(mine.slots, held))
         self.open[:, :used] = True if valid is None else valid.bool()
         self.open[:, used:] = True
         self.shift.copy_(positions.unsqueeze(1) - used)
@@ -159,6 +193,9 @@ class DecodeStep:
             logits: Tensor = self.model(**inputs).logits.float()
         finally:
             self._rotations.end()
+        if self._dropping:
+            self._index.scatter_(1, self._own[:, None], self.slots.expand(len(self._own), 1))
+            self._own.add_(torch.cat([layer.kept for layer in self._dropping]))
         if len(self.slots) == 1:  # how far several tokens go is for the caller to say
             self.slots.add_(1)
             self.positions.add_(1)
@@ -178,9 +215,15 @@ class DecodeStep:
             seen &= self._places > newest - window
         return selection.additive(seen, self._dtype)[:, None]
 
-    def dynamic(self, used: int) -> DynamicCache:
-        """Copy the first `used` tokens into a dynamic cache."""
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(keys_and_values(self.cache)):
-            cache.update(keys[:, :, :used].clone(), values[:, :, :used].clone(), number)
-        return cache
+    def copied(self, used: int, into: Cache) -> Cache:
+        """Copy the first `used` tokens into an empty cache of the model's, and return this."""
+        mine: Any
+        for number, mine in enumerate(self.cache.layers):
+            end = used if mine.index is None else int(mine.slots)
+            keys, values = mine.keys[:, :, :end].clone(), mine.values[:, :, :end].clone()
+            if mine.index is None:
+                into.update(keys, values, number)
+            else:
+                dropped: Any = into.layers[number]
+                dropped.fill(keys, values, mine.index[:end].clone(), used)
+        return into

@@ -57,6 +57,11 @@ class TextRouting:
         """Return a context in which the model has this room for open tokens."""
         return nullcontext()
 
+    @property
+    def drops(self) -> bool:
+        """Whether tokens may leave no keys."""
+        return False
+
     def cache(self) -> Cache:
         """Return an empty cache, as the model itself makes it."""
         return DynamicCache(config=self._model.config)

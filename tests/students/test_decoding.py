@@ -327,8 +327,7 @@ def test_words_are_streamed(tokens: Tensor, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("router", "options", "reason"),
     [
-        (RouterSpec("token"), {}, "what token routers leave in depends on the text"),
-        (RouterSpec("layer", kv="drop"), {}, "what layer routers leave in depends on the text"),
+        (RouterSpec("layer", granularity="sequence"), {}, "what layer routers leave in depends on the text"),
         (RouterSpec("head", granularity="sequence"), {}, "what head routers leave in depends on the text"),
         (RouterSpec("channel"), {"num_beams": 2}, "beam search moves rows of the cache"),
         (RouterSpec("channel"), {"output_hidden_states": True}, "hidden states are not kept"),

@@ -17,7 +17,7 @@ import torch
 
 _FILES = {
     "read_channels": ("read_channels", "few_channels", "fused_channels"),
-    "dot_rows": ("dot_rows",),
+    "dot_rows": ("dot_rows", "gated_rows"),
     "exact_rows": ("exact_rows",),
     "channel_gate": ("channel_gate", "channel_gate_grad", "gated_grad"),
     "fused_gate": ("fused_gate",),

@@ -1,7 +1,8 @@
-"""Selected outputs of a linear layer whose weight has a row for each output: the other rows are not read."""
+"""Some outputs of a linear layer whose weight has a row for each output: the other rows are not read."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -85,4 +86,44 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
             STAGES=plan.stages,
             num_warps=plan.warps,
         )
+    return out
+
+
+@launched()
+def _gated_rows(
+    x,
+    weight,
+    bias,
+    is_open,
+    out,
+    outputs,
+    inputs,
+    EACH: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    here = row < outputs
+    wanted = here & (tl.load(is_open + row * EACH, mask=here, other=0) != 0)
+    total = tl.zeros([STEP], tl.float32)
+    if tl.sum(wanted.to(tl.int32), 0) > 0:
+        total = tl.sum(products(x, weight, row, wanted, 1, inputs, 1, STEP, WIDTH, STAGES), 1)
+        if bias is not None:
+            total += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
+
+
+def gated_rows(x: Tensor, weight: Tensor, bias: Tensor | None, is_open: Tensor) -> Tensor:
+    """`ops.gated_rows` in Triton: x [I] with the rows of weight [O, I] -> [O], 0 where is_open [1 or O] is false."""
+    outputs, inputs = weight.shape
+    x, out, plan = x.contiguous(), x.new_empty(outputs), tuning.rows_of(x.device, 1)
+    _gated_rows[(triton.cdiv(outputs, plan.step),)](
+        *(x, weight, bias, is_open.contiguous().view(torch.uint8), out, outputs, inputs),
+        EACH=int(len(is_open) > 1),
+        STEP=plan.step,
+        WIDTH=plan.width,
+        STAGES=plan.stages,
+        num_warps=plan.warps,
+    )
     return out

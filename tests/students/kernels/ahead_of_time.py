@@ -86,6 +86,8 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     for rows in (1, 16):
         yield call("exact_rows", make(rows, narrow), head, None, make(rows, vocabulary), make(rows), make())
     yield call("dot_rows", make(narrow), head, make(vocabulary), make(1000, kind=torch.int64))
+    for gates in (1, wide):
+        yield call("gated_rows", make(narrow), make(wide, narrow), None, make(gates, kind=torch.bool))
     x, tokens = make(4, 1024, narrow), make(4, 1024, kind=single)
     yield call("channel_gate", x, limit)
     yield call("fused_gate", make(64, narrow), make(narrow), make(64, narrow), 1e-6, 0, limit)

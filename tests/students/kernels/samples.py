@@ -69,6 +69,13 @@ def dot_rows(draw: Draw) -> Iterator[Arguments]:
     yield draw(33), draw(5, 33), draw(5), None
 
 
+def gated_rows(draw: Draw) -> Iterator[Arguments]:
+    for number in (0, 1):
+        yield draw(300), draw(90, 300), draw(90), torch.tensor([number == 1]).to(draw.device)
+        yield draw(33), draw(70, 33), None, draw(70) > 0.8 * number
+    yield draw(64), draw(40, 64), draw(40), torch.arange(40).to(draw.device) < 20
+
+
 def exact_rows(draw: Draw) -> Iterator[Arguments]:
     for rows in (1, 3):
         yield draw(rows, 40), draw(301, 40), draw(301), draw(rows, 301), draw(rows), draw()
@@ -253,6 +260,7 @@ SAMPLES: dict[str, Samples] = {
     "few_channels": lambda draw: channels(draw, 13),
     "fused_channels": fused_channels,
     "dot_rows": dot_rows,
+    "gated_rows": gated_rows,
     "exact_rows": exact_rows,
     "channel_gate": channel_gate,
     "fused_gate": fused_gate,
