@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +17,13 @@ from students.spec import RouterSpec
 class Gates:
     """Gates of one router, [B, T, N] or [B, 1, N]; each form is computed when it is first read."""
 
+    open: Tensor
+    """Whether each gate is open, bool."""
+    gate: Tensor
+    """Factor of the branch's output: 1, or the router's weight, where open; 0 where closed."""
+    closed: Tensor
+    """Factor of the substitute's output: 1 where closed, 0 where open."""
+
     def __init__(
         self, dtype: torch.dtype, count: int | None = None, listed: list[Tensor] | None = None, **forms: Tensor
     ) -> None:
@@ -27,22 +33,21 @@ class Gates:
         """Number of open tokens in each row, if it is known without reading the gates; otherwise None."""
         self.listed = listed
         """Places of the open tokens: the last three results of `ops.list_open`, if it has run; otherwise None."""
-        self.__dict__.update(forms)
+        for name, form in forms.items():
+            setattr(self, name, form)
 
-    @cached_property
-    def open(self) -> Tensor:
-        """Whether each gate is open, bool."""
-        return self.closed == 0
-
-    @cached_property
-    def gate(self) -> Tensor:
-        """Factor of the branch's output: 1, or the router's weight, where open; 0 where closed."""
-        return self.open.to(self._dtype)
-
-    @cached_property
-    def closed(self) -> Tensor:
-        """Factor of the substitute's output: 1 where closed, 0 where open."""
-        return 1 - self.gate
+    def __getattr__(self, name: str) -> Tensor:
+        """Make a form that is read for the first time (torch.compile cannot read `functools.cached_property`)."""
+        if name == "open":
+            made = self.closed == 0
+        elif name == "gate":
+            made = self.open.to(self._dtype)
+        elif name == "closed":
+            made = 1 - self.gate
+        else:
+            raise AttributeError(name)
+        setattr(self, name, made)
+        return made
 
 
 @dataclass

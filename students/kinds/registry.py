@@ -6,7 +6,6 @@ kinds.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -108,11 +107,16 @@ class Kind:
         return [images.choice(p, images.branch(p.block, p.branch) / p.router.gates) for p in routers]
 
 
-@cache
+_kinds: dict[str, Kind] = {}
+"""The result of `kinds`, after its first call. torch.compile can read it, but cannot import modules."""
+
+
 def kinds() -> dict[str, Kind]:
     """Return all kinds by name, in the order of `KindName`. Their files are imported at the first call only, because
     they import calibration, compute and places, which need this module themselves."""
-    return {name: import_module(f"students.kinds.{name}").KIND for name in get_args(KindName)}
+    if not _kinds:
+        _kinds.update({name: import_module(f"students.kinds.{name}").KIND for name in get_args(KindName)})
+    return _kinds
 
 
 def limit_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -16,6 +16,7 @@ from students.families.language import LanguageStudent
 from students.kernels import devices
 from students.libraries import cache_of, with_cache
 from students.recording import decoding
+from students.recording.step import DecodeStep
 from tests.pico.vision_language import make_prompts
 from tests.students.tape import Tape
 from tests.students.test_decoding import CLOSE, SIX, SIX_LOGITS, student_for
@@ -136,6 +137,19 @@ def test_what_is_not_recorded_says_so_once(name: str, kind: str, reason: str) ->
     with warnings.catch_warnings(action="error"):
         generated(student, {"input_ids": prompts(rows)})
     assert Tape.made == made
+
+
+@pytest.mark.parametrize("kind", ["token", "token-drop", "layer", "elastiformer", "neuron"])
+def test_a_step_compiles_whole(kind: str) -> None:
+    student, results = student_for("llama", ROUTERS[kind]), []
+    cache = cache_of(student.model(prompts(1), use_cache=True))
+    step = DecodeStep(student.model, student.trunk, cache, 32)
+    student._settle(1, torch.device("cpu"))
+    for work in (step.run, step.run, torch.compile(step.run, fullgraph=True, backend="eager")):
+        step.load(cache, 12, None, torch.full((1,), 12))
+        step.advance(prompts(1)[:, 0])
+        results.append(work().clone())
+    assert torch.equal(results[1], results[2])
 
 
 @pytest.mark.parametrize("kv", ["keep", "drop"])
