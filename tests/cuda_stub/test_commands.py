@@ -28,7 +28,7 @@ BENCH = "elastic.cli bench --random-weights --target-compute 0.7 --repeats 1 --s
 SHORT = "--batch 1 --tokens 8 --new-tokens 3 --set data.window=32 --set train.window=32"
 """Options for few numbers, and for kernels that the check of a new student has compiled."""
 PROMPT = ["--prompt", "w3 w4 w5 w6 w7 w8 w9", "--max-new-tokens", "5"]
-RECORDINGS = "decoding", "prefill", "prompts", "recorded_images", "texts"
+RECORDINGS = "decoding", "gated_steps", "prefill", "prompts", "recorded_images", "texts"
 GPU_TESTS = "pytest -m gpu -q -p no:cacheprovider"
 
 
@@ -77,7 +77,7 @@ def together(on_stub: RunOnStub, training: list[str], tmp_path_factory: pytest.T
         "distill": shlex.join(["elastic.cli", "distill", *training, "--output", str(run)]),
         "generate": shlex.join(["elastic.cli", "generate", str(run), *PROMPT]),
         "tests": f"{GPU_TESTS} tests/students/test_decoding.py tests/students/test_texts.py "
-        "-k 'llama or fails or substitute-1'",
+        "tests/students/test_gated_steps.py -k 'llama or fails or substitute-1 or token-drop'",
     }
     return dict(zip(commands, on_stub(*commands.values()), strict=True)), run
 
@@ -125,7 +125,7 @@ def assert_tests_hold(made: Record) -> None:
     """Assert that tests marked gpu pass: replays say what the model says, wherever the dial is."""
     assert " passed" in made["out"] and "skipped" not in made["out"]
     assert (made["outside"], made["problems"]) == (0, []) and made["replays"] > 10
-    assert {"_gather", "_exact_rows", "_decode_attention"} <= set(made["kernels"])
+    assert {"_gather", "_exact_rows", "_decode_attention", "_gated_rows"} <= set(made["kernels"])
 
 
 def test_what_needs_a_gpu_holds(together: Together) -> None:
