@@ -1,11 +1,12 @@
-"""Run the commands in .ci/gpu-bench one after the other, and write what each prints to FOLDER/NUMBER-NAME.json.
+"""Run the commands in .ci/gpu-bench one after the other, and write what each prints to FOLDER/NUMBER-NAME.json, or to
+NUMBER-NAME.txt why there is nothing.
 
 `python .ci/gpu_commands.py FOLDER SECONDS`: all commands together get SECONDS, and each but the last at most the share
 MOST of the time left, so that one that hangs does not cost the others; none is started in the last LEAST seconds.
 
 Each command runs in a process of its own, so that a GPU error cannot affect the next. The processes are forked from
 this one, which has imported all libraries but does not touch the GPU, since importing them each time would take as long
-as some of the commands. Exits with 1 if a command fails, but not if time runs out.
+as some of the commands. Exits with 1 if a command fails or time runs out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -48,7 +50,9 @@ def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
     """Run `elastic bench` with these arguments; return whether it succeeded, None if it was killed after `seconds`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which libraries start
+        child = os.fork()
     if child == 0:
         _become(["bench", *arguments, "--json"], out)
     end = time.monotonic() + seconds
@@ -83,27 +87,28 @@ def _become(arguments: list[str], out: Path) -> None:
 
 
 def main() -> int:
-    folder, end, failed = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]), False
+    folder, end, missing = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]), False
     sys.path.insert(0, str(Path(__file__).parent.parent))
     for name in IMPORTED:
         import_module(name)
     listed = list(commands(Path(__file__).with_name("gpu-bench")))
     for number, (name, arguments) in enumerate(listed, 1):
         said, left = f"elastic bench {shlex.join(arguments)}", end - time.monotonic()
-        if left < LEAST:
-            print(f"out of time, not run: {said}", file=sys.stderr)
-            continue
-        print(said, file=sys.stderr)
-        out, began = folder / f"{number}-{name}.json", time.monotonic()
-        well = run(arguments, out, left if number == len(listed) else max(LEAST, MOST * left))
-        took = f"{time.monotonic() - began:.0f} seconds"
-        if well:
-            print(took, file=sys.stderr)
-            continue
-        out.unlink(missing_ok=True)
-        failed |= well is not None
-        print(f"{'out of time' if well is None else 'failed'} after {took}: {said}", file=sys.stderr)
-    return int(failed)
+        out, why = folder / f"{number}-{name}.json", "out of time, not run"
+        if left >= LEAST:
+            print(said, file=sys.stderr)
+            began = time.monotonic()
+            well = run(arguments, out, left if number == len(listed) else max(LEAST, MOST * left))
+            took = f"{time.monotonic() - began:.0f} seconds"
+            if well:
+                print(took, file=sys.stderr)
+                continue
+            out.unlink(missing_ok=True)
+            why = f"{'out of time' if well is None else 'failed'} after {took}"
+        missing = True
+        print(f"{why}: {said}", file=sys.stderr)
+        out.with_suffix(".txt").write_text(f"{why}: {said}\n")
+    return int(missing)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Print results of `elastic bench --json`, in files NUMBER-NAME.json, as one Markdown table for the README.
+"""Print results of `elastic bench --json`, in files NUMBER-NAME.json, as one Markdown table for the README, and behind
+it what NUMBER-NAME.txt says of those that are missing.
 
 The column "of predicted" is the measured over the predicted speed-up, measured against the tuned dense model or, if
 there is none, against the dense model.
@@ -32,10 +33,13 @@ FEWEST = 8
 
 
 def lines(files: Sequence[Path]) -> list[str]:
-    """Return a line about the machine and the table's lines, in the order of the files' numbers."""
-    found = [(file, json.loads(file.read_text().splitlines()[-1])) for file in sorted(files, key=_number)]
+    """Return a line about the machine and the table's lines, in the order of the files' numbers, and a line for each
+    command that timed nothing."""
+    files = sorted(files, key=_number)
+    found = [(file, json.loads(file.read_text().splitlines()[-1])) for file in files if file.suffix == ".json"]
+    missing = [line for file in files if file.suffix == ".txt" for line in ("", file.read_text().strip())]
     if not found:
-        return ["nothing was timed"]
+        return ["nothing was timed", *missing]
     first = found[0][1]
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "elastic-distill"))
     device = first["machine"].get("device", first["machine"]["processor"])
@@ -52,7 +56,7 @@ def lines(files: Sequence[Path]) -> list[str]:
     for file, made in found:
         if "replaced_kernels" in made["machine"]:
             out += ["", f"{file.stem}: torch's operators in place of {made['machine']['replaced_kernels']}"]
-    return out
+    return [*out, *missing]
 
 
 def _number(file: Path) -> int:

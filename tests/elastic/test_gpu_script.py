@@ -28,13 +28,17 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def table() -> ModuleType:
-    spec = spec_from_file_location("gpu_table", CI / "gpu_table.py")
+def script(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, CI / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def table() -> ModuleType:
+    return script("gpu_table")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
@@ -53,7 +57,8 @@ FAKES = {
         *gpu_commands.py*) echo "{}" >"$2/1-tokens,keep.json"; [ "$3" -gt 300 ] ;;
         *gpu_table.py*) echo "| table of ${2##*/} |" ;;
     esac""",
-    "timeout": """shift
+    "timeout": """while [ "$1" != "${1#-}" ]; do shift 2; done
+    shift
     case "$*" in *5/5) exit 124 ;; *) exec "$@" ;; esac""",
     "nproc": "echo 7",  # three in four of these run tests: 5
 }
@@ -91,8 +96,8 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
         f"# of tiny shapes\n\nmerging --model tiny-vit --preset static --batch 2 {quick}\nnone --model huge {quick}\n"
         f"layers,drop --model tiny-llm --tokens 16 --new-tokens 2 {quick}\n"
     )
-    script = shutil.copy(CI / "gpu_commands.py", tmp_path)
-    command = [sys.executable, script, tmp_path, "1000"]
+    copied = shutil.copy(CI / "gpu_commands.py", tmp_path)
+    command = [sys.executable, copied, tmp_path, "1000"]
     environment = {**os.environ, "PYTHONPATH": str(CI.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -102,7 +107,8 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.glob("*.json")} == {"1-merging.json", "3-layers,drop.json"}
     (tmp_path / "10-merging.json").write_text("what a library prints\n" + (tmp_path / "1-merging.json").read_text())
     (tmp_path / "1-merging.json").unlink()
-    found = table.lines(list(tmp_path.glob("*.json")))
+    *found, gap, missing = table.lines(list(tmp_path.glob("[0-9]*-*")))
+    assert gap == "" and re.match(r"failed after \d+ seconds: elastic bench --model huge", missing)
     assert f"torch {torch.__version__}" in found[0] and found[1] == ""
     assert {line.count("|") for line in found[2:]} == {len(table.COLUMNS) + 1}
     reached = {line.split("|")[1 + table.COLUMNS.index("of predicted")].strip() for line in found[4:]}
@@ -114,6 +120,19 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
         "tiny-vit, merging, 0.7 train 1 x 65",
     ]
     assert table.lines([]) == ["nothing was timed"]
+
+
+def test_a_table_names_what_there_was_no_time_for(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = script("gpu_commands")
+    monkeypatch.setattr(commands, "IMPORTED", ())
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["gpu_commands.py", str(tmp_path), "10"])
+    assert commands.main() == 1
+    found = table.lines(list(tmp_path.glob("[0-9]*-*")))
+    missing = [f"out of time, not run: elastic bench {shlex.join(shlex.split(line))}" for _, line in COMMANDS]
+    assert found == ["nothing was timed", *(part for line in missing for part in ("", line))]
 
 
 def test_a_table_names_kernels_that_were_replaced(table: ModuleType, tmp_path: Path) -> None:
