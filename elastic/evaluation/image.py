@@ -178,7 +178,7 @@ def score_correlations(first: ImageStudent, second: ImageStudent, images: ImageS
             continue
         for place, student in enumerate((first, second)):
             student.runtime.execution, student.runtime.training = "mask", True  # so that every router scores
-            _, decisions = student(pixels)
+            _, decisions = student(pixels.to(next(student.parameters()).dtype))  # a run may have another precision
             for key in (placed.key for placed in student.routers()):
                 seen.setdefault(key, [[], []])[place].append(decisions.score[key].flatten().float().cpu())
     odd = [key for key, (one, other) in seen.items() if len(one) != len(other)]

@@ -54,7 +54,7 @@ def inference(student: VisionLanguageStudent, models: Models, data: Any, workloa
     """Yield a row for prefill and a row for decoding at each batch size."""
     for size in workload.batch:
         inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
-        say(f"prefill of {size} questions ...")
+        say(f"prefill of {size} question{'s' * (size > 1)} ...")
         yield prefill(models, inputs, workload.repeats)
         say(f"decoding {size} x {workload.new_tokens} tokens after the question ...")
         yield decode(models, inputs, workload.new_tokens, workload.repeats)

@@ -212,11 +212,11 @@ def _attention(given: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _attention_backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Return the gradients of query, key and value."""
+    """Return the gradients of query, key, value and bias."""
     _, query, key, value, p, scale = _attention(given)
     out = next(x for name, x in given.items() if name.startswith("grad_out")).float()
     toward = out @ value.mT
-    scores = p * (toward - (toward * p).sum(-1, keepdim=True)) * scale
-    groups = given["key"].shape[1]
+    bias = p * (toward - (toward * p).sum(-1, keepdim=True))
+    scores, groups = bias * scale, given["key"].shape[1]
     shared = (x.unflatten(1, (groups, -1)).sum(2) for x in (scores.mT @ query, p.mT @ out))
-    return (scores @ key, *shared)
+    return (scores @ key, *shared, bias)

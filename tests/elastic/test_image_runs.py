@@ -264,6 +264,16 @@ def test_runs_can_be_compared(finished: Path) -> None:
     assert all(value == pytest.approx(1) for value in rows.values())
 
 
+def test_runs_of_different_precision_can_be_compared(finished: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(finished, tmp_path / "other")
+    config = (other / "config.yaml").read_text()
+    assert "precision: float32" in config
+    (other / "config.yaml").write_text(config.replace("precision: float32", "precision: bfloat16"))
+    for pair in ((finished, other), (other, finished)):
+        rows = compare_runs(*map(str, pair))
+        assert all(row["correlation"] == pytest.approx(1, abs=0.05) for row in rows)
+
+
 def test_where_compute_goes(finished: Path) -> None:
     """Block 0 runs on all patches, later blocks on some; a picture fades where its patches skip blocks."""
     details = routing_details(str(finished), None)
