@@ -166,7 +166,8 @@ def baseline(
     """Like `evaluate`, for a baseline at the student's compute."""
     kept = session.kept(images)
     if name == "tome":
-        merged, share = baselines.merging(session.teacher(config).model, images.load([0])[0], compute)
+        pixels = images.load([0])[0].to(next(student.parameters()).device)
+        merged, share = baselines.merging(session.teacher(config).model, pixels, compute)
         return compare(student, images, lambda pixels: (features_of(merged, pixels), share), kept)
     some = [part.tolist() for part in torch.arange(min(DIAL_IMAGES, len(images))).split(MEASURED)]
     with baselines.dropping_patches(student, name, chosen_pixels(student, images, some), config.train.seed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students import StudentSpec
@@ -40,8 +41,19 @@ def refused(work: object) -> str:
     return ""
 
 
+@torch.enable_grad()
+def mask_gradient(device: str) -> Tensor:
+    """Return the gradient of attention by its mask, on the CPU."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 7, 8, generator=draw).to(device) for _ in range(3))
+    mask = torch.zeros(2, 1, 7, 7, device=device, requires_grad=True)
+    query.requires_grad_()  # else torch keeps too little for the gradient of the mask
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return torch.autograd.grad(out.square().sum(), mask)[0].cpu()
+
+
 def main() -> None:
-    """Print launches per block by kind and rows, and what a capture refuses."""
+    """Print launches per block by kind and rows, what a capture refuses, and whether masks have their gradient."""
     one: Tensor = torch.ones(3, device="cuda")
     found = {
         "allowed": refused(lambda: torch.histc(one.int(), bins=4, min=0, max=3)),  # as mixtures count their tokens
@@ -49,6 +61,7 @@ def main() -> None:
         "nonzero": refused(lambda: one.nonzero()),
         "synchronize": refused(torch.cuda.synchronize),
         "after": refused(lambda: one + 1),
+        "mask": torch.allclose(mask_gradient("cuda"), mask_gradient("cpu"), atol=1e-5),
     }
     for kind, rows in (("routed", 1), ("open", 1), ("routed", 17)):
         found[f"{kind} {rows}"] = step(3, rows, kind) - step(2, rows, kind)

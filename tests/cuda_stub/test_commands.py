@@ -121,6 +121,11 @@ def test_a_capture_refuses_to_wait(probed: dict[str, Any]) -> None:
     assert probed["allowed"] == probed["after"] == ""
 
 
+def test_a_mask_has_its_gradient(probed: dict[str, Any]) -> None:
+    """Of image tokens routers learn through the mask of attention."""
+    assert probed["mask"]
+
+
 def assert_tests_hold(made: Record) -> None:
     """Assert that tests marked gpu pass: replays say what the model says, wherever the dial is."""
     assert " passed" in made["out"] and "skipped" not in made["out"]
