@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic import families
+from elastic.accounting.memory import cache_need, free_memory, need_of
 from elastic.config import RunConfig
 from elastic.objectives.sums import TeacherSignals
 from elastic.reporting.progress import Say
@@ -51,6 +52,7 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     teacher = run.teacher()
     student = run.load_student(teacher, pack=False, prepare=False)  # done after the training step is timed
     data = families.of(config.family).load(config, teacher)
+    _require_memory(student, data, workload, families.of(config.family).timing)
 
     return measure(student, lambda: load_teacher(config).model, data, config, workload, True, say)
 
@@ -129,6 +131,29 @@ def measure(
         dtype += f", {config.quantization}"
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
     return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+
+
+def _require_memory(student: Any, data: Any, workload: Workload, timing: families.Timing) -> None:
+    """Raise ValueError if the largest timed pass cannot fit into the free memory, since it takes at least its keys and
+    values, and what the linear layers of a block read and write."""
+    trunk, model = getattr(student, "trunk", student.model), student.model
+    passing, free = need_of(model, trunk).passing, free_memory(next(model.parameters()).device)
+
+    def need(tokens: int) -> int:
+        return cache_need(trunk, tokens) + tokens * passing
+
+    batch, longest = max(workload.batch), timing.longest(student, data, workload)
+    if batch * need(longest) <= free:
+        return
+    rows = max(1, free // 2 // need(longest))
+    fits = next(2**n for n in range(60, -1, -1) if n == 0 or 2 * need(2**n) <= free)
+    given = {"tokens": max(workload.tokens), "new_tokens": workload.new_tokens}
+    long = [name for name in timing.OPTIONS if given[name] > fits]
+    smaller = [f"--batch {rows}"] * (rows < batch) + [f"--{name.replace('_', '-')} {fits}" for name in long]
+    raise ValueError(
+        f"{batch} x {longest} tokens at once take at least {batch * need(longest) / 1e9:,.1f} GB, but "
+        f"{free / 1e9:.1f} GB are free: say {' '.join(smaller)}"
+    )
 
 
 def _tuned(dense: nn.Module) -> nn.Module:

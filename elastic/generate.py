@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from elastic import families
+from elastic.accounting.memory import cache_need, free_memory
 from elastic.generation.vision_language import read_image
 from elastic.run import Run
-from teachers.families.language import most_tokens, require_rows
+from teachers.families.language import most_positions, most_tokens, require_rows
 
+NEW_TOKENS = 128
+"""Number of new tokens after which generation stops if none is given."""
 _open = partial(read_image, "a vision-language model")  # an earlier name of `read_image` in this module
 
 
@@ -59,15 +62,16 @@ def generate_text(
     *,
     image: str | None = None,
     compute: float | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     lossless: bool = False,
     stream: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt greedily, as the answer to it if the model has a chat template.
 
-    image: file of the image that a vision-language model is asked about. compute: budget to set first. lossless: the
-    student only drafts, and the text is the dense model's (students/recording/lossless.py). stream: called with each
-    piece of text as soon as it is final.
+    image: file of the image that a vision-language model is asked about. compute: budget to set first. max_new_tokens:
+    stop after so many (None: 128); ValueError for more than the model has positions for, or memory for keys and values.
+    lossless: the student only drafts, and the text is the dense model's (students/recording/lossless.py). stream:
+    called with each piece of text as soon as it is final.
 
     Returns a dictionary with the keys text; tokens, the number of new tokens; full, whether generation stopped at the
     model's maximum length; tokens_per_second, from the median time of a token; and compute, the student's FLOPs over
@@ -92,7 +96,10 @@ def generate_text(
     most = most_tokens(student.trunk)
     if most is not None and length >= most:
         raise ValueError(f"--prompt has {length} tokens, but the model reads at most {most}, answer included")
-    room = max_new_tokens if most is None else min(max_new_tokens, most - length)
+    wanted = max_new_tokens or NEW_TOKENS
+    room = wanted if most is None else min(wanted, most - length)
+    if max_new_tokens is not None:
+        _require_room(student, length, room)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = _Stream(tokenizer, stream)
     with torch.no_grad():
@@ -113,8 +120,25 @@ def generate_text(
     return {
         "text": tokenizer.decode(whole[0, length:], skip_special_tokens=True),
         "tokens": new,
-        "full": new == room < max_new_tokens,
+        "full": new == room < wanted,
         "tokens_per_second": streamer.tokens_per_second(drafting),
         "tokens_per_verification": counts.tokens / max(1, counts.rounds) if drafting else None,
         "compute": spent,
     }
+
+
+def _require_room(student: Any, length: int, new: int) -> None:
+    """Raise ValueError if `new` tokens behind a prompt of `length` are more than the model has positions for, or if the
+    keys and values of all take more memory than is free."""
+    most, free = most_positions(student.trunk), free_memory(student.model.device)
+    if most is not None and new > most:
+        raise ValueError(
+            f"--max-new-tokens is {new}, but the model has positions for {most} tokens, prompt included: say "
+            f"--max-new-tokens {max(1, most - length)}"
+        )
+    need = cache_need(student.trunk, length + new)
+    if need > free:
+        raise ValueError(
+            f"--max-new-tokens is {new}, whose keys and values take {need / 1e9:,.1f} GB, but {free / 1e9:.1f} GB are "
+            f"free: say --max-new-tokens {max(1, free * new // need // 2)}"
+        )

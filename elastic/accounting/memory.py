@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from students import Student
-from students.architectures.lookup import architecture_of, matrices_of, shape_of, sizes_of, weight_of
+from students.architectures.lookup import architecture_of, matrices_of, shape_of, sizes_of
 from students.architectures.record import Architecture
 from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper
@@ -67,17 +67,24 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
     """Return the memory of a model, which may be on the device "meta"; trunk: the part that holds its blocks."""
     size = next(model.parameters()).element_size()
     record, blocks = architecture_of(trunk)
-    each, cache = [], 0
-    for number, block in enumerate(blocks):
-        names = [name for site in record.sites for name in record.linears(site)]
-        linears = sum(sum(weight_of(block.get_submodule(name)).shape) for name in names)
-        each.append(size * (linears + _mixed(block, record)))
-        if record.causal:
-            sizes = sizes_of(trunk, record, number, block)
-            cache += 2 * size * sizes.groups * sizes.size
+    names = [name for site in record.sites for name in record.linears(site)]
+    linears = [sum(sum(shape_of(block.get_submodule(name))) for name in names) for block in blocks]
+    each = [size * (count + _mixed(block, record)) for count, block in zip(linears, blocks, strict=True)]
     head = model.get_output_embeddings() if record.causal else None
     whole = 0 if head is None else 4 * head.weight.numel()
-    return Need(size * sum(p.numel() for p in model.parameters()), cache, sum(each), max(each), whole)
+    weights = size * sum(p.numel() for p in model.parameters())
+    return Need(weights, cache_need(trunk, 1), sum(each), max(each), whole)
+
+
+def cache_need(trunk: nn.Module, tokens: int) -> int:
+    """Return the bytes of one sequence's keys and values in all blocks, of no more tokens than a block's window has;
+    0 if the model is not causal."""
+    record, blocks = architecture_of(trunk)
+    if not record.causal:
+        return 0
+    sizes = [sizes_of(trunk, record, number, block) for number, block in enumerate(blocks)]
+    held = sum(s.groups * s.size * min(tokens, s.window or tokens) for s in sizes)
+    return 2 * next(trunk.parameters()).element_size() * held
 
 
 def kept_bytes(student: Student) -> tuple[int, int]:

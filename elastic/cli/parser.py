@@ -224,9 +224,7 @@ def parser() -> argparse.ArgumentParser:
         "--image", type=expanduser, metavar="FILE", help="image that a vision-language model is asked about"
     )
     generate.add_argument("--compute", type=float, metavar="C", help="turn the dial to this compute first")
-    generate.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default 128)"
-    )
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after so many (default 128)")
     generate.add_argument(
         "--lossless", action="store_true", help="the student only drafts: the text is the dense model's, one sequence"
     )

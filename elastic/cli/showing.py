@@ -26,7 +26,7 @@ def report_command(options: argparse.Namespace) -> None:
 def generate_command(options: argparse.Namespace) -> None:
     """`elastic generate`: print the continuation of a prompt, and on stderr its speed and compute."""
     require_run(options.run, finished=True)
-    if options.max_new_tokens < 1:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1")
     try:
         options.prompt.encode()

@@ -48,6 +48,9 @@ class Timing(Protocol):
     def fitted(self, student: Any, workload: Workload) -> Workload:
         """Return the workload adapted to the model's maximum length; ValueError if the model cannot read it."""
 
+    def longest(self, student: Any, data: Any, workload: Workload) -> int:
+        """Return the number of tokens of the longest input, what is decoded included; ValueError as in `fitted`."""
+
     def contenders(self, student: Any, dense: nn.Module) -> dict[str, Contender]:
         """Return the "student" and the "dense" model, each with the function that runs it."""
 

@@ -39,6 +39,11 @@ def fitted(student: ImageStudent, workload: Workload) -> Workload:
     return workload
 
 
+def longest(student: ImageStudent, data: ImageData, workload: Workload) -> int:
+    """Return the number of tokens of an image."""
+    return tokens_of(student.model)
+
+
 def contenders(student: ImageStudent, dense: nn.Module) -> dict[str, Contender]:
     """Return the student and the dense model, run by forward passes from pixels."""
     return {"student": Contender(student.model, student.predict), "dense": Contender(dense, partial(call, dense))}

@@ -47,6 +47,11 @@ def fitted(student: LanguageStudent, workload: Workload) -> Workload:
     return replace(workload, prompt=min(PROMPT, room))
 
 
+def longest(student: LanguageStudent, data: TextData, workload: Workload) -> int:
+    """Return the length of the longest prompt, or of a prompt with what is decoded behind it."""
+    return max(*fitted(student, workload).tokens, workload.prompt + workload.new_tokens)
+
+
 def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
     """Return the student and the dense model, each run by its `generate`."""
     routed = Contender(student.model, student.generate, student.reader)

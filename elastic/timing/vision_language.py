@@ -36,6 +36,11 @@ def fitted(student: VisionLanguageStudent, workload: Workload) -> Workload:
     return workload
 
 
+def longest(student: VisionLanguageStudent, data: Any, workload: Workload) -> int:
+    """Return the number of tokens of the first question, its image and the answer that is decoded."""
+    return int(data.held_out.ask([0])["input_ids"].shape[1]) + workload.new_tokens
+
+
 def contenders(student: VisionLanguageStudent, dense: Any) -> dict[str, Contender]:
     """Return the student and the dense model, each run by its `generate`."""
     routed = Contender(student.model, student.generate, student.reader)

@@ -58,6 +58,15 @@ def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:
         )
 
 
+def most_positions(trunk: Any) -> int | None:
+    """Return how many tokens a model's config has positions for, stretched by the factor that it gives; None if it says
+    nothing. Models without a learned embedding of each position compute beyond that, but never learned to."""
+    most: int | None = getattr(trunk.config, "max_position_embeddings", None)
+    rope: dict[str, Any] = getattr(trunk.config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # of all layers, or of each type
+    return most and round(most * max(kind.get("factor") or 1 for kind in kinds))
+
+
 def most_tokens(trunk: Any) -> int | None:
     """Return how many tokens a model with a learned embedding of each position can read; None for other models, which
     read any number."""

@@ -1,19 +1,21 @@
-"""Tokens and positions beyond a model's embeddings are refused with one line before anything is written."""
+"""Tokens and positions beyond a model's embeddings, and lengths beyond what positions or memory hold, are refused with
+one line before anything is written."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from elastic import trainer
+from elastic import bench, generate, trainer
 from elastic.bench import bench_run
 from elastic.cli import main
 from elastic.evaluate import measure_run
 from elastic.generate import generate_text
 from students import RouterSpec, StudentSpec, elasticize
-from teachers.families.language import most_tokens
+from teachers.families.language import most_positions, most_tokens
 from tests.elastic.runs import Configure, silent
 from tests.pico.language import TINY, make_tiny, make_tokenizer
 
@@ -70,6 +72,50 @@ def test_timing_stays_within_the_positions(short: Path) -> None:
     assert [row["phase"] for row in rows] == ["prefill", "decode", "train"]
     with pytest.raises(ValueError, match="reads at most 64 tokens at once: say --tokens 64 --new-tokens 32"):
         bench_run(str(short), repeats=1, say=silent)
+
+
+def test_more_new_tokens_than_there_are_positions_or_room_for(
+    finished: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny Llama has 64 positions and computes beyond them, as it is asked to by default and where that is little."""
+    assert generate_text(str(finished), "w3 w4", max_new_tokens=64)["tokens"] <= 64
+    with pytest.raises(ValueError, match=r"is 100000000, but .* positions for 64 tokens.*: say --max-new-tokens 62"):
+        generate_text(str(finished), "w3 w4", max_new_tokens=100_000_000)
+    assert generate_text(str(short), "w3 w4", max_new_tokens=100_000_000)["tokens"] <= 62  # ends where positions do
+    monkeypatch.setattr(generate, "free_memory", lambda device: 384 * 10)  # a token's keys and values take 384 bytes
+    assert generate_text(str(finished), "w3 w4", max_new_tokens=8)["tokens"] <= 8
+    with pytest.raises(ValueError, match=r"is 40, whose keys and values take 0\.0 GB.*: say --max-new-tokens 4"):
+        generate_text(str(finished), "w3 w4", max_new_tokens=40)
+
+
+def test_timing_that_no_memory_holds(finished: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_: [])
+    for asked, said in (
+        (dict(tokens=[8, 10**14]), "1 x 100000000000000 tokens .* at least .* GB are free: say --tokens [0-9]+$"),
+        (dict(new_tokens=10**14), "say --new-tokens [0-9]+$"),
+        (dict(batch=[1, 10**12], tokens=[8]), "1000000000000 x 136 tokens .* say --batch [0-9]+$"),
+        (dict(batch=[10**12], tokens=[10**14]), "say --batch 1 --tokens [0-9]+$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bench_run(str(finished), say=silent, **{"new_tokens": 8, **asked})
+    assert bench_run(str(finished), batch=[8], tokens=[128], say=silent) == []
+    with pytest.raises(ValueError, match="reads at most 64 tokens"):
+        bench_run(str(short), tokens=[10**14], say=silent)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        (dict(rope_type="default"), 64),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64), 256),
+        ({"full_attention": dict(rope_type="linear", factor=8.0), "sliding_attention": {}}, 512),
+    ],
+)
+def test_positions_that_a_config_stretches(rope: dict, most: int) -> None:
+    trunk = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64, rope_parameters=rope))
+    assert most_positions(trunk) == most
+    del trunk.config.max_position_embeddings
+    assert most_positions(trunk) is None
 
 
 def test_random_tokens_stay_within_the_positions(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
