@@ -18,7 +18,6 @@ from elastic.run import Run, has_room_for_two, load_teacher, share_weights
 from elastic.timing.passes import Row, medians
 from elastic.timing.workload import Workload
 from students import Student
-from students.kernels.cpu import toolchain
 from students.kernels.norms import fuse_norms
 from students.kernels.packing import pack_linears, prepare_linears
 from teachers.quantize import kept_bytes
@@ -109,11 +108,6 @@ def measure(
         student.train(False)
     model = dense()
     on_gpu = next(model.parameters()).is_cuda
-    if not on_gpu and toolchain.loaded is None:
-        say(
-            "no C compiler (cc, gcc or clang, with a cache folder to write to): the student selects with torch's "
-            "operators, which is slower"
-        )
     packed = not on_gpu and has_room_for_two(student) and student.pack()
     student.prepare()
     models = timing.contenders(student, model)

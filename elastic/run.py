@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import platform
 import shlex
@@ -48,6 +49,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_log = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the run folder's format, recorded in elastic.json."""
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
@@ -259,9 +261,21 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:
-    """Return an untrained student of this teacher, after compiling the CPU kernels if there is a compiler."""
-    cpu.build(cache_folder())
+    """Return an untrained student of this teacher, after compiling the CPU kernels; where that fails, say so once."""
+    reason = cpu.build(cache_folder())
+    if reason is not None and launch.is_main() and next(teacher.model.parameters()).device.type == "cpu":
+        _warn(reason)
     return elasticize(teacher.model, config.student)
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say, once for each reason, that CPU kernels are missing."""
+    _log.warning(
+        "the student selects with torch's operators, which is slower: %s; C kernels need a compiler (gcc or clang) and "
+        "a folder to keep them in (ELASTIC_CACHE=FOLDER)",
+        reason,
+    )
 
 
 def has_room_for_two(model: nn.Module) -> bool:

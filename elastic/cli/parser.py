@@ -33,7 +33,8 @@ class _Parser(argparse.ArgumentParser):
     """ArgumentParser that reports an error in one line, from the first process only."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as ArgumentParser does, but let the command report an unknown option, since its --help lists them."""
+        """Parse as ArgumentParser does, but let the command report an unknown option, since its --help lists them, and
+        report one in front of a missing command rather than that. Only a prompt may be empty, for its own message."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             from elastic.settings import near  # reads yaml, which takes time that --help does not need
@@ -41,6 +42,15 @@ class _Parser(argparse.ArgumentParser):
             known = re.findall(r"--[a-z-]+", options.parser.format_usage())
             hint = near(unknown[0].partition("=")[0], known)
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        if options.parser is self:
+            self.error("the following arguments are required: command")
+        for name, given in vars(options).items():
+            if name != "prompt" and "" in (given if isinstance(given, list) else [given]):
+                option = "--" + name.replace("_", "-")
+                known = option in options.parser.format_usage()
+                options.parser.error(
+                    f"{option} is empty: leave it away" if known else "an argument is empty: name a folder"
+                )
         return options
 
     def error(self, message: str) -> NoReturn:
@@ -61,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=f"elastic {__version__}")
-    commands = root.add_subparsers(required=True, metavar="command", title="commands")
+    root.set_defaults(parser=root)
+    commands = root.add_subparsers(metavar="command", title="commands")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")

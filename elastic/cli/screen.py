@@ -72,18 +72,20 @@ def screen() -> Iterator[tuple[Say, Callable[..., None]]]:
 
 @contextmanager
 def _log_to(say: Say) -> Iterator[None]:
-    """Context in which log messages of the package `teachers` go to `say`, so that they do not break the bar."""
+    """Context in which log messages of our packages go to `say`, so that they do not break the bar."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             say(record.getMessage())
 
-    logger, handler = logging.getLogger("teachers"), Handler()
-    logger.addHandler(handler)
+    loggers, handler = [logging.getLogger(name) for name in ("elastic", "teachers")], Handler()
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

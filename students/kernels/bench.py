@@ -146,8 +146,8 @@ def main() -> None:
         parser.error("--tune: there is no GPU here that torch can use")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            if not cpu.build(Path(folder)):
-                parser.error("there is no C compiler here, and the kernels are in C: install gcc or clang")
+            if reason := cpu.build(Path(folder)):
+                parser.error(f"the kernels are in C, and {reason}: install gcc or clang")
     on = replace(on, dtype=getattr(torch, asked.dtype), rows=asked.rows or on.rows)
     torch.manual_seed(0)
     print(f"{name}, torch {torch.__version__}, {asked.dtype}\n")

@@ -101,12 +101,32 @@ def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
 
 
 def test_misspelt_commands_and_choices(capsys: pytest.CaptureFixture[str]):
+    for given in ["--versoin"], ["--modle=x"]:
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        hint = " (did you mean --version?)" * (given == ["--versoin"])
+        said = f"elastic: error: unrecognized arguments: {given[0]}{hint} (see elastic --help)\n"
+        assert capsys.readouterr().err == said
     for given, hint in (["distil"], "distill"), (["eval", "run", "--baselines", "unifrom"], "uniform"), (["x"], None):
         with pytest.raises(SystemExit, match="2"):
             main(given)
         message = capsys.readouterr().err
         assert f"invalid choice: '{given[-1]}'" in message and message.count("\n") == 1
         assert ("did you mean" in message) == (hint is not None) and (hint is None or f"mean {hint}?" in message)
+
+
+def test_empty_arguments(capsys: pytest.CaptureFixture[str]):
+    for given, said in (
+        *((command, "an argument is empty: name a folder") for command in (["eval", ""], ["compare", "run", ""])),
+        (["report", "sweep", "", "-o", "x.html"], "an argument is empty: name a folder"),
+        (["distill", "--model", "gpt2", "--output="], "--output is empty"),
+        (["sweep", "--output", "s", "--target-compute", "0.7", "--model", "gpt2", ""], "--model is empty"),
+        (["generate", "", "--prompt", ""], "an argument is empty"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        message = capsys.readouterr().err
+        assert message.startswith(f"elastic: error: {said}") and message.count("\n") == 1
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from elastic import sweep, trainer
+from elastic import run, sweep, trainer
 from elastic.cli import main
 from elastic.files import append_line
 from students import checkpoint
+from students.kernels.cpu import toolchain
 from teachers.cache import published
 from teachers.data import corpus
 from teachers.data.images import load_images
@@ -122,6 +123,22 @@ def test_a_cache_that_cannot_be_written_to_is_noticed_first(tmp_path: Path, monk
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"cannot write .*ELASTIC_CACHE=FOLDER"):
         corpus.corpus_file()
+
+
+def test_a_cache_that_cannot_keep_kernels_is_said_once(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(toolchain, "loaded", None)
+    said = (
+        f"which is slower: {tmp_path / 'file' / 'cache'} cannot keep what is compiled (Not a directory); C kernels need"
+    )
+    for command in ["eval", str(finished)], ["generate", str(finished), "--prompt", "w3", "--max-new-tokens", "2"]:
+        run._warn.cache_clear()
+        for times in (1, 0):
+            assert main(command) == 0
+            assert capsys.readouterr().err.count(said) == times
 
 
 def test_weights_and_routers_that_may_not_be_read_are_not_called_missing(

@@ -38,17 +38,17 @@ class Recording(threading.local):
 recording = Recording()
 
 
-def build(folder: Path) -> bool:
+def build(folder: Path) -> str | None:
     """Compile the C library into this folder, unless it is there already, and use it from now on.
 
-    Return False if there is no C compiler or it fails; torch's operators then stay in use.
+    Return why that is not possible, in words that complete a message, else None; torch's operators then stay in use.
     """
     global loaded
     if loaded is not None:
-        return True
+        return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
-        return False
+        return "no C compiler (cc, gcc or clang) is found"
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     sources = b"".join(source.read_bytes() for source in SOURCES)
     identity = hashlib.sha256(sources + version + " ".join((*_FLAGS, str(_EXACT), _machine())).encode())
@@ -66,10 +66,13 @@ def build(folder: Path) -> bool:
                 _run(compiler, "-shared", *objects, "-o", str(library), "-lm")
                 library.replace(final)
         found = ctypes.CDLL(str(final))
-    except (OSError, subprocess.CalledProcessError):
-        return False
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{compiler} fails ({lines[0] if lines else error})"
+    except OSError as error:
+        return f"{folder} cannot keep what is compiled ({error.strerror or error})"
     loaded = found
-    return True
+    return None
 
 
 def _run(*command: str) -> None:
