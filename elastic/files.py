@@ -8,22 +8,26 @@ from pathlib import Path
 from shlex import quote
 
 
+class Unwritable(OSError):
+    """A file cannot be written, as on a full disk: whatever else a command would write there fails too."""
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it; raise OSError, with the path, if that fails."""
+    """Write a text file under a temporary name and rename it; raise Unwritable, with the path, if that fails."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        raise Unwritable(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with suppress(OSError):  # unlinking fails too on a read-only disk
             part.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str, *, sync: bool = False) -> None:
-    """Append a line to a text file, with `sync` down to the disk; raise OSError, with the path, if that fails, in which
-    case no part of a line stays at the file's end."""
+    """Append a line to a text file, with `sync` down to the disk; raise Unwritable, with the path, if that fails, in
+    which case no part of a line stays at the file's end."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -33,7 +37,7 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
     except OSError as error:
         with suppress(OSError):
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        raise Unwritable(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def require_writable(path: Path) -> None:

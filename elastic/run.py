@@ -187,8 +187,11 @@ class Run:
         file = self.folder / "elastic.json"
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(about, dict) or not {"model", "identity", "source"} <= about.keys():
-                raise ValueError("it does not name model, identity and source")
+            kinds = {"model": str, "identity": str, "source": str, "beside": dict, "versions": dict, "machine": dict}
+            optional = {"beside": {}, "versions": {}, "machine": {}}
+            found = {**optional, **about} if isinstance(about, dict) else {}
+            if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+                raise ValueError(f"it lacks {', '.join(wrong)}, or has another kind of value there")
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
         return about

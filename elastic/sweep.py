@@ -16,7 +16,7 @@ from typing import Any
 from elastic import bench, evaluate, families, launch, sharding, trainer
 from elastic.config import RunConfig, require_data
 from elastic.evaluation.session import Session
-from elastic.files import require_place, write_text
+from elastic.files import Unwritable, require_place, write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
@@ -36,6 +36,17 @@ class PointOptions:
     """The command line that rows record as their origin."""
 
 
+@contextmanager
+def _says_how_to_go_on() -> Iterator[None]:
+    """Context, or decorator, in which errors of the system, such as a full disk, say how to go on."""
+    try:
+        yield
+    except OSError as error:
+        error.__notes__ = ["the same command goes on from here"]
+        raise
+
+
+@_says_how_to_go_on()
 def sweep(
     output: str | Path,
     *,
@@ -109,7 +120,7 @@ def sweep(
     failures: list[str] = []
 
     def failed(what: str, keys: list[Key], error: Exception) -> None:
-        if not finished or not launch.is_everyones(error):
+        if not finished or not launch.is_everyones(error) or isinstance(error, Unwritable):
             raise error
         reason = str(error).splitlines()[0]
         launch.on_main(partial(folder.fail, keys, reason))
@@ -208,9 +219,6 @@ def _distil(
             trainer.resume(path, **common)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
-    except OSError as error:
-        error.__notes__ = ["the same command goes on from here"]
-        raise
 
 
 def _measure(

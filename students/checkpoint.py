@@ -33,17 +33,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
         part.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the description of a file that `write_tensors` wrote. ValueError if the file is missing,
-    truncated or none of Elastic's."""
+    truncated or none of Elastic's, or if its description lacks one of the keys `needed`."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["elastic"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = about if isinstance(about, dict) else {}
+        if missing := [key for key in needed if key not in about]:
+            raise KeyError(f"its description lacks {', '.join(missing)}")
         return {".".join(FORMER_NAMES.get(part, part) for part in n.split(".")): x for n, x in tensors.items()}, about
     except FileNotFoundError:
         raise ValueError(f"{path} {'may not be read' if path.exists() else 'does not exist'}") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        reason = error.args[0] if error.args else error
         raise ValueError(
-            f"{path} is damaged or no checkpoint of Elastic ({error}); restore it or distil again"
+            f"{path} is damaged or no checkpoint of Elastic ({reason}); restore it or distil again"
         ) from None

@@ -250,10 +250,10 @@ class Student(nn.Module):
 
     @setting.setter
     def setting(self, about: dict[str, Any]) -> None:
-        self.dial = tuple((compute, offset) for compute, offset in about["dial"])
+        self.dial = tuple((float(compute), float(offset)) for compute, offset in about["dial"])
         self.span = about["span"] and tuple(about["span"])
         offset = about["offset"]
-        self.runtime.offset = tuple(offset) if isinstance(offset, list) else offset
+        self.runtime.offset = tuple(map(float, offset)) if isinstance(offset, list) else float(offset)
         self.runtime.capacity = about["capacity"]
         most = about.get("multiples")
         self.runtime.multiples = 1 if most is False else most  # False: in files of earlier versions
@@ -264,7 +264,11 @@ class Student(nn.Module):
 
     def restore(self, path: str | Path) -> None:
         """Load a file that `save` wrote. ValueError if it is damaged or belongs to another student."""
-        tensors, self.setting = read_tensors(Path(path))
+        tensors, about = read_tensors(Path(path), "offset", "capacity", "dial", "span")
+        try:
+            self.setting = about
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged (its dial cannot be read: {error}): distil again") from None
         self.load_added_state(tensors)
         self.runtime.bypass = False
 

@@ -67,7 +67,7 @@ def restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimiz
 
 
 def _read(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return launch.on_main(lambda: read_tensors(run.folder / FILE))
+    return launch.on_main(lambda: read_tensors(run.folder / FILE, "step"))
 
 
 def cut_metrics(run: Run, step: int) -> None:

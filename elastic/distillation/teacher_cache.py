@@ -13,8 +13,8 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,30 @@ def digest(*parts: Any) -> bytes:
 
 
 def require_cache(folder: str | Path) -> Path:
-    """Return the absolute path of a cache folder, created if missing; ValueError if it is a file or another folder."""
+    """Return the absolute path of a cache folder, created if missing; ValueError if it is a file or another folder, or
+    cannot be made."""
     path = Path(folder).expanduser().absolute()
     if path.is_file():
         raise ValueError(f"{folder} is a file: name a folder with --teacher-cache")
     if not (path / MARK).exists():
         if path.is_dir() and any(path.iterdir()):
             raise ValueError(f"{folder} exists and is not a teacher cache: name another folder with --teacher-cache")
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / MARK, json.dumps({"format": 1}) + "\n")
+        with _possible(folder):
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / MARK, json.dumps({"format": 1}) + "\n")
     return path
+
+
+@contextmanager
+def _possible(folder: str | Path) -> Iterator[None]:
+    """Context in which an error of the system is raised as a ValueError that says what --teacher-cache can be."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--teacher-cache: nothing can be kept in {folder} ({error.strerror or error}): name another folder, or "
+            "leave it away"
+        ) from None
 
 
 class TeacherCache:
@@ -72,7 +86,8 @@ class TeacherCache:
         cache."""
         self.about = about
         self.folder = require_cache(folder) / "-".join(str(value) for value in about.values())
-        self.folder.mkdir(exist_ok=True)
+        with _possible(folder):
+            self.folder.mkdir(exist_ok=True)
         self.size = 0
         """Bytes on disk of the files that this object knows."""
         self._shards: list[Any] = []

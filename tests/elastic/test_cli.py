@@ -436,6 +436,15 @@ def test_help_is_quick_and_loads_no_heavy_library():
     assert "argparse" in modules and not {"torch", "transformers", "numpy", "yaml", "rich"} & set(modules)
 
 
+def test_matplotlib_says_nothing_where_home_cannot_be_written_to(here: Path):
+    (here / "home").touch()
+    code = "from elastic.cli import main; main(['models', '--json']); import matplotlib; matplotlib.get_cachedir()"
+    places = {"HOME": str(here / "home"), "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "MPLCONFIGDIR": ""}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **places}, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_a_pipe_that_its_reader_has_closed_ends_a_command_quietly(form: list[str]):
     reader, writer = os.pipe()

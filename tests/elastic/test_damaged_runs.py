@@ -86,7 +86,8 @@ def test_files_that_lost_their_end_or_contents_are_refused(copied: Path):
     with pytest.raises(ValueError, match=r"config.yaml is damaged \(it has no section student\): restore it"):
         elastic.load(copied)
     (copied / "config.yaml").write_text(config)
-    for text in ("{}", "[]", "null", '{"model": "tiny"}', '{"model"'):
+    other = '{"model": "tiny", "identity": "llama-1", "source": 3}'
+    for text in ("{}", "[]", "null", '{"model": "tiny"}', other, '{"model"'):
         (copied / "elastic.json").write_text(text)
         with pytest.raises(ValueError, match=r"elastic.json is damaged \(.*\): restore it") as error:
             elastic.load(copied)
@@ -128,6 +129,23 @@ def test_full_disk_leaves_no_half_written_file(
     assert read_tensors(tmp_path / "run" / "checkpoint.safetensors")[1] == {"step": 2}
     resume(tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
+
+
+def test_records_of_routers_and_checkpoints_that_are_of_another_kind(copied: Path):
+    tensors, about = read_tensors(copied / "routers.safetensors")
+    for record, said in (
+        *((other, r"lacks offset, capacity, dial, span\)") for other in ({}, [], 3, None, "text")),
+        ({**about, "dial": 3}, "its dial cannot be read"),
+        ({**about, "offset": "x"}, "its dial cannot be read"),
+        ({key: value for key, value in about.items() if key != "span"}, r"lacks span\)"),
+    ):
+        checkpoint.write_tensors(copied / "routers.safetensors", tensors, record)
+        with pytest.raises(ValueError, match=rf"{copied}/routers\.safetensors is damaged.*{said}"):
+            elastic.load(copied)
+    (copied / "routers.safetensors").unlink()
+    checkpoint.write_tensors(copied / "checkpoint.safetensors", tensors, {})
+    with pytest.raises(ValueError, match=rf"{copied}/checkpoint\.safetensors is damaged .*lacks step\)"):
+        resume(copied)
 
 
 @pytest.mark.parametrize("full", ["config.yaml", "elastic.json"])

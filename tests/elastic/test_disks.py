@@ -18,7 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from elastic import run, sweep, trainer
 from elastic.cli import main
-from elastic.files import append_line
+from elastic.files import Unwritable, append_line
+from elastic.reporting import results
 from students import checkpoint
 from students.kernels.cpu import toolchain
 from teachers.cache import published
@@ -93,6 +94,29 @@ def test_a_sweep_on_a_full_disk_goes_on(
     assert main(command) in (0, 3)
     assert len(Path("sweep/results.jsonl").read_text().splitlines()) == 1
     assert sweep.SweepFolder.open("sweep").rows()[0]["baseline"] is None
+
+
+def test_a_sweep_whose_rows_find_no_room_goes_on(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A full disk is no failure of the point at which it shows: nothing after it could be written either."""
+    command = ["sweep", *arguments, "--target-compute", "0.8", "1.0", "--no-bench", "--output", "sweep"]
+    written = list[Path]()
+
+    def until_full(path: Path, line: str, **options: bool) -> None:
+        if written:
+            raise Unwritable(f"cannot write {path}: No space left on device")
+        written.append(path)
+        append_line(path, line, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "append_line", until_full)
+        assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    said = "cannot write sweep/results.jsonl: No space left on device; the same command goes on from here"
+    assert line == f"elastic: error: {said}" and not Path("sweep/failures.jsonl").exists()
+    assert main(command) in (0, 3)
+    assert len(Path("sweep/results.jsonl").read_text().splitlines()) == 2
 
 
 def test_folders_that_cannot_be_written_to_are_refused_before_a_model_is_loaded(

@@ -99,6 +99,9 @@ def test_folders_and_files_of_something_else(filled: Path, model_folder: Path, t
     for folder, message in ((tmp_path, "is not a teacher cache"), (tmp_path / "thesis.txt", "is a file")):
         assert main([*command, "--teacher-cache", str(folder)]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*command, "--teacher-cache", str(tmp_path / "thesis.txt" / "cache")]) == 2
+    said = f"--teacher-cache: nothing can be kept in {tmp_path}/thesis.txt/cache (Not a directory): name another folder"
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
     (shard, *_) = (filled / "cache").rglob("*.safetensors")
     cache = TeacherCache(tmp_path / "cache", ABOUT)
     shutil.copy(shard, cache.folder)
