@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from teachers.quiet import first_line, one_line, quiet
 
 _PROBE_SECONDS = 3.0
@@ -199,7 +201,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def require_weights(name: str, folder: Path) -> None:
-    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they may not be read."""
+    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they cannot be read."""
     files = weight_files(folder)
     if not files:
         raise ValueError(
@@ -209,6 +211,8 @@ def require_weights(name: str, folder: Path) -> None:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")
-    for file in files:
-        if (folder / file).is_file() and not os.access(folder / file, os.R_OK):  # safetensors calls that file missing
-            raise ValueError(f"{name}: {folder / file} cannot be read: permission denied")
+    for path in (folder / file for file in files if (folder / file).is_file()):
+        if not os.access(path, os.R_OK):  # safetensors calls that file missing
+            raise ValueError(f"{name}: {path} cannot be read: permission denied")
+        with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt"):
+            pass

@@ -40,8 +40,11 @@ def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank; the class's name if there is none. Of an error of
-    `datasets` that only says that there was one, its cause's."""
+    """Return the first line of an error's message that is not blank, with the next one if it ends with a colon; the
+    class's name if there is none. Of an error of `datasets` that only says that there was one, its cause's."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError) and len(str(error).split()) == 1:
+        return f"{error} is missing"
+    return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__

@@ -327,7 +327,7 @@ def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
     pair = next((pair for pair in PAIRS if set(pair) <= set(filled)), None)
     if pair is None:
         fields = ", ".join(name if name in filled else f"{name} (null)" for name in record)
-        raise ValueError(f"it has the fields {fields}; one of these is needed: {_ACCEPTED_COLUMNS}")
+        raise ValueError(f"it has the fields {fields or 'none'}; one of these is needed: {_ACCEPTED_COLUMNS}")
     parts = [_field(record, name) for name in pair]
     if "input" in filled and pair[0] == "instruction":  # Alpaca's field for the input of the instruction
         parts.insert(1, _field(record, "input"))

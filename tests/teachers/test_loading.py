@@ -221,9 +221,15 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: index(p, "{"), r"model\.safetensors\.index\.json cannot be read"),
         (lambda p: index(p, INDEX), "2 of 2 .* one"),
         (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "no safetensors weights"),
-        (lambda p: (p / "model.safetensors").write_bytes(b""), "weights cannot be loaded"),
-        (lambda p: os.truncate(p / "model.safetensors", 5000), "weights cannot be loaded"),
+        (lambda p: (p / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged: Error while"),
+        (
+            lambda p: os.truncate(p / "model.safetensors", 5000),
+            r"weights cannot be loaded: .*model\.safetensors is damaged",
+        ),
         (lambda p: (p / "config.json").write_text("[]"), r"config\.json cannot be read"),
+        (lambda p: configured(p, hidden_size="32"), r"config\.json cannot be read: .*'hidden_size': .*expected int"),
+        (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
+        (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
         (lambda p: (p / "config.json").write_text("{"), r"config\.json cannot be read"),
     ],
 )
