@@ -50,6 +50,10 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     workload = workload_of(config, **asked)
     teacher = run.teacher()
     student = run.load_student(teacher, pack=False, prepare=False)  # done after the training step is timed
+    for budget in workload.compute:
+        if budget is not None:
+            student.set_compute(budget)  # refused before anything is timed
+    student.restore(run.routers)
     data = families.of(config.family).load(config, teacher)
     _require_memory(student, data, workload, families.of(config.family).timing)
 

@@ -111,9 +111,12 @@ def generate_text(
             streamer=streamer,
             lossless=lossless,
         )
-    drafting = lossless and not student.runtime.bypass
-    spent = 1.0 if student.runtime.bypass else generation.compute(student, inputs, whole)
     counts = student.lossless.counts
+    drafting = (
+        lossless and not student.runtime.bypass and counts.rounds > 0
+    )  # a first token is of the dense prompt pass
+    dense = student.runtime.bypass or (lossless and not drafting)
+    spent = 1.0 if dense else generation.compute(student, inputs, whole)
     if drafting:
         spent = counts.compute(spent)
     new = whole.shape[1] - length

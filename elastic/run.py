@@ -188,7 +188,7 @@ class Run:
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
             kinds = {"model": str, "identity": str, "source": str, "beside": dict, "versions": dict, "machine": dict}
-            optional = {"beside": {}, "versions": {}, "machine": {}}
+            optional: dict[str, Any] = {"beside": {}, "versions": {}, "machine": {}}
             found = {**optional, **about} if isinstance(about, dict) else {}
             if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
                 raise ValueError(f"it lacks {', '.join(wrong)}, or has another kind of value there")

@@ -44,12 +44,12 @@ class _Parser(argparse.ArgumentParser):
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         if options.parser is self:
             self.error("the following arguments are required: command")
-        for name, given in vars(options).items():
-            if name != "prompt" and "" in (given if isinstance(given, list) else [given]):
+        for name, value in vars(options).items():
+            if name != "prompt" and "" in (value if isinstance(value, list) else [value]):
                 option = "--" + name.replace("_", "-")
-                known = option in options.parser.format_usage()
+                positional = option not in options.parser.format_usage()
                 options.parser.error(
-                    f"{option} is empty: leave it away" if known else "an argument is empty: name a folder"
+                    "an argument is empty: name a folder" if positional else f"{option} is empty: leave it away"
                 )
         return options
 

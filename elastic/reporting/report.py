@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -34,7 +35,8 @@ def report(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
     if page.suffix != ".html":
         raise ValueError(f"--output is {output}; it is a page, and ends in .html")
     require_writable(page)
-    sweeps = [SweepFolder.open(folder) for folder in folders]
+    places = [os.path.realpath(folder) for folder in folders]
+    sweeps = [SweepFolder.open(folder) for n, folder in enumerate(folders) if places[n] not in places[:n]]
     rows = [{**row, "folder": sweep} for sweep in sweeps for row in sweep.rows()]
     if not rows:
         raise ValueError(f"no point is finished yet in {', '.join(map(str, folders))}")

@@ -357,6 +357,8 @@ def test_generate_prints_text_and_what_it_cost(finished: Path, capsys: pytest.Ca
     whole = capsys.readouterr()
     assert len({*whole.out.split("\n")[:2]}) == 1 and "tokens per verification, compute" in whole.err
     assert main([*dense, "--lossless"]) == 0 and "verification" not in capsys.readouterr().err
+    assert main([*command[:-1], "1", "--lossless"]) == 0  # a token that the dense model's pass over the prompt gives
+    assert capsys.readouterr().err.endswith("tokens/s, compute 1.000\n")
 
 
 def test_mistakes_in_generate_and_bench(finished: Path, refused: Callable[..., str]):

@@ -217,6 +217,12 @@ def test_the_same_sweep_twice_is_told_apart(folder: Path, tmp_path: Path):
     assert f"default, {copy}" in written[0].read_text() and f"default, {folder}" in written[0].read_text()
 
 
+def test_a_folder_that_is_named_twice_is_read_once(folder: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(folder)
+    once = report([folder], tmp_path / "once.html")[-1].read_text()
+    assert report([folder, f"{folder}/", tmp_path / "link"], tmp_path / "report.html")[-1].read_text() == once
+
+
 def test_likeness_is_a_rank_correlation():
     def compare(*tokens: list[list[int]], samples: str = "aa") -> float | None:
         return rank_correlation(

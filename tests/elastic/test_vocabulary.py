@@ -99,6 +99,8 @@ def test_timing_that_no_memory_holds(finished: Path, short: Path, monkeypatch: p
         with pytest.raises(ValueError, match=said):
             bench_run(str(finished), say=silent, **{"new_tokens": 8, **asked})
     assert bench_run(str(finished), batch=[8], tokens=[128], say=silent) == []
+    with pytest.raises(ValueError, match=r"compute 5\.0 is outside what this student can be set to"):
+        bench_run(str(finished), compute=[0.8, 5.0], tokens=[8], say=silent)
     with pytest.raises(ValueError, match="reads at most 64 tokens"):
         bench_run(str(short), tokens=[10**14], say=silent)
 
