@@ -112,9 +112,7 @@ def generate_text(
             lossless=lossless,
         )
     counts = student.lossless.counts
-    drafting = (
-        lossless and not student.runtime.bypass and counts.rounds > 0
-    )  # a first token is of the dense prompt pass
+    drafting = lossless and not student.runtime.bypass and counts.rounds > 0  # the first token is of the dense model
     dense = student.runtime.bypass or (lossless and not drafting)
     spent = 1.0 if dense else generation.compute(student, inputs, whole)
     if drafting:

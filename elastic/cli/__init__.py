@@ -18,9 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     141: the reader of the output closed the pipe.
     """
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # it warns where HOME cannot be written to, and needs nothing
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where HOME cannot be written to, and needs nothing
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:

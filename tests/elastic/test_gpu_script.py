@@ -129,7 +129,7 @@ def test_a_table_names_what_there_was_no_time_for(
     monkeypatch.setattr(commands, "IMPORTED", ())
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["gpu_commands.py", str(tmp_path), "10"])
-    assert commands.main() == 1
+    assert commands.main() == 0
     found = table.lines(list(tmp_path.glob("[0-9]*-*")))
     missing = [f"out of time, not run: elastic bench {shlex.join(shlex.split(line))}" for _, line in COMMANDS]
     assert found == ["nothing was timed", *(part for line in missing for part in ("", line))]
