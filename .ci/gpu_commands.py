@@ -1,5 +1,5 @@
-"""Run the commands in .ci/gpu-bench one after the other, and write what each prints to FOLDER/NUMBER-NAME.json, or to
-NUMBER-NAME.txt why there is nothing.
+"""Run the commands in .ci/gpu-bench one after the other, and write what each prints to FOLDER/NUMBER-NAME.json, and to
+NUMBER-NAME.txt why something is missing.
 
 `python .ci/gpu_commands.py FOLDER SECONDS`: all commands together get SECONDS, and each but the last at most the share
 MOST of the time left, so that one that hangs does not cost the others; none is started in the last LEAST seconds.
@@ -24,6 +24,8 @@ from pathlib import Path
 
 LEAST = 15
 """Fewest seconds that must be left to start a command, and that a command gets."""
+GRACE = 5
+"""Seconds of a command's time that are left when it is told to stop."""
 MOST = 0.6
 """Largest share of the time left that a command other than the last may take."""
 IMPORTED = (
@@ -47,7 +49,8 @@ def commands(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
-    """Run `elastic bench` with these arguments; return whether it succeeded, None if it was killed after `seconds`."""
+    """Run `elastic bench` with these arguments; return whether it succeeded, None if it was stopped, so that it ended
+    within `seconds` and wrote what it had timed."""
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -55,20 +58,31 @@ def run(arguments: list[str], out: Path, seconds: float) -> bool | None:
         child = os.fork()
     if child == 0:
         _become(["bench", *arguments, "--json"], out)
+    code = _ended(child, seconds - GRACE)
+    if code is not None:
+        return code == 0
+    os.kill(child, signal.SIGINT)
+    if _ended(child, GRACE) is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return None
+
+
+def _ended(child: int, seconds: float) -> int | None:
+    """Wait so long for a process to end, and return its exit code; None if it has not ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) == 0
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     return None
 
 
 def _become(arguments: list[str], out: Path) -> None:
     """Run an elastic command in this forked process with stdout written to `out`, then exit with its exit code."""
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started all in the background
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
@@ -103,7 +117,8 @@ def main() -> int:
             if well:
                 print(took, file=sys.stderr)
                 continue
-            out.unlink(missing_ok=True)
+            if out.exists() and not out.stat().st_size:
+                out.unlink()
             why = f"{'out of time' if well is None else 'failed'} after {took}"
             failed |= well is not None
         print(f"{why}: {said}", file=sys.stderr)

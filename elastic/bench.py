@@ -23,6 +23,14 @@ from students.kernels.packing import pack_linears, prepare_linears
 from teachers.quantize import kept_bytes
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised after Ctrl-C, with the rows that were timed before."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__("stopped: these are the rows that were timed before" if rows else "interrupted")
+        self.rows = rows
+
+
 def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     """Time a finished run, and return rows of timings; asked: options of `workload_of`.
 
@@ -101,7 +109,8 @@ def measure(
 ) -> list[Row]:
     """Time a student against the model that `dense` returns, and return rows as `bench_run` does.
 
-    trains: whether to time a training step. Raises ValueError if the workload is longer than the model can read.
+    trains: whether to time a training step. Raises ValueError if the workload is longer than the model can read, and
+    Stopped after Ctrl-C.
     """
     timing = families.of(config.family).timing
     workload = timing.fitted(student, workload)
@@ -117,18 +126,25 @@ def measure(
     models = timing.contenders(student, model)
     if on_gpu or packed:
         models["tuned"] = timing.recorded(_tuned(model))
-    rows = []
-    for target in workload.compute:
-        if target is not None:
-            student.set_compute(target)
-        asked = config.budget.span[0] if target is None else target
-        rows += [{**row, "compute_target": asked} for row in timing.inference(student, models, data, workload, say)]
-    rows += [{**row, "compute_target": config.budget.span[0]} for row in trained]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if config.quantization != "none":
         dtype += f", {config.quantization}"
     machine = {"threads": torch.get_num_threads(), "dtype": dtype}
-    return [{"phase": row.pop("phase"), "preset": config.preset, **row, **machine} for row in rows]
+
+    def described(row: Row, target: float) -> Row:
+        return {"phase": row.pop("phase"), "preset": config.preset, **row, "compute_target": target, **machine}
+
+    rows: list[Row] = []
+    try:
+        for target in workload.compute:
+            if target is not None:
+                student.set_compute(target)
+            asked = config.budget.span[0] if target is None else target
+            for row in timing.inference(student, models, data, workload, say):
+                rows.append(described(row, asked))
+    except KeyboardInterrupt:
+        raise Stopped([*rows, *(described(row, config.budget.span[0]) for row in trained)]) from None
+    return [*rows, *(described(row, config.budget.span[0]) for row in trained)]
 
 
 def _require_memory(student: Any, data: Any, workload: Workload, timing: families.Timing) -> None:

@@ -92,24 +92,32 @@ def bench_command(options: argparse.Namespace) -> None:
         config = shape_config(
             options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
         )
-    from elastic.bench import bench_run
+    from elastic.bench import Stopped, bench_run
     from elastic.run import surroundings
     from elastic.shapes import bench_shape
 
     work = {
         name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats", "lossless")
     }
+    stopped = None
     with screen() as (say, _):
-        if options.model is None:
-            rows = bench_run(options.run, **work, say=say)
-        else:
-            rows = bench_shape(config, **work, say=say)
+        try:
+            if options.model is None:
+                rows = bench_run(options.run, **work, say=say)
+            else:
+                rows = bench_shape(config, **work, say=say)
+        except Stopped as interruption:
+            rows, stopped = interruption.rows, interruption
+    if stopped is not None and not rows:
+        raise stopped
     timed = options.run or f"{options.model}, random weights"
     about = {"date": date.today().isoformat(), "timed": timed, **surroundings()}
     if options.json:
         print(json.dumps({**about, "rows": rows}))
     else:
         _print_timings(rows, about)
+    if stopped is not None:
+        raise stopped
 
 
 def _check_bench(options: argparse.Namespace) -> None:

@@ -100,21 +100,19 @@ class LanguageStudent(Student):
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
         none can be recorded. Gates that differ from token to token are masks there (RoutedBranch._run_fixed); on CPUs,
         where leaving parts out is faster, such steps are not recorded."""
-        run = self.runtime
         state = self._recorded_for(by_token=not self._decoding.replays)
-        if run.bypass:
+        if self.runtime.bypass:
             return state
         if self._dropping and rows > 1:
             raise ValueError("rows differ in which tokens have keys")
         if any(self.compute.blocks[number].window for number in self._dropping):
             raise ValueError("how far back a sliding window reaches depends on which tokens have keys")
-        chosen = any(router.selection == "topk" and router.of_kind.over_parts for router in self.spec.routers)
-        return state, (run.offset, run.capacity) if chosen else None
+        return state
 
     def _recorded_for(self, rows: int = 1, by_token: bool = False) -> Any:
-        """Return the state that a recorded pass depends on besides shapes; by_token: whether what is left in may differ
-        from token to token. Raises ValueError if the pass cannot be recorded, as when shapes inside depend on the
-        data."""
+        """Return the state that a recorded pass of any number of rows depends on besides shapes; by_token: whether what
+        is left in may differ from token to token. Raises ValueError if the pass cannot be recorded, as when shapes
+        inside depend on the data."""
         run = self.runtime
         if run.execution != "skip":
             raise ValueError("masks are for reference")
@@ -127,7 +125,9 @@ class LanguageStudent(Student):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
             if router.of_kind.over_tokens and isinstance(run.offset, tuple):
                 raise ValueError(f"what {router.kind} routers leave in differs between rows")
-        return self._layouts, self._choices, isinstance(run.offset, tuple)
+        counted = any(router.selection == "topk" and router.of_kind.over_parts for router in self.spec.routers)
+        shares = (run.offset, run.capacity) if counted else None  # how many parts of a token are open
+        return self._layouts, self._choices, isinstance(run.offset, tuple), shares
 
     def reader(self, **inputs: Any) -> Callable[[], Read]:
         """Return a function, for timing, that reads a prompt as `generate` does, on GPUs through recorded passes."""

@@ -12,15 +12,17 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from elastic import __version__
 from elastic.cli import main, showing
 from elastic.run import Run
+from elastic.timing import language
+from elastic.timing.passes import Row
 from students.kernels.cpu import toolchain
 from tests.elastic.runs import as_options
 from tests.pico.language import RUN_SETTINGS, make_tiny
@@ -91,50 +93,6 @@ def test_unknown_and_missing_models(refused: Callable[..., str]):
     assert "--model smollm2-135m" in refused("distill")
 
 
-def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
-    for given, hint in (("--modle", " (did you mean --model?)"), ("--comput=1", ""), ("--ovrwrite", "--overwrite?)")):
-        with pytest.raises(SystemExit, match="2"):
-            main(["distill", given])
-        message = capsys.readouterr().err
-        assert message.startswith(f"elastic: error: unrecognized arguments: {given}")
-        assert f"{hint} (see elastic distill --help)" in message and message.count("\n") == 1
-
-
-def test_misspelt_commands_and_choices(capsys: pytest.CaptureFixture[str]):
-    for given in ["--versoin"], ["--modle=x"]:
-        with pytest.raises(SystemExit, match="2"):
-            main(given)
-        hint = " (did you mean --version?)" * (given == ["--versoin"])
-        said = f"elastic: error: unrecognized arguments: {given[0]}{hint} (see elastic --help)\n"
-        assert capsys.readouterr().err == said
-    for given, hint in (["distil"], "distill"), (["eval", "run", "--baselines", "unifrom"], "uniform"), (["x"], None):
-        with pytest.raises(SystemExit, match="2"):
-            main(given)
-        message = capsys.readouterr().err
-        assert f"invalid choice: '{given[-1]}'" in message and message.count("\n") == 1
-        assert ("did you mean" in message) == (hint is not None) and (hint is None or f"mean {hint}?" in message)
-
-
-def test_empty_arguments(capsys: pytest.CaptureFixture[str]):
-    for given, said in (
-        *((command, "an argument is empty: name a folder") for command in (["eval", ""], ["compare", "run", ""])),
-        (["report", "sweep", "", "-o", "x.html"], "an argument is empty: name a folder"),
-        (["distill", "--model", "gpt2", "--output="], "--output is empty"),
-        (["sweep", "--output", "s", "--target-compute", "0.7", "--model", "gpt2", ""], "--model is empty"),
-        (["generate", "", "--prompt", ""], "an argument is empty"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            main(given)
-        message = capsys.readouterr().err
-        assert message.startswith(f"elastic: error: {said}") and message.count("\n") == 1
-
-
-def test_version(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"elastic {__version__}\n"
-
-
 def test_errors_of_the_system_are_named_by_what_they_concern(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -149,12 +107,6 @@ def test_errors_of_the_system_are_named_by_what_they_concern(
 
 def _raise(error: Exception, *_: object) -> None:
     raise error
-
-
-def test_a_sweep_takes_single_budgets(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit, match="2"):
-        main(["sweep", "--model", "gpt2", "--output", "new", "--target-compute", "0.5:1.0"])
-    assert "'0.5:1.0'; write numbers, such as 0.5 0.7 1.0, which share a run" in capsys.readouterr().err
 
 
 def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str]):
@@ -387,6 +339,22 @@ def test_bench_prints_one_json_object(
     assert "teacher forward" in " ".join(out.split()) and "no C compiler" in err
 
 
+def test_an_interrupted_bench_prints_what_it_has_timed(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    whole = language.inference
+
+    def interrupted(*arguments: Any) -> Iterator[Row]:
+        yield next(whole(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "inference", interrupted)
+    assert main(["bench", str(finished), "--tokens", "8", "--repeats", "1", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert [row["phase"] for row in json.loads(out)["rows"]] == ["prefill", "train"]
+    assert err.endswith("elastic: stopped: these are the rows that were timed before\n")
+
+
 def test_models(capsys: pytest.CaptureFixture[str]):
     assert main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
@@ -408,23 +376,6 @@ def test_info(finished: Path, capsys: pytest.CaptureFixture[str]):
     about = json.loads(capsys.readouterr().out)
     assert about["run"] == str(finished) and about["identity"].startswith("llama-")
     assert about["config"]["train"]["steps"] == 6 and about["result"]["compute_target"] == 0.8
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *([], ["distil"], ["eval"], ["eval", "run", "--nonsense"]),
-        *(["distill", "--target-compute", target] for target in ("most", "0.5:")),
-    ],
-)
-def test_command_lines_that_do_not_parse_get_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert error.value.code == 2 and out == ""
-    assert err.startswith("elastic: error: ") and err.count("\n") == 1
-    command = arguments[0] + " " if len(arguments) > 1 or arguments == ["eval"] else ""
-    assert f"(see elastic {command}--help)" in err
 
 
 def test_help_is_quick_and_loads_no_heavy_library():

@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +122,22 @@ def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
         "tiny-vit, merging, 0.7 train 1 x 65",
     ]
     assert table.lines([]) == ["nothing was timed"]
+
+
+def test_a_command_that_is_stopped_writes_what_it_has_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = script("gpu_commands")
+
+    def becomes(arguments: list[str], out: Path) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist's processes ignore
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            out.write_text("rows")
+            os._exit(130)
+
+    monkeypatch.setattr(commands, "_become", becomes)
+    assert commands.run([], tmp_path / "out", commands.GRACE + 0.3) is None
+    assert (tmp_path / "out").read_text() == "rows"
 
 
 def test_a_table_names_what_there_was_no_time_for(

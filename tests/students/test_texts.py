@@ -140,6 +140,17 @@ def test_room_is_given_in_units() -> None:
     assert room_for([0, 3], 5, 0) == [5, 5]
 
 
+def test_turning_the_dial_of_a_share_of_heads_records_anew() -> None:
+    student = make("llama", StudentSpec((RouterSpec("head", selection="topk"),)))
+    read, plainly = reading(student)
+    (text,) = texts(1, 32)
+    for capacity in (0.75, 0.25):
+        student.runtime.capacity, made = capacity, Tape.made
+        for _ in range(3):
+            torch.testing.assert_close(read(text).logits, plainly(text).logits, **CLOSE)
+        assert Tape.made == made + 1
+
+
 def test_few_lengths_are_recorded() -> None:
     found = [padded_to(tokens) for tokens in range(1, 2049)]
     assert all(0 <= longer - tokens < max(16, tokens / 8) for tokens, longer in enumerate(found, 1))
