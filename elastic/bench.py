@@ -27,7 +27,7 @@ class Stopped(KeyboardInterrupt):
     """Raised after Ctrl-C, with the rows that were timed before."""
 
     def __init__(self, rows: list[Row]) -> None:
-        super().__init__("stopped: these are the rows that were timed before" if rows else "interrupted")
+        super().__init__("stopped: these are the rows that were timed before")
         self.rows = rows
 
 
@@ -135,6 +135,7 @@ def measure(
         return {"phase": row.pop("phase"), "preset": config.preset, **row, "compute_target": target, **machine}
 
     rows: list[Row] = []
+    last = [described(row, config.budget.span[0]) for row in trained]
     try:
         for target in workload.compute:
             if target is not None:
@@ -143,8 +144,10 @@ def measure(
             for row in timing.inference(student, models, data, workload, say):
                 rows.append(described(row, asked))
     except KeyboardInterrupt:
-        raise Stopped([*rows, *(described(row, config.budget.span[0]) for row in trained)]) from None
-    return [*rows, *(described(row, config.budget.span[0]) for row in trained)]
+        if not rows + last:
+            raise
+        raise Stopped(rows + last) from None
+    return rows + last
 
 
 def _require_memory(student: Any, data: Any, workload: Workload, timing: families.Timing) -> None:

@@ -107,16 +107,17 @@ class RoutedBranch(Wrapper):
         """Run the branch in a step of fixed shape: gates are masks, but for a token that is alone linear layers read no
         weights of what it has closed (see RoutedLinear)."""
         x, context, drops = exits.x, self.context, exits.drops if self.branch == "attn" else []
+        kept = exits.open(drops).view(1) if drops else None  # drops are recorded for one sequence only
         if x.shape[:2].numel() == 1:
             context.open = exits.open().view(1) if exits.gates else None
-            context.open_keys = context.open if self.branch == "mlp" else exits.open(drops).view(1) if drops else None
+            context.open_keys = context.open if self.branch == "mlp" else kept
             if context.gate is not None:
                 parts = (context.gate != 0).flatten()
                 context.open_parts = parts if context.open is None else parts & context.open
-        if not drops:
+        if kept is None:
             return self.base_layer(x, *args, **kwargs)
         layer = cache_in(kwargs).layers[self.base_layer.layer_idx]
-        layer.kept = exits.open(drops).view(1)
+        layer.kept = kept
         return self.base_layer(x, *args, **{**kwargs, self.mask: None, "slot": layer.slots})
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:

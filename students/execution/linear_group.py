@@ -203,11 +203,8 @@ class LinearGroup:
 
     def open_channels(self, x: Tensor, channels: Tensor) -> Tensor:
         """Return the only layer's output, without corrections, from the open channels x [1, 1, n] of a single token."""
-        layer = self.layers[0]
-        full = x.new_zeros(layer.inputs).index_copy_(0, channels, x.flatten())
-        limit = torch.full_like(full, torch.inf, dtype=torch.float32).index_fill(0, channels, 0.0)
-        out, _ = ops.read_channels(full, limit, self.laid.whole, layer.base_layer.bias, None, None, self._ends)
-        return out.view(*x.shape[:-1], -1)
+        full = x.new_zeros(*x.shape[:-1], self.layers[0].inputs)
+        return self.nonzero_channels(full.index_copy_(-1, channels, x))
 
     @property
     def is_laid(self) -> bool:
