@@ -92,6 +92,7 @@ def test_every_command_is_one(name: str, line: str) -> None:
     assert config.student.routers
 
 
+@pytest.mark.thorough
 def test_a_table_of_what_was_timed(table: ModuleType, tmp_path: Path) -> None:
     quick = "--random-weights --repeats 1 --set train.batch=1"
     (tmp_path / "gpu-bench").write_text(

@@ -10,6 +10,8 @@ import pytest
 from tests.elastic.runs import Configure
 from tests.elastic.several import FORKED, SPREAD, assert_close, in_processes, one_and_two
 
+pytestmark = pytest.mark.thorough
+
 TOKENS = "student.routers=[{kind: token, sites: [attn, mlp]}, {kind: image}]"
 TOWERS = "student.routers=[{kind: token, sites: [mlp], part: vision, kv: drop}, {kind: image, selection: quota}]"
 RUNS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
