@@ -25,8 +25,8 @@ def _put_open(
 ):
     token, lane = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     here, wide = token < tokens, (lane < width)[None, :]
-    open_ = here & (rows > 0) & (tl.load(is_open + token, mask=here, other=0) != 0)
     row = tl.minimum(tl.load(before + token, mask=here, other=0), rows - 1).to(tl.int64)
+    open_ = here & (row >= 0) & (tl.load(is_open + token, mask=here, other=0) != 0)  # without rows none can be read
     value = tl.load(some + row[:, None] * width + lane[None, :], mask=open_[:, None] & wide, other=0)
     place = token.to(tl.int64)[:, None] * width + lane[None, :]
     if other is not None:
