@@ -156,7 +156,7 @@ def test_what_is_seen_is_said_in_words(page: Path):
     assert elements.all("html")[0]["lang"] == "en"
 
 
-def test_the_numbers_are_there(page: Path, folder: Path):
+def test_the_numbers_are_there(page: Path):
     text = re.sub(r"\s+", " ", page.read_text())
     ends = math.exp(1.5), math.exp(1.53)
     told = f"{sum(ends) / 2:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"
