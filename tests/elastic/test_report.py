@@ -102,6 +102,13 @@ def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave all plots empty, for tests of what else a report says."""
+    for name in ("curves", "heat"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
+
+
 VOID = {"meta", "img"}
 """HTML elements without an end tag."""
 
@@ -202,7 +209,7 @@ def test_a_report_needs_no_torch(folder: Path, tmp_path: Path):
     assert result.stdout.splitlines()[-1] == "False", result.stderr
 
 
-def test_a_sweep_that_was_killed_is_reported(folder: Path, tmp_path: Path):
+def test_a_sweep_that_was_killed_is_reported(folder: Path, tmp_path: Path, undrawn: None):
     copy = shutil.copytree(folder, tmp_path / "sweep")
     shutil.rmtree(copy / "details")
     shutil.rmtree(copy / "runs")
@@ -275,7 +282,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("details", b'{"layers": [', r"json is damaged \(.*\): delete it, and the report does without"),
     ],
 )
-def test_damaged_files_are_named(folder: Path, tmp_path: Path, name: str, content: bytes, message: str):
+def test_damaged_files_are_named(folder: Path, tmp_path: Path, name: str, content: bytes, message: str, undrawn: None):
     copy = shutil.copytree(folder, tmp_path / "sweep")
     for path in copy.glob("details/*/*.json") if name == "details" else [copy / name]:
         path.write_bytes(content)
