@@ -267,13 +267,6 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
 
-def rows(x: Tensor) -> Tensor:
-    """Return the rows x [B, ...] of all processes, concatenated by rank, on the host if there are several processes."""
-    import torch
-
-    return x if size() == 1 else torch.cat(gather(x.cpu()))
-
-
 def any_of(flag: bool) -> bool:
     """Return whether the flag is True in any of the processes."""
     return flag if size() == 1 else any(gather(flag))

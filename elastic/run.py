@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Run:
         require_run(folder, finished=finished)
         return cls(folder)
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         """The resolved configuration, with local model and data where they are now, in case they or the run moved."""
         file = self.folder / "config.yaml"

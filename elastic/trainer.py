@@ -299,7 +299,7 @@ def _train(
                 measured = of_all(measured)
                 line = _metrics(state, loss, measured, optimizer, since_log / (time.monotonic() - clock))
                 if budget.ranges:
-                    line["budgets"] = _by_budget(knots, launch.rows(weights), measured, state)
+                    line["budgets"] = _by_budget(knots, launch.all_gather(weights), measured, state)
                 clock, since_log = time.monotonic(), 0
                 if not math.isfinite(line["loss"]):
                     raise checkpoints.diverged(run, state, f"the loss is {line['loss']}")
@@ -385,6 +385,7 @@ def _by_budget(knots: tuple[float, ...], weights: Tensor, measured: Sums, state:
     """Return each budget with its price and with the KL and compute of the rows near it, averaged by their weights
     [B, K]; budgets without such rows are left out."""
     lines = []
+    weights = weights.to(measured.tokens.device)  # the host, if there are several processes
     for place, budget in enumerate(knots):
         part = weights[:, place] / weights[:, place].sum()
         if bool(part.isfinite().all()):

@@ -12,7 +12,9 @@ from students.kernels import trial, triton
 from students.kernels.cpu import toolchain
 from tests import interpreter
 
-BACKENDS = ["reference", "c", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = ["c", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Backends with kernels of their own, as opposed to the reference."""
+BACKENDS = ["reference", *KERNELS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -146,10 +146,10 @@ class MergingBlock(nn.Module):
     no tokens have been merged yet.
     """
 
-    def __init__(self, block: Any, pairs: int, prefix: int, state: dict[str, Tensor | None]) -> None:
+    def __init__(self, block: Any, prefix: int, state: dict[str, Tensor | None]) -> None:
         super().__init__()
         self.block = block
-        self.pairs = pairs
+        self.pairs = 0
         self.prefix = prefix
         self.state = state
         self._keys = torch.empty(0)
@@ -218,7 +218,7 @@ def merging(model: nn.Module, pixels: Tensor, target: float) -> tuple[nn.Module,
     state: dict[str, Tensor | None] = {}
     merged.register_forward_pre_hook(lambda module, args: state.update(size=None))
     for number, block in enumerate(merged.blocks):
-        merged.blocks[number] = MergingBlock(block, 0, merged.num_prefix_tokens, state)
+        merged.blocks[number] = MergingBlock(block, merged.num_prefix_tokens, state)
 
     def share(total: int) -> float:
         """Spread this total number of merges over the blocks and return the resulting share of the FLOPs."""

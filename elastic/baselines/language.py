@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from elastic.accounting.language import exact_rows
 from elastic.config import RunConfig
-from elastic.distillation.dial import capacity_for
+from elastic.distillation.dial import capacity_for, largest
 from students import elasticize
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.calibration.language import Seen, calibrate
@@ -159,12 +159,10 @@ def at_random(
     def shares_at(offset: float) -> dict[str, Tensor]:
         return {key: (share.logit() + offset).sigmoid().view(1, 1) for key, share in opened.items()}
 
-    low, high = -20.0, 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        spent = float(other.compute.ratio(Decisions(share=shares_at(middle)), whole, "decode"))
-        low, high = (low, middle) if spent > compute else (middle, high)
-    shares = {key: float(share) for key, share in shares_at(low).items()}
+    def fits(offset: float) -> bool:
+        return float(other.compute.ratio(Decisions(share=shares_at(offset)), whole, "decode")) <= compute
+
+    shares = {key: float(share) for key, share in shares_at(largest(-20.0, 20.0, fits)).items()}
     generator = torch.Generator().manual_seed(config.train.seed)
     for key, layer in _sites(other).items():
         layer.register_forward_pre_hook(_keep_at_random(shares[f"{key}.channel"], generator))

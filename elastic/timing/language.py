@@ -61,7 +61,7 @@ def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:
 def recorded(model: Any) -> Contender:
     """Return a dense model that prefills and decodes as students do: through CUDA graphs on GPUs, with the student's
     attention."""
-    decoding = Decoding(model, model.base_model)
+    decoding = Decoding(model, model.get_decoder())
     route_trunk(decoding.trunk)
     return Contender(model, decoding.generate, decoding.reader)
 

@@ -9,16 +9,16 @@ import torch
 
 from elastic.config import RunConfig
 from elastic.reporting.progress import Say
-from elastic.timing.passes import Contender, Models, Row, decode, prefill
+from elastic.timing.language import contenders as contenders
+from elastic.timing.language import recorded as recorded
+from elastic.timing.passes import Models, Row, decode, prefill
 from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
 from students.architectures.lookup import architecture_of
 from students.architectures.vision_language import VISION_TOWERS
 from students.calibration.vision_language import CALIBRATED
 from students.decisions import Decisions
-from students.execution.attention import route_trunk
 from students.families.image import image_shape, tokens_of
 from students.families.vision_language import VisionLanguageStudent
-from students.recording.decoding import Decoding
 from teachers.data.synthetic import ANSWER, QUESTION
 
 OPTIONS: tuple[str, ...] = ("new_tokens",)
@@ -39,20 +39,6 @@ def fitted(student: VisionLanguageStudent, workload: Workload) -> Workload:
 def longest(student: VisionLanguageStudent, data: Any, workload: Workload) -> int:
     """Return the number of tokens of the first question, its image and the answer that is decoded."""
     return int(data.held_out.ask([0])["input_ids"].shape[1]) + workload.new_tokens
-
-
-def contenders(student: VisionLanguageStudent, dense: Any) -> dict[str, Contender]:
-    """Return the student and the dense model, each run by its `generate`."""
-    routed = Contender(student.model, student.generate, student.reader)
-    return {"student": routed, "dense": Contender(dense, dense.generate)}
-
-
-def recorded(model: Any) -> Contender:
-    """Return a dense model that prefills and decodes as students do: through CUDA graphs on GPUs, with the student's
-    attention."""
-    decoding = Decoding(model, model.get_decoder())
-    route_trunk(decoding.trunk)
-    return Contender(model, decoding.generate, decoding.reader)
 
 
 def inference(student: VisionLanguageStudent, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from students.architectures.lookup import shape_of, values_of
 from students.calibration.data_shard import DataShard
-from students.calibration.fit import cluster_neurons, fit_substitute
+from students.calibration.fit import fit_substitute
 from students.calibration.price import Choice, gated_choice
 from students.compute import BlockShape, Phase
 from students.execution.branch import RoutedBranch
@@ -193,12 +193,6 @@ class BlockStart:
         cost.index_add_(1, router.members, columns)
         saved = self.gated(branch) / router.gates / self.dense
         return [gated_choice(router, self._features(self.seen(branch).x), cost, saved)]
-
-    def regroup(self, branch: str, kind: str) -> None:
-        """Regroup the channels in front of a branch's last linear layer into groups that are active together."""
-        router = self.router(branch, kind)
-        assert router.members is not None
-        router.members.copy_(cluster_neurons(self.seen(self.record.linears(f"{branch}_out")[0]).x, router.gates))
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the features that a branch's routers read: its input x [rows, D], normalised if it has no pre-norm."""

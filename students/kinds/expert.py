@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from students.architectures.record import Architecture
+from students.calibration.fit import cluster_neurons
 from students.calibration.observe import BlockStart
 from students.calibration.price import Choice
 from students.kinds.head import HeadKind
@@ -30,7 +31,9 @@ class ExpertKind(HeadKind):
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         if spec.grouping == "coactivation":
-            block.regroup(self.branch, "expert")
+            router, neurons = block.router("mlp", "expert"), block.seen(block.record.linears("mlp_out")[0]).x
+            assert router.members is not None
+            router.members.copy_(cluster_neurons(neurons, router.gates))
         return super().start(spec, block)
 
 

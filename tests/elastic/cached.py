@@ -22,7 +22,8 @@ def assert_learned(one: Path, other: Path, **how: float) -> None:
 
 
 def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
-    """Repeat a run twice, once filling a teacher cache and once reading it, and assert that both learn the same.
+    """Repeat a run's training twice, once filling a teacher cache and once reading it, and assert that both learn the
+    same; their dials are not set, and nothing is measured.
 
     without: the folder of the run, made without a cache. samples: the number of samples that the run trained on.
     Returns the lines about the cache that the two runs print."""
@@ -34,7 +35,8 @@ def assert_a_cache_changes_nothing(without: Path, samples: int) -> list[str]:
         asked.extend([len(batch)] if self.training else [])
         return signals(self, batch)
 
-    with patch.object(objective, "teacher_signals", noted):
+    unset, unmeasured = patch.object(trainer, "set_budget"), patch.object(trainer, "measure", return_value=[{}])
+    with patch.object(objective, "teacher_signals", noted), unset, unmeasured:
         for name in ("fills", "reads"):
             trainer.distill(config, without.parent / name, teacher_cache=cache, say=said.append)
             assert_learned(without, without.parent / name)

@@ -92,9 +92,7 @@ def test_a_model_that_is_gone_costs_one_line(project: Path, capsys: pytest.Captu
         assert main([*command, str(project / "runs" / "one")]) == 0
 
 
-def test_a_tilde_is_the_home_folder(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tilde_is_the_home_folder(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["generate", "~/project/runs/one", "--prompt", "w3", "--max-new-tokens", "2"]) == 0
     given = ["--model", "~/project/my/model", "--data", "~/project/text.txt", "--target-compute", "0.8"]

@@ -110,7 +110,7 @@ def test_what_is_quantized_otherwise_is_refused(
         teachers.load(str(folder))
 
 
-def test_image_models_too(tmp_path: Path) -> None:
+def test_image_models_too() -> None:
     pytest.importorskip("torchao")
     teacher = teachers.load("vit-fashion", quantization="int8")
     assert not can_be_read_in_part(teacher.model.blocks[3].attn.qkv) and teacher.identity.endswith("-int8")

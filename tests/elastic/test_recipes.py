@@ -78,7 +78,7 @@ def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(image_recipe, "REPORT", 2)
-    monkeypatch.setattr(image_recipe, "BATCH", 4)
+    monkeypatch.setattr(image_recipe, "BATCH", 8)  # five steps
     train = functools.partial(pretrain, str(image_folder), seed=3)
     train(tmp_path / "whole", epochs=1, say=silent)
     with pytest.raises(KeyboardInterrupt):

@@ -61,9 +61,9 @@ def test_minutes_hold_where_the_machine_changes_its_pace(
 
     with monkeypatch.context() as patch:
         now = clock(patch, pace)
-        distill(configure(*MINUTES), tmp_path / "one")
+        distill(configure(*MINUTES, "train.minutes=0.5"), tmp_path / "one")
         about, seconds = Run.open(tmp_path / "one").about, now()
-    assert 60 - later <= seconds <= 60 + later and 1 < len(about["plan"]) <= 2 + ADAPTATIONS
+    assert 30 - later <= seconds <= 30 + later and 1 < len(about["plan"]) <= 2 + ADAPTATIONS
     assert metrics(tmp_path / "one")[-1]["step"] == about["steps"] == about["plan"][-1][1]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for name in ("checkpoint", "routers"):  # as if killed before the first checkpoint

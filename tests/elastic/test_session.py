@@ -23,7 +23,7 @@ from tests.elastic.cached import assert_learned
 from tests.elastic.runs import Configure, silent
 
 RUN = ("data.held_out=16", "budget.target=0.7:0.9")
-BUDGETS = 0.9, 0.75, 0.7
+BUDGETS = 0.9, 0.7
 
 
 @pytest.fixture

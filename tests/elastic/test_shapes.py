@@ -90,6 +90,7 @@ def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-vlm"])
 def test_images_and_questions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--new-tokens", 2) if name == "tiny-vlm" else ()
+    options += ("--set", "calibration.windows=4", "--set", "train.batch=2")
     made = run("--model", name, "--target-compute", 0.7, "--batch", 2, *options, capsys=capsys)
     first, *_, last = made["rows"]
     assert first["phase"] == ("prefill" if name == "tiny-vlm" else "classify") and last["phase"] == "train"

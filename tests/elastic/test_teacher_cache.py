@@ -78,9 +78,7 @@ def test_other_batches_find_what_they_share(filled: Path, configure: Configure, 
     assert Run.open(tmp_path / "run").about["teacher_cache"] == {"folder": str(cache), "found": 18, "asked": 2}
 
 
-def test_a_full_disk_ends_the_keeping_but_no_run(
-    filled: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_ends_the_keeping_but_no_run(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage(0, 0, teacher_cache.RESERVE + 1000))
     with pytest.raises(ValueError, match=r"take up to 0.04 MB .* has room for 0.00 MB: name a folder elsewhere"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from students.kernels.ops import merge_below, merge_lowest
+from tests.backends import BACKENDS
 from tests.students.kernels.samples import SAMPLES, Draw
 
 
@@ -24,6 +25,7 @@ def test_more_than_may_go_cannot_leave(backend: torch.device) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "interpreter"], indirect=True)
 def test_images_of_their_own_lengths_keep_their_order_and_bits(backend: torch.device) -> None:
     for arguments in SAMPLES["merge_below"](Draw(torch.bfloat16, backend)):
         found, again = (merge_below(*arguments) for _ in range(2))

@@ -17,7 +17,7 @@ from students.kernels import cpu, ops, reference, trial, triton
 from students.kernels.cpu import toolchain
 from students.kernels.ops import OPERATORS
 from students.kernels.triton import tuning
-from tests.backends import DTYPES
+from tests.backends import DTYPES, KERNELS
 from tests.students.kernels.samples import SAMPLES, Draw
 
 CLOSE = {
@@ -45,6 +45,7 @@ def test_every_c_function_is_called_by_an_operator():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_values_are_the_reference_s(name: str, dtype: torch.dtype, backend: torch.device):
     operator, other = getattr(torch.ops.elastic, name), getattr(reference, name)
     for arguments in SAMPLES[name](Draw(dtype, backend)):
