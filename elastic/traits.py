@@ -40,7 +40,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
     {
         "llm": Traits(
             "elastic.families.language",
-            "a language model",
+            "a model of text alone",
             ("data.window", "data.max_tokens", "train.window", "loss.cross_entropy_weight", "loss.hidden_layers"),
             TEXT,
             decodes=True,

@@ -42,6 +42,8 @@ STEPS = 256
 """Approximate number of offsets at which compute is measured if it grows in steps."""
 SPREAD = 32.0
 """Largest offset, in either direction, in the search for an exact start."""
+HALVINGS = 18
+"""Steps of that search: it ends within 0.00025 of an offset; the dial is set after training anyway."""
 APART = 0.1
 """Largest gap in compute between neighbouring measured points of a range, with a computed point in each gap."""
 PAUSE = 20.0
@@ -89,20 +91,21 @@ def exact_start(
         return meter(1.0)
 
     def offset_of(target: float) -> float:
-        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target)
+        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target, HALVINGS)
 
-    middle = offset_of((targets[0] + targets[-1]) / 2)
+    middle = (targets[0] + targets[-1]) / 2
+    opened = offset_of(middle)
     for router in routers:
-        router.open_by(middle)
-    offsets = [offset_of(target) for target in targets]
+        router.open_by(opened)
+    offsets = [0.0 if target == middle else offset_of(target) for target in targets]
     compute = compute_at(0.0)
     return replace(start, compute=compute, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
 
 
-def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
-    """Return the largest number between low and high for which `fits` is True, by bisection; `fits` has to be True for
-    all numbers below one for which it is True."""
-    for _ in range(30):
+def largest(low: float, high: float, fits: Callable[[float], bool], steps: int = 30) -> float:
+    """Return the largest number between low and high for which `fits` is True, by so many steps of bisection; `fits`
+    has to be True for all numbers below one for which it is True."""
+    for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
