@@ -191,7 +191,7 @@ def test_a_table_of_images_that_no_cache_can_take_says_why(tmp_path: Path, monke
     image = {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}
     datasets.Dataset.from_dict({"image": [image] * 4}).to_parquet(file)
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", partial(_raise, FULL))
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", lambda *_, **__: _raise(FULL))
     with pytest.raises(ValueError, match=r"images\.parquet cannot be read: .*No space left on device"):
         load_images(str(file), pil_to_tensor, held_out=1, seed=0)
 
