@@ -374,9 +374,9 @@ def make_config(
         merged = merge(merged, layer)
     if ":" in str(section_of(merged, "budget").get("target")):
         merged["student"] = {"gains": True, **section_of(merged, "student")}
-    if traits.data and merged["data"]["source"] == "builtin":
+    source = section_of(merged, "data").get("source")
+    if traits.data and source == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
-    source = merged["data"].get("source")
     if isinstance(source, str) and source.strip() and source != entry.data:
         require_data(source, entry.family)
         if source not in NAMED_DATA and Path(source).expanduser().exists():

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from elastic.cli import main, showing
+from elastic.cli import LESS_MEMORY, main, showing
 from elastic.run import Run
 from elastic.timing import language
 from elastic.timing.passes import Row
@@ -115,6 +115,11 @@ def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str])
     assert "no such configuration file: missing.yaml" in refused(*arguments, "--config", "missing.yaml")
     assert "--steps or --minutes" in refused("distill", "--model", "gpt2", "--steps", "5", "--minutes", "1")
     assert "0.7 means 70 %" in refused(*arguments, "--target-compute=-0.5")
+
+
+def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: Callable[..., str]):
+    line = refused(*arguments, "--set", "student.lora.rank=10000000000000")
+    assert "can't allocate memory" in line and line.endswith(f"; {LESS_MEMORY}")
 
 
 def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
@@ -396,6 +401,12 @@ def test_matplotlib_says_nothing_where_home_cannot_be_written_to(here: Path):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **places}, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_warnings_of_libraries_take_one_line_without_code(here: Path):
+    code = "import warnings; from elastic.cli import main; main(['models', '--json']); warnings.warn('one\\n  two')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "elastic: warning: one two\n")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
