@@ -391,7 +391,7 @@ def require_data(source: str, family: str) -> None:
         raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {traits.noun}")
     if source in NAMED_DATA:
         return
-    if path.exists():
+    if path.exists() or path.is_symlink():
         traits.kinds.require(path)
     elif is_path(source) or not ("/" in source or traits.one_word):  # else it may be on the hub
         beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []

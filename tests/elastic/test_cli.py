@@ -54,14 +54,14 @@ def refused(capfd: pytest.CaptureFixture[str], here: Path) -> Callable[..., str]
     """A function that runs a command, asserts that it fails with one line and changes no file, and returns the line."""
 
     def run(*arguments: object) -> str:
-        before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+        before = {path: path.lstat().st_mtime_ns for path in here.rglob("*")}
         capfd.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
         out, err = capfd.readouterr()
         assert out == "" and "Traceback" not in err
         errors = [line for line in err.splitlines() if line.startswith("elastic: error:")]
         assert errors == err.splitlines()[-1:]
-        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+        assert {path: path.lstat().st_mtime_ns for path in here.rglob("*")} == before
         return errors[0]
 
     return run
@@ -139,7 +139,9 @@ def test_data_that_cannot_be_used(arguments: list[str], finished: Path, refused:
     )
     (here / "notes" / "deep").mkdir(parents=True)
     (here / "notes" / "deep" / "table.csv").write_text("text")
+    (here / "link.txt").symlink_to("gone.txt")
     for source, words in (
+        ("link.txt", "link.txt is a link to gone.txt, which is not there"),
         ("notes/deep/table.csv", "unknown kind of file: notes/deep/table.csv; --data takes a .txt"),
         ("notes", "no .txt, .md, .jsonl, .json, .parquet file in folder notes; --data takes a .txt"),
         ("/dev/null", "/dev/null is neither a file nor a folder; --data takes a .txt"),
