@@ -374,9 +374,9 @@ def make_config(
         merged = merge(merged, layer)
     if ":" in str(section_of(merged, "budget").get("target")):
         merged["student"] = {"gains": True, **section_of(merged, "student")}
-    if traits.data and merged["data"]["source"] == "builtin":
+    source = section_of(merged, "data").get("source")
+    if traits.data and source == "builtin":
         raise ValueError(f"{model} needs {traits.data}")
-    source = merged["data"].get("source")
     if isinstance(source, str) and source.strip() and source != entry.data:
         require_data(source, entry.family)
         if source not in NAMED_DATA and Path(source).expanduser().exists():
@@ -391,7 +391,7 @@ def require_data(source: str, family: str) -> None:
         raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {traits.noun}")
     if source in NAMED_DATA:
         return
-    if path.exists():
+    if path.exists() or path.is_symlink():
         traits.kinds.require(path)
     elif is_path(source) or not ("/" in source or traits.one_word):  # else it may be on the hub
         beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []

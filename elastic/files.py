@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 
 
 class Unwritable(OSError):
     """A file cannot be written, as on a full disk: whatever else a command would write there fails too."""
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Context, or decorator, in which errors of the system are those of a file that cannot be written: Unwritable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(str(error)) from None
 
 
 def write_text(path: Path, text: str) -> None:

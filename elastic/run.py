@@ -54,6 +54,14 @@ FORMAT = 1
 """Version of the run folder's format, recorded in elastic.json."""
 FILES = ("routers.safetensors", "checkpoint.safetensors", "metrics.jsonl", "elastic.json", "config.yaml")
 """All files of a run folder."""
+KINDS: dict[str, Any] = {"model": str, "identity": str, "source": str}
+"""Entries that every elastic.json has, and the kind of their values."""
+OPTIONAL_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("beside", "versions", "machine", "result", "teacher_cache"), dict),
+    **dict.fromkeys(("results", "plan", "peak_memory"), list),
+    **dict.fromkeys(("steps", "seconds", "trained"), int | float),
+}
+"""Entries that an elastic.json may have, and the kind of their values."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """Types by their name in train.precision; None: chosen for the device when the teacher is loaded."""
 
@@ -187,14 +195,13 @@ class Run:
         file = self.folder / "elastic.json"
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            kinds = {"model": str, "identity": str, "source": str, "beside": dict, "versions": dict, "machine": dict}
-            optional: dict[str, Any] = {"beside": {}, "versions": {}, "machine": {}}
-            found = {**optional, **about} if isinstance(about, dict) else {}
-            if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+            found = about if isinstance(about, dict) else {}
+            needed = {**KINDS, **{name: kind for name, kind in OPTIONAL_KINDS.items() if name in found}}
+            if wrong := [name for name, kind in needed.items() if not isinstance(found.get(name), kind)]:
                 raise ValueError(f"it lacks {', '.join(wrong)}, or has another kind of value there")
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
-        return about
+        return found
 
     def record(self, **entries: Any) -> None:
         """Add entries to elastic.json."""

@@ -74,6 +74,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             if math.isfinite(number := float(value)):
                 return number
     elif type(value) is hint:
+        if hint is int and abs(value) >= 2**63:  # torch counts in 64 bits
+            raise ValueError(f"{path} is {value}, which is too large")
         return value
     raise ValueError(f"{path} is {value!r}; it must be {_TYPES[hint]}")
 

@@ -33,7 +33,7 @@ from elastic.distillation.start import adopted, calibrate, set_budget, set_capac
 from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
-from elastic.files import append_line, require_writable
+from elastic.files import append_line, require_writable, writing
 from elastic.objectives.sums import Sums, of_all
 from elastic.reporting.progress import Say
 from elastic.run import Run
@@ -182,7 +182,7 @@ def _run(
     state = _train(run, config, student, data, session, accelerator, say, progress)
     session.memory.turn_to("measuring")
     adopted(student, lambda: set_budget(student, data, config, state.offsets.tolist(), say))
-    launch.on_main(lambda: student.save(run.routers))
+    launch.on_main(writing()(partial(student.save, run.routers)))
     kept = session.kept(data.held_out)
     rows = measure(run, student, HELD_OUT, data.held_out, config.budget.measured, kept, say=say)
     exchange_left_out(data.left_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # unlinking fails too on a read-only disk
+            part.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,8 @@ def published(final: Path) -> Iterator[Path]:
     `final` meanwhile, that one stays and this one is dropped.
     Safetensors files get the permissions of any new file; their library makes them readable by the owner only.
     """
+    from safetensors import SafetensorError
+
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
@@ -42,5 +44,7 @@ def published(final: Path) -> Iterator[Path]:
         except OSError:
             if not final.exists():
                 raise
+    except SafetensorError as error:  # a full disk, which is an error of the system in all other files
+        raise OSError(f"cannot write {final}: {error}") from None
     finally:
         shutil.rmtree(workshop, ignore_errors=True)

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ VISION_LANGUAGE_MODELS |= {"qwen3_vl", "glm4v", "gemma3", "internvl", "llava_one
 LANGUAGE = "language_model"
 """Key in config.json of a vision-language model shipped with Elastic: the name of its language model."""
 
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -90,9 +92,11 @@ def resolve(name: str) -> ModelEntry:
 
     Raises ValueError for a folder without config.json and for a name that is none of the three.
     """
-    if name in models():
-        return models()[name]
     folder = Path(name).expanduser()
+    if name in models():
+        if folder.is_dir():
+            _say_which(name)
+        return models()[name]
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
@@ -109,6 +113,12 @@ def resolve(name: str) -> ModelEntry:
     raise ValueError(
         f"unknown model {name!r}: {hint}`elastic models` lists all; a hub id (org/name) or a local folder also works"
     )
+
+
+@functools.cache
+def _say_which(name: str) -> None:
+    """Say, once, that a short name is meant, and not the folder that has this name, too."""
+    _log.warning("%s is taken as the short name (`elastic models`); for the folder here type ./%s", name, name)
 
 
 def family_of(folder: Path) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from elastic import launch
 from elastic.cli.parser import parser
+
+LESS_MEMORY = "less is needed with --set train.checkpointing=true or quantization=int8, or a smaller train.batch"
+"""What a user can do where memory is too small for training."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where HOME cannot be written to, and needs nothing
+    if not os.environ.get("ELASTIC_TRACEBACK"):
+        warnings.formatwarning = _warning
     options = parser().parse_args(arguments)
     options.line = ["elastic", *(sys.argv[1:] if arguments is None else arguments)]
     try:
@@ -33,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit):  # the reader of stdout has exited, for which rich raises SystemExit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         return 141
-    except (ValueError, OSError, launch.Lost) as error:
+    except Exception as error:
         # errors that a user can fix are raised as ValueError or OSError, with one line that says how
+        if _is_of_memory(error):
+            error.__notes__ = [LESS_MEMORY] * ("set" in vars(options))
+        elif not isinstance(error, ValueError | OSError | launch.Lost):
+            raise
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         if launch.is_said_here(error):
@@ -45,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.is_main():
             print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Return a warning of a library in one line, without the line of code that it is about."""
+    return f"elastic: warning: {' '.join(str(message).split())}\n"
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Return whether memory, of the host or a GPU, is too small; torch has a class of errors for GPUs alone."""
+    said = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def _line(error: Exception) -> str:

@@ -57,8 +57,8 @@ def _check_eval(options: argparse.Namespace) -> None:
 
 
 def _names(options: argparse.Namespace) -> list[str]:
-    """Return the items of --tasks."""
-    return [name.strip() for name in options.tasks.split(",") if name.strip()]
+    """Return the items of --tasks, each once."""
+    return list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
 
 
 def _print_accuracies(rows: list[dict[str, Any]]) -> None:

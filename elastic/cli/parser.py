@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as ArgumentParser does, but let the command report an unknown option, since its --help lists them, and
-        report one in front of a missing command rather than that. Only a prompt may be empty, for its own message."""
+        report one in front of a missing command rather than that. Only a prompt may be empty, for its own message. What
+        a list of values, such as of --compute, names twice counts once."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             from elastic.settings import near  # reads yaml, which takes time that --help does not need
@@ -51,6 +52,8 @@ class _Parser(argparse.ArgumentParser):
                 options.parser.error(
                     "an argument is empty: name a folder" if positional else f"{option} is empty: leave it away"
                 )
+            if isinstance(value, list) and name != "set":  # of --set the last of two wins
+                setattr(options, name, list(dict.fromkeys(value)))
         return options
 
     def error(self, message: str) -> NoReturn:

@@ -6,13 +6,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from elastic import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from elastic.reporting.progress import Say
 
@@ -88,23 +89,28 @@ def _log_to(say: Say) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict[str, Any]], file: Path | None = None) -> None:
     """Print the table of results at the end of a run: a line for each quantity or, of several rows of results, what all
-    have in common, then a line for each row."""
+    have in common, then a line for each row.
+
+    Raises ValueError if the rows were read from `file`, and lack a quantity or have another kind of value there.
+    """
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Column, Table
 
     from elastic import families
+    from teachers.quiet import one_line
 
-    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("model", lambda r: r["model"]),
-        ("preset", lambda r: r["preset"]),
-        *families.of(rows[0]["family"]).lines(),
-        ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
-        ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
-    ]
-    found = {name: [show(row) for row in rows] for name, show in lines}
+    with one_line(f"{file} is damaged: its results cannot be shown") if file else nullcontext():
+        lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+            ("model", lambda r: str(r["model"])),
+            ("preset", lambda r: str(r["preset"])),
+            *families.of(rows[0]["family"]).lines(),
+            ("trainable parameters", lambda r: f"{r['trainable_parameters']:,} ({r['trainable_share']:.3%})"),
+            ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
+        ]
+        found = {name: [show(row) for row in rows] for name, show in lines}
     common = Table("", Column(overflow="fold"), show_header=False)  # fold: paths are shown whole
     for name, values in found.items():
         if len(set(values)) == 1:

@@ -85,7 +85,10 @@ def info_command(options: argparse.Namespace) -> None:
         ("corrections", f"LoRA of rank {config.student.lora.rank}" if config.student.lora.rank else "none"),
         ("data", f"{config.data.source}, {config.data.held_out} held out"),
         ("training", f"{steps} steps of {config.train.batch}{took}" if steps else f"{config.train.minutes} min"),
-        *((part, ", ".join(f"{name} {about[part][name]}" for name in about[part])) for part in ("versions", "machine")),
+        *(
+            (part, ", ".join(f"{name} {value}" for name, value in about.get(part, {}).items()))
+            for part in ("versions", "machine")
+        ),
     ]
     table = Table("", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     for name, text in lines:
@@ -93,7 +96,7 @@ def info_command(options: argparse.Namespace) -> None:
             table.add_row(name, text)
     Console(markup=False, highlight=False).print(table)
     if rows:
-        print_rows(rows)
+        print_rows(rows, run.folder / "elastic.json")
 
 
 def _router(router: RouterSpec) -> str:
@@ -131,4 +134,4 @@ def models_command(options: argparse.Namespace) -> None:
 def _count(number: float | None) -> str:
     if number is None:
         return ""
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
+    return f"{number / 1e9:.1f} B" if number >= 999.5e6 else f"{number / 1e6:.0f} M"

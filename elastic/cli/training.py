@@ -37,8 +37,9 @@ def distill_command(options: argparse.Namespace) -> int | None:
     if not launch.is_main():
         return None
     folder = options.resume if asked is None else asked[1]
-    rows = Run.open(folder).about["results"]
-    print_rows(rows)
+    run = Run.open(folder)
+    rows = run.about["results"]
+    print_rows(rows, run.folder / "elastic.json")
     print(f"student: {folder}   measure it elsewhere: elastic eval {shlex.quote(folder)} --data FILE")
     return _report_missed(rows)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic import launch
-from elastic.files import write_text
+from elastic.files import write_text, writing
 from elastic.run import Run
 from students import Student
 from students.checkpoint import read_tensors, write_tensors
@@ -44,7 +45,7 @@ def save(run: Run, student: Student, optimizer: Any, state: State) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[parameter]}"] = moments[key]
     tensors |= {"multiplier": state.multiplier, "price": state.price, "offsets": state.offsets}
-    launch.on_main(lambda: write_tensors(run.folder / FILE, tensors, {"step": state.step}))
+    launch.on_main(writing()(partial(write_tensors, run.folder / FILE, tensors, {"step": state.step})))
 
 
 def restore(run: Run, student: Student, device: torch.device) -> State | None:

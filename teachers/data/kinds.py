@@ -29,6 +29,8 @@ class Kinds:
 
     def require(self, path: Path) -> None:
         """Raise ValueError if what exists at `path` cannot be read, is no file or folder, or is of another kind."""
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to {path.readlink()}, which is not there")
         if not path.is_dir() and not path.is_file():
             raise ValueError(f"{path} is neither a file nor a folder; {self.accepted}")
         if not os.access(path, os.R_OK):

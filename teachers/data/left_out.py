@@ -90,6 +90,8 @@ def reason_of(error: str | Exception) -> str:
         return "no image, or of a kind that cannot be read"
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, OSError) and error.strerror:  # without its number, and the name that messages begin with
+        return error.strerror
     return error if isinstance(error, str) else first_line(error)
 
 

@@ -321,6 +321,8 @@ def _document(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str
     """Return the text of a record, chosen by the fields it has; raise ValueError, saying why, if there is none."""
     filled = [name for name, value in record.items() if value is not None]
     if "text" in filled and "messages" not in filled:
+        if isinstance(record["text"], bool | int | float):  # an answer may be one, a document is none
+            raise ValueError(f"its text is no text but {record['text']}")
         return _field(record, "text")
     if conversation := next((name for name in FIELDS if name in filled), None):
         return _conversation(record[conversation], tokenizer)

@@ -52,6 +52,7 @@ def pretrain(
     written model on the source's validation part. Raises ValueError for data that does not fit.
     """
     import timm
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     final = Path(output)
@@ -67,7 +68,13 @@ def pretrain(
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, num_classes=classes, **arguments)
     if start is not None:
-        model.load_state_dict(unpack(load_file(Path(start) / "model.safetensors")))
+        try:
+            model.load_state_dict(unpack(load_file(Path(start) / "model.safetensors")))
+        except (OSError, RuntimeError, SafetensorError):
+            raise ValueError(
+                f"{start} has no weights of this model: --start takes a folder that this command wrote, of images of "
+                "the same size and as many classes"
+            ) from None
     say(f"training {ARCHITECTURE} on {len(images):,} images of {source} for {epochs} epochs")
     about = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
     part = final.with_name(f"{final.name}.part.safetensors")

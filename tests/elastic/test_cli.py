@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from elastic.cli import main, showing
+from elastic.cli import LESS_MEMORY, main, showing
 from elastic.run import Run
 from elastic.timing import language
 from elastic.timing.passes import Row
@@ -54,14 +54,14 @@ def refused(capfd: pytest.CaptureFixture[str], here: Path) -> Callable[..., str]
     """A function that runs a command, asserts that it fails with one line and changes no file, and returns the line."""
 
     def run(*arguments: object) -> str:
-        before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+        before = {path: path.lstat().st_mtime_ns for path in here.rglob("*")}
         capfd.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
         out, err = capfd.readouterr()
         assert out == "" and "Traceback" not in err
         errors = [line for line in err.splitlines() if line.startswith("elastic: error:")]
         assert errors == err.splitlines()[-1:]
-        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+        assert {path: path.lstat().st_mtime_ns for path in here.rglob("*")} == before
         return errors[0]
 
     return run
@@ -117,6 +117,11 @@ def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str])
     assert "0.7 means 70 %" in refused(*arguments, "--target-compute=-0.5")
 
 
+def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: Callable[..., str]):
+    line = refused(*arguments, "--set", "student.lora.rank=10000000000000")
+    assert "can't allocate memory" in line and line.endswith(f"; {LESS_MEMORY}")
+
+
 def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
     settings = ("--set", "student.routers=[{kind: head}]", "--set", "student.lora.rank=0", "--target-compute")
     message = refused(*arguments, *settings, "0.2")
@@ -134,7 +139,9 @@ def test_data_that_cannot_be_used(arguments: list[str], finished: Path, refused:
     )
     (here / "notes" / "deep").mkdir(parents=True)
     (here / "notes" / "deep" / "table.csv").write_text("text")
+    (here / "link.txt").symlink_to("gone.txt")
     for source, words in (
+        ("link.txt", "link.txt is a link to gone.txt, which is not there"),
         ("notes/deep/table.csv", "unknown kind of file: notes/deep/table.csv; --data takes a .txt"),
         ("notes", "no .txt, .md, .jsonl, .json, .parquet file in folder notes; --data takes a .txt"),
         ("/dev/null", "/dev/null is neither a file nor a folder; --data takes a .txt"),
@@ -396,6 +403,12 @@ def test_matplotlib_says_nothing_where_home_cannot_be_written_to(here: Path):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **places}, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_warnings_of_libraries_take_one_line_without_code(here: Path):
+    code = "import warnings; from elastic.cli import main; main(['models', '--json']); warnings.warn('one\\n  two')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "elastic: warning: one two\n")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

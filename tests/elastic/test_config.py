@@ -118,6 +118,8 @@ def test_unknown_settings_and_malformed_ones(settings: str, words: list[str]):
     ("setting", "words"),
     [
         ("train.steps=1.5", "train.steps is 1.5; it must be a whole number"),
+        ("train.batch=99999999999999999999", "train.batch is 99999999999999999999, which is too large"),
+        ("data=words.txt", "data is 'words.txt'; it must be a section of settings"),
         ("train.steps=true", "train.steps is True; it must be a whole number"),
         ("train.lr=fast", "train.lr is 'fast'; it must be a finite number"),
         ("train.lr=.nan", "train.lr is nan; it must be a finite number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import yaml
 from safetensors import SafetensorError
 
 import elastic
+from elastic.cli import main
 from students import checkpoint
 from students.checkpoint import read_tensors
 from tests.elastic.runs import FINISHED, Configure, assert_same_run, distill, files, interrupt, on_step, resume
@@ -92,6 +94,26 @@ def test_files_that_lost_their_end_or_contents_are_refused(copied: Path):
         with pytest.raises(ValueError, match=r"elastic.json is damaged \(.*\): restore it") as error:
             elastic.load(copied)
         assert "\n" not in str(error.value)
+
+
+def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, capsys: pytest.CaptureFixture[str]):
+    file = copied / "elastic.json"
+    about = json.loads(file.read_text())
+    row = about["results"][0]
+    for changes, said in (
+        *(({"results": value}, "lacks results, or has") for value in (3, "x", None, {})),
+        ({"seconds": None, "steps": "x"}, "lacks steps, seconds, or has"),
+        ({"results": [3]}, "its results cannot be shown"),
+        ({"results": [{**row, "kl": None}]}, "its results cannot be shown"),
+        ({"results": [{key: value for key, value in row.items() if key != "kl"}]}, "shown: 'kl' is missing"),
+    ):
+        file.write_text(json.dumps(about | changes))
+        for command in ["info"], ["distill", "--resume"]:
+            assert main([*command, str(copied)]) == 2
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert line.startswith(f"elastic: error: {file} is damaged") and said in line
+    file.write_text(json.dumps({key: value for key, value in about.items() if key not in ("versions", "machine")}))
+    assert main(["info", str(copied)]) == 0
 
 
 def test_student_with_other_routers_is_refused(copied: Path):

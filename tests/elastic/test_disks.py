@@ -6,14 +6,17 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from elastic import run, sweep, trainer
@@ -117,6 +120,28 @@ def test_a_sweep_whose_rows_find_no_room_goes_on(
     assert line == f"elastic: error: {said}" and not Path("sweep/failures.jsonl").exists()
     assert main(command) in (0, 3)
     assert len(Path("sweep/results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sweep_whose_checkpoints_find_no_room_goes_on(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command = ["sweep", *arguments, "--target-compute", "0.8", "0.9", "--per-budget", "--no-bench", "--output", "sweep"]
+    for name in "checkpoint", "routers":
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", partial(_until_full, name, checkpoint.save_file))
+            assert main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("elastic: error: cannot write sweep/runs/") and f"{name}.safetensors: " in error
+        assert error.endswith("No space left on device (os error 28); the same command goes on from here")
+        assert not Path("sweep/failures.jsonl").exists()
+    assert main(command) in (0, 3)
+    assert len(Path("sweep/results.jsonl").read_text().splitlines()) == 2
+
+
+def _until_full(name: str, write: Callable[..., None], tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    if name in path.name and any(path.parent.parent.glob("*/routers.safetensors")):  # one run has found room
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    write(tensors, path, **options)
 
 
 def test_folders_that_cannot_be_written_to_are_refused_before_a_model_is_loaded(

@@ -6,6 +6,7 @@ import pytest
 
 from elastic import __version__
 from elastic.cli import main
+from elastic.cli.parser import parser
 
 
 def test_misspelt_options(capsys: pytest.CaptureFixture[str]):
@@ -44,6 +45,14 @@ def test_empty_arguments(capsys: pytest.CaptureFixture[str]):
             main(given)
         message = capsys.readouterr().err
         assert message.startswith(f"elastic: error: {said}") and message.count("\n") == 1
+
+
+def test_values_that_are_named_twice_count_once():
+    given = parser().parse_args(["eval", "run", "--compute", "0.7", "0.70", "0.8", "--baselines", "teal", "teal"])
+    assert given.compute == [0.7, 0.8] and given.baselines == ["teal"]
+    last = ["train.lr=1", "train.lr=2", "train.lr=1"]  # the last of two wins
+    options = [word for setting in last for word in ("--set", setting)]
+    assert parser().parse_args(["distill", *options]).set == last
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

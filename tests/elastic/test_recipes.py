@@ -74,6 +74,20 @@ def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: P
         pretrain(str(image_folder), first, epochs=1, say=silent)
 
 
+def test_a_teacher_goes_on_from_weights_of_its_own_kind_alone(image_folder: Path, tmp_path: Path) -> None:
+    other, new = tmp_path / "other", tmp_path / "new"
+    other.mkdir()
+    for write in (
+        lambda _: None,
+        lambda file: file.write_text("{}"),
+        lambda file: save_file({"x": torch.zeros(1)}, file),
+    ):
+        write(other / "model.safetensors")
+        with pytest.raises(ValueError, match="other has no weights of this model: --start takes a folder") as error:
+            pretrain(str(image_folder), new, epochs=1, start=other, say=silent)
+        assert "\n" not in str(error.value) and not new.exists()
+
+
 def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     BertConfig,
@@ -173,6 +174,15 @@ def test_second_conversion_is_not_made(cache: Path, folder: Path, monkeypatch: p
     final.parent.mkdir(parents=True)
     folder.rename(final)
     assert "converted earlier" in teachers.load("smollm2-135m").source
+
+
+def test_published_names_the_file_that_finds_no_room(tmp_path: Path):
+    with (
+        pytest.raises(OSError, match=f"cannot write {tmp_path}/file: I/O error: No space"),
+        published(tmp_path / "file"),
+    ):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())
 
 
 def test_published_is_all_or_nothing(tmp_path: Path):

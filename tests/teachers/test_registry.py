@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from teachers import hub
+from teachers import hub, registry
 from teachers.registry import models, resolve
 
 
@@ -29,6 +29,20 @@ def test_short_name_hub_id_and_folder(tmp_path: Path):
     assert resolve("HuggingFaceTB/SmolLM2-135M-Instruct") is models()["smollm2-135m"]
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)).folder == tmp_path
+
+
+def test_a_folder_with_the_name_of_a_short_name_is_not_passed_over_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    registry._say_which.cache_clear()
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text("{}")
+    assert resolve("gpt2").hub == "openai-community/gpt2" and caplog.text == ""
+    monkeypatch.chdir(tmp_path)
+    assert resolve("gpt2").hub == resolve("gpt2").hub == "openai-community/gpt2"
+    said = "gpt2 is taken as the short name (`elastic models`); for the folder here type ./gpt2"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    assert resolve("./gpt2").folder == Path("gpt2")
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ ODD = {
     "no UTF-8": b'{"messages": [{"role": "user", "content": "caf\xe9"}]}',
     "no Unicode": '{"messages": [{"role": "user", "content": "\\ud800"}]}',
     "null": '{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": null}]}',
+    "a number": '{"text": 5}',
+    "a truth value": '{"text": true}',
     "no number": '{"question": "w1", "answer": NaN}',
     "no turns": '{"messages": []}',
     "one text": '{"messages": "w1"}',
