@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         # errors that a user can fix are raised as ValueError or OSError, with one line that says how
-        if _is_of_memory(error):
-            error.__notes__ = [LESS_MEMORY] * ("set" in vars(options))
-        elif not isinstance(error, ValueError | OSError | launch.Lost):
+        if not (_is_of_memory(error) or isinstance(error, ValueError | OSError | launch.Lost)):
             raise
+        if _is_of_memory(error) and "set" in vars(options):
+            error.add_note(LESS_MEMORY)
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         if launch.is_said_here(error):
