@@ -261,7 +261,8 @@ def compare_command(options: argparse.Namespace) -> None:
         require_run(run, finished=True)
     from elastic.evaluate import compare_runs
 
-    rows = compare_runs(options.run, options.other, data=options.data)
+    with screen():
+        rows = compare_runs(options.run, options.other, data=options.data)
     if options.json:
         print(json.dumps({"rows": rows}))
         return
