@@ -428,6 +428,7 @@ def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
         main(["distill", "--model", "nonsense"])
 
 
+@pytest.mark.thorough
 def test_no_network_in_a_process_of_its_own(here: Path):
     """A hub that does not answer is asked once, and costs exactly one line on stderr, and no file."""
     asked: list[object] = []

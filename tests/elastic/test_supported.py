@@ -133,6 +133,7 @@ def test_a_saved_image_model(name: str, pictures: Path, tmp_path: Path) -> None:
     assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ALIKE and name != "cohere2_vision"])
 def test_a_saved_vision_language_model(name: str, pictures: Path, tmp_path: Path) -> None:
     if name == "smolvlm" and find_spec("num2words") is None:

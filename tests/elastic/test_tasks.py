@@ -273,7 +273,7 @@ def test_command_line(
     assert main(["eval", str(finished), "--tasks", both, "--limit", "5", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["task"], row["examples"]) for row in rows] == [("own", 5), ("blanks", 5)]
-    assert main(["eval", str(finished), "--tasks", file]) == 0
+    assert main(["eval", str(finished), "--tasks", f"{file},{file}"]) == 0  # counts once
     assert "teacher accuracy" in capsys.readouterr().out
 
     def refused(*options: str) -> str:
@@ -285,7 +285,8 @@ def test_command_line(
     assert "no such file of questions: missing.jsonl" in refused("--tasks", "missing.jsonl")
     assert "--tasks names no task" in refused("--tasks", ",")
     assert "no task 'arc_eazy': did you mean arc_easy?" in refused("--tasks", "arc_eazy")
-    assert "two tasks are called own" in refused("--tasks", f"{file},{file}")
+    (tmp_path / "other").mkdir()
+    assert "two tasks are called own" in refused("--tasks", f"{file},{make_file(tmp_path / 'other' / 'own.jsonl')}")
     assert "--limit must be at least 1" in refused("--tasks", file, "--limit", "0")
     assert "--limit is for --tasks" in refused("--limit", "3")
     assert "leave --data and --baselines away" in refused("--tasks", file, "--data", file)

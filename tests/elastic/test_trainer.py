@@ -255,6 +255,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 def test_kill_at_any_moment_and_resume(finished: Path, configure: Configure, tmp_path: Path):
     saved_before = {"1": False, "5": True, "while saving": True}
     result = subprocess.run(
