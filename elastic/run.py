@@ -36,7 +36,7 @@ from elastic.files import require_place, require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from students import Student, elasticize
 from students.checkpoint import read_tensors
-from students.kernels import cpu
+from students.kernels import cpu, triton
 from students.kernels.trial import replaced
 from teachers import Teacher
 from teachers.cache import cache_folder
@@ -271,7 +271,9 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def make_student(teacher: Teacher, config: RunConfig) -> Student:
-    """Return an untrained student of this teacher, after compiling the CPU kernels; where that fails, say so once."""
+    """Return an untrained student of this teacher, after compiling the CPU kernels; where that fails, say so once.
+    Triton compiles those for GPUs when they first run, into the cache folder too."""
+    triton.keep_in(cache_folder() / "triton")
     reason = cpu.build(cache_folder())
     if reason is not None and launch.is_main() and next(teacher.model.parameters()).device.type == "cpu":
         _warn(reason)

@@ -7,10 +7,12 @@ between calls (rows, chunks, tokens that stay) are not specialised on, so that n
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module, util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,12 @@ OPERATORS = {operator: file for file, operators in _FILES.items() for operator i
 def installed() -> bool:
     """Return whether Triton for NVIDIA GPUs is installed: builds of torch for these GPUs depend on it."""
     return util.find_spec("triton") is not None and torch.version.hip is None
+
+
+def keep_in(folder: Path) -> None:
+    """Let Triton keep what it compiles in `folder`, unless the environment says where."""
+    if not os.environ.keys() & {"TRITON_CACHE_DIR", "TRITON_HOME"}:
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
 _launches: list[bool] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
+from students.kernels import triton
 from students.kernels.triton import launching
 from students.kernels.triton.launching import Kernel
 
@@ -91,3 +95,15 @@ def test_no_more_than_so_many_kinds_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     for count in (1, 2, 3, 3, 1):
         kernel[1,](X, OUT, count, BLOCK=16, KIND=1)
     assert jit.compiled == 4 and len(kernel._compiled) == 2
+
+
+def test_kernels_are_kept_in_the_folder_unless_the_user_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    triton.keep_in(tmp_path)
+    assert knobs.cache.dir == str(tmp_path)
+    monkeypatch.setenv("TRITON_HOME", "~")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    triton.keep_in(tmp_path)
+    assert knobs.cache.dir != str(tmp_path)
