@@ -41,15 +41,15 @@ def _choose_rows(
     row, token = tl.arange(0, ROWS)[:, None], me * CHUNK + tl.arange(0, CHUNK)
     mask = (row < rows) & (token < vocabulary)[None, :]
     place = row.to(tl.int64) * vocabulary + token[None, :]
-    guess = tl.load(preview + place, mask=mask, other=0.0).to(tl.float32)
-    least = tl.load(limit + row, mask=row < rows, other=float("inf")).to(tl.float32)
-    needed = ((guess >= least) & mask).to(tl.int32)
+    guess = tl.load(preview + place, mask=mask, other=float("nan")).to(tl.float32)  # no more than any limit
+    least = tl.load(limit + row, mask=row < rows, other=0.0).to(tl.float32)
+    needed = tl.where(guess >= least, 1.0, 0.0)  # as truth values LLVM would put some into local memory
     tl.store(out + place, (guess + tl.load(tail).to(tl.float32)).to(out.dtype.element_ty), mask=mask)
-    listed = tl.max(needed, 0)
+    listed = (tl.max(needed, 0) > 0).to(tl.int32)
     tl.store(chosen + me * CHUNK + tl.cumsum(listed, 0) - 1, token, mask=listed > 0)
     tl.store(lengths + me, tl.sum(listed, 0))
     own = tl.arange(0, ROWS)
-    tl.store(lengths + (1 + own) * chunks + me, tl.sum(needed, 1), mask=own < rows)
+    tl.store(lengths + (1 + own) * chunks + me, tl.sum(needed, 1).to(tl.int32), mask=own < rows)
 
 
 @launched(do_not_specialize=["rows", "chunks"])

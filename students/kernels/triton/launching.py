@@ -12,6 +12,9 @@ from triton.runtime import driver
 
 KEPT = 1024
 """Maximum kinds of launches that are remembered for a kernel."""
+OPTIONS = {"enable_fp_fusion": True}
+"""Options of launches that do not give them: releases of Triton differ in whether a product and the sum that it enters
+become one instruction, with one rounding."""
 
 
 class Kernel:
@@ -36,7 +39,7 @@ class Kernel:
         key = device, first.dtype, first.data_ptr() % 16, *seen, *map(type, rest), *given.items()  # 1 == 1.0 == True
         found = self._compiled.get(key)
         if found is None:
-            kernel = self._function[grid](first, *rest, **given)
+            kernel = self._function[grid](first, *rest, **{**OPTIONS, **given})
             if kernel is not None:  # Triton's interpreter compiles nothing
                 if len(self._compiled) == KEPT:
                     self._compiled.clear()
