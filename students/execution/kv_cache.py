@@ -189,6 +189,9 @@ def keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of a cache's keys and values, and of the indices of kept tokens."""
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "index", None))]
+    """Return the bytes of a cache's keys and values, of the indices of kept tokens, and of the states that blocks
+    without attention keep."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "index")]
+    states = [getattr(layer, name, {}) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+    held += [x for of_layer in states for x in of_layer.values()]
     return sum(x.numel() * x.element_size() for x in held if x is not None)
