@@ -102,7 +102,7 @@ class Decoding:
             self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
         self._routing = routing or TextRouting(model)
         self.hybrid = is_hybrid(trunk)
-        """Whether blocks keep a state, which recordings, whose caches hold keys and values, do not."""
+        """Whether blocks keep a state in place of keys and values: texts are read without recorded passes."""
         reads = self._prompts is None and not self.hybrid
         self._texts = Texts(model, self._routing, settle) if reads else None
 
@@ -237,8 +237,8 @@ class Decoding:
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("attentions and hidden states are not kept")
         check_types(self.model.device)
-        if self.hybrid:
-            raise ValueError(f"{type(self.model).__name__} has blocks with a state in place of keys and values")
+        if self.hybrid and config.return_dict_in_generate:  # a step is launched before the last token is known
+            raise ValueError("the state of a cache that is returned cannot be taken back by a token")
         if self._prompts is not None and any(windows_of(self.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
         self._state(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from students.execution.kv_cache import cache_bytes
 from students.families.language import LanguageStudent
 from students.kernels import devices
 from students.libraries import cache_of
+from students.recording import decoding
+from students.recording.decoding import Decoding
 from tests.pico.language import make_tiny
 from tests.students.tape import Tape
 from tests.students.test_decoding import SIX
@@ -110,14 +114,36 @@ def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor)
     assert cache_bytes(cache) == states + 4 * 2 * 2 * student.compute.blocks[1].per_key / 8 * 12
 
 
+@pytest.mark.parametrize("operators", ["c"], indirect=True)
+@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2"])
 @torch.no_grad()
-def test_text_is_decoded_without_recordings(tokens: Tensor) -> None:
+def test_decoding_is_recorded(
+    name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch, operators: None
+) -> None:
+    """A step keeps its own states, goes on with them where a cache grows, and begins anew with every text."""
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "AT_ONCE", 16)
+    student = make(name)
+    options = dict(SIX, max_new_tokens=14, min_new_tokens=14)
+    prompts = [dict(input_ids=tokens * padding, attention_mask=padding), dict(input_ids=tokens[1:])]
+    plain = [student.model.generate(**prompt, **options) for prompt in prompts]
+    for recorder in (Tape, None):  # None: as CPUs do
+        student._decoding.recorder = recorder
+        with warnings.catch_warnings(action="error"):
+            texts = [student.generate(**prompt, **options) for prompt in (*prompts, prompts[0])]
+        assert all(map(torch.equal, texts, [*plain, plain[0]]))
+        assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
+    frozen = Decoding(student.model, student.trunk, recorder=Tape)
+    with student.teacher():
+        assert torch.equal(frozen.generate(**prompts[0], **SIX), student.model.generate(**prompts[0], **SIX))
+
+
+@torch.no_grad()
+def test_what_a_state_does_not_allow(tokens: Tensor) -> None:
     student = make("qwen3_5")
-    plain = student.model.generate(tokens, **SIX)
-    assert torch.equal(plain, student.generate(tokens, **SIX))
     student._decoding.recorder = Tape
-    with pytest.warns(UserWarning, match="without recorded steps: .* a state in place of keys and values"):
-        assert torch.equal(plain, student.generate(tokens, **SIX))
+    with pytest.warns(UserWarning, match="without recorded steps: the state of a cache that is returned"):
+        student.generate(tokens, **SIX, return_dict_in_generate=True)
     with pytest.raises(ValueError, match=r"lossless decoding is not possible: .* a state, which cannot be taken back"):
         student.generate(tokens[:1], lossless=True, **SIX)
 
