@@ -138,6 +138,18 @@ def test_decoding_is_recorded(
         assert torch.equal(frozen.generate(**prompts[0], **SIX), student.model.generate(**prompts[0], **SIX))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])
+@torch.no_grad()
+def test_cuda_graphs_decode_what_the_model_does(name: str, tokens: Tensor, padding: Tensor) -> None:
+    student = make(name).to("cuda")
+    inputs = dict(input_ids=(tokens * padding).cuda(), attention_mask=padding.cuda())
+    plain = student.model.generate(**inputs, **SIX)
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(student.generate(**inputs, **SIX), plain)
+    assert student._decoding._steps
+
+
 @torch.no_grad()
 def test_what_a_state_does_not_allow(tokens: Tensor) -> None:
     student = make("qwen3_5")
