@@ -15,6 +15,7 @@ from students.architectures.lookup import (
     architecture_of,
     can_be_read_in_part,
     kind_of,
+    record_in,
     shape_of,
     sizes_of,
     trunk_of,
@@ -78,6 +79,7 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
         if router.of_kind.place == "input" or router.part == "vision":
             raise ValueError("image routers and `part: vision` are for vision-language models, which this is not")
     _check(spec, record)
+    _check_places(spec, record, blocks)
     if not record.side_by_side:
         _check_corrections(record, blocks[0], spec)
     _freeze(model)
@@ -132,6 +134,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
                 )
         _check(inside, tower_record)
     _check(language, record)
+    _check_places(language, record, blocks)
     drops = any(r.kv == "drop" and r.of_kind.touches(r) != ("mlp",) for r in language.routers)
     if drops and kind_of(model) in BOTH_WAYS:
         raise ValueError(
@@ -212,6 +215,17 @@ def _check_place(model: nn.Module) -> None:
             "this model is spread over devices or offloaded (device_map): a student reads single rows of its weights, "
             "which must lie on one device; load it without device_map, in int8 or nf4 if it is too large"
         )
+
+
+def _check_places(spec: StudentSpec, record: Architecture, blocks: list[nn.Module]) -> None:
+    """Raise ValueError if a router of attention or whole blocks stands in no block of a hybrid model."""
+    attends = [bool(record_in(record, block).attn_in) for block in blocks]
+    for router in spec.at("block") if record.hybrid else ():
+        if not any(StudentSpec((router,)).in_block(*block) for block in enumerate(attends)):
+            raise ValueError(
+                f"of the blocks of this model only some have attention, and no {router.kind} router with `blocks: "
+                f"{router.blocks}` stands in one of them"
+            )
 
 
 def _check_head(model: PreTrainedModel, spec: StudentSpec) -> None:

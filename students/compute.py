@@ -5,6 +5,10 @@ vocabulary, c the number of keys that the token attends to:
 
     q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each matrix    head: D V
 
+What hybrid models have in place of attention in some blocks costs the same for every token: linear layers, convolution
+and, in linear attention with V heads, 3 V d_k d_v for reading and writing the state. In prefill implementations compute
+the state of many tokens at once, with more products; this is not counted.
+
 The cost of what a gate switches is multiplied by the share of open gates. Routers, substitutes and low-rank corrections
 are counted too. Costs depend on the phase:
 
@@ -71,6 +75,8 @@ class BlockShape:
     """Routers that decide token by token, by the key of their decisions without the block's number."""
     substitutes: dict[str, int]
     """Substitutes, for one closed token: "attn", "mlp", or "layer"."""
+    attends: bool = True
+    """Whether the block has attention. If not, `o` is the cost of what stands in its place, which always runs."""
     opaque: frozenset[str] = frozenset()
     """Sites whose linear layers cannot be read in part (quantized): closed channels save nothing there."""
 
@@ -136,7 +142,7 @@ class ComputeModel:
             return [(number,) for number in range(len(self.blocks))]
         found: list[tuple[Any, list[int]]] = []
         for number, block in enumerate(self.blocks):
-            kind = block, [router.of_kind.concerns(router, number) for router in self.spec.at("block")]
+            kind = block, self.spec.in_block(number, block.attends)
             same = next((numbers for other, numbers in found if other == kind), None)
             if same is None:
                 found.append((kind, [number]))
@@ -192,9 +198,8 @@ class ComputeModel:
     ) -> Tensor:
         """Return the cost [B, T] of each of these blocks of one shape, or [blocks, B, T] if decisions differ."""
         cost = BlockCost(numbers, block, decisions, valid, phase, self.image, self.prefix)
-        for router in self.spec.at("block"):
-            if router.of_kind.concerns(router, numbers[0]):
-                router.of_kind.cost(router, cost)
+        for router in self.spec.in_block(numbers[0], block.attends):
+            router.of_kind.cost(router, cost)
         return cost.total()
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from students.architectures.lookup import Linear, Sizes, can_be_read_in_part, matrices_of, shape_of
+from students.architectures.lookup import (
+    Linear,
+    Sizes,
+    can_be_read_in_part,
+    matrices_of,
+    mixer_macs,
+    record_in,
+    shape_of,
+)
 from students.architectures.record import Architecture
 from students.compute import BlockShape
 from students.execution.attention import route_attention
@@ -84,12 +92,13 @@ class BlockPlace:
         block: nn.Module,
         last: bool,
     ) -> None:
-        self.spec, self.record, self.sizes, self.runtime = spec, record, sizes, runtime
+        self.spec, self.record, self.sizes, self.runtime = spec, record_in(record, block), sizes, runtime
         self.number, self.block, self.last = number, block, last
         self.context = BlockContext()
         runtime.contexts.append(self.context)
-        self.routers = [router for router in spec.at("block") if router.of_kind.concerns(router, number)]
-        self.own_q = len(record.attn_in) == 3
+        self.attends = bool(self.record.attn_in)
+        self.routers = spec.in_block(number, self.attends)
+        self.own_q = len(self.record.attn_in) == 3
         self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
         self.channels: dict[str, ChannelRouter] = {}
@@ -190,17 +199,20 @@ class BlockPlace:
         if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
             BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context)
-        kv_share = 2 * sizes.groups / (sizes.heads + 2 * sizes.groups)
+        q = round(macs["attn_in"] * sizes.heads / (sizes.heads + 2 * sizes.groups))
+        if self.own_q:
+            q = math.prod(shape_of(self.linears("attn_in")[0]))
         return BlockShape(
-            q=round(macs["attn_in"] * (1 - kv_share)),
-            kv=round(macs["attn_in"] * kv_share),
-            o=macs["attn_out"],
+            q=q,
+            kv=macs["attn_in"] - q,
+            o=macs["attn_out"] if self.attends else mixer_macs(self.block.get_submodule(record.attn)),
             mlp_in=macs["mlp_in"],
             mlp_out=macs["mlp_out"],
-            per_key=2 * sizes.heads * sizes.size,
+            per_key=2 * sizes.heads * sizes.size * self.attends,
             window=sizes.window,
             own_q=self.own_q,
             narrows=self.narrows,
+            attends=self.attends,
             opaque=frozenset(self.opaque),
             lora=self.lora,
             routers=self.costs,
@@ -225,7 +237,8 @@ class BlockPlace:
             router.of_kind.attach(router, self)
         for end in ("in", "out"):
             self._elasticize_site(end)
-        if branch == "attn" and (wrapper.routers or record.causal) and hasattr(wrapper.base_layer, "config"):
+        routes = branch == "attn" and self.attends and (wrapper.routers or record.causal)
+        if routes and hasattr(wrapper.base_layer, "config"):
             # timm does not look its attention function up by name, as transformers does
             route_attention(wrapper.base_layer, self.runtime, self.sizes.window)
         if wrapper.routers or wrapper.decided:

@@ -207,6 +207,13 @@ class StudentSpec:
         """Return the routers with this `Kind.place`: "block", "head" or "input", in the order of `KindName`."""
         return [r for name, kind in kinds().items() if kind.place == place for r in self.routers if r.kind == name]
 
+    def in_block(self, number: int, attends: bool = True) -> list[RouterSpec]:
+        """Return the routers of block `number`, with the sites that it has; attends: whether it has attention."""
+        found = [router for router in self.at("block") if router.of_kind.concerns(router, number)]
+        if attends:
+            return found
+        return [own for router in found if (own := router.of_kind.without_attention(router)) is not None]
+
     @property
     def over_blocks(self) -> RouterSpec | None:
         """The first router whose gates switch whole blocks, or None."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from students import Student
-from students.architectures.lookup import architecture_of, matrices_of, shape_of, sizes_of
+from students.architectures.lookup import architecture_of, matrices_of, record_in, shape_of, sizes_of
 from students.architectures.record import Architecture
 from students.execution.branch import RoutedBranch
 from students.execution.wrapper import Wrapper
@@ -20,6 +20,9 @@ ADDED = 0.06
 MERGED = 6
 """Values that a block which merges patches keeps for backward, per patch and channel of the residual stream: the
 compared, weighted and scored patches, in part in float32."""
+STATE = 5
+"""Values that linear attention keeps for backward, over the inputs and outputs of its linear layers: 4.7 measured in
+bfloat16, since its products with the state are in float32."""
 SLACK = 1.1
 """Factor for the overhead of allocators and libraries."""
 
@@ -67,9 +70,7 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
     """Return the memory of a model, which may be on the device "meta"; trunk: the part that holds its blocks."""
     size = next(model.parameters()).element_size()
     record, blocks = architecture_of(trunk)
-    names = [name for site in record.sites for name in record.linears(site)]
-    linears = [sum(sum(shape_of(block.get_submodule(name))) for name in names) for block in blocks]
-    each = [size * (count + _mixed(block, record)) for count, block in zip(linears, blocks, strict=True)]
+    each = [size * _passed(block, record_in(record, block)) for block in blocks]
     head = model.get_output_embeddings() if record.causal else None
     whole = 0 if head is None else 4 * head.weight.numel()
     weights = size * sum(p.numel() for p in model.parameters())
@@ -77,12 +78,13 @@ def need_of(model: Any, trunk: nn.Module) -> Need:
 
 
 def cache_need(trunk: nn.Module, tokens: int) -> int:
-    """Return the bytes of one sequence's keys and values in all blocks, of no more tokens than a block's window has;
-    0 if the model is not causal."""
+    """Return the bytes of one sequence's keys and values in all blocks with attention, of no more tokens than a block's
+    window has; 0 if the model is not causal."""
     record, blocks = architecture_of(trunk)
     if not record.causal:
         return 0
-    sizes = [sizes_of(trunk, record, number, block) for number, block in enumerate(blocks)]
+    attend = [(number, block) for number, block in enumerate(blocks) if record_in(record, block).attn_in]
+    sizes = [sizes_of(trunk, record, number, block) for number, block in attend]
     held = sum(s.groups * s.size * min(tokens, s.window or tokens) for s in sizes)
     return 2 * next(trunk.parameters()).element_size() * held
 
@@ -93,25 +95,26 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 
     Counted in every block from the first with trained parameters on: its input, and the input plus attention's output,
     which norms read; queries, keys, values and attention's output; the outputs of the MLP's first layers; the inputs of
-    linear layers with routers or corrections; inputs and outputs within a mixture of experts; the factors of token
-    gates, that is, the branches' outputs and their substitutes; the tensors of patch merging; and, in a gated MLP, the
-    activation between gate and product, unless backward recomputes it together with the product
-    (students/execution/linear.py). With `train.checkpointing` the blocks' inputs are kept, and all else exists for one
-    block at a time, with the gradients within its MLP.
+    linear layers with routers or corrections; what is kept within linear attention, short convolutions and mixtures of
+    experts; the factors of token gates, that is, the branches' outputs and their substitutes; the tensors of patch
+    merging; and, in a gated MLP, the activation between gate and product, unless backward recomputes it together with
+    the product (students/execution/linear.py). With `train.checkpointing` the blocks' inputs are kept, and all else
+    exists for one block at a time, with the gradients within its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
     each, back, streams, merged = [], [], 0, 0
     for block in blocks:
-        sizes = {site: [shape_of(block.get_submodule(name)) for name in record.linears(site)] for site in record.sites}
+        own = record_in(record, block)
+        sizes = {site: [shape_of(block.get_submodule(name)) for name in own.linears(site)] for site in own.sites}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
-        width, neurons, mixed = read["attn_in"], read.get("mlp_out", 0), _mixed(block, record)
-        kept = sum(read[site] for site in record.sites if site == "attn_out" or _is_routed(block, record, site))
+        width, neurons, mixed = next(iter(read.values())), read.get("mlp_out", 0), _mixed(block, own)
+        kept = sum(read[site] for site in own.sites if site == "attn_out" or _is_routed(block, own, site))
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes.get(site, ()))
-        ends = [block.get_submodule(name) for name in record.linears("mlp_out")]
+        ends = [block.get_submodule(name) for name in own.linears("mlp_out")]
         joined = any(getattr(end, "activation", None) is not None for end in ends)
         gated = sum(outputs for outputs, _ in sizes.get("mlp_in", ())) == 2 * neurons
-        gates = width * sum(_gate_factors(block, name) for name in (record.attn, record.mlp))
+        gates = width * sum(_gate_factors(block, name) for name in (own.attn, own.mlp))
         each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined + mixed)
         back.append((2 + gated) * neurons + mixed)
         streams += width
@@ -121,11 +124,23 @@ def kept_bytes(student: Student) -> tuple[int, int]:
     return size * (sum(each) + merged), 0
 
 
+def _passed(block: nn.Module, record: Architecture) -> int:
+    """Return the inputs and outputs of all linear layers of a block, for one token."""
+    names = [name for site in record.sites for name in record.linears(site)]
+    return sum(sum(shape_of(block.get_submodule(name))) for name in names) + _mixed(block, record)
+
+
 def _mixed(block: nn.Module, record: Architecture) -> int:
-    """Return the inputs and outputs of the matrices of a mixture of experts, for one token; 0: the MLP is dense."""
+    """Return the inputs and outputs of the matrices of a mixture of experts, for one token, and what stands in place of
+    attention keeps; 0: the MLP is dense, and there is attention."""
+    mixed = 0
+    if not record.attn_in:
+        mixer = block.get_submodule(record.attn)
+        mixed = sum(sum(shape_of(module)) for module in mixer.modules() if hasattr(module, "in_features"))
+        mixed *= STATE if hasattr(mixer, "num_v_heads") else 1
     if record.mlp_in:
-        return 0
-    return sum(sum(shape) for shapes in matrices_of(block.get_submodule(record.mlp)) for shape in shapes)
+        return mixed
+    return mixed + sum(sum(shape) for shapes in matrices_of(block.get_submodule(record.mlp)) for shape in shapes)
 
 
 def untouched(student: Any) -> int:

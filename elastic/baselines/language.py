@@ -26,6 +26,7 @@ from elastic.accounting.language import exact_rows
 from elastic.config import RunConfig
 from elastic.distillation.dial import capacity_for, largest
 from students import elasticize
+from students.architectures.lookup import record_in
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.calibration.language import Seen, calibrate
 from students.decisions import Decisions
@@ -218,9 +219,10 @@ def _sites(student: LanguageStudent) -> dict[str, RoutedLinear]:
     """Return, by the site's key, the first linear layer of each site with a channel router; its router decides for all
     layers of the site."""
     layers = {
-        f"{number}.{site}": block.get_submodule(student.record.linears(site)[0])
+        f"{number}.{site}": block.get_submodule(record.linears(site)[0])
         for number, block in enumerate(student.blocks)
-        for site in student.record.sites
+        for record in [record_in(student.record, block)]
+        for site in record.sites
     }
     return {
         key: layer for key, layer in layers.items() if isinstance(layer, RoutedLinear) and "channel" in layer.routers

@@ -18,6 +18,17 @@ _COHERE = replace(LLAMA, logit_scale="logit_scale")
 _UNGATED = replace(LLAMA, mlp_in=("up_proj",))
 _GPT2 = Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1")
 _MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
+_LINEAR = replace(LLAMA, attn="linear_attn", attn_in=(), attn_out=())
+_QWEN_HYBRID = replace(LLAMA, whole_heads=True, hybrid=_LINEAR)  # q_proj gives each head's query and output gate
+_MIXTURE_HYBRID = replace(_MIXTURE, whole_heads=True, hybrid=replace(_LINEAR, mlp_in=(), mlp_out=()))
+_LFM2 = Architecture(
+    *("layers", "self_attn", "feed_forward"),
+    attn_out=("out_proj",),
+    mlp_in=("w1", "w3"),
+    mlp_out=("w2",),
+    activation=None,
+    norm="operator_norm",
+)
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -28,6 +39,9 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_vl_text": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_5_text": _QWEN_HYBRID,
+    "olmo_hybrid": replace(_OLMO, hybrid=_LINEAR),
+    "lfm2": replace(_LFM2, hybrid=replace(_LFM2, attn="conv", attn_in=(), attn_out=())),
     "ministral": LLAMA,
     "ministral3": LLAMA,
     "smollm3": LLAMA,
@@ -66,6 +80,8 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen2_moe": _MIXTURE,
     "qwen3_moe": _MIXTURE,
     "olmoe": replace(_MIXTURE, whole_heads=True),
+    "qwen3_next": _MIXTURE_HYBRID,
+    "qwen3_5_moe_text": _MIXTURE_HYBRID,
     "glm4_moe": _MIXTURE,
     "ernie4_5_moe": _MIXTURE,
     "gpt_oss": replace(_MIXTURE, mlp_pair=True, whole_heads=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -48,12 +49,25 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         record = replace(record, mlp_in=LLAMA.mlp_in)
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
-    names = [record.attn, record.mlp, record.attn_exit, record.mlp_exit]
-    names += [record.norm] if record.causal and record.prenorm else []
-    names += [name for site in LINEAR_SITES for name in record.linears(site)]
-    for name in filter(None, names):
-        _get(blocks[0], name, type(model).__name__)
+    for block in blocks if record.hybrid else blocks[:1]:
+        own = record_in(record, block)
+        names = [own.attn, own.mlp, own.attn_exit, own.mlp_exit]
+        names += [own.norm] if own.causal and own.prenorm else []
+        names += [name for site in LINEAR_SITES for name in own.linears(site)]
+        for name in filter(None, names):
+            _get(block, name, type(model).__name__)
     return record, blocks
+
+
+def record_in(record: Architecture, block: nn.Module) -> Architecture:
+    """Return the record of one block of a model: that of blocks without attention, if the block has none."""
+    return record if record.hybrid is None or hasattr(block, record.attn) else record.hybrid
+
+
+def is_hybrid(trunk: nn.Module) -> bool:
+    """Return whether blocks of a language model keep a state in place of keys and values."""
+    record, blocks = architecture_of(trunk)
+    return any(not record_in(record, block).attn_in for block in blocks)
 
 
 def kind_of(model: nn.Module) -> str:
@@ -156,6 +170,20 @@ def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, 
             elif parameter.ndim == 2 and name == "weight":
                 always.append((outputs, *inputs))
     return always, some
+
+
+def mixer_macs(mixer: nn.Module) -> int:
+    """Return the multiply-accumulates for one token of what a block has in place of attention: its linear layers, its
+    convolution over the last tokens, and three products with the state [heads, d_k, d_v] of a delta rule: what it holds
+    for the key, what is written, and what it holds for the query."""
+    macs = 0
+    for module in mixer.modules():
+        if hasattr(module, "in_features"):
+            macs += math.prod(shape_of(module))
+        elif isinstance(module, nn.Conv1d):
+            macs += module.weight.numel()
+    state: list[int] = [getattr(mixer, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
+    return macs + 3 * math.prod(state)
 
 
 def can_be_read_in_part(linear: nn.Module) -> bool:

@@ -13,7 +13,8 @@ class Architecture:
 
     Names are attribute paths: `blocks` relative to the base model; `attn`, `mlp`, `attn_exit`, `mlp_exit` and `norm`
     relative to a block; linear layers (`attn_in` ... `mlp_out`) and `activation` relative to their branch. Without
-    `mlp_in` and `mlp_out`, MLPs are mixtures of experts, in all blocks or some; they run whole, or not at all.
+    `mlp_in` and `mlp_out`, MLPs are mixtures of experts, in all blocks or some; they run whole, or not at all. Without
+    `attn_in` and `attn_out`, `attn` is no attention but a mixer with a state (see `hybrid`); it always runs whole.
     """
 
     blocks: str = "layers"
@@ -23,8 +24,8 @@ class Architecture:
     attn_out: tuple[str, ...] = ("o_proj",)
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: tuple[str, ...] = ("down_proj",)
-    activation: str = "act_fn"
-    """The activation function of a gated MLP whose gate and up are separate linear layers."""
+    activation: str | None = "act_fn"
+    """The activation function of a gated MLP whose gate and up are separate linear layers; None: it is no module."""
     attn_exit: str | None = None
     """The post-norm behind attention, after which gates are applied; None: the branch has no module behind it."""
     mlp_exit: str | None = None
@@ -50,6 +51,9 @@ class Architecture:
     side_by_side: bool = False
     """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
     blocks can be routed."""
+    hybrid: Architecture | None = None
+    """The record of the blocks that have linear attention or a short convolution in place of attention, whose state has
+    to see every token; None: all blocks have attention."""
     causal: bool = True
     """Whether attention is causal (language models) or bidirectional (image models)."""
     mask: str = "attention_mask"

@@ -64,9 +64,8 @@ def calibrate(
     for number in range(len(student.blocks)):
         here = {key: place.of_all(shard) for key, place in seen.items() if key.startswith(f"{number}.")}
         block = BlockStart(student, number, here, dense, keys, phase)
-        for spec in student.spec.at("block"):
-            if spec.on(number):
-                choices += spec.of_kind.start(spec, block)
+        for spec in student.spec.in_block(number, block.shape.attends):
+            choices += spec.of_kind.start(spec, block)
     compute = student.compute.uniform(1.0, valid.shape[1], phase)
     curve = Curve(choices)
     head = student.model.get_output_embeddings()
@@ -112,9 +111,8 @@ def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
     """Yield the observers of each block, by place."""
     for number in range(len(student.blocks)):
         observers = BlockObservers(student, number)
-        for router in student.spec.at("block"):
-            if router.on(number):
-                router.of_kind.observe(router, observers)
+        for router in student.spec.in_block(number, student.compute.blocks[number].attends):
+            router.of_kind.observe(router, observers)
         yield observers.by_name
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures.lookup import shape_of, values_of
+from students.architectures.lookup import record_in, shape_of, values_of
 from students.calibration.data_shard import DataShard
 from students.calibration.fit import fit_substitute
 from students.calibration.price import Choice, gated_choice
@@ -77,7 +77,8 @@ class BlockObservers:
     """The observers of one block, collected from its routers."""
 
     def __init__(self, student: LanguageStudent, number: int) -> None:
-        self.record, self.number, self.block = student.record, number, student.blocks[number]
+        self.number, self.block = number, student.blocks[number]
+        self.record = record_in(student.record, self.block)
         self.by_name: dict[str, Observer] = {}
 
     def linears(self, site: str, outputs: bool = False) -> None:
@@ -116,7 +117,8 @@ class BlockStart:
         keys: float,
         phase: Phase,
     ) -> None:
-        self.record, self.number, self.block = student.record, number, student.blocks[number]
+        self.number, self.block = number, student.blocks[number]
+        self.record = record_in(student.record, self.block)
         self.shape: BlockShape = student.compute.blocks[number]
         self.dense = dense
         """Multiply-accumulates of the whole frozen model for one token; savings are shares of this."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from students.architectures.lookup import architecture_of, windows_of
+from students.architectures.lookup import architecture_of, record_in, windows_of
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
 from students.execution.tokens import Order, Rectangle, scatter_rows
@@ -84,7 +84,8 @@ def route_trunk(trunk: nn.Module) -> None:
     """Call `route_attention` for every block of a language model without routers."""
     record, blocks = architecture_of(trunk)
     for block, window in zip(blocks, windows_of(trunk), strict=True):
-        route_attention(block.get_submodule(record.attn), window=window)
+        if record_in(record, block).attn_in:
+            route_attention(block.get_submodule(record.attn), window=window)
 
 
 def routed_attention(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from students.execution.call import Memory
 from students.execution.tokens import Rectangle
@@ -182,13 +182,27 @@ def memory_of(cache: Any) -> Memory:
     return memory
 
 
+def keeps_state(layer: Any) -> bool:
+    """Return whether a layer of a cache is of a block without attention: it holds no keys and values."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
 def keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Return (keys, values) [B, H, L, d] of every layer, of a cache that holds a prompt."""
-    layers: list[Any] = cache.layers
+    """Return (keys, values) [B, H, L, d] of every layer with attention, of a cache that holds a prompt."""
+    layers: list[Any] = [layer for layer in cache.layers if not keeps_state(layer)]
     return [(layer.keys, layer.values) for layer in layers]
 
 
+def states_of(layer: LinearAttentionCacheLayerMixin) -> list[tuple[dict[int, Tensor | None], int, Tensor]]:
+    """Return the states [B, ...] of a layer that holds a prompt, which every token changes: where each is kept, under
+    which key, and the tensor."""
+    kept = layer.conv_states, layer.recurrent_states
+    return [(place, key, state) for place in kept for key, state in place.items() if state is not None]
+
+
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of a cache's keys and values, and of the indices of kept tokens."""
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "index", None))]
+    """Return the bytes of a cache's keys and values, of the indices of kept tokens, and of the states that blocks
+    without attention keep."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "index")]
+    held += [state for layer in cache.layers if keeps_state(layer) for *_, state in states_of(layer)]
     return sum(x.numel() * x.element_size() for x in held if x is not None)

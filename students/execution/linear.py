@@ -321,7 +321,7 @@ def join_product(block: nn.Module, record: Architecture) -> None:
     The model still multiplies activation(gate) by up, but without recording a gradient. Backward then needs only the
     outputs of gate and up; torch would also keep the activation and the product (see autograd.GatedChannelGate).
     """
-    if len(record.mlp_in) != 2:
+    if len(record.mlp_in) != 2 or record.activation is None:
         return
     names = (name for site in ("mlp_in", "mlp_out") for name in record.linears(site))
     routed = [layer for layer in map(block.get_submodule, names) if isinstance(layer, RoutedLinear)]

@@ -46,7 +46,7 @@ class LanguageStudent(Student):
             n
             for n in range(len(self.blocks))
             for r in self.spec.routers
-            if r.kv == "drop" and r.on(n) and "attn" in r.of_kind.touches(r)
+            if r.kv == "drop" and r.on(n) and "attn" in r.of_kind.touches(r) and self.compute.blocks[n].attends
         }
         self._rotations = Rotations(trunk)
         trunk.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -164,6 +164,8 @@ class LanguageStudent(Student):
         """Return what a recorded pass of the teacher depends on besides shapes; ValueError if none can be made."""
         if self._spread:
             raise ValueError("its weights are spread over processes")
+        if self._decoding.hybrid:
+            raise ValueError("how its blocks compute their state has not been recorded yet")
         return self._frozen.data_ptr(), self._layouts
 
     def head_tensors(self) -> tuple[Tensor, ...]:

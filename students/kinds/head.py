@@ -33,6 +33,9 @@ class HeadKind(Kind):
                 "`granularity` away"
             )
 
+    def without_attention(self, spec: RouterSpec) -> RouterSpec | None:
+        return None if self.branch == "attn" else spec
+
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
         if place.branch == self.branch:
             place.add_parts(spec, *self.parts(spec, place))

@@ -64,6 +64,9 @@ class LayerKind(TokenKind):
         """Tokens that have left the sequence (`dropped`) are missing in blocks without a router, too."""
         return spec.on(block) or spec.dropped != "return"
 
+    def without_attention(self, spec: RouterSpec) -> RouterSpec | None:
+        return None
+
     def attach(self, spec: RouterSpec, place: BlockPlace) -> None:
         if place.record.causal:
             self._attach_in_front(spec, place)

@@ -27,9 +27,10 @@ class NeuronKind(Kind):
     limits = ("log_limit", "log_gain")
 
     def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
-        if not record.causal or len(record.mlp_in) != 2:
+        if not record.causal or len(record.mlp_in) != 2 or record.activation is None:
             raise ValueError(
-                "a neuron router needs a language model whose MLP has a gate and an up projection of its own (as Llama)"
+                "a neuron router needs a language model whose MLP has a gate and an up projection of its own, and a "
+                "module for the activation between them (as Llama)"
             )
         if student.find("expert") or student.find("channel", site="mlp_in") or student.find("channel", site="mlp_out"):
             raise ValueError("a neuron router chooses in the MLP alone: no expert router, channels of attention only")

@@ -6,6 +6,7 @@ kinds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -74,6 +75,14 @@ class Kind:
     def concerns(self, spec: RouterSpec, block: int) -> bool:
         """Return whether the router changes how block number `block` runs."""
         return spec.on(block)
+
+    def without_attention(self, spec: RouterSpec) -> RouterSpec | None:
+        """Return the router as it is in a block whose MLP alone is routed, because it has no attention; None: that
+        block has none."""
+        if not spec.where:
+            return spec
+        sites = tuple(site for site in spec.where if site.startswith("mlp"))
+        return replace(spec, sites=sites) if sites else None
 
     def attach(self, spec: RouterSpec, place: Any) -> None:
         """Create a router and attach it to a place of the model (see students/places.py): a HeadPlace, an InputPlace or

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from students.architectures.lookup import windows_of
+from students.architectures.lookup import is_hybrid, windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels import ops
 from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
@@ -101,7 +101,10 @@ class Decoding:
         if hasattr(model.base_model, "get_image_features"):
             self._prompts = Prompts(model, pruning or PromptPruning(trunk), settle)
         self._routing = routing or TextRouting(model)
-        self._texts = Texts(model, self._routing, settle) if self._prompts is None else None
+        self.hybrid = is_hybrid(trunk)
+        """Whether blocks keep a state in place of keys and values: texts are read without recorded passes."""
+        reads = self._prompts is None and not self.hybrid
+        self._texts = Texts(model, self._routing, settle) if reads else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
         model, trunk = copy.deepcopy(self.model, memo), copy.deepcopy(self.trunk, memo)
@@ -234,6 +237,8 @@ class Decoding:
         if config.output_attentions or config.output_hidden_states:
             raise ValueError("attentions and hidden states are not kept")
         check_types(self.model.device)
+        if self.hybrid and config.return_dict_in_generate:  # a step is launched before the last token is known
+            raise ValueError("the state of a cache that is returned cannot be taken back by a token")
         if self._prompts is not None and any(windows_of(self.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
         self._state(rows)

@@ -76,6 +76,11 @@ class Lossless(Decoding):
         try:
             if self._prompts is not None:
                 raise ValueError(f"{type(self.model).__name__} reads images")
+            if self.hybrid:
+                raise ValueError(
+                    f"{type(self.model).__name__} has blocks with a state, which cannot be taken back to before a "
+                    "draft that is refused"
+                )
             if not self._possible(args, kwargs):
                 raise ValueError(
                     "it takes greedy search or sampling in transformers' own loop, no hooks, and on CPUs a C compiler"

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from students.architectures.lookup import windows_of
+from students.architectures.lookup import is_hybrid, windows_of
 from students.execution.kv_cache import DroppedLayer, memory_of
 from students.kernels.capture import Fetched, Forward, Recorder, Recordings, recorder_for
 from students.libraries import with_cache
@@ -322,6 +322,8 @@ class Prompts:
         """Return what a recorded pass depends on besides shapes; ValueError if no pass can be recorded."""
         if any(windows_of(self.pruning.trunk)):
             raise ValueError(f"{type(self.model).__name__} has layers with a window")
+        if is_hybrid(self.pruning.trunk):
+            raise ValueError(f"{type(self.model).__name__} has blocks with a state in place of keys and values")
         return self.pruning.state()
 
     def _filled(self, inputs: dict[str, Any], fill: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ waits for the device, and values that differ from one step to the next are tenso
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from students.architectures.lookup import architecture_of, sizes_of, windows_of
 from students.execution.call import Memory
-from students.execution.kv_cache import DroppedLayer, keys_and_values
+from students.execution.kv_cache import DroppedLayer, keeps_state, keys_and_values, states_of
 from students.kernels import ops
 from students.kernels.rotary import Rotations
 from students.libraries import with_cache
@@ -68,6 +69,15 @@ class FixedLayer(CacheLayerMixin):
         return self.keys.shape[2]
 
 
+def _own_state(layer: Any) -> Any:
+    """Return a copy of a layer of a block without attention, whose states are its own, empty, and stay in place."""
+    own = copy.copy(layer)
+    vars(own).update({name: dict(kept) for name, kept in vars(layer).items() if isinstance(kept, dict)})
+    for place, key, state in states_of(own):
+        place[key] = torch.zeros_like(state)
+    return own
+
+
 def _drops(layer: Any) -> bool:
     return layer.index is not None if isinstance(layer, FixedLayer) else isinstance(layer, DroppedLayer)
 
@@ -78,16 +88,16 @@ def initialize(cache: Cache, trunk: nn.Module, like: Tensor) -> None:
     record, blocks = architecture_of(trunk)
     layer: Any
     for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
-        if not layer.is_initialized:
+        if not (keeps_state(layer) or layer.is_initialized):
             sizes = sizes_of(trunk, record, number, block)
             empty = like.new_zeros(1, sizes.groups, 0, sizes.size)
             layer.lazy_initialization(empty, empty)
 
 
 class FixedCache(Cache):
-    """The static cache of a step of fixed shape."""
+    """The static cache of a step of fixed shape: a FixedLayer for attention, else a state, which a step changes."""
 
-    def __init__(self, layers: list[FixedLayer]) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=[*layers])
         self.elastic = Memory()
 
@@ -131,7 +141,8 @@ class DecodeStep:
                 self.open = torch.zeros(batch, length, dtype=torch.bool, device=device)
             else:
                 held, self.open, self.shift = keys_and_values(beside.cache), beside.open, beside.shift
-            layers = [FixedLayer(keys, values, self.slots) for keys, values in held]
+            fixed = (FixedLayer(keys, values, self.slots) for keys, values in held)
+            layers = [_own_state(layer) if keeps_state(layer) else next(fixed) for layer in like.layers]
             self._dropping = [layer for layer, other in zip(layers, like.layers, strict=True) if _drops(other)]
             self._own = torch.zeros(len(self._dropping), dtype=torch.long, device=device)
             self._index = torch.zeros(len(self._dropping), length, dtype=torch.long, device=device)
@@ -154,6 +165,10 @@ class DecodeStep:
         mine: Any
         theirs: Any
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            if keeps_state(mine):
+                for (*_, into), (*_, state) in zip(states_of(mine), states_of(theirs), strict=True):
+                    into.copy_(state)
+                continue
             held = min(theirs.keys.shape[2], used)
             start = used - held if mine.index is None else 0
             for into, kept in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
@@ -216,7 +231,8 @@ class DecodeStep:
         return selection.additive(seen, self._dtype)[:, None]
 
     def copied(self, used: int, into: Cache) -> Cache:
-        """Copy the first `used` tokens into an empty cache of the model's, and return this."""
+        """Copy the first `used` tokens into an empty cache of the model's, and return this. No layer may keep a state,
+        which cannot be taken back to an earlier token."""
         mine: Any
         for number, mine in enumerate(self.cache.layers):
             end = used if mine.index is None else int(mine.slots)

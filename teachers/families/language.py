@@ -16,7 +16,8 @@ from teachers.quiet import one_line
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """Load the causal language model in `folder` and its tokenizer; raise a one-line ValueError if that fails."""
+    """Load the causal language model in `folder` and its tokenizer; of a vision-language model (Qwen3.5) its language
+    model. Raises a one-line ValueError if that fails."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -28,7 +29,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         saved_as = config.architectures or ["an unnamed architecture"]
         if isinstance(getattr(config, "image_size", None) or getattr(config, "num_channels", None), (int, list, tuple)):
             raise ValueError(f"{name}: {config.model_type} is an image model that is not supported; {SUPPORTED}")
-        if known is None or (config.architectures and known.__name__ not in config.architectures):
+        within = known is not None and type(config).sub_configs.get("text_config") is known.config_class
+        if known is None or (config.architectures and known.__name__ not in config.architectures and not within):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     hub.require_weights(name, folder)
     model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code, **unpacking(folder))

@@ -17,7 +17,7 @@ from elastic.run import Run
 from students.architectures.lookup import ARCHITECTURES
 from students.architectures.vision_language import VISION_TOWERS
 from tests.elastic.runs import as_options, write_images
-from tests.pico.language import MORE, TINY, TINY_MIXTURES
+from tests.pico.language import MORE, TINY, TINY_HYBRIDS, TINY_MIXTURES
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import ALIKE, CONFIGS, make_vlm
 
@@ -60,7 +60,7 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 
 def test_every_record_of_names_is_tried() -> None:
-    tiny = TINY | TINY_MIXTURES | MORE
+    tiny = TINY | TINY_MIXTURES | MORE | TINY_HYBRIDS
     config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in tiny.items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "gemma"}  # inside those of CONFIGS
     tried = {
@@ -87,10 +87,10 @@ def _bytes() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "qwen3_5"])
 def test_a_saved_language_model(name: str, text_file: Path, tmp_path: Path) -> None:
-    kind, settings = TINY[name]
-    sizes = set(TINY["gpt2"][1] if name == "gpt2" else TINY["llama"][1])
+    kind, settings = (TINY | TINY_HYBRIDS)[name]
+    sizes = set(settings if name in TINY_HYBRIDS else TINY["gpt2" if name == "gpt2" else "llama"][1])
     torch.manual_seed(0)
     settings = {key: value for key, value in settings.items() if key in sizes}
     config = getattr(transformers, kind)(**{**settings, "vocab_size": 300})

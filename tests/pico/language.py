@@ -93,10 +93,22 @@ MORE = {
 }
 """Models whose parts are those of models in TINY, put together otherwise: test_architectures.py checks each."""
 
+_DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6)
+_KINDS = ["linear_attention", "full_attention", "linear_attention"]
+_SHARED = dict(_QWEN_MOE, **_DELTA, head_dim=16, layer_types=_KINDS, shared_expert_intermediate_size=40)
+TINY_HYBRIDS = {
+    "qwen3_5": ("Qwen3_5TextConfig", dict(_LLAMA, **_DELTA, head_dim=16, layer_types=_KINDS)),
+    "olmo_hybrid": ("OlmoHybridConfig", dict(_LLAMA, **_DELTA, layer_types=_KINDS)),
+    "lfm2": ("Lfm2Config", dict(_LLAMA, layer_types=["conv", "full_attention", "conv"])),
+    "qwen3_next": ("Qwen3NextConfig", dict(_SHARED, decoder_sparse_step=2)),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _SHARED),
+}
+"""Models of which some blocks have linear attention or a short convolution in place of attention."""
+
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = (TINY | TINY_MIXTURES | MORE)[name]
+    kind, settings = (TINY | TINY_MIXTURES | MORE | TINY_HYBRIDS)[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
     torch.manual_seed(0)
@@ -106,7 +118,9 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
                 parameter.mul_(4)
-            elif name in (*MORE, "gpt_oss") and not parameter.any():  # biases and the like, which start at 0
+            elif (
+                name in (*MORE, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
+            ):  # biases and the like, which start at 0
                 parameter.normal_(std=0.3)
     return model
 

@@ -21,6 +21,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     LlamaForSequenceClassification,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -30,7 +32,7 @@ from teachers import hub, wheel
 from teachers.cache import published
 from teachers.load import fingerprint, preferred_dtype
 from teachers.registry import ModelEntry, Wheel
-from tests.pico.language import make_tiny, make_tokenizer
+from tests.pico.language import TINY_HYBRIDS, make_tiny, make_tokenizer
 
 
 @pytest.fixture
@@ -95,6 +97,21 @@ def test_not_a_causal_language_model(tmp_path: Path):
         with pytest.raises(ValueError, match="no causal language model") as error:
             teachers.load(str(tmp_path / name))
         assert "\n" not in str(error.value)
+
+
+def test_the_language_model_of_a_vision_language_model(tmp_path: Path):
+    """Qwen3.5 is published as a vision-language model."""
+    _, text = TINY_HYBRIDS["qwen3_5"]
+    rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4)
+    config = Qwen3_5Config(text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_id=5)
+    model = Qwen3_5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words=100).save_pretrained(tmp_path)
+    loaded, ids = teachers.load(str(tmp_path), dtype=torch.float32), torch.arange(9, 19)[None]
+    assert loaded.family == "llm" and loaded.model.config.model_type == "qwen3_5_text"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits)
 
 
 @pytest.fixture
