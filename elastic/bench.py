@@ -82,8 +82,8 @@ def workload_of(
 
     compute: budgets to set; none: the dial stays. batch: batch sizes (None: 1 for text; 1, 8 and 64 for images; 1 and 8
     for questions). tokens: lengths of text prompts (None: 512). new_tokens: tokens to decode (None: 128). repeats:
-    calls that a median is taken over. lossless: whether to time lossless decoding of text. What is None is shortened for
-    models with fewer positions.
+    calls that a median is taken over. lossless: whether to time lossless decoding of text. For a model with fewer
+    positions, lengths of text that are None are shortened.
     """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):

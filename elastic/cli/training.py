@@ -86,7 +86,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         "per_budget": options.per_budget,
         "settings": options.set,
     }
-    launch.main_process_first(functools.partial(plan, **runs, flags=flags))  # finds mistakes before libraries are imported
+    # finds mistakes before libraries are imported
+    launch.main_process_first(functools.partial(plan, **runs, flags=flags))
     from elastic.sweep import sweep
 
     with screen() as (say, progress):
