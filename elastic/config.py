@@ -253,7 +253,7 @@ class TrainConfig:
             if (number := getattr(self, name)) is not None and number <= 0:
                 raise ValueError(f"train.{name} is {number}; it must be above 0")
         if self.seed >= 2**32 or self.batch >= 2**20:
-            raise ValueError(f"train.seed ({self.seed}) must be below 2 ** 32, train.batch ({self.batch}) below 2 ** 20")
+            raise ValueError(f"train.seed ({self.seed}) must be below 2**32, train.batch ({self.batch}) below 2**20")
 
 
 @dataclass(frozen=True)
