@@ -82,7 +82,8 @@ def workload_of(
 
     compute: budgets to set; none: the dial stays. batch: batch sizes (None: 1 for text; 1, 8 and 64 for images; 1 and 8
     for questions). tokens: lengths of text prompts (None: 512). new_tokens: tokens to decode (None: 128). repeats:
-    calls that a median is taken over. lossless: whether to time lossless decoding of text.
+    calls that a median is taken over. lossless: whether to time lossless decoding of text. For a model with fewer
+    positions, lengths of text that are None are shortened.
     """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):
@@ -91,11 +92,15 @@ def workload_of(
                 f"--{name.replace('_', '-')} has no effect on {config.model}, which takes no text of that length: "
                 "leave it away"
             )
+    default = frozenset(name for name, given in (("tokens", tokens), ("new_tokens", new_tokens)) if given is None)
     batch, tokens = batch or timing.BATCHES, tokens or (512,)
-    if lossless and ("tokens" not in timing.OPTIONS or 1 not in batch):
-        raise ValueError("--lossless is timed with one sequence of a language model: leave it away, or add --batch 1")
+    if lossless and "tokens" not in timing.OPTIONS:
+        raise ValueError(f"--lossless is for language models, and {config.model} is none: leave it away")
+    if lossless and 1 not in batch:
+        raise ValueError("--lossless is timed with one sequence: leave it away, or add --batch 1")
     samples = timing.samples(config, batch, tokens)
-    return Workload(compute or (None,), batch, tokens, new_tokens or 128, repeats, samples, lossless=lossless)
+    work = compute or (None,), batch, tokens, new_tokens or 128, repeats, samples
+    return Workload(*work, lossless=lossless, default=default)
 
 
 def measure(
@@ -113,7 +118,9 @@ def measure(
     Stopped after Ctrl-C.
     """
     timing = families.of(config.family).timing
-    workload = timing.fitted(student, workload)
+    full, workload = workload, timing.fitted(student, workload)
+    if (*full.tokens, full.new_tokens) != (*workload.tokens, workload.new_tokens):
+        say(f"timed within the model's positions: prompts of {max(workload.tokens)}, {workload.new_tokens} new tokens")
     trained = []
     if trains:
         say("training steps ...")

@@ -13,7 +13,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -320,13 +320,17 @@ def in_step(work: Callable[[], T]) -> T:
 
 
 def main_process_first(work: Callable[[], T]) -> T:
-    """Run `work` as `together` does, on each machine first in its first process: others then find downloads cached."""
+    """Run `work` as `together` does, on each machine first in its first process: others then find downloads cached.
+    What all of them would log the first of all says alone."""
     if size() == 1:
         return work()
+    from teachers.quiet import unlogged
+
     first = _join().local_rank == 0
     made: list[T] = []
     for turn in (True, False):
-        together((lambda: made.append(work())) if turn == first else (lambda: None))
+        with nullcontext() if is_main() else unlogged():
+            together((lambda: made.append(work())) if turn == first else (lambda: None))
     return made[0]
 
 

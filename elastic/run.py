@@ -199,6 +199,9 @@ class Run:
             needed = {**KINDS, **{name: kind for name, kind in OPTIONAL_KINDS.items() if name in found}}
             if wrong := [name for name, kind in needed.items() if not isinstance(found.get(name), kind)]:
                 raise ValueError(f"it lacks {', '.join(wrong)}, or has another kind of value there")
+            paths = [*found.get("beside", {}).values(), found.get("teacher_cache", {"folder": ""}).get("folder")]
+            if not all(isinstance(path, str) for path in paths):
+                raise ValueError("beside or teacher_cache has no path where it should")
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
         return found

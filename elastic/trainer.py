@@ -188,7 +188,8 @@ def _run(
     exchange_left_out(data.left_out)
     left_out = distinct(data.left_out)
     for part in left_out:
-        say(f"data: {part}")
+        if len(part) > part.said:
+            say(f"data: {part}")
     seconds = run.about.get("seconds", 0) + round(time.monotonic() - started, 1)
     reasons = dict(islice(chain.from_iterable(part.reasons.items() for part in left_out), REASONS))
     peaks = launch.gather(session.memory.stop())

@@ -30,6 +30,17 @@ def quiet(*, stderr: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def unlogged() -> Iterator[None]:
+    """Drop log messages up to warnings within the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def one_line(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     """Turn any error within the block into a one-line error of class `kind`: `what`, then the first line of the
     original message."""

@@ -240,7 +240,7 @@ def plan_command(options: argparse.Namespace) -> None:
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
     table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
     trained = f"{found['samples']:,.0f} {found['unit']}, {found['tokens']:.3g} tokens"
-    table.add_row(trained, f"{found['steps']:,} steps, {_duration(found['days'])}")
+    table.add_row(trained, f"{found['steps']:,} step{'s' * (found['steps'] > 1)}, {_duration(found['days'])}")
     Console(soft_wrap=True, markup=False).print(table)
 
 

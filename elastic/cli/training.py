@@ -24,7 +24,7 @@ MISSED = 3
 
 def distill_command(options: argparse.Namespace) -> int | None:
     """`elastic distill`: train a new run or resume one; return the exit code."""
-    asked = launch.together(functools.partial(_what_to_distil, options))
+    asked = launch.main_process_first(functools.partial(_what_to_distil, options))
     from elastic import trainer
     from elastic.run import Run
 
@@ -86,7 +86,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         "per_budget": options.per_budget,
         "settings": options.set,
     }
-    launch.together(functools.partial(plan, **runs, flags=flags))  # finds mistakes before libraries are imported
+    # finds mistakes before libraries are imported
+    launch.main_process_first(functools.partial(plan, **runs, flags=flags))
     from elastic.sweep import sweep
 
     with screen() as (say, progress):

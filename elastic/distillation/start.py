@@ -49,6 +49,8 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
         what = "ask for more, or route more" if least < 1 else f"{where} they save nothing, so route otherwise"
         if not student.record.mlp_in and not student.spec.find("mixture"):
             what = "ask for more, or route experts (--preset default)"
+        if config.quantization != "none":
+            what += "; quantized layers run whole, so that tokens and layers alone can be left out"
         raise ValueError(
             f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
             f"{left}; {what}"

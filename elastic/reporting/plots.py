@@ -116,7 +116,8 @@ def _axes(axes: matplotlib.axes.Axes, panel: Panel, handles: dict[str, Any]) -> 
     if panel.level is not None:
         level, text = panel.level
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(text, (0, level), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points", size=9)
+        place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(text, (1, level), (3, 0), **place, size=9, va="center")  # behind the line's end, where nothing is
     if panel.diagonal:
         ends = [v for line in panel.lines for v in (*line.x, *line.y)]
         axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, linewidth=1, linestyle=":")

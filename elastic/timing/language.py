@@ -20,7 +20,7 @@ from students.execution.attention import route_trunk
 from students.families.language import LanguageStudent
 from students.recording.decoding import Decoding
 from teachers.data.text import TextData
-from teachers.families.language import most_tokens
+from teachers.families.language import most_positions, most_tokens
 
 OPTIONS: tuple[str, ...] = ("tokens", "new_tokens")
 BATCHES: tuple[int, ...] = (1,)
@@ -34,22 +34,24 @@ def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> i
 
 
 def fitted(student: LanguageStudent, workload: Workload) -> Workload:
-    """Return the workload with its prompt shortened to what the model's maximum length leaves for decoding; ValueError
-    if the model cannot read the requested lengths."""
-    most = most_tokens(student.trunk)
+    """Return the workload with its prompt, and the lengths that nobody asked for, shortened to the positions that the
+    model has; ValueError if the model cannot read the lengths that were asked for."""
+    most = most_positions(student.trunk)
     if most is None:
         return workload
-    room = most - workload.new_tokens - COUNTED
-    if max(workload.tokens) > most or room < 1:
-        raise ValueError(
-            f"the model reads at most {most} tokens at once: say --tokens {most} --new-tokens {max(2, most // 2)}"
-        )
-    return replace(workload, prompt=min(PROMPT, room))
+    half = max(2, most // 2)
+    tokens = [min(n, most) for n in workload.tokens] if "tokens" in workload.default else workload.tokens
+    new = min(workload.new_tokens, half) if "new_tokens" in workload.default else workload.new_tokens
+    room = most - new - COUNTED
+    if (max(tokens) > most or room < 1) and most_tokens(student.trunk) is not None:
+        raise ValueError(f"the model reads at most {most} tokens at once: say --tokens {most} --new-tokens {half}")
+    return replace(workload, tokens=tokens, new_tokens=new, prompt=min(PROMPT, room) if room > 0 else PROMPT)
 
 
 def longest(student: LanguageStudent, data: TextData, workload: Workload) -> int:
     """Return the length of the longest prompt, or of a prompt with what is decoded behind it."""
-    return max(*fitted(student, workload).tokens, workload.prompt + workload.new_tokens)
+    workload = fitted(student, workload)
+    return max(*workload.tokens, workload.prompt + workload.new_tokens)
 
 
 def contenders(student: LanguageStudent, dense: Any) -> dict[str, Contender]:

@@ -32,6 +32,9 @@ class Workload:
     """Length in tokens of the prompt before the timed decode steps."""
     lossless: bool = False
     """Whether lossless decoding is timed too, at batch size 1."""
+    default: frozenset[str] = frozenset()
+    """Which of `tokens` and `new_tokens` nobody asked for, so that they may be shortened for models with few
+    positions."""
 
 
 class TrainingBatch(NamedTuple):

@@ -37,6 +37,8 @@ class LeftOut:
     """Why a sample was left out, by the sample's name (a path, a line of a file)."""
     keys: set[Hashable] = field(default_factory=set)
     """Identifiers of the samples left out, such as `Samples.key` returns."""
+    said: int = 0
+    """How many were left out when their number was logged."""
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
@@ -67,6 +69,7 @@ class LeftOut:
         """Note that the source has been read to its end: set `total`, check it, and log the number left out."""
         self.total = self.used + len(self)
         self.check(len(self), self.total)
+        self.said = len(self)
         if self.keys:
             _log.warning("%s", self)
 

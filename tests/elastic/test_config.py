@@ -143,6 +143,7 @@ def test_unknown_settings_and_malformed_ones(settings: str, words: list[str]):
         ("train.lr=-1", "train.lr is -1.0; it cannot be negative"),
         ("train.clip=0", "train.clip is 0.0; it must be above 0"),
         ("train.seed=4294967296", "train.seed"),
+        ("train.batch=1048576", "train.batch (1048576) below 2**20"),
         ("loss.temperature=0", "loss.temperature"),
         ("loss.beta=2", "loss.beta"),
         ("loss.k=0", "loss.k"),

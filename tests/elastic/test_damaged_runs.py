@@ -103,6 +103,11 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
     for changes, said in (
         *(({"results": value}, "lacks results, or has") for value in (3, "x", None, {})),
         ({"seconds": None, "steps": "x"}, "lacks steps, seconds, or has"),
+        *(
+            ({name: value}, "has no path")
+            for name in ("beside", "teacher_cache")
+            for value in ({"folder": 3}, {"data": []})
+        ),
         ({"results": [3]}, "its results cannot be shown"),
         ({"results": [{**row, "kl": None}]}, "its results cannot be shown"),
         ({"results": [{key: value for key, value in row.items() if key != "kl"}]}, "shown: 'kl' is missing"),

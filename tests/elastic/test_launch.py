@@ -145,6 +145,16 @@ def test_what_all_processes_refuse_is_said_once(command: Sequence[str], says: st
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith(f"elastic: error: {says}"), done.stderr
 
 
+def test_what_all_processes_log_is_said_once(model_folder: Path, text_file: Path, tmp_path: Path):
+    words = text_file.read_text().split()
+    lines = [json.dumps({"text": " ".join(words[n : n + 40])}) for n in range(0, 4000, 40)]
+    (tmp_path / "words.jsonl").write_text("\n".join([*lines, "[]"]))
+    command = ["distill", "--model", model_folder, "--data", tmp_path / "words.jsonl", "--target-compute", 0.8]
+    done = launched(2, *command, *as_options(RUN_SETTINGS), "--output", tmp_path / "run", launcher=FORKED)
+    said = [line.split(str(tmp_path))[0] for line in done.stderr.splitlines() if "left out: " in line]
+    assert done.returncode == 0 and said == ["left out: ", "1 of 101 records of "], done.stderr
+
+
 def test_accelerate_launches_a_sweep_with_the_shipped_configuration(
     model_folder: Path, text_file: Path, tmp_path: Path
 ):

@@ -150,6 +150,7 @@ def test_a_table_and_what_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "141.11 GB a GPU" in said and "no: every GPU has all weights" in said and "fits" in said
     assert _size(123_456) == "0.12 MB" and _size(1.5e10) == "15.00 GB"
     assert " hours" in said and _duration(2.5) == "2.5 days" and _duration(0.004) == "5.76 minutes"
+    assert main(["plan", "--model", "llama3-8b", "--tokens", "1000"]) == 0 and " 1 step, " in capsys.readouterr().out
     for arguments in (["--model", "llama3-8b", "--share", "40"], ["--model", "llama3-9b"], ["--model", "timm/foo"]):
         assert main(["plan", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1

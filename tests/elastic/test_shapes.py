@@ -175,6 +175,7 @@ def test_one_copy_of_the_weights_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
         (["runs/x", "--model", "tiny-llm"], "a finished run (elastic bench RUN) or a shape"),
         (["runs/x", "--target-compute", "0.7", "--random-weights"], "leave --random-weights, --target-compute away"),
         (["--model", "tiny-vit", "--random-weights", "--tokens", "8"], "--tokens has no effect on tiny-vit"),
+        (["--model", "tiny-vit", "--random-weights", "--lossless"], "language models, and tiny-vit is none: leave it"),
         (["--model", "tiny-llm", "--random-weights", "--target-compute", "0.01"], "below what these routers can save"),
     ],
 )

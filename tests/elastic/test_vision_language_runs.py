@@ -198,7 +198,9 @@ def test_a_chat_templates_own_bos_is_not_doubled(llava_folder: Path, questions: 
     assert torch.equal(ours.inputs["input_ids"], plain.inputs["input_ids"]) and torch.equal(ours.answers, plain.answers)
 
 
-def test_odd_questions_end_no_run(configure: Configure, questions: Path, tmp_path: Path) -> None:
+def test_odd_questions_end_no_run(
+    configure: Configure, questions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Images that cannot be read or used, in batches of their own, and a record without an image are left out."""
     rows = [json.loads(line) for line in (questions / "train.jsonl").read_text().splitlines()]
     rows = [{**row, "image": str(questions / row["image"])} for row in rows]
@@ -212,7 +214,8 @@ def test_odd_questions_end_no_run(configure: Configure, questions: Path, tmp_pat
     trainer.distill(config, tmp_path / "run", say=said.append)
     left_out = {str(tmp_path / name) for name in ("broken.png", "long.png", "train.jsonl, line 6")}
     assert set(Run.open(tmp_path / "run").about["left_out"]) == left_out
-    assert any(line.startswith("data: 1 of 27 records ") and "left out" in line for line in said)
+    numbers = [line.split(" of ", 2)[:2] for line in (*said, *caplog.messages) if " are left out: " in line]
+    assert sorted(numbers) == [["1", "27 records"], ["data: 2", "26 questions"]]
 
 
 def test_answers_are_where_the_mask_says(llava_folder: Path, questions: Path) -> None:

@@ -67,11 +67,20 @@ def test_a_prompt_that_is_longer_than_the_positions(short: Path, capsys: pytest.
     assert ("stopped: the model has no position" in capsys.readouterr().err) == made["full"]
 
 
-def test_timing_stays_within_the_positions(short: Path) -> None:
+def test_timing_stays_within_the_positions(short: Path, finished: Path) -> None:
+    """Lengths that nobody asks for end where positions do, of a tiny GPT-2 and a tiny Llama; those asked for are
+    refused, or computed where a model can."""
     rows = bench_run(str(short), tokens=[64], new_tokens=8, repeats=1, say=silent)
     assert [row["phase"] for row in rows] == ["prefill", "decode", "train"]
     with pytest.raises(ValueError, match="reads at most 64 tokens at once: say --tokens 64 --new-tokens 32"):
-        bench_run(str(short), repeats=1, say=silent)
+        bench_run(str(short), new_tokens=64, repeats=1, say=silent)
+    for run in short, finished:
+        said: list[str] = []
+        rows = bench_run(str(run), repeats=1, say=said.append)
+        assert [row["tokens"] for row in rows[:2]] == [64, 32] and "decoding 1 x 32 tokens after 28 ..." in said
+        assert said[0] == "timed within the model's positions: prompts of 64, 32 new tokens"
+    rows = bench_run(str(finished), tokens=[80], new_tokens=2, repeats=1, say=silent)
+    assert [row["tokens"] for row in rows[:2]] == [80, 2]
 
 
 def test_more_new_tokens_than_there_are_positions_or_room_for(
@@ -93,7 +102,7 @@ def test_timing_that_no_memory_holds(finished: Path, short: Path, monkeypatch: p
     for asked, said in (
         (dict(tokens=[8, 10**14]), "1 x 100000000000000 tokens .* at least .* GB are free: say --tokens [0-9]+$"),
         (dict(new_tokens=10**14), "say --new-tokens [0-9]+$"),
-        (dict(batch=[1, 10**12], tokens=[8]), "1000000000000 x 136 tokens .* say --batch [0-9]+$"),
+        (dict(batch=[1, 10**12], tokens=[8]), "1000000000000 x 60 tokens .* say --batch [0-9]+$"),
         (dict(batch=[10**12], tokens=[10**14]), "say --batch 1 --tokens [0-9]+$"),
     ):
         with pytest.raises(ValueError, match=said):
