@@ -60,11 +60,13 @@ def check_lowest_budget(name: str, among: dict[str, tuple[str, ...]], configure:
         assert row.get(f"compute_{found.group(2)}", row["compute"]) == pytest.approx(lowest, abs=TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TEXT)
 def test_the_lowest_budget_of_a_language_model(name: str, configure: Configure, tmp_path: Path) -> None:
     check_lowest_budget(name, TEXT, configure, tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", IMAGES)
 def test_the_lowest_budget_of_an_image_model(name: str, configure_images: Configure, tmp_path: Path) -> None:
     check_lowest_budget(name, IMAGES, configure_images, tmp_path)

@@ -46,6 +46,7 @@ def configure(configure_images: Configure) -> Configure:
     return configure_images
 
 
+@pytest.mark.thorough
 def test_training_on_images_from_a_cache(finished: Path, tmp_path: Path):
     assert_a_cache_changes_nothing(shutil.copytree(finished, tmp_path / "run"), samples=16)
 

@@ -22,6 +22,7 @@ from tests.elastic.runs import Configure, assert_stopping_changes_nothing, disti
 from tests.pico.language import make_tiny, make_tokenizer
 
 
+@pytest.mark.thorough
 def test_a_run_on_an_int8_base(configure: Configure, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     long = "data.window=64", "train.window=64"  # of which the first 16 tokens skip nothing

@@ -88,6 +88,7 @@ def test_a_teacher_goes_on_from_weights_of_its_own_kind_alone(image_folder: Path
         assert "\n" not in str(error.value) and not new.exists()
 
 
+@pytest.mark.thorough
 def test_the_training_of_a_teacher_goes_on_where_it_was_stopped(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
+@pytest.mark.thorough
 def test_a_session_asks_once_and_says_what_runs_alone_say(finished: Path, asked: Counter[str]):
     def measured(budget: float, session: Session | None) -> list[dict]:
         return measure_run(str(finished), compute=[budget], baselines=language.BASELINES, session=session, say=silent)

@@ -87,7 +87,7 @@ def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert decode["measured_speedup"] == pytest.approx(decode["dense_seconds"] / decode["seconds"])
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-vlm"])
+@pytest.mark.parametrize("name", [pytest.param("tiny-vit", marks=pytest.mark.thorough), "tiny-vlm"])
 def test_images_and_questions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--new-tokens", 2) if name == "tiny-vlm" else ()
     options += ("--set", "calibration.windows=4", "--set", "train.batch=2")

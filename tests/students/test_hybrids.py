@@ -115,7 +115,7 @@ def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor)
 
 
 @pytest.mark.parametrize("operators", ["c"], indirect=True)
-@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("olmo_hybrid", marks=pytest.mark.thorough), "lfm2"])
 @torch.no_grad()
 def test_decoding_is_recorded(
     name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch, operators: None
