@@ -374,7 +374,7 @@ def _of_another_size(kind: str, folder: Path) -> tuple[int, int]:
     return 24, 16
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "vit"])
+@pytest.mark.parametrize("kind", [pytest.param("dinov2", marks=pytest.mark.thorough), "vit"])
 def test_the_processor_says_how_many_tokens_there_are(
     kind: str, configure: Configure, image_folder: Path, tmp_path: Path
 ) -> None:

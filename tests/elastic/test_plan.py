@@ -127,6 +127,7 @@ def planned(*arguments: object, capsys: pytest.CaptureFixture[str]) -> dict[str,
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.thorough
 def test_models_of_eight_to_405_billion_parameters(capsys: pytest.CaptureFixture[str]):
     small, large, huge = (
         planned("--model", name, "--gpus", 8, capsys=capsys) for name in ("llama3-8b", "llama3-70b", "llama3.1-405b")

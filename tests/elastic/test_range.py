@@ -331,6 +331,7 @@ def test_each_image_gets_what_it_gets_alone(name: str, kind: str, execution: str
     assert all(float(share.expand(3, -1)[2].min()) == 1 for share in decisions.share.values())
 
 
+@pytest.mark.thorough
 def test_image_models_serve_a_range(configure_images: Configure, tmp_path: Path):
     with pytest.raises(ValueError, match=r"0\.6:1\.0 is below what these routers can save: .* 0\.688 of the compute"):
         distill(configure_images(budget__target="0.6:1.0"), tmp_path / "run")

@@ -66,6 +66,7 @@ def test_a_session_asks_once_and_says_what_runs_alone_say(finished: Path, asked:
     ]
 
 
+@pytest.mark.thorough
 def test_runs_are_calibrated_once_whatever_their_budgets_and_presets(
     configure: Configure, asked: Counter[str], tmp_path: Path
 ):

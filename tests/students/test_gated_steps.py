@@ -46,8 +46,7 @@ BEHIND = "token-substitute-lora", "layer-drop", "elastiformer"
 """Routers that are also tested as on devices that the host does not run ahead of."""
 ANEW = "elastiformer", "token-static-drop"
 """Routers whose choice is part of a recording: turning the dial records anew."""
-COMPILED = "token", "layer", "elastiformer", "neuron"
-"""Routers whose steps are compiled in thorough tests only."""
+COMPILED = "token", "token-drop", "layer", "elastiformer", "neuron"
 CASES = [
     *(("llama", kind) for kind in ROUTERS),
     *(("gpt2", kind) for kind in ("token", "token-drop", "head")),
@@ -144,7 +143,8 @@ def test_what_is_not_recorded_says_so_once(name: str, kind: str, reason: str) ->
     assert Tape.made == made
 
 
-@pytest.mark.parametrize("kind", ["token-drop", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in COMPILED)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", COMPILED)
 def test_a_step_compiles_whole(kind: str) -> None:
     student, results = student_for("llama", ROUTERS[kind]), []
     cache = cache_of(student.model(prompts(1), use_cache=True))

@@ -140,6 +140,7 @@ def test_a_draft_is_kept_or_replaced_to_the_dense_distribution() -> None:
     assert abs(stood / 20_000 - float(torch.minimum(p, q).sum())) < 0.012
 
 
+@pytest.mark.thorough
 def test_sampled_text_has_the_dense_distribution(tokens: Tensor) -> None:
     """The second of four sampled tokens, a draft or its replacement, given the first: 200 tries, two tokens each."""
     student, one = student_for(recorder=None, offset=-1.0), tokens[:1]
