@@ -252,8 +252,9 @@ class TrainConfig:
         for name in ("minutes", "clip"):
             if (number := getattr(self, name)) is not None and number <= 0:
                 raise ValueError(f"train.{name} is {number}; it must be above 0")
-        if self.seed >= 2**32 or self.batch >= 2**20:
-            raise ValueError(f"train.seed ({self.seed}) must be below 2**32, train.batch ({self.batch}) below 2**20")
+        for name, bits in (("seed", 32), ("batch", 20)):
+            if (number := getattr(self, name)) >= 2**bits:
+                raise ValueError(f"train.{name} is {number}; it must be below 2**{bits}")
 
 
 @dataclass(frozen=True)

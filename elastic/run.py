@@ -133,13 +133,15 @@ class Run:
 
     def refuse_existing(self, overwrite: bool) -> None:
         """Raise ValueError if the folder cannot be written to, has files that are no run's, or has a run that is not to
-        be overwritten."""
+        be overwritten or that another process trains."""
         require_place(self.folder)
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not (self.folder / "config.yaml").exists():
             raise ValueError(f"{self.folder} exists and is not a run folder; name another with --output")
         if not overwrite:
+            self.lock()  # what another process trains cannot be continued
+            self.unlock()
             raise ValueError(
                 f"{self.folder} exists: continue it with --resume {shlex.quote(str(self.folder))}, replace it with "
                 "--overwrite, or name another folder with --output"
@@ -202,6 +204,9 @@ class Run:
             paths = [*found.get("beside", {}).values(), found.get("teacher_cache", {"folder": ""}).get("folder")]
             if not all(isinstance(path, str) for path in paths):
                 raise ValueError("beside or teacher_cache has no path where it should")
+            pairs = (isinstance(pair, list) and [type(number) for number in pair] for pair in found.get("plan", []))
+            if not all(kinds == [int, int] for kinds in pairs):
+                raise ValueError("plan has something else than pairs of whole numbers")
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
         return found

@@ -185,11 +185,12 @@ def test_a_run_that_another_process_trains_is_left_alone(
     (shutil.copytree(finished, here / "run") / "routers.safetensors").unlink()
     other = Run("run")
     other.lock()
-    for command in (["distill", "--resume", "run"], [*arguments, "--output", "run", "--overwrite"]):
+    again = [*arguments, "--output", "run"]
+    for command in (["distill", "--resume", "run"], again, [*again, "--overwrite"]):
         assert "another process is training into run: wait" in refused(*command)
     other.unlock()
     for _ in range(2):  # a finished command holds it no longer
-        assert main([*arguments, "--output", "run", "--overwrite"]) == 0
+        assert main([*again, "--overwrite"]) == 0
 
 
 def test_a_prompt_of_bytes_that_are_no_text(finished: Path, refused: Callable[..., str]):

@@ -108,6 +108,7 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
             for name in ("beside", "teacher_cache")
             for value in ({"folder": 3}, {"data": []})
         ),
+        *(({"plan": value}, "pairs of whole numbers") for value in ([3], [[5, "6"]], [[1, 2, 3]])),
         ({"results": [3]}, "its results cannot be shown"),
         ({"results": [{**row, "kl": None}]}, "its results cannot be shown"),
         ({"results": [{key: value for key, value in row.items() if key != "kl"}]}, "shown: 'kl' is missing"),
