@@ -10,7 +10,7 @@ one at a time), `vit` for image models, `vlm` for vision-language models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from configs import presets
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
 from elastic.traits import SETTINGS, TRAITS
 from students.spec import RouterSpec, StudentSpec
+from teachers.data.questions import may_ask_about_images
 from teachers.data.records import is_path
 from teachers.registry import ModelEntry, models, resolve
 
@@ -264,7 +265,8 @@ class RunConfig:
     model: str
     """Short name (listed by `elastic models`), hub id or local folder of the pretrained model."""
     family: Literal["llm", "vit", "vlm"] = "llm"
-    """Kind of model, found by `make_config`: a causal language model, an image model or a vision-language model."""
+    """Kind of model, found by `make_config`: a causal language model, an image model or a vision-language model. Of
+    Qwen3.5 texts take the language model alone, as does `llm` here."""
     quantization: Literal["none", "int8", "int4", "nf4"] = "none"
     """Format of the frozen linear layers of the blocks, in student and teacher. It saves memory, but quantized layers
     run whole, so that channel, head, expert and neuron routers save nothing. int8 and int4 need torchao, nf4 (arXiv
@@ -357,6 +359,8 @@ def make_config(
     entry = entry or resolve(model)
     if entry.folder is not None and model not in models():
         put(chosen, ["model"], str(entry.folder.absolute()))  # for runs that are opened from another directory
+    if entry.also is not None and _is_for(entry.also, layers):
+        entry = replace(entry, family=entry.also, also=None)
     phases = [phase for layer in layers if (phase := section_of(layer, "budget").get("phase"))]
     traits = TRAITS[entry.family]
     applies = traits.section or ("prefill" if phases[-1:] == ["prefill"] else "")
@@ -377,12 +381,23 @@ def make_config(
         merged["student"] = {"gains": True, **section_of(merged, "student")}
     source = section_of(merged, "data").get("source")
     if traits.data and source == "builtin":
-        raise ValueError(f"{model} needs {traits.data}")
+        alone = ", or, for its language model alone, texts: --data FILE or builtin" if entry.also else ""
+        raise ValueError(f"{model} needs {traits.data}{alone}")
     if isinstance(source, str) and source.strip() and source != entry.data:
         require_data(source, entry.family)
         if source not in NAMED_DATA and Path(source).expanduser().exists():
             merged["data"]["source"] = str(Path(source).expanduser().absolute())
     return from_dict(RunConfig, merged)
+
+
+def _is_for(family: str, layers: list[dict[str, Any]]) -> bool:
+    """Return whether the configuration in these layers, the last of which wins, asks for texts or for this family."""
+    asked = [layer["family"] for layer in layers if "family" in layer]
+    sources = [source for layer in layers if (source := section_of(layer, "data").get("source"))]
+    if asked or not sources:
+        return asked[-1:] == [family]
+    named = NAMED_DATA.get(sources[-1])
+    return named == family if named else not may_ask_about_images(str(sources[-1]))
 
 
 def require_data(source: str, family: str) -> None:

@@ -269,8 +269,8 @@ def load_teacher(config: RunConfig) -> Teacher:
     if launch.spreads():
         sharding.require()
     place = sharding.spread if launch.spreads() else None
-    dtype = DTYPES[config.train.precision]
-    return teachers.load(config.model, dtype=dtype, place=place, quantization=config.quantization)
+    dtype, family = DTYPES[config.train.precision], config.family
+    return teachers.load(config.model, dtype=dtype, place=place, quantization=config.quantization, family=family)
 
 
 def share_weights(model: nn.Module) -> nn.Module:

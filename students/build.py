@@ -24,6 +24,7 @@ from students.architectures.lookup import (
 from students.architectures.record import Architecture
 from students.architectures.vision_language import BOTH_WAYS, VISION_TOWERS
 from students.compute import BlockShape, ComputeModel
+from students.execution.mixer import gate_mixers
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Wrapper
 from students.families.image import ImageStudent, call, image_shape
@@ -153,6 +154,7 @@ def _elasticize_vision_language(model: PreTrainedModel, spec: StudentSpec) -> Vi
     vision = _elasticize_image(tower, tower_record, tower_blocks, inside) if inside.routers else None
     for router in spec.at("input"):
         router.of_kind.attach(router, InputPlace(trunk, blocks[0], trunk.config.hidden_size, spec.gains))
+        gate_mixers(record, blocks, runtime)
     return VisionLanguageStudent(model, record, blocks, language, runtime, compute, trunk=trunk, vision=vision)
 
 

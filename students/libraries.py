@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
 """Keywords by which forward passes of transformers take a key/value cache: the first since version 5.24, the second
-before, the third in the blocks of GPT-NeoX."""
+before, the third in the blocks of GPT-NeoX, the fourth before 5.24 in what hybrid models have in place of attention."""
 
 
 def cache_name(module: nn.Module) -> str:

@@ -49,15 +49,17 @@ def load(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     quantization: str = "none",
+    family: str | None = None,
     place: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> Teacher:
     """Load a model by short name, hub id or local folder, from safetensors weights only.
 
     `device` None is CUDA if available, else the CPU; `dtype` None is `preferred_dtype(device)`. quantization: the
     format of the linear layers' weights (see teachers/quantize.py); a checkpoint that is quantized already is read as
-    it is. place: called instead of moving the model to the device (for weights spread over processes); returns the
-    weights that this process holds, by name. Until `place` is called, weights that the file has in `dtype` are
-    memory-mapped, not copied.
+    it is. family: what to load it as, by default its own; "llm" is the language model alone of a vision-language model
+    whose ModelEntry has it in `also`. place: called instead of moving the model to the device (for weights spread over
+    processes); returns the weights that this process holds, by name. Until `place` is called, weights that the file has
+    in `dtype` are memory-mapped, not copied.
 
     Raises ValueError for an unknown name or a model that is neither a language model, an image model nor a
     vision-language model, OSError if no source of the weights can be reached; both with one line.
@@ -67,6 +69,7 @@ def load(
     if quantization != "none":
         require(quantization)
     entry = resolve(name)
+    family = family or entry.family
     folder, source = _locate(entry)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or preferred_dtype(device)
@@ -76,7 +79,7 @@ def load(
             raise ValueError(f"{name} is quantized already: leave quantization={quantization} away")
         if place is not None and (already or quantization != "none"):
             raise ValueError(f"{name}: quantized weights are not spread over processes (FSDP): use MULTI_GPU")
-        found = families.of(entry.family).load(name, folder, dtype, trust_remote_code)
+        found = families.of(family).load(name, folder, dtype, trust_remote_code)
     source += found.note
     model = found.model.eval().requires_grad_(False)
     if quantization != "none":
@@ -99,7 +102,7 @@ def load(
     if found.unused:
         weights = f"{len(found.unused)} weights of the checkpoint have no place in this model"
         source += f"; {weights}, such as {found.unused[0]}"
-    return Teacher(name, model, found.processor, entry.family, source, identity)
+    return Teacher(name, model, found.processor, family, source, identity)
 
 
 def _must_fit(name: str, model: Any, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,11 @@ IMAGE_MODELS |= {"dinov3_vit", "ijepa", "clip_vision_model", "siglip_vision_mode
 
 VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}
 VISION_LANGUAGE_MODELS |= {"qwen3_vl", "glm4v", "gemma3", "internvl", "llava_onevision", "mistral3", "cohere2_vision"}
+VISION_LANGUAGE_MODELS |= {"qwen3_5", "qwen3_5_moe"}
 """The `model_type`s of transformers that are vision-language models."""
+
+READ_ALONE = {"qwen3_5", "qwen3_5_moe"}
+"""Those of them whose language model transformers can load alone."""
 
 LANGUAGE = "language_model"
 """Key in config.json of a vision-language model shipped with Elastic: the name of its language model."""
@@ -62,6 +67,9 @@ class ModelEntry:
     family: str = "llm"
     """How the model is loaded, trained and measured: "llm" (causal language models), "vit" (image models) or "vlm"
     (vision-language models)."""
+    also: str | None = None
+    """Family that it may be loaded as instead: "llm", for texts, if the language model within a vision-language model
+    can be loaded alone; else None."""
     parameters: int | None = None
     """Parameter count; None where the table does not know."""
     license: str = ""
@@ -100,14 +108,14 @@ def resolve(name: str) -> ModelEntry:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
-        return ModelEntry(name=name, folder=folder, family=family_of(folder))
+        return ModelEntry(name=name, folder=folder, **families_of(folder))
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ValueError(
             f"no such folder: {name}; --model takes a short name (`elastic models`), hub id or local folder"
         )
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         known = next((entry for entry in models().values() if entry.hub == name), None)
-        return known or ModelEntry(name=name, hub=name, family=_hub_family(name))
+        return known or ModelEntry(name=name, hub=name, **_hub_families(name))
     near = difflib.get_close_matches(name.lower(), models(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
@@ -121,8 +129,9 @@ def _say_which(name: str) -> None:
     _log.warning("%s is taken as the short name (`elastic models`); for the folder here type ./%s", name, name)
 
 
-def family_of(folder: Path) -> str:
-    """Return the family of the model in a folder, by its config.json: "vlm", "vit" or, for every other model, "llm".
+def families_of(folder: Path) -> dict[str, Any]:
+    """Return `family` and `also` of the model in a folder (see ModelEntry), by its config.json: "vlm", "vit" or, for
+    every other model, "llm".
 
     Raises ValueError if the file cannot be read.
     """
@@ -130,13 +139,13 @@ def family_of(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         kind = config.get("model_type")
     if kind in VISION_LANGUAGE_MODELS:
-        return "vlm"
-    return "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"
+        return {"family": "vlm", "also": "llm" if kind in READ_ALONE else None}
+    return {"family": "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"}
 
 
-def _hub_family(repo: str) -> str:
-    """Return the family of a hub model, for which only config.json is fetched; "llm" if it cannot be fetched."""
+def _hub_families(repo: str) -> dict[str, Any]:
+    """Return `families_of` a hub model, for which only config.json is fetched; "llm" if it cannot be fetched."""
     if repo.startswith("timm/"):
-        return "vit"
+        return {"family": "vit"}
     config = hub.config_file(repo)
-    return "llm" if config is None else family_of(config.parent)
+    return {} if config is None else families_of(config.parent)

@@ -72,7 +72,7 @@ def find_shape(name: str) -> Shape:
         text: dict[str, Any] = find_shape(config.pop(LANGUAGE)).config or {}
         tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
         config |= {"text_config": text, "image_token_index": text["vocab_size"] - 1, **tied}
-    return Shape(name, entry.family, config)
+    return Shape(name, entry.also or entry.family, config)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Module:

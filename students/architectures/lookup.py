@@ -70,6 +70,16 @@ def is_hybrid(trunk: nn.Module) -> bool:
     return any(not record_in(record, block).attn_in for block in blocks)
 
 
+def states_by_kind(trunk: nn.Module) -> dict[str, bool]:
+    """Return whether blocks of a hybrid model keep a state, by their types in the config; empty for other models."""
+    record, blocks = architecture_of(trunk)
+    if record.hybrid is None:
+        return {}
+    config: Any = trunk.config
+    kinds = zip(config.layer_types, blocks, strict=True)
+    return {kind: not record_in(record, block).attn_in for kind, block in kinds}
+
+
 def kind_of(model: nn.Module) -> str:
     """Return the key of a model in `ARCHITECTURES`."""
     return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__

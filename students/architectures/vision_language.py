@@ -11,6 +11,8 @@ VISION_TOWERS = {
     "qwen2_vl": "visual",
     "qwen2_5_vl": "visual",
     "qwen3_vl": "visual",
+    "qwen3_5": "visual",
+    "qwen3_5_moe": "visual",
     "glm4v": "visual",
     "gemma3": "vision_tower",
     "internvl": "vision_tower",

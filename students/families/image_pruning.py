@@ -16,7 +16,7 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from students.architectures.lookup import windows_of
+from students.architectures.lookup import states_by_kind, windows_of
 from students.execution.kv_cache import memory_of
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named
@@ -141,6 +141,8 @@ class ImagePruner:
         self.runtime = runtime
         self._alone = alone
         self._windows = Windows(trunk)
+        self._states = states_by_kind(trunk)
+        """By type of layer, whether blocks keep a state in place of keys and values; empty: none does."""
 
     @property
     def router(self) -> ImageRouter | None:
@@ -218,7 +220,7 @@ class ImagePruner:
                 run.decisions.valid = gate
             bias = torch.log(gate * (1 - LEAK) + LEAK)
             kwargs["inputs_embeds"] = learning(x, bias)
-            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), valid, bias, x.dtype)
+            kwargs["attention_mask"] = self._masks(kwargs, valid, valid, gate, bias)
             return valid, int(valid.numel() - valid.sum())
         kept = (gate != 0) & valid
         size = self._size_of(router, prompted, kept)
@@ -272,7 +274,7 @@ class ImagePruner:
                 run.decisions.valid = kept
             if memory is not None:
                 memory.append(kept, place)
-            kwargs["attention_mask"] = hidden_keys(self._windows.own_masks(kwargs, valid), kept, None, x.dtype)
+            kwargs["attention_mask"] = self._masks(kwargs, valid, kept, kept.to(x.dtype))
             return kept, kept.numel() - size.kept
         # kept tokens move to the right end, so that every row's last token is in the last column
         index = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -size.tokens :]
@@ -292,6 +294,17 @@ class ImagePruner:
                 mask = selection.additive(selection.hide_closed_keys(None, here, x.dtype), x.dtype)
         kwargs["attention_mask"] = mask
         return here, padded
+
+    def _masks(
+        self, kwargs: dict[str, Any], valid: Tensor, kept: Tensor, gate: Tensor, bias: Tensor | None = None
+    ) -> Any:
+        """Return the masks under which only tokens in kept [B, T] are attended to (see `hidden_keys`), and by which the
+        state of blocks without attention sees those only whose gate [B, T] is not 0 (see GatedMixer)."""
+        own, dtype = self._windows.own_masks(kwargs, valid), kwargs["inputs_embeds"].dtype
+        made = hidden_keys(own, kept, bias, dtype)
+        if not self._states:
+            return made
+        return {kind: gate if state else made for kind, state in self._states.items()}
 
     def extend(self, prompted: Prompted, kwargs: dict[str, Any]) -> None:
         """Set positions and cache places of tokens that follow a shortened prompt."""

@@ -110,7 +110,10 @@ def prompt_text(processor: Any, question: str) -> str:
     """Return the text before an answer, with a placeholder for the image, in the model's chat format if it has one."""
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        # questions are answered at once: a template that asks is not to begin a thought (Qwen3.5)
+        switch = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+        turns = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(turns, add_generation_prompt=True, **switch)
     return f"{getattr(processor, 'image_token', '<image>')}{question}\n"
 
 

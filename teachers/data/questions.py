@@ -6,6 +6,7 @@ import base64
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from teachers import hub
 from teachers.cache import cache_folder, published
 from teachers.data.conversations import FIELDS, questions_and_answers, turns_of
-from teachers.data.kinds import QUESTIONS
+from teachers.data.kinds import QUESTIONS, TEXT
 from teachers.data.left_out import LeftOut, Samples
 from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.pictures import open_image, open_row
@@ -29,6 +30,10 @@ EASY_VQA = "easy-vqa"
 _EASY_VQA_WHEEL = "easy-vqa==1.0"
 _EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 
+IMAGE_FIELDS = ("image", "images", "image_path", "img")
+"""Names of the field of a record that holds its image."""
+LOOKED_AT = 8
+"""Number of records of which one has an image if data asks about images."""
 MOST_CHOICES = 64
 """Largest number of different answers that count as a closed set, of which each is scored; with more, answers are
 generated."""
@@ -157,6 +162,28 @@ def load_all(source: str) -> QuestionSet:
     return every
 
 
+def may_ask_about_images(source: str) -> bool:
+    """Return whether data may be questions about images: not if it is local, and holds text files or records of which
+    none of the first few has an image."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(QUESTIONS.found(path)) or sorted(TEXT.found(path))
+    else:
+        files = [path] if path.is_file() and path.suffix.lower() in TEXT.files else []
+    records = (row for file in files for _, row in local_records(file, LeftOut(source, "records")))
+    first = list(islice(records, LOOKED_AT))
+    return not first or any(map(_has_image, first))
+
+
+def _has_image(row: dict[str, Any]) -> bool:
+    """Return whether a record has an image, in a field or in a turn of its conversation."""
+    conversation = next((row[name] for name in FIELDS if row.get(name) is not None), None)
+    with suppress(ValueError):
+        turns = () if conversation is None else turns_of(conversation)
+        return any(row.get(name) is not None for name in IMAGE_FIELDS) or any(turn.images for turn in turns)
+    return False
+
+
 def _choices(samples: Iterable[Sample]) -> tuple[str, ...] | None:
     answers = sorted({sample.answer for sample in samples})
     return tuple(answers) if len(answers) <= MOST_CHOICES else None
@@ -228,7 +255,7 @@ def _samples(records: Iterable[Record], found: LeftOut, root: Path) -> Iterator[
 def _image(row: dict[str, Any], inside: list[Any]) -> Any:
     """Return the one image in a record's image field or else in its turns (`inside`). Raises ValueError if there is
     none or more than one."""
-    image = next((row[name] for name in ("image", "images", "image_path", "img") if row.get(name) is not None), inside)
+    image = next((row[name] for name in IMAGE_FIELDS if row.get(name) is not None), inside)
     images = image if isinstance(image, list) else [image]
     if len(images) > 1:
         raise ValueError(f"it has {len(images)} images, where one is read")

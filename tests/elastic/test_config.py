@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,43 @@ def test_settings_with_effect_are_accepted():
 def test_bad_files(tmp_path: Path, content: str, words: str):
     assert words in problem(file=write(tmp_path, content))
     assert "no such configuration file" in problem(file=str(tmp_path / "missing.yaml"))
+
+
+IMAGE = {"image": "0.png", "question": "w1", "answer": "w2"}
+TOLD = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+SHOWN = {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"}]}, TOLD["messages"][1]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "family"),
+    [
+        ("words.txt", "w1 w2", "llm"),
+        ("texts.jsonl", [{"text": "w1"}], "llm"),
+        ("told.json", [TOLD], "llm"),
+        ("asked.jsonl", [IMAGE], "vlm"),
+        ("one-is-broken.jsonl", [{}, IMAGE], "vlm"),
+        ("shown.jsonl", [SHOWN], "vlm"),
+        ("questions.png", "", None),
+    ],
+)
+def test_the_data_says_whether_a_model_reads_images(name: str, records: object, family: str | None, tmp_path: Path):
+    """Of Qwen3.5 texts take the language model alone; a folder holds what its files hold."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_5"}')
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    file.write_text(records if isinstance(records, str) else "\n".join(map(json.dumps, records)))
+    named = {"model": str(tmp_path / "model"), "budget__target": 0.9}
+    if family is None:
+        with pytest.raises(ValueError, match="unknown kind of file"):
+            make_config(data__source=str(file), **named)
+        return
+    for source in (file, file.parent):
+        assert make_config(data__source=str(source), **named).family == family
+    assert make_config(data__source="builtin", **named).family == "llm"
+    assert (
+        make_config(data__source="easy-vqa", **named).family == make_config(data__source="a/b", **named).family == "vlm"
+    )
+    assert make_config(data__source="a/b", settings=["family=llm"], **named).family == "llm"
+    with pytest.raises(ValueError, match=r"needs questions about images: .*, or, for its language model alone, texts"):
+        make_config(**named)

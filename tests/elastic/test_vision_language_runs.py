@@ -23,8 +23,19 @@ from teachers.data import prompts as reading
 from teachers.data.questions import load_all, load_questions
 from teachers.families.vision_language import CHAT_TEMPLATE
 from tests.elastic.cached import assert_a_cache_changes_nothing
-from tests.elastic.runs import Configure, assert_only_routers_learned, assert_stopping_changes_nothing, distill, silent
+from tests.elastic.runs import (
+    FEW_STEPS,
+    Configure,
+    as_options,
+    assert_only_routers_learned,
+    assert_stopping_changes_nothing,
+    distill,
+    silent,
+)
 from tests.elastic.test_budgets import check_lowest_budget
+from tests.pico.language import RUN_SETTINGS
+from tests.pico.processors import make_processor
+from tests.pico.vision_language import make_vlm
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +283,32 @@ def test_the_command_line_speaks_of_questions(
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_hybrid_model_reads_images_or_texts_alone(
+    questions: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of Qwen3.5 the data says which; a run remembers it."""
+    make_vlm("qwen3_5").save_pretrained(tmp_path / "model")
+    make_processor("qwen3_5").save_pretrained(tmp_path / "model")
+    asked, told = str(tmp_path / "asked"), str(tmp_path / "told")
+    common = ["distill", "--model", str(tmp_path / "model"), "--target-compute", "0.97"]
+    settings = as_options([*FEW_STEPS, "data.held_out=4", "calibration.windows=4", "train.precision=float32"])
+    assert main([*common, "--data", str(questions), "--output", asked, *settings]) in (0, 3)
+    assert main([*common, "--data", str(text_file), "--output", told, *as_options(RUN_SETTINGS)]) == 0
+    row = Run.open(asked).about["result"]
+    assert 0.95 < row["compute"] < 0.99 and 0 < row["image_tokens_kept"] < 1 and row["questions"] == 4
+    assert [type(load(run)).__name__ for run in (asked, told)] == ["VisionLanguageStudent", "LanguageStudent"]
+    assert main(["eval", asked, "--compute", "1.0"]) == main(["eval", told]) == 0
+    prompt = ["--prompt", "w5 w6", "--max-new-tokens", "3"]
+    assert (
+        main(["generate", asked, *prompt, "--image", str(questions / "1.png")])
+        == main(["generate", told, *prompt])
+        == 0
+    )
+    assert "compute 0.9" in capsys.readouterr().err
+    processor = Run.open(asked).teacher().processor
+    assert reading.prompt_text(processor, "w5").endswith("w60 w61 ")  # thoughts are ended before they begin
 
 
 def test_the_lowest_budget(configure: Configure, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import transformers
 
 from teachers.families.vision_language import IMAGE_TOKEN as MARK
 from tests.pico.language import make_tokenizer
-from tests.pico.vision_language import GRIDS, IMAGE_TOKEN
+from tests.pico.vision_language import GRIDS, HYBRID, IMAGE_TOKEN
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 _SIZE = {"height": 16, "width": 16}
@@ -15,6 +15,8 @@ _TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE {% else %}{{ p['text'] }}"
     "{% endif %}{% endfor %}{% endfor %} w1 "
 )
+_THOUGHT = "{% if enable_thinking is false %}w60 w61 {% else %}w60 {% endif %}"
+"""End of a prompt in which a thought begins, unless it is ended at once (Qwen3.5)."""
 
 
 def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -26,17 +28,25 @@ def make_question_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _of_characters() -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of the class that transformers takes for Qwen3.5, whose tokens are characters."""
+    characters = [*map(chr, range(33, 127)), "\u0120", "\u010a"]  # the last two: a space and a newline
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", "<s>", *characters])}
+    special = dict(unk_token="<unk>", eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    return transformers.Qwen3_5Tokenizer(vocab=vocabulary, merges=[], **special)
+
+
 def make_processor(kind: str) -> transformers.ProcessorMixin:
     """Return a model class's processor, whose tokenizer has 64 words and an image token with the id IMAGE_TOKEN."""
     qwen = kind in GRIDS
     own = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
     others = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    tokenizer = make_tokenizer(words=64)
+    tokenizer = _of_characters() if kind in HYBRID else make_tokenizer(words=64)
     tokenizer.add_tokens([f"x{number}" for number in range(IMAGE_TOKEN - len(tokenizer))])
     tokenizer.add_special_tokens({"additional_special_tokens": own if qwen else others})
     tokenizer.pad_token = "</s>"
     mark = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<image>"
-    template = {"chat_template": _TEMPLATE.replace("IMAGE", mark)}
+    template = {"chat_template": _TEMPLATE.replace("IMAGE", mark) + _THOUGHT * (kind in HYBRID)}
     if kind == "llava":
         images = transformers.CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)
         more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
@@ -69,5 +79,5 @@ def make_processor(kind: str) -> transformers.ProcessorMixin:
         return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, **template)
     images = transformers.Qwen2VLImageProcessor(**_QWEN, min_pixels=64, max_pixels=1024)
     videos = transformers.Qwen2VLVideoProcessor(**_QWEN)
-    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(kind, "Qwen3VL")
     return getattr(transformers, f"{name}Processor")(images, tokenizer, videos, **template)

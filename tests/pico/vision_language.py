@@ -9,15 +9,17 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.pico.language import TINY
+from tests.pico.language import TINY, TINY_HYBRIDS
 
 IMAGE_TOKEN = 110
-GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm4v")
 """Models whose images come as patches of any number."""
 POOLED = ("gemma3", "internvl", "mistral3", "cohere2_vision")
 """Models that make one image token of four patches."""
-ALIKE = ("glm4v", "internvl", "llava_onevision", "mistral3")
-"""Models that call their language model as Qwen2-VL or LLaVA do: they are not tried in every test."""
+ALIKE = ("glm4v", "internvl", "llava_onevision", "mistral3", "qwen3_5_moe")
+"""Models that call their language model as Qwen2-VL, LLaVA or Qwen3.5 do: they are not tried in every test."""
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+"""Models of which some blocks keep a state in place of keys and values."""
 _TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
 _GEMMA = dict(_TEXT, head_dim=8, model_type="gemma")
 _GEMMA2 = {**TINY["gemma2"][1], "max_position_embeddings": 128, "model_type": "gemma2"}
@@ -36,6 +38,11 @@ _SMOL = dict(vision_config=_SMALL, text_config=_LLAMA, scale_factor=2, **_TOKEN)
 _QWEN2_VISION = dict(depth=2, embed_dim=24, num_heads=2, hidden_size=32, patch_size=4, mlp_ratio=2)
 _GEMMA3 = {**TINY["gemma3"][1], "num_hidden_layers": 4, "model_type": "gemma3_text"}
 _COHERE2 = {**TINY["cohere2"][1], "max_position_embeddings": 128, "model_type": "cohere2"}
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[2, 1, 1])
+_QWEN3_5, _QWEN3_5_MOE = (
+    {**TINY_HYBRIDS[name][1], "max_position_embeddings": 128, "rope_parameters": _PARTIAL}
+    for name in ("qwen3_5", "qwen3_5_moe")
+)
 _GLM_MARKS = dict(image_start_token_id=111, image_end_token_id=112, video_token_id=113)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -53,6 +60,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         text_config=_QWEN, vision_config=dict(_PATCHES, window_size=16, fullatt_block_indexes=[1]), **_MARKS
     ),
     "qwen3_vl": dict(text_config=dict(_QWEN, head_dim=8), vision_config=_QWEN3, **_MARKS),
+    "qwen3_5": dict(text_config=_QWEN3_5, vision_config=dict(_PATCHES, num_position_embeddings=16), **_MARKS),
+    "qwen3_5_moe": dict(text_config=_QWEN3_5_MOE, vision_config=dict(_PATCHES, num_position_embeddings=16), **_MARKS),
     "glm4v": dict(text_config=_QWEN, vision_config=dict(_QWEN3, image_size=16), **_TOKEN, **_GLM_MARKS),
     "gemma3": dict(vision_config=_SIGLIP, text_config=_GEMMA3, mm_tokens_per_image=4, **_INDEX),
     "internvl": dict(vision_config=_SMALL, text_config=_QWEN2, **_TOKEN),

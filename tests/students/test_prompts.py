@@ -16,7 +16,7 @@ from students.kernels.capture import KEPT
 from students.libraries import cache_of
 from students.recording.decoding import Decoding
 from students.recording.prompt import MULTIPLE
-from tests.pico.vision_language import CONFIGS, make_prompts, make_vlm
+from tests.pico.vision_language import CONFIGS, HYBRID, make_prompts, make_vlm
 from tests.students.host_waits import Launches, NoHostWaits
 from tests.students.tape import Tape
 from tests.students.test_vision_language import PER_KIND, PRUNING, student_of
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 OPTIONS = dict(do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
 FOUR = dict(OPTIONS, max_new_tokens=4, min_new_tokens=4)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
-WHOLE = sorted(set(CONFIGS) - {"paligemma2", "gemma3", "cohere2_vision"})
-"""All classes but those whose layers have sliding windows."""
+WHOLE = sorted(set(CONFIGS) - {"paligemma2", "gemma3", "cohere2_vision", *HYBRID})
+"""All classes but those whose layers have sliding windows or keep a state."""
 ALIKE = ("llava", "paligemma", "internvl")
 """Classes whose image inputs are pixels of one shape alone, so that the vision tower is recorded, too."""
 

@@ -108,7 +108,7 @@ def test_the_language_model_of_a_vision_language_model(tmp_path: Path):
     model = Qwen3_5ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
     make_tokenizer(words=100).save_pretrained(tmp_path)
-    loaded, ids = teachers.load(str(tmp_path), dtype=torch.float32), torch.arange(9, 19)[None]
+    loaded, ids = teachers.load(str(tmp_path), dtype=torch.float32, family="llm"), torch.arange(9, 19)[None]
     assert loaded.family == "llm" and loaded.model.config.model_type == "qwen3_5_text"
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits)

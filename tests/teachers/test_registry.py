@@ -69,6 +69,13 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(typed: str, mon
         resolve(typed)
 
 
+@pytest.mark.parametrize(("kind", "also"), [("qwen3_5", "llm"), ("qwen3_5_moe", "llm"), ("qwen3_vl", None)])
+def test_a_language_model_that_can_be_loaded_alone(kind: str, also: str | None, tmp_path: Path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    entry = resolve(str(tmp_path))
+    assert (entry.family, entry.also) == ("vlm", also)
+
+
 def test_folder_without_a_model(tmp_path: Path):
     with pytest.raises(ValueError, match=r"without config\.json"):
         resolve(str(tmp_path))
