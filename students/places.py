@@ -98,7 +98,7 @@ class BlockPlace:
         runtime.contexts.append(self.context)
         self.attends = bool(self.record.attn_in)
         self.routers = spec.in_block(number, self.attends)
-        self.own_q = len(self.record.attn_in) == 3
+        self.own_q = self.attends and len(record.attn_in) == 3
         self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
         self.channels: dict[str, ChannelRouter] = {}
@@ -198,7 +198,7 @@ class BlockPlace:
         join_product(self.block, record)
         if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
-            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context)
+            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context, record.block_scale)
         q = round(macs["attn_in"] * sizes.heads / (sizes.heads + 2 * sizes.groups))
         if self.own_q:
             q = math.prod(shape_of(self.linears("attn_in")[0]))

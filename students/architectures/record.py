@@ -48,12 +48,16 @@ class Architecture:
     """Whether closed heads must be computed all the same: because queries are normalised over all heads or by a norm of
     each head's own, each head has a sink, or attention does not hand further keyword arguments on to its attention
     function."""
+    block_scale: str | None = None
+    """The buffer by which a block multiplies its whole output, the residual stream included, before it returns it."""
     side_by_side: bool = False
     """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
     blocks can be routed."""
     hybrid: Architecture | None = None
-    """The record of the blocks that have linear attention or a short convolution in place of attention, whose state has
-    to see every token; None: all blocks have attention."""
+    """The record of the blocks that lack a module of this one: they have linear attention or a short convolution in
+    place of attention, whose state has to see every token, or keys that are values, too; None: there are none."""
+    without: tuple[str, ...] = ()
+    """Config keys that switch on parts which are not supported."""
     causal: bool = True
     """Whether attention is causal (language models) or bidirectional (image models)."""
     mask: str = "attention_mask"

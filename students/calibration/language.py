@@ -134,7 +134,7 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
             y.register_hook(lambda grad: _add_fisher(place, info.counted(grad.flatten(0, -2))))
             x, y = info.counted(x), info.counted(y.detach().flatten(0, 1))
             if at.residual:
-                y = y - x
+                y = y - at.residual * x
             if at.inputs:
                 place.inputs.append(x[rows])
             if at.outputs:

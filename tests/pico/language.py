@@ -65,7 +65,13 @@ _TWO = dict(_LLAMA, num_hidden_layers=2)
 _WIDE = dict(_TWO, head_dim=16)
 _WINDOW = dict(_TWO, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=4)
+_GEMMA4 = dict(
+    **dict(_WINDOW, head_dim=16, global_head_dim=24, num_global_key_value_heads=1),
+    **dict(attention_k_eq_v=True, final_logit_softcapping=3.0),
+)
 MORE = {
+    "gemma4": ("Gemma4TextConfig", dict(_GEMMA4, hidden_size_per_layer_input=0)),
+    "gemma4_unified": ("Gemma4UnifiedTextConfig", _GEMMA4),
     "ministral": ("MinistralConfig", dict(_WINDOW, head_dim=16)),
     "ministral3": ("Ministral3Config", dict(_WIDE, rope_parameters=dict(_YARN, llama_4_scaling_beta=0.5))),
     "ernie4_5": ("Ernie4_5Config", dict(_WIDE, use_bias=True)),
@@ -122,6 +128,9 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
                 name in (*MORE, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
             ):  # biases and the like, which start at 0
                 parameter.normal_(std=0.3)
+        for block in model.modules():
+            if hasattr(block, "layer_scalar"):
+                block.layer_scalar.fill_(0.6)
     return model
 
 
