@@ -24,6 +24,10 @@ VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolv
 VISION_LANGUAGE_MODELS |= {"qwen3_vl", "glm4v", "gemma3", "internvl", "llava_onevision", "mistral3", "cohere2_vision"}
 """The `model_type`s of transformers that are vision-language models."""
 
+LANGUAGE_MODEL_OF = {"gemma4": "model.language_model.", "gemma4_unified": "model.language_model."}
+"""The `model_type`s of vision-language models of which only the language model is read, where transformers does not do
+so by itself: the start of its weights' names in the checkpoint."""
+
 LANGUAGE = "language_model"
 """Key in config.json of a vision-language model shipped with Elastic: the name of its language model."""
 
