@@ -49,6 +49,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         record = replace(record, mlp_in=LLAMA.mlp_in)
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
+    if record.beside is not None and not _has(blocks[0], record.beside[1]):
+        record = replace(record, beside=None, hybrid=record.hybrid and replace(record.hybrid, beside=None))
     config = getattr(model, "config", None)
     if found := [f"{key} is {value}" for key in record.without if (value := getattr(config, key, None))]:
         raise ValueError(f"{type(model).__name__} ({kind}) is supported only without some parts: {', '.join(found)}")
@@ -175,13 +177,15 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the shapes (outputs, inputs) of the matrices that multiply one token in an MLP that may be a mixture of
-    experts: those of every token, and those of the experts, as many as the mixture's router chooses."""
-    mlp = getattr(mlp, "base_layer", mlp)
-    chosen: Any = next((module.top_k for module in mlp.modules() if hasattr(module, "top_k")), 0)
+def matrices_of(block: nn.Module, record: Architecture) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the shapes (outputs, inputs) of the matrices that multiply one token in a mixture of experts: those
+    for every token, and those of experts, as many as the mixture's router chooses. Where mixtures take the place of
+    MLPs, this one may be dense."""
+    parts = [block.get_submodule(name) for name in record.beside or (record.mlp,)]
+    modules = [module for part in parts for module in getattr(part, "base_layer", part).modules()]
+    chosen: Any = next(filter(None, map(_chosen_by, modules)), 0)
     always, some = [], []
-    for module in mlp.modules():
+    for module in modules:
         if hasattr(module, "in_features"):
             always.append(shape_of(module))
             continue
@@ -192,6 +196,10 @@ def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, 
             elif parameter.ndim == 2 and name == "weight":
                 always.append((outputs, *inputs))
     return always, some
+
+
+def _chosen_by(router: nn.Module) -> Any:
+    return getattr(router, "top_k", None) or getattr(getattr(router, "config", None), "top_k_experts", 0)
 
 
 def mixer_macs(mixer: nn.Module) -> int:

@@ -26,6 +26,9 @@ class Architecture:
     mlp_out: tuple[str, ...] = ("down_proj",)
     activation: str | None = "act_fn"
     """The activation function of a gated MLP whose gate and up are separate linear layers; None: it is no module."""
+    beside: tuple[str, str] | None = None
+    """The model's router and its experts, relative to a block, that stand beside a dense MLP and are added to it in
+    front of `mlp_exit`; where a model has none, this is None."""
     attn_exit: str | None = None
     """The post-norm behind attention, after which gates are applied; None: the branch has no module behind it."""
     mlp_exit: str | None = None
@@ -65,6 +68,11 @@ class Architecture:
     prefix: int | None = 0
     """Image models: number of class, distillation and register tokens in front of the patches; None: it differs, and is
     read from the model."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are mixtures of experts."""
+        return not self.mlp_in or self.beside is not None
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -152,7 +152,9 @@ class BlockStart:
     def gated(self, branch: str) -> float:
         """Return the multiply-accumulates saved by a token that skips a branch, not counting its key and value."""
         shape = self.shape
-        return shape.q + shape.o + shape.per_key * self._keys if branch == "attn" else shape.mlp_in + shape.mlp_out
+        if branch == "attn":
+            return shape.q + shape.o + shape.per_key * self._keys
+        return shape.mlp_in + shape.mlp_out + shape.mlp_experts
 
     def importance(self, site: str) -> Tensor:
         """Return the importance [C] of a site's input channels: the sum over outputs of sensitivity * weight^2."""

@@ -13,24 +13,80 @@ from students import LoraSpec, RouterSpec, StudentSpec, elasticize
 from students.calibration.language import calibrate, observe
 from students.execution.kv_cache import cache_bytes
 from students.families.language import LanguageStudent
+from students.kernels import devices
 from students.libraries import cache_of
 from students.recording import decoding
 from students.recording.decoding import Decoding
 from tests.pico.language import make_tiny
 from tests.students.tape import Tape
 from tests.students.test_decoding import SIX
-from tests.students.test_students import MIXED, scramble
+from tests.students.test_execution import (
+    CLOSE,
+    assert_counted,
+    assert_decodes_in_one_pass,
+    assert_mask_is_skip,
+    in_both_ways,
+)
+from tests.students.test_students import MIXED, open_student_of, scramble
 
 DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
 ALL = torch.ones(1, 12, dtype=torch.bool)
 SCALE = 0.6
 
 
-def make(spec: StudentSpec = DEFAULT) -> LanguageStudent:
+MOE = {
+    "mixed": StudentSpec((RouterSpec("token", substitute=3), RouterSpec("expert", groups=5), RouterSpec("mixture"))),
+    "weighted": StudentSpec((RouterSpec("token", weight="score", prefix=2), RouterSpec("neuron"))),
+    "layer": StudentSpec(
+        (RouterSpec("layer", substitute=2), RouterSpec("channel"), RouterSpec("mixture")), LoraSpec(2)
+    ),
+    "gathered": StudentSpec((RouterSpec("layer", kv="drop"), RouterSpec("mixture")), gains=True),
+}
+
+
+def make(spec: StudentSpec = DEFAULT, name: str = "gemma4", **settings: object) -> LanguageStudent:
     """Return a tiny student with random routers; its last block has global attention."""
-    student = scramble(elasticize(make_tiny("gemma4"), spec)).train(False)
+    student = scramble(elasticize(make_tiny(name, **settings), spec)).train(False)
     assert isinstance(student, LanguageStudent)
+    with torch.no_grad():
+        for parameter, value in student.added_parameters().items():
+            if parameter.endswith("mixture.log_limit"):
+                value.sub_(0.8)
     return student
+
+
+def test_open_gates_of_a_mixture_change_no_bit(tokens: Tensor, padding: Tensor) -> None:
+    open_student_of(make_tiny("gemma4_moe"), tokens, padding)
+    model = make_tiny("gemma4_moe")
+    before, text = model(tokens).logits, model.generate(tokens, **SIX)
+    student = elasticize(model, StudentSpec((RouterSpec("mixture"), RouterSpec("token", substitute=2))))
+    with torch.no_grad():
+        assert torch.equal(student(tokens)[0].logits, before)
+    assert torch.equal(student.generate(tokens, **SIX), text)
+
+
+@pytest.mark.parametrize("kind", MOE)
+@torch.no_grad()
+def test_experts_beside_an_mlp_are_left_out_with_it(
+    kind: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, valid = make(MOE[kind], "gemma4_moe", attn_implementation="eager"), padding.bool()
+    assert_counted(student, tokens[:1])
+    torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
+    assert_decodes_in_one_pass(student, tokens)
+    assert_mask_is_skip(student, tokens, padding)
+    skipped = student(tokens, padding)[0].logits
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    torch.testing.assert_close(skipped[valid], student(tokens, padding)[0].logits[valid], **CLOSE)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_mixture_is_calibrated(phase: str, tokens: Tensor) -> None:
+    student = elasticize(make_tiny("gemma4_moe"), StudentSpec((*MOE["mixed"].routers, RouterSpec("vocab", rank=5))))
+    assert isinstance(student, LanguageStudent)
+    start = calibrate(student, tokens.split(1), 0.75, phase)
+    assert start.compute == pytest.approx(0.75, abs=0.02)
+    assert all(parameter.isfinite().all() for parameter in student.added_parameters().values())
 
 
 @torch.no_grad()
@@ -82,8 +138,9 @@ def test_decoding_is_recorded(
     assert torch.equal(student.generate(tokens[:1], lossless=True, **options), own)
 
 
-def test_routers_learn_in_both_kinds_of_blocks(tokens: Tensor) -> None:
-    student = make(MIXED).train()
+@pytest.mark.parametrize(("name", "spec"), [("gemma4", MIXED), ("gemma4_moe", MOE["layer"])])
+def test_routers_learn_in_both_kinds_of_blocks(name: str, spec: StudentSpec, tokens: Tensor) -> None:
+    student = make(spec, name).train()
     out, decisions = student(tokens)
     loss = out.logits.logsumexp(-1).mean() + student.compute.ratio(decisions, ALL.expand(2, 12), "decode")
     loss.backward()
@@ -94,7 +151,6 @@ def test_routers_learn_in_both_kinds_of_blocks(tokens: Tensor) -> None:
 @pytest.mark.parametrize(
     ("part", "setting"),
     [
-        ("enable_moe_block", dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)),
         ("hidden_size_per_layer_input", dict(hidden_size_per_layer_input=4, vocab_size_per_layer_input=120)),
         ("num_kv_shared_layers", dict(num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2)),
         ("use_bidirectional_attention", dict(use_bidirectional_attention="all")),
