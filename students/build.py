@@ -90,10 +90,12 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
 
 
 def _at_sites(spec: StudentSpec, record: Architecture) -> StudentSpec:
-    """Return the specification without optional routers of experts if MLPs are dense, else without sites that blocks
+    """Return the specification without optional routers of experts if there are none, and without sites that blocks
     lack, except for routers whose sites are given."""
+    if not record.mixes:
+        spec = replace(spec, routers=tuple(router for router in spec.routers if not router.optional))
     if record.mlp_in:
-        return replace(spec, routers=tuple(router for router in spec.routers if not router.optional))
+        return spec
     routers = [replace(r, sites=record.sites) if r.of_kind.over_channels and not r.sites else r for r in spec.routers]
     corrected = tuple(site for site in spec.lora.sites if site in record.sites)
     return replace(spec, routers=tuple(routers), lora=replace(spec.lora, sites=corrected))

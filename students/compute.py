@@ -50,8 +50,8 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 class BlockShape:
     """Costs of one block and of the modules added to it, in MACs for one token unless stated otherwise.
 
-    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together. In a mixture of experts, mlp_out: as
-    many experts as the model's router chooses; mlp_in: this router, and experts that all tokens share.
+    q, kv, o, mlp_in, mlp_out: the linear layers; kv: keys and values together. In a mixture of experts, mlp_in: the
+    model's router, and experts that all tokens share.
     """
 
     q: int
@@ -77,8 +77,19 @@ class BlockShape:
     """Substitutes, for one closed token: "attn", "mlp", or "layer"."""
     attends: bool = True
     """Whether the block has attention. If not, `o` is the cost of what stands in its place, which always runs."""
+    mlp_experts: int = 0
+    """Experts, as many as the model's router chooses."""
+    mlp_beside: int = 0
+    """The model's router where the mixture stands beside a dense MLP: it runs for all tokens in the block."""
+    enters: bool = False
+    """Whether only the tokens that a layer router lets through are in the block (see BlockGather)."""
     opaque: frozenset[str] = frozenset()
     """Sites whose linear layers cannot be read in part (quantized): closed channels save nothing there."""
+
+    @property
+    def products(self) -> int:
+        """The cost of all products of a token but those with keys and values."""
+        return self.q + self.kv + self.o + self.mlp_in + self.mlp_out + self.mlp_experts + self.mlp_beside
 
     def only(self, branch: str) -> BlockShape:
         """Return the costs of one branch, "attn" or "mlp"; costs of the whole block, such as a layer router, are
@@ -87,7 +98,8 @@ class BlockShape:
         def mine(key: str) -> bool:
             return key.startswith("mlp") == (branch == "mlp")
 
-        sizes: Any = {n: getattr(self, n) * mine(n) for n in ("q", "kv", "o", "per_key", "mlp_in", "mlp_out")}
+        names = "q", "kv", "o", "per_key", "mlp_in", "mlp_out", "mlp_experts", "mlp_beside"
+        sizes: Any = {n: getattr(self, n) * mine(n) for n in names}
         added: Any = {
             n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")
         }
@@ -113,7 +125,7 @@ class ComputeModel:
 
     def dense(self, valid: Tensor, phase: Phase) -> Tensor:
         """Return the cost [B, T] of the frozen model; valid [B, T] bool: which tokens are not padding (cost 0)."""
-        products = sum(block.q + block.kv + block.o + block.mlp_in + block.mlp_out for block in self.blocks)
+        products = sum(block.products for block in self.blocks)
         total = torch.full(valid.shape, float(self.head + products), device=valid.device)
         for window in {block.window for block in self.blocks}:
             per_key = sum(block.per_key for block in self.blocks if block.window == window)
@@ -164,8 +176,7 @@ class ComputeModel:
         spent, dense = [], []
         for number, block in enumerate(self.blocks):
             for part in map(block.only, BRANCHES):
-                products = part.q + part.kv + part.o + part.mlp_in + part.mlp_out
-                whole = products + part.per_key * _keys(valid, phase, part.window)
+                whole = part.products + part.per_key * _keys(valid, phase, part.window)
                 routed = whole if decisions.bypassed else self._cost((number,), part, decisions, valid, phase)
                 dense.append(whole * valid)
                 spent.append(routed * valid)
@@ -273,6 +284,8 @@ class BlockCost:
         total = total + attn * attended
         total = total + mlp * (linear("mlp_in", block.mlp_in) * neurons + corrections("mlp_in", neurons))
         total = total + mlp * (linear("mlp_out", block.mlp_out, neurons) + corrections("mlp_out", neurons))
+        total = total + mlp * block.mlp_experts * self.left.get("mlp_experts", 1.0)
+        total = total + block.mlp_beside * (self.inside if block.enters else 1.0)
         for key, cost in block.routers.items():
             total = total + cost * self.scored.get(key, self.inside if self.image else 1.0)
         for key, cost in block.substitutes.items():

@@ -28,6 +28,7 @@ from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import GatedLinear, RoutedLinear, join_product
 from students.execution.linear_group import LinearGroup
+from students.execution.mixture import RoutedExperts
 from students.execution.runtime import Runtime
 from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
@@ -98,7 +99,7 @@ class BlockPlace:
         runtime.contexts.append(self.context)
         self.attends = bool(self.record.attn_in)
         self.routers = spec.in_block(number, self.attends)
-        self.own_q = len(self.record.attn_in) == 3
+        self.own_q = self.attends and len(record.attn_in) == 3
         self.branch: Branch = BRANCHES[0]
         self.wrappers: dict[str, RoutedBranch] = {}
         self.channels: dict[str, ChannelRouter] = {}
@@ -175,6 +176,14 @@ class BlockPlace:
         """Add a router of the channels that a site's linear layers read."""
         self.channels[site] = _like(self.linears(site)[0], router)
 
+    def route_experts(self, router: ChannelRouter | None = None) -> None:
+        """Let experts of the block be closed, by a router of theirs or by those of the MLP that they stand beside."""
+        path = self.record.beside[1] if self.record.beside else f"{self.record.mlp}.experts"
+        experts = self.block.get_submodule(path)
+        if not isinstance(experts, RoutedExperts):
+            routed = RoutedExperts(experts, self.runtime, router, self.number, self.context)
+            self.block.set_submodule(path, _like(self.block, routed))
+
     def enclose(self, spec: RouterSpec) -> RoutedBlock:
         """Wrap the whole block in a RoutedBlock, which hands it the open tokens only; return the wrapper."""
         key = spec.of_kind.key(self.number, self.branch)
@@ -190,15 +199,16 @@ class BlockPlace:
         """Attach all routers and corrections to the block and wrap its modules; return the costs of the block."""
         record, sizes = self.record, self.sizes
         macs = {site: sum(math.prod(shape_of(linear)) for linear in self.linears(site)) for site in LINEAR_SITES}
-        if not record.mlp_in:
-            matrices = matrices_of(self.block.get_submodule(record.mlp))
-            macs["mlp_in"], macs["mlp_out"] = (sum(map(math.prod, shapes)) for shapes in matrices)
+        mixed = matrices_of(self.block, record) if record.mixes else ((), ())
+        beside, experts = (sum(map(math.prod, shapes)) for shapes in mixed)
+        if record.beside is None:
+            macs["mlp_in"], beside = macs["mlp_in"] + beside, 0
         for self.branch in BRANCHES:
             self._elasticize_branch()
         join_product(self.block, record)
         if self.gathers is not None:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
-            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context)
+            BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context, record.block_scale)
         q = round(macs["attn_in"] * sizes.heads / (sizes.heads + 2 * sizes.groups))
         if self.own_q:
             q = math.prod(shape_of(self.linears("attn_in")[0]))
@@ -213,6 +223,9 @@ class BlockPlace:
             own_q=self.own_q,
             narrows=self.narrows,
             attends=self.attends,
+            mlp_experts=experts,
+            mlp_beside=beside,
+            enters=self.gathers is not None,
             opaque=frozenset(self.opaque),
             lora=self.lora,
             routers=self.costs,
@@ -235,6 +248,8 @@ class BlockPlace:
         )
         for router in self.routers:
             router.of_kind.attach(router, self)
+        if branch == "mlp" and record.beside and (wrapper.routers or wrapper.decided):
+            self.route_experts()
         for end in ("in", "out"):
             self._elasticize_site(end)
         routes = branch == "attn" and self.attends and (wrapper.routers or record.causal)

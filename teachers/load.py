@@ -157,7 +157,8 @@ def fingerprint(model: Any) -> str:
         kind, heads = type(model).__name__.lower(), [getattr(attn, "num_heads", None) for attn in attentions]
     else:
         text, kind = config.get_text_config(), config.model_type
-        heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+        names = "num_attention_heads", "num_key_value_heads"  # may differ between blocks: then getattr is refused
+        heads = [vars(text).get(key) or getattr(text, key, None) for key in names]
     digest = hashlib.sha256(f"{kind} {heads}".encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

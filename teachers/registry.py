@@ -28,6 +28,9 @@ VISION_LANGUAGE_MODELS |= {"qwen3_5", "qwen3_5_moe"}
 
 READ_ALONE = {"qwen3_5", "qwen3_5_moe"}
 """Those of them whose language model transformers can load alone."""
+LANGUAGE_MODEL_OF = {"gemma4": "model.language_model.", "gemma4_unified": "model.language_model."}
+"""The `model_type`s of vision-language models of which only the language model is read, where transformers does not do
+so by itself: the start of its weights' names in the checkpoint."""
 
 LANGUAGE = "language_model"
 """Key in config.json of a vision-language model shipped with Elastic: the name of its language model."""

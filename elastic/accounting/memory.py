@@ -132,15 +132,15 @@ def _passed(block: nn.Module, record: Architecture) -> int:
 
 def _mixed(block: nn.Module, record: Architecture) -> int:
     """Return the inputs and outputs of the matrices of a mixture of experts, for one token, and what stands in place of
-    attention keeps; 0: the MLP is dense, and there is attention."""
+    attention keeps; 0: there are no experts, and there is attention."""
     mixed = 0
     if not record.attn_in:
         mixer = block.get_submodule(record.attn)
         mixed = sum(sum(shape_of(module)) for module in mixer.modules() if hasattr(module, "in_features"))
         mixed *= STATE if hasattr(mixer, "num_v_heads") else 1
-    if record.mlp_in:
+    if not record.mixes:
         return mixed
-    return mixed + sum(sum(shape) for shapes in matrices_of(block.get_submodule(record.mlp)) for shape in shapes)
+    return mixed + sum(sum(shape) for shapes in matrices_of(block, record) for shape in shapes)
 
 
 def untouched(student: Any) -> int:

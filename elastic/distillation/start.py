@@ -47,7 +47,7 @@ def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
         left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
         where = "in this phase" if decodes else "in this model"
         what = "ask for more, or route more" if least < 1 else f"{where} they save nothing, so route otherwise"
-        if not student.record.mlp_in and not student.spec.find("mixture"):
+        if student.record.mixes and not student.spec.find("mixture"):
             what = "ask for more, or route experts (--preset default)"
         if config.quantization != "none":
             what += "; quantized layers run whole, so that tokens and layers alone can be left out"

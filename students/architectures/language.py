@@ -11,6 +11,13 @@ _CAPPED = replace(LLAMA, logit_cap="final_logit_softcapping")
 _GEMMA = replace(_CAPPED, attn_exit="post_attention_layernorm", mlp_exit="post_feedforward_layernorm")
 _EXAONE = replace(_GEMMA, prenorm=False, logit_cap=None)
 _OLMO = replace(_EXAONE, whole_heads=True)
+_K_IS_V = replace(_GEMMA, block_scale="layer_scalar", attn_in=("q_proj", "k_proj"), beside=("router", "experts"))
+_GEMMA4 = replace(
+    _K_IS_V,
+    attn_in=LLAMA.attn_in,
+    hybrid=_K_IS_V,
+    without=("hidden_size_per_layer_input", "num_kv_shared_layers"),
+)
 _GLM = replace(LLAMA, mlp_in=("gate_up_proj",))
 _GLM4 = replace(_GLM, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm")
 _GRANITE = replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling")
@@ -53,6 +60,8 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "cwm": LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "vaultgemma": _CAPPED,
     "olmo": LLAMA,
     "olmo2": _OLMO,

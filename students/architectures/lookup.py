@@ -49,6 +49,11 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         record = replace(record, mlp_in=LLAMA.mlp_in)
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
+    if record.beside is not None and not _has(blocks[0], record.beside[1]):
+        record = replace(record, beside=None, hybrid=record.hybrid and replace(record.hybrid, beside=None))
+    config = getattr(model, "config", None)
+    if found := [f"{key} is {value}" for key in record.without if (value := getattr(config, key, None))]:
+        raise ValueError(f"{type(model).__name__} ({kind}) is supported only without some parts: {', '.join(found)}")
     for block in blocks if record.hybrid else blocks[:1]:
         own = record_in(record, block)
         names = [own.attn, own.mlp, own.attn_exit, own.mlp_exit]
@@ -56,12 +61,24 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         names += [name for site in LINEAR_SITES for name in own.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)
+        if own.causal and getattr(block.get_submodule(own.attn), "is_causal", True) is False:
+            raise ValueError(
+                f"{type(model).__name__} is not supported with use_bidirectional_attention, as in embedding models: "
+                "tokens attend to later ones, at which the routers of a language model do not look"
+            )
     return record, blocks
 
 
 def record_in(record: Architecture, block: nn.Module) -> Architecture:
-    """Return the record of one block of a model: that of blocks without attention, if the block has none."""
-    return record if record.hybrid is None or hasattr(block, record.attn) else record.hybrid
+    """Return the record of one block of a model: the first whose modules in front of and in attention it has."""
+    if record.hybrid is None or all(_has(block, name) for name in (record.attn, *record.linears("attn_in"))):
+        return record
+    return record_in(record.hybrid, block)
+
+
+def scale_of(record: Architecture, block: nn.Module) -> float:
+    """Return the factor by which a block multiplies its output, the residual stream included."""
+    return 1.0 if record.block_scale is None else float(block.get_buffer(record.block_scale))
 
 
 def is_hybrid(trunk: nn.Module) -> bool:
@@ -114,7 +131,7 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
         width = shape_of(block.get_submodule(out[0]))[0]
         heads = attn.num_heads * len(out)
         return Sizes(width, heads, attn.head_dim, heads, None)
-    config = model.config
+    config, attention = model.config, getattr(block, record.attn, None)
     heads = config.num_attention_heads
     window = None
     kinds = getattr(config, "layer_types", None)
@@ -125,8 +142,8 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
     return Sizes(
         config.hidden_size,
         heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads,
+        heads // getattr(attention, "num_key_value_groups", 1),
         window,
     )
 
@@ -135,6 +152,13 @@ def windows_of(trunk: nn.Module) -> list[int | None]:
     """Return the width of each block's sliding window, None where there is none."""
     record, blocks = architecture_of(trunk)
     return [sizes_of(trunk, record, number, block).window for number, block in enumerate(blocks)]
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        return bool(root.get_submodule(path))
+    except AttributeError:
+        return False
 
 
 def _get(root: nn.Module, path: str, owner: str) -> nn.Module:
@@ -163,13 +187,15 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the shapes (outputs, inputs) of the matrices that multiply one token in an MLP that may be a mixture of
-    experts: those of every token, and those of the experts, as many as the mixture's router chooses."""
-    mlp = getattr(mlp, "base_layer", mlp)
-    chosen: Any = next((module.top_k for module in mlp.modules() if hasattr(module, "top_k")), 0)
+def matrices_of(block: nn.Module, record: Architecture) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the shapes (outputs, inputs) of the matrices that multiply one token in a mixture of experts: those
+    for every token, and those of experts, as many as the mixture's router chooses. Where mixtures take the place of
+    MLPs, this one may be dense."""
+    parts = [block.get_submodule(name) for name in record.beside or (record.mlp,)]
+    modules = [module for part in parts for module in getattr(part, "base_layer", part).modules()]
+    chosen: Any = next(filter(None, map(_chosen_by, modules)), 0)
     always, some = [], []
-    for module in mlp.modules():
+    for module in modules:
         if hasattr(module, "in_features"):
             always.append(shape_of(module))
             continue
@@ -180,6 +206,10 @@ def matrices_of(mlp: nn.Module) -> tuple[list[tuple[int, int]], list[tuple[int, 
             elif parameter.ndim == 2 and name == "weight":
                 always.append((outputs, *inputs))
     return always, some
+
+
+def _chosen_by(router: nn.Module) -> Any:
+    return getattr(router, "top_k", None) or getattr(getattr(router, "config", None), "top_k_experts", 0)
 
 
 def mixer_macs(mixer: nn.Module) -> int:

@@ -26,6 +26,9 @@ class Architecture:
     mlp_out: tuple[str, ...] = ("down_proj",)
     activation: str | None = "act_fn"
     """The activation function of a gated MLP whose gate and up are separate linear layers; None: it is no module."""
+    beside: tuple[str, str] | None = None
+    """The model's router and its experts, relative to a block, that stand beside a dense MLP and are added to it in
+    front of `mlp_exit`; where a model has none, this is None."""
     attn_exit: str | None = None
     """The post-norm behind attention, after which gates are applied; None: the branch has no module behind it."""
     mlp_exit: str | None = None
@@ -48,12 +51,16 @@ class Architecture:
     """Whether closed heads must be computed all the same: because queries are normalised over all heads or by a norm of
     each head's own, each head has a sink, or attention does not hand further keyword arguments on to its attention
     function."""
+    block_scale: str | None = None
+    """The buffer by which a block multiplies its whole output, the residual stream included, before it returns it."""
     side_by_side: bool = False
     """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
     blocks can be routed."""
     hybrid: Architecture | None = None
-    """The record of the blocks that have linear attention or a short convolution in place of attention, whose state has
-    to see every token; None: all blocks have attention."""
+    """The record of the blocks that lack a module of this one: they have linear attention or a short convolution in
+    place of attention, whose state has to see every token, or keys that are values, too; None: there are none."""
+    without: tuple[str, ...] = ()
+    """Config keys that switch on parts which are not supported."""
     causal: bool = True
     """Whether attention is causal (language models) or bidirectional (image models)."""
     mask: str = "attention_mask"
@@ -61,6 +68,11 @@ class Architecture:
     prefix: int | None = 0
     """Image models: number of class, distillation and register tokens in front of the patches; None: it differs, and is
     read from the model."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there are mixtures of experts."""
+        return not self.mlp_in or self.beside is not None
 
     @property
     def sites(self) -> tuple[str, ...]:

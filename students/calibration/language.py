@@ -127,14 +127,14 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
         waiting: list[Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
-            waiting.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, 1))
+            waiting.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, -2))
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
             y.register_hook(lambda grad: _add_fisher(place, info.counted(grad.flatten(0, -2))))
-            x, y = info.counted(x), info.counted(y.detach().flatten(0, 1))
+            x, y = info.counted(x), info.counted(y.detach().flatten(0, -2))
             if at.residual:
-                y = y - x
+                y = y - at.residual * x
             if at.inputs:
                 place.inputs.append(x[rows])
             if at.outputs:

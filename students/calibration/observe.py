@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from students.architectures.lookup import record_in, shape_of, values_of
+from students.architectures.lookup import record_in, scale_of, shape_of, values_of
 from students.calibration.data_shard import DataShard
 from students.calibration.fit import fit_substitute
 from students.calibration.price import Choice, gated_choice
@@ -69,8 +69,8 @@ class Observer:
     inputs: bool = False
     outputs: bool = False
     moments: bool = False
-    residual: bool = False
-    """Whether the recorded output is output minus input: the module's contribution to the residual stream."""
+    residual: float = 0.0
+    """What of the input is subtracted from the output, so that the module's contribution is recorded."""
 
 
 class BlockObservers:
@@ -102,7 +102,8 @@ class BlockObservers:
 
     def whole(self) -> None:
         """Observe what the block adds to the residual stream."""
-        self.by_name[f"{self.number}.layer"] = Observer(self.block, self.block, outputs=True, residual=True)
+        scale = scale_of(self.record, self.block)
+        self.by_name[f"{self.number}.layer"] = Observer(self.block, self.block, outputs=True, residual=scale)
 
 
 class BlockStart:
@@ -123,7 +124,8 @@ class BlockStart:
         self.dense = dense
         """Multiply-accumulates of the whole frozen model for one token; savings are shares of this."""
         self.phase = phase
-        self.residual_scale = student.residual_scale
+        self.residual_scale = student.residual_scale * scale_of(self.record, self.block)
+        """What the output of a branch is multiplied by until it leaves the block."""
         self._seen, self._keys = seen, keys
         self._importance: dict[str, Tensor] = {}
 
@@ -150,7 +152,9 @@ class BlockStart:
     def gated(self, branch: str) -> float:
         """Return the multiply-accumulates saved by a token that skips a branch, not counting its key and value."""
         shape = self.shape
-        return shape.q + shape.o + shape.per_key * self._keys if branch == "attn" else shape.mlp_in + shape.mlp_out
+        if branch == "attn":
+            return shape.q + shape.o + shape.per_key * self._keys
+        return shape.mlp_in + shape.mlp_out + shape.mlp_experts
 
     def importance(self, site: str) -> Tensor:
         """Return the importance [C] of a site's input channels: the sum over outputs of sensitivity * weight^2."""

@@ -19,16 +19,24 @@ class BlockGather:
 
     For routers whose closed tokens write no keys and get no substitute: norms and residual additions then run on fewer
     tokens too. attn: the attention branch, which holds the router; norm: the norm in front of attention (None in
-    post-norm models: the router then reads the input divided by its root mean square); context: the block's.
+    post-norm models: the router then reads the input divided by its root mean square); context: the block's; scale: the
+    name of the buffer by which the block multiplies all tokens, if it does.
     """
 
     def __init__(
-        self, block: nn.Module, attn: RoutedBranch, router: Router, norm: nn.Module | None, context: BlockContext
+        self,
+        block: nn.Module,
+        attn: RoutedBranch,
+        router: Router,
+        norm: nn.Module | None,
+        context: BlockContext,
+        scale: str | None,
     ) -> None:
         self._attn = attn
         self._router = router
         self._norm = norm
         self._context = context
+        self._scale = scale
         block.register_forward_pre_hook(self._gather, with_kwargs=True)
         block.register_forward_hook(self._scatter, prepend=True, always_call=True)
 
@@ -60,5 +68,6 @@ class BlockGather:
             return None
         args[0] = gathered.x  # hooks that run later, such as transformers' for hidden states, expect all tokens
         some = out[0] if isinstance(out, tuple) else out
-        full = gathered.chosen.scatter(some.squeeze(0), gathered.x.flatten(0, 1)).view_as(gathered.x)
+        rest = gathered.x if self._scale is None else gathered.x * block.get_buffer(self._scale)
+        full = gathered.chosen.scatter(some.squeeze(0), rest.flatten(0, 1)).view_as(gathered.x)
         return (full, *out[1:]) if isinstance(out, tuple) else full

@@ -69,6 +69,8 @@ class Exits:
     """As in Runtime, set where closed tokens are skipped."""
     all_open: bool = False
     """Whether all tokens turned out to be open, so that only weights have an effect."""
+    whole: bool = False
+    """Whether the output has been spread over all tokens [B, T, D] in spite of `rows`: the others have zeros."""
     begun: dict[int, Tensor] = field(default_factory=dict)
     """Outputs [B, T, D] of substitutes that have already run on all tokens, by the index of their gates."""
 
@@ -115,6 +117,14 @@ class Exits:
             out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
         return out
 
+    def spread(self, out: Tensor) -> Tensor:
+        """Return the output of all tokens [B, T, D], with zeros for those that it does not hold."""
+        assert self.rows is not None, "some tokens were left out"
+        self.whole, flat = True, out.reshape(-1, self.x.shape[-1])
+        if isinstance(self.rows, Chosen):
+            return self.rows.scatter(flat).view_as(self.x)
+        return scatter_rows(flat, self.rows, self.x.shape[:2].numel()).view_as(self.x)
+
     def begin(self) -> None:
         """Launch the substitutes on all tokens, to run while the host waits for the number of open tokens."""
         for number, (_, substitute) in enumerate(self.gates):
@@ -128,12 +138,10 @@ class Exits:
         return out
 
     def _scatter(self, out: Tensor, rows: Tensor | Chosen) -> Tensor:
+        if isinstance(rows, Chosen) or devices.runs_ahead(out.device):
+            return self._fill_all(out if self.whole else self.spread(out))
         out = out.reshape(-1, self.x.shape[-1])
-        if isinstance(rows, Chosen):
-            return self._fill_all(rows.scatter(out))
-        if devices.runs_ahead(out.device):
-            return self._fill_all(scatter_rows(out, rows, self.x.shape[:2].numel()))
-        return self._fill_closed(out, rows)
+        return self._fill_closed(out.index_select(0, rows) if self.whole else out, rows)
 
     def _fill_all(self, total: Tensor) -> Tensor:
         """Weight the output and add substitutes, computed for all tokens and multiplied by 0 where a token is open.

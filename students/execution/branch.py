@@ -53,6 +53,8 @@ class RoutedBranch(Wrapper):
         self.prenorm = record.prenorm
         self.late_exit = getattr(record, f"{branch}_exit") is not None
         """Whether a RoutedExit behind a post-norm applies the gates instead of this module."""
+        self.shares_exit = branch == "mlp" and record.beside is not None
+        """Whether the RoutedExit also gets the output of experts, which are called with all tokens."""
         self.narrows = narrows
         self.window = window
         self.reads_positions = "position_ids" in signature(base_layer.forward).parameters
@@ -312,7 +314,7 @@ class RoutedBranch(Wrapper):
         exits.all_open = all_open
         if self.late_exit:
             self.context.exit = exits
-            return out
+            return exits.spread(out) if self.shares_exit and exits.rows is not None else out
         return (exits.apply(out[0]), *out[1:]) if isinstance(out, tuple) else exits.apply(out)
 
     def _without_closed_keys(self, exits: Exits, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,18 +22,24 @@ NAME = "apply_rotary_pos_emb"
 
 
 class Rotary:
-    """Replaces a model's function (query [B, H, T, d], key [B, K, T, d], cos, sin [B or 1, T, r]) -> (query, key)."""
+    """Replaces a model's function (query [B, H, T, d], key [B, K, T, d], cos, sin [B or 1, T, r]) -> (query, key), or,
+    as in Gemma 4, (x [B, T, H, d], cos, sin, unsqueeze_dim=2) -> x."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
+        self.turns_one = "x" in signature(plain).parameters
         self._same: dict[Any, bool] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        at_once = not kwargs and len(args) == 4 and not torch.compiler.is_compiling() and self._fits(*args)
-        if not at_once:
+        given, usual = args, len(args) == 4 and not kwargs
+        if self.turns_one and len(args) == 3:
+            x, usual = args[0].transpose(1, 2), kwargs == {"unsqueeze_dim": 2}
+            given = x, x[:, :0], *args[1:]
+        if not usual or torch.compiler.is_compiling() or not self._fits(*given):
             return self.plain(*args, **kwargs)
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in args)
-        return (autograd.rotary if learns else ops.rotary)(*args)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        turned = (autograd.rotary if learns else ops.rotary)(*given)
+        return turned[0].transpose(1, 2) if self.turns_one else turned
 
     def _fits(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
         if torch.is_grad_enabled():
@@ -60,8 +67,9 @@ class Rotary:
         if width % 2 or width > size:
             return False
         some = make(2, 9, 3, size).transpose(1, 2), make(2, 9, 1, size).transpose(1, 2), make(2, 9, width)
-        given = *some, make(2, 9, width)
-        return all(map(torch.equal, ops.rotary(*given), self.plain(*given)))
+        given = query, key, *angles = *some, make(2, 9, width)
+        plain = [self.plain(x, *angles) for x in (query, key)] if self.turns_one else self.plain(*given)
+        return all(map(torch.equal, ops.rotary(*given), plain))
 
 
 @cache

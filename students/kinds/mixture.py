@@ -30,7 +30,7 @@ class MixtureKind(Kind):
     limits = ("log_limit", "log_gain")
 
     def check_model(self, spec: RouterSpec, record: Architecture, student: StudentSpec) -> None:
-        if record.mlp_in:
+        if not record.mixes:
             raise ValueError(
                 "a mixture router chooses among the experts of a mixture; the MLPs of this model are dense: use "
                 "channel or expert routers"
@@ -40,12 +40,10 @@ class MixtureKind(Kind):
         experts = _experts(place.block, place.record)
         if place.branch != "mlp" or experts is None:
             return
-        router = ChannelRouter(spec, experts.num_experts, place.spec.gains)
-        routed = RoutedExperts(experts, place.runtime, router, place.number, place.wrapper.context)
-        place.block.set_submodule(f"{place.record.mlp}.experts", place.like(routed))
+        place.route_experts(ChannelRouter(spec, experts.num_experts, place.spec.gains))
 
     def cost(self, spec: RouterSpec, cost: BlockCost) -> None:
-        cost.left["mlp_out"] = cost.share(spec, "mlp.mixture", missing=0.0)  # no token entered this branch
+        cost.left["mlp_experts"] = cost.share(spec, "mlp.mixture", missing=0.0)  # no token entered this branch
 
     def saves(self, spec: RouterSpec, phase: Phase) -> bool:
         """In prefill, too, an expert is not computed for tokens that have closed it."""
@@ -56,6 +54,8 @@ class MixtureKind(Kind):
 
     def observe(self, spec: RouterSpec, block: BlockObservers) -> None:
         block.branch("mlp")
+        for name in block.record.beside or ():
+            block.module(name, inputs=True)
 
     @torch.no_grad()
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
@@ -65,26 +65,38 @@ class MixtureKind(Kind):
         if not isinstance(experts, RoutedExperts):
             return []
         open_unit(block.block)
-        mlp, router = block.block.get_submodule(block.record.mlp), experts.routers["mixture"]
-        given: list[Any] = []
-        x = block.seen("mlp").x.to(next(mlp.parameters()).dtype)
-        with experts.register_forward_pre_hook(lambda module, args: given.append(args)):
-            getattr(mlp, "base_layer", mlp)(x.unsqueeze(0))
-        x, index, weights = given[0]
+        router, (x, index, weights) = experts.routers["mixture"], self._given(experts, block)
+        sensitivity = block.seen(block.record.beside[1] if block.record.beside else "mlp").sensitivity
         effects = [
-            experts.base_layer(x, one, torch.ones_like(weights[:, :1])).float().pow(2) @ block.seen("mlp").sensitivity
+            experts.base_layer(x, one, torch.ones_like(weights[:, :1])).float().pow(2) @ sensitivity
             for one in index.split(1, 1)
         ]
         effect = torch.stack(effects, 1)
         total = torch.zeros_like(router.log_limit).index_add(0, index.flatten(), effect.flatten())
         effect_of = (total + effect.mean()) / (index.flatten().bincount(minlength=len(total)) + 1)  # rarely used: mean
-        saving = block.shape.mlp_out / index.shape[1] / block.dense
+        saving = block.shape.mlp_experts / index.shape[1] / block.dense
         cost = weights.float().pow(2) * effect_of[index] / 2
         return [Choice(cost, saving, limits_for(router, effect_of / 2, saving))]
 
+    @staticmethod
+    def _given(experts: nn.Module, block: BlockStart) -> Any:
+        """Return what the experts are called with for the tokens seen: x [N, D], index and weights [N, k]."""
+        given: list[Any] = []
+        dtype = next(block.block.parameters()).dtype
+        if block.record.beside is not None:
+            gate, own = block.record.beside
+            _, weights, index = block.block.get_submodule(gate)(block.seen(gate).x.to(dtype))
+            return block.seen(own).x.to(dtype), index, weights
+        mlp = block.block.get_submodule(block.record.mlp)
+        with experts.register_forward_pre_hook(lambda module, args: given.append(args)):
+            getattr(mlp, "base_layer", mlp)(block.seen("mlp").x.to(dtype).unsqueeze(0))
+        return given[0]
+
 
 def _experts(block: nn.Module, record: Architecture) -> Any:
-    """Return the experts of a block's MLP; None if it is dense."""
+    """Return the experts of a block; None if it has none."""
+    if record.beside is not None:
+        return block.get_submodule(record.beside[1])
     return getattr(block.get_submodule(record.mlp), "experts", None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from teachers.families import Loaded
 from teachers.families.image import SUPPORTED
 from teachers.quantize import unpacking
 from teachers.quiet import one_line
+from teachers.registry import LANGUAGE_MODEL_OF
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """Load the causal language model in `folder` and its tokenizer; of a vision-language model (Qwen3.5) its language
-    model. Raises a one-line ValueError if that fails."""
+    """Load the causal language model in `folder` and its tokenizer; of a vision-language model (Qwen3.5, Gemma 4) its
+    language model. Raises a one-line ValueError if that fails."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -33,7 +35,13 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         if known is None or (config.architectures and known.__name__ not in config.architectures and not within):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
     hub.require_weights(name, folder)
-    model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code, **unpacking(folder))
+    options, start = unpacking(folder), LANGUAGE_MODEL_OF.get(config.model_type)
+    if start is not None:
+        options |= {"config": config.get_text_config(), "key_mapping": {f"^{re.escape(start)}": "model."}}
+    model, unused = hub.read_model(name, folder, AutoModelForCausalLM, dtype, trust_remote_code, **options)
+    if start is not None:  # weights of towers are dropped on purpose: not reported
+        parts = {f"model.{part}" for part, _ in model.base_model.named_children()}
+        unused = [key for key in unused if ".".join(key.split(".")[:2]) in parts]
     patterns = "*token*", "*vocab*", "*.model"
     tokenizer = hub.read_beside(name, folder, "tokenizer", AutoTokenizer, trust_remote_code, *patterns)
     if tokenizer.pad_token is None:
@@ -45,7 +53,9 @@ def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """Return a transformers model with random weights; settings: of its configuration, `model_type` included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
+    config = AutoConfig.for_model(**settings)
+    config = config.get_text_config() if config.model_type in LANGUAGE_MODEL_OF else config
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def require_rows(model: Any, tokenizer: Any, ids: Tensor) -> None:

@@ -47,6 +47,13 @@ TINY = {
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
 }
+_TWO = dict(_LLAMA, num_hidden_layers=2)
+_WIDE = dict(_TWO, head_dim=16)
+_WINDOW = dict(_TWO, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+_GEMMA4 = dict(
+    **dict(_WINDOW, head_dim=16, global_head_dim=24, num_global_key_value_heads=1),
+    **dict(attention_k_eq_v=True, final_logit_softcapping=3.0),
+)
 _MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
 _ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
 _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
@@ -58,14 +65,20 @@ TINY_MIXTURES = {
     "glm4_moe": ("Glm4MoeConfig", dict(_MIXTURE, head_dim=8, n_routed_experts=8, moe_intermediate_size=24)),
     "ernie4_5_moe": ("Ernie4_5_MoeConfig", dict(_LLAMA, moe_k=3, moe_num_experts=8, moe_intermediate_size=24)),
     "gpt_oss": ("GptOssConfig", dict(_MIXTURE, num_local_experts=8, head_dim=8, sliding_window=6, **_ROPE)),
+    "gemma4_moe": (
+        "Gemma4TextConfig",
+        dict(
+            **dict(_GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True),
+            **dict(num_experts=8, top_k_experts=3, moe_intermediate_size=24),
+        ),
+    ),
     "granitemoe": ("GraniteMoeConfig", dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)),
 }
 """Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
-_TWO = dict(_LLAMA, num_hidden_layers=2)
-_WIDE = dict(_TWO, head_dim=16)
-_WINDOW = dict(_TWO, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=4)
 MORE = {
+    "gemma4": ("Gemma4TextConfig", dict(_GEMMA4, hidden_size_per_layer_input=0)),
+    "gemma4_unified": ("Gemma4UnifiedTextConfig", _GEMMA4),
     "ministral": ("MinistralConfig", dict(_WINDOW, head_dim=16)),
     "ministral3": ("Ministral3Config", dict(_WIDE, rope_parameters=dict(_YARN, llama_4_scaling_beta=0.5))),
     "ernie4_5": ("Ernie4_5Config", dict(_WIDE, use_bias=True)),
@@ -122,6 +135,12 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
                 name in (*MORE, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
             ):  # biases and the like, which start at 0
                 parameter.normal_(std=0.3)
+        for block in model.modules():
+            if hasattr(block, "layer_scalar"):
+                block.layer_scalar.fill_(0.6)
+            if hasattr(block, "per_expert_scale"):
+                block.scale.mul_(4)
+                block.per_expert_scale.uniform_(0.5, 1.5)
     return model
 
 

@@ -18,11 +18,11 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     BertConfig,
     BertForMaskedLM,
     LlamaForSequenceClassification,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -32,7 +32,7 @@ from teachers import hub, wheel
 from teachers.cache import published
 from teachers.load import fingerprint, preferred_dtype
 from teachers.registry import ModelEntry, Wheel
-from tests.pico.language import TINY_HYBRIDS, make_tiny, make_tokenizer
+from tests.pico.language import MORE, TINY_HYBRIDS, make_tiny, make_tokenizer
 
 
 @pytest.fixture
@@ -99,17 +99,35 @@ def test_not_a_causal_language_model(tmp_path: Path):
         assert "\n" not in str(error.value)
 
 
-def test_the_language_model_of_a_vision_language_model(tmp_path: Path):
-    """Qwen3.5 is published as a vision-language model."""
-    _, text = TINY_HYBRIDS["qwen3_5"]
-    rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4)
-    config = Qwen3_5Config(text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_id=5)
-    model = Qwen3_5ForConditionalGeneration(config).eval()
+_ROPE = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
+_HEADS = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+_PATCHES = dict(hidden_size=16, intermediate_size=16, patch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision"),
+    [
+        (
+            "qwen3_5",
+            {**TINY_HYBRIDS["qwen3_5"][1], "rope_parameters": _ROPE},
+            dict(_PATCHES, depth=1, num_heads=2, out_hidden_size=32),
+        ),
+        ("gemma4", MORE["gemma4"][1], dict(_PATCHES, **_HEADS, num_hidden_layers=1, position_embedding_size=16)),
+        ("gemma4_unified", MORE["gemma4_unified"][1], dict(mm_embed_dim=16, mm_posemb_size=4, output_proj_dims=16)),
+    ],
+)
+def test_the_language_model_of_a_vision_language_model(kind: str, text: dict, vision: dict, tmp_path: Path):
+    """Qwen3.5 and Gemma 4 are published as vision-language models."""
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, image_token_id=5)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.6)
     model.save_pretrained(tmp_path)
     make_tokenizer(words=100).save_pretrained(tmp_path)
     loaded, ids = teachers.load(str(tmp_path), dtype=torch.float32, family="llm"), torch.arange(9, 19)[None]
-    assert loaded.family == "llm" and loaded.model.config.model_type == "qwen3_5_text"
+    assert loaded.family == "llm" and loaded.model.config.model_type == f"{kind}_text"
+    assert "no place in this model" not in loaded.source
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits)
 

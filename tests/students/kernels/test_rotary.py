@@ -40,6 +40,23 @@ def test_bits_are_the_model_s(
     assert all(map(torch.equal, *slopes))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_function_of_one_tensor(dtype: torch.dtype, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = vars(sys.modules[type(make_tiny("gemma4").base_model).__module__])[NAME]
+    x, angles = torch.randn(2, 3, 6, 16).to(backend, dtype), torch.randn(2, 3, 8).to(backend).repeat(1, 1, 2)
+    given, ran, rotate = (x, angles.cos().to(dtype), angles.sin().to(dtype)), [], ops.rotary
+    monkeypatch.setattr(ops, "rotary", lambda *given: ran.append(1) or rotate(*given))
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: True)
+    at_once, slopes = Rotary(plain), []
+    assert torch.equal(at_once(*given, unsqueeze_dim=2), plain(*given, unsqueeze_dim=2))
+    assert len(ran) == 2, "a trial, and the call"
+    for turn in (at_once, plain):
+        x = given[0].detach().requires_grad_()
+        slopes.append(torch.autograd.grad(turn(x, *given[1:], unsqueeze_dim=2), x, given[0]))
+    assert torch.equal(*(slope for (slope,) in slopes))
+
+
 def test_the_function_is_exchanged_while_a_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ran = make_tiny("llama"), []
     trunk = model.base_model
