@@ -36,6 +36,7 @@ _LFM2 = Architecture(
     activation=None,
     norm="operator_norm",
 )
+_LFM2_MOE = replace(_LFM2, mlp_in=(), mlp_out=())
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -49,6 +50,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_5_text": _QWEN_HYBRID,
     "olmo_hybrid": replace(_OLMO, hybrid=_LINEAR),
     "lfm2": replace(_LFM2, hybrid=replace(_LFM2, attn="conv", attn_in=(), attn_out=())),
+    "lfm2_moe": replace(_LFM2_MOE, hybrid=replace(_LFM2_MOE, attn="conv", attn_in=(), attn_out=())),
     "ministral": LLAMA,
     "ministral3": LLAMA,
     "smollm3": LLAMA,
@@ -92,6 +94,22 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_next": _MIXTURE_HYBRID,
     "qwen3_5_moe_text": _MIXTURE_HYBRID,
     "glm4_moe": _MIXTURE,
+    "minimax_m2": replace(_MIXTURE, whole_heads=True),
+    "exaone_moe": _MIXTURE,
+    "flex_olmo": replace(_OLMO, mlp_in=(), mlp_out=()),
+    "hunyuan_v1_moe": _MIXTURE,
+    "dots1": _MIXTURE,
+    "afmoe": replace(  # its attention has a gate on the output, which reads what queries read
+        _MIXTURE,
+        attn_in=(*LLAMA.attn_in, "gate_proj"),
+        attn_exit="post_attention_layernorm",
+        mlp_exit="post_mlp_layernorm",
+        whole_heads=True,
+    ),
+    "solar_open": _MIXTURE,
+    "mellum": _MIXTURE,
+    "hy_v3": _MIXTURE,
+    "cohere2_moe": replace(_MIXTURE, logit_scale="logit_scale"),
     "ernie4_5_moe": _MIXTURE,
     "gpt_oss": replace(_MIXTURE, mlp_pair=True, whole_heads=True),
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),

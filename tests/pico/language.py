@@ -57,6 +57,9 @@ _GEMMA4 = dict(
 _MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
 _ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
 _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
+_ONE_SLIDES = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention", "full_attention"])
+_SLIDING_MOE = dict(_QWEN_MOE, **_ONE_SLIDES, head_dim=16)
+_ROUTED_MOE = dict(_MIXTURE, n_routed_experts=8, moe_intermediate_size=24)
 TINY_MIXTURES = {
     "mixtral": ("MixtralConfig", dict(_MIXTURE, num_local_experts=8, sliding_window=6)),
     "olmoe": ("OlmoeConfig", dict(_MIXTURE, num_experts=8, clip_qkv=2.0)),
@@ -73,6 +76,16 @@ TINY_MIXTURES = {
         ),
     ),
     "granitemoe": ("GraniteMoeConfig", dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)),
+    "minimax_m2": ("MiniMaxM2Config", dict(_MIXTURE, num_local_experts=8, head_dim=16)),
+    "exaone_moe": ("ExaoneMoeConfig", dict(_SLIDING_MOE, first_k_dense_replace=1, routed_scaling_factor=1.0)),
+    "flex_olmo": ("FlexOlmoConfig", dict(_MIXTURE, num_experts=8)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", dict(_LLAMA, num_experts=8, moe_topk=3, head_dim=16)),
+    "dots1": ("Dots1Config", dict(_ROUTED_MOE, n_shared_experts=1, first_k_dense_replace=1)),
+    "afmoe": ("AfmoeConfig", dict(_SLIDING_MOE, num_shared_experts=1, route_scale=0.4)),
+    "solar_open": ("SolarOpenConfig", dict(_ROUTED_MOE, head_dim=16)),
+    "mellum": ("MellumConfig", _SLIDING_MOE),
+    "hy_v3": ("HYV3Config", dict(_QWEN_MOE, head_dim=16, router_scaling_factor=1.0)),
+    "cohere2_moe": ("Cohere2MoeConfig", dict(_MIXTURE, num_experts=8, head_dim=16, sliding_window=6, logit_scale=0.25)),
 }
 """Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=4)
@@ -113,6 +126,7 @@ TINY_HYBRIDS = {
     "qwen3_5": ("Qwen3_5TextConfig", dict(_LLAMA, **_DELTA, head_dim=16, layer_types=_KINDS)),
     "olmo_hybrid": ("OlmoHybridConfig", dict(_LLAMA, **_DELTA, layer_types=_KINDS)),
     "lfm2": ("Lfm2Config", dict(_LLAMA, layer_types=["conv", "full_attention", "conv"])),
+    "lfm2_moe": ("Lfm2MoeConfig", dict(_QWEN_MOE, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1)),
     "qwen3_next": ("Qwen3NextConfig", dict(_SHARED, decoder_sparse_step=2)),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _SHARED),
 }

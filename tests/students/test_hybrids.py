@@ -45,7 +45,7 @@ DENSE = [kind for kind in SPECS if kind != "mixture"]
 RUN = [
     *(("qwen3_5", kind) for kind in DENSE),
     *((name, kind) for name in ("olmo_hybrid", "lfm2") for kind in ("default", "mixed")),
-    *((name, "mixture") for name in ("qwen3_next", "qwen3_5_moe")),
+    *((name, "mixture") for name in ("qwen3_next", "qwen3_5_moe", "lfm2_moe")),
 ]
 ALL = torch.ones(1, 12, dtype=torch.bool)
 
