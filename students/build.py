@@ -83,6 +83,8 @@ def _elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     _check_places(spec, record, blocks)
     if not record.side_by_side:
         _check_corrections(record, blocks[0], spec)
+    if record.causal:
+        _check_order(model, record, blocks)
     _freeze(model)
     if record.causal and isinstance(model, PreTrainedModel):
         return _elasticize_language(model, record, blocks, spec)
@@ -230,6 +232,16 @@ def _check_places(spec: StudentSpec, record: Architecture, blocks: list[nn.Modul
                 f"of the blocks of this model only some have attention, and no {router.kind} router with `blocks: "
                 f"{router.blocks}` stands in one of them"
             )
+
+
+def _check_order(model: nn.Module, record: Architecture, blocks: list[nn.Module]) -> None:
+    """Raise ValueError if the tokens of a language model attend to later ones, as in embedding models."""
+    attentions = (block.get_submodule(record_in(record, block).attn) for block in blocks)
+    if not all(getattr(attention, "is_causal", True) for attention in attentions):
+        raise ValueError(
+            f"{type(model).__name__} is not supported with use_bidirectional_attention, as in embedding models: "
+            "tokens attend to later ones, at which the routers of a language model do not look"
+        )
 
 
 def _check_head(model: PreTrainedModel, spec: StudentSpec) -> None:

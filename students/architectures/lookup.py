@@ -61,11 +61,6 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         names += [name for site in LINEAR_SITES for name in own.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)
-        if own.causal and getattr(block.get_submodule(own.attn), "is_causal", True) is False:
-            raise ValueError(
-                f"{type(model).__name__} is not supported with use_bidirectional_attention, as in embedding models: "
-                "tokens attend to later ones, at which the routers of a language model do not look"
-            )
     return record, blocks
 
 
