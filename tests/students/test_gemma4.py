@@ -3,8 +3,6 @@ block."""
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from students.execution.kv_cache import cache_bytes
 from students.families.language import LanguageStudent
 from students.kernels import devices
 from students.libraries import cache_of
-from students.recording import decoding
 from students.recording.decoding import Decoding
 from tests.pico.language import make_tiny
 from tests.students.tape import Tape
@@ -27,6 +24,7 @@ from tests.students.test_execution import (
     assert_mask_is_skip,
     in_both_ways,
 )
+from tests.students.test_hybrids import assert_texts_of_recorded_steps
 from tests.students.test_students import MIXED, open_student_of, scramble
 
 DEFAULT = StudentSpec((RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2))
@@ -119,18 +117,9 @@ def test_what_a_block_adds_is_scaled(tokens: Tensor) -> None:
 def test_decoding_is_recorded(
     tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch, operators: None
 ) -> None:
-    monkeypatch.setattr(decoding, "SMALLEST", 16)
-    monkeypatch.setattr(decoding, "AT_ONCE", 16)
     student = make()
+    assert_texts_of_recorded_steps(student, tokens, padding, monkeypatch)
     options = dict(SIX, max_new_tokens=14, min_new_tokens=14)
-    prompts = [dict(input_ids=tokens * padding, attention_mask=padding), dict(input_ids=tokens[1:])]
-    plain = [student.model.generate(**prompt, **options) for prompt in prompts]
-    for recorder in (Tape, None):  # None: as CPUs do
-        student._decoding.recorder = recorder
-        with warnings.catch_warnings(action="error"):
-            texts = [student.generate(**prompt, **options) for prompt in prompts]
-        assert all(map(torch.equal, texts, plain))
-        assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
     frozen = Decoding(student.model, student.trunk, recorder=Tape)
     with student.teacher():
         own = student.model.generate(tokens[:1], **options)

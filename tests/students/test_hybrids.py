@@ -63,6 +63,23 @@ def mixers(student: LanguageStudent) -> list[torch.nn.Module]:
     return [block.get_submodule(record.attn) for block, record in records if not record.attn_in]
 
 
+def assert_texts_of_recorded_steps(
+    student: LanguageStudent, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of recorded steps, whose cache grows twice, are the model's, and so is one that is read a second time."""
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "AT_ONCE", 16)
+    options = dict(SIX, max_new_tokens=14, min_new_tokens=14)
+    prompts = [dict(input_ids=tokens * padding, attention_mask=padding), dict(input_ids=tokens[1:])]
+    plain = [student.model.generate(**prompt, **options) for prompt in prompts]
+    for recorder in (Tape, None):  # None: as CPUs do
+        student._decoding.recorder = recorder
+        with warnings.catch_warnings(action="error"):
+            texts = [student.generate(**prompt, **options) for prompt in (*prompts, prompts[0])]
+        assert all(map(torch.equal, texts, [*plain, plain[0]]))
+        assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2"])
 def test_open_gates_change_no_bit(name: str, tokens: Tensor, padding: Tensor) -> None:
     open_student_of(make_tiny(name), tokens, padding)
@@ -121,21 +138,12 @@ def test_decoding_is_recorded(
     name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch, operators: None
 ) -> None:
     """A step keeps its own states, goes on with them where a cache grows, and begins anew with every text."""
-    monkeypatch.setattr(decoding, "SMALLEST", 16)
-    monkeypatch.setattr(decoding, "AT_ONCE", 16)
     student = make(name)
-    options = dict(SIX, max_new_tokens=14, min_new_tokens=14)
-    prompts = [dict(input_ids=tokens * padding, attention_mask=padding), dict(input_ids=tokens[1:])]
-    plain = [student.model.generate(**prompt, **options) for prompt in prompts]
-    for recorder in (Tape, None):  # None: as CPUs do
-        student._decoding.recorder = recorder
-        with warnings.catch_warnings(action="error"):
-            texts = [student.generate(**prompt, **options) for prompt in (*prompts, prompts[0])]
-        assert all(map(torch.equal, texts, [*plain, plain[0]]))
-        assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
+    assert_texts_of_recorded_steps(student, tokens, padding, monkeypatch)
+    prompt = dict(input_ids=tokens * padding, attention_mask=padding)
     frozen = Decoding(student.model, student.trunk, recorder=Tape)
     with student.teacher():
-        assert torch.equal(frozen.generate(**prompts[0], **SIX), student.model.generate(**prompts[0], **SIX))
+        assert torch.equal(frozen.generate(**prompt, **SIX), student.model.generate(**prompt, **SIX))
 
 
 @pytest.mark.gpu
