@@ -5,6 +5,9 @@ vocabulary, c the number of keys that the token attends to:
 
     q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each matrix    head: D V
 
+Where latents are cached in place of keys and values (execution/latent.py), so are the linear layers behind them, and in
+decode a key costs more than in prefill (`BlockShape.per_latent`).
+
 What hybrid models have in place of attention in some blocks costs the same for every token: linear layers, convolution
 and, in linear attention with V heads, 3 V d_k d_v for reading and writing the state. In prefill implementations compute
 the state of many tokens at once, with more products; this is not counted.
@@ -81,6 +84,13 @@ class BlockShape:
     """Experts, as many as the model's router chooses."""
     mlp_beside: int = 0
     """The model's router where the mixture stands beside a dense MLP: it runs for all tokens in the block."""
+    expand_q: int = 0
+    """What makes queries from their latent."""
+    expand_kv: int = 0
+    """What makes keys and values from their latent in prefill. In decoding the same products, in another order, take a
+    query to the latents and what it finds there back."""
+    per_latent: int = 0
+    """As `per_key`, in decoding, where keys and values are cached as latents; 0: they are not."""
     enters: bool = False
     """Whether only the tokens that a layer router lets through are in the block (see BlockGather)."""
     opaque: frozenset[str] = frozenset()
@@ -89,7 +99,12 @@ class BlockShape:
     @property
     def products(self) -> int:
         """The cost of all products of a token but those with keys and values."""
-        return self.q + self.kv + self.o + self.mlp_in + self.mlp_out + self.mlp_experts + self.mlp_beside
+        attn = self.q + self.kv + self.o + self.expand_q + self.expand_kv
+        return attn + self.mlp_in + self.mlp_out + self.mlp_experts + self.mlp_beside
+
+    def each_key(self, phase: Phase) -> int:
+        """Return the cost of attention for one token and one key."""
+        return self.per_latent if phase == "decode" and self.per_latent else self.per_key
 
     def only(self, branch: str) -> BlockShape:
         """Return the costs of one branch, "attn" or "mlp"; costs of the whole block, such as a layer router, are
@@ -98,8 +113,9 @@ class BlockShape:
         def mine(key: str) -> bool:
             return key.startswith("mlp") == (branch == "mlp")
 
-        names = "q", "kv", "o", "per_key", "mlp_in", "mlp_out", "mlp_experts", "mlp_beside"
-        sizes: Any = {n: getattr(self, n) * mine(n) for n in names}
+        attn = "q", "kv", "o", "per_key", "per_latent", "expand_q", "expand_kv"
+        mlp = "mlp_in", "mlp_out", "mlp_experts", "mlp_beside"
+        sizes: Any = {n: getattr(self, n) * mine(n) for n in (*attn, *mlp)}
         added: Any = {
             n: {k: c for k, c in getattr(self, n).items() if mine(k)} for n in ("lora", "routers", "substitutes")
         }
@@ -128,7 +144,7 @@ class ComputeModel:
         products = sum(block.products for block in self.blocks)
         total = torch.full(valid.shape, float(self.head + products), device=valid.device)
         for window in {block.window for block in self.blocks}:
-            per_key = sum(block.per_key for block in self.blocks if block.window == window)
+            per_key = sum(block.each_key(phase) for block in self.blocks if block.window == window)
             total = total + per_key * _keys(valid, phase, window)
         return (total + self.outside / valid.sum(1, keepdim=True)) * valid
 
@@ -176,7 +192,7 @@ class ComputeModel:
         spent, dense = [], []
         for number, block in enumerate(self.blocks):
             for part in map(block.only, BRANCHES):
-                whole = part.products + part.per_key * _keys(valid, phase, part.window)
+                whole = part.products + part.each_key(phase) * _keys(valid, phase, part.window)
                 routed = whole if decisions.bypassed else self._cost((number,), part, decisions, valid, phase)
                 dense.append(whole * valid)
                 spent.append(routed * valid)
@@ -280,7 +296,10 @@ class BlockCost:
 
         total = asked * (linear("attn_in", block.q) * head + corrections("q", head))
         total = total + self.written * (linear("attn_in", block.kv) + corrections("kv", 1.0))
-        attended = block.per_key * keys * head + linear("attn_out", block.o, head) + corrections("attn_out", head)
+        total = total + asked * block.expand_q
+        total = total + (attn if self.phase == "decode" else self.written) * block.expand_kv
+        attended = linear("attn_out", block.o, head) + corrections("attn_out", head)
+        attended = attended + block.each_key(self.phase) * keys * head
         total = total + attn * attended
         total = total + mlp * (linear("mlp_in", block.mlp_in) * neurons + corrections("mlp_in", neurons))
         total = total + mlp * (linear("mlp_out", block.mlp_out, neurons) + corrections("mlp_out", neurons))

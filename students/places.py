@@ -210,15 +210,19 @@ class BlockPlace:
             norm = self.block.get_submodule(record.norm) if record.prenorm else None
             BlockGather(self.block, self.wrappers["attn"], self.gathers, norm, self.context, record.block_scale)
         q = round(macs["attn_in"] * sizes.heads / (sizes.heads + 2 * sizes.groups))
-        if self.own_q:
+        if self.own_q or record.expand:
             q = math.prod(shape_of(self.linears("attn_in")[0]))
+        *expand_q, expand_kv = [math.prod(shape_of(linear)) for linear in self.linears("expand")] or [0]
         return BlockShape(
             q=q,
             kv=macs["attn_in"] - q,
             o=macs["attn_out"] if self.attends else mixer_macs(self.block.get_submodule(record.attn)),
             mlp_in=macs["mlp_in"],
             mlp_out=macs["mlp_out"],
-            per_key=2 * sizes.heads * sizes.size * self.attends,
+            per_key=sizes.per_key * self.attends,
+            per_latent=sizes.per_latent,
+            expand_q=sum(expand_q),
+            expand_kv=expand_kv,
             window=sizes.window,
             own_q=self.own_q,
             narrows=self.narrows,

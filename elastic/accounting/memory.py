@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,8 @@ def cache_need(trunk: nn.Module, tokens: int) -> int:
         return 0
     attend = [(number, block) for number, block in enumerate(blocks) if record_in(record, block).attn_in]
     sizes = [sizes_of(trunk, record, number, block) for number, block in attend]
-    held = sum(s.groups * s.size * min(tokens, s.window or tokens) for s in sizes)
-    return 2 * next(trunk.parameters()).element_size() * held
+    held = sum(math.prod(part) * min(tokens, s.window or tokens) for s in sizes for part in s.cached)
+    return next(trunk.parameters()).element_size() * held
 
 
 def kept_bytes(student: Student) -> tuple[int, int]:
@@ -111,6 +112,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
         width, neurons, mixed = next(iter(read.values())), read.get("mlp_out", 0), _mixed(block, own)
         kept = sum(read[site] for site in own.sites if site == "attn_out" or _is_routed(block, own, site))
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes.get(site, ()))
+        written += sum(sum(shape_of(block.get_submodule(name))) for name in own.linears("expand"))
         ends = [block.get_submodule(name) for name in own.linears("mlp_out")]
         joined = any(getattr(end, "activation", None) is not None for end in ends)
         gated = sum(outputs for outputs, _ in sizes.get("mlp_in", ())) == 2 * neurons
@@ -126,7 +128,7 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 
 def _passed(block: nn.Module, record: Architecture) -> int:
     """Return the inputs and outputs of all linear layers of a block, for one token."""
-    names = [name for site in record.sites for name in record.linears(site)]
+    names = [name for site in (*record.sites, "expand") for name in record.linears(site)]
     return sum(sum(shape_of(block.get_submodule(name))) for name in names) + _mixed(block, record)
 
 

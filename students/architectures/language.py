@@ -28,6 +28,8 @@ _MIXTURE = replace(LLAMA, mlp_in=(), mlp_out=())
 _LINEAR = replace(LLAMA, attn="linear_attn", attn_in=(), attn_out=())
 _QWEN_HYBRID = replace(LLAMA, whole_heads=True, hybrid=_LINEAR)  # q_proj gives each head's query and output gate
 _MIXTURE_HYBRID = replace(_MIXTURE, whole_heads=True, hybrid=replace(_LINEAR, mlp_in=(), mlp_out=()))
+_LATENT = replace(LLAMA, attn_in=("q_a_proj", "kv_a_proj_with_mqa"), expand=("q_b_proj", "kv_b_proj"), whole_heads=True)
+_LATENT_MIXTURE = replace(_LATENT, mlp_in=(), mlp_out=())
 _LFM2 = Architecture(
     *("layers", "self_attn", "feed_forward"),
     attn_out=("out_proj",),
@@ -113,6 +115,10 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "ernie4_5_moe": _MIXTURE,
     "gpt_oss": replace(_MIXTURE, mlp_pair=True, whole_heads=True),
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),
+    "deepseek_v2": _LATENT_MIXTURE,
+    "deepseek_v3": _LATENT_MIXTURE,
+    "glm4_moe_lite": _LATENT_MIXTURE,
+    "youtu": _LATENT,
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
     "gpt_bigcode": _GPT2,
     "gpt2": _GPT2,

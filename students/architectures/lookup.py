@@ -47,6 +47,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
             record = replace(record, mlp_in=("fc1_g", "fc1_x"))
     if kind == "dinov3_vit" and hasattr(blocks[0].mlp, "gate_proj"):
         record = replace(record, mlp_in=LLAMA.mlp_in)
+    if record.expand and getattr(model.config, "q_lora_rank", None) is None:
+        record = replace(record, attn_in=("q_proj", *record.attn_in[1:]), expand=record.expand[1:])
     if hasattr(blocks[0], "attns"):
         record = side_by_side(record, len(blocks[0].attns))
     if record.beside is not None and not _has(blocks[0], record.beside[1]):
@@ -58,7 +60,7 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         own = record_in(record, block)
         names = [own.attn, own.mlp, own.attn_exit, own.mlp_exit]
         names += [own.norm] if own.causal and own.prenorm else []
-        names += [name for site in LINEAR_SITES for name in own.linears(site)]
+        names += [name for site in (*LINEAR_SITES, "expand") for name in own.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)
     return record, blocks
@@ -103,6 +105,18 @@ def trunk_of(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Numbers of channels in multi-head latent attention (arXiv 2405.04434)."""
+
+    rank: int
+    """Of the latent of a token's keys and values, which all heads share."""
+    rotary: int
+    """Of the part of a key that carries the position, which all heads share, too."""
+    plain: int
+    """Of the part of a head's key that comes from the latent."""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Sizes of a block's attention."""
 
@@ -111,11 +125,31 @@ class Sizes:
     heads: int
     """Number of query heads."""
     size: int
-    """Number of channels of a head."""
+    """Number of channels of a head's value, and where there is no latent of its query and key."""
     groups: int
     """Number of key/value heads."""
     window: int | None
     """Maximum number of keys that a token attends to in a sliding-window layer; None: no limit."""
+    latent: Latent | None = None
+    """What is cached in place of keys and values; None: these themselves."""
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (heads, channels) of what a cache holds of a token as keys, and as values."""
+        if self.latent is not None:
+            return (1, self.latent.rank), (1, self.latent.rotary)
+        return (self.groups, self.size), (self.groups, self.size)
+
+    @property
+    def per_key(self) -> int:
+        """Return the multiply-accumulates of a token's scores and weighted values for one key, all heads together."""
+        own = self.size if self.latent is None else self.latent.plain + self.latent.rotary
+        return self.heads * (own + self.size)
+
+    @property
+    def per_latent(self) -> int:
+        """Return the same where queries meet the latents themselves, as they do in decoding; 0: there are none."""
+        return 0 if self.latent is None else self.heads * (2 * self.latent.rank + self.latent.rotary)
 
 
 def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Module) -> Sizes:
@@ -134,13 +168,13 @@ def sizes_of(model: nn.Module, record: Architecture, number: int, block: nn.Modu
         window = config.sliding_window
     elif kinds is None:
         window = getattr(config, "sliding_window", None)
-    return Sizes(
-        config.hidden_size,
-        heads,
-        getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads,
-        heads // getattr(attention, "num_key_value_groups", 1),
-        window,
-    )
+    size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = None
+    if record.expand:
+        size = config.v_head_dim
+        latent = Latent(config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim)
+    groups = heads // getattr(attention, "num_key_value_groups", 1)
+    return Sizes(config.hidden_size, heads, size, groups, window, latent)
 
 
 def windows_of(trunk: nn.Module) -> list[int | None]:

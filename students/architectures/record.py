@@ -35,6 +35,10 @@ class Architecture:
     """The same for the MLP."""
     prenorm: bool = True
     """Whether branches read a normalised input; if not, routers normalise their input themselves."""
+    expand: tuple[str, ...] = ()
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1): linear layers behind `attn_in`, of which the last
+    makes the keys and values of all heads from the latents that are cached in their place, and the one before it, if
+    any, makes queries from a latent. They always run whole. Empty: `attn_in` writes queries, keys and values."""
     norm: str = "input_layernorm"
     """The norm in front of attention; used for language models with `prenorm`."""
     residual_scale: str | None = None
@@ -80,6 +84,6 @@ class Architecture:
         return tuple(site for site in LINEAR_SITES if getattr(self, site))
 
     def linears(self, site: str) -> list[str]:
-        """Return the names of the linear layers at a site, relative to the block."""
-        branch = self.attn if site.startswith("attn") else self.mlp
+        """Return the names of the linear layers at a site or in `expand`, relative to the block."""
+        branch = self.mlp if site.startswith("mlp") else self.attn
         return [f"{branch}.{name}" for name in getattr(self, site)]

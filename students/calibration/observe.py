@@ -153,7 +153,8 @@ class BlockStart:
         """Return the multiply-accumulates saved by a token that skips a branch, not counting its key and value."""
         shape = self.shape
         if branch == "attn":
-            return shape.q + shape.o + shape.per_key * self._keys
+            moved = shape.expand_q + shape.expand_kv * (self.phase == "decode")
+            return shape.q + shape.o + moved + shape.each_key(self.phase) * self._keys
         return shape.mlp_in + shape.mlp_out + shape.mlp_experts
 
     def importance(self, site: str) -> Tensor:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from students.architectures.lookup import architecture_of, record_in, windows_of
+from students.execution import latent
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
 from students.execution.tokens import Order, Rectangle, scatter_rows
 from students.kernels import ops
 from students.routers import selection
+
+Hold: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 BLOCK = 256
 """Number of queries that share one causal mask; keys after the last of these queries are not read."""
@@ -78,6 +81,8 @@ def route_attention(module: nn.Module, runtime: Runtime | None = None, window: i
     ALL_ATTENTION_FUNCTIONS.register(name, partial(routed_attention, base))
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = name
+    if latent.has_latents(attention):
+        latent.hand_on_latents(attention)
 
 
 def route_trunk(trunk: nn.Module) -> None:
@@ -99,7 +104,7 @@ def routed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the arguments of transformers' functions: query [B, H, T, d], key and value [B, K, C, d] ->
-    ([B, T, H, d], weights).
+    ([B, T, H, d], weights); key and value may be latents and rotary keys (see latent.py).
 
     Tokens that the plan leaves out get zeros. If the plan has `heads`, query holds the open heads only. `slot` [1], a
     device tensor, is the index of the newest key in a step of fixed shape (recording/step.py).
@@ -110,21 +115,33 @@ def routed_attention(
     plain = all(kwargs.get(name) is None for name in ("position_bias", "s_aux")) and not kwargs.get("dropout")
     rounds = runtime is None or (runtime.call.skipping and not runtime.bypass)
     free = base == "sdpa" and plain and rounds and cap is None
+    hold: Hold = _as_they_are
+    latents, width = latent.has_latents(module), value.shape[-1]
+    if latents:
+        width, packing = module.v_head_dim, None if routed is None else routed.packing
+        alone = rounds and (tokens if packing is None else packing.tokens) == 1
+        if plain and (alone or slot is not None):
+            attend = latent.attend_to_latents
+        else:
+            hold, latents = partial(latent.expanded, module), False
+            if packing is None or packing.layer is None:
+                key, value = hold(key, value)
     order = runtime.call.order if free and runtime is not None and attention_mask is not None else None
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
-        if slot is not None and attention_mask is None and not ops.attends_to_cache(query, key, value, slot):
+        reads_slots = not latents and ops.attends_to_cache(query, key, value, slot)
+        if slot is not None and attention_mask is None and not reads_slots:
             seen = torch.arange(key.shape[2], device=key.device) <= slot  # a layer that has slots of its own
             attention_mask = selection.additive(seen, query.dtype)[None, None, None]
         shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads
         fixed = slot is not None and base in ("sdpa", "eager")  # such steps return no attention weights
-        if (free or (fixed and plain)) and tokens == 1 and shared and ops.attends_to_cache(query, key, value, slot):
+        if (free or (fixed and plain)) and tokens == 1 and shared and reads_slots:
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
             window = 0 if slot is None else module.window or 0  # else the model's mask applies it
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
         few = (free and tokens == 1) or (tokens > 1 and fixed and plain and base == "sdpa" and cap is None)
-        if few and key.shape[1] < query.shape[1] and shared:
+        if few and key.shape[1] < query.shape[1] and shared and not latents:
             return _from_few_tokens(query, key, value, attention_mask, kwargs.get("scaling")), None
         out: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return out
@@ -139,16 +156,22 @@ def routed_attention(
             out: Tensor = attend(module, q, k, v, mask, **kwargs)[0]
             return out
         if len(routed.heads) == 0:  # torch before 2.14 divides by the number of heads
-            return q.new_zeros(len(q), q.shape[2], 0, v.shape[-1])
+            return q.new_zeros(len(q), q.shape[2], 0, width)
         of = routed.heads // getattr(module, "num_key_value_groups", 1)
         out = attend(_OneKeyPerHead(module), q, k[:, of], v[:, of], mask, **kwargs)[0]
         return out
 
     if routed.packing is not None:
-        return _packed(run, query, key, value, routed, routed.packing), None
+        if routed.packing.layer is not None:
+            key, value = hold(routed.packing.layer.keys, routed.packing.layer.values)
+        return _packed(run, query, key, value, width, routed, routed.packing), None
     if routed.queries is None:
         return run(query, key, value, attention_mask), None
-    return _selected(run, query, key, value, attention_mask, routed.queries, routed.counts), None
+    return _selected(run, query, key, value, width, attention_mask, routed.queries, routed.counts), None
+
+
+def _as_they_are(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return key, value
 
 
 def _from_few_tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
@@ -194,13 +217,15 @@ def _selected(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    width: int,
     mask: Tensor | None,
     queries: Tensor,
     counts: tuple[int, ...],
 ) -> Tensor:
-    """Run attention where every token has a key and only some are queries (see Plan); the others get zeros."""
+    """Run attention where every token has a key and only some are queries (see Plan); the others get zeros. width:
+    channels of a head's output."""
     batch, heads, tokens, _ = query.shape
-    shape = batch, tokens, heads, value.shape[-1]
+    shape = batch, tokens, heads, width
     if len(queries) == 0:
         return query.new_zeros(shape)
     if tokens == 1:
@@ -223,15 +248,22 @@ def _selected(
 
 
 def _packed(
-    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, plan: Plan, packing: Packing
+    run: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    plan: Plan,
+    packing: Packing,
 ) -> Tensor:
-    """Run attention of packed tokens: tokens that were left out are neither queries nor keys."""
+    """Run attention of packed tokens: tokens that were left out are neither queries nor keys. key, value: those of
+    these tokens, or where there is a cache of all that it holds; width: channels of a head's output."""
     if packing.rectangle is not None:
         return _in_rectangle(run, query, key, value, packing, packing.rectangle)
     layer, window = packing.layer, packing.window
     counts = list(plan.counts) if plan.queries is not None else packing.counts
     queries = torch.arange(query.shape[2], device=query.device) if plan.queries is None else plan.queries
-    out = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+    out = query.new_zeros(query.shape[2], query.shape[1], width)
     if layer is not None and len(packing.counts) > 1 and max(packing.counts) == 1:
         if len(queries) == 0:
             return out.unsqueeze(0)
@@ -239,8 +271,8 @@ def _packed(
         kept = layer.index[rows]
         here = (kept >= 0) if window is None else (kept >= 0) & (kept > (places - window)[:, None])
         q = query[0].index_select(1, queries).transpose(0, 1).unsqueeze(2)
-        every = len(rows) == len(layer.keys)
-        k, v = (x if every else x.index_select(0, rows) for x in (layer.keys, layer.values))
+        every = len(rows) == len(key)
+        k, v = (x if every else x.index_select(0, rows) for x in (key, value))
         return out.index_copy_(0, queries, run(q, k, v, here[:, None, None])[:, 0]).unsqueeze(0)
     first = begin = 0
     for b, count in enumerate(counts):
@@ -253,7 +285,7 @@ def _packed(
             k, v, kept = key[:, :, start:begin], value[:, :, start:begin], packing.index[start:begin]
         else:
             length = layer.lengths[b]
-            k, v, kept = layer.keys[b : b + 1, :, :length], layer.values[b : b + 1, :, :length], layer.index[b, :length]
+            k, v, kept = key[b : b + 1, :, :length], value[b : b + 1, :, :length], layer.index[b, :length]
         whole = count == size
         for part in rows.split(len(rows) if whole and k.shape[2] == size and window is None else BLOCK):
             visible = None
@@ -270,7 +302,7 @@ def _in_rectangle(
 ) -> Tensor:
     """Run causal attention of all sequences in one call: the filling at the end of a row is seen by no token before."""
     layer, window, visible = packing.layer, packing.window, None
-    k, v = map(rectangle.lay_heads, (key, value)) if layer is None else (layer.keys, layer.values)
+    k, v = map(rectangle.lay_heads, (key, value)) if layer is None else (key, value)
     if window is not None and window < packing.tokens:
         places = rectangle.lay(packing.index, fill=packing.tokens)
         visible = places[:, None, None] <= places[:, None, :, None]

@@ -306,16 +306,17 @@ def gather_open(open_: Tensor, count: int | None = None) -> tuple[Tensor, Tensor
 
 
 def place_tokens(chosen: Chosen, kwargs: dict[str, Any], positions: bool) -> bool:
-    """Cut a language model's rotary embeddings in kwargs ([1 or B, T, r] each) to the chosen tokens, [1, N, r], and
-    with `positions` its `position_ids` [1 or B, T] too; return whether there are any embeddings. Work that needs no
-    number of tokens is launched before the host asks for it."""
+    """Cut a language model's rotary embeddings in kwargs (two tensors [1 or B, T, r], or one of complex numbers) to the
+    chosen tokens, [1, N, r], and with `positions` its `position_ids` [1 or B, T] too; return whether there are any
+    embeddings. Work that needs no number of tokens is launched before the host asks for it."""
     embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids") if positions else None
     chosen.prepare_packing()
-    filled = [chosen.filled(e) for e in embeddings or ()]
+    filled = [chosen.filled(e) for e in ([embeddings] if isinstance(embeddings, Tensor) else embeddings or ())]
     if ids is not None:
         kwargs["position_ids"] = chosen.cut(chosen.filled(ids))
     if embeddings is not None:
-        kwargs["position_embeddings"] = tuple(map(chosen.cut, filled))
+        cut = tuple(map(chosen.cut, filled))
+        kwargs["position_embeddings"] = cut[0] if isinstance(embeddings, Tensor) else cut
     return embeddings is not None
 
 

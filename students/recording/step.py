@@ -89,9 +89,8 @@ def initialize(cache: Cache, trunk: nn.Module, like: Tensor) -> None:
     layer: Any
     for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
         if not (keeps_state(layer) or layer.is_initialized):
-            sizes = sizes_of(trunk, record, number, block)
-            empty = like.new_zeros(1, sizes.groups, 0, sizes.size)
-            layer.lazy_initialization(empty, empty)
+            held = sizes_of(trunk, record, number, block).cached
+            layer.lazy_initialization(*(like.new_zeros(1, heads, 0, channels) for heads, channels in held))
 
 
 class FixedCache(Cache):

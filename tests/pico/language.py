@@ -60,6 +60,12 @@ _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
 _ONE_SLIDES = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention", "full_attention"])
 _SLIDING_MOE = dict(_QWEN_MOE, **_ONE_SLIDES, head_dim=16)
 _ROUTED_MOE = dict(_MIXTURE, n_routed_experts=8, moe_intermediate_size=24)
+_RANKS = dict(q_lora_rank=20, kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=10, v_head_dim=12)
+_LATENT = {**_LLAMA, **_RANKS, "num_key_value_heads": 4}
+_LATENT_MOE = dict(
+    **{**_ROUTED_MOE, **_LATENT},
+    **dict(n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1),
+)
 TINY_MIXTURES = {
     "mixtral": ("MixtralConfig", dict(_MIXTURE, num_local_experts=8, sliding_window=6)),
     "olmoe": ("OlmoeConfig", dict(_MIXTURE, num_experts=8, clip_qkv=2.0)),
@@ -86,6 +92,9 @@ TINY_MIXTURES = {
     "mellum": ("MellumConfig", _SLIDING_MOE),
     "hy_v3": ("HYV3Config", dict(_QWEN_MOE, head_dim=16, router_scaling_factor=1.0)),
     "cohere2_moe": ("Cohere2MoeConfig", dict(_MIXTURE, num_experts=8, head_dim=16, sliding_window=6, logit_scale=0.25)),
+    "deepseek_v2": ("DeepseekV2Config", dict(_LATENT_MOE, topk_method="group_limited_greedy", q_lora_rank=None)),
+    "deepseek_v3": ("DeepseekV3Config", dict(_LATENT_MOE, routed_scaling_factor=1.0)),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", dict(_LATENT_MOE, routed_scaling_factor=1.0)),
 }
 """Mixtures of experts; some have blocks with a dense MLP, others experts that every token uses."""
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=4)
@@ -114,6 +123,7 @@ MORE = {
     "arcee": ("ArceeConfig", _WIDE),
     "jais2": ("Jais2Config", dict(_TWO, head_dim=8)),
     "apertus": ("ApertusConfig", dict(_TWO, **_ROPE)),
+    "youtu": ("YoutuConfig", dict(_LATENT, num_hidden_layers=2)),
     "nanochat": ("NanoChatConfig", dict(_TWO, final_logit_softcapping=3.0)),
     "gpt_bigcode": ("GPTBigCodeConfig", dict(_GPT2, n_layer=2, bos_token_id=1, eos_token_id=2)),
 }
