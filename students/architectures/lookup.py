@@ -25,7 +25,8 @@ ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
 def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     """Return the record of a model, adapted to its configuration, and the model's blocks.
 
-    ValueError if there is no record for the model, or a module that the record names is missing.
+    ValueError if there is no record for the model, a module that the record names is missing, or a block has weight
+    matrices outside of the modules that are named.
     """
     kind = kind_of(model)
     if kind not in ARCHITECTURES:
@@ -54,14 +55,33 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     config = getattr(model, "config", None)
     if found := [f"{key} is {value}" for key in record.without if (value := getattr(config, key, None))]:
         raise ValueError(f"{type(model).__name__} ({kind}) is supported only without some parts: {', '.join(found)}")
-    for block in blocks if record.hybrid else blocks[:1]:
+    for number, block in enumerate(blocks):
         own = record_in(record, block)
+        _check_parts(kind, number, block, own)
+        if number and not record.hybrid:
+            continue
         names = [own.attn, own.mlp, own.attn_exit, own.mlp_exit]
         names += [own.norm] if own.causal and own.prenorm else []
         names += [name for site in LINEAR_SITES for name in own.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)
     return record, blocks
+
+
+def _check_parts(kind: str, number: int, block: nn.Module, own: Architecture) -> None:
+    """Raise ValueError if a block has weight matrices outside of the parts that its record names: nothing would route
+    them, and no cost would include them."""
+    block = getattr(block, "base_layer", block)
+    known = list(dict.fromkeys(name.partition(".")[0] for name in (own.attn, own.mlp, *(own.beside or ()))))
+    found = [name for name, weight in block.named_parameters(recurse=False) if weight.ndim > 1]
+    for name, part in block.named_children():
+        if name not in known and any(weight.ndim > 1 for weight in part.parameters()):
+            found.append(name)
+    if found:
+        raise ValueError(
+            f"{type(block).__name__} {number} of this model ({kind}) has weight matrices in {', '.join(found)}: this "
+            f"is not supported, only {', '.join(known)} can be routed; students/README.md says how to add a record"
+        )
 
 
 def record_in(record: Architecture, block: nn.Module) -> Architecture:
