@@ -6,7 +6,8 @@ vocabulary, c the number of keys that the token attends to:
     q: D H h    k, v: 2 D K h    scores and values: 2 H h c    o: H h D    MLP: D F for each matrix    head: D V
 
 What hybrid models have in place of attention in some blocks costs the same for every token: linear layers, convolution
-and, in linear attention with V heads, 3 V d_k d_v for reading and writing the state. In prefill implementations compute
+and, in linear attention with V heads, 3 V d_k d_v for reading and writing the state; in Mamba 2, with V heads of d
+channels and s states each, 2 V d s. In prefill implementations compute
 the state of many tokens at once, with more products; this is not counted.
 
 The cost of what a gate switches is multiplied by the share of open gates. Routers, substitutes and low-rank corrections

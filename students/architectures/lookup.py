@@ -229,8 +229,9 @@ def _chosen_by(router: nn.Module) -> Any:
 
 def mixer_macs(mixer: nn.Module) -> int:
     """Return the multiply-accumulates for one token of what a block has in place of attention: its linear layers, its
-    convolution over the last tokens, and three products with the state [heads, d_k, d_v] of a delta rule: what it holds
-    for the key, what is written, and what it holds for the query."""
+    convolution over the last tokens, and products with its state. Those are three for a delta rule's [heads, d_k, d_v]
+    (what it holds for the key, what is written, and what it holds for the query), and the last two of them for Mamba
+    2's [heads, d, states]."""
     macs = 0
     for module in mixer.modules():
         if hasattr(module, "in_features"):
@@ -238,7 +239,8 @@ def mixer_macs(mixer: nn.Module) -> int:
         elif isinstance(module, nn.Conv1d):
             macs += module.weight.numel()
     state: list[int] = [getattr(mixer, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
-    return macs + 3 * math.prod(state)
+    mamba: list[int] = [getattr(mixer, name, 0) for name in ("num_heads", "head_dim", "ssm_state_size")]
+    return macs + 3 * math.prod(state) + 2 * math.prod(mamba)
 
 
 def can_be_read_in_part(linear: nn.Module) -> bool:
