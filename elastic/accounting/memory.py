@@ -24,6 +24,9 @@ compared, weighted and scored patches, in part in float32."""
 STATE = 5
 """Values that linear attention keeps for backward, over the inputs and outputs of its linear layers: 4.7 measured in
 bfloat16, since its products with the state are in float32."""
+SCANNED = 5, 12
+"""Values that Mamba 2 keeps besides, for each of its heads: so many times the tokens of a chunk, which see each other,
+and so many times the size of a channel's state. Measured as STATE."""
 SLACK = 1.1
 """Factor for the overhead of allocators and libraries."""
 
@@ -137,9 +140,12 @@ def _mixed(block: nn.Module, record: Architecture) -> int:
     attention keeps; 0: there are no experts, and there is attention."""
     mixed = 0
     if not record.attn_in:
-        mixer = block.get_submodule(record.attn)
+        mixer: Any = block.get_submodule(record.attn)
         mixed = sum(sum(shape_of(module)) for module in mixer.modules() if hasattr(module, "in_features"))
-        mixed *= STATE if hasattr(mixer, "num_v_heads") else 1
+        scans = hasattr(mixer, "ssm_state_size")
+        mixed *= STATE if scans or hasattr(mixer, "num_v_heads") else 1
+        if scans:
+            mixed += mixer.num_heads * (SCANNED[0] * mixer.chunk_size + SCANNED[1] * mixer.ssm_state_size)
     if not record.mixes:
         return mixed
     return mixed + sum(sum(shape) for shapes in matrices_of(block, record) for shape in shapes)

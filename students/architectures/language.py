@@ -21,6 +21,7 @@ _GEMMA4 = replace(
 _GLM = replace(LLAMA, mlp_in=("gate_up_proj",))
 _GLM4 = replace(_GLM, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm")
 _GRANITE = replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling")
+_GRANITE_HYBRID = replace(_GRANITE, mlp="shared_mlp", mlp_in=("input_linear",), mlp_out=("output_linear",))
 _COHERE = replace(LLAMA, logit_scale="logit_scale")
 _UNGATED = replace(LLAMA, mlp_in=("up_proj",))
 _GPT2 = Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1")
@@ -51,6 +52,9 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3": LLAMA,
     "qwen3_5_text": _QWEN_HYBRID,
     "olmo_hybrid": replace(_OLMO, hybrid=_LINEAR),
+    "granitemoehybrid": replace(
+        _GRANITE_HYBRID, hybrid=replace(_GRANITE_HYBRID, attn="mamba", attn_in=(), attn_out=())
+    ),
     "lfm2": replace(_LFM2, hybrid=replace(_LFM2, attn="conv", attn_in=(), attn_out=())),
     "lfm2_moe": replace(_LFM2_MOE, hybrid=replace(_LFM2_MOE, attn="conv", attn_in=(), attn_out=())),
     "ministral": LLAMA,

@@ -25,7 +25,8 @@ ARCHITECTURES: dict[str, Architecture] = {**LANGUAGE_MODELS, **IMAGE_MODELS}
 def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     """Return the record of a model, adapted to its configuration, and the model's blocks.
 
-    ValueError if there is no record for the model, or a module that the record names is missing.
+    ValueError if there is no record for the model, a module that the record names is missing, or a block has weight
+    matrices outside of the modules that are named.
     """
     kind = kind_of(model)
     if kind not in ARCHITECTURES:
@@ -56,14 +57,33 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
     config = getattr(model, "config", None)
     if found := [f"{key} is {value}" for key in record.without if (value := getattr(config, key, None))]:
         raise ValueError(f"{type(model).__name__} ({kind}) is supported only without some parts: {', '.join(found)}")
-    for block in blocks if record.hybrid else blocks[:1]:
+    for number, block in enumerate(blocks):
         own = record_in(record, block)
+        _check_parts(kind, number, block, own)
+        if number and not record.hybrid:
+            continue
         names = [own.attn, own.mlp, own.attn_exit, own.mlp_exit]
         names += [own.norm] if own.causal and own.prenorm else []
         names += [name for site in (*LINEAR_SITES, "expand") for name in own.linears(site)]
         for name in filter(None, names):
             _get(block, name, type(model).__name__)
     return record, blocks
+
+
+def _check_parts(kind: str, number: int, block: nn.Module, own: Architecture) -> None:
+    """Raise ValueError if a block has weight matrices outside of the parts that its record names: nothing would route
+    them, and no cost would include them."""
+    block = getattr(block, "base_layer", block)
+    known = list(dict.fromkeys(name.partition(".")[0] for name in (own.attn, own.mlp, *(own.beside or ()))))
+    found = [name for name, weight in block.named_parameters(recurse=False) if weight.ndim > 1]
+    for name, part in block.named_children():
+        if name not in known and any(weight.ndim > 1 for weight in part.parameters()):
+            found.append(name)
+    if found:
+        raise ValueError(
+            f"{type(block).__name__} {number} of this model ({kind}) has weight matrices in {', '.join(found)}: this "
+            f"is not supported, only {', '.join(known)} can be routed; students/README.md says how to add a record"
+        )
 
 
 def record_in(record: Architecture, block: nn.Module) -> Architecture:
@@ -243,8 +263,9 @@ def _chosen_by(router: nn.Module) -> Any:
 
 def mixer_macs(mixer: nn.Module) -> int:
     """Return the multiply-accumulates for one token of what a block has in place of attention: its linear layers, its
-    convolution over the last tokens, and three products with the state [heads, d_k, d_v] of a delta rule: what it holds
-    for the key, what is written, and what it holds for the query."""
+    convolution over the last tokens, and products with its state. Those are three for a delta rule's [heads, d_k, d_v]
+    (what it holds for the key, what is written, and what it holds for the query), and the last two of them for Mamba
+    2's [heads, d, states]."""
     macs = 0
     for module in mixer.modules():
         if hasattr(module, "in_features"):
@@ -252,7 +273,8 @@ def mixer_macs(mixer: nn.Module) -> int:
         elif isinstance(module, nn.Conv1d):
             macs += module.weight.numel()
     state: list[int] = [getattr(mixer, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
-    return macs + 3 * math.prod(state)
+    mamba: list[int] = [getattr(mixer, name, 0) for name in ("num_heads", "head_dim", "ssm_state_size")]
+    return macs + 3 * math.prod(state) + 2 * math.prod(mamba)
 
 
 def can_be_read_in_part(linear: nn.Module) -> bool:

@@ -61,8 +61,9 @@ class Architecture:
     """Whether a block has several attentions that read one input, then several MLPs that read one input: only whole
     blocks can be routed."""
     hybrid: Architecture | None = None
-    """The record of the blocks that lack a module of this one: they have linear attention or a short convolution in
-    place of attention, whose state has to see every token, or keys that are values, too; None: there are none."""
+    """The record of the blocks that lack a module of this one: they have linear attention, Mamba 2 or a short
+    convolution in place of attention, whose state has to see every token, or keys that are values, too; None: there are
+    none."""
     without: tuple[str, ...] = ()
     """Config keys that switch on parts which are not supported."""
     causal: bool = True

@@ -135,12 +135,20 @@ _SHARED = dict(_QWEN_MOE, **_DELTA, head_dim=16, layer_types=_KINDS, shared_expe
 TINY_HYBRIDS = {
     "qwen3_5": ("Qwen3_5TextConfig", dict(_LLAMA, **_DELTA, head_dim=16, layer_types=_KINDS)),
     "olmo_hybrid": ("OlmoHybridConfig", dict(_LLAMA, **_DELTA, layer_types=_KINDS)),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        dict(
+            **dict(_LLAMA, **_SCALED, logits_scaling=2.0, layer_types=_KINDS, num_local_experts=0),
+            **dict(shared_intermediate_size=48, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=6, mamba_n_groups=2),
+            **dict(mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=8),
+        ),
+    ),
     "lfm2": ("Lfm2Config", dict(_LLAMA, layer_types=["conv", "full_attention", "conv"])),
     "lfm2_moe": ("Lfm2MoeConfig", dict(_QWEN_MOE, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1)),
     "qwen3_next": ("Qwen3NextConfig", dict(_SHARED, decoder_sparse_step=2)),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _SHARED),
 }
-"""Models of which some blocks have linear attention or a short convolution in place of attention."""
+"""Models of which some blocks have linear attention, Mamba 2 or a short convolution in place of attention."""
 
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:

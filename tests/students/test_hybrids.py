@@ -44,7 +44,7 @@ SPECS = {
 DENSE = [kind for kind in SPECS if kind != "mixture"]
 RUN = [
     *(("qwen3_5", kind) for kind in DENSE),
-    *((name, kind) for name in ("olmo_hybrid", "lfm2") for kind in ("default", "mixed")),
+    *((name, kind) for name in ("olmo_hybrid", "lfm2", "granite4") for kind in ("default", "mixed")),
     *((name, "mixture") for name in ("qwen3_next", "qwen3_5_moe", "lfm2_moe")),
 ]
 ALL = torch.ones(1, 12, dtype=torch.bool)
@@ -80,7 +80,7 @@ def assert_texts_of_recorded_steps(
         assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2", "granite4"])
 def test_open_gates_change_no_bit(name: str, tokens: Tensor, padding: Tensor) -> None:
     open_student_of(make_tiny(name), tokens, padding)
 
@@ -114,10 +114,10 @@ def test_only_the_mlp_is_routed_where_there_is_no_attention(tokens: Tensor) -> N
         elasticize(make_tiny("qwen3_5"), StudentSpec((RouterSpec("layer", blocks="even"),)))
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "qwen3_next", "granite4"])
 @torch.no_grad()
 def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor) -> None:
-    """torch counts no product with the state, and the convolution of one token in two places."""
+    """torch counts no product with the state, but Mamba 2's last, and the convolution of one token in two places."""
     student, row = make(name, attn_implementation="eager"), tokens[:1]
     _, decisions = student(row)
     cache = cache_of(student(row[:, :-1], use_cache=True)[0])
@@ -125,14 +125,16 @@ def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor)
     head = student.compute.routed_head(decisions.share["vocab"], "decode")
     macs = float((student.compute.routed_blocks(decisions, ALL, "decode") + head)[0, -1])
     kernels = [module.weight.numel() for m in mixers(student) for module in m.modules() if hasattr(module, "groups")]
-    state = 0 if name == "lfm2" else 3 * 4 * 8 * 6
-    assert flops == pytest.approx(2 * (macs + sum(kernels) - len(kernels) * state), rel=0.002)
-    states = 4 * len(kernels) * (sum(kernels) / len(kernels) + state / 3)
+    state, left_out = {"lfm2": (0, 0), "granite4": (4 * 16 * 6, 1)}.get(name, (4 * 8 * 6, 3))
+    assert flops == pytest.approx(2 * (macs + sum(kernels) - len(kernels) * left_out * state), rel=0.002)
+    states = 4 * len(kernels) * (sum(kernels) / len(kernels) + state)
     assert cache_bytes(cache) == states + 4 * 2 * 2 * student.compute.blocks[1].per_key / 8 * 12
 
 
 @pytest.mark.parametrize("operators", ["c"], indirect=True)
-@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("olmo_hybrid", marks=pytest.mark.thorough), "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", pytest.param("olmo_hybrid", marks=pytest.mark.thorough), "lfm2", "granite4"]
+)
 @torch.no_grad()
 def test_decoding_is_recorded(
     name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch, operators: None
@@ -156,6 +158,11 @@ def test_cuda_graphs_decode_what_the_model_does(name: str, tokens: Tensor, paddi
     with warnings.catch_warnings(action="error"):
         assert torch.equal(student.generate(**inputs, **SIX), plain)
     assert student._decoding._steps
+
+
+def test_experts_beside_the_mlp_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Layer 0 .*granitemoehybrid.* in block_sparse_moe: .*only mamba, shared"):
+        elasticize(make_tiny("granite4", num_local_experts=4), SPECS["default"])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.architectures.lookup import architecture_of
 from students.checkpoint import read_tensors, write_tensors
+from tests.pico import image
 from tests.pico.language import make_tiny
 
 EVERY_KIND = {
@@ -315,6 +319,23 @@ def test_unsupported_architecture_says_what_was_looked_for():
     model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"bloom.*llama"):
         elasticize(model, MIXED)
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_tiny, "llama"), (image.make_tiny, "timm_fused")])
+@pytest.mark.parametrize("part", [nn.Linear(2, 3), nn.Sequential(nn.Conv1d(1, 1, 1)), nn.Parameter(torch.ones(2, 2))])
+def test_parts_that_a_record_does_not_name_are_refused(make: Callable[[str], nn.Module], name: str, part: Any) -> None:
+    model = make(name)
+    last: Any = architecture_of(model)[1][-1]
+    last.gain = nn.Parameter(torch.ones(2))
+    architecture_of(model)
+    last.adapter = part
+    with pytest.raises(ValueError, match=r"(Block|Layer) 2 of .*\(\w+\) .* in adapter: .*only (self_)?attn, mlp can"):
+        elasticize(model, StudentSpec((RouterSpec("head"),)))
+
+
+def test_attention_to_tokens_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"GPT2Block 0 of this model \(gpt2\) .* in crossattention: .*only attn, mlp"):
+        elasticize(make_tiny("gpt2", add_cross_attention=True), MIXED)
 
 
 @pytest.mark.parametrize(
