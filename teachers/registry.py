@@ -23,7 +23,7 @@ IMAGE_MODELS |= {"dinov3_vit", "ijepa", "clip_vision_model", "siglip_vision_mode
 
 VISION_LANGUAGE_MODELS = {"llava", "llava_next", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}
 VISION_LANGUAGE_MODELS |= {"qwen3_vl", "glm4v", "gemma3", "internvl", "llava_onevision", "mistral3", "cohere2_vision"}
-VISION_LANGUAGE_MODELS |= {"qwen3_5", "qwen3_5_moe"}
+VISION_LANGUAGE_MODELS |= {"qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "glm46v", "aya_vision"}
 """The `model_type`s of transformers that are vision-language models."""
 
 READ_ALONE = {"qwen3_5", "qwen3_5_moe"}

@@ -63,6 +63,7 @@ def test_every_record_of_names_is_tried() -> None:
     tiny = TINY | TINY_MIXTURES | MORE | TINY_HYBRIDS
     config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in tiny.items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "gemma"}  # inside those of CONFIGS
+    inside |= {"qwen3_vl_moe_text", "glm4v_moe_text"}
     tried = {
         *config_of.values(),
         *inside,

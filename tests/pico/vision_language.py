@@ -12,12 +12,16 @@ from transformers import PreTrainedModel
 from tests.pico.language import TINY, TINY_HYBRIDS
 
 IMAGE_TOKEN = 110
-GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm4v")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")
 """Models whose images come as patches of any number."""
-POOLED = ("gemma3", "internvl", "mistral3", "cohere2_vision")
+POOLED = ("gemma3", "internvl", "mistral3", "cohere2_vision", "aya_vision")
 """Models that make one image token of four patches."""
-ALIKE = ("glm4v", "internvl", "llava_onevision", "mistral3", "qwen3_5_moe")
-"""Models that call their language model as Qwen2-VL, LLaVA or Qwen3.5 do: they are not tried in every test."""
+ALIKE = (
+    *("glm4v", "glm4v_moe", "glm46v", "internvl", "llava_onevision", "mistral3"),
+    *("qwen3_5_moe", "qwen3_vl_moe", "aya_vision"),
+)
+"""Models that call their language model as Qwen2-VL, Qwen3-VL, LLaVA, Qwen3.5 or Cohere2 Vision do: they are not tried
+in every test."""
 HYBRID = ("qwen3_5", "qwen3_5_moe")
 """Models of which some blocks keep a state in place of keys and values."""
 _TEXT = dict(TINY["llama"][1], max_position_embeddings=128)
@@ -43,6 +47,7 @@ _QWEN3_5, _QWEN3_5_MOE = (
     {**TINY_HYBRIDS[name][1], "max_position_embeddings": 128, "rope_parameters": _PARTIAL}
     for name in ("qwen3_5", "qwen3_5_moe")
 )
+_EXPERTS = dict(num_experts_per_tok=3, moe_intermediate_size=24)
 _GLM_MARKS = dict(image_start_token_id=111, image_end_token_id=112, video_token_id=113)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -60,14 +65,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         text_config=_QWEN, vision_config=dict(_PATCHES, window_size=16, fullatt_block_indexes=[1]), **_MARKS
     ),
     "qwen3_vl": dict(text_config=dict(_QWEN, head_dim=8), vision_config=_QWEN3, **_MARKS),
+    "qwen3_vl_moe": dict(
+        text_config=dict(_QWEN, **_EXPERTS, head_dim=8, num_experts=8, decoder_sparse_step=2),
+        vision_config=_QWEN3,
+        **_MARKS,
+    ),
     "qwen3_5": dict(text_config=_QWEN3_5, vision_config=dict(_PATCHES, num_position_embeddings=16), **_MARKS),
     "qwen3_5_moe": dict(text_config=_QWEN3_5_MOE, vision_config=dict(_PATCHES, num_position_embeddings=16), **_MARKS),
     "glm4v": dict(text_config=_QWEN, vision_config=dict(_QWEN3, image_size=16), **_TOKEN, **_GLM_MARKS),
+    "glm4v_moe": dict(
+        text_config=dict(_TEXT, **_EXPERTS, head_dim=16, n_routed_experts=8, rope_parameters=_PARTIAL),
+        vision_config=dict(_QWEN3, image_size=16),
+        **_TOKEN,
+        **_GLM_MARKS,
+    ),
+    "glm46v": dict(text_config=_QWEN, vision_config=dict(_QWEN3, image_size=16), **_TOKEN, **_GLM_MARKS),
     "gemma3": dict(vision_config=_SIGLIP, text_config=_GEMMA3, mm_tokens_per_image=4, **_INDEX),
     "internvl": dict(vision_config=_SMALL, text_config=_QWEN2, **_TOKEN),
     "llava_onevision": dict(vision_config=_SIGLIP, text_config=_QWEN2, **_TILES, **_INDEX),
     "mistral3": dict(vision_config=dict(_SMALL, head_dim=12, model_type="pixtral"), text_config=_MISTRAL, **_INDEX),
     "cohere2_vision": dict(vision_config=_SIGLIP, text_config=_COHERE2, alignment_intermediate_size=32, **_TOKEN),
+    "aya_vision": dict(vision_config=_SIGLIP, text_config=_COHERE2, **_INDEX),
 }
 """Settings of configurations, by name of the model type if they do not say another."""
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 OPTIONS = dict(do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
 FOUR = dict(OPTIONS, max_new_tokens=4, min_new_tokens=4)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
-WHOLE = sorted(set(CONFIGS) - {"paligemma2", "gemma3", "cohere2_vision", *HYBRID})
+WHOLE = sorted(set(CONFIGS) - {"paligemma2", "gemma3", "cohere2_vision", "aya_vision", *HYBRID})
 """All classes but those whose layers have sliding windows or keep a state."""
 ALIKE = ("llava", "paligemma", "internvl")
 """Classes whose image inputs are pixels of one shape alone, so that the vision tower is recorded, too."""

@@ -74,6 +74,20 @@ def test_text_alone_runs_as_in_the_teacher(distinct: str) -> None:
     assert torch.equal(student_of(distinct)(ids)[0].logits, expected)
 
 
+@pytest.mark.parametrize("mixture", ["qwen3_vl_moe", "glm4v_moe"])
+@torch.no_grad()
+def test_experts_and_image_tokens_are_left_out_together(mixture: str) -> None:
+    student = student_of(mixture, PRUNING, RouterSpec("mixture"), RouterSpec("token", sites=("mlp",)))
+    for limit in (p for key, p in student.added_parameters().items() if key.endswith("mixture.log_limit")):
+        limit.fill_(-1.1)  # of three weights that add up to one, some are below e^-1.1, some above
+    inputs = make_prompts(student.model, (2, 1))
+    out, decisions = student(**inputs)
+    assert decisions.share["1.mlp.mixture"].unique().numel() > 2 and "0.mlp.mixture" not in decisions.share
+    student.runtime.execution = "mask"
+    rows = student(**inputs)[0].logits[torch.arange(2)[:, None], decisions.index]
+    torch.testing.assert_close(out.logits[decisions.valid], rows[decisions.valid], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()
 def test_leaving_out_is_hiding(name: str, left: bool) -> None:
