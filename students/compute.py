@@ -10,8 +10,8 @@ decode a key costs more than in prefill (`BlockShape.per_latent`).
 
 What hybrid models have in place of attention in some blocks costs the same for every token: linear layers, convolution
 and, in linear attention with V heads, 3 V d_k d_v for reading and writing the state; in Mamba 2, with V heads of d
-channels and s states each, 2 V d s. In prefill implementations compute
-the state of many tokens at once, with more products; this is not counted.
+channels and s states each, 2 V d s. In prefill implementations compute the state of many tokens at once, with more
+products; this is not counted.
 
 The cost of what a gate switches is multiplied by the share of open gates. Routers, substitutes and low-rank corrections
 are counted too. Costs depend on the phase:
