@@ -13,6 +13,7 @@ from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.architectures.language import LANGUAGE_MODELS
 from students.execution import linear_group
 from students.flops import flop_counter
+from students.kernels import devices
 from students.libraries import cache_of
 from tests.pico.language import MORE, TINY, make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
@@ -126,6 +127,23 @@ def assert_decodes_in_one_pass(student: Student, tokens: torch.Tensor) -> None:
     student.runtime.execution = "skip"
     for rows in (slice(0, 2), slice(0, 1)):
         torch.testing.assert_close(whole[rows], decode(student, tokens[rows], None, 5), **CLOSE)
+
+
+def assert_one_however_it_runs(
+    student: Student, tokens: torch.Tensor, padding: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assert that masks, skipping, skipping as on a GPU and cached decoding give the same logits, with padding, which
+    fills the first four places of the first row, and without."""
+    valid = padding.bool()
+    torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
+    assert_decodes_in_one_pass(student, tokens)
+    assert_mask_is_skip(student, tokens, padding)
+    skipped = student(tokens, padding)[0].logits
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "runs_ahead", lambda device: True)
+        torch.testing.assert_close(skipped[valid], student(tokens, padding)[0].logits[valid], **CLOSE)
+    alone, padded = decode(student, tokens[:1, 4:], None, 5), decode(student, tokens, padding, 9)
+    torch.testing.assert_close(alone[0], padded[0, 4:], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,13 @@ from students.architectures.lookup import record_in
 from students.calibration.language import calibrate
 from students.execution.kv_cache import cache_bytes
 from students.families.language import LanguageStudent
-from students.kernels import devices
 from students.libraries import cache_of
 from students.recording import decoding
 from students.recording.decoding import Decoding
 from tests.pico.language import make_tiny
 from tests.students.tape import Tape
 from tests.students.test_decoding import SIX
-from tests.students.test_execution import (
-    CLOSE,
-    assert_decodes_in_one_pass,
-    assert_mask_is_skip,
-    decode,
-    in_both_ways,
-)
+from tests.students.test_execution import assert_one_however_it_runs
 from tests.students.test_students import MIXED, open_student_of, scramble
 
 HEAD = RouterSpec("vocab", rank=5)
@@ -90,16 +83,7 @@ def test_open_gates_change_no_bit(name: str, tokens: Tensor, padding: Tensor) ->
 def test_mask_is_skip_is_cached_decoding(
     name: str, kind: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, valid = make(name, kind), padding.bool()
-    torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
-    assert_decodes_in_one_pass(student, tokens)
-    assert_mask_is_skip(student, tokens, padding)
-    skipped = student(tokens, padding)[0].logits
-    with monkeypatch.context() as patch:
-        patch.setattr(devices, "runs_ahead", lambda device: True)
-        torch.testing.assert_close(skipped[valid], student(tokens, padding)[0].logits[valid], **CLOSE)
-    alone, padded = decode(student, tokens[:1, 4:], None, 5), decode(student, tokens, padding, 9)
-    torch.testing.assert_close(alone[0], padded[0, 4:], **CLOSE)  # the first row is padded by four
+    assert_one_however_it_runs(make(name, kind), tokens, padding, monkeypatch)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from students.execution.attention import route_trunk
 from students.execution.kv_cache import cache_bytes
 from students.execution.latent import attend_to_latents, expanded
 from students.families.language import LanguageStudent
-from students.kernels import devices
 from students.libraries import cache_of
 from students.recording.decoding import Decoding
 from teachers.quantize import quantize
@@ -24,9 +23,7 @@ from tests.students.test_execution import (
     CLOSE,
     assert_counted,
     assert_decodes_in_one_pass,
-    assert_mask_is_skip,
-    decode,
-    in_both_ways,
+    assert_one_however_it_runs,
 )
 from tests.students.test_hybrids import assert_texts_of_recorded_steps
 from tests.students.test_students import MIXED, scramble
@@ -68,16 +65,7 @@ def test_attention_to_latents_is_attention_to_keys(name: str) -> None:
 def test_mask_is_skip_is_cached_decoding(
     kind: str, name: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, valid = make(name, SPECS[kind]), padding.bool()
-    torch.testing.assert_close(*in_both_ways(student, tokens), **CLOSE)
-    assert_decodes_in_one_pass(student, tokens)
-    assert_mask_is_skip(student, tokens, padding)
-    skipped = student(tokens, padding)[0].logits
-    with monkeypatch.context() as patch:
-        patch.setattr(devices, "runs_ahead", lambda device: True)
-        torch.testing.assert_close(skipped[valid], student(tokens, padding)[0].logits[valid], **CLOSE)
-    alone, padded = decode(student, tokens[:1, 4:], None, 5), decode(student, tokens, padding, 9)
-    torch.testing.assert_close(alone[0], padded[0, 4:], **CLOSE)  # the first row is padded by four
+    assert_one_however_it_runs(make(name, SPECS[kind]), tokens, padding, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", SPECS)
