@@ -157,6 +157,11 @@ class BlockStart:
             return shape.q + shape.o + moved + shape.each_key(self.phase) * self._keys
         return shape.mlp_in + shape.mlp_out + shape.mlp_experts
 
+    @property
+    def written(self) -> float:
+        """The multiply-accumulates of a token's key and value."""
+        return self.shape.kv + self.shape.expand_kv * (self.phase == "prefill")
+
     def importance(self, site: str) -> Tensor:
         """Return the importance [C] of a site's input channels: the sum over outputs of sensitivity * weight^2."""
         if site not in self._importance:

@@ -126,7 +126,7 @@ class LayerKind(TokenKind):
 
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         """Start the router and fit the substitute on the input of attention, to replace what the block adds."""
-        saved = block.gated("attn") + block.gated("mlp") + (block.shape.kv if spec.kv == "drop" else 0)
+        saved = block.gated("attn") + block.gated("mlp") + (block.written if spec.kv == "drop" else 0)
         read, skipped = block.seen("attn"), block.seen("layer")
         return [block.skipping(spec, "attn", read, skipped, saved, scale=block.residual_scale)]
 

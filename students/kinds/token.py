@@ -65,7 +65,7 @@ class TokenKind(Kind):
     def start(self, spec: RouterSpec, block: BlockStart) -> list[Choice]:
         choices = []
         for branch in spec.where:
-            saved = block.gated(branch) + (block.shape.kv if spec.kv == "drop" and branch == "attn" else 0)
+            saved = block.gated(branch) + (block.written if spec.kv == "drop" and branch == "attn" else 0)
             choices.append(block.skipping(spec, branch, block.seen(branch), block.seen(branch), saved))
         return choices
 
