@@ -130,13 +130,13 @@ def routed_attention(
     if order is not None and key.shape[2] == tokens and (module.window is None or module.window >= tokens):
         attend, attention_mask = partial(_in_order, attend, order), None
     if routed is None:
-        reads_slots = not latents and ops.attends_to_cache(query, key, value, slot)
+        reads_slots = tokens == 1 and not latents and ops.attends_to_cache(query, key, value, slot)
         if slot is not None and attention_mask is None and not reads_slots:
             seen = torch.arange(key.shape[2], device=key.device) <= slot  # a layer that has slots of its own
             attention_mask = selection.additive(seen, query.dtype)[None, None, None]
         shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads
         fixed = slot is not None and base in ("sdpa", "eager")  # such steps return no attention weights
-        if (free or (fixed and plain)) and tokens == 1 and shared and reads_slots:
+        if (free or (fixed and plain)) and shared and reads_slots:
             scale = kwargs.get("scaling") or query.shape[3] ** -0.5
             window = 0 if slot is None else module.window or 0  # else the model's mask applies it
             return ops.decode_attention(query, key, value, attention_mask, slot, scale, window, cap or 0.0), None
