@@ -40,10 +40,6 @@ BETWEEN = 24
 """Maximum number of offsets that are measured between others to fill gaps in a range."""
 STEPS = 256
 """Approximate number of offsets at which compute is measured if it grows in steps."""
-SPREAD = 32.0
-"""Largest offset, in either direction, in the search for an exact start."""
-HALVINGS = 18
-"""Steps of that search: it ends within 0.00025 of an offset; the dial is set after training anyway."""
 APART = 0.1
 """Largest gap in compute between neighbouring measured points of a range, with a computed point in each gap."""
 PAUSE = 20.0
@@ -78,27 +74,20 @@ def lowest(student: Student, meter: Meter, *, trained: bool = True) -> float:
 
 
 def exact_start(
-    start: Start, student: Student, routers: Sequence[Router], targets: Sequence[float], meter: Meter
+    start: Start, student: Student, routers: Sequence[Router], targets: Sequence[float], meter: Meter, say: Say
 ) -> Start:
     """Return a calibrated start corrected by measured compute, for routers whose estimated compute is too inaccurate.
 
     Opens or closes the routers such that measured compute is the middle of the targets at offset 0, and replaces the
     start's compute and prices accordingly.
     """
-
-    def compute_at(offset: float) -> float:
-        student.runtime.offset = offset
-        return meter(1.0)
-
-    def offset_of(target: float) -> float:
-        return largest(-SPREAD, SPREAD, lambda offset: compute_at(offset) <= target, HALVINGS)
-
     middle = (targets[0] + targets[-1]) / 2
-    opened = offset_of(middle)
+    opened = _Curve(student, meter, say).offset_of(middle)
     for router in routers:
         router.open_by(opened)
-    offsets = [0.0 if target == middle else offset_of(target) for target in targets]
-    compute = compute_at(0.0)
+    curve = _Curve(student, meter, say)
+    offsets = [0.0 if target == middle else curve.offset_of(target) for target in targets]
+    compute, student.runtime.offset = curve.roughly(0.0), 0.0
     return replace(start, compute=compute, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
 
 
@@ -137,9 +126,7 @@ class _Curve:
             if time.monotonic() - self.last_said > PAUSE:
                 self.last_said = time.monotonic()
                 known = [*self.rough.values(), *self.exact.values()]
-                self.say(
-                    f"setting the dial: {len(known)} points measured, compute {min(known):.3f} to {max(known):.3f} ..."
-                )
+                self.say(f"{len(known)} offsets measured, compute {min(known):.3f} to {max(known):.3f} ...")
         return points[offset]
 
     def offset_of(self, compute: float) -> float:

@@ -71,7 +71,7 @@ def calibrate(student: Student, data: Any, config: RunConfig, say: Say, session:
     calibration statistics for reuse between runs."""
     say("calibrating: what would closing each gate cost ...")
     shuffled = order(len(data.train), config.train.seed, 0)
-    start = families.of(config.family).start(student, data, shuffled, config, session)
+    start = families.of(config.family).start(student, data, shuffled, config, session, say)
     say(f"closed-form start: compute {start.compute:.3f} at a price of {start.price:.2f} nats")
     return start
 

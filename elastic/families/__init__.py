@@ -128,7 +128,7 @@ class Family(Protocol):
         how many rows of the signals each sample has; its property `keeps` names the kind of signals.
         """
 
-    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session) -> Start:
+    def start(self, student: Any, data: Any, order: Tensor, config: RunConfig, session: Session, say: Say) -> Start:
         """Calibrate the student for all budgets that are trained (see distillation/budgets.py); order: shuffled numbers
         of the training samples; session: holds calibration statistics for reuse between runs."""
 

@@ -15,7 +15,7 @@ from elastic.baselines import image as baselines
 from elastic.config import RunConfig
 from elastic.data_parallel import scatter, split
 from elastic.distillation.budgets import trained_budgets
-from elastic.distillation.dial import SPREAD, Meter, exact_start, lowest
+from elastic.distillation.dial import Meter, exact_start, lowest
 from elastic.distillation.teacher_cache import digest
 from elastic.evaluation.image import MEASURED, chosen_pixels, compare
 from elastic.evaluation.image import METRICS as METRICS
@@ -26,7 +26,7 @@ from elastic.evaluation.image import score_correlations as score_correlations
 from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.objectives.image import Distillation as Distillation
-from elastic.reporting.progress import Watched
+from elastic.reporting.progress import Say, Watched
 from elastic.timing import image as timing_image
 from students.calibration.image import CALIBRATED, calibrate_images, observe_images
 from students.calibration.price import Start
@@ -42,6 +42,8 @@ generation: Generation | None = None
 """None: image models generate no text."""
 timing: Timing = timing_image
 UNIT = "images"
+LOWEST = -32.0
+"""Offset at which lower quotas are given up."""
 DIAL_IMAGES = 2048
 """Number of training images on which quotas and the dial are set."""
 BASELINES = ("random", "uniform", "tome")
@@ -104,7 +106,9 @@ class Batches:
         return pixels, [digest(image) for image in pixels]
 
 
-def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session) -> Start:
+def start(
+    student: ImageStudent, data: ImageData, order: Tensor, config: RunConfig, session: Session, say: Say
+) -> Start:
     """Calibrate the student; order: shuffled numbers of the training images; session: holds the calibration statistics
     of runs with the same routers."""
     batches = [part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)]
@@ -122,7 +126,7 @@ def start(student: ImageStudent, data: ImageData, order: Tensor, config: RunConf
     before = student.runtime.execution
     student.runtime.training, student.runtime.execution = True, "mask"  # as in training: a block merges at most half
     try:
-        return exact_start(start, student, merging, targets, lambda _: measured_compute(student, first))
+        return exact_start(start, student, merging, targets, lambda _: measured_compute(student, first), say)
     finally:
         student.runtime.training, student.runtime.execution = False, before
 
@@ -146,12 +150,22 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
         # patches that found no partner to merge with stay in the quotas however far the dial is turned; measured at a
         # lower offset, the quotas are smaller
         offset = -0.25
-        while offset > -SPREAD and lowest(student, lambda _: meter(0.0)) > target:
+        while offset > LOWEST and lowest(student, lambda _: meter(0.0)) > target:
             student.set_quotas(batches, offset, shard)
             offset *= 2
     if student.stepwise:
         batches = [batches[0][:1]]  # with quotas every image costs the same
-    return meter
+    if not student.by_count:
+        return meter
+    size, known = batches[0].shape[-2:], dict[tuple[Any, ...], float]()
+
+    def by_count(share: float) -> float:
+        counts = student.passing(size)
+        if counts not in known:
+            known[counts] = meter(share)
+        return known[counts]
+
+    return by_count
 
 
 def baselines_of(config: RunConfig) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from elastic.evaluation.session import Session
 from elastic.families import Generation, Timing
 from elastic.generation import language as generation_language
 from elastic.objectives.language import Distillation as Distillation
-from elastic.reporting.progress import Watched
+from elastic.reporting.progress import Say, Watched
 from elastic.timing import language as timing_language
 from students.calibration.language import Seen, calibrate, observe, places
 from students.calibration.price import Start
@@ -120,7 +120,9 @@ class Batches:
         return windows, [digest(window) for window in windows]
 
 
-def start(student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session) -> Start:
+def start(
+    student: LanguageStudent, data: TextData, order: Tensor, config: RunConfig, session: Session, say: Say
+) -> Start:
     """Calibrate the student; order: shuffled numbers of the training windows; session: holds the calibration statistics
     of runs whose routers need as much or more."""
     own, shard = scatter(order[: config.calibration.windows].split(CALIBRATED))

@@ -28,7 +28,7 @@ from elastic.evaluation.vision_language import routing as routing
 from elastic.families import Generation, Timing
 from elastic.generation import vision_language as generation_vision_language
 from elastic.objectives.vision_language import Distillation as Distillation
-from elastic.reporting.progress import Watched
+from elastic.reporting.progress import Say, Watched
 from elastic.timing import vision_language as timing_vision_language
 from students.calibration.price import Start
 from students.calibration.vision_language import CALIBRATED, calibrate_image_router, observe_image_tokens
@@ -135,7 +135,9 @@ class Batches:
         ]
 
 
-def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session) -> Start:
+def start(
+    student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session, say: Say
+) -> Start:
     """Calibrate the image router; order: shuffled numbers of the training questions; session: holds the calibration
     statistics of runs with the same routers. ValueError if the student has no image router."""
     if student.image_router is None:
@@ -152,7 +154,8 @@ def start(student: VisionLanguageStudent, data: Data, order: Tensor, config: Run
     start = calibrate_image_router(student, session.observed(of, routers, observe), read, targets)
     if not student.by_count:
         return start
-    return exact_start(start, student, [student.image_router], targets, compute_meter(student, data, order, config))
+    meter = compute_meter(student, data, order, config)
+    return exact_start(start, student, [student.image_router], targets, meter, say)
 
 
 @torch.no_grad()

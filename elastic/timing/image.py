@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ BATCHES: tuple[int, ...] = (1, 8, 64)
 RANDOM: Mapping[str, int] = {"calibration__windows": 32}
 IMAGES = 64
 """Number of images per timed pass, in batches of the requested size; a larger batch is timed on its own."""
+LONG_ENOUGH = 0.5
+"""Seconds that a timed pass takes at least, where all batches take the same time and fewer than IMAGES are enough."""
 
 
 def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
@@ -104,11 +107,11 @@ def _classify(
 
     Several batches are timed together, because images may differ in their compute, and one pass is too short to be
     timed. merged: the results of `_merging` so far, by share of FLOPs. alike: whether all images have the same compute,
-    so that FLOPs are counted on one batch.
+    so that FLOPs are counted on one batch, and no more batches are timed than last LONG_ENOUGH.
     """
-    parts = pixels.split(batch)
+    parts, device = pixels.split(batch), pixels.device
 
-    def forward(run: Callable[[Tensor], Any], parts: Sequence[Tensor] = parts) -> list[Any]:
+    def forward(run: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> list[Any]:
         return [run(part) for part in parts]
 
     some = parts[:1] if alike else parts  # a counted pass takes the host ten times as long
@@ -117,7 +120,10 @@ def _classify(
     if share not in merged:
         merged[share] = _merging(models["dense"].model, pixels[:1], share)
     models = {**models, **merged[share]}
-    seconds, peaks = medians({n: partial(forward, m.run) for n, m in models.items()}, repeats, parts[0].device)
+    if alike:
+        one = medians({"student": partial(forward, models["student"].run, some)}, 1, device)[0]["student"]
+        parts = parts[: math.ceil(LONG_ENOUGH / one)]
+    seconds, peaks = medians({n: partial(forward, m.run, parts) for n, m in models.items()}, repeats, device)
     seconds = {name: value / len(parts) for name, value in seconds.items()}
     row = row_of("classify", batch, tokens, counted, seconds, peaks)
     rates = {name: batch / value for name, value in seconds.items()}

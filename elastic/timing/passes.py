@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastic.accounting.counters import count
+from elastic.reporting.progress import Watched
 from students.execution.kv_cache import cache_bytes
 from students.libraries import cache_of, with_cache
 
@@ -57,7 +58,7 @@ def medians(works: Mapping[Any, Work], repeats: int, device: torch.device) -> tu
     """
     seconds: dict[Any, list[float]] = {name: [] for name in works}
     peaks: dict[Any, int] = {}
-    for turn in range(repeats + 1):
+    for turn in Watched("timing", range(repeats + 1)):
         for name, work in works.items():
             _forget_peak()
             started = time.perf_counter()

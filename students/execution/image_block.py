@@ -101,7 +101,7 @@ class RoutedBlock(Wrapper):
         some: Tensor | None = None
         index = rows = stand_in = weight = None
         valid = flow.valid
-        count = self._count(flow, router)
+        count = self.count(flow)
         if router is not None and (not self.merges or router.spec.network != "linear" or isinstance(count, tuple)):
             x, index, valid, stand_in, weight = self._choose_some(x, flow, router, count)
         elif router is not None and count is None:
@@ -261,8 +261,9 @@ class RoutedBlock(Wrapper):
         flow.size = size
         return x, torch.where(leaving.detach() > 0.5, matches.target, places) if self.runtime.restores else None
 
-    def _count(self, flow: Flow, router: Router | None) -> int | tuple[int, ...] | None:
+    def count(self, flow: Flow) -> int | tuple[int, ...] | None:
         """Return how many patches pass (see Runtime.patches_kept)."""
+        router = self.router
         if router is None:
             return None
         carries = router.spec.dropped == "merge" or (self.shortens and router.spec.multiple != 1)
@@ -299,7 +300,7 @@ class RoutedBlock(Wrapper):
             return self._probe(x, args, kwargs, flow, run.probed)
         here = None if flow.kept is None else flow.kept[:, self.prefix :].detach() != 0
         patches = flow.tokens - self.prefix
-        count, choosing = None if run.training else self._count(flow, router), None
+        count, choosing = None if run.training else self.count(flow), None
         if isinstance(count, tuple):
             left = torch.full((len(x),), patches, device=x.device) if here is None else here.sum(1)
             choosing = torch.tensor(count, device=x.device) < left

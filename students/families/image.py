@@ -16,6 +16,8 @@ from students.architectures.lookup import architecture_of, trunk_of
 from students.calibration.data_shard import BatchInfo, DataShard
 from students.compute import ComputeModel, Phase
 from students.decisions import Decisions
+from students.execution.call import Flow
+from students.execution.image_block import RoutedBlock
 from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.kernels.capture import Forward
@@ -127,6 +129,16 @@ class ImageStudent(Student):
         tokens, compute = self.at(pixels.shape[-2:])
         valid = torch.ones(len(pixels), tokens, dtype=torch.bool, device=pixels.device)
         return compute.routed_blocks(decisions, valid, "prefill").sum(1), compute.dense(valid, "prefill").sum(1)
+
+    @property
+    def by_count(self) -> bool:
+        """Whether only whole blocks have routers, and all keep quotas: an image's cost follows from `passing`."""
+        return self.stepwise and all(router.of_kind.over_blocks for router in self.spec.routers)
+
+    def passing(self, size: Sequence[int]) -> tuple[Any, ...]:
+        """Return how many patches of an image of this height and width pass each block (None: all that reach it)."""
+        flow, self.runtime.call.rows = Flow(self.at(size)[0]), None
+        return tuple(module.count(flow) for _, _, module in self._routed if isinstance(module, RoutedBlock))
 
     def uniform(self, share: float, size: Sequence[int], phase: Phase) -> float:
         """Return the compute ratio for images of this height and width if every router kept this share of its gates."""

@@ -354,3 +354,22 @@ def test_any_number_of_patches_is_kept_where_multiples_are_too_coarse(pixels: Te
             with torch.no_grad():
                 counts[multiples].add(int(student(pixels)[1].share["0.layer"][0].sum()))
     assert counts[None] <= {9, 12, 16, 17} and len(counts[1]) > len(counts[None])
+
+
+@pytest.mark.parametrize(
+    "spec", ["block", "odd blocks stay", "multiples of 4 stay", "block merges", "multiples of 4 merge"]
+)
+def test_where_as_many_patches_pass_images_cost_as_much(spec: str, pixels: Tensor) -> None:
+    student = routed("vit", spec, pixels)
+    costs: dict[tuple[int, ...], set[float]] = {}
+    for offset in torch.linspace(-2, 2, 40).tolist():
+        student.runtime.offset = offset
+        with torch.no_grad():
+            _, decisions = student(pixels)
+        passing = student.passing(pixels.shape[-2:])
+        for place, count in enumerate(passing):
+            if f"{place}.layer" in decisions.spec:
+                assert (decisions.share[f"{place}.layer"].sum(1) == count + student.runtime.prefix).all()
+        costs.setdefault(passing, set()).update(student.spent(pixels, decisions)[0].round().tolist())
+    assert student.by_count and len(costs) > 2
+    assert all(len(cost) == 1 for cost in costs.values())
