@@ -75,15 +75,15 @@ def workload_of(
     batch: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     new_tokens: int | None = None,
-    repeats: int = 5,
+    repeats: int | None = None,
     lossless: bool = False,
 ) -> Workload:
     """Return the workload to time; raise ValueError for an option that has no effect in the run's family.
 
     compute: budgets to set; none: the dial stays. batch: batch sizes (None: 1 for text; 1, 8 and 64 for images; 1 and 8
     for questions). tokens: lengths of text prompts (None: 512). new_tokens: tokens to decode (None: 128). repeats:
-    calls that a median is taken over. lossless: whether to time lossless decoding of text. For a model with fewer
-    positions, lengths of text that are None are shortened.
+    calls that a median is taken over (None: as `medians` says). lossless: whether to time lossless decoding of text.
+    For a model with fewer positions, lengths of text that are None are shortened.
     """
     timing = families.of(config.family).timing
     for name, given in (("tokens", tokens), ("new_tokens", new_tokens)):
@@ -189,7 +189,7 @@ def _tuned(dense: nn.Module) -> nn.Module:
     return model
 
 
-def _train(student: Student, data: Any, config: RunConfig, repeats: int) -> Row:
+def _train(student: Student, data: Any, config: RunConfig, repeats: int | None) -> Row:
     """Time a training step, and return its row, in which speed-ups are relative to one teacher forward pass.
 
     The ideal cost of a step is 1 + 2 c teacher forward passes: the teacher's own, and the student's forward and

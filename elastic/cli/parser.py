@@ -161,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--tokens", type=int, nargs="+", metavar="T", help="prompt lengths of text (default 512)")
     bench.add_argument("--new-tokens", type=int, metavar="N", help="tokens of text to decode (default 128)")
-    bench.add_argument("--repeats", type=int, default=5, help="runs that a median is taken of (default 5)")
+    help = "passes that a median is taken of (default 5; fewer, at least 2, where these take longer than a minute)"
+    bench.add_argument("--repeats", type=int, metavar="N", help=help)
     bench.add_argument("--lossless", action="store_true", help="time lossless decoding too (batch 1; see students)")
     bench.add_argument("--json", action="store_true", help="print one JSON object with rows")
 

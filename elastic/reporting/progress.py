@@ -45,7 +45,9 @@ class Watched(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         watcher = _watcher.get() or (lambda what, done, total: None)
-        for done, part in enumerate(self._parts):
-            watcher(self._what, done, len(self._parts))
-            yield part
-        watcher(self._what, len(self._parts), len(self._parts))
+        try:
+            for done, part in enumerate(self._parts):
+                watcher(self._what, done, len(self._parts))
+                yield part
+        finally:  # where the loop ends early, too
+            watcher(self._what, len(self._parts), len(self._parts))

@@ -100,7 +100,7 @@ def _classify(
     tokens: int,
     pixels: Tensor,
     batch: int,
-    repeats: int,
+    repeats: int | None,
     alike: bool,
 ) -> Row:
     """Time forward passes over images [N, C, H, W] in batches of `batch` and return a row with the mean time per batch.

@@ -26,6 +26,10 @@ from students.libraries import cache_of, with_cache
 Work = Callable[[], object]
 Row = dict[str, Any]
 """A row of timings, as `elastic bench --json` prints it."""
+REPEATS = 5
+"""Number of timed calls of a function, unless another is asked for."""
+ENOUGH = 60.0
+"""Seconds after which no further calls are timed, unless their number is asked for."""
 COUNTED = 4
 """Number of decode steps, after the timed ones, on which FLOPs and bytes are counted."""
 LAUNCHED = 9
@@ -49,16 +53,21 @@ packed, "tuned", a dense model with the student's faster execution (CUDA graphs,
 where asked for, "lossless", the student whose drafts the dense model verifies."""
 
 
-def medians(works: Mapping[Any, Work], repeats: int, device: torch.device) -> tuple[dict[Any, float], dict[Any, int]]:
+def medians(
+    works: Mapping[Any, Work], repeats: int | None, device: torch.device
+) -> tuple[dict[Any, float], dict[Any, int]]:
     """Return the median seconds and the peak memory in bytes of each function, called in turn `repeats` times after one
-    warm-up.
+    warm-up; None: REPEATS times, or fewer, at least twice, once all calls together have taken ENOUGH.
 
     The peak is that of the last call; on a GPU it is the largest of all calls, the warm-up included, because replaying
     a CUDA graph allocates nothing: its memory was allocated while the graph was captured.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in works}
     peaks: dict[Any, int] = {}
-    for turn in Watched("timing", range(repeats + 1)):
+    begun = time.perf_counter()
+    for turn in Watched("timing", range((repeats or REPEATS) + 1)):
+        if repeats is None and turn > 2 and time.perf_counter() - begun > ENOUGH:
+            break
         for name, work in works.items():
             _forget_peak()
             started = time.perf_counter()
@@ -106,7 +115,7 @@ def row_of(
 
 
 @torch.no_grad()
-def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
+def prefill(models: Models, inputs: dict[str, Tensor], repeats: int | None) -> Row:
     """Time the prompt pass of `generate`, and return its row: all tokens run through the blocks, the last token through
     the LM head, and the key/value cache is filled."""
     device = models["dense"].model.device
@@ -127,7 +136,7 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int) -> Row:
 
 
 @torch.no_grad()
-def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int) -> Row:
+def decode(models: Models, inputs: dict[str, Tensor], new: int, repeats: int | None) -> Row:
     """Time greedy decoding, and return its row: the seconds per token are those of `generate` with `new` tokens less
     those with one, over new - 1 (at most LAUNCHED tokens for the dense model on a GPU)."""
     device = models["dense"].model.device

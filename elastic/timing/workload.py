@@ -24,8 +24,8 @@ class Workload:
     """Lengths in tokens of the texts whose prefill is timed."""
     new_tokens: int
     """Number of tokens that are decoded."""
-    repeats: int
-    """Number of timed calls, of which the median is taken."""
+    repeats: int | None
+    """Number of timed calls, of which the median is taken; None: as `medians` says."""
     samples: int
     """Number of windows, images or questions that the largest timed pass takes."""
     prompt: int = PROMPT

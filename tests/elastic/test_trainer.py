@@ -30,7 +30,7 @@ from elastic.families import language
 from elastic.files import write_text
 from elastic.run import Run
 from elastic.settings import to_dict
-from elastic.timing.passes import medians
+from elastic.timing import passes
 from losses import forward_kl
 from students.checkpoint import read_tensors
 from students.execution.wrapper import Wrapper
@@ -362,10 +362,20 @@ def test_bench_measures_every_phase_against_the_dense_model(finished: Path):
     assert train["ideal_teacher_forwards"] == pytest.approx(1 + 2 * train["compute"])
 
 
+@pytest.mark.parametrize(("asked", "enough", "turns"), [(3, 0.0, 3), (None, 0.0, 2), (None, 60.0, 5)])
+def test_long_passes_are_timed_at_least_twice(
+    asked: int | None, enough: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "ENOUGH", enough)
+    calls: list[None] = []
+    passes.medians({"work": lambda: calls.append(None)}, asked, torch.device("cpu"))
+    assert len(calls) == 1 + turns
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be forgotten here")
 def test_peaks_are_those_of_their_own_work():
     works = {"large": lambda: torch.ones(50_000_000), "small": lambda: torch.ones(1)}
-    _, peaks = medians(works, 1, torch.device("cpu"))
+    _, peaks = passes.medians(works, 1, torch.device("cpu"))
     assert peaks["large"] > peaks["small"] + 100_000_000
 
 
