@@ -15,6 +15,7 @@ from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.progress import Say
 from elastic.run import Run
 from students import Student
+from teachers.wording import number_of
 
 TOLERANCE = 0.015
 """Largest difference between the budget and the compute on held-out data at which the budget counts as met."""
@@ -43,9 +44,10 @@ def measure(
     for number, budget in enumerate(budgets, 1):
         if budget is not None:
             student.set_compute(budget)
-        size = f"all {len(held_out):,}" if part == "all" else f"{len(held_out):,} {part}"
+        whole = part == "all"
+        size = "all " * whole + number_of(len(held_out), family.UNIT if whole else f"{part} {family.UNIT}")
         turn = f" at compute {budget:g}, {number} of {len(budgets)}" if len(budgets) > 1 else ""
-        say(f"measuring on {size} {family.UNIT}{turn} ...")
+        say(f"measuring on {size}{turn} ...")
         measured = launch.in_step(partial(family.evaluate, student, held_out, config, kept))
         rows.append(
             {

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from teachers.quiet import first_line, one_line, quiet
+from teachers.wording import number_of
 
 _PROBE_SECONDS = 3.0
 """How long the hub may take to answer a HEAD request before it counts as unreachable."""
@@ -146,11 +147,13 @@ def read_model(
     if other := sorted(report["mismatched_keys"]):
         key, found, wanted = other[0]
         shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
-        raise ValueError(f"{name}: {len(other)} weights are of another shape, such as {key}: {shapes}")
+        weights = number_of(len(other), "weights") + (" is" if len(other) == 1 else " are")
+        raise ValueError(f"{name}: {weights} of another shape, such as {key}: {shapes}")
     if missing := sorted(report["missing_keys"]):
         there = [file for file in ("model.safetensors", "model.safetensors.index.json") if (folder / file).is_file()]
         why = "; model.safetensors is read, not the files of the index beside it" if len(there) == 2 else ""
-        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}{why}")
+        weights = number_of(len(missing), "weights") + (" is" if len(missing) == 1 else " are")
+        raise ValueError(f"{name}: {weights} missing from the checkpoint, such as {missing[0]}{why}")
     return model, sorted(report["unexpected_keys"])
 
 

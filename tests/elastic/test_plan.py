@@ -153,6 +153,9 @@ def test_a_table_and_what_is_refused(capsys: pytest.CaptureFixture[str]):
     assert _size(123_456) == "0.12 MB" and _size(1.5e10) == "15.00 GB"
     assert " hours" in said and _duration(2.5) == "2.5 days" and _duration(0.004) == "5.76 minutes"
     assert main(["plan", "--model", "llama3-8b", "--tokens", "1000"]) == 0 and " 1 step, " in capsys.readouterr().out
+    assert main(["plan", "--model", "vit-small", "--samples", "1", "--set", "train.batch=1"]) == 0
+    said = capsys.readouterr().out
+    assert " 1 image of 197 tokens, 1 a GPU " in said and " 1 image, 197 tokens " in said
     for arguments in (["--model", "llama3-8b", "--share", "40"], ["--model", "llama3-9b"], ["--model", "timm/foo"]):
         assert main(["plan", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
