@@ -115,6 +115,10 @@ def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str])
     assert "no such configuration file: missing.yaml" in refused(*arguments, "--config", "missing.yaml")
     assert "--steps or --minutes" in refused("distill", "--model", "gpt2", "--steps", "5", "--minutes", "1")
     assert "0.7 means 70 %" in refused(*arguments, "--target-compute=-0.5")
+    said = refused(*arguments, "--set", "family=vit")
+    assert "family is vit, but " in said and said.endswith(" is a model of text alone: leave it away")
+    classes = ["distill", "--model", "vit-fashion", "--set"]
+    assert all("from 0" in refused(*classes, f"data.classes={given}") for given in ("[]", "[-1]"))
 
 
 def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: Callable[..., str]):
