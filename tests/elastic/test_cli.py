@@ -425,6 +425,9 @@ def test_a_pipe_that_its_reader_has_closed_ends_a_command_quietly(form: list[str
     result = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]  # as a service may have it
+    result = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):
