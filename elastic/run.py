@@ -177,7 +177,7 @@ class Run:
         paths = {"model": config.model, "data": config.data.source}
         local = {name: path for name, path in paths.items() if Path(path).is_absolute()}
         with suppress(ValueError):  # Windows has no relative path to another drive
-            return {name: os.path.relpath(path, self.folder.absolute()) for name, path in local.items()}
+            return {name: os.path.relpath(path, self.folder.resolve()) for name, path in local.items()}
         return {}
 
     def _located(self, what: str, name: str) -> str:
@@ -193,7 +193,7 @@ class Run:
         if what == "model" and about["source"].startswith(LOCAL):
             places.append(Path(about["source"].removeprefix(LOCAL).partition("; ")[0]))
         if what in about.get("beside", {}):
-            places.append(self.folder / about["beside"][what])
+            places.append(self.folder.resolve() / about["beside"][what])  # the folder may be named by a link
         if not given.is_absolute() and (what == "data" or about["source"].startswith(LOCAL)):
             here = self.folder.absolute()
             places += [parent / given for parent in (here, *here.parents)]
