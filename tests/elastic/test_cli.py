@@ -126,10 +126,14 @@ def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: 
     assert "can't allocate memory" in line and line.endswith(f"; {LESS_MEMORY}")
 
 
-def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
+def test_unreachable_target_states_the_lowest(
+    arguments: list[str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
     settings = ("--set", "student.routers=[{kind: head}]", "--set", "student.lora.rank=0", "--target-compute")
     message = refused(*arguments, *settings, "0.2")
     assert "--target-compute 0.2 is below" in message and "of the decode compute is left" in message
+    monkeypatch.setattr("elastic.families.language.load", lambda *_: pytest.fail("data was read"))
+    assert refused(*arguments, *settings, "0.2") == message
 
 
 def test_data_that_cannot_be_used(arguments: list[str], finished: Path, refused: Callable[..., str], here: Path):
