@@ -162,13 +162,14 @@ def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_co
 
     Raises a one-line ValueError with the library's message, or saying that `folder` has no file matching `patterns`.
     """
-    try:
+    there = any(any(folder.glob(pattern)) for pattern in patterns)
+    if not there:  # of some models transformers would make an empty one
+        raise ValueError(
+            f"{name}: {what} cannot be loaded: there is none beside the weights ({what.split()[-1]}.save_pretrained "
+            "puts it there)"
+        )
+    with one_line(f"{name}: {what} cannot be loaded"):
         return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = f"there is none beside the weights ({what.split()[-1]}.save_pretrained puts it there)"
-        if any(any(folder.glob(pattern)) for pattern in patterns):
-            reason = first_line(error)
-        raise ValueError(f"{name}: {what} cannot be loaded: {reason}") from error
 
 
 @contextmanager
