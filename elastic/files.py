@@ -69,6 +69,8 @@ def require_place(folder: Path) -> None:
     """Raise ValueError if `folder` neither is a folder that can be written to nor can be made."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder with --output")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there; name a folder with --output")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         reason = "cannot be written to" if place.is_dir() else "is a file"

@@ -170,6 +170,8 @@ def test_existing_folders_are_kept(arguments: list[str], finished: Path, refused
     (here / "other" / "thesis.txt").write_text("years of work")
     for overwrite in ((), ("--overwrite",)):
         assert "not a run folder" in refused(*arguments, "--output", "other", *overwrite)
+    (here / "link").symlink_to("gone")
+    assert "link is a link to gone, which is not there" in refused(*arguments, "--output", "link")
     for output in ("other/thesis.txt", "other/thesis.txt/run"):
         assert "other/thesis.txt is a file; name" in refused(*arguments, "--output", output)
     before = (here / "run" / "routers.safetensors").read_bytes()
