@@ -299,6 +299,9 @@ class RunConfig:
             raise ValueError(
                 "calibration.windows is 0: a range of budgets starts from calibrated prices, leave it away"
             )
+        started = [r for r in self.student.routers if traits.starts_at in (None, r.of_kind.place)]
+        if self.calibration.windows and not started:
+            raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
         selections = {r.selection for r in self.student.routers}
         if "topk" in selections and self.budget.control == "price":
             raise ValueError("top-k routers have a fixed share of open gates: use budget.control=capacity")

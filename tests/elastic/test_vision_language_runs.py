@@ -289,6 +289,10 @@ def test_the_command_line_speaks_of_questions(
         ([*asked, "--image", str(questions / "train.jsonl")], "cannot be read"),
         ([*asked, "--image", str(questions)], f"{questions} cannot be read: Is a directory"),
         (["distill", "--model", str(llava_folder)], "needs questions about images"),
+        (
+            ["distill", "--model", str(llava_folder), "--data", str(questions), "--preset", "static"],
+            "there is none: use --set calibration.windows=0",
+        ),
         (["distill", "--model", str(llava_folder), "--data", "nowhere/at/all"], "no such file or folder"),
         (["distill", "--model", str(llava_folder), "--data", str(questions / "0.png")], "unknown kind of file"),
     ):
