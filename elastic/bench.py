@@ -118,9 +118,10 @@ def measure(
     Stopped after Ctrl-C.
     """
     timing = families.of(config.family).timing
-    full, workload = workload, timing.fitted(student, workload)
+    full, workload = workload, timing.fitted(student, data, workload)
     if (*full.tokens, full.new_tokens) != (*workload.tokens, workload.new_tokens):
-        say(f"timed within the model's positions: prompts of {max(workload.tokens)}, {workload.new_tokens} new tokens")
+        prompts = f"prompts of {max(workload.tokens)}, " if "tokens" in timing.OPTIONS else ""
+        say(f"timed within the model's positions: {prompts}{workload.new_tokens} new tokens")
     trained = []
     if trains:
         say("training steps ...")

@@ -132,6 +132,8 @@ class DataConfig:
             raise ValueError(
                 f"data.window ({self.window}) must be at least 8 and data.held_out ({self.held_out}) at least 1"
             )
+        if self.classes is not None and min(self.classes, default=-1) < 0:
+            raise ValueError(f"data.classes is {list(self.classes)}; it needs one class or more, numbered from 0")
         for name in ("prompt", "max_tokens", "max_images"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"data.{name} is {number}; it must be at least 1")
@@ -297,6 +299,9 @@ class RunConfig:
             raise ValueError(
                 "calibration.windows is 0: a range of budgets starts from calibrated prices, leave it away"
             )
+        started = [r for r in self.student.routers if traits.starts_at in (None, r.of_kind.place)]
+        if self.calibration.windows and not started:
+            raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
         selections = {r.selection for r in self.student.routers}
         if "topk" in selections and self.budget.control == "price":
             raise ValueError("top-k routers have a fixed share of open gates: use budget.control=capacity")
@@ -361,6 +366,9 @@ def make_config(
         put(chosen, ["model"], str(entry.folder.absolute()))  # for runs that are opened from another directory
     if entry.also is not None and _is_for(entry.also, layers):
         entry = replace(entry, family=entry.also, also=None)
+    asked = next((layer["family"] for layer in reversed(layers) if "family" in layer), entry.family)
+    if asked != entry.family and asked in list(TRAITS):
+        raise ValueError(f"family is {asked}, but {model} is {TRAITS[entry.family].noun}: leave it away")
     phases = [phase for layer in layers if (phase := section_of(layer, "budget").get("phase"))]
     traits = TRAITS[entry.family]
     applies = traits.section or ("prefill" if phases[-1:] == ["prefill"] else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.progress import Say
 from elastic.run import Run
 from students import Student
+from teachers.wording import number_of
 
 TOLERANCE = 0.015
 """Largest difference between the budget and the compute on held-out data at which the budget counts as met."""
@@ -43,9 +44,10 @@ def measure(
     for number, budget in enumerate(budgets, 1):
         if budget is not None:
             student.set_compute(budget)
-        size = f"all {len(held_out):,}" if part == "all" else f"{len(held_out):,} {part}"
+        whole = part == "all"
+        size = "all " * whole + number_of(len(held_out), family.UNIT if whole else f"{part} {family.UNIT}")
         turn = f" at compute {budget:g}, {number} of {len(budgets)}" if len(budgets) > 1 else ""
-        say(f"measuring on {size} {family.UNIT}{turn} ...")
+        say(f"measuring on {size}{turn} ...")
         measured = launch.in_step(partial(family.evaluate, student, held_out, config, kept))
         rows.append(
             {
@@ -84,6 +86,7 @@ def measure_run(
     compute: Sequence[float] = (),
     baselines: Sequence[str] = (),
     session: Session | None = None,
+    failed: Callable[[str, ValueError], None] | None = None,
     say: Say = print,
 ) -> list[dict[str, Any]]:
     """Load a finished run and measure it on the held-out part of `data`, on all of it if it has none, or on the run's
@@ -91,7 +94,8 @@ def measure_run(
 
     Returns one row for each budget in `compute` (none given: one row where training left the dial, or for a range one
     at each end and one in the middle), then one for each baseline (BASELINES of the family) at the first row's compute.
-    session: teacher, data, teacher outputs and calibration statistics to reuse.
+    session: teacher, data, teacher outputs and calibration statistics to reuse. failed: told of a baseline that this
+    student cannot have, which then has no row; None: ValueError.
     """
     session = session or Session()
     run, budgets = launch.together(partial(_what_to_measure, folder, data, compute, baselines))
@@ -110,7 +114,13 @@ def measure_run(
     for other in baselines:
         say(f"measuring the baseline {other} ...")
         spent = row.get(f"compute_{config.budget.phase}", row["compute"])  # in the phase that the target limits
-        measured = launch.in_step(partial(family.baseline, other, student, held_out, config, spent, session))
+        try:
+            measured = launch.in_step(partial(family.baseline, other, student, held_out, config, spent, session))
+        except ValueError as error:
+            if failed is None:
+                raise
+            failed(other, error)
+            continue
         nothing = {"trainable_parameters": 0, "trainable_share": 0.0, "checkpoint_bytes": 0}
         rows.append({**row, **measured, **nothing, "preset": other})
     return rows

@@ -14,22 +14,23 @@ class Unwritable(OSError):
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """Context, or decorator, in which errors of the system are those of a file that cannot be written: Unwritable."""
+def writing(path: Path | None = None) -> Iterator[None]:
+    """Context, or decorator, in which errors of the system are those of a file that cannot be written: Unwritable, with
+    its path (None: it is in their messages)."""
     try:
         yield
     except OSError as error:
-        raise Unwritable(str(error)) from None
+        said = str(error) if path is None else f"cannot write {path}: {error.strerror or error}"
+        raise Unwritable(said) from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it; raise Unwritable, with the path, if that fails."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise Unwritable(f"cannot write {path}: {error.strerror or error}") from None
+        with writing(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
     finally:
         with suppress(OSError):  # unlinking fails too on a read-only disk
             part.unlink(missing_ok=True)
@@ -38,16 +39,17 @@ def write_text(path: Path, text: str) -> None:
 def append_line(path: Path, line: str, *, sync: bool = False) -> None:
     """Append a line to a text file, with `sync` down to the disk; raise Unwritable, with the path, if that fails, in
     which case no part of a line stays at the file's end."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        raise Unwritable(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            raise
 
 
 def require_writable(path: Path) -> None:
@@ -67,6 +69,8 @@ def require_place(folder: Path) -> None:
     """Raise ValueError if `folder` neither is a folder that can be written to nor can be made."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder with --output")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there; name a folder with --output")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         reason = "cannot be written to" if place.is_dir() else "is a file"

@@ -60,6 +60,7 @@ OPTIONAL_KINDS: dict[str, Any] = {
     **dict.fromkeys(("beside", "versions", "machine", "result", "teacher_cache"), dict),
     **dict.fromkeys(("results", "plan", "peak_memory"), list),
     **dict.fromkeys(("steps", "seconds", "trained"), int | float),
+    "format": int,
 }
 """Entries that an elastic.json may have, and the kind of their values."""
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -149,9 +150,13 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path, *, finished: bool = False) -> Run:
-        """Return an existing run; raise ValueError if the folder has none or, with `finished`, an unfinished one."""
+        """Return an existing run; raise ValueError if the folder has none, one of a later version of Elastic or, with
+        `finished`, an unfinished one."""
         require_run(folder, finished=finished)
-        return cls(folder)
+        run = cls(folder)
+        if (made := run.about.get("format", FORMAT)) > FORMAT:
+            raise ValueError(f"{folder} is of format {made}, and this Elastic reads {FORMAT}: install a newer one")
+        return run
 
     @cached_property
     def config(self) -> RunConfig:
@@ -160,7 +165,10 @@ class Run:
         settings = read_yaml(file)
         if "student" not in settings:  # the last section: what is missing would silently be what it is by default
             raise ValueError(f"{file} is damaged (it has no section student): restore it or distil again")
-        config: RunConfig = from_dict(RunConfig, settings)
+        try:
+            config: RunConfig = from_dict(RunConfig, settings)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         data = replace(config.data, source=self._located("data", config.data.source))
         return replace(config, model=self._located("model", config.model), data=data)
 
@@ -169,7 +177,7 @@ class Run:
         paths = {"model": config.model, "data": config.data.source}
         local = {name: path for name, path in paths.items() if Path(path).is_absolute()}
         with suppress(ValueError):  # Windows has no relative path to another drive
-            return {name: os.path.relpath(path, self.folder.absolute()) for name, path in local.items()}
+            return {name: os.path.relpath(path, self.folder.resolve()) for name, path in local.items()}
         return {}
 
     def _located(self, what: str, name: str) -> str:
@@ -185,7 +193,7 @@ class Run:
         if what == "model" and about["source"].startswith(LOCAL):
             places.append(Path(about["source"].removeprefix(LOCAL).partition("; ")[0]))
         if what in about.get("beside", {}):
-            places.append(self.folder / about["beside"][what])
+            places.append(self.folder.resolve() / about["beside"][what])  # the folder may be named by a link
         if not given.is_absolute() and (what == "data" or about["source"].startswith(LOCAL)):
             here = self.folder.absolute()
             places += [parent / given for parent in (here, *here.parents)]

@@ -12,7 +12,7 @@ from elastic import families
 from elastic.accounting.memory import free_memory, need_of
 from elastic.bench import measure, workload_of
 from elastic.config import RunConfig
-from elastic.distillation.start import calibrate, set_budget, set_capacity, student_for
+from elastic.distillation.start import calibrate, require_reachable, set_budget, set_capacity, untrained
 from elastic.evaluation.session import Session
 from elastic.reporting.progress import Say
 from elastic.run import DTYPES, share_weights
@@ -49,7 +49,8 @@ def bench_shape(config: RunConfig, *, say: Say = print, **asked: Any) -> list[di
     family = families.of(config.family)
     data = family.random_data(replace(config, data=replace(config.data, held_out=workload.samples)), model)
     say(f"{shape.name}: {sum(p.numel() for p in model.parameters()):,} random weights; {data.description}")
-    student = student_for(config, Teacher(shape.name, model, None, shape.family, "random weights", ""), data)
+    student = untrained(config, Teacher(shape.name, model, None, shape.family, "random weights", ""))
+    require_reachable(student, data, config)
     set_capacity(student, data, config)
     offsets = calibrate(student, data, config, say, Session()).offsets if config.calibration.windows else [0.0]
     set_budget(student, data, config, offsets, say)

@@ -140,9 +140,8 @@ def sweep(
             keys, name = wanted[task.name, point], f"{task.name} at {point[0]:g}"
             say(f"[{clock}] {name}")
 
-            def without(baselines: list[str], error: Exception, keys: list[Key] = keys, name: str = name) -> None:
-                lost = [key for key in keys if key[2] in baselines]
-                failed(f"{name}, baselines {', '.join(baselines)}", lost, error)
+            def without(baseline: str, error: Exception, keys: list[Key] = keys, name: str = name) -> None:
+                failed(f"{name}, baseline {baseline}", [key for key in keys if key[2] == baseline], error)
 
             try:
                 with clock.timing("points"):
@@ -228,29 +227,30 @@ def _measure(
     kinds: Sequence[str | None],
     options: PointOptions,
     session: Session,
-    without: Callable[[list[str], Exception], None],
+    without: Callable[[str, Exception], None],
     say: Say,
 ) -> Iterator[Row]:
     """Measure a point and yield its missing rows, `kinds` (None: the student's, else a baseline's name).
 
-    For the student's row, the details for reports are written too, and speed is measured if asked for. If baselines
-    fail, `without` is told of it.
+    For the student's row, the details for reports are written too, and speed is measured if asked for. At the end
+    `without` is told of each baseline that failed.
     """
     budget, turn = point
     path = str(folder.run(task.name))
     baselines = [kind for kind in kinds if kind is not None]
-    turns = () if turn is None else (turn,)
-    what: dict[str, Any] = {"data": options.data, "compute": turns, "session": session, "say": say}
-    try:
-        measured = evaluate.measure_run(path, baselines=baselines, **what)
-    except ValueError as error:
-        if not baselines:
-            raise
-        without(baselines, error)
-        measured, baselines = evaluate.measure_run(path, **what), []
+    turns, lost = () if turn is None else (turn,), dict[str, ValueError]()
+    measured = evaluate.measure_run(
+        path,
+        data=options.data,
+        compute=turns,
+        baselines=baselines,
+        session=session,
+        failed=lost.__setitem__,
+        say=say,
+    )
     run = Run.open(path)
     metrics = families.of(task.config.family).METRICS
-    for row, baseline in zip(measured, (None, *baselines), strict=True):
+    for row, baseline in zip(measured, (None, *(b for b in baselines if b not in lost)), strict=True):
         if baseline not in kinds:
             continue
         row |= {
@@ -275,6 +275,8 @@ def _measure(
             if options.timed:
                 row["bench"] = launch.on_main(partial(bench.bench_run, path, compute=turns, say=say))
         yield row
+    for name, error in lost.items():
+        without(name, error)
 
 
 def routing_details(path: str, turn: float | None, session: Session | None = None) -> dict[str, Any]:

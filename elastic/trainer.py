@@ -29,7 +29,7 @@ from elastic.distillation.checkpoints import State
 from elastic.distillation.interrupt import interruptible
 from elastic.distillation.loader import loader_of, picked
 from elastic.distillation.schedule import Schedule
-from elastic.distillation.start import adopted, calibrate, set_budget, set_capacity, student_for
+from elastic.distillation.start import adopted, calibrate, require_reachable, set_budget, set_capacity, untrained
 from elastic.distillation.teacher_cache import require_cache
 from elastic.evaluate import HELD_OUT, measure
 from elastic.evaluation.session import Session
@@ -160,10 +160,11 @@ def _load(
     """Return the teacher, the data and an untrained student; raise ValueError if they do not fit together."""
     teacher = launch.main_process_first(lambda: load_teacher(config))
     say(f"teacher: {teacher.name}, {teacher.source}")
+    student = launch.together(lambda: untrained(config, teacher))
     say(f"data: reading {config.data.source} ...")
     data = launch.main_process_first(lambda: session.data(config))
     say(f"data: {families.of(config.family).summary(data, config)}")
-    student = launch.together(lambda: student_for(config, teacher, data))
+    launch.together(lambda: require_reachable(student, data, config))
     if config.train.checkpointing:
         launch.in_step(student.checkpoint_blocks)
     return teacher, data, student

@@ -27,6 +27,8 @@ class Traits:
     """The section of a preset or configuration file for this family, used in either phase."""
     data: str | None = None
     """The kinds of data that the user must choose from, for an error message; None: there is a default."""
+    starts_at: str | None = None
+    """The place of the only routers that calibration starts (Kind.place); None: it starts those of every place."""
     one_word: bool = False
     """Whether a hub data set may be named without its owner, such as imagenet-1k."""
     tasks: bool = False
@@ -61,6 +63,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             ("data.max_images",),
             QUESTIONS,
             section="vlm",
+            starts_at="input",
             data=_QUESTIONS,
         ),
     }

@@ -48,6 +48,8 @@ def read_tensors(path: Path, *needed: str) -> tuple[dict[str, Tensor], dict[str,
         return {".".join(FORMER_NAMES.get(part, part) for part in n.split(".")): x for n, x in tensors.items()}, about
     except FileNotFoundError:
         raise ValueError(f"{path} {'may not be read' if path.exists() else 'does not exist'}") from None
+    except OSError as error:  # a folder has this name, say
+        raise ValueError(f"{path} cannot be read: {error}") from None
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         reason = error.args[0] if error.args else error
         raise ValueError(

@@ -72,10 +72,16 @@ class SelfCheck:
 
     def __init__(self, model: nn.Module, run: Callable[..., Any], inputs: Tensor, language: bool) -> None:
         self._model, self._call, self._inputs, self._language = model, run, inputs, language
-        with fresh_positions(model):
-            self._whole = self._run(inputs)
-            self._cached = self._decode() if language else self._whole
         asked = "a few tokens" if language else "images of noise"
+        try:
+            with fresh_positions(model):
+                self._whole = self._run(inputs)
+                self._cached = self._decode() if language else self._whole
+        except (LookupError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(f"{type(model).__name__} itself cannot read {asked}: {what}") from error
         if self._whole.isnan().any():
             raise ValueError(
                 f"{type(model).__name__} itself answers NaN to {asked}: its weights are damaged or overflow in this "

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from teachers.quiet import first_line, one_line, quiet
+from teachers.wording import number_of
 
 _PROBE_SECONDS = 3.0
 """How long the hub may take to answer a HEAD request before it counts as unreachable."""
@@ -146,11 +147,13 @@ def read_model(
     if other := sorted(report["mismatched_keys"]):
         key, found, wanted = other[0]
         shapes = f"{list(found)} in the checkpoint and {list(wanted)} by config.json"
-        raise ValueError(f"{name}: {len(other)} weights are of another shape, such as {key}: {shapes}")
+        weights = number_of(len(other), "weights") + (" is" if len(other) == 1 else " are")
+        raise ValueError(f"{name}: {weights} of another shape, such as {key}: {shapes}")
     if missing := sorted(report["missing_keys"]):
         there = [file for file in ("model.safetensors", "model.safetensors.index.json") if (folder / file).is_file()]
         why = "; model.safetensors is read, not the files of the index beside it" if len(there) == 2 else ""
-        raise ValueError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}{why}")
+        weights = number_of(len(missing), "weights") + (" is" if len(missing) == 1 else " are")
+        raise ValueError(f"{name}: {weights} missing from the checkpoint, such as {missing[0]}{why}")
     return model, sorted(report["unexpected_keys"])
 
 
@@ -159,13 +162,14 @@ def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_co
 
     Raises a one-line ValueError with the library's message, or saying that `folder` has no file matching `patterns`.
     """
-    try:
+    there = any(any(folder.glob(pattern)) for pattern in patterns)
+    if not there:  # of some models transformers would make an empty one
+        raise ValueError(
+            f"{name}: {what} cannot be loaded: there is none beside the weights ({what.split()[-1]}.save_pretrained "
+            "puts it there)"
+        )
+    with one_line(f"{name}: {what} cannot be loaded"):
         return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = f"there is none beside the weights ({what.split()[-1]}.save_pretrained puts it there)"
-        if any(any(folder.glob(pattern)) for pattern in patterns):
-            reason = first_line(error)
-        raise ValueError(f"{name}: {what} cannot be loaded: {reason}") from error
 
 
 @contextmanager

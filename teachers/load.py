@@ -12,6 +12,7 @@ from teachers import families, hub, wheel
 from teachers.quantize import keep_differentiable, kept_bytes, plain_parts, quantize, quantized_by, require
 from teachers.quiet import quiet
 from teachers.registry import ModelEntry, models, resolve
+from teachers.wording import number_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,8 @@ def load(
         if quantization == "none":
             _must_be_finite(name, dict(model.named_parameters()))
     if found.unused:
-        weights = f"{len(found.unused)} weights of the checkpoint have no place in this model"
+        have = "has" if len(found.unused) == 1 else "have"
+        weights = f"{number_of(len(found.unused), 'weights')} of the checkpoint {have} no place in this model"
         source += f"; {weights}, such as {found.unused[0]}"
     return Teacher(name, model, found.processor, family, source, identity)
 

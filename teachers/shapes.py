@@ -65,7 +65,7 @@ def find_shape(name: str) -> Shape:
             f"{name}: its config.json is not in the hub's cache and cannot be downloaded: {hub.unreachable()}; "
             f"shapes that need none are {', '.join(shapes())}"
         )
-    config = json.loads(file.read_text("utf-8"))
+    config = json.loads(file.read_text("utf-8"), object_hook=_plain)
     if "architecture" in config:
         return Shape(name, entry.family, timm={"model_name": f"local-dir:{file.parent}"})
     if LANGUAGE in config:  # the folder holds tower and projector only; the language model has its own configuration
@@ -73,6 +73,12 @@ def find_shape(name: str) -> Shape:
         tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
         config |= {"text_config": text, "image_token_index": text["vocab_size"] - 1, **tied}
     return Shape(name, entry.also or entry.family, config)
+
+
+def _plain(part: dict[str, Any]) -> Any:
+    """Return a part of a config.json, or the number that it stands for where transformers has written an infinite one
+    as {"__float__": "Infinity"} (Granite 4)."""
+    return float(part["__float__"]) if part.keys() == {"__float__"} else part
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> nn.Module:

@@ -106,13 +106,15 @@ def kept_bytes(student: Student) -> tuple[int, int]:
     exists for one block at a time, with the gradients within its MLP.
     """
     blocks, record = student.blocks[untouched(student) :], student.record
+    trunk: Any = getattr(student, "trunk", student.model)
     size = next(p for p in student.model.parameters() if not p.requires_grad).element_size()
     each, back, streams, merged = [], [], 0, 0
     for block in blocks:
         own = record_in(record, block)
         sizes = {site: [shape_of(block.get_submodule(name)) for name in own.linears(site)] for site in own.sites}
         read = {site: shapes[0][1] for site, shapes in sizes.items()}
-        width, neurons, mixed = next(iter(read.values())), read.get("mlp_out", 0), _mixed(block, own)
+        width = next(iter(read.values())) if read else trunk.config.hidden_size
+        neurons, inner = read.get("mlp_out", 0), _in_mixer(block, own) + _in_experts(block, own)
         kept = sum(read[site] for site in own.sites if site == "attn_out" or _is_routed(block, own, site))
         written = sum(outputs for site in ("attn_in", "mlp_in") for outputs, _ in sizes.get(site, ()))
         written += sum(sum(shape_of(block.get_submodule(name))) for name in own.linears("expand"))
@@ -120,8 +122,8 @@ def kept_bytes(student: Student) -> tuple[int, int]:
         joined = any(getattr(end, "activation", None) is not None for end in ends)
         gated = sum(outputs for outputs, _ in sizes.get("mlp_in", ())) == 2 * neurons
         gates = width * sum(_gate_factors(block, name) for name in (own.attn, own.mlp))
-        each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined + mixed)
-        back.append((2 + gated) * neurons + mixed)
+        each.append(2 * width + kept + written + gates + neurons * gated - 2 * neurons * joined + inner)
+        back.append((2 + gated) * neurons + inner)
         streams += width
         merged += MERGED * width * bool(getattr(block, "merges", False) and block.routers)
     if student.runtime.recompute:
@@ -132,23 +134,25 @@ def kept_bytes(student: Student) -> tuple[int, int]:
 def _passed(block: nn.Module, record: Architecture) -> int:
     """Return the inputs and outputs of all linear layers of a block, for one token."""
     names = [name for site in (*record.sites, "expand") for name in record.linears(site)]
-    return sum(sum(shape_of(block.get_submodule(name))) for name in names) + _mixed(block, record)
+    plain = sum(sum(shape_of(block.get_submodule(name))) for name in names)
+    return plain + _in_mixer(block, record) + _in_experts(block, record)
 
 
-def _mixed(block: nn.Module, record: Architecture) -> int:
-    """Return the inputs and outputs of the matrices of a mixture of experts, for one token, and what stands in place of
-    attention keeps; 0: there are no experts, and there is attention."""
-    mixed = 0
-    if not record.attn_in:
-        mixer: Any = block.get_submodule(record.attn)
-        mixed = sum(sum(shape_of(module)) for module in mixer.modules() if hasattr(module, "in_features"))
-        scans = hasattr(mixer, "ssm_state_size")
-        mixed *= STATE if scans or hasattr(mixer, "num_v_heads") else 1
-        if scans:
-            mixed += mixer.num_heads * (SCANNED[0] * mixer.chunk_size + SCANNED[1] * mixer.ssm_state_size)
-    if not record.mixes:
-        return mixed
-    return mixed + sum(sum(shape) for shapes in matrices_of(block, record) for shape in shapes)
+def _in_mixer(block: nn.Module, record: Architecture) -> int:
+    """Return how many values what stands in place of attention keeps for backward, for one token; 0: attention does."""
+    if record.attn_in:
+        return 0
+    mixer: Any = block.get_submodule(record.attn)
+    read = sum(sum(shape_of(module)) for module in mixer.modules() if hasattr(module, "in_features"))
+    if hasattr(mixer, "ssm_state_size"):
+        scanned = SCANNED[0] * mixer.chunk_size + SCANNED[1] * mixer.ssm_state_size
+        return STATE * read + mixer.num_heads * scanned
+    return (STATE if hasattr(mixer, "num_v_heads") else 1) * read
+
+
+def _in_experts(block: nn.Module, record: Architecture) -> int:
+    """Return the inputs and outputs of the matrices of a mixture of experts, for one token; 0: there is none."""
+    return sum(sum(shape) for shapes in matrices_of(block, record) for shape in shapes) if record.mixes else 0
 
 
 def untouched(student: Any) -> int:

@@ -159,6 +159,8 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from teachers.wording import number_of
+
     def speed(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}x"
 
@@ -167,7 +169,7 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     names = "elastic-distill", "torch", "transformers"
     print(f"{about['timed']}; {first['preset']}, {first['dtype']}; {about['date']}")
     print(
-        f"{machine.get('device', machine['processor'])}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}; "
+        f"{machine.get('device', machine['processor'])}, {number_of(machine['threads'], 'threads')}; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
     )
     if "replaced_kernels" in machine:
@@ -219,6 +221,8 @@ def plan_command(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from teachers.wording import number_of
+
     table = Table(show_header=False)
     table.add_row("model, preset", f"{found['model']}, {found['preset']}")
     table.add_row("parameters", f"{found['parameters']:,}, of routers {found['trainable_parameters']:,}")
@@ -235,12 +239,13 @@ def plan_command(options: argparse.Namespace) -> None:
         spread = found["spread"]
         parts = f"{_size(spread['needed'])} a GPU, of weights {_size(spread['weights'])}"
         table.add_row(f"spread over {options.gpus}", f"{parts}: {'fits' if spread['fits'] else 'does not fit'}")
-    table.add_row("a step", f"{found['batch']} {found['unit']} of {found['length']} tokens, {found['rows']} a GPU")
+    samples, length = number_of(found["batch"], found["unit"]), number_of(found["length"], "tokens")
+    table.add_row("a step", f"{samples} of {length}, {found['rows']:,} a GPU")
     table.add_row("FLOPs", f"{found['flops_per_token']:.3g} a token, {found['step_flops']:.3g} a step")
     reached = f"{options.share:.0%} of {options.peak:g} TFLOP/s a GPU"
     table.add_row("seconds a step", f"{found['step_seconds']:.3g} at {reached}")
-    trained = f"{found['samples']:,.0f} {found['unit']}, {found['tokens']:.3g} tokens"
-    table.add_row(trained, f"{found['steps']:,} step{'s' * (found['steps'] > 1)}, {_duration(found['days'])}")
+    trained = f"{number_of(round(found['samples']), found['unit'])}, {found['tokens']:.3g} tokens"
+    table.add_row(trained, f"{number_of(found['steps'], 'steps')}, {_duration(found['days'])}")
     Console(soft_wrap=True, markup=False).print(table)
 
 

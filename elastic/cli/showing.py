@@ -33,6 +33,7 @@ def generate_command(options: argparse.Namespace) -> None:
     except UnicodeEncodeError:
         raise ValueError("--prompt has bytes that are no text in this locale: set LC_ALL=C.UTF-8") from None
     from elastic.generate import generate_text
+    from teachers.wording import number_of
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -52,7 +53,7 @@ def generate_command(options: argparse.Namespace) -> None:
             say("stopped: the model has no position for another token")
         each = result["tokens_per_verification"]
         kept = "" if each is None else f"{each:.2f} tokens per verification, "
-        speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s"
+        speed = f"{number_of(result['tokens'], 'tokens')}, {result['tokens_per_second']:.1f} tokens/s"
         say(f"{speed}, {kept}compute {result['compute']:.3f}")
 
 
@@ -70,8 +71,11 @@ def info_command(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    from teachers.wording import number_of
+
     rows = about.get("results", [about["result"]] if "result" in about else [])  # runs of earlier versions have one
     steps = about.get("steps", config.train.steps)
+    minutes = f"{config.train.minutes} min"
     took = f", {about['seconds'] / 60:.1f} min" if "seconds" in about else ""
     unfinished = "" if rows else f", not finished: elastic distill --resume {quote(str(run.folder))}"
     lines = [
@@ -84,7 +88,7 @@ def info_command(options: argparse.Namespace) -> None:
         *(("router", _router(router)) for router in config.student.routers),
         ("corrections", f"LoRA of rank {config.student.lora.rank}" if config.student.lora.rank else "none"),
         ("data", f"{config.data.source}, {config.data.held_out} held out"),
-        ("training", f"{steps} steps of {config.train.batch}{took}" if steps else f"{config.train.minutes} min"),
+        ("training", f"{number_of(steps, 'steps')} of {config.train.batch}{took}" if steps else minutes),
         *(
             (part, ", ".join(f"{name} {value}" for name, value in about.get(part, {}).items()))
             for part in ("versions", "machine")

@@ -108,6 +108,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
     from rich.console import Console
     from rich.table import Table
 
+    from teachers.wording import number_of
+
     keys = list(dict.fromkeys(key for row in rows for key, _, _ in row["metrics"]))
     names = [key for key in ("model", "preset", "seed") if len({row[key] for row in rows}) > 1]  # only what varies
     table = Table(*names, "student", "asked", "compute", *(key.replace("_", " ") for key in keys))
@@ -116,9 +118,8 @@ def sweep_command(options: argparse.Namespace) -> int | None:
         numbers = (f"{row['compute_target']:.3f}", f"{row['compute']:.3f}")
         table.add_row(*which, *numbers, *(f"{row[k]:.4f}" if k in row else "" for k in keys))
     Console(width=160).print(table)
-    points = "1 point" if len(rows) == 1 else f"{len(rows)} points"
     page = f"elastic report {shlex.quote(options.output)} -o report.html"
-    print(f"{points}: {options.output}   a page about them: {page}")
+    print(f"{number_of(len(rows), 'points')}: {options.output}   a page about them: {page}")
     return _report_missed(rows)
 
 

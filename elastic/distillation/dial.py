@@ -17,6 +17,7 @@ from students import Student
 from students.calibration.price import Start
 from students.compute import Phase
 from students.routers import Router
+from teachers.wording import number_of
 
 Meter = Callable[[float], float]
 """Measures the compute ratio at the current position of the dial, on this share of the samples on which the dial is set
@@ -126,7 +127,8 @@ class _Curve:
             if time.monotonic() - self.last_said > PAUSE:
                 self.last_said = time.monotonic()
                 known = [*self.rough.values(), *self.exact.values()]
-                self.say(f"{len(known)} offsets measured, compute {min(known):.3f} to {max(known):.3f} ...")
+                so_far = number_of(len(known), "offsets")
+                self.say(f"{so_far} measured, compute {min(known):.3f} to {max(known):.3f} ...")
         return points[offset]
 
     def offset_of(self, compute: float) -> float:

@@ -23,6 +23,8 @@ from teachers import Teacher
 
 T = TypeVar("T")
 
+DIGITS = 6
+"""Decimals to which the lowest compute is known: it is computed in float32."""
 LOOKED_AT = 4
 """Number of windows, images or questions on which the lowest compute is measured; few suffice, because with all gates
 closed compute does not depend on the sample."""
@@ -34,28 +36,40 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def student_for(config: RunConfig, teacher: Teacher, data: Any) -> Student:
-    """Return an untrained student of the teacher; ValueError if its routers cannot reach the budget."""
+def untrained(config: RunConfig, teacher: Teacher) -> Student:
+    """Return an untrained student of the teacher; ValueError if its routers cannot reach the budget, where that is
+    known without data: in decoding, if no tokens are exempt."""
     torch.manual_seed(config.train.seed)
     student = make_student(teacher, config)
+    if config.budget.phase == "decode" and not any(router.prefix for router in student.spec.routers):
+        _refuse_less(round(student.uniform(0.0, config.data.window, "decode"), DIGITS), student, config)
+    return student
+
+
+def require_reachable(student: Student, data: Any, config: RunConfig) -> None:
+    """Raise ValueError if an untrained student's routers cannot reach the budget, as measured on a few samples."""
     shuffled = order(len(data.train), config.train.seed, 1)
     meter = families.of(config.family).compute_meter(student, data, shuffled[:LOOKED_AT], config)
-    least = lowest(student, meter, trained=False)
-    if config.budget.span[0] < least:
-        decodes = TRAITS[config.family].decodes
-        phase = f"{config.budget.phase} " if decodes else ""
-        left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
-        where = "in this phase" if decodes else "in this model"
-        what = "ask for more, or route more" if least < 1 else f"{where} they save nothing, so route otherwise"
-        if student.record.mixes and not student.spec.find("mixture"):
-            what = "ask for more, or route experts (--preset default)"
-        if config.quantization != "none":
-            what += "; quantized layers run whole, so that tokens and layers alone can be left out"
-        raise ValueError(
-            f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
-            f"{left}; {what}"
-        )
-    return student
+    _refuse_less(lowest(student, meter, trained=False), student, config)
+
+
+def _refuse_less(least: float, student: Student, config: RunConfig) -> None:
+    """Raise ValueError if the budget is below the least that the student spends."""
+    if config.budget.span[0] >= least - 10**-DIGITS:
+        return
+    decodes = TRAITS[config.family].decodes
+    phase = f"{config.budget.phase} " if decodes else ""
+    left = f"{math.ceil(1000 * least) / 1000:.3f} of the {phase}compute is left"
+    where = "in this phase" if decodes else "in this model"
+    what = "ask for more, or route more" if least < 1 else f"{where} they save nothing, so route otherwise"
+    if student.record.mixes and not student.spec.find("mixture"):
+        what = "ask for more, or route experts (--preset default)"
+    if config.quantization != "none":
+        what += "; quantized layers run whole, so that tokens and layers alone can be left out"
+    raise ValueError(
+        f"--target-compute {config.budget.target} is below what these routers can save: with every gate closed "
+        f"{left}; {what}"
+    )
 
 
 def set_capacity(student: Student, data: Any, config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from elastic import launch
 from elastic.accounting.routing import routing_profile
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
-from elastic.evaluation.rows import data_of
+from elastic.evaluation.rows import samples_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.pictures import data_uri
 from elastic.reporting.progress import Watched
@@ -25,6 +25,7 @@ from losses import DIVERGENCES, cosine_distance
 from students.families.image import Features, ImageStudent
 from teachers import Teacher
 from teachers.data.image_set import ImageSet
+from teachers.wording import number_of
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -220,7 +221,8 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
             why = f": {row['unlabelled']}" if "unlabelled" in row else ""
             if f"top{k}" not in row:
                 return (f"none{why}" if why else "no labels") if "agreement" in row else "no classifier"
-            of = f", of {row['labelled']:,} images{why}" if row.get("labelled", row["images"]) < row["images"] else ""
+            some = row.get("labelled", row["images"]) < row["images"]
+            of = f", of {number_of(row['labelled'], 'images')}{why}" if some else ""
             return f"{row[f'top{k}']:.2%} (teacher {row[f'teacher_top{k}']:.2%}){of}"
 
         return show
@@ -229,10 +231,7 @@ def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
         return lambda row: format(row[key], form) if key in row else "no classifier"
 
     return [
-        (
-            "measured on",
-            lambda r: f"{data_of(r)}, {r['images']:,} images" + f", {r['broken']} broken" * (r["broken"] > 0),
-        ),
+        ("measured on", partial(samples_of, what="images")),
         ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
         ("compute", lambda r: f"{r['compute']:.3f}"),
         ("top-1", accuracy(1)),

@@ -16,7 +16,7 @@ from elastic.accounting.routing import routing_profile
 from elastic.accounting.vision_language import spent_on
 from elastic.config import RunConfig
 from elastic.data_parallel import LocalBatch, exchange_left_out, local_batches, sum_over_processes
-from elastic.evaluation.rows import data_of
+from elastic.evaluation.rows import samples_of
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.objectives.sums import of_all
 from elastic.objectives.vision_language import Measured, measured_on, text_rows
@@ -212,10 +212,7 @@ def routing(
 def lines() -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
     """Return (label, function from a row of results to text) for each line of the printed table."""
     return [
-        (
-            "measured on",
-            lambda r: f"{data_of(r)}, {r['questions']:,} questions" + f", {r['broken']} broken" * (r["broken"] > 0),
-        ),
+        ("measured on", partial(samples_of, what="questions")),
         ("compute asked", lambda r: f"{r['compute_target']:.3f}"),
         ("compute", lambda r: f"{r['compute']:.3f} (vision {r['compute_vision']:.3f})"),
         ("image tokens kept", lambda r: f"{r['image_tokens_kept']:.1%}"),

@@ -45,7 +45,7 @@ class Timing(Protocol):
     def samples(self, config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> int:
         """Return how many windows, images or questions the largest timed pass takes."""
 
-    def fitted(self, student: Any, workload: Workload) -> Workload:
+    def fitted(self, student: Any, data: Any, workload: Workload) -> Workload:
         """Return the workload adapted to the model's maximum length; ValueError if the model cannot read it."""
 
     def longest(self, student: Any, data: Any, workload: Workload) -> int:

@@ -35,6 +35,7 @@ from teachers import Teacher
 from teachers.data.synthetic import random_text
 from teachers.data.text import TextData, has_held_out_part, load_text, load_windows
 from teachers.families.language import require_rows
+from teachers.wording import number_of
 
 timing: Timing = timing_language
 UNIT = "windows"
@@ -91,7 +92,9 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> tuple[Tensor, 
 
 
 def summary(data: TextData, config: RunConfig) -> str:
-    windows = f"{len(data.train):,} windows of {config.data.window} to train on, {len(data.held_out)} held out"
+    windows = (
+        f"{number_of(len(data.train), 'windows')} of {config.data.window} to train on, {len(data.held_out)} held out"
+    )
     windows += f", of {data.held_out_from}" if data.held_out_from else ""
     return f"{data.description}; {windows}"
 

@@ -139,9 +139,8 @@ def start(
     student: VisionLanguageStudent, data: Data, order: Tensor, config: RunConfig, session: Session, say: Say
 ) -> Start:
     """Calibrate the image router; order: shuffled numbers of the training questions; session: holds the calibration
-    statistics of runs with the same routers. ValueError if the student has no image router."""
-    if student.image_router is None:
-        raise ValueError("calibration is for image routers, and there is none: use --set calibration.windows=0")
+    statistics of runs with the same routers."""
+    assert student.image_router is not None, "configurations that calibrate others are refused"
     own, shard = scatter([part.tolist() for part in order[: config.calibration.windows].split(CALIBRATED)])
     batches = [
         ({**prompts.inputs, "prompt": prompts.prompt}, prompts.answers, prompts.image)

@@ -49,7 +49,8 @@ class SweepFolder:
             try:
                 row = json.loads(line)
                 newest[key_of(row)] = row
-                whole = row.keys() >= NEEDED
+                numbers = "compute", "compute_target", *(name for name, *_ in row["metrics"])
+                whole = row.keys() >= NEEDED and all(isinstance(row[name], int | float) for name in numbers)
             except (ValueError, KeyError, TypeError):
                 whole = False
             if not whole:
@@ -59,7 +60,7 @@ class SweepFolder:
     def prepare(self) -> None:
         """Create the folder if necessary, and remove a last line of results.jsonl that a kill cut short."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = self.results.read_text(encoding="utf-8") if self.results.exists() else ""
+        found = self.results.read_text(encoding="utf-8", errors="replace") if self.results.exists() else ""
         whole, newline, cut = found.rpartition("\n")
         if cut or not self.results.exists():  # else another sweep may be adding a row just now
             write_text(self.results, whole + newline)

@@ -22,6 +22,7 @@ from students.families.image import ImageStudent, call, tokens_of
 from students.kernels.capture import Forward
 from teachers.data.image_set import ImageSet
 from teachers.data.images import ImageData
+from teachers.wording import number_of
 
 OPTIONS: tuple[str, ...] = ()
 BATCHES: tuple[int, ...] = (1, 8, 64)
@@ -37,7 +38,7 @@ def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> i
     return max(*batch, IMAGES)
 
 
-def fitted(student: ImageStudent, workload: Workload) -> Workload:
+def fitted(student: ImageStudent, data: ImageData, workload: Workload) -> Workload:
     """Return the workload unchanged: images have the size that the model takes."""
     return workload
 
@@ -61,7 +62,7 @@ def inference(student: ImageStudent, models: Models, data: ImageData, workload: 
     """Yield a row of timings for each batch size."""
     merged: dict[float, dict[str, Contender]] = {}
     for size in workload.batch:
-        say(f"{size} image{'s' * (size > 1)} at once ...")
+        say(f"{number_of(size, 'images')} at once ...")
         pixels = _images(data.held_out, size * max(1, IMAGES // size))
         tokens = student.at(pixels.shape[-2:])[0]
         pixels = pixels.to(next(models["dense"].model.parameters()).device)

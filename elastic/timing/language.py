@@ -33,7 +33,7 @@ def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> i
     return -(-max(longest) // config.data.window)
 
 
-def fitted(student: LanguageStudent, workload: Workload) -> Workload:
+def fitted(student: LanguageStudent, data: TextData, workload: Workload) -> Workload:
     """Return the workload with its prompt, and the lengths that nobody asked for, shortened to the positions that the
     model has; ValueError if the model cannot read the lengths that were asked for."""
     most = most_positions(student.trunk)
@@ -50,7 +50,7 @@ def fitted(student: LanguageStudent, workload: Workload) -> Workload:
 
 def longest(student: LanguageStudent, data: TextData, workload: Workload) -> int:
     """Return the length of the longest prompt, or of a prompt with what is decoded behind it."""
-    workload = fitted(student, workload)
+    workload = fitted(student, data, workload)
     return max(*workload.tokens, workload.prompt + workload.new_tokens)
 
 

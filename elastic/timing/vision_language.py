@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from elastic.config import RunConfig
 from elastic.reporting.progress import Say
 from elastic.timing.language import contenders as contenders
 from elastic.timing.language import recorded as recorded
-from elastic.timing.passes import Models, Row, decode, prefill
+from elastic.timing.passes import COUNTED, Models, Row, decode, prefill
 from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
 from students.architectures.lookup import architecture_of
 from students.architectures.vision_language import VISION_TOWERS
@@ -20,6 +21,8 @@ from students.decisions import Decisions
 from students.families.image import image_shape, tokens_of
 from students.families.vision_language import VisionLanguageStudent
 from teachers.data.synthetic import ANSWER, QUESTION
+from teachers.families.language import most_positions
+from teachers.wording import number_of
 
 OPTIONS: tuple[str, ...] = ("new_tokens",)
 BATCHES: tuple[int, ...] = (1, 8)
@@ -31,24 +34,35 @@ def samples(config: RunConfig, batch: Sequence[int], tokens: Sequence[int]) -> i
     return max(batch)
 
 
-def fitted(student: VisionLanguageStudent, workload: Workload) -> Workload:
-    """Return the workload unchanged: the length of questions is given by the data."""
-    return workload
+def fitted(student: VisionLanguageStudent, data: Any, workload: Workload) -> Workload:
+    """Return the workload with its new tokens, if nobody asked for a number, shortened to the positions that the model
+    has behind the longest question; the length of questions is given by the data."""
+    most = most_positions(student.trunk)
+    if most is None or "new_tokens" not in workload.default:
+        return workload
+    room = most - _asked(data, max(workload.batch))["input_ids"].shape[1] - COUNTED
+    return replace(workload, new_tokens=max(2, min(workload.new_tokens, room)))
 
 
 def longest(student: VisionLanguageStudent, data: Any, workload: Workload) -> int:
     """Return the number of tokens of the first question, its image and the answer that is decoded."""
-    return int(data.held_out.ask([0])["input_ids"].shape[1]) + workload.new_tokens
+    return int(_asked(data, 1)["input_ids"].shape[1]) + workload.new_tokens
 
 
 def inference(student: VisionLanguageStudent, models: Models, data: Any, workload: Workload, say: Say) -> Iterator[Row]:
     """Yield a row for prefill and a row for decoding at each batch size."""
     for size in workload.batch:
-        inputs = data.held_out.ask([n % len(data.held_out) for n in range(size)])
-        say(f"prefill of {size} question{'s' * (size > 1)} ...")
+        inputs = _asked(data, size)
+        say(f"prefill of {number_of(size, 'questions')} ...")
         yield prefill(models, inputs, workload.repeats)
         say(f"decoding {size} x {workload.new_tokens} tokens after the question ...")
         yield decode(models, inputs, workload.new_tokens, workload.repeats)
+
+
+def _asked(data: Any, count: int) -> dict[str, torch.Tensor]:
+    """Return the model's inputs for `count` questions, beginning again with the first if there are too few."""
+    inputs: dict[str, torch.Tensor] = data.held_out.ask([n % len(data.held_out) for n in range(count)])
+    return inputs
 
 
 def training_batch(student: VisionLanguageStudent, data: Any, config: RunConfig) -> TrainingBatch:

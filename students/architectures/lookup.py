@@ -41,6 +41,8 @@ def architecture_of(model: nn.Module) -> tuple[Architecture, list[nn.Module]]:
         record = replace(record, prefix=prefix)
     container: Any = _get(trunk_of(model), record.blocks, type(model).__name__)
     blocks = list(container)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} ({kind}) has no blocks: there is nothing to route")
     if kind == "Eva":  # a class of models whose blocks have different linear layers
         if getattr(blocks[0].attn, "qkv", None) is None:
             record = replace(record, attn_in=LLAMA.attn_in)

@@ -13,6 +13,7 @@ from teachers.data.kinds import IMAGES
 from teachers.data.left_out import LeftOut
 from teachers.data.parts import HELD_OUT_NAMES
 from teachers.data.records import hub_data_set
+from teachers.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def load_images(
     elif len(other) > held_out:
         other = other.subset(sorted(other.shuffled(seed)[:held_out]))
     train = train.subset(sorted(order[:max_images]))
-    return ImageData(train, other, f"{train.usable:,} images of {source}")
+    return ImageData(train, other, f"{number_of(train.usable, 'images')} of {source}")
 
 
 def _only(images: ImageSet, classes: Sequence[int] | None, source: str) -> ImageSet:

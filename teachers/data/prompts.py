@@ -103,7 +103,7 @@ def call(processor: Any, texts: Sequence[str], images: Sequence[Image], side: st
         made = processor(text=list(texts), images=pictures, padding=True, return_tensors="pt", **options)
     finally:
         tokenizer.padding_side = before
-    return dict(made)
+    return {name: tensor for name, tensor in made.items() if name != "labels"}  # PaliGemma's, for a loss of its own
 
 
 def prompt_text(processor: Any, question: str) -> str:

@@ -22,6 +22,7 @@ from teachers.data.parts import HELD_OUT_NAMES, TRAIN_NAMES, is_held_out
 from teachers.data.pictures import open_image, open_row
 from teachers.data.records import Record, as_text, hub_data_set, local_records, rows_of
 from teachers.wheel import checked, download
+from teachers.wording import number_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -147,7 +148,7 @@ def load_questions(source: str, *, held_out: int, seed: int, max_images: int | N
     choices = _choices(train.samples)
     train = train.subset(sorted(order[:max_images]))
     train.choices = other.choices = choices
-    return QuestionData(train, other, f"{train.usable:,} questions of {source}")
+    return QuestionData(train, other, f"{number_of(train.usable, 'questions')} of {source}")
 
 
 def load_all(source: str) -> QuestionSet:

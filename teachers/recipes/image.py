@@ -18,6 +18,7 @@ from teachers.data.image_set import ImageSet
 from teachers.data.images import load_all, load_images
 from teachers.families.image import pack, unpack
 from teachers.snapshot import Snapshot
+from teachers.wording import number_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,7 +76,7 @@ def pretrain(
                 f"{start} has no weights of this model: --start takes a folder that this command wrote, of images of "
                 "the same size and as many classes"
             ) from None
-    say(f"training {ARCHITECTURE} on {len(images):,} images of {source} for {epochs} epochs")
+    say(f"training {ARCHITECTURE} on {number_of(len(images), 'images')} of {source} for {number_of(epochs, 'epochs')}")
     about = {"data": source, "images": len(images), "epochs": epochs, "start": start and str(start), "seed": seed}
     part = final.with_name(f"{final.name}.part.safetensors")
     train_vit(model, images, labels, epochs, start is not None, part, about, say)

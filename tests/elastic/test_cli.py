@@ -115,6 +115,10 @@ def test_mistakes_in_settings(arguments: list[str], refused: Callable[..., str])
     assert "no such configuration file: missing.yaml" in refused(*arguments, "--config", "missing.yaml")
     assert "--steps or --minutes" in refused("distill", "--model", "gpt2", "--steps", "5", "--minutes", "1")
     assert "0.7 means 70 %" in refused(*arguments, "--target-compute=-0.5")
+    said = refused(*arguments, "--set", "family=vit")
+    assert "family is vit, but " in said and said.endswith(" is a model of text alone: leave it away")
+    classes = ["distill", "--model", "vit-fashion", "--set"]
+    assert all("from 0" in refused(*classes, f"data.classes={given}") for given in ("[]", "[-1]"))
 
 
 def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: Callable[..., str]):
@@ -122,10 +126,14 @@ def test_memory_that_is_too_small_costs_one_line(arguments: list[str], refused: 
     assert "can't allocate memory" in line and line.endswith(f"; {LESS_MEMORY}")
 
 
-def test_unreachable_target_states_the_lowest(arguments: list[str], refused: Callable[..., str]):
+def test_unreachable_target_states_the_lowest(
+    arguments: list[str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
     settings = ("--set", "student.routers=[{kind: head}]", "--set", "student.lora.rank=0", "--target-compute")
     message = refused(*arguments, *settings, "0.2")
     assert "--target-compute 0.2 is below" in message and "of the decode compute is left" in message
+    monkeypatch.setattr("elastic.families.language.load", lambda *_: pytest.fail("data was read"))
+    assert refused(*arguments, *settings, "0.2") == message
 
 
 def test_data_that_cannot_be_used(arguments: list[str], finished: Path, refused: Callable[..., str], here: Path):
@@ -162,6 +170,8 @@ def test_existing_folders_are_kept(arguments: list[str], finished: Path, refused
     (here / "other" / "thesis.txt").write_text("years of work")
     for overwrite in ((), ("--overwrite",)):
         assert "not a run folder" in refused(*arguments, "--output", "other", *overwrite)
+    (here / "link").symlink_to("gone")
+    assert "link is a link to gone, which is not there" in refused(*arguments, "--output", "link")
     for output in ("other/thesis.txt", "other/thesis.txt/run"):
         assert "other/thesis.txt is a file; name" in refused(*arguments, "--output", output)
     before = (here / "run" / "routers.safetensors").read_bytes()
@@ -421,6 +431,9 @@ def test_a_pipe_that_its_reader_has_closed_ends_a_command_quietly(form: list[str
     result = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]  # as a service may have it
+    result = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_traceback_on_request(here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -118,6 +118,9 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
             assert main([*command, str(copied)]) == 2
             line = capsys.readouterr().err.splitlines()[-1]
             assert line.startswith(f"elastic: error: {file} is damaged") and said in line
+    file.write_text(json.dumps(about | {"format": 2}))
+    assert main(["eval", str(copied)]) == 2
+    assert f"{copied} is of format 2, and this Elastic reads 1: install a newer one" in capsys.readouterr().err
     file.write_text(json.dumps({key: value for key, value in about.items() if key not in ("versions", "machine")}))
     assert main(["info", str(copied)]) == 0
 
@@ -127,6 +130,18 @@ def test_student_with_other_routers_is_refused(copied: Path):
     config["student"]["lora"]["rank"] = 3
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="does not fit this student"):
+        elastic.load(copied)
+
+
+def test_settings_and_files_of_another_kind_are_named(copied: Path):
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("budget:", "budget:\n  later: 3"))
+    with pytest.raises(ValueError, match=rf"{copied}/config.yaml: unknown setting 'budget.later'"):
+        elastic.load(copied)
+    (copied / "config.yaml").write_text(config)
+    (copied / "routers.safetensors").unlink()
+    (copied / "routers.safetensors").mkdir()
+    with pytest.raises(ValueError, match=rf"{copied}/routers.safetensors cannot be read: "):
         elastic.load(copied)
 
 

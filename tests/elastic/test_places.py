@@ -69,6 +69,9 @@ def test_a_run_is_used_from_anywhere_and_moved_with_its_model_and_data(
         if old:
             as_of_an_earlier_version(place / "runs" / "one")
         works(place / "runs" / "one")
+    if not old:
+        (tmp_path / "link").symlink_to(place / "runs" / "one")
+        works(tmp_path / "link")
 
 
 def test_a_sweep_goes_on_from_another_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

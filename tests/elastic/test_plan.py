@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,7 +26,7 @@ from students.flops import ATTENTION
 from teachers import hub
 from teachers.registry import models
 from teachers.shapes import build, find_shape
-from tests.pico.language import make_tiny
+from tests.pico.language import TINY_HYBRIDS, make_tiny
 
 WINDOW = 128
 
@@ -152,6 +153,9 @@ def test_a_table_and_what_is_refused(capsys: pytest.CaptureFixture[str]):
     assert _size(123_456) == "0.12 MB" and _size(1.5e10) == "15.00 GB"
     assert " hours" in said and _duration(2.5) == "2.5 days" and _duration(0.004) == "5.76 minutes"
     assert main(["plan", "--model", "llama3-8b", "--tokens", "1000"]) == 0 and " 1 step, " in capsys.readouterr().out
+    assert main(["plan", "--model", "vit-small", "--samples", "1", "--set", "train.batch=1"]) == 0
+    said = capsys.readouterr().out
+    assert " 1 image of 197 tokens, 1 a GPU " in said and " 1 image, 197 tokens " in said
     for arguments in (["--model", "llama3-8b", "--share", "40"], ["--model", "llama3-9b"], ["--model", "timm/foo"]):
         assert main(["plan", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -185,6 +189,10 @@ def test_models_that_only_a_configuration_says_the_sizes_of(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": tower, "text_config": {}}))
     found = planned("--model", tmp_path, capsys=capsys)
     assert (found["length"], found["parameters"]) == (50, models()["clip-base"].parameters)
+    for name in ("granite4", "lfm2_moe"):  # an infinite number; a block that has neither attention nor a dense MLP
+        kind, settings = TINY_HYBRIDS[name]
+        getattr(transformers, kind)(**settings).save_pretrained(tmp_path / name)
+        assert planned("--model", tmp_path / name, capsys=capsys)["fits"]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     monkeypatch.setattr(hub, "config_file", lambda _: None)
     monkeypatch.setattr(hub, "unreachable", lambda: "no network")

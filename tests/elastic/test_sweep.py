@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from elastic import bench, evaluate, trainer
 from elastic.accounting.routing import open_shares, routing_profile
 from elastic.cli import main
 from elastic.distillation import checkpoints
+from elastic.families import language
 from elastic.reporting.results import SweepFolder, key_of
 from elastic.sweep import Clock, _keys, sweep
 from elastic.sweep_tasks import plan
@@ -183,10 +185,31 @@ def test_one_failure_does_not_stop_the_rest(swept: Path, run_sweep: Callable[...
         run_sweep(tmp_path / "new", budgets=[0.01])
 
 
-def test_results_that_are_no_rows(tmp_path: Path):
-    (tmp_path / "results.jsonl").write_text('{"run": 1}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*results.jsonl is no row"):
-        SweepFolder.open(tmp_path).rows()
+def test_a_baseline_that_fails_costs_no_other(
+    run_sweep: Callable[..., list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = language.baseline
+
+    def baseline(name: str, *rest: Any) -> dict[str, Any]:
+        if name == "random":
+            raise ValueError("nothing can be drawn here")
+        return made(name, *rest)
+
+    monkeypatch.setattr(language, "baseline", baseline)
+    with pytest.raises(ValueError, match=r"^1 failed, .*-0.8-seed0 at 0.8, baseline random: nothing can be drawn here"):
+        run_sweep(tmp_path / "sweep", budgets=[0.8], baselines=["random", "static"])
+    folder = SweepFolder.open(tmp_path / "sweep")
+    assert [row["baseline"] for row in folder.rows()] == [None, "static"]
+    assert [key[2] for key in folder.failures()] == ["random"]
+
+
+def test_results_that_are_no_rows(swept: Path, tmp_path: Path):
+    row = json.loads((swept / "results.jsonl").read_text().partition("\n")[0])
+    for line in (b'{"run": 1}\n', b"\xff\n", json.dumps({**row, "kl": None}).encode() + b"\n"):
+        (tmp_path / "results.jsonl").write_bytes(line)
+        SweepFolder(tmp_path).prepare()
+        with pytest.raises(ValueError, match=r"line 1 of .*results.jsonl is no row"):
+            SweepFolder.open(tmp_path).rows()
     with pytest.raises(ValueError, match="is not a sweep folder"):
         SweepFolder.open(tmp_path / "missing")
 

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import teachers
 from elastic import trainer
-from elastic.bench import bench_run
+from elastic.bench import bench_run, workload_of
 from elastic.cli import main
 from elastic.evaluate import measure_run
 from elastic.families import vision_language
@@ -261,6 +261,17 @@ def test_bench_measures_prefill_and_decoding(finished: Path) -> None:
     assert rows[0]["compute"] == pytest.approx(0.7, abs=0.1)
 
 
+def test_timing_stays_within_the_positions(finished: Path) -> None:
+    """A tiny LLaVA has 128 positions, of which a question with its image takes 20 or 21."""
+    run = Run.open(finished)
+    teacher, config = run.teacher(), run.config
+    student, timing = run.load_student(teacher, prepare=False), vision_language.timing
+    data = vision_language.load(config, teacher)
+    for asked, new in ((None, 128 - 21 - 4), (200, 200)):
+        workload = workload_of(config, batch=[1, 4], new_tokens=asked)
+        assert timing.fitted(student, data, workload).new_tokens == new
+
+
 def test_the_command_line_speaks_of_questions(
     finished: Path, questions: Path, llava_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +289,10 @@ def test_the_command_line_speaks_of_questions(
         ([*asked, "--image", str(questions / "train.jsonl")], "cannot be read"),
         ([*asked, "--image", str(questions)], f"{questions} cannot be read: Is a directory"),
         (["distill", "--model", str(llava_folder)], "needs questions about images"),
+        (
+            ["distill", "--model", str(llava_folder), "--data", str(questions), "--preset", "static"],
+            "there is none: use --set calibration.windows=0",
+        ),
         (["distill", "--model", str(llava_folder), "--data", "nowhere/at/all"], "no such file or folder"),
         (["distill", "--model", str(llava_folder), "--data", str(questions / "0.png")], "unknown kind of file"),
     ):

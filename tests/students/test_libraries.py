@@ -261,6 +261,11 @@ def test_self_check_says_that_weights_are_damaged() -> None:
         model.lm_head.weight.zero_()
     with pytest.raises(ValueError, match="answers a few tokens with one and the same number"):
         elasticize(model, DROPS)
+    model = make_tiny("deepseek_v3", num_experts_per_tok=100)
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM itself cannot read a few tokens: RuntimeError: "):
+        selfcheck.SelfCheck(model, model, selfcheck.some_tokens(model), language=True)
+    with pytest.raises(ValueError, match="has no blocks: there is nothing to route"):
+        elasticize(make_tiny("llama", num_hidden_layers=0), DROPS)
 
 
 def test_chats_can_be_written() -> None:

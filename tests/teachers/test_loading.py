@@ -285,6 +285,12 @@ def test_torn_folders_cost_one_line(break_it: Callable[[Path], object], message:
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+def test_a_model_that_transformers_makes_an_empty_tokenizer_for_costs_one_line(tmp_path: Path):
+    make_tiny("qwen3_5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"there is none beside the weights \(tokenizer\.save_pretrained"):
+        teachers.load(str(tmp_path))
+
+
 def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 12}
     ViTForImageClassification(ViTConfig(**sizes, image_size=16, num_labels=2)).save_pretrained(tmp_path)

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from teachers.data.conversations import Turn, questions_and_answers, turns_of
+from teachers.data.prompts import call
 from teachers.data.questions import QuestionSet, load_all, load_questions
+from tests.pico.processors import make_processor
 
 ASKED = {"from": "human", "value": "<image>\nwhat is it?"}
 SAID = {"from": "gpt", "value": "a thing"}
@@ -75,6 +77,11 @@ def test_every_answer_of_a_conversation_is_for_its_own_question(folder: Path) ->
         ("what is it?", "a thing"),
         ("where?", "here"),
     ]
+
+
+def test_labels_that_a_processor_makes_are_no_inputs() -> None:
+    made = call(make_processor("paligemma"), ["<image>w1 w2\n"], [Image.new("RGB", (16, 16))], "left")
+    assert {"input_ids", "pixel_values", "token_type_ids"} <= made.keys() and "labels" not in made
 
 
 @pytest.mark.parametrize(
