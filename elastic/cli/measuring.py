@@ -17,11 +17,12 @@ from elastic.harness.names import require_known
 def eval_command(options: argparse.Namespace) -> None:
     """`elastic eval`: measure a finished run on data, or on tasks of lm-evaluation-harness."""
     launch.in_step(partial(_check_eval, options))
+    lost: dict[str, ValueError] = {}
     with screen() as (say, _):
         if options.tasks is None:
             from elastic.evaluate import measure_run
 
-            given = {"data": options.data, "baselines": options.baselines}
+            given = {"data": options.data, "baselines": options.baselines, "failed": lost.__setitem__}
             rows = measure_run(options.run, compute=options.compute, **given, say=say)
         else:
             from elastic.tasks import score_run
@@ -36,6 +37,8 @@ def eval_command(options: argparse.Namespace) -> None:
         print_rows(rows)
     else:
         _print_accuracies(rows)
+    if lost:
+        raise ValueError("; ".join(f"no baseline {name}: {error}" for name, error in lost.items()))
 
 
 def _check_eval(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
+from elastic.families import language
 from teachers.families.image import pack
 from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN
 from tests.elastic.runs import FEW_STEPS, Configure, configurations, write_images
@@ -89,3 +91,16 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure_questions(llava_folder: Path, questions: Path) -> Configure:
     settings = ["data.held_out=6", "calibration.windows=8", *FEW_STEPS]
     return configurations(settings, model=str(llava_folder), data__source=str(questions), budget__target=0.7)
+
+
+@pytest.fixture
+def without_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline `random` of language models fails."""
+    made = language.baseline
+
+    def baseline(name: str, *rest: Any) -> dict[str, Any]:
+        if name == "random":
+            raise ValueError("nothing can be drawn here")
+        return made(name, *rest)
+
+    monkeypatch.setattr(language, "baseline", baseline)

@@ -258,6 +258,15 @@ def test_run_of_other_weights(finished: Path, refused: Callable[..., str], here:
     assert "run was made for other weights" in refused("distill", "--resume", "run")
 
 
+def test_eval_prints_what_it_measured_besides_a_baseline_that_fails(
+    finished: Path, capsys: pytest.CaptureFixture[str], without_random: None
+):
+    assert main(["eval", str(finished), "--baselines", "random", "static", "--json"]) == 2
+    printed = capsys.readouterr()
+    assert [row["preset"] for row in json.loads(printed.out)["rows"]] == ["default", "static"]
+    assert printed.err.endswith("no baseline random: nothing can be drawn here\n")
+
+
 def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", str(finished), "--json"]) == 0
     out = capsys.readouterr().out

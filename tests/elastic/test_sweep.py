@@ -9,7 +9,6 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from elastic import bench, evaluate, trainer
 from elastic.accounting.routing import open_shares, routing_profile
 from elastic.cli import main
 from elastic.distillation import checkpoints
-from elastic.families import language
 from elastic.reporting.results import SweepFolder, key_of
 from elastic.sweep import Clock, _keys, sweep
 from elastic.sweep_tasks import plan
@@ -186,16 +184,8 @@ def test_one_failure_does_not_stop_the_rest(swept: Path, run_sweep: Callable[...
 
 
 def test_a_baseline_that_fails_costs_no_other(
-    run_sweep: Callable[..., list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_sweep: Callable[..., list[dict]], tmp_path: Path, without_random: None
 ):
-    made = language.baseline
-
-    def baseline(name: str, *rest: Any) -> dict[str, Any]:
-        if name == "random":
-            raise ValueError("nothing can be drawn here")
-        return made(name, *rest)
-
-    monkeypatch.setattr(language, "baseline", baseline)
     with pytest.raises(ValueError, match=r"^1 failed, .*-0.8-seed0 at 0.8, baseline random: nothing can be drawn here"):
         run_sweep(tmp_path / "sweep", budgets=[0.8], baselines=["random", "static"])
     folder = SweepFolder.open(tmp_path / "sweep")
