@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +19,14 @@ import yaml
 
 from configs import presets
 from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
+from elastic.sources import NAMED_DATA, require_data
 from elastic.traits import SETTINGS, TRAITS
 from students.spec import RouterSpec, StudentSpec
 from teachers.data.questions import may_ask_about_images
-from teachers.data.records import is_path
 from teachers.registry import ModelEntry, models, resolve
 
 SECTIONS = ("prefill", *(traits.section for traits in TRAITS.values() if traits.section))
 """Sections of a preset or file that are used only for one phase or one family of models."""
-NAMED_DATA = {"builtin": "llm", "fashion-mnist": "vit", "easy-vqa": "vlm"}
-"""Values of `data.source` that are never taken as paths, even if the working directory has a file of that name, and the
-family that each is for."""
 
 
 @dataclass(frozen=True)
@@ -406,19 +402,3 @@ def _is_for(family: str, layers: list[dict[str, Any]]) -> bool:
         return asked[-1:] == [family]
     named = NAMED_DATA.get(sources[-1])
     return named == family if named else not may_ask_about_images(str(sources[-1]))
-
-
-def require_data(source: str, family: str) -> None:
-    """Raise ValueError if `source` cannot be data for models of this family, before a model is loaded in vain."""
-    path, traits = Path(source).expanduser(), TRAITS[family]
-    if (other := NAMED_DATA.get(source, family)) != family:
-        raise ValueError(f"{source} is data for {TRAITS[other].noun}, and this is {traits.noun}")
-    if source in NAMED_DATA:
-        return
-    if path.exists() or path.is_symlink():
-        traits.kinds.require(path)
-    elif is_path(source) or not ("/" in source or traits.one_word):  # else it may be on the hub
-        beside = [other.name for other in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
-        raise ValueError(
-            f"no such file or folder: {source}{near(path.name, [*beside, *NAMED_DATA])}; --data takes one that exists"
-        )

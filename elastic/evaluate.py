@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 from elastic import families, launch
-from elastic.config import require_data
 from elastic.evaluation.rows import HELD_OUT as HELD_OUT
 from elastic.evaluation.rows import settings_of
 from elastic.evaluation.session import Session
 from elastic.evaluation.teacher import TeacherOutputs
 from elastic.reporting.progress import Say
 from elastic.run import Run
+from elastic.sources import require_data
 from students import Student
 from teachers.wording import number_of
 

@@ -31,9 +31,10 @@ from torch import nn
 
 import teachers
 from elastic import __version__, launch, sharding
-from elastic.config import NAMED_DATA, RunConfig
+from elastic.config import RunConfig
 from elastic.files import require_place, require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
+from elastic.sources import NAMED_DATA
 from students import Student, elasticize
 from students.checkpoint import read_tensors
 from students.kernels import cpu, triton

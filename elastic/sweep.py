@@ -14,13 +14,14 @@ from statistics import mean
 from typing import Any
 
 from elastic import bench, evaluate, families, launch, sharding, trainer
-from elastic.config import RunConfig, require_data
+from elastic.config import RunConfig
 from elastic.evaluation.session import Session
 from elastic.files import Unwritable, require_place, write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
 from elastic.run import Run, surroundings
 from elastic.settings import to_dict
+from elastic.sources import require_data
 from elastic.sweep_tasks import Task, plan
 
 
