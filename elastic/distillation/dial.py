@@ -92,10 +92,10 @@ def exact_start(
     return replace(start, compute=compute, prices=tuple(start.price * math.exp(-2 * offset) for offset in offsets))
 
 
-def largest(low: float, high: float, fits: Callable[[float], bool], steps: int = 30) -> float:
-    """Return the largest number between low and high for which `fits` is True, by so many steps of bisection; `fits`
-    has to be True for all numbers below one for which it is True."""
-    for _ in range(steps):
+def largest(low: float, high: float, fits: Callable[[float], bool]) -> float:
+    """Return the largest number between low and high for which `fits` is True, by bisection; `fits` has to be True for
+    all numbers below one for which it is True."""
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -42,7 +42,7 @@ def untrained(config: RunConfig, teacher: Teacher) -> Student:
     torch.manual_seed(config.train.seed)
     student = make_student(teacher, config)
     if config.budget.phase == "decode" and not any(router.prefix for router in student.spec.routers):
-        _refuse_less(round(student.uniform(0.0, config.data.window, "decode"), DIGITS), student, config)
+        _refuse_less(student.uniform(0.0, config.data.window, "decode"), student, config)
     return student
 
 
@@ -55,7 +55,8 @@ def require_reachable(student: Student, data: Any, config: RunConfig) -> None:
 
 def _refuse_less(least: float, student: Student, config: RunConfig) -> None:
     """Raise ValueError if the budget is below the least that the student spends."""
-    if config.budget.span[0] >= least - 10**-DIGITS:
+    least = round(least, DIGITS)
+    if config.budget.span[0] >= least:
         return
     decodes = TRAITS[config.family].decodes
     phase = f"{config.budget.phase} " if decodes else ""

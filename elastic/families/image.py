@@ -42,8 +42,8 @@ generation: Generation | None = None
 """None: image models generate no text."""
 timing: Timing = timing_image
 UNIT = "images"
-LOWEST = -32.0
-"""Offset at which lower quotas are given up."""
+LEAST_OFFSET = -32.0
+"""Offset at which the search for quotas that reach the budget is given up."""
 DIAL_IMAGES = 2048
 """Number of training images on which quotas and the dial are set."""
 BASELINES = ("random", "uniform", "tome")
@@ -150,7 +150,7 @@ def compute_meter(student: ImageStudent, data: ImageData, order: Tensor, config:
         # patches that found no partner to merge with stay in the quotas however far the dial is turned; measured at a
         # lower offset, the quotas are smaller
         offset = -0.25
-        while offset > LOWEST and lowest(student, lambda _: meter(0.0)) > target:
+        while offset > LEAST_OFFSET and lowest(student, lambda _: meter(0.0)) > target:
             student.set_quotas(batches, offset, shard)
             offset *= 2
     if student.stepwise:
