@@ -84,7 +84,9 @@ class BlockShape:
     mlp_experts: int = 0
     """Experts, as many as the model's router chooses."""
     mlp_beside: int = 0
-    """The model's router where the mixture stands beside a dense MLP: it runs for all tokens in the block."""
+    """The model's router where the mixture stands beside a dense MLP."""
+    follows: bool = False
+    """Whether that router runs for the tokens of the MLP alone; if not, for all tokens in the block."""
     expand_q: int = 0
     """What makes queries from their latent."""
     expand_kv: int = 0
@@ -305,7 +307,7 @@ class BlockCost:
         total = total + mlp * (linear("mlp_in", block.mlp_in) * neurons + corrections("mlp_in", neurons))
         total = total + mlp * (linear("mlp_out", block.mlp_out, neurons) + corrections("mlp_out", neurons))
         total = total + mlp * block.mlp_experts * self.left.get("mlp_experts", 1.0)
-        total = total + block.mlp_beside * (self.inside if block.enters else 1.0)
+        total = total + block.mlp_beside * (mlp if block.follows else self.inside if block.enters else 1.0)
         for key, cost in block.routers.items():
             total = total + cost * self.scored.get(key, self.inside if self.image else 1.0)
         for key, cost in block.substitutes.items():

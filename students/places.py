@@ -28,7 +28,7 @@ from students.execution.branch import RoutedBranch, RoutedExit
 from students.execution.image_block import RoutedBlock
 from students.execution.linear import GatedLinear, RoutedLinear, join_product
 from students.execution.linear_group import LinearGroup
-from students.execution.mixture import RoutedExperts
+from students.execution.mixture import HeldMixture, RoutedExperts, WithMixture
 from students.execution.runtime import Runtime
 from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
@@ -184,6 +184,13 @@ class BlockPlace:
             routed = RoutedExperts(experts, self.runtime, router, self.number, self.context)
             self.block.set_submodule(path, _like(self.block, routed))
 
+    def _hold_mixture(self, wrapper: RoutedBranch) -> None:
+        """Let the wrapper of the block's MLP run the mixture beside it, too, which the block calls for itself."""
+        path = self.record.beside[1].rpartition(".")[0] if self.record.beside else ""
+        held = HeldMixture(self.block.get_submodule(path), self.runtime)
+        self.block.set_submodule(path, held)
+        wrapper.base_layer = WithMixture(wrapper.base_layer, self.runtime, held, wrapper.context)
+
     def enclose(self, spec: RouterSpec) -> RoutedBlock:
         """Wrap the whole block in a RoutedBlock, which hands it the open tokens only; return the wrapper."""
         key = spec.of_kind.key(self.number, self.branch)
@@ -229,6 +236,7 @@ class BlockPlace:
             attends=self.attends,
             mlp_experts=experts,
             mlp_beside=beside,
+            follows=record.mlp_exit is None,
             enters=self.gathers is not None,
             opaque=frozenset(self.opaque),
             lora=self.lora,
@@ -253,7 +261,10 @@ class BlockPlace:
         for router in self.routers:
             router.of_kind.attach(router, self)
         if branch == "mlp" and record.beside and (wrapper.routers or wrapper.decided):
-            self.route_experts()
+            if late is None:
+                self._hold_mixture(wrapper)
+            else:
+                self.route_experts()
         for end in ("in", "out"):
             self._elasticize_site(end)
         routes = branch == "attn" and self.attends and (wrapper.routers or record.causal)

@@ -21,7 +21,13 @@ _GEMMA4 = replace(
 _GLM = replace(LLAMA, mlp_in=("gate_up_proj",))
 _GLM4 = replace(_GLM, attn_exit="post_self_attn_layernorm", mlp_exit="post_mlp_layernorm")
 _GRANITE = replace(LLAMA, residual_scale="residual_multiplier", logit_divisor="logits_scaling")
-_GRANITE_HYBRID = replace(_GRANITE, mlp="shared_mlp", mlp_in=("input_linear",), mlp_out=("output_linear",))
+_GRANITE_SHARED = replace(
+    _GRANITE,
+    mlp="shared_mlp",
+    mlp_in=("input_linear",),
+    mlp_out=("output_linear",),
+    beside=("block_sparse_moe.router", "block_sparse_moe.experts"),
+)
 _COHERE = replace(LLAMA, logit_scale="logit_scale")
 _UNGATED = replace(LLAMA, mlp_in=("up_proj",))
 _GPT2 = Architecture("h", "attn", "mlp", ("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",), norm="ln_1")
@@ -31,6 +37,7 @@ _QWEN_HYBRID = replace(LLAMA, whole_heads=True, hybrid=_LINEAR)  # q_proj gives 
 _MIXTURE_HYBRID = replace(_MIXTURE, whole_heads=True, hybrid=replace(_LINEAR, mlp_in=(), mlp_out=()))
 _LATENT = replace(LLAMA, attn_in=("q_a_proj", "kv_a_proj_with_mqa"), expand=("q_b_proj", "kv_b_proj"), whole_heads=True)
 _LATENT_MIXTURE = replace(_LATENT, mlp_in=(), mlp_out=())
+_BAMBA = replace(LLAMA, mlp="feed_forward")
 _LFM2 = Architecture(
     *("layers", "self_attn", "feed_forward"),
     attn_out=("out_proj",),
@@ -53,8 +60,9 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_5_text": _QWEN_HYBRID,
     "olmo_hybrid": replace(_OLMO, hybrid=_LINEAR),
     "granitemoehybrid": replace(
-        _GRANITE_HYBRID, hybrid=replace(_GRANITE_HYBRID, attn="mamba", attn_in=(), attn_out=())
+        _GRANITE_SHARED, hybrid=replace(_GRANITE_SHARED, attn="mamba", attn_in=(), attn_out=())
     ),
+    "bamba": replace(_BAMBA, hybrid=replace(_BAMBA, attn="mamba", attn_in=(), attn_out=())),
     "lfm2": replace(_LFM2, hybrid=replace(_LFM2, attn="conv", attn_in=(), attn_out=())),
     "lfm2_moe": replace(_LFM2_MOE, hybrid=replace(_LFM2_MOE, attn="conv", attn_in=(), attn_out=())),
     "ministral": LLAMA,
@@ -102,6 +110,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "qwen3_5_moe_text": _MIXTURE_HYBRID,
     "glm4_moe": _MIXTURE,
     "glm4v_moe_text": _MIXTURE,
+    "phimoe": _MIXTURE,
     "minimax_m2": replace(_MIXTURE, whole_heads=True),
     "exaone_moe": _MIXTURE,
     "flex_olmo": replace(_OLMO, mlp_in=(), mlp_out=()),
@@ -121,6 +130,8 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "ernie4_5_moe": _MIXTURE,
     "gpt_oss": replace(_MIXTURE, mlp_pair=True, whole_heads=True),
     "granitemoe": replace(_GRANITE, mlp="block_sparse_moe", mlp_in=(), mlp_out=()),
+    "granitemoeshared": _GRANITE_SHARED,
+    "granitemoe_swa": replace(_GRANITE_SHARED, whole_heads=True),
     "deepseek_v2": _LATENT_MIXTURE,
     "deepseek_v3": _LATENT_MIXTURE,
     "glm4_moe_lite": _LATENT_MIXTURE,

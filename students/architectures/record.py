@@ -27,8 +27,9 @@ class Architecture:
     activation: str | None = "act_fn"
     """The activation function of a gated MLP whose gate and up are separate linear layers; None: it is no module."""
     beside: tuple[str, str] | None = None
-    """The model's router and its experts, relative to a block, that stand beside a dense MLP and are added to it in
-    front of `mlp_exit`; where a model has none, this is None."""
+    """The model's router and its experts, relative to a block, that stand beside a dense MLP and are added to it: in
+    front of `mlp_exit`, or without one by the block, which calls their mixture with the MLP's input. Where a model has
+    none, this is None."""
     attn_exit: str | None = None
     """The post-norm behind attention, after which gates are applied; None: the branch has no module behind it."""
     mlp_exit: str | None = None

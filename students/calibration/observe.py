@@ -155,7 +155,7 @@ class BlockStart:
         if branch == "attn":
             moved = shape.expand_q + shape.expand_kv * (self.phase == "decode")
             return shape.q + shape.o + moved + shape.each_key(self.phase) * self._keys
-        return shape.mlp_in + shape.mlp_out + shape.mlp_experts
+        return shape.mlp_in + shape.mlp_out + shape.mlp_experts + shape.mlp_beside * shape.follows
 
     @property
     def written(self) -> float:

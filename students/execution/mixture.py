@@ -9,10 +9,35 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from students.execution.block_context import BlockContext, Rows
+from students.execution.block_context import BlockContext, BranchContext, Rows
 from students.execution.runtime import Runtime
 from students.execution.wrapper import Named, Wrapper
 from students.routers import ChannelRouter
+
+
+class WithMixture(Wrapper):
+    """A dense MLP together with the mixture beside it, so that the gates of the MLP are those of both.
+
+    mixture: its wrapper. context: state of the MLP.
+    """
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, mixture: HeldMixture, context: BranchContext) -> None:
+        super().__init__(base_layer, runtime)
+        self.context = context
+        self._mixture = (mixture,)  # no module of this one: the block has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the two for x [B, T, D]."""
+        out: Tensor = self._mixture[0].base_layer(x) + self.base_layer(x)
+        self.context.zeroed = False
+        return out
+
+
+class HeldMixture(Wrapper):
+    """A mixture whose block calls it in front of the MLP beside it and adds the two: it runs in a WithMixture."""
+
+    def forward(self, x: Tensor) -> float:
+        return 0.0
 
 
 class RoutedExperts(Wrapper):

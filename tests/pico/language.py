@@ -56,6 +56,7 @@ _GEMMA4 = dict(
 )
 _MIXTURE = dict(_LLAMA, num_experts_per_tok=3)
 _ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
+_GRANITE_MOE = dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)
 _QWEN_MOE = dict(_MIXTURE, num_experts=8, moe_intermediate_size=24)
 _ONE_SLIDES = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention", "full_attention"])
 _SLIDING_MOE = dict(_QWEN_MOE, **_ONE_SLIDES, head_dim=16)
@@ -81,7 +82,13 @@ TINY_MIXTURES = {
             **dict(num_experts=8, top_k_experts=3, moe_intermediate_size=24),
         ),
     ),
-    "granitemoe": ("GraniteMoeConfig", dict(_MIXTURE, **_SCALED, num_local_experts=8, logits_scaling=2.0)),
+    "granitemoe": ("GraniteMoeConfig", _GRANITE_MOE),
+    "granitemoeshared": ("GraniteMoeSharedConfig", dict(_GRANITE_MOE, shared_intermediate_size=48)),
+    "granitemoe_swa": ("GraniteMoeSWAConfig", dict(_GRANITE_MOE, **_ONE_SLIDES, shared_intermediate_size=48)),
+    "phimoe": (
+        "PhimoeConfig",
+        dict(_LLAMA, num_local_experts=8, sliding_window=6, router_jitter_noise=0.4, lm_head_bias=True),
+    ),
     "minimax_m2": ("MiniMaxM2Config", dict(_MIXTURE, num_local_experts=8, head_dim=16)),
     "exaone_moe": ("ExaoneMoeConfig", dict(_SLIDING_MOE, first_k_dense_replace=1, routed_scaling_factor=1.0)),
     "flex_olmo": ("FlexOlmoConfig", dict(_MIXTURE, num_experts=8)),
@@ -132,17 +139,17 @@ MORE = {
 _DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6)
 _KINDS = ["linear_attention", "full_attention", "linear_attention"]
 _SHARED = dict(_QWEN_MOE, **_DELTA, head_dim=16, layer_types=_KINDS, shared_expert_intermediate_size=40)
+_MAMBA = dict(
+    **dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=6, mamba_n_groups=2),
+    **dict(mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=8),
+)
+_GRANITE4 = dict(_GRANITE_MOE, **_MAMBA, layer_types=_KINDS, shared_intermediate_size=48)
 TINY_HYBRIDS = {
     "qwen3_5": ("Qwen3_5TextConfig", dict(_LLAMA, **_DELTA, head_dim=16, layer_types=_KINDS)),
     "olmo_hybrid": ("OlmoHybridConfig", dict(_LLAMA, **_DELTA, layer_types=_KINDS)),
-    "granite4": (
-        "GraniteMoeHybridConfig",
-        dict(
-            **dict(_LLAMA, **_SCALED, logits_scaling=2.0, layer_types=_KINDS, num_local_experts=0),
-            **dict(shared_intermediate_size=48, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=6, mamba_n_groups=2),
-            **dict(mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=8),
-        ),
-    ),
+    "granite4": ("GraniteMoeHybridConfig", dict(_GRANITE4, num_local_experts=0)),
+    "granite4_moe": ("GraniteMoeHybridConfig", _GRANITE4),
+    "bamba": ("BambaConfig", dict(_LLAMA, **_MAMBA, attn_layer_indices=[1])),
     "lfm2": ("Lfm2Config", dict(_LLAMA, layer_types=["conv", "full_attention", "conv"])),
     "lfm2_moe": ("Lfm2MoeConfig", dict(_QWEN_MOE, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1)),
     "qwen3_next": ("Qwen3NextConfig", dict(_SHARED, decoder_sparse_step=2)),

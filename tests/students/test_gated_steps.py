@@ -53,6 +53,7 @@ CASES = [
     *(("phi3", kind) for kind in ("token", "token-drop", "head")),
     *(("gemma2", kind) for kind in ("token", "neuron")),
     *(("olmo2", kind) for kind in ("token-substitute-lora", "layer")),
+    ("granitemoeshared", "token"),
 ]
 
 

@@ -20,7 +20,7 @@ from students.recording.decoding import Decoding
 from tests.pico.language import make_tiny
 from tests.students.tape import Tape
 from tests.students.test_decoding import SIX
-from tests.students.test_execution import assert_one_however_it_runs
+from tests.students.test_execution import CLOSE, assert_one_however_it_runs, decode, in_both_ways
 from tests.students.test_students import MIXED, open_student_of, scramble
 
 HEAD = RouterSpec("vocab", rank=5)
@@ -38,8 +38,10 @@ DENSE = [kind for kind in SPECS if kind != "mixture"]
 RUN = [
     *(("qwen3_5", kind) for kind in DENSE),
     *((name, kind) for name in ("olmo_hybrid", "lfm2", "granite4") for kind in ("default", "mixed")),
-    *((name, "mixture") for name in ("qwen3_next", "qwen3_5_moe", "lfm2_moe")),
+    *((name, "mixture") for name in ("qwen3_next", "qwen3_5_moe", "lfm2_moe", "granite4_moe")),
+    *(("granite4_moe", kind) for kind in ("mixed", "expert")),
 ]
+MAMBA = ("granite4", "granite4_moe", "bamba")
 ALL = torch.ones(1, 12, dtype=torch.bool)
 
 
@@ -73,7 +75,7 @@ def assert_texts_of_recorded_steps(
         assert {key[1] for key in student._decoding._steps} == {16, 24, 32}
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2", "granite4"])
+@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "lfm2", "granite4", "granite4_moe", "bamba"])
 def test_open_gates_change_no_bit(name: str, tokens: Tensor, padding: Tensor) -> None:
     open_student_of(make_tiny(name), tokens, padding)
 
@@ -84,6 +86,17 @@ def test_mask_is_skip_is_cached_decoding(
     name: str, kind: str, tokens: Tensor, padding: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_one_however_it_runs(make(name, kind), tokens, padding, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["default", "mixed"])
+@torch.no_grad()
+def test_bamba_is_one_however_it_runs(kind: str, tokens: Tensor, padding: Tensor) -> None:
+    """As above, with positions: without them transformers' Bamba decodes every token as if it were the first."""
+    student, prompt = make("bamba", kind), torch.arange(12).expand(2, 12) < 9
+    for mask in (padding, torch.ones_like(padding)):
+        masked, skipped = in_both_ways(student, tokens, mask, prompt=prompt & mask.bool())
+        for logits in (skipped, decode(student, tokens, mask, 9)):
+            torch.testing.assert_close(masked[mask.bool()], logits[mask.bool()], **CLOSE)
 
 
 @torch.no_grad()
@@ -98,18 +111,19 @@ def test_only_the_mlp_is_routed_where_there_is_no_attention(tokens: Tensor) -> N
         elasticize(make_tiny("qwen3_5"), StudentSpec((RouterSpec("layer", blocks="even"),)))
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "qwen3_next", "granite4"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "qwen3_next", "granite4", "granite4_moe", "bamba"])
 @torch.no_grad()
 def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor) -> None:
     """torch counts no product with the state, but Mamba 2's last, and the convolution of one token in two places."""
     student, row = make(name, attn_implementation="eager"), tokens[:1]
     _, decisions = student(row)
     cache = cache_of(student(row[:, :-1], use_cache=True)[0])
-    flops, _ = count(lambda: student(row[:, -1:], use_cache=True, past_key_values=cache))
+    last = dict(use_cache=True, past_key_values=cache, position_ids=torch.tensor([[11]]))
+    flops, _ = count(lambda: student(row[:, -1:], **last))
     head = student.compute.routed_head(decisions.share["vocab"], "decode")
     macs = float((student.compute.routed_blocks(decisions, ALL, "decode") + head)[0, -1])
     kernels = [module.weight.numel() for m in mixers(student) for module in m.modules() if hasattr(module, "groups")]
-    state, left_out = {"lfm2": (0, 0), "granite4": (4 * 16 * 6, 1)}.get(name, (4 * 8 * 6, 3))
+    state, left_out = (4 * 16 * 6, 1) if name in MAMBA else (0, 0) if name == "lfm2" else (4 * 8 * 6, 3)
     assert flops == pytest.approx(2 * (macs + sum(kernels) - len(kernels) * left_out * state), rel=0.002)
     states = 4 * len(kernels) * (sum(kernels) / len(kernels) + state)
     assert cache_bytes(cache) == states + 4 * 2 * 2 * student.compute.blocks[1].per_key / 8 * 12
@@ -117,7 +131,13 @@ def test_decoding_costs_what_is_counted_and_the_state(name: str, tokens: Tensor)
 
 @pytest.mark.parametrize("operators", ["c"], indirect=True)
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", pytest.param("olmo_hybrid", marks=pytest.mark.thorough), "lfm2", "granite4"]
+    "name",
+    [
+        "qwen3_5",
+        "lfm2",
+        "granite4_moe",
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("olmo_hybrid", "bamba")),
+    ],
 )
 @torch.no_grad()
 def test_decoding_is_recorded(
@@ -142,11 +162,6 @@ def test_cuda_graphs_decode_what_the_model_does(name: str, tokens: Tensor, paddi
     with warnings.catch_warnings(action="error"):
         assert torch.equal(student.generate(**inputs, **SIX), plain)
     assert student._decoding._steps
-
-
-def test_experts_beside_the_mlp_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Layer 0 .*granitemoehybrid.* in block_sparse_moe: .*only mamba, shared"):
-        elasticize(make_tiny("granite4", num_local_experts=4), SPECS["default"])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ SPECS = {
     "drop": StudentSpec((RouterSpec("token", kv="drop"), MIXTURE), gains=True),
     "layers": StudentSpec((RouterSpec("layer", kv="drop", blocks="odd"), MIXTURE)),
 }
+ROUTED = ("qwen3_moe", "gpt_oss", "gemma4_moe", "granitemoeshared")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 ALL = torch.ones(1, 12, dtype=torch.bool)
 
@@ -54,7 +55,7 @@ def test_open_student_is_the_teacher_bit_for_bit(name: str, tokens: torch.Tensor
     ("name", "kind"),
     [
         *((name, "default") for name in TINY_MIXTURES),
-        *((name, kind) for name in ("qwen3_moe", "gpt_oss", "gemma4_moe") for kind in ("tokens", "drop", "layers")),
+        *((name, kind) for name in ROUTED for kind in ("tokens", "drop", "layers")),
     ],
 )
 @torch.no_grad()
@@ -96,7 +97,7 @@ def test_bytes_are_those_of_the_experts_that_are_used(tokens: torch.Tensor) -> N
     assert read[0] - read[1] == 3 * 3 * (3 * 32 * 48) * 4  # gate, up and down of each expert, in float32
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "gemma4_moe"])
+@pytest.mark.parametrize("name", ["mixtral", *ROUTED])
 @torch.no_grad()
 def test_recorded_steps_decode_the_same_text(name: str, tokens: torch.Tensor) -> None:
     assert torch.equal(*both(make(name, SPECS["default"]), tokens, **SIX))
