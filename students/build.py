@@ -121,6 +121,11 @@ def _check(spec: StudentSpec, record: Architecture) -> None:
                 "the blocks of this model have several attentions and MLPs side by side: it takes layer routers, which "
                 "skip whole blocks, and no low-rank corrections"
             )
+        if not record.mlp and "mlp" in router.of_kind.touches(router):
+            raise ValueError(
+                f"the blocks of this model run the layers of their MLP themselves, which no {router.kind} router can "
+                "let a token skip: give token routers `sites: [attn]`, or use channel routers"
+            )
         router.of_kind.check_model(router, record, spec)
 
 
@@ -166,7 +171,7 @@ def _elasticize_language(
     model: PreTrainedModel, record: Architecture, blocks: list[nn.Module], spec: StudentSpec
 ) -> LanguageStudent:
     _check_head(model, spec)
-    trunk: Any = model.base_model
+    trunk: Any = trunk_of(model)
     return LanguageStudent(
         model, record, blocks, spec, *_language_parts(model, trunk, record, blocks, spec), trunk=trunk
     )

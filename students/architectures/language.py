@@ -139,6 +139,14 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "starcoder2": replace(LLAMA, mlp_in=("c_fc",), mlp_out=("c_proj",)),
     "gpt_bigcode": _GPT2,
     "gpt2": _GPT2,
+    "opt": Architecture(
+        *("layers", "self_attn", ""),
+        attn_out=("out_proj",),
+        mlp_in=("fc1",),
+        mlp_out=("fc2",),
+        norm="self_attn_layer_norm",
+        whole_heads=True,
+    ),
     "gpt_neox": Architecture(
         "layers", "attention", "mlp", ("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)
     ),

@@ -76,7 +76,8 @@ def _check_parts(kind: str, number: int, block: nn.Module, own: Architecture) ->
     """Raise ValueError if a block has weight matrices outside of the parts that its record names: nothing would route
     them, and no cost would include them."""
     block = getattr(block, "base_layer", block)
-    known = list(dict.fromkeys(name.partition(".")[0] for name in (own.attn, own.mlp, *(own.beside or ()))))
+    parts = [own.attn, *([own.mlp] if own.mlp else own.linears("mlp_in") + own.linears("mlp_out")), *(own.beside or ())]
+    known = list(dict.fromkeys(name.partition(".")[0] for name in parts))
     found = [name for name, weight in block.named_parameters(recurse=False) if weight.ndim > 1]
     for name, part in block.named_children():
         if name not in known and any(weight.ndim > 1 for weight in part.parameters()):
@@ -123,7 +124,11 @@ def kind_of(model: nn.Module) -> str:
 
 def trunk_of(model: nn.Module) -> nn.Module:
     """Return the module that holds the blocks: a transformers model without its head, a timm model itself."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+    if not isinstance(model, PreTrainedModel):
+        return model
+    base: Any = model.base_model
+    trunk: nn.Module = base.get_decoder()
+    return trunk
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ class Architecture:
     Names are attribute paths: `blocks` relative to the base model; `attn`, `mlp`, `attn_exit`, `mlp_exit` and `norm`
     relative to a block; linear layers (`attn_in` ... `mlp_out`) and `activation` relative to their branch. Without
     `mlp_in` and `mlp_out`, MLPs are mixtures of experts, in all blocks or some; they run whole, or not at all. Without
-    `attn_in` and `attn_out`, `attn` is no attention but a mixer with a state (see `hybrid`); it always runs whole.
+    `attn_in` and `attn_out`, `attn` is no attention but a mixer with a state (see `hybrid`); it always runs whole. An
+    empty `mlp`: the block itself runs the linear layers of its MLP, which no token can skip.
     """
 
     blocks: str = "layers"
@@ -54,8 +55,8 @@ class Architecture:
     """Whether the MLP returns a tuple, as attention does, of which the first is added to the residual stream."""
     whole_heads: bool = False
     """Whether closed heads must be computed all the same: because queries are normalised over all heads or by a norm of
-    each head's own, each head has a sink, or attention does not hand further keyword arguments on to its attention
-    function."""
+    each head's own, each head has a sink, or attention asks for all of them, or does not hand further keyword arguments
+    on to its attention function."""
     block_scale: str | None = None
     """The buffer by which a block multiplies its whole output, the residual stream included, before it returns it."""
     side_by_side: bool = False
@@ -88,4 +89,4 @@ class Architecture:
     def linears(self, site: str) -> list[str]:
         """Return the names of the linear layers at a site or in `expand`, relative to the block."""
         branch = self.mlp if site.startswith("mlp") else self.attn
-        return [f"{branch}.{name}" for name in getattr(self, site)]
+        return [f"{branch}.{name}".lstrip(".") for name in getattr(self, site)]

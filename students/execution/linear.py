@@ -73,9 +73,13 @@ class RoutedLinear(Wrapper):
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
 
     def set_dial(self) -> None:
-        """Set the group's limits, and slice the weight for a static choice of channels."""
+        """Set the group's limits, and slice its weights for a static choice of channels (the first layer does)."""
         if self.place == 0:
             self.group.set_dial()
+            for layer in self.group.layers:
+                layer._slice_static()
+
+    def _slice_static(self) -> None:
         if "channel" in self.routers and self.routers["channel"].spec.network == "static":
             self._slice = None, None
             if self.group.limit is not None:
@@ -105,6 +109,10 @@ class RoutedLinear(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
+        if (
+            x.ndim == 2 and not run.bypass
+        ):  # from a block that runs the layer itself, on the tokens of all rows in one dimension
+            return self.forward(x.view(run.call.batch, -1, self.inputs)).flatten(0, 1)
         if run.bypass and not (run.recorded and self.selects and self.group.reads_all(x)):
             out: Tensor = self.base_layer(x)
             return out

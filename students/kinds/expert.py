@@ -25,6 +25,11 @@ class ExpertKind(HeadKind):
                 "an expert router chooses groups of neurons of a dense MLP; the MLPs of this model are mixtures of "
                 "experts already"
             )
+        if not record.mlp:
+            raise ValueError(
+                "an expert router reads what the MLP reads; the blocks of this model run the layers of their MLP "
+                "themselves: use channel routers"
+            )
 
     def parts(self, spec: RouterSpec, place: BlockPlace) -> tuple[int, int]:
         return min(spec.groups, place.neurons), place.neurons

@@ -17,7 +17,7 @@ from elastic.run import Run
 from students.architectures.lookup import ARCHITECTURES
 from students.architectures.vision_language import VISION_TOWERS
 from tests.elastic.runs import as_options, write_images
-from tests.pico.language import MORE, TINY, TINY_HYBRIDS, TINY_MIXTURES
+from tests.pico.language import MORE, TINY, TINY_FLAT, TINY_HYBRIDS, TINY_MIXTURES
 from tests.pico.processors import make_processor
 from tests.pico.vision_language import ALIKE, CONFIGS, make_vlm
 
@@ -60,7 +60,7 @@ def distil(model: Path, data: Path, run: Path, *settings: str) -> dict:
 
 
 def test_every_record_of_names_is_tried() -> None:
-    tiny = TINY | TINY_MIXTURES | MORE | TINY_HYBRIDS
+    tiny = TINY | TINY_MIXTURES | MORE | TINY_FLAT | TINY_HYBRIDS
     config_of = {name: getattr(transformers, kind).model_type for name, (kind, _) in tiny.items()}
     inside = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "gemma"}  # inside those of CONFIGS
     inside |= {"qwen3_vl_moe_text", "glm4v_moe_text"}

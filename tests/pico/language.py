@@ -136,6 +136,17 @@ MORE = {
 }
 """Models whose parts are those of models in TINY, put together otherwise: test_architectures.py checks each."""
 
+TINY_FLAT = {
+    "opt": (
+        "OPTConfig",
+        dict(
+            **dict(vocab_size=120, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
+            **dict(max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        ),
+    ),
+}
+"""Models whose blocks run the linear layers of their MLP themselves."""
+
 _DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6)
 _KINDS = ["linear_attention", "full_attention", "linear_attention"]
 _SHARED = dict(_QWEN_MOE, **_DELTA, head_dim=16, layer_types=_KINDS, shared_expert_intermediate_size=40)
@@ -160,7 +171,7 @@ TINY_HYBRIDS = {
 
 def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are large enough for every branch to change the logits."""
-    kind, settings = (TINY | TINY_MIXTURES | MORE | TINY_HYBRIDS)[name]
+    kind, settings = (TINY | TINY_MIXTURES | MORE | TINY_FLAT | TINY_HYBRIDS)[name]
     if name == "gemma3":
         settings = dict(settings, num_hidden_layers=4)
     torch.manual_seed(0)
@@ -171,7 +182,7 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
             if parameter.ndim in (2, 3):
                 parameter.mul_(4)
             elif (
-                name in (*MORE, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
+                name in (*MORE, *TINY_FLAT, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
             ):  # biases and the like, which start at 0
                 parameter.normal_(std=0.3)
         for block in model.modules():
