@@ -94,9 +94,14 @@ def test_operators_are_references_where_triton_cannot_launch(monkeypatch: pytest
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     assert not ops.compiled(x) and not ops.reads_few(1, x, [6])
     monkeypatch.setattr(reference, "channel_gate", lambda *given: given)
+    monkeypatch.setattr(trial, "replaced", {})
     assert trial.on_gpu.__wrapped__("channel_gate")(x, None) == (x, None)
+    assert trial.replaced == {"channel_gate": "Triton cannot launch kernels here"}
     known = torch.compile(lambda x: x + triton.available(), backend="eager", fullgraph=True)
     assert float(known(torch.zeros(()))) == 0
+    triton._launches.clear()
+    with pytest.raises(UserWarning, match=r"it needs a C compiler"):  # on a GPU no test passes without kernels
+        triton.available()
 
 
 def test_nothing_is_saved_where_a_dense_product_is_launched(monkeypatch: pytest.MonkeyPatch):
