@@ -45,10 +45,12 @@ def _biased_attention(
 ):
     """Attend with QUERIES queries of one head of one sequence. number [B, K]: how many times each key counts; factor:
     the scale of scores times log2(e), since exponentials are to base 2."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    parts = tl.cdiv(queries, QUERIES)
+    one, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    batch, head = (one // heads).to(tl.int64), one % heads
     kind = query.dtype.element_ty
     channel = tl.arange(0, SIZE)
-    q, inside = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), channel < size
+    q, inside = part * QUERIES + tl.arange(0, QUERIES), channel < size
     asked = (q < queries)[:, None] & inside[None, :]
     from_key = key + batch * key_batch + head * key_head + channel[:, None]
     from_value = value + batch * value_batch + head * value_head + channel[None, :]
@@ -80,7 +82,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, sc
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     padded = max(16, triton.next_power_of_2(width))
     if out.numel():
-        _biased_attention[(triton.cdiv(queries, 64), batch * heads)](
+        _biased_attention[(triton.cdiv(queries, 64) * batch * heads,)](  # a second dimension ends at 65,535
             *(query, key, value, size, out, queries, key.shape[2], heads, width, scale * math.log2(math.e)),
             *(stride for x in (query, key, value) for stride in x.stride()[:3]),
             QUERIES=64,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from students.families.image import ImageStudent, call
-from students.kernels import devices, key_bias, ops
+from students.kernels import devices, key_bias, ops, triton
 from tests.pico.image import BOTH, first
 from tests.students.host_waits import Launches
 from tests.students.test_image import routed
@@ -72,3 +72,15 @@ def test_masks_of_a_gpu_have_the_dtype_of_queries(pixels: Tensor, monkeypatch: p
     assert isinstance(student, ImageStudent)
     student.set_quotas([pixels.bfloat16()])
     assert len(seen) >= 2 and all(seen)
+
+
+@pytest.mark.skipif(not triton.installed(), reason="Triton is not installed")
+def test_any_number_of_images_has_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes 2^31 - 1 programs in the first dimension of a launch, and 65,535 in the others."""
+    from students.kernels.triton import biased_attention, launching
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(launching.Kernel, "__getitem__", lambda kernel, grid: lambda *_, **__: grids.append(grid))
+    images = torch.empty(6000, 12, 197, 64, dtype=torch.bfloat16, device="meta")
+    biased_attention.biased_attention(images, images, images, images[:, 0, :, 0], 0.125)
+    assert grids == [(6000 * 12 * 4,)]
