@@ -196,9 +196,12 @@ class Student(nn.Module):
             wrapper.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or convert all tensors. Layouts are undone before: their addresses may be the same after a way back."""
+        """Move or convert all tensors. Layouts are undone before, and with none the teacher's recorded passes no longer
+        hold either: addresses may be the same after a way back."""
         if self._layouts:
             self.forget_layouts()
+        else:
+            self._layouts = 1
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _wrappers(self) -> list[Wrapper]:

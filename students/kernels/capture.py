@@ -65,10 +65,12 @@ class CudaGraph:
         with torch.cuda.device(device):
             before, side = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
             side.wait_stream(before)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    work()
-            before.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        work()
+            finally:  # where memory runs out, what has been launched still runs, and the caller goes on
+                before.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             own, capture = counters.lent(side.device), partial(torch.cuda.graph, stream=side, capture_error_mode=THREAD)
             try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
+from students.families.language import LanguageStudent
 from students.prepared import Stamp
 from tests.pico.language import make_tiny
 from tests.students.test_students import EVERY_KIND, MIXED, scramble
@@ -110,3 +111,13 @@ def test_a_stamp_knows_writes_moves_and_settings():
     assert stamp.renew([x], 2) and not stamp.renew([x], 2)
     stamp.reset()
     assert stamp.renew([x], 2)
+
+
+def test_a_teacher_that_was_moved_is_recorded_anew(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights may have other addresses even where the first has its own again, and nothing was laid out."""
+    monkeypatch.setenv("ELASTIC_SELF_CHECK", "off")
+    student = elasticize(make_tiny("llama"), SPECS["channel"])
+    assert isinstance(student, LanguageStudent)
+    before = student._taught(tokens)
+    student.double().float()
+    assert student._taught(tokens)[1:] != before[1:]

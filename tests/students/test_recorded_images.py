@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -153,14 +153,20 @@ def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         yield
         did.append("end")
 
+    before = MagicMock()
+    before.wait_stream = lambda side: did.append("join")
     fakes = {"graph": capturing, "CUDAGraph": MagicMock, "stream": nullcontext, "device": nullcontext}
-    for name, fake in {**fakes, "current_stream": MagicMock, "current_device": lambda: 0}.items():
+    for name, fake in {**fakes, "current_stream": lambda: before, "current_device": lambda: 0}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(capture, "_stream", MagicMock())
     monkeypatch.setattr(capture.counters, "lent", lambda device: nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: did.append("clear"), raising=False)
     capture.CudaGraph(lambda: did.append("work"))
-    assert did == ["work"] * capture.WARM_UP + ["clear", "begin", "work", "end", "clear"]
+    assert did == ["work"] * capture.WARM_UP + ["join", "clear", "begin", "work", "end", "clear"]
+    did.clear()
+    with pytest.raises(RuntimeError, match="memory"):
+        capture.CudaGraph(Mock(side_effect=RuntimeError("out of memory")))
+    assert did == ["join"], "what the caller does next comes after what was launched"
 
 
 @pytest.mark.gpu
