@@ -94,17 +94,24 @@ def calibrate(
 
 
 def places(student: LanguageStudent) -> frozenset[tuple[str, str]]:
-    """Return the pairs (place, quantity) that `observe` records for this student's routers.
+    """Return the pairs (place, quantity) that `observe` records for this student's routers, and of how many exempt
+    tokens it does not.
 
     A student whose pairs are among those of another student can start from the other's observations.
     """
-    return frozenset(
+    pairs = frozenset(
         (key, what)
         for observers in _observers(student)
         for key, at in observers.items()
         for what in ("fisher", "inputs", "outputs", "moments")
         if what == "fisher" or getattr(at, what)
     )
+    return pairs | {("exempt", str(_exempt(student)))}
+
+
+def _exempt(student: LanguageStudent) -> int:
+    """Return how many tokens at the start of a text some router exempts."""
+    return max((router.prefix for router in student.spec.routers), default=0)
 
 
 def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
@@ -117,22 +124,32 @@ def _observers(student: LanguageStudent) -> Iterator[dict[str, Observer]]:
 
 
 def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, shard: DataShard | None = None) -> Seen:
-    """Run the frozen model forward and backward over this process's batches, and return the observations."""
+    """Run the frozen model forward and backward over this process's batches, and return the observations.
+
+    Tokens that are exempt from routing are not observed in blocks: the first ones of a text, on which the others'
+    attention rests, have activations so much larger than theirs that they alone would decide what is fitted.
+    """
     seen: Seen = {}
+    exempt = _exempt(student)
     rows = torch.empty(0, dtype=torch.long)
     info = BatchInfo(0, True)
     hooks = ExitStack()
+
+    def routed(x: Tensor) -> Tensor:
+        """Return those tokens [n, D] of x [..., D], which has all tokens of the batch, that are observed."""
+        rest = x.flatten(0, -2).unflatten(0, (len(ids), -1))[:, min(exempt, ids.shape[1] - 1) :]
+        return info.counted(rest.flatten(0, 1))
 
     def observe_place(place: Observed, at: Observer) -> None:
         waiting: list[Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
-            waiting.append((args[0] if args else kwargs["hidden_states"]).detach().flatten(0, -2))
+            waiting.append((args[0] if args else kwargs["hidden_states"]).detach())
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             x, y = waiting.pop(), out[0] if isinstance(out, tuple) else out
-            y.register_hook(lambda grad: _add_fisher(place, info.counted(grad.flatten(0, -2))))
-            x, y = info.counted(x), info.counted(y.detach().flatten(0, -2))
+            y.register_hook(lambda grad: _add_fisher(place, routed(grad)))
+            x, y = routed(x), routed(y.detach())
             if at.residual:
                 y = y - at.residual * x
             if at.inputs:
@@ -155,8 +172,8 @@ def observe(student: LanguageStudent, batches: Sequence[Tensor], seed: int = 0, 
     with hooks, student.teacher(), torch.enable_grad():
         for ids, info in (shard or DataShard()).enumerate(batches):
             generator = batch_generator(seed, info.index)
-            rows = torch.randperm(ids.numel() if info.counts else 0, generator=generator)[:ROWS_PER_BATCH]
-            rows = rows.to(ids.device)
+            observed = len(routed(ids.unsqueeze(-1)))
+            rows = torch.randperm(observed, generator=generator)[:ROWS_PER_BATCH].to(ids.device)
             hidden = student.features(ids)[0].last_hidden_state.flatten(0, 1)
             final.inputs.append(info.counted(hidden.detach()))
             _backward_fisher(student, hidden, generator)

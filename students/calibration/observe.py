@@ -20,6 +20,9 @@ from students.routers import Router, Substitute
 from students.shards import open_unit
 from students.spec import RouterSpec
 
+LEAST_SIZE = 0.1
+"""Added to the size of a token's output where sizes weigh in least squares, as a share of the mean size."""
+
 
 @dataclass
 class Observed:
@@ -31,7 +34,7 @@ class Observed:
     """Sum [D_out] over `tokens` tokens of the squared gradient of -log p(y) with respect to the outputs."""
     tokens: int = 0
     moments: Tensor | None = None
-    """Sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares."""
+    """Weighted sum over tokens of (x, 1)^T (x, 1, y): [D + 1, D + 1 + D_out], for least squares (see `moments`)."""
 
     def of_all(self, shard: DataShard) -> Observed:
         """Return the observations of all processes at this place, merged; this process made those of its shard."""
@@ -212,6 +215,8 @@ class BlockStart:
 
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
-    """Return the second moments for least squares of y [rows, D_out] on x [rows, D]: (x, 1)^T (x, 1, y)."""
-    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float()
+    """Return the second moments for least squares of y [rows, D_out] on x [rows, D]: (x, 1)^T (x, 1, y), summed over
+    rows that weigh as much less as the square of their |y| is larger, because those whose |y| is small will skip."""
+    size = y.float().norm(dim=1, keepdim=True)
+    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float() / (size + LEAST_SIZE * size.mean()).clamp(min=1e-12)
     return xy[:, : x.shape[1] + 1].T @ xy

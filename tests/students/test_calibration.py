@@ -11,7 +11,8 @@ from students import LoraSpec, RouterSpec, Student, StudentSpec, elasticize
 from students.calibration.data_shard import DataShard
 from students.calibration.fit import cluster_neurons, fit_substitute, fit_vocab, ridge
 from students.calibration.image import calibrate_images, observe_images
-from students.calibration.language import calibrate
+from students.calibration.language import calibrate, observe, places
+from students.calibration.observe import moments
 from students.calibration.price import gated_choice
 from students.routers import Router, Substitute
 from tests.pico.image import make_tiny as make_image
@@ -174,6 +175,14 @@ def test_tokens_that_never_close_are_not_observed():
     assert [len(x) for part in seen.values() for x in part] == [8 * 16] * 12
 
 
+def test_exempt_tokens_are_not_observed(windows: torch.Tensor):
+    student = student_of(RouterSpec("token", substitute=4, prefix=3))
+    seen = observe(student, windows.split(4))
+    for place in (seen["0.attn"], seen["1.mlp"]):
+        assert place.tokens == len(place.x) == len(place.y) == 16 * (16 - 3)
+    assert not places(student_of(RouterSpec("token", substitute=4))) <= places(student)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2"])
 @pytest.mark.parametrize("site", ["attn", "mlp"])
 def test_substitutes_are_better_than_nothing(name: str, site: str, windows: torch.Tensor):
@@ -219,6 +228,17 @@ def test_substitute_of_lower_rank_is_the_best_there_is():
     assert fitted < (centred @ truncated - target).norm()
     outputs = torch.linalg.svd(centred @ full).Vh[:2]  # the optimum in closed form
     assert fitted == pytest.approx(float((centred @ full @ outputs.T @ outputs - target).norm()), rel=1e-3)
+
+
+def test_a_substitute_fits_best_where_outputs_are_small():
+    x = draw(2000, 8)
+    y = torch.cat([x[:1600] @ draw(8, 8, seed=1), 10 * x[1600:] @ draw(8, 8, seed=2)])
+    errors = []
+    for seen in (moments_of(x, y), moments(x, y)):
+        substitute = Substitute(8, 8)
+        fit_substitute(substitute, seen)
+        errors.append(float((substitute(x) - y)[:1600].norm().detach()))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_wide_substitute_is_the_best_there_is():
