@@ -38,9 +38,9 @@ def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
 def fit_substitute(substitute: Substitute, moments: Tensor) -> None:
     """Set a substitute to the rank-r affine map with the least squared error on the calibration tokens.
 
-    moments: weighted sum over tokens of (x, 1)^T (x, 1, y), [D + 1, D + 1 + D_out]. This is reduced-rank regression: the
-    least-squares map is truncated in the metric of the inputs' covariance (not of the weights), which is optimal under
-    a rank constraint.
+    moments: weighted sum over tokens of (x, 1)^T (x, 1, y), [D + 1, D + 1 + D_out]. This is reduced-rank regression:
+    the least-squares map is truncated in the metric of the inputs' covariance (not of the weights), which is optimal
+    under a rank constraint.
     """
     rank, width = substitute.down.shape
     moments = moments.double()

@@ -218,5 +218,6 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
     """Return the second moments for least squares of y [rows, D_out] on x [rows, D]: (x, 1)^T (x, 1, y), summed over
     rows that weigh as much less as the square of their |y| is larger, because those whose |y| is small will skip."""
     size = y.float().norm(dim=1, keepdim=True)
-    xy = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float() / (size + LEAST_SIZE * size.mean()).clamp(min=1e-12)
+    least = (LEAST_SIZE * size.mean()).clamp(min=1e-12)
+    xy: Tensor = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).float() / (size + least)
     return xy[:, : x.shape[1] + 1].T @ xy
