@@ -99,7 +99,7 @@ class LanguageStudent(Student):
     def _recorded_step(self, rows: int) -> Any:
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
         none can be recorded. Gates that differ from token to token are masks there (RoutedBranch._run_fixed); on CPUs,
-        where leaving parts out is faster, such steps are not recorded."""
+        where parts can be left out without a recording, such steps are not recorded."""
         state = self._recorded_for(by_token=not self._decoding.replays)
         if self.runtime.bypass:
             return state
