@@ -184,9 +184,9 @@ class BlockPlace:
             routed = RoutedExperts(experts, self.runtime, router, self.number, self.context)
             self.block.set_submodule(path, _like(self.block, routed))
 
-    def _hold_mixture(self, wrapper: RoutedBranch) -> None:
-        """Let the wrapper of the block's MLP run the mixture beside it, too, which the block calls for itself."""
-        path = self.record.beside[1].rpartition(".")[0] if self.record.beside else ""
+    def _hold_mixture(self, wrapper: RoutedBranch, experts: str) -> None:
+        """Let the wrapper of the MLP run the mixture of these experts, too, which the block calls for itself."""
+        path = experts.rpartition(".")[0]
         held = HeldMixture(self.block.get_submodule(path), self.runtime)
         self.block.set_submodule(path, held)
         wrapper.base_layer = WithMixture(wrapper.base_layer, self.runtime, held, wrapper.context)
@@ -262,7 +262,7 @@ class BlockPlace:
             router.of_kind.attach(router, self)
         if branch == "mlp" and record.beside and (wrapper.routers or wrapper.decided):
             if late is None:
-                self._hold_mixture(wrapper)
+                self._hold_mixture(wrapper, record.beside[1])
             else:
                 self.route_experts()
         for end in ("in", "out"):

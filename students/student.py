@@ -167,9 +167,10 @@ class Student(nn.Module):
         self._choices += any(router.network == "static" for router in self.spec.routers)
         with torch.inference_mode(False), torch.no_grad():  # so that passes in and out of inference mode can read it
             run.set_dial(self._frozen.device)
-            for wrapper in self._wrappers() if moved else ():
+            wrappers = self._wrappers()
+            for wrapper in wrappers if moved else ():
                 wrapper.lay_out()
-            for wrapper in self._wrappers():
+            for wrapper in wrappers:
                 wrapper.set_dial()
 
     def _pack_for(self, rows: int) -> None:

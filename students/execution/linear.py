@@ -109,7 +109,7 @@ class RoutedLinear(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         run = self.runtime
-        if x.ndim == 2 and not run.bypass:  # a block that runs the layer itself has the tokens of all rows in a row
+        if x.ndim == 2 and not run.bypass:  # a block that runs the layer itself joins rows
             return self.forward(x.view(run.call.batch, -1, self.inputs)).flatten(0, 1)
         if run.bypass and not (run.recorded and self.selects and self.group.reads_all(x)):
             out: Tensor = self.base_layer(x)

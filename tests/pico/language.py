@@ -181,10 +181,8 @@ def make_tiny(name: str, **overrides: object) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
                 parameter.mul_(4)
-            elif (
-                name in (*MORE, *TINY_FLAT, *TINY_HYBRIDS, "gpt_oss") and not parameter.any()
-            ):  # biases and the like, which start at 0
-                parameter.normal_(std=0.3)
+            elif name in (*MORE, *TINY_FLAT, *TINY_HYBRIDS, "gpt_oss") and not parameter.any():
+                parameter.normal_(std=0.3)  # biases and the like, which start at 0
         for block in model.modules():
             if hasattr(block, "layer_scalar"):
                 block.layer_scalar.fill_(0.6)
