@@ -67,6 +67,8 @@ class Student(nn.Module):
         passes that read the slices before no longer hold."""
         self._packed = {bypass: Stamp() for bypass in (False, True)}
         """Stamps of the packed weights that the routed model (False) and the teacher (True) read."""
+        self._packs_alone = False
+        """Whether a wrapper packs weights that are read with any number of rows."""
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
         self._spread = are_spread(model)
@@ -153,7 +155,9 @@ class Student(nn.Module):
         forward pass with few tokens makes. Return False if no layer can be packed."""
         for stamp in self._packed.values():
             stamp.reset()  # earlier calls have renewed it though they found nothing to pack
-        return pack_linears(self.model)
+        found = pack_linears(self.model)
+        self._packs_alone = any(wrapper.packs_alone() for wrapper in self._wrappers())
+        return found
 
     def _prepare(self) -> None:
         """Lay out weights, and convert routers and the dial, if stale. ValueError if the weights are sharded."""
@@ -174,8 +178,10 @@ class Student(nn.Module):
                 wrapper.set_dial()
 
     def _pack_for(self, rows: int) -> None:
-        """Pack weights before a forward pass with about `rows` rows, if a pass with so few rows reads them."""
-        if rows <= MOST_ROWS and not torch.is_grad_enabled():
+        """Pack weights before a forward pass with about `rows` rows, if such a pass reads them: with few rows, or with
+        corrections, which are packed together with their weights."""
+        always = self._packs_alone and not self.runtime.bypass
+        if (rows <= MOST_ROWS or always) and not torch.is_grad_enabled():
             self._pack()
 
     def _pack(self) -> None:

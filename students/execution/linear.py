@@ -18,6 +18,7 @@ from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import first_rows, ops
 from students.kernels.deferred import ACTIVATIONS
+from students.kernels.packing import CorrectedProduct, PackedLinear
 from students.routers import ChannelRouter, Lora
 
 
@@ -58,6 +59,7 @@ class RoutedLinear(Wrapper):
         """Number of the activation (see `ops.gated_grad`) in the product whose gradient this layer computes."""
         self._slice: tuple[Tensor | None, Any] = (None, None)
         self._low: tuple[Tensor, Tensor] | None = None
+        self._together = CorrectedProduct()
         group.layers.append(self)
 
     def lay_out(self) -> None:
@@ -71,6 +73,7 @@ class RoutedLinear(Wrapper):
         if self.lora is not None and not self.selects and not self.group.opaque:
             dtype = base.weight.dtype
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
+            self._together.forget()
 
     def set_dial(self) -> None:
         """Set the group's limits, and slice its weights for a static choice of channels (the first layer does)."""
@@ -87,14 +90,22 @@ class RoutedLinear(Wrapper):
                 self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
 
     def pack(self) -> bool:
-        """Pack the weight that the layers of the group read together."""
+        """Pack the weight that the layers of the group read together, or this layer's with its correction."""
         if self.selects and self.place == 0:
             self.group.pack()
-        return self.selects
+        if self.lora is None or not self.packs_alone():
+            return self.selects
+        return self._together.prepare(self.base_layer.weight, self.lora.down, self.lora.up)
+
+    def packs_alone(self) -> bool:
+        """As in Wrapper: the sum of weight and correction."""
+        corrects = self.lora is not None and not (self.selects or self.group.opaque)
+        return corrects and isinstance(self.base_layer, PackedLinear)
 
     def forget(self) -> None:
         """Give the weight the memory layout that the model had, and drop slices and converted corrections."""
         self._slice, self._low = (None, None), None
+        self._together.forget()
         if self.place == 0:
             self.group.forget()
         if not self.group.opaque:
@@ -157,7 +168,7 @@ class RoutedLinear(Wrapper):
                 return self._correct(self.group.nonzero_channels(x), x)
             is_open = self._is_open()
             if is_open is None or not has_rows(self.base_layer):
-                return self._correct(self.base_layer(x), x)
+                return self._whole(x)
             self.branch.zeroed = self.group.ends and self.lora is None
             return self._correct(gated(self.base_layer, x, is_open), x)
         router = self.routers["channel"]
@@ -167,6 +178,13 @@ class RoutedLinear(Wrapper):
         if call.skipping and not self.group.opaque and router.spec.network == "static" and call.rows is None:
             return self._read_static(x)
         return self._correct(self.base_layer(self._mask(router, x, together)), x)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Return the output [..., O] for x [..., I], all of it."""
+        call = self.runtime.call
+        if call.skipping and call.rows is None and self._together.takes(x):
+            return self._together(x, self.base_layer.bias)
+        return self._correct(self.base_layer(x), x)
 
     def _is_open(self) -> Tensor | None:
         """Return which outputs [O], or whether any [1], the only token of a step of fixed shape needs; None: all."""

@@ -48,6 +48,10 @@ class Wrapper(nn.Module):
         packed weights. Return whether the base layer itself then needs none."""
         return False
 
+    def packs_alone(self) -> bool:
+        """Return whether `pack` makes weights that are read with any number of rows."""
+        return False
+
     def forget(self) -> None:
         """Undo `lay_out` and `set_dial`; frozen weights get the memory layout that the model had."""
 

@@ -42,9 +42,7 @@ class PackedProduct:
     def prepare(self, weight: Tensor) -> None:
         """Pack the weight if it can be packed and has changed since it was packed last."""
         if self._stamp.renew([weight]):
-            self._packed = None
-            if _can_be_packed(weight):
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
+            self._packed = _packed(weight) if _can_be_packed(weight) else None
 
     def holds(self, weight: Tensor) -> bool:
         """Return whether there is a packed copy of this weight's current values."""
@@ -60,11 +58,39 @@ class PackedProduct:
             or not self._stamp.holds([weight])
         ):
             return F.linear(x, weight, bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
-        return out
+        return _product(x, self._packed, bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedProduct:
         return PackedProduct()  # a packed weight cannot be copied
+
+
+class CorrectedProduct:
+    """The product with one frozen weight [O, I] and its low-rank correction together: with a packed copy of their sum,
+    rounded to bfloat16, in place of three products, of which the two thin ones take long for what they do."""
+
+    def __init__(self) -> None:
+        self._packed: Tensor | None = None
+
+    def prepare(self, weight: Tensor, down: Tensor, up: Tensor) -> bool:
+        """Pack weight [O, I] + up [O, r] @ down [r, I] unless that is done; return whether there is a packed copy."""
+        if self._packed is None and _can_be_packed(weight):
+            self._packed = _packed((weight.float() + up.float() @ down.float()).to(weight.dtype))
+        return self._packed is not None
+
+    def forget(self) -> None:
+        """Drop the packed copy, as where weight or correction have changed."""
+        self._packed = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Return whether the product with x can be computed: not where operations are counted or compiled."""
+        return self._packed is not None and x.dtype == torch.bfloat16 and not ops.observed()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self._packed is not None, "`takes` comes first"
+        return _product(x, self._packed, bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CorrectedProduct:
+        return CorrectedProduct()
 
 
 class PackedLinear(nn.Linear):
@@ -94,6 +120,16 @@ def prepare_linears(model: nn.Module, but: Collection[nn.Module] = ()) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear) and module not in but:
             module.product.prepare(module.weight)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MOST_ROWS)
+    return packed
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return out
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic import run
-from students import Student, elasticize
+from students import LoraSpec, Student, elasticize
 from students.kernels.packing import PackedLinear, PackedProduct, pack_linears, prepare_linears
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_execution import SPECS, decode
@@ -93,7 +95,9 @@ def test_gradients_copies_counters_and_compilers_meet_a_plain_layer():
     ],
 )
 def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: torch.Tensor):
-    plain, other = (scramble(elasticize(make_tiny(name).bfloat16(), SPECS[kind])).train(False) for _ in range(2))
+    """Without corrections, which change the rounding (see below)."""
+    spec = replace(SPECS[kind], lora=LoraSpec())
+    plain, other = (scramble(elasticize(make_tiny(name).bfloat16(), spec)).train(False) for _ in range(2))
     if not pack_linears(other.model) and name != "gpt2":  # gpt2 has no nn.Linear but its head
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
     assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
@@ -101,6 +105,38 @@ def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: t
     assert torch.equal(decode(plain, tokens, None, 5), decode(other, tokens, None, 5))
     with plain.teacher(), other.teacher():
         assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+
+
+@torch.no_grad()
+def test_corrections_are_packed_together_with_their_weights(tokens: torch.Tensor):
+    plain, other = make_open(), make_open()
+    if not other.pack():
+        pytest.skip("no bfloat16 products of oneDNN on this CPU")
+    layer = other.model.get_submodule("model.layers.0.mlp.down_proj")
+    for scale in (1.0, -3.0):  # the second time, what was packed before is stale
+        for student in (plain, other):
+            for name, parameter in student.added_parameters().items():
+                parameter.mul_(scale if "lora" in name else 1.0)
+        expected, found = plain(tokens)[0].logits, other(tokens)[0].logits
+        assert 0 < (found - expected).abs().mean() < 0.1 * expected.std()  # rounding
+        x, lora = torch.randn(1, 3, layer.inputs).bfloat16(), layer.lora
+        together = (layer.base_layer.weight.float() + lora.up @ lora.down).bfloat16()
+        assert torch.equal(layer(x), F.linear(x, together))
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 6 * sum(part.numel() for part in (together, lora.up, lora.down))
+    for student in (plain, other):
+        student.runtime.offset = 1e6, 2e6  # rows of their own: corrections apart
+    assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+    with plain.teacher(), other.teacher():
+        assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
+
+
+def make_open() -> Student:
+    """Return a student with corrections whose gates are all open, so that rounding closes none."""
+    student = scramble(elasticize(make_tiny("llama").bfloat16(), SPECS["token-drop"])).train(False)
+    student.runtime.offset = 1e6
+    return student
 
 
 def test_only_frozen_layers_in_bfloat16_are_packed():
