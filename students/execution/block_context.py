@@ -25,7 +25,12 @@ class Gates:
     """Factor of the substitute's output: 1 where closed, 0 where open."""
 
     def __init__(
-        self, dtype: torch.dtype, count: int | None = None, listed: list[Tensor] | None = None, **forms: Tensor
+        self,
+        dtype: torch.dtype,
+        count: int | None = None,
+        listed: list[Tensor] | None = None,
+        order: tuple[Tensor, int] | None = None,
+        **forms: Tensor,
     ) -> None:
         """forms: either `open`, or `gate` and `closed` in this dtype; `gate` and `closed` made later have it too."""
         self._dtype = dtype
@@ -33,6 +38,9 @@ class Gates:
         """Number of open tokens in each row, if it is known without reading the gates; otherwise None."""
         self.listed = listed
         """Places of the open tokens: the last three results of `ops.list_open`, if it has run; otherwise None."""
+        self.order = order
+        """Flat indices of all tokens, those that are open first, and how many these are, if `ops.open_tokens` has run;
+        otherwise None."""
         for name, form in forms.items():
             setattr(self, name, form)
 
@@ -103,19 +111,26 @@ class Exits:
 
     def chosen(self, valid_count: int, only: list[int] | None = None) -> Chosen:
         """Return the tokens of `open(only)`. valid_count: number of tokens in the batch that are not padding."""
-        listed = self.gates[0][0].listed if len(self.gates) == 1 and self.valid is None else None
-        return Chosen(self.open(only), valid_count, self.count if only is None else None, listed, self.room)
+        gates = self.gates[0][0] if len(self.gates) == 1 and self.valid is None else Gates(self.x.dtype)
+        count = self.count if only is None else None
+        return Chosen(self.open(only), valid_count, count, gates.listed, self.room, gates.order)
 
     def apply(self, out: Tensor) -> Tensor:
         """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""
         if self.all_open:
-            return self._weighted(out)
+            return self.of_open(out)
         if self.rows is not None:
             return self._scatter(out, self.rows)
         for gates, substitute in self.gates:
             gate = gates.gate
             out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
         return out
+
+    def of_closed(self) -> Tensor:
+        """Return what stands for the output [B, T, D] of tokens of which each is closed by one of the gates."""
+        if len(self.gates) == 1 and (only := self.gates[0][1]) is not None:
+            return only.of(self.x.flatten(0, 1), None).view_as(self.x)
+        return self.apply(torch.zeros_like(self.x))
 
     def spread(self, out: Tensor) -> Tensor:
         """Return the output of all tokens [B, T, D], with zeros for those that it does not hold."""
@@ -131,8 +146,8 @@ class Exits:
             if substitute is not None:
                 self.begun[number] = substitute(self.x)
 
-    def _weighted(self, out: Tensor) -> Tensor:
-        """Return the output [B, T, D] of all tokens multiplied by the weights of the gates, if routers weigh."""
+    def of_open(self, out: Tensor) -> Tensor:
+        """Return the output [B, T, D], of open tokens, multiplied by the weights of the gates, if routers weigh."""
         for gates, _ in self.gates if self.weighted else ():
             out = out * gates.gate
         return out
@@ -148,7 +163,7 @@ class Exits:
 
         Selecting the closed tokens would make the host wait for the device.
         """
-        total = self._weighted(total.view_as(self.x))
+        total = self.of_open(total.view_as(self.x))
         for number, (gates, substitute) in enumerate(self.gates):
             if substitute is not None:
                 closed = gates.closed
@@ -159,7 +174,10 @@ class Exits:
 
     def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:
         """Weight and scatter the output, and write the substitutes of closed tokens, computed for those tokens only."""
-        x = self.x.flatten(0, 1)
+        x, (gates, only) = self.x.flatten(0, 1), self.gates[0]
+        if only is not None and gates.order is not None and len(self.gates) == 1 and self.valid is None:
+            closed, total = gates.order[0][gates.order[1] :], out.new_empty(x.shape).index_copy_(0, rows, out)
+            return total.index_copy_(0, closed, only.of(x, closed)).view_as(self.x)
         passing = self.valid
         weight: Tensor | None = None
         substitutes: list[tuple[Tensor, Substitute, Tensor | None]] = []
@@ -177,7 +195,7 @@ class Exits:
         total = scatter_rows(out, rows, len(x))
         for chosen, substitute, later in substitutes:
             if len(chosen):
-                stand_in = substitute(x.index_select(0, chosen))
+                stand_in = substitute.of(x, chosen)
                 stand_in = stand_in if later is None else stand_in * later.index_select(0, chosen)
                 total.index_copy_(0, chosen, stand_in)
         return total.view_as(self.x)

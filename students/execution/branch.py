@@ -17,6 +17,7 @@ from students.execution.tokens import Chosen, Listed, Rectangle, for_tokens, gat
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import devices
 from students.kernels.autograd import GateOfChannel
+from students.kernels.choice import either
 from students.kernels.merging import flat_index
 from students.libraries import cache_in
 from students.routers import Router, Substitute, selection
@@ -66,6 +67,11 @@ class RoutedBranch(Wrapper):
         self._static: tuple[Narrow, Tensor] | None = None
         """What a static router leaves open, as `_narrow` returns it; None: not decided at this position of the dial."""
 
+    def lay_out(self) -> None:
+        """Drop what routers have kept of their parameters, which may have changed."""
+        for router in self.routers.values():
+            router.separate()
+
     def set_dial(self) -> None:
         """Forget which parts a static router leaves open; the next call decides again."""
         self._static = None
@@ -97,8 +103,7 @@ class RoutedBranch(Wrapper):
             if plan is not None and self.branch == "attn":
                 kwargs["routed"] = plan
             if fixed:
-                out, substituted = self._run_fixed(exits, args, kwargs), any(other for _, other in exits.gates)
-                return self._leave(out, exits, all_open=self.context.zeroed and not (substituted or self.late_exit))
+                return self._run_fixed(exits, args, kwargs)
             if self.branch == "attn" and exits.drops:
                 kwargs = self._without_closed_keys(exits, kwargs)
             return self._leave(self.base_layer(x, *args, **kwargs), exits)
@@ -106,21 +111,48 @@ class RoutedBranch(Wrapper):
             self.context.release()
 
     def _run_fixed(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run the branch in a step of fixed shape: gates are masks, but for a token that is alone linear layers read no
-        weights of what it has closed (see RoutedLinear)."""
+        """Run the branch in a step of fixed shape. On a GPU gates are masks, but for a token that is alone linear
+        layers read no weights of what it has closed (see RoutedLinear); on a CPU a closed token is left out."""
         x, context, drops = exits.x, self.context, exits.drops if self.branch == "attn" else []
         kept = exits.open(drops).view(1) if drops else None  # drops are recorded for one sequence only
+        if kept is not None:
+            layer = cache_in(kwargs).layers[self.base_layer.layer_idx]
+            layer.kept = kept
+            kwargs = {**kwargs, self.mask: None, "slot": layer.slots}
         if x.shape[:2].numel() == 1:
+            if exits.gates and self.runtime.call.asks:
+                return self._run_if_open(exits, args, kwargs)
             context.open = exits.open().view(1) if exits.gates else None
             context.open_keys = context.open if self.branch == "mlp" else kept
             if context.gate is not None:
                 parts = (context.gate != 0).flatten()
                 context.open_parts = parts if context.open is None else parts & context.open
-        if kept is None:
-            return self.base_layer(x, *args, **kwargs)
-        layer = cache_in(kwargs).layers[self.base_layer.layer_idx]
-        layer.kept = kept
-        return self.base_layer(x, *args, **{**kwargs, self.mask: None, "slot": layer.slots})
+        out, substituted = self.base_layer(x, *args, **kwargs), any(other for _, other in exits.gates)
+        return self._leave(out, exits, all_open=context.zeroed and not (substituted or self.late_exit))
+
+    def _run_if_open(self, exits: Exits, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the branch on the only token if that is open (see `either`)."""
+
+        def run() -> Tensor:
+            out = self.base_layer(exits.x, *args, **kwargs)
+            out = out[0] if self.pair else out
+            return out if self.late_exit else exits.of_open(out)
+
+        def close() -> Tensor:
+            if self.branch == "attn" and len(exits.drops) < len(exits.gates):
+                self._write_keys(exits.x, args, kwargs)
+            return torch.zeros_like(exits.x) if self.late_exit else exits.of_closed()
+
+        out = self._as_returned(either(exits.open().view(1), run, close))
+        if self.late_exit:
+            self.context.exit = exits
+        return out
+
+    def _write_keys(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
+        """Run attention without queries, so that the only token x [1, 1, D] just writes its keys and values."""
+        nobody = Listed(torch.empty(0, dtype=torch.long, device=x.device))
+        self.context.rows, self.context.queries = Rows(None, nobody, x.shape[:2]), nobody
+        self.base_layer(x, *args, **{**kwargs, "routed": Plan(queries=nobody.rows)})
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Decide the token and layer gates. Layer gates are decided in front of attention and passed on to the MLP."""

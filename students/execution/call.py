@@ -91,6 +91,8 @@ class Call:
     """Whether the call is `skipping` and for one token only: reading fewer weights is then faster."""
     fixed: bool = False
     """Whether the call is a step of fixed shape (recording/step.py), in which no shape may depend on what is open."""
+    asks: bool = False
+    """Whether such a step asks if its only token is open (`kernels.choice.either`): on CPUs, where that is quick."""
     valid: Tensor | None = None
     """[B, T] bool: the tokens that are not padding; None: all."""
     padded: int = 0

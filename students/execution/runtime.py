@@ -16,7 +16,7 @@ from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
 from students.execution.patch_counts import PatchCounts, SoFar
 from students.execution.room import Room
-from students.kernels import devices, direct
+from students.kernels import devices, direct, ops
 from students.routers import Router, selection
 from students.spec import RouterSpec
 
@@ -184,6 +184,10 @@ class Runtime:
             product, *bias = router.linear.parts(x)
             open_, *listed = direct.list_open(product, bias[0] if bias else None, self.limit)  # as raised >= 0 below
             return Gates(dtype, listed=listed, open=open_)
+        if self._only_opens(router, x):
+            shift, position = router.shift(self.dial_of(x)), self.call.position if spec.prefix else None
+            open_, order, number = direct.open_tokens(x, *router.joined(dtype), shift, position, spec.prefix)
+            return Gates(dtype, order=None if self.call.fixed else (order, int(number)), open=open_.unsqueeze(-1))
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:
@@ -231,6 +235,14 @@ class Runtime:
         else needs the scores, on a device that the host runs ahead of."""
         listed = router.only_compares and self.causal and devices.runs_ahead(x.device)
         return listed and self._on_device and self._asked_for_gates_alone(router.spec)
+
+    def _only_opens(self, router: Router, x: Tensor) -> bool:
+        """Whether one call can decide which tokens are open (`ops.open_tokens`): in a causal model, where nobody else
+        needs the scores, on a CPU with compiled kernels."""
+        spec, c = router.spec, ops.compiled(x) and not (devices.runs_ahead(x.device) or ops.observed())
+        asked = c and self.causal and self._on_device and self._asked_for_gates_alone(spec)
+        by_token = spec.of_kind.over_tokens and spec.granularity == "token"
+        return asked and by_token and spec.network != "static" and spec.selection == "threshold"
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
         """Return gates [B, T, 1] of an image's tokens, those of the prefix open, or [B, 1, 1], one for all tokens; and

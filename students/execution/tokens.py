@@ -38,8 +38,8 @@ class Chosen:
     that does not need the number is launched earlier, on a table of the open tokens, filled up with the last token.
 
     valid_count: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then
-    waits. listed: as in Gates. room: for how many tokens there is room, in a pass of fixed shape: as many then count as
-    open, and the table behind the open tokens, which is filled up, is cut there.
+    waits. listed, order: as in Gates. room: for how many tokens there is room, in a pass of fixed shape: as many then
+    count as open, and the table behind the open tokens, which is filled up, is cut there.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class Chosen:
         count: int | None = None,
         listed: list[Tensor] | None = None,
         room: Room | None = None,
+        order: tuple[Tensor, int] | None = None,
     ) -> None:
-        self._open = open_
+        self._open, self._order = open_, order
         self._valid_count = valid_count
         self._ahead = devices.runs_ahead(open_.device)
         self._room = room if count is None and self._ahead else None
@@ -115,6 +116,8 @@ class Chosen:
     @cached_property
     def rows(self) -> Tensor:
         """Flat indices [N] of the open tokens, ascending."""
+        if self._order is not None:
+            return self._order[0][: self._order[1]]
         return self._known(self._table) if self._ahead else self._open.flatten().nonzero().squeeze(1)
 
     @property
@@ -283,6 +286,8 @@ def scatter_rows(some: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return [count, ...] with some [N, ...] at indices rows [N] and zeros elsewhere."""
     if devices.runs_ahead(some.device):
         return some.new_zeros(count, *some.shape[1:]).index_copy_(0, rows, some)
+    if len(some) == 0:
+        return some.new_zeros(count, *some.shape[1:])
     # on CPUs faster than copying into zeros
     place = rows.new_full((count,), len(some)).index_copy_(0, rows, torch.arange(len(some), device=rows.device))
     return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, place)

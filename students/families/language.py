@@ -99,8 +99,9 @@ class LanguageStudent(Student):
     def _recorded_step(self, rows: int) -> Any:
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
         none can be recorded. Gates that differ from token to token are masks there (RoutedBranch._run_fixed); on CPUs,
-        where parts can be left out without a recording, such steps are not recorded."""
-        state = self._recorded_for(by_token=not self._decoding.replays)
+        where parts can be left out without a recording, such steps are not recorded, but where one token is left out
+        whole, which a recording can do."""
+        state = self._recorded_for(by_token=rows == 1 or not self._decoding.replays)
         if self.runtime.bypass:
             return state
         if self._dropping and rows > 1:
@@ -121,7 +122,9 @@ class LanguageStudent(Student):
                 raise ValueError("at compute 1.0 CPUs keep the model's bits")
             return "teacher", self._frozen.data_ptr(), self._layouts
         for router in self.spec.routers:
-            if not ((by_token and router.granularity == "token") or router.of_kind.fixes_shapes(router)):
+            chooses = by_token and router.granularity == "token"
+            chooses &= router.of_kind.over_tokens or not self._decoding.replays
+            if not (chooses or router.of_kind.fixes_shapes(router)):
                 raise ValueError(f"what {router.kind} routers leave in depends on the text")
             if router.of_kind.over_tokens and isinstance(run.offset, tuple):
                 raise ValueError(f"what {router.kind} routers leave in differs between rows")
@@ -255,6 +258,7 @@ class LanguageStudent(Student):
         self._enter(tokens.numel(), len(tokens), tokens.device, settled)
         call = run.call
         call.fixed = settled
+        call.asks = settled and self._decoding.replays and not torch.compiler.is_compiling()
         self._lengths.begin(call.skipping and not settled and (bool(self._dropping) or tokens.shape[1] == 1))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask[:, -tokens.shape[1] :].bool()

@@ -27,6 +27,17 @@ def launched(operator: Any) -> Callable[..., Any]:
     return call
 
 
+def on_host(operator: Any) -> Callable[..., Any]:
+    """Return an operator that has a C function as a function of plain tensors: on CPUs without the dispatcher."""
+    function = ops.on_cpu(operator)
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        return (operator if first.device.type != "cpu" or ops.observed() else function)(first, *rest)
+
+    return call
+
+
+open_tokens, low_rank = map(on_host, (ops.open_tokens, ops.low_rank))
 list_open = launched(ops.list_open)
 put_open = launched(ops.put_open)
 _rms_norm = launched(ops.rms_norm)

@@ -379,6 +379,30 @@ merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 each image has its own length [B] and shift [B] (float32). Results hold n tokens an image: the tokens left, then the
 rest. A last result is the number of tokens left [B]."""
 
+open_tokens: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+    "open_tokens(Tensor x, Tensor weight, Tensor bias, Tensor? up, Tensor shift, Tensor? position, int prefix)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, *_: (
+        x.new_empty(x.shape[:-1], dtype=torch.bool),
+        x.new_empty(x.shape[:-1].numel(), dtype=torch.long),
+        x.new_empty((), dtype=torch.long),
+    ),
+    lambda x, weight, bias, up, *_, out_val: 2 * len(out_val[1]) * (weight.numel() + (0 if up is None else len(up))),
+    lambda x, weight, bias, up, *_, out_val: _size(weight) + _size(up),
+)
+"""Whether each token x [..., D] is open: if its position, [...] or broadcast to that, is below `prefix`, or its score +
+shift [] (float32) >= 0. The score is weight[0] . x + bias[0], and with `up` [H] also the sum of
+up[h] gelu(weight[h + 1] . x + bias[h + 1]), as of a Router; weight [1 + H, D]. Also the flat indices [N] of the tokens,
+those that are open first, and how many these are []."""
+
+low_rank: One = _operator(
+    "low_rank(Tensor x, Tensor? rows, Tensor down, Tensor up, Tensor bias) -> Tensor",
+    lambda x, rows, down, up, *_: x.new_empty(len(x) if rows is None else len(rows), len(up)),
+    lambda x, rows, down, up, *_, out_val: 2 * len(out_val) * (down.numel() + up.numel()),
+    lambda x, rows, down, up, *_, out_val: _size(down) + _size(up),
+)
+"""up (down x) + bias [n, D] of the tokens `rows` [n] (None: all) of x [N, D]; down [R, D], up [D, R], bias [D]."""
+
 list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "list_open(Tensor score, Tensor? bias, Tensor? limit) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda score, *_: (

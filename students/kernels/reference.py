@@ -307,6 +307,26 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, sc
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).contiguous()
 
 
+def open_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    up: Tensor | None,
+    shift: Tensor,
+    position: Tensor | None,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    low = F.linear(x, weight, bias)
+    score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1:]) @ up
+    open_ = score.float() + shift >= 0
+    open_ = open_ if position is None else open_ | (position < prefix)
+    return open_, (~open_).flatten().int().argsort(stable=True), open_.sum()
+
+
+def low_rank(x: Tensor, rows: Tensor | None, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.linear(x if rows is None else x.index_select(0, rows), down), up, bias)
+
+
 def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     score = score if bias is None else score + bias
     open_ = score.clone() if limit is None else score >= limit

@@ -32,7 +32,7 @@ class Replay(TorchDispatchMode):
     """A recorder for CPUs: work on tensors that stay where they are; a replay runs its operators on the same tensors.
 
     C functions are called directly, with the recorded addresses. The next call overwrites the result. Work that turns
-    out to depend on data is started again and never recorded.
+    out to depend on data, other than by `kernels.choice.either`, is started again and never recorded.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -80,10 +80,12 @@ class Replay(TorchDispatchMode):
                 return ops.on_cpu(function)(*args, **kwargs)
         out = function(*args, **kwargs)
         self._kept.append(out)
+        calls = toolchain.recording.calls
+        assert calls is not None, "work is being recorded"
         if function._schema.is_mutable:
-            self._calls.append(lambda threads: function(*args, **kwargs))
+            calls.append(lambda threads: function(*args, **kwargs))
         elif "empty" not in function.__name__ and not _is_view(out, tree_leaves((args, kwargs))):
-            self._calls.append(_again(function, args, kwargs, out))
+            calls.append(_again(function, args, kwargs, out))
         return out
 
 

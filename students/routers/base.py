@@ -76,6 +76,7 @@ class Router(Added):
         plain = spec.selection == "threshold" and spec.network == "linear" and spec.weight == "none"
         self.only_compares = by_token and plain and not gains
         """Whether all that is asked of the router is for which tokens a linear score reaches one limit."""
+        self._joined: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._quota, self._stamp = 0.0, Stamp()
@@ -101,6 +102,26 @@ class Router(Added):
         if self.spec.network == "mlp":
             score = score + self.mlp(x)
         return score.float()
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what `ops.open_tokens` reads: weight, bias and up of the layers that read the input, as one layer in
+        this dtype. They are kept until `separate`, because recorded steps read them (recording/step.py)."""
+        if self._joined is None or self._joined[0].dtype != dtype:
+            names, up = ["linear"], None
+            if self.spec.network == "mlp":
+                names, up = ["linear", "mlp.0"], self.get_parameter("mlp.2.weight")[0].to(dtype)
+            weight, bias = (
+                torch.cat([self.get_parameter(f"{name}.{part}") for name in names]).to(dtype)
+                for part in ("weight", "bias")
+            )
+            self._joined = weight, bias, up
+        return self._joined
+
+    def separate(self) -> None:
+        """Drop what `joined` has kept, as where a parameter has changed."""
+        self._joined = None
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
         """Return scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.kernels import direct
 from students.prepared import InPrecision
 from students.routers.base import Added
 
@@ -37,6 +38,15 @@ class Substitute(Added):
         """Return the substitute [..., D] of the branch's output for the branch's input x [..., D], in x's dtype."""
         down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
         return F.linear(F.linear(x, down), up, bias)
+
+    def of(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the substitutes [n, D] of the tokens `rows` [n] (None: all) of x [N, D]."""
+        out: Tensor
+        if torch.is_grad_enabled():
+            out = self(x if rows is None else x.index_select(0, rows))
+        else:
+            out = direct.low_rank(x, rows, *self._precise(x.dtype, self.down, self.up, self.bias))
+        return out
 
     def macs(self) -> int:
         """Return the multiply-accumulates for one token."""

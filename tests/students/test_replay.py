@@ -17,6 +17,7 @@ from students.recording.replay import Replay
 from tests.backends import running_on
 from tests.pico.language import TINY, make_tiny
 from tests.students.test_decoding import CLOSE, SIX, SIX_LOGITS, student_for
+from tests.students.test_gated_steps import CASES, ROUTERS, generated
 
 SPEC = StudentSpec(
     (RouterSpec("mixture", optional=True), RouterSpec("channel"), RouterSpec("vocab", rank=5)), LoraSpec(2)
@@ -85,10 +86,20 @@ def test_modules_run_where_somebody_watches(tokens: Tensor) -> None:
     assert not student._decoding._steps
 
 
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1].startswith(("token", "layer"))])
+def test_a_closed_token_is_left_out(name: str, kind: str, tokens: Tensor) -> None:
+    """Recorded steps that choose between two lists of calls give the model's tokens, whatever the dial leaves open."""
+    student, seen = student_for(name, ROUTERS[kind]), []
+    for offset in (-0.5, 1.5):
+        student.runtime.offset = offset
+        seen.append(generated(student, {"input_ids": tokens[:1]})[1])
+    assert replays(student._decoding) and not torch.equal(*seen)
+
+
 def test_what_depends_on_data_is_decoded_without_a_word(tokens: Tensor, recwarn: pytest.WarningsRecorder) -> None:
-    for spec in (StudentSpec((RouterSpec("token"),)), StudentSpec((RouterSpec("head"),))):
-        student = student_for(spec=spec)
-        assert torch.equal(student.generate(tokens, **SIX), student.model.generate(tokens, **SIX))
+    for rows, kind in ((2, "token"), (1, "head")):
+        student = student_for(spec=StudentSpec((RouterSpec(kind),)))
+        assert torch.equal(*(model.generate(tokens[:rows], **SIX) for model in (student, student.model)))
         assert not replays(student._decoding)
     assert not recwarn.list
     replay = Replay(tokens.nonzero)

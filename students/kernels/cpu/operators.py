@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students.kernels import reference
@@ -67,6 +68,43 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
     out = x.new_empty(len(weight) if rows is None else len(rows))
     toolchain.call("dot_rows", x, weight, bias, rows, len(out), len(x), out)
     return out
+
+
+FEW_TOKENS = 4
+"""Up to so many tokens, thin products are faster in C than in torch, which takes tens of microseconds for any."""
+
+
+def _thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the outputs [n, O] of a linear layer with few inputs or few outputs for the tokens `rows` [n] (None: all)
+    of x [N, I]; weight [O, I]."""
+    count = len(x) if rows is None else len(rows)
+    if count > FEW_TOKENS:
+        return F.linear(x if rows is None else x.index_select(0, rows), weight, bias)
+    out = x.new_empty(count, len(weight))
+    toolchain.call("few_products", x, rows, count, x.shape[1], weight, bias, len(weight), out)
+    return out
+
+
+@_in_c
+def low_rank(x: Tensor, rows: Tensor | None, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return _thin_product(_thin_product(x, rows, down, None), None, up, bias)
+
+
+@_in_c
+def open_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    up: Tensor | None,
+    shift: Tensor,
+    position: Tensor | None,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    low = _thin_product(x.flatten(0, -2), None, weight, bias)
+    out, order = torch.empty(x.shape[:-1], dtype=torch.bool), torch.empty(len(low), dtype=torch.long)
+    position = None if position is None else position.expand(out.shape)
+    given = low, len(low), up, len(weight) - 1, shift, position, prefix, out, order
+    return out, order, torch.tensor(toolchain.call("open_tokens", *given))
 
 
 @_in_c

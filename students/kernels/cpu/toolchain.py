@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = "numbers.h", "kernels.c", "attention.c", "fused.c", "merging.c", "norms.c"
+_NAMES = "numbers.h", "kernels.c", "attention.c", "fused.c", "merging.c", "norms.c", "routers.c"
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 _FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 # functions that have to give torch's bits keep the order of sums
 _EXACT = {"norms.c": ("-fno-associative-math", "-ffp-contract=off")}
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_COUNT = {"read_channels", "few_channels"}
+_COUNT = {"read_channels", "few_channels", "open_tokens"}
 loaded: ctypes.CDLL | None = None
 
 

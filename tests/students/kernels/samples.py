@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from students.kernels import reference
@@ -237,6 +238,28 @@ def merge_below(draw: Draw) -> Iterator[Arguments]:
             yield *arguments, lengths, draw.single(batch), multiple
 
 
+def open_tokens(draw: Draw) -> Iterator[Arguments]:
+    for tokens, width, hidden in ((1, 70, 0), (3, 33, 16), (14, 100, 32)):  # few and many for C
+        x, weight, bias = draw(2, tokens, width), draw(1 + hidden, width) / width**0.5, draw(1 + hidden)
+        up = draw(hidden) if hidden else None
+        low = F.linear(x.double(), weight.double(), bias.double())
+        score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1:]) @ up.double()
+        order = score.flatten().sort().values
+        most = order.diff().argmax()  # the widest gap, so that rounding changes no decision
+        shift = -(order[most] + order[most + 1]).float() / 2
+        yield x, weight, bias, up, shift, None, 0
+        yield x, weight, bias, up, shift, torch.arange(tokens).to(draw.device)[None], 2
+        yield x, weight, bias, up, torch.full_like(shift, torch.inf), None, 0
+
+
+def low_rank(draw: Draw) -> Iterator[Arguments]:
+    for tokens, width, rank in ((1, 33, 5), (21, 96, 16)):
+        x, rest = draw(tokens, width), (draw(rank, width), draw(width, rank), draw(width))
+        yield x, None, *rest
+        yield x, torch.tensor([0, tokens - 1, 0]).to(draw.device), *rest
+        yield x, torch.tensor([], dtype=torch.long).to(draw.device), *rest
+
+
 def list_open(draw: Draw) -> Iterator[Arguments]:
     for rows, tokens in ((1, 1), (3, 700)):
         score = draw(rows, tokens, 1)
@@ -281,6 +304,8 @@ SAMPLES: dict[str, Samples] = {
     "write_slot": write_slot,
     "biased_attention": biased_attention,
     "decode_attention": decode_attention,
+    "open_tokens": open_tokens,
+    "low_rank": low_rank,
     "list_open": list_open,
     "put_open": put_open,
     "merge_lowest": merge_lowest,
