@@ -22,7 +22,7 @@ from students.architectures.lookup import architecture_of, record_in, windows_of
 from students.execution import latent
 from students.execution.kv_cache import DroppedLayer
 from students.execution.runtime import Runtime
-from students.execution.tokens import Order, Rectangle, scatter_rows
+from students.execution.tokens import Chosen, Order, Rectangle, scatter_rows
 from students.kernels import ops
 from students.routers import selection
 
@@ -60,6 +60,8 @@ class Plan:
     """Flat indices, ascending, of the tokens whose output is wanted; None: all."""
     counts: tuple[int, ...] = ()
     """Number of queries in each sequence."""
+    chosen: Chosen | None = None
+    """The tokens at `queries`, where the output of others may be arbitrary."""
     heads: Tensor | None = None
     """Indices of the open query heads, the same for all tokens; None: all."""
     packing: Packing | None = None
@@ -167,7 +169,7 @@ def routed_attention(
         return _packed(run, query, key, value, width, routed, routed.packing), None
     if routed.queries is None:
         return run(query, key, value, attention_mask), None
-    return _selected(run, query, key, value, width, attention_mask, routed.queries, routed.counts), None
+    return _selected(run, query, key, value, width, attention_mask, routed.queries, routed.counts, routed.chosen), None
 
 
 def _as_they_are(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,9 +223,10 @@ def _selected(
     mask: Tensor | None,
     queries: Tensor,
     counts: tuple[int, ...],
+    chosen: Chosen | None,
 ) -> Tensor:
-    """Run attention where every token has a key and only some are queries (see Plan); the others get zeros. width:
-    channels of a head's output."""
+    """Run attention where every token has a key and only some are queries (see Plan); the others get zeros, or what is
+    arbitrary. width: channels of a head's output."""
     batch, heads, tokens, _ = query.shape
     shape = batch, tokens, heads, width
     if len(queries) == 0:
@@ -244,7 +247,9 @@ def _selected(
                 k, v = key[b : b + 1], value[b : b + 1]
                 visible = mask[b if len(mask) > 1 else 0][None, :, places]
             parts.append(run(query[b : b + 1].index_select(2, places), k, v, visible)[0])
-    return scatter_rows(torch.cat(parts), queries, batch * tokens).view(shape)
+    out = torch.cat(parts)
+    full = scatter_rows(out, queries, batch * tokens) if chosen is None else chosen.spread(out)
+    return full.view(shape)
 
 
 def _packed(

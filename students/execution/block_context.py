@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from students.execution.room import Room
-from students.execution.tokens import Chosen, Listed, scatter_rows
+from students.execution.tokens import Chosen, Listed, Partition, scatter_rows
 from students.kernels import devices
 from students.routers import Substitute
 from students.spec import RouterSpec
@@ -29,7 +29,7 @@ class Gates:
         dtype: torch.dtype,
         count: int | None = None,
         listed: list[Tensor] | None = None,
-        order: tuple[Tensor, int] | None = None,
+        partition: Partition | None = None,
         **forms: Tensor,
     ) -> None:
         """forms: either `open`, or `gate` and `closed` in this dtype; `gate` and `closed` made later have it too."""
@@ -38,9 +38,8 @@ class Gates:
         """Number of open tokens in each row, if it is known without reading the gates; otherwise None."""
         self.listed = listed
         """Places of the open tokens: the last three results of `ops.list_open`, if it has run; otherwise None."""
-        self.order = order
-        """Flat indices of all tokens, those that are open first, and how many these are, if `ops.open_tokens` has run;
-        otherwise None."""
+        self.partition = partition
+        """The open and the closed tokens, if `ops.open_tokens` has run; otherwise None."""
         for name, form in forms.items():
             setattr(self, name, form)
 
@@ -113,7 +112,7 @@ class Exits:
         """Return the tokens of `open(only)`. valid_count: number of tokens in the batch that are not padding."""
         gates = self.gates[0][0] if len(self.gates) == 1 and self.valid is None else Gates(self.x.dtype)
         count = self.count if only is None else None
-        return Chosen(self.open(only), valid_count, count, gates.listed, self.room, gates.order)
+        return Chosen(self.open(only), valid_count, count, gates.listed, self.room, gates.partition)
 
     def apply(self, out: Tensor) -> Tensor:
         """Apply gates and substitutes to the branch's output; returns [B, T, D], all tokens."""
@@ -175,9 +174,9 @@ class Exits:
     def _fill_closed(self, out: Tensor, rows: Tensor) -> Tensor:
         """Weight and scatter the output, and write the substitutes of closed tokens, computed for those tokens only."""
         x, (gates, only) = self.x.flatten(0, 1), self.gates[0]
-        if only is not None and gates.order is not None and len(self.gates) == 1 and self.valid is None:
-            closed, total = gates.order[0][gates.order[1] :], out.new_empty(x.shape).index_copy_(0, rows, out)
-            return total.index_copy_(0, closed, only.of(x, closed)).view_as(self.x)
+        if gates.partition is not None and len(self.gates) == 1 and self.valid is None:
+            rest = None if only is None else only.of(x, gates.partition.closed)
+            return gates.partition.fill(out, rest).view_as(self.x)
         passing = self.valid
         weight: Tensor | None = None
         substitutes: list[tuple[Tensor, Substitute, Tensor | None]] = []

@@ -248,6 +248,7 @@ class RoutedBranch(Wrapper):
         else:
             plan = kwargs["routed"] = plan or Plan()
             plan.queries, plan.counts = chosen.rows, tuple(chosen.counts) if x.shape[1] > 1 else ()
+            plan.chosen = chosen
         if for_all or not chosen.every:
             context.rows, context.queries = Rows(None, chosen, x.shape[:2]), chosen
             if context.gate is not None and not chosen.every:

@@ -148,7 +148,7 @@ class RoutedLinear(Wrapper):
         if self.group.ends:
             return out  # the last layer of its branch, whose output stays packed
         if isinstance(queries, Chosen):
-            return queries.scatter(out[0]).view(*x.shape[:-1], -1)
+            return queries.spread(out[0]).view(*x.shape[:-1], -1)
         return scatter_rows(out[0], queries.rows, x.shape[:-1].numel()).view(*x.shape[:-1], -1)
 
     def _takes_number(self, x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from students.execution.block_context import BlockContext, Gates
 from students.execution.call import Call
 from students.execution.patch_counts import PatchCounts, SoFar
 from students.execution.room import Room
+from students.execution.tokens import Partition
 from students.kernels import devices, direct, ops
 from students.routers import Router, selection
 from students.spec import RouterSpec
@@ -186,8 +187,9 @@ class Runtime:
             return Gates(dtype, listed=listed, open=open_)
         if self._only_opens(router, x):
             shift, position = router.shift(self.dial_of(x)), self.call.position if spec.prefix else None
-            open_, order, number = direct.open_tokens(x, *router.joined(dtype), shift, position, spec.prefix)
-            return Gates(dtype, order=None if self.call.fixed else (order, int(number)), open=open_.unsqueeze(-1))
+            open_, order, place, number = direct.open_tokens(x, *router.joined(dtype), shift, position, spec.prefix)
+            partition = None if self.call.fixed else Partition(order, place, int(number))
+            return Gates(dtype, partition=partition, open=open_.unsqueeze(-1))
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:

@@ -31,6 +31,30 @@ class Listed:
         return self.rows
 
 
+class Partition:
+    """The tokens of a batch in another order, open ones first: order, place and count as of `ops.open_tokens`."""
+
+    def __init__(self, order: Tensor, place: Tensor, count: int) -> None:
+        self.open, self.closed = order[:count], order[count:]
+        """Flat indices, ascending."""
+        self._place, self._count = place, count
+
+    def fill(self, some: Tensor, rest: Tensor | None) -> Tensor:
+        """Return [N, D] with the rows some [n, D] at open tokens, and those of rest [N - n, D] (None: zeros) at closed
+        ones. (On CPUs this is faster than writing rows to their places.)"""
+        if rest is not None:
+            return torch.cat([some, rest]).index_select(0, self._place)
+        return torch.cat([some, some.new_zeros(1, *some.shape[1:])]).index_select(0, self._place.clamp(max=self._count))
+
+    def spread(self, some: Tensor) -> Tensor:
+        """As `fill`, but with arbitrary rows at closed tokens."""
+        return some.index_select(0, self._clamped) if self._count else self.fill(some, None)
+
+    @cached_property
+    def _clamped(self) -> Tensor:
+        return self._place.clamp(max=self._count - 1)
+
+
 class Chosen:
     """The open tokens of a batch, open_ [B, T] bool. Only the device knows which tokens are open, and how many.
 
@@ -38,8 +62,8 @@ class Chosen:
     that does not need the number is launched earlier, on a table of the open tokens, filled up with the last token.
 
     valid_count: number of tokens that are not padding. count: number of open tokens of each row, if known; nothing then
-    waits. listed, order: as in Gates. room: for how many tokens there is room, in a pass of fixed shape: as many then
-    count as open, and the table behind the open tokens, which is filled up, is cut there.
+    waits. listed, partition: as in Gates. room: for how many tokens there is room, in a pass of fixed shape: as many
+    then count as open, and the table behind the open tokens, which is filled up, is cut there.
     """
 
     def __init__(
@@ -49,9 +73,9 @@ class Chosen:
         count: int | None = None,
         listed: list[Tensor] | None = None,
         room: Room | None = None,
-        order: tuple[Tensor, int] | None = None,
+        partition: Partition | None = None,
     ) -> None:
-        self._open, self._order = open_, order
+        self._open, self._partition = open_, partition
         self._valid_count = valid_count
         self._ahead = devices.runs_ahead(open_.device)
         self._room = room if count is None and self._ahead else None
@@ -116,8 +140,8 @@ class Chosen:
     @cached_property
     def rows(self) -> Tensor:
         """Flat indices [N] of the open tokens, ascending."""
-        if self._order is not None:
-            return self._order[0][: self._order[1]]
+        if self._partition is not None:
+            return self._partition.open
         return self._known(self._table) if self._ahead else self._open.flatten().nonzero().squeeze(1)
 
     @property
@@ -191,6 +215,8 @@ class Chosen:
     def scatter(self, some: Tensor, other: Tensor | None = None) -> Tensor:
         """Return [B * T, D] with the rows some [N, D] at open tokens, and at closed ones zeros or the rows of other
         [B * T, D]. Where the host runs ahead, arbitrary rows may follow in some."""
+        if self._partition is not None:
+            return self._partition.fill(some, None if other is None else other.index_select(0, self._partition.closed))
         learns = torch.is_grad_enabled()
         if self._ahead and not (learns and self.known):
             put = reference.put_open if learns else direct.put_open
@@ -199,6 +225,10 @@ class Chosen:
         if other is not None:
             return other.index_copy(0, self.rows, some)
         return scatter_rows(some, self.rows, self._open.numel())
+
+    def spread(self, some: Tensor) -> Tensor:
+        """As `scatter`, but with arbitrary rows at closed tokens where that is faster."""
+        return self.scatter(some) if self._partition is None else self._partition.spread(some)
 
     def _known(self, x: Tensor) -> Tensor:
         """Cut a tensor with one entry for each place of the table to those of the open tokens."""

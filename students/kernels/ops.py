@@ -379,21 +379,21 @@ merge_below: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 each image has its own length [B] and shift [B] (float32). Results hold n tokens an image: the tokens left, then the
 rest. A last result is the number of tokens left [B]."""
 
-open_tokens: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
+open_tokens: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "open_tokens(Tensor x, Tensor weight, Tensor bias, Tensor? up, Tensor shift, Tensor? position, int prefix)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, *_: (
         x.new_empty(x.shape[:-1], dtype=torch.bool),
-        x.new_empty(x.shape[:-1].numel(), dtype=torch.long),
+        *(x.new_empty(x.shape[:-1].numel(), dtype=torch.long) for _ in range(2)),
         x.new_empty((), dtype=torch.long),
     ),
-    lambda x, weight, bias, up, *_, out_val: 2 * len(out_val[1]) * (weight.numel() + (0 if up is None else len(up))),
+    lambda x, weight, bias, up, *_, out_val: 2 * out_val[0].numel() * (weight.numel() + (0 if up is None else len(up))),
     lambda x, weight, bias, up, *_, out_val: _size(weight) + _size(up),
 )
 """Whether each token x [..., D] is open: if its position, [...] or broadcast to that, is below `prefix`, or its score +
 shift [] (float32) >= 0. The score is weight[0] . x + bias[0], and with `up` [H] also the sum of
-up[h] gelu(weight[h + 1] . x + bias[h + 1]), as of a Router; weight [1 + H, D]. Also the flat indices [N] of the tokens,
-those that are open first, and how many these are []."""
+up[h] gelu(weight[h + 1] . x + bias[h + 1]), as of a Router; weight [1 + H, D]. Also the order [N] of the tokens, flat
+indices of open ones first; the place [N] of each one in it; and the number of open tokens []."""
 
 low_rank: One = _operator(
     "low_rank(Tensor x, Tensor? rows, Tensor down, Tensor up, Tensor bias) -> Tensor",

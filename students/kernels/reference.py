@@ -315,12 +315,13 @@ def open_tokens(
     shift: Tensor,
     position: Tensor | None,
     prefix: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low = F.linear(x, weight, bias)
     score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1:]) @ up
     open_ = score.float() + shift >= 0
     open_ = open_ if position is None else open_ | (position < prefix)
-    return open_, (~open_).flatten().int().argsort(stable=True), open_.sum()
+    order = (~open_).flatten().int().argsort(stable=True)
+    return open_, order, order.argsort(), open_.sum()
 
 
 def low_rank(x: Tensor, rows: Tensor | None, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:

@@ -103,21 +103,22 @@ class Router(Added):
             score = score + self.mlp(x)
         return score.float()
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
     def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what `ops.open_tokens` reads: weight, bias and up of the layers that read the input, as one layer in
         this dtype. They are kept until `separate`, because recorded steps read them (recording/step.py)."""
         if self._joined is None or self._joined[0].dtype != dtype:
-            names, up = ["linear"], None
-            if self.spec.network == "mlp":
-                names, up = ["linear", "mlp.0"], self.get_parameter("mlp.2.weight")[0].to(dtype)
-            weight, bias = (
-                torch.cat([self.get_parameter(f"{name}.{part}") for name in names]).to(dtype)
-                for part in ("weight", "bias")
-            )
-            self._joined = weight, bias, up
+            with torch.inference_mode(False), torch.no_grad():
+                self._joined = self._join(dtype)
         return self._joined
+
+    def _join(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        names, up = ["linear"], None
+        if self.spec.network == "mlp":
+            names, up = ["linear", "mlp.0"], self.get_parameter("mlp.2.weight")[0].to(dtype)
+        weight, bias = (
+            torch.cat([self.get_parameter(f"{name}.{part}") for name in names]).to(dtype) for part in ("weight", "bias")
+        )
+        return weight, bias, up
 
     def separate(self) -> None:
         """Drop what `joined` has kept, as where a parameter has changed."""

@@ -70,15 +70,16 @@ def dot_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
     return out
 
 
-FEW_TOKENS = 4
-"""Up to so many tokens, thin products are faster in C than in torch, which takes tens of microseconds for any."""
+FEW_PRODUCTS = 1 << 19
+"""Multiply-accumulates up to which a thin product is faster in C than in torch, which takes tens of microseconds for
+any."""
 
 
 def _thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the outputs [n, O] of a linear layer with few inputs or few outputs for the tokens `rows` [n] (None: all)
     of x [N, I]; weight [O, I]."""
     count = len(x) if rows is None else len(rows)
-    if count > FEW_TOKENS:
+    if count * weight.numel() > FEW_PRODUCTS:
         return F.linear(x if rows is None else x.index_select(0, rows), weight, bias)
     out = x.new_empty(count, len(weight))
     toolchain.call("few_products", x, rows, count, x.shape[1], weight, bias, len(weight), out)
@@ -99,12 +100,13 @@ def open_tokens(
     shift: Tensor,
     position: Tensor | None,
     prefix: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low = _thin_product(x.flatten(0, -2), None, weight, bias)
-    out, order = torch.empty(x.shape[:-1], dtype=torch.bool), torch.empty(len(low), dtype=torch.long)
+    out = torch.empty(x.shape[:-1], dtype=torch.bool)
+    order, place = (torch.empty(len(low), dtype=torch.long) for _ in range(2))
     position = None if position is None else position.expand(out.shape)
-    given = low, len(low), up, len(weight) - 1, shift, position, prefix, out, order
-    return out, order, torch.tensor(toolchain.call("open_tokens", *given))
+    given = low, len(low), up, len(weight) - 1, shift, position, prefix, out, order, place
+    return out, order, place, torch.tensor(toolchain.call("open_tokens", *given))
 
 
 @_in_c

@@ -47,11 +47,12 @@ static inline float erf_(float x) {
 }
 
 // open[n]: whether score + shift >= 0, or position[n] < prefix (position may be NULL), for the score low[n][0] +
-// up[h] gelu(low[n][h + 1]), summed over H, of low [N, 1 + H]. order: the tokens, open ones first, both in their order.
-// Returns the number of open tokens
+// up[h] gelu(low[n][h + 1]), summed over H, of low [N, 1 + H]. order: the tokens, open ones first, both in their order;
+// place[n]: where n is in `order`. Returns the number of open tokens
 #define OPEN_TOKENS(S, T)                                                                                           \
     int64_t open_tokens_##S(const T *low, int64_t N, const T *up, int64_t H, const float *shift,                    \
-                            const int64_t *position, int64_t prefix, uint8_t *open, int64_t *order, int threads) {  \
+                            const int64_t *position, int64_t prefix, uint8_t *open, int64_t *order, int64_t *place, \
+                            int threads) {                                                                          \
         int64_t found = 0, next = 0;                                                                                \
         _Pragma("omp parallel for num_threads(threads) if (N > 64)") for (int64_t n = 0; n < N; n++) {              \
             const T *of = low + n * (1 + H);                                                                        \
@@ -63,7 +64,7 @@ static inline float erf_(float x) {
             open[n] = score + *shift >= 0 || (position && position[n] < prefix);                                    \
         }                                                                                                           \
         for (int64_t n = 0; n < N; n++) found += open[n];                                                           \
-        for (int64_t n = 0, rest = found; n < N; n++) order[open[n] ? next++ : rest++] = n;                         \
+        for (int64_t n = 0, rest = found; n < N; n++) place[n] = open[n] ? next++ : rest++, order[place[n]] = n;    \
         return found;                                                                                               \
     }
 
