@@ -50,9 +50,13 @@ class Prompts:
 def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prompts:
     """Return (image, question, answer) samples as prompts, padded on the right. image_token: the image token's id.
 
-    Raises whatever the processor raises, and ValueError for an answer without a token.
+    Raises whatever the processor raises, and ValueError for an answer without a token and for text that holds an image
+    token, which not every processor refuses (Gemma 3's).
     """
     tokenizer = processor.tokenizer
+    mark = tokenizer.convert_ids_to_tokens(image_token)
+    if any(mark in question or mark in answer for _, question, answer in samples):
+        raise ValueError(f"its question or answer holds {mark}, which stands for an image: take it out of the text")
     prompts = [prompt_text(processor, question) for _, question, _ in samples]
     texts = [
         prompt + answer_text(prompt, answer) + (tokenizer.eos_token or "")
