@@ -346,8 +346,8 @@ def make_config(
             raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
         try:
             put(chosen, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: {value!r} is not YAML") from None
+        except (yaml.YAMLError, RecursionError):
+            raise ValueError(f"--set {setting[:200]}: the value is not YAML") from None
     user = read_yaml(Path(file)) if file else {}
     chosen["preset"] = preset = chosen.get("preset") or user.get("preset") or "default"
     if preset not in presets():

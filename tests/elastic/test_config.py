@@ -204,6 +204,7 @@ def test_settings_with_effect_are_accepted():
         ("a: [", "is not YAML: "),
         ("a: 1\nb: {", "in line 2"),
         ("a: \x00", "is not YAML: unacceptable character"),
+        ("a: " + "[" * 2_000, "is not YAML: brackets are nested too deeply"),
         ("", "holds no settings"),
         ("just text", "holds no settings"),
         ("train: {lr: 1, lrr: 2}", "unknown setting 'train.lrr'"),
