@@ -203,6 +203,9 @@ def test_text_with_an_image_token_and_an_answer_without_one_are_refused(llava_fo
     for said in (["<file_sep> w1", "w2"], ["w1", "w2<file_sep>"]):
         with pytest.raises(ValueError, match="question or answer holds <file_sep>, which stands for an image"):
             reading.encode(teacher.processor, [(sample[0], *said)], token)
+    for other, name in ((5, "w2"), (32000, "no token")):  # 32000 is LlavaConfig's default
+        with pytest.raises(ValueError, match=rf"image_token_id in config.json is {other} \({name}\), which"):
+            reading.encode(teacher.processor, [sample], other)
     teacher.processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="an answer has no token"):
         reading.encode(teacher.processor, [sample], token)
