@@ -333,13 +333,13 @@ def make_config(
     """Return the configuration merged from defaults, the preset, a YAML `file`, `flags` and `settings`; later ones win.
 
     settings: strings "section.key=value", with YAML values. entry: the model's table entry, instead of looking up its
-    name. flags: settings with `__` in place of dots, such as budget__target=0.7; None means not given. Raises
-    ValueError for unknown keys, wrong types and settings that contradict each other.
+    name. flags: settings with `__` in place of dots, such as budget__target=0.7, or a Path for a folder or file; None
+    means not given. Raises ValueError for unknown keys, wrong types and settings that contradict each other.
     """
     chosen: dict[str, Any] = {}
     for key, value in flags.items():
         if value is not None:
-            put(chosen, key.split("__"), value)
+            put(chosen, key.split("__"), str(value) if isinstance(value, Path) else value)
     for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator:

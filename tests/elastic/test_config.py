@@ -246,7 +246,7 @@ def test_the_data_says_whether_a_model_reads_images(name: str, records: object, 
             make_config(data__source=str(file), **named)
         return
     for source in (file, file.parent):
-        assert make_config(data__source=str(source), **named).family == family
+        assert make_config(data__source=source, **named).family == family
     assert make_config(data__source="builtin", **named).family == "llm"
     assert (
         make_config(data__source="easy-vqa", **named).family == make_config(data__source="a/b", **named).family == "vlm"
