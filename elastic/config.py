@@ -333,21 +333,21 @@ def make_config(
     """Return the configuration merged from defaults, the preset, a YAML `file`, `flags` and `settings`; later ones win.
 
     settings: strings "section.key=value", with YAML values. entry: the model's table entry, instead of looking up its
-    name. flags: settings with `__` in place of dots, such as budget__target=0.7; None means not given. Raises
-    ValueError for unknown keys, wrong types and settings that contradict each other.
+    name. flags: settings with `__` in place of dots, such as budget__target=0.7, or a Path for a folder or file; None
+    means not given. Raises ValueError for unknown keys, wrong types and settings that contradict each other.
     """
     chosen: dict[str, Any] = {}
     for key, value in flags.items():
         if value is not None:
-            put(chosen, key.split("__"), value)
+            put(chosen, key.split("__"), str(value) if isinstance(value, Path) else value)
     for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
         try:
             put(chosen, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: {value!r} is not YAML") from None
+        except (yaml.YAMLError, RecursionError):
+            raise ValueError(f"--set {setting[:200]}: the value is not YAML") from None
     user = read_yaml(Path(file)) if file else {}
     chosen["preset"] = preset = chosen.get("preset") or user.get("preset") or "default"
     if preset not in presets():

@@ -216,7 +216,7 @@ class Run:
             pairs = (isinstance(pair, list) and [type(number) for number in pair] for pair in found.get("plan", []))
             if not all(kinds == [int, int] for kinds in pairs):
                 raise ValueError("plan has something else than pairs of whole numbers")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
         return found
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from teachers.quiet import first_line
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the configuration as dictionaries, lists and scalars, ready for YAML or JSON."""
@@ -125,8 +127,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path} is not YAML: {error.problem}{place}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no settings: it needs keys such as model, budget, train")
     return data

@@ -204,19 +204,29 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
-def require_weights(name: str, folder: Path) -> None:
-    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they cannot be read."""
+def require_weights(name: str, folder: Path, config: Any = None) -> None:
+    """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they cannot be read, or
+    none of the weights has the hidden size that `config`, of transformers, gives the language model: it has defaults of
+    gigabytes for what config.json does not say."""
     files = weight_files(folder)
     if not files:
         raise ValueError(
             f"{name} has no safetensors weights (model.safetensors), and pickled ones are not loaded: save the model "
             "again, with safe_serialization=True where that is not the default, as in timm"
         )
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():  # which transformers reads, whatever an index lists
+        files = ["model.safetensors"]
+    if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")
-    for path in (folder / file for file in files if (folder / file).is_file()):
+    sizes: set[int] = set()
+    for path in (folder / file for file in files):
         if not os.access(path, os.R_OK):  # safetensors calls that file missing
             raise ValueError(f"{name}: {path} cannot be read: permission denied")
-        with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt"):
-            pass
+        with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt") as opened:
+            sizes.update(size for key in opened.keys() for size in opened.get_slice(key).get_shape())  # noqa: SIM118
+    hidden = None if config is None else getattr(config.get_text_config(), "hidden_size", None)
+    if hidden is not None and hidden not in sizes:
+        raise ValueError(
+            f"{name}: config.json is of another model than the weights: hidden_size is {hidden} there (transformers' "
+            "default, if it says nothing), and no weight has that size"
+        )

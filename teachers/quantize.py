@@ -111,7 +111,8 @@ def unpacking(folder: Path) -> dict[str, Any]:
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config") or {}
+    about = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
+    return about if isinstance(about, dict) else {}  # transformers says what is wrong with anything else
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

@@ -58,4 +58,6 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError) and len(str(error).split()) == 1:
         return f"{error} is missing"
+    if isinstance(error, RecursionError):
+        return "brackets are nested too deeply"
     return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__

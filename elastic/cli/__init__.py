@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 
-from elastic import launch
-from elastic.cli.parser import parser
+try:
+    import logging
+    import warnings
+    from collections.abc import Sequence
+
+    from elastic import launch
+    from elastic.cli.parser import parser
+except KeyboardInterrupt:  # which `main` cannot catch yet
+    print("elastic: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 LESS_MEMORY = "less is needed with --set train.checkpointing=true or quantization=int8, or a smaller train.batch"
 """What a user can do where memory is too small for training."""
@@ -21,6 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success; 2: an error that is reported in one line; 3: a finished run or sweep that missed a budget; 130: Ctrl-C;
     141: the reader of the output closed the pipe.
     """
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt as interruption:
+        if launch.is_main():
+            print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command and return the exit code; KeyboardInterrupt after Ctrl-C."""
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where HOME cannot be written to, and needs nothing
     if not os.environ.get("ELASTIC_TRACEBACK"):
@@ -54,10 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"elastic: error: {_line(error)}", file=sys.stderr, flush=True)
         launch.wait_until_said(error)
         return 2
-    except KeyboardInterrupt as interruption:
-        if launch.is_main():
-            print(f"elastic: {str(interruption) or 'interrupted'}", file=sys.stderr)
-        return 130
 
 
 def _warning(message: Warning | str, *_: object, **__: object) -> str:

@@ -53,7 +53,7 @@ BASELINES = ("random", "uniform", "static", "teal")
 def load(config: RunConfig, teacher: Teacher) -> TextData:
     """Load the run's training and held-out windows, the same at every call. ValueError if `data.window` is longer than
     the model's maximum length."""
-    _check_window(config, teacher.model)
+    timing_language.require_positions(config, teacher.model)
     data = load_text(
         config.data.source,
         teacher.processor,
@@ -67,18 +67,8 @@ def load(config: RunConfig, teacher: Teacher) -> TextData:
     return data
 
 
-def _check_window(config: RunConfig, model: Any) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.data.window > longest:
-        raise ValueError(
-            f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens: say "
-            f"--set data.window={longest} --set train.window={longest}"
-        )
-
-
 def random_data(config: RunConfig, model: Any) -> TextData:
-    """Make windows of random tokens, with as many training windows as calibration reads. ValueError as in `load`."""
-    _check_window(config, model)
+    """Make windows of random tokens, with as many training windows as calibration reads."""
     vocabulary = model.config.get_text_config().vocab_size
     counts = max(1, config.calibration.windows), config.data.held_out
     return random_text(vocabulary, config.data.window, counts, config.train.seed)

@@ -90,7 +90,8 @@ def load_all(source: str, config: RunConfig, teacher: Teacher) -> tuple[PromptSe
 
 def _prompts(teacher: Teacher, questions: QuestionSet) -> PromptSet:
     model, tokenizer = teacher.model, teacher.processor.tokenizer
-    known = [number for number in (model.config.image_token_id, tokenizer.eos_token_id) if number is not None]
+    marks = model.config.image_token_id, tokenizer.eos_token_id
+    known = [number for number in marks if number in range(len(tokenizer))]
     require_rows(model, tokenizer, torch.tensor(known))
     rows = model.get_input_embeddings().weight.shape[0]
     return PromptSet(questions, teacher.processor, model.config.image_token_id, rows)

@@ -90,11 +90,23 @@ def training_batch(student: LanguageStudent, data: TextData, config: RunConfig) 
 
 
 def input_sizes(model: Any, config: RunConfig, workload: Workload) -> InputSizes:
-    """Return how many tokens the model reads at once; calibration reads two windows at a time."""
+    """Return how many tokens the model reads at once; calibration reads two windows at a time. ValueError if it has
+    fewer positions than a window has tokens."""
+    require_positions(config, model)
     windows, decoded = config.calibration.windows, workload.prompt + workload.new_tokens
     calibrated, sampled = min(2, windows) * config.data.window, -(-windows // 2) * ROWS_PER_BATCH
     longest = max(*workload.tokens, decoded)
     return InputSizes(model, longest, decoded, config.train.window, calibrated, sampled)
+
+
+def require_positions(config: RunConfig, model: Any) -> None:
+    """Raise ValueError if `data.window` is longer than the texts that the model was trained for."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.data.window > longest:
+        raise ValueError(
+            f"data.window is {config.data.window}, but {config.model} reads at most {longest} tokens: say "
+            f"--set data.window={longest} --set train.window={longest}"
+        )
 
 
 def step_sizes(student: LanguageStudent, config: RunConfig) -> StepSizes:

@@ -50,22 +50,30 @@ class Prompts:
 def encode(processor: Any, samples: Sequence[Example], image_token: int) -> Prompts:
     """Return (image, question, answer) samples as prompts, padded on the right. image_token: the image token's id.
 
-    Raises whatever the processor raises, and ValueError for an answer without a token.
+    Raises whatever the processor raises, and ValueError for an answer without a token, for text that holds an image
+    token, which not every processor refuses (Gemma 3's), and for a processor whose image token is another one.
     """
     tokenizer = processor.tokenizer
-    prompts = [prompt_text(processor, question) for _, question, _ in samples]
+    mark = tokenizer.convert_ids_to_tokens(image_token)
+    if mark is not None and any(mark in question or mark in answer for _, question, answer in samples):
+        raise ValueError(f"its question or answer holds {mark}, which stands for an image: take it out of the text")
+    asked = [prompt_text(processor, question) for _, question, _ in samples]
     texts = [
         prompt + answer_text(prompt, answer) + (tokenizer.eos_token or "")
-        for prompt, (_, _, answer) in zip(prompts, samples, strict=True)
+        for prompt, (_, _, answer) in zip(asked, samples, strict=True)
     ]
     inputs = call(processor, texts, [image for image, _, _ in samples], "right")
     # an answer's number of tokens as a difference, which does not depend on the processor's number of image tokens
     counts = [len(token_ids(tokenizer, text)) for text in texts]
-    before = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
+    before = [len(token_ids(tokenizer, prompt)) for prompt in asked]
     answers = [one - other for one, other in zip(counts, before, strict=True)]
     if min(answers) < 1:
         raise ValueError("an answer has no token, and the model has none for the end")
-    return masked(inputs, answers, image_token)
+    prompts = masked(inputs, answers, image_token)
+    if not prompts.image.any(1).all():
+        named = f"image_token_id in config.json is {image_token} ({mark or 'no token'})"
+        raise ValueError(f"{named}, which the processor does not write for an image")
+    return prompts
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -34,7 +34,7 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         within = known is not None and type(config).sub_configs.get("text_config") is known.config_class
         if known is None or (config.architectures and known.__name__ not in config.architectures and not within):
             raise ValueError(f"{name} is no causal language model: {config.model_type}, saved as {', '.join(saved_as)}")
-    hub.require_weights(name, folder)
+    hub.require_weights(name, folder, config)
     options, start = unpacking(folder), LANGUAGE_MODEL_OF.get(config.model_type)
     if start is not None:
         options |= {"config": config.get_text_config(), "key_mapping": {f"^{re.escape(start)}": "model."}}

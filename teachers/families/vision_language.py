@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from teachers import hub
 from teachers.families import Loaded
 from teachers.families.image import unpack
+from teachers.quiet import one_line
 from teachers.registry import LANGUAGE
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     if (language := language_of(folder)) is not None:
         base = load_teacher(language, dtype=dtype, device="cpu")
         return Loaded(*compose(folder, base.model, base.processor), note=f"; language model: {base.source}")
-    hub.require_weights(name, folder)
+    with one_line(f"{name}: config.json cannot be used"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _require_features(config)
+    hub.require_weights(name, folder, config)
     model, unused = hub.read_model(name, folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code)
     kind = transformers.AutoProcessor
     processor = hub.read_beside(name, folder, "processor", kind, trust_remote_code, "*processor*")
@@ -48,7 +52,18 @@ def random_model(settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """Return a transformers model with random weights; settings: of its configuration, `model_type` included."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings), dtype=dtype)
+    config = AutoConfig.for_model(**settings)
+    _require_features(config)
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+def _require_features(config: Any) -> None:
+    """Raise ValueError if the language model is to read the output of a block that the vision tower does not have."""
+    asked = getattr(config, "vision_feature_layer", None)
+    blocks = getattr(config.vision_config, "num_hidden_layers", None)
+    for layer in asked if isinstance(asked, list | tuple) else [asked]:
+        if layer is not None and blocks is not None and not -blocks - 1 <= layer <= blocks:
+            raise ValueError(f"vision_feature_layer is {layer}, and the vision tower has {blocks} blocks")
 
 
 def language_of(folder: Path) -> str | None:

@@ -480,6 +480,19 @@ def test_ctrl_c_says_how_to_continue(
     assert capsys.readouterr().err == "elastic: stopped at step 3; continue with: elastic distill --resume run\n"
 
 
+def test_ctrl_c_while_python_imports_costs_one_line():
+    code = """
+import sys
+class Stopped:
+    def find_spec(name, *rest):
+        if name == "elastic.cli.parser":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stopped)
+import elastic.cli"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "elastic: interrupted\n")
+
+
 def test_the_first_of_several_processes_does_a_command_alone_whose_work_is_not_shared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

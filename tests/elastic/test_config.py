@@ -204,6 +204,7 @@ def test_settings_with_effect_are_accepted():
         ("a: [", "is not YAML: "),
         ("a: 1\nb: {", "in line 2"),
         ("a: \x00", "is not YAML: unacceptable character"),
+        ("a: " + "[" * 2_000, "is not YAML: brackets are nested too deeply"),
         ("", "holds no settings"),
         ("just text", "holds no settings"),
         ("train: {lr: 1, lrr: 2}", "unknown setting 'train.lrr'"),
@@ -245,7 +246,7 @@ def test_the_data_says_whether_a_model_reads_images(name: str, records: object, 
             make_config(data__source=str(file), **named)
         return
     for source in (file, file.parent):
-        assert make_config(data__source=str(source), **named).family == family
+        assert make_config(data__source=source, **named).family == family
     assert make_config(data__source="builtin", **named).family == "llm"
     assert (
         make_config(data__source="easy-vqa", **named).family == make_config(data__source="a/b", **named).family == "vlm"

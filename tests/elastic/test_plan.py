@@ -192,7 +192,10 @@ def test_models_that_only_a_configuration_says_the_sizes_of(
     for name in ("granite4", "lfm2_moe"):  # an infinite number; a block that has neither attention nor a dense MLP
         kind, settings = TINY_HYBRIDS[name]
         getattr(transformers, kind)(**settings).save_pretrained(tmp_path / name)
-        assert planned("--model", tmp_path / name, capsys=capsys)["fits"]
+        assert main(["plan", "--model", str(tmp_path / name)]) == 2
+        assert f"data.window is 512, but {tmp_path / name} reads at most 64 tokens" in capsys.readouterr().err
+        windows = "--set", "data.window=64", "--set", "train.window=64"
+        assert planned("--model", tmp_path / name, *windows, capsys=capsys)["fits"]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     monkeypatch.setattr(hub, "config_file", lambda _: None)
     monkeypatch.setattr(hub, "unreachable", lambda: "no network")

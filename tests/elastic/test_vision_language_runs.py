@@ -186,11 +186,26 @@ def test_questions_that_the_processor_refuses_are_left_out(
     }
 
 
-def test_an_answer_without_a_token_is_left_out(llava_folder: Path, questions: Path) -> None:
+def test_a_layer_that_the_vision_tower_does_not_have(llava_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llava_folder, tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text())
+    for layer in (99, -4, [-1, 3]):
+        (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": layer}))
+        with pytest.raises(ValueError, match=r"vision_feature_layer is .*, and the vision tower has 2 blocks"):
+            teachers.load(str(folder))
+
+
+def test_text_with_an_image_token_and_an_answer_without_one_are_refused(llava_folder: Path, questions: Path) -> None:
     teacher = teachers.load(str(llava_folder), dtype=torch.float32)
     sample = (*load_all(str(questions)).read([0])[0][:2], "")
     token = teacher.model.config.image_token_id
     assert int(reading.encode(teacher.processor, [sample], token).answers.sum()) == 1  # the end token alone
+    for said in (["<file_sep> w1", "w2"], ["w1", "w2<file_sep>"]):
+        with pytest.raises(ValueError, match="question or answer holds <file_sep>, which stands for an image"):
+            reading.encode(teacher.processor, [(sample[0], *said)], token)
+    for other, name in ((5, "w2"), (32000, "no token")):  # 32000 is LlavaConfig's default
+        with pytest.raises(ValueError, match=rf"image_token_id in config.json is {other} \({name}\), which"):
+            reading.encode(teacher.processor, [sample], other)
     teacher.processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="an answer has no token"):
         reading.encode(teacher.processor, [sample], token)

@@ -259,7 +259,7 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: (p / "tokenizer.json").unlink() or (p / "tokenizer_config.json").unlink(), "there is none beside"),
         (lambda p: configured(p, num_hidden_layers=4), "9 weights are missing"),
         (
-            lambda p: (index(p, INDEX), save_file({"a": torch.ones(1)}, p / "model.safetensors", PT)),
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(32)}, p / "model.safetensors", PT)),
             r"missing from the checkpoint, such as .*; model\.safetensors is read",
         ),
         (lambda p: configured(p, intermediate_size=33), r"of another shape, such as .*: \[32.* and \[.*33.*\] by"),
@@ -276,6 +276,9 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
         (lambda p: (p / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (lambda p: (p / "config.json").write_text("[" * 10_000), r"config\.json cannot be read: .* too deeply"),
+        # transformers would make a model of 27 GB
+        (lambda p: (p / "config.json").write_text('{"model_type": "llama"}'), "hidden_size is 4096 there"),
     ],
 )
 def test_torn_folders_cost_one_line(break_it: Callable[[Path], object], message: str, folder: Path):

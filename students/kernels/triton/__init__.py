@@ -69,14 +69,17 @@ def _starts() -> bool:
     try:
         driver.active.get_current_target()
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(
-            f"Triton cannot be used here, and nothing gets faster on this GPU ({reason}): it needs a C compiler and "
-            "Python's headers, as in Debian's gcc and python3-dev",
-            stacklevel=4,
-        )
+        warnings.warn(f"Triton cannot be used here, and nothing gets faster on this GPU {_why(error)}", stacklevel=4)
         return False
     return True
+
+
+def _why(error: Exception) -> str:
+    """Return, for a warning, why Triton cannot start, and what it needs."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.filename:
+        return f"({reason}): it keeps what it compiles there; TRITON_CACHE_DIR names another folder"
+    return f"({reason}): it needs a C compiler and Python's headers, as in Debian's gcc and python3-dev"
 
 
 def implementation(operator: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,9 @@ def test_operators_are_references_where_triton_cannot_launch(monkeypatch: pytest
     monkeypatch.setattr(trial, "replaced", {})
     assert trial.on_gpu.__wrapped__("channel_gate")(x, None) == (x, None)
     assert trial.replaced == {"channel_gate": "Triton cannot launch kernels here"}
+    refused = PermissionError(errno.EACCES, "Permission denied", "/kept")
+    said = triton._why(refused)
+    assert said.startswith("([Errno 13] Permission denied: '/kept'): ") and "TRITON_CACHE_DIR" in said
     known = torch.compile(lambda x: x + triton.available(), backend="eager", fullgraph=True)
     assert float(known(torch.zeros(()))) == 0
     triton._launches.clear()
