@@ -37,7 +37,7 @@ def on_host(operator: Any) -> Callable[..., Any]:
     return call
 
 
-open_tokens, low_rank = map(on_host, (ops.open_tokens, ops.low_rank))
+open_tokens, thin_product = map(on_host, (ops.open_tokens, ops.thin_product))
 list_open = launched(ops.list_open)
 put_open = launched(ops.put_open)
 _rms_norm = launched(ops.rms_norm)

@@ -395,13 +395,14 @@ shift [] (float32) >= 0. The score is weight[0] . x + bias[0], and with `up` [H]
 up[h] gelu(weight[h + 1] . x + bias[h + 1]), as of a Router; weight [1 + H, D]. Also the order [N] of the tokens, flat
 indices of open ones first; the place [N] of each one in it; and the number of open tokens []."""
 
-low_rank: One = _operator(
-    "low_rank(Tensor x, Tensor? rows, Tensor down, Tensor up, Tensor bias) -> Tensor",
-    lambda x, rows, down, up, *_: x.new_empty(len(x) if rows is None else len(rows), len(up)),
-    lambda x, rows, down, up, *_, out_val: 2 * len(out_val) * (down.numel() + up.numel()),
-    lambda x, rows, down, up, *_, out_val: _size(down) + _size(up),
+thin_product: One = _operator(
+    "thin_product(Tensor x, Tensor? rows, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, rows, weight, *_: x.new_empty(len(x) if rows is None else len(rows), len(weight)),
+    lambda x, rows, weight, *_, out_val: 2 * len(out_val) * weight.numel(),
+    lambda x, rows, weight, *_, out_val: _size(weight),
 )
-"""up (down x) + bias [n, D] of the tokens `rows` [n] (None: all) of x [N, D]; down [R, D], up [D, R], bias [D]."""
+"""The outputs [n, O] of a linear layer with few inputs or few outputs, weight [O, I], for the tokens `rows` [n] (None:
+all) of x [N, I]."""
 
 list_open: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _operator(
     "list_open(Tensor score, Tensor? bias, Tensor? limit) -> (Tensor, Tensor, Tensor, Tensor)",

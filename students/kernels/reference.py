@@ -324,8 +324,8 @@ def open_tokens(
     return open_, order, order.argsort(), open_.sum()
 
 
-def low_rank(x: Tensor, rows: Tensor | None, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.linear(x if rows is None else x.index_select(0, rows), down), up, bias)
+def thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x if rows is None else x.index_select(0, rows), weight, bias)
 
 
 def list_open(score: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from students.kernels import reference
@@ -75,20 +74,14 @@ FEW_PRODUCTS = 1 << 19
 any."""
 
 
-def _thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the outputs [n, O] of a linear layer with few inputs or few outputs for the tokens `rows` [n] (None: all)
-    of x [N, I]; weight [O, I]."""
+@_in_c
+def thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     count = len(x) if rows is None else len(rows)
     if count * weight.numel() > FEW_PRODUCTS:
-        return F.linear(x if rows is None else x.index_select(0, rows), weight, bias)
+        return reference.thin_product(x, rows, weight, bias)
     out = x.new_empty(count, len(weight))
-    toolchain.call("few_products", x, rows, count, x.shape[1], weight, bias, len(weight), out)
+    toolchain.call("thin_product", x, rows, count, x.shape[1], weight, bias, len(weight), out)
     return out
-
-
-@_in_c
-def low_rank(x: Tensor, rows: Tensor | None, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    return _thin_product(_thin_product(x, rows, down, None), None, up, bias)
 
 
 @_in_c
@@ -101,7 +94,7 @@ def open_tokens(
     position: Tensor | None,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low = _thin_product(x.flatten(0, -2), None, weight, bias)
+    low = thin_product(x.flatten(0, -2), None, weight, bias)
     out = torch.empty(x.shape[:-1], dtype=torch.bool)
     order, place = (torch.empty(len(low), dtype=torch.long) for _ in range(2))
     position = None if position is None else position.expand(out.shape)

@@ -1,5 +1,5 @@
-// Decisions of routers that read whole tokens, and thin products of few tokens. T: type of activations and weights; S:
-// suffix of the functions for it.
+// Thin products, and decisions of routers that read whole tokens. T: type of activations and weights; S: suffix of the
+// functions for it.
 
 #include <math.h>
 #include <omp.h>
@@ -10,8 +10,8 @@
 
 // out[k][o] = w[o] . x[rows[k]] + bias[o] for N rows of x [*, I], and w [O, I]; rows NULL means the first N, bias may be
 // NULL
-#define FEW_PRODUCTS(S, T)                                                                                          \
-    void few_products_##S(const T *x, const int64_t *rows, int64_t N, int64_t I, const T *w, const T *bias,         \
+#define THIN_PRODUCT(S, T)                                                                                          \
+    void thin_product_##S(const T *x, const int64_t *rows, int64_t N, int64_t I, const T *w, const T *bias,         \
                           int64_t O, T *out, int threads) {                                                         \
         int64_t groups = (N + TOGETHER - 1) / TOGETHER;                                                             \
         _Pragma("omp parallel for num_threads(threads) if (groups > 1)") for (int64_t g = 0; g < groups; g++) {     \
@@ -68,7 +68,7 @@ static inline float erf_(float x) {
         return found;                                                                                               \
     }
 
-#define KERNELS(S, T) FEW_PRODUCTS(S, T) OPEN_TOKENS(S, T)
+#define KERNELS(S, T) THIN_PRODUCT(S, T) OPEN_TOKENS(S, T)
 
 KERNELS(f32, float)
 KERNELS(bf16, uint16_t)

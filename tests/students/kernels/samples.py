@@ -252,12 +252,12 @@ def open_tokens(draw: Draw) -> Iterator[Arguments]:
         yield x, weight, bias, up, torch.full_like(shift, torch.inf), None, 0
 
 
-def low_rank(draw: Draw) -> Iterator[Arguments]:
-    for tokens, width, rank in ((1, 33, 5), (21, 96, 16)):
-        x, rest = draw(tokens, width), (draw(rank, width), draw(width, rank), draw(width))
-        yield x, None, *rest
-        yield x, torch.tensor([0, tokens - 1, 0]).to(draw.device), *rest
-        yield x, torch.tensor([], dtype=torch.long).to(draw.device), *rest
+def thin_product(draw: Draw) -> Iterator[Arguments]:
+    for tokens, inputs, outputs in ((1, 33, 5), (21, 96, 16), (21, 5, 70)):
+        x, weight = draw(tokens, inputs), draw(outputs, inputs)
+        yield x, None, weight, None
+        yield x, torch.tensor([0, tokens - 1, 0]).to(draw.device), weight, draw(outputs)
+        yield x, torch.tensor([], dtype=torch.long).to(draw.device), weight, None
 
 
 def list_open(draw: Draw) -> Iterator[Arguments]:
@@ -305,7 +305,7 @@ SAMPLES: dict[str, Samples] = {
     "biased_attention": biased_attention,
     "decode_attention": decode_attention,
     "open_tokens": open_tokens,
-    "low_rank": low_rank,
+    "thin_product": thin_product,
     "list_open": list_open,
     "put_open": put_open,
     "merge_lowest": merge_lowest,
