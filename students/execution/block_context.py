@@ -128,7 +128,8 @@ class Exits:
     def of_closed(self) -> Tensor:
         """Return what stands for the output [B, T, D] of tokens of which each is closed by one of the gates."""
         if len(self.gates) == 1 and (only := self.gates[0][1]) is not None:
-            return only.of(self.x.flatten(0, 1), None).view_as(self.x)
+            out: Tensor = only(self.x)
+            return out
         return self.apply(torch.zeros_like(self.x))
 
     def spread(self, out: Tensor) -> Tensor:

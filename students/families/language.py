@@ -98,10 +98,9 @@ class LanguageStudent(Student):
 
     def _recorded_step(self, rows: int) -> Any:
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
-        none can be recorded. Gates that differ from token to token are masks there (RoutedBranch._run_fixed); on CPUs,
-        where parts can be left out without a recording, such steps are not recorded, but where one token is left out
-        whole, which a recording can do."""
-        state = self._recorded_for(by_token=rows == 1 or not self._decoding.replays)
+        none can be recorded. Gates that differ from token to token are masks there, but for a token that is alone
+        (RoutedBranch._run_fixed)."""
+        state = self._recorded_for(by_token=True)
         if self.runtime.bypass:
             return state
         if self._dropping and rows > 1:
@@ -112,8 +111,8 @@ class LanguageStudent(Student):
 
     def _recorded_for(self, rows: int = 1, by_token: bool = False) -> Any:
         """Return the state that a recorded pass of any number of rows depends on besides shapes; by_token: whether what
-        is left in may differ from token to token. Raises ValueError if the pass cannot be recorded, as when shapes
-        inside depend on the data."""
+        is left in may differ from token to token, on CPUs only which tokens are. Raises ValueError if the pass cannot
+        be recorded, as when shapes inside depend on the data."""
         run = self.runtime
         if run.execution != "skip":
             raise ValueError("masks are for reference")

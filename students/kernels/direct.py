@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.kernels import ops
+from students.kernels import ops, reference
 from students.kernels.cpu import toolchain
 from students.kernels.cpu.operators import layers
 from students.kernels.trial import on_gpu
@@ -28,11 +28,14 @@ def launched(operator: Any) -> Callable[..., Any]:
 
 
 def on_host(operator: Any) -> Callable[..., Any]:
-    """Return an operator that has a C function as a function of plain tensors: on CPUs without the dispatcher."""
-    function = ops.on_cpu(operator)
+    """Return an operator that has a C function, but no kernel for GPUs, as a function of plain tensors: without the
+    dispatcher, and with gradients where these are recorded."""
+    function, plain = ops.on_cpu(operator), getattr(reference, operator.__name__.partition(".")[0])
 
     def call(first: Tensor, *rest: Any) -> Any:
-        return (operator if first.device.type != "cpu" or ops.observed() else function)(first, *rest)
+        if torch.is_grad_enabled() or first.device.type != "cpu":
+            return plain(first, *rest)
+        return (operator if ops.observed() else function)(first, *rest)
 
     return call
 

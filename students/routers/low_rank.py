@@ -36,17 +36,12 @@ class Substitute(Added):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the substitute [..., D] of the branch's output for the branch's input x [..., D], in x's dtype."""
-        down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
-        return F.linear(F.linear(x, down), up, bias)
+        return self.of(x.flatten(0, -2), None).view(x.shape)
 
     def of(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Return the substitutes [n, D] of the tokens `rows` [n] (None: all) of x [N, D]."""
-        out: Tensor
-        if torch.is_grad_enabled():
-            out = self(x if rows is None else x.index_select(0, rows))
-        else:
-            down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
-            out = direct.thin_product(direct.thin_product(x, rows, down, None), None, up, bias)
+        down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
+        out: Tensor = direct.thin_product(direct.thin_product(x, rows, down, None), None, up, bias)
         return out
 
     def macs(self) -> int:
