@@ -73,7 +73,6 @@ class RoutedLinear(Wrapper):
         if self.lora is not None and not self.selects and not self.group.opaque:
             dtype = base.weight.dtype
             self._low = self.lora.down.detach().to(dtype), self.lora.up.detach().T.to(dtype).contiguous()
-            self._together.forget()
 
     def set_dial(self) -> None:
         """Set the group's limits, and slice its weights for a static choice of channels (the first layer does)."""
@@ -105,7 +104,6 @@ class RoutedLinear(Wrapper):
     def forget(self) -> None:
         """Give the weight the memory layout that the model had, and drop slices and converted corrections."""
         self._slice, self._low = (None, None), None
-        self._together.forget()
         if self.place == 0:
             self.group.forget()
         if not self.group.opaque:
@@ -181,10 +179,10 @@ class RoutedLinear(Wrapper):
 
     def _whole(self, x: Tensor) -> Tensor:
         """Return the output [..., O] for x [..., I], all of it."""
-        call = self.runtime.call
-        if call.skipping and call.rows is None and self._together.takes(x):
-            return self._together(x, self.base_layer.bias)
-        return self._correct(self.base_layer(x), x)
+        call, base, lora, out = self.runtime.call, self.base_layer, self.lora, None
+        if lora is not None and call.skipping and call.rows is None:
+            out = self._together(x, base.bias, base.weight, lora.down, lora.up)
+        return self._correct(base(x), x) if out is None else out
 
     def _is_open(self) -> Tensor | None:
         """Return which outputs [O], or whether any [1], the only token of a step of fixed shape needs; None: all."""

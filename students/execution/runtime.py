@@ -241,8 +241,8 @@ class Runtime:
     def _only_opens(self, router: Router, x: Tensor) -> bool:
         """Whether one call can decide which tokens are open (`ops.open_tokens`): in a causal model, where nobody else
         needs the scores, on a CPU with compiled kernels."""
-        spec, c = router.spec, ops.compiled(x) and not (devices.runs_ahead(x.device) or ops.observed())
-        asked = c and self.causal and self._on_device and self._asked_for_gates_alone(spec)
+        spec, in_c = router.spec, ops.compiled(x) and not (devices.runs_ahead(x.device) or ops.observed())
+        asked = in_c and self.causal and self._on_device and self._asked_for_gates_alone(spec)
         by_token = spec.of_kind.over_tokens and spec.granularity == "token"
         return asked and by_token and spec.network != "static" and spec.selection == "threshold"
 

@@ -70,23 +70,22 @@ class CorrectedProduct:
 
     def __init__(self) -> None:
         self._packed: Tensor | None = None
+        self._stamp = Stamp()
 
     def prepare(self, weight: Tensor, down: Tensor, up: Tensor) -> bool:
-        """Pack weight [O, I] + up [O, r] @ down [r, I] unless that is done; return whether there is a packed copy."""
-        if self._packed is None and _can_be_packed(weight):
-            self._packed = _packed((weight.float() + up.float() @ down.float()).to(weight.dtype))
+        """Pack weight [O, I] + up [O, r] @ down [r, I] if one of them has changed since they were packed last; return
+        whether there is a packed copy."""
+        if self._stamp.renew([weight, down, up]):
+            self._packed = None
+            if _can_be_packed(weight):
+                self._packed = _packed((weight.float() + up.float() @ down.float()).to(weight.dtype))
         return self._packed is not None
 
-    def forget(self) -> None:
-        """Drop the packed copy, as where weight or correction have changed."""
-        self._packed = None
-
-    def takes(self, x: Tensor) -> bool:
-        """Return whether the product with x can be computed: not where operations are counted or compiled."""
-        return self._packed is not None and x.dtype == torch.bfloat16 and not ops.observed()
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        assert self._packed is not None, "`takes` comes first"
+    def __call__(self, x: Tensor, bias: Tensor | None, *made_of: Tensor) -> Tensor | None:
+        """Return the product [..., O] with x [..., I]; made_of: as given to `prepare`. None where there is no packed
+        copy of these, in another dtype, and where operations are counted or compiled."""
+        if self._packed is None or x.dtype != torch.bfloat16 or ops.observed() or not self._stamp.holds(made_of):
+            return None
         return _product(x, self._packed, bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CorrectedProduct:

@@ -85,15 +85,8 @@ def thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | 
 
 
 @_in_c
-def open_tokens(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    up: Tensor | None,
-    shift: Tensor,
-    position: Tensor | None,
-    prefix: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def open_tokens(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, up, shift, position, prefix = rest
     low = thin_product(x.flatten(0, -2), None, weight, bias)
     out = torch.empty(x.shape[:-1], dtype=torch.bool)
     order, place = (torch.empty(len(low), dtype=torch.long) for _ in range(2))

@@ -239,7 +239,7 @@ def merge_below(draw: Draw) -> Iterator[Arguments]:
 
 
 def open_tokens(draw: Draw) -> Iterator[Arguments]:
-    for tokens, width, hidden in ((1, 70, 0), (3, 33, 16), (14, 100, 32)):  # few and many for C
+    for tokens, width, hidden in ((1, 70, 0), (3, 33, 16), (300, 64, 32)):  # the last too many for C
         x, weight, bias = draw(2, tokens, width), draw(1 + hidden, width) / width**0.5, draw(1 + hidden)
         up = draw(hidden) if hidden else None
         low = F.linear(x.double(), weight.double(), bias.double())
