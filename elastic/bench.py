@@ -129,7 +129,8 @@ def measure(
         student.train(False)
     model = dense()
     on_gpu = next(model.parameters()).is_cuda
-    packed = not on_gpu and has_room_for_two(student) and student.pack()
+    besides = max(workload.batch) * _sequence_memory(student)(timing.longest(student, data, workload))
+    packed = has_room_for_two(student, besides) and student.pack()
     student.prepare()
     models = timing.contenders(student, model)
     if on_gpu or packed:
@@ -159,14 +160,8 @@ def measure(
 
 
 def _require_memory(student: Any, data: Any, workload: Workload, timing: families.Timing) -> None:
-    """Raise ValueError if the largest timed pass cannot fit into the free memory, since it takes at least its keys and
-    values, and what the linear layers of a block read and write."""
-    trunk, model = getattr(student, "trunk", student.model), student.model
-    passing, free = need_of(model, trunk).passing, free_memory(next(model.parameters()).device)
-
-    def need(tokens: int) -> int:
-        return cache_need(trunk, tokens) + tokens * passing
-
+    """Raise ValueError if the largest timed pass cannot fit into the free memory."""
+    need, free = _sequence_memory(student), free_memory(next(student.parameters()).device)
     batch, longest = max(workload.batch), timing.longest(student, data, workload)
     if batch * need(longest) <= free:
         return
@@ -179,6 +174,14 @@ def _require_memory(student: Any, data: Any, workload: Workload, timing: familie
         f"{batch} x {longest} tokens at once take at least {batch * need(longest) / 1e9:,.1f} GB, but "
         f"{free / 1e9:.1f} GB are free: say {' '.join(smaller)}"
     )
+
+
+def _sequence_memory(student: Any) -> Callable[[int], int]:
+    """Return a function from the number of a sequence's tokens to the bytes that reading it takes at least: its keys
+    and values, and what the linear layers of a block read and write."""
+    trunk = getattr(student, "trunk", student.model)
+    passing = need_of(student.model, trunk).passing
+    return lambda tokens: cache_need(trunk, tokens) + tokens * passing
 
 
 def _tuned(dense: nn.Module) -> nn.Module:

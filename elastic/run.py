@@ -24,13 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from torch import nn
 
 import teachers
 from elastic import __version__, launch, sharding
+from elastic.accounting.memory import free_memory
 from elastic.config import RunConfig
 from elastic.files import require_place, require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
@@ -307,9 +307,10 @@ def _warn(reason: str) -> None:
     )
 
 
-def has_room_for_two(model: nn.Module) -> bool:
-    """Return whether a second copy of the weights takes at most half of the host's free memory."""
-    return 2 * kept_bytes(model) <= psutil.virtual_memory().available
+def has_room_for_two(model: nn.Module, besides: int = 0) -> bool:
+    """Return whether a second copy of the weights takes at most half of the free memory of the device they are on,
+    without the bytes that are needed `besides`."""
+    return 2 * kept_bytes(model) <= free_memory(next(model.parameters()).device) - besides
 
 
 def surroundings() -> dict[str, Any]:
@@ -350,9 +351,9 @@ def _processor() -> str:
 def load(folder: str | Path, *, pack: bool | None = None) -> Student:
     """Load the student of a finished run and its teacher, set to the budget it was trained for (lowest of a range).
 
-    pack: whether to keep a second copy of the weights in the layout of a CPU's bfloat16 products (see
-    students/kernels/packing.py), which makes calls of up to a few hundred tokens faster without changing any bit; None:
-    if that copy fits into half of the free memory. Raises ValueError if the run is not finished or its weights differ.
+    pack: whether to keep a second copy of weights where it makes calls faster (see students/kernels/packing.py): in the
+    layout of a CPU's bfloat16 products, which changes no bit, and with low-rank corrections added; None: if that copy
+    fits into half of the free memory. Raises ValueError if the run is not finished or its weights differ.
     """
     run = Run.open(folder, finished=True)
     return run.load_student(run.teacher(), pack=pack)

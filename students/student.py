@@ -67,8 +67,8 @@ class Student(nn.Module):
         passes that read the slices before no longer hold."""
         self._packed = {bypass: Stamp() for bypass in (False, True)}
         """Stamps of the packed weights that the routed model (False) and the teacher (True) read."""
-        self._packs_alone = False
-        """Whether a wrapper packs weights that are read with any number of rows."""
+        self._most_packed = 0.0
+        """Maximum rows of a pass of the routed model that reads packed weights; 0: `pack` has not been called."""
         self._added = list(self.added_tensors().values())
         self._frozen = next(p for p in model.parameters() if not p.requires_grad)
         self._spread = are_spread(model)
@@ -148,16 +148,17 @@ class Student(nn.Module):
         Packed weights (kernels/packing.py) are read by passes with few tokens only, and by the teacher too.
         """
         self._prepare()
-        self._pack()
+        if self._most_packed:
+            self._pack()
 
     def pack(self) -> bool:
-        """Let frozen bfloat16 layers on a CPU have packed weights (kernels/packing.py), which `prepare` or the next
-        forward pass with few tokens makes. Return False if no layer can be packed."""
+        """Let frozen bfloat16 layers on a CPU have packed weights, and low-rank corrections be added to copies of their
+        weights (kernels/packing.py), which `prepare` or the next forward pass that reads them makes. Return False if no
+        layer can be packed."""
         for stamp in self._packed.values():
             stamp.reset()  # earlier calls have renewed it though they found nothing to pack
-        found = pack_linears(self.model)
-        self._packs_alone = any(wrapper.packs_alone() for wrapper in self._wrappers())
-        return found
+        self._most_packed = math.inf if any(x.packs_alone() for x in self._wrappers()) else MOST_ROWS
+        return pack_linears(self.model)
 
     def _prepare(self) -> None:
         """Lay out weights, and convert routers and the dial, if stale. ValueError if the weights are sharded."""
@@ -180,8 +181,8 @@ class Student(nn.Module):
     def _pack_for(self, rows: int) -> None:
         """Pack weights before a forward pass with about `rows` rows, if such a pass reads them: with few rows, or with
         corrections, which are packed together with their weights."""
-        always = self._packs_alone and not self.runtime.bypass
-        if (rows <= MOST_ROWS or always) and not torch.is_grad_enabled():
+        most = min(self._most_packed, MOST_ROWS) if self.runtime.bypass else self._most_packed
+        if rows <= most and not torch.is_grad_enabled():
             self._pack()
 
     def _pack(self) -> None:

@@ -18,7 +18,7 @@ from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import first_rows, ops
 from students.kernels.deferred import ACTIVATIONS
-from students.kernels.packing import CorrectedProduct, PackedLinear
+from students.kernels.packing import CorrectedProduct
 from students.routers import ChannelRouter, Lora
 
 
@@ -89,21 +89,21 @@ class RoutedLinear(Wrapper):
                 self._slice = channels, weight_of(self.base_layer)[:, channels].contiguous()
 
     def pack(self) -> bool:
-        """Pack the weight that the layers of the group read together, or this layer's with its correction."""
+        """Pack the weight that the layers of the group read together, or add this layer's correction to its weight."""
         if self.selects and self.place == 0:
             self.group.pack()
         if self.lora is None or not self.packs_alone():
             return self.selects
-        return self._together.prepare(self.base_layer.weight, self.lora.down, self.lora.up)
+        self._together.prepare(weight_of(self.base_layer), self.lora.down, self.lora.up)
+        return True
 
     def packs_alone(self) -> bool:
         """As in Wrapper: the sum of weight and correction."""
-        corrects = self.lora is not None and not (self.selects or self.group.opaque)
-        return corrects and isinstance(self.base_layer, PackedLinear)
+        return self.lora is not None and not (self.group.opaque or "channel" in self.routers)
 
     def forget(self) -> None:
-        """Give the weight the memory layout that the model had, and drop slices and converted corrections."""
-        self._slice, self._low = (None, None), None
+        """Give the weight the memory layout that the model had, and drop slices, sums and converted corrections."""
+        self._slice, self._low, self._together = (None, None), None, CorrectedProduct()
         if self.place == 0:
             self.group.forget()
         if not self.group.opaque:
@@ -135,9 +135,9 @@ class RoutedLinear(Wrapper):
         if queries is None or not self.per_query:
             return self._compute(x, together=queries is None)
         if isinstance(queries, Chosen) and not queries.known and self._takes_number(x):
-            some = queries.filled(x)
-            weight, bias = weight_of(self.base_layer), self.base_layer.bias
-            out = self._correct(first_rows.linear(some[0], weight, bias, queries.number).unsqueeze(0), some)
+            some, (weight, corrected) = queries.filled(x), self._read()
+            out = first_rows.linear(some[0], weight, self.base_layer.bias, queries.number).unsqueeze(0)
+            out = out if corrected else self._correct(out, some)
         elif queries.every:
             return self._compute(x, together=False)
         else:
@@ -167,8 +167,10 @@ class RoutedLinear(Wrapper):
             is_open = self._is_open()
             if is_open is None or not has_rows(self.base_layer):
                 return self._whole(x)
-            self.branch.zeroed = self.group.ends and self.lora is None
-            return self._correct(gated(self.base_layer, x, is_open), x)
+            weight, corrected = self._read()
+            self.branch.zeroed = self.group.ends and corrected
+            out = gated(weight, self.base_layer.bias, x, is_open)
+            return out if corrected else self._correct(out, x)
         router = self.routers["channel"]
         if self._alone(x):
             return self.group.take(self, x) if together else self.group.one(self, x)
@@ -181,8 +183,16 @@ class RoutedLinear(Wrapper):
         """Return the output [..., O] for x [..., I], all of it."""
         call, base, lora, out = self.runtime.call, self.base_layer, self.lora, None
         if lora is not None and call.skipping and call.rows is None:
-            out = self._together(x, base.bias, base.weight, lora.down, lora.up)
+            out = self._together(x, base.bias, weight_of(base), lora.down, lora.up)
         return self._correct(base(x), x) if out is None else out
+
+    def _read(self) -> tuple[Tensor, bool]:
+        """Return the weight [O, I] that a product reads, and whether the low-rank correction, if any, is part of it."""
+        call, weight, lora = self.runtime.call, weight_of(self.base_layer), self.lora
+        if lora is None or not call.skipping or call.rows is not None:
+            return weight, lora is None
+        summed = self._together.plain(weight, lora.down, lora.up)
+        return (weight, False) if summed is None else (summed, True)
 
     def _is_open(self) -> Tensor | None:
         """Return which outputs [O], or whether any [1], the only token of a step of fixed shape needs; None: all."""
@@ -323,7 +333,7 @@ class GatedLinear(Wrapper):
             out: Tensor = self.base_layer(x)
             return out
         self.branch.zeroed = self.ends
-        return gated(self.base_layer, x, is_open)
+        return gated(self.base_layer.weight, self.base_layer.bias, x, is_open)
 
 
 def has_rows(layer: nn.Module) -> bool:
@@ -331,10 +341,10 @@ def has_rows(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and layer.weight.is_contiguous()
 
 
-def gated(layer: Linear, x: Tensor, is_open: Tensor) -> Tensor:
+def gated(weight: Tensor, bias: Tensor | None, x: Tensor, is_open: Tensor) -> Tensor:
     """Return the output [..., O] of a linear layer for the only token x [..., I], 0 where is_open [1 or O] is false,
-    without reading the weights of these outputs."""
-    return ops.gated_rows(x.flatten(), layer.weight, layer.bias, is_open).view(*x.shape[:-1], -1)
+    without reading the weights [O, I] of these outputs."""
+    return ops.gated_rows(x.flatten(), weight, bias, is_open).view(*x.shape[:-1], -1)
 
 
 def join_product(block: nn.Module, record: Architecture) -> None:

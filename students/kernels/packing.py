@@ -1,9 +1,11 @@
-"""Frozen linear layers whose weight is packed once for this CPU's matrix products, instead of in every call.
+"""Copies of frozen weights that make products faster: packed for this CPU, or with a low-rank correction added.
 
 In bfloat16 on a CPU, torch hands a linear layer to oneDNN, which copies the weight into blocks before it multiplies,
 however few rows the input has. A weight that never changes can be copied once. The products are the same, bit for bit;
 the cost is a second copy of the weights in memory. (With fewer outputs than a vector register holds, products may
 differ: some CPUs, such as AMD's with AVX-512 and no AMX, then sum in another order.)
+
+The sum of a weight and its correction takes one product, on any device, where both apart take three.
 """
 
 from __future__ import annotations
@@ -65,28 +67,33 @@ class PackedProduct:
 
 
 class CorrectedProduct:
-    """The product with one frozen weight [O, I] and its low-rank correction together: with a packed copy of their sum,
-    rounded to bfloat16, in place of three products, of which the two thin ones take long for what they do."""
+    """The product with one frozen weight [O, I] and its low-rank correction together: with their sum, rounded to the
+    weight's type, in place of three products, of which the two thin ones take long for what they do. The sum is packed
+    if the weight can be packed."""
 
     def __init__(self) -> None:
-        self._packed: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._packed = False
         self._stamp = Stamp()
 
-    def prepare(self, weight: Tensor, down: Tensor, up: Tensor) -> bool:
-        """Pack weight [O, I] + up [O, r] @ down [r, I] if one of them has changed since they were packed last; return
-        whether there is a packed copy."""
+    def prepare(self, weight: Tensor, down: Tensor, up: Tensor) -> None:
+        """Compute weight [O, I] + up [O, r] @ down [r, I] if one of them has changed since the last time."""
         if self._stamp.renew([weight, down, up]):
-            self._packed = None
-            if _can_be_packed(weight):
-                self._packed = _packed((weight.float() + up.float() @ down.float()).to(weight.dtype))
-        return self._packed is not None
+            whole = (weight.float() + up.float() @ down.float()).to(weight.dtype).contiguous()
+            self._packed = _can_be_packed(weight)
+            self._sum = _packed(whole) if self._packed else whole
 
     def __call__(self, x: Tensor, bias: Tensor | None, *made_of: Tensor) -> Tensor | None:
-        """Return the product [..., O] with x [..., I]; made_of: as given to `prepare`. None where there is no packed
-        copy of these, in another dtype, and where operations are counted or compiled."""
-        if self._packed is None or x.dtype != torch.bfloat16 or ops.observed() or not self._stamp.holds(made_of):
+        """Return the product [..., O] with x [..., I]; made_of: as given to `prepare`. None where there is no sum of
+        these, in another dtype, and where operations are counted or compiled."""
+        if self._sum is None or x.dtype != made_of[0].dtype or ops.observed() or not self._stamp.holds(made_of):
             return None
-        return _product(x, self._packed, bias)
+        return _product(x, self._sum, bias) if self._packed else F.linear(x, self._sum, bias)
+
+    def plain(self, *made_of: Tensor) -> Tensor | None:
+        """Return the sum [O, I] for products of other kinds; None where `__call__` returns None, or if it is packed."""
+        usable = not (self._packed or ops.observed()) and self._stamp.holds(made_of)
+        return self._sum if usable else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CorrectedProduct:
         return CorrectedProduct()
@@ -106,8 +113,6 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> bool:
     """Replace a model's frozen bfloat16 linear layers with PackedLinear; Student.prepare or `prepare_linears` then
     packs the weights. Return False if no layer can be packed."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
     linears = [x for x in model.modules() if type(x) is nn.Linear and _can_be_packed(x.weight)]
     exchange(model, {linear: PackedLinear(linear) for linear in linears})
     return bool(linears)
@@ -133,4 +138,5 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def _can_be_packed(weight: Tensor) -> bool:
     plain = type(weight) in (Tensor, nn.Parameter)  # quantized weights have other types
-    return plain and weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS
+    fits = plain and weight.dtype == torch.bfloat16 and weight.is_cpu and len(weight) >= LEAST_OUTPUTS
+    return fits and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -95,6 +95,18 @@ def test_recorded_tokens_and_logits(name: str, kind: str, ahead: bool, monkeypat
         generated(student, {"input_ids": prompts(2)[rows], "attention_mask": padding[rows]})
 
 
+@pytest.mark.parametrize(
+    ("kind", "ahead"), [("token-substitute-lora", True), ("token-substitute-lora", False), ("head", True)]
+)
+def test_corrections_that_are_added_to_weights(kind: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "runs_ahead", lambda device: ahead)
+    student = student_for("llama", ROUTERS[kind])
+    student._decoding.recorder = Tape
+    _, apart = generated(student, {"input_ids": prompts(1)})
+    student.pack()
+    torch.testing.assert_close(generated(student, {"input_ids": prompts(1)})[1], apart, **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["token-drop", "layer-drop", "layer"])
 def test_the_cache_that_is_returned_goes_on(kind: str) -> None:
     student, prompt = student_for("llama", ROUTERS[kind]), prompts(1)

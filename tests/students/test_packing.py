@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic import run
 from students import LoraSpec, Student, elasticize
+from students.architectures.lookup import weight_of
+from students.execution.linear import RoutedLinear
 from students.kernels.packing import PackedLinear, PackedProduct, pack_linears, prepare_linears
 from tests.pico.language import TINY, make_tiny
-from tests.students.test_execution import SPECS, decode
+from tests.students.test_execution import CLOSE, SPECS, decode
 from tests.students.test_students import scramble
 
 
@@ -98,7 +100,7 @@ def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: t
     """Without corrections, which change the rounding (see below)."""
     spec = replace(SPECS[kind], lora=LoraSpec())
     plain, other = (scramble(elasticize(make_tiny(name).bfloat16(), spec)).train(False) for _ in range(2))
-    if not pack_linears(other.model) and name != "gpt2":  # gpt2 has no nn.Linear but its head
+    if not other.pack() and name != "gpt2":  # gpt2 has no nn.Linear but its head
         pytest.skip("no bfloat16 products of oneDNN on this CPU")
     assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
     assert fresh(other) or name == "gpt2"
@@ -108,23 +110,27 @@ def test_a_student_on_packed_weights_is_the_same(name: str, kind: str, tokens: t
 
 
 @torch.no_grad()
-def test_corrections_are_packed_together_with_their_weights(tokens: torch.Tensor):
-    plain, other = make_open(), make_open()
-    if not other.pack():
-        pytest.skip("no bfloat16 products of oneDNN on this CPU")
-    layer = other.model.get_submodule("model.layers.0.mlp.down_proj")
-    for scale in (1.0, -3.0):  # the second time, what was packed before is stale
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_corrections_are_added_to_copies_of_their_weights(name: str, dtype: torch.dtype, tokens: torch.Tensor):
+    plain, other = make_open(name, dtype), make_open(name, dtype)
+    packed = other.pack()
+    layers = [module for module in other.modules() if isinstance(module, RoutedLinear)]
+    for scale in (1.0, -3.0):  # the second time, earlier sums are stale
         for student in (plain, other):
-            for name, parameter in student.added_parameters().items():
-                parameter.mul_(scale if "lora" in name else 1.0)
+            for key, parameter in student.added_parameters().items():
+                parameter.mul_(scale if "lora" in key else 1.0)
         expected, found = plain(tokens)[0].logits, other(tokens)[0].logits
-        assert 0 < (found - expected).abs().mean() < 0.1 * expected.std()  # rounding
-        x, lora = torch.randn(1, 3, layer.inputs).bfloat16(), layer.lora
-        together = (layer.base_layer.weight.float() + lora.up @ lora.down).bfloat16()
-        assert torch.equal(layer(x), F.linear(x, together))
-        with FlopCounterMode(display=False) as counter:
-            layer(x)
-        assert counter.get_total_flops() == 6 * sum(part.numel() for part in (together, lora.up, lora.down))
+        if dtype == torch.float32:
+            torch.testing.assert_close(found, expected, **CLOSE)
+        for layer in layers:
+            x, lora = torch.randn(1, 3, layer.inputs).to(dtype), layer.lora
+            whole = (weight_of(layer).float() + lora.up @ lora.down).to(dtype).contiguous()
+            assert torch.equal(layer(x), F.linear(x, whole, layer.base_layer.bias))
+            with FlopCounterMode(display=False) as counter:
+                layer(x)
+            assert counter.get_total_flops() == 6 * sum(part.numel() for part in (whole, lora.up, lora.down))
+    assert packed == (fresh(other) > 0) and layers
     for student in (plain, other):
         student.runtime.offset = 1e6, 2e6  # rows of their own: corrections apart
     assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
@@ -132,9 +138,9 @@ def test_corrections_are_packed_together_with_their_weights(tokens: torch.Tensor
         assert torch.equal(plain(tokens)[0].logits, other(tokens)[0].logits)
 
 
-def make_open() -> Student:
+def make_open(name: str, dtype: torch.dtype) -> Student:
     """Return a student with corrections whose gates are all open, so that rounding closes none."""
-    student = scramble(elasticize(make_tiny("llama").bfloat16(), SPECS["token-drop"])).train(False)
+    student = scramble(elasticize(make_tiny(name).to(dtype), SPECS["token-drop"])).train(False)
     student.runtime.offset = 1e6
     return student
 
@@ -168,10 +174,11 @@ def test_weights_are_packed_by_whoever_reads_them(tokens: torch.Tensor, monkeypa
 
 
 def test_a_second_copy_needs_room(monkeypatch: pytest.MonkeyPatch):
-    model, free = nn.Linear(100, 10, bias=False), run.psutil.virtual_memory()
-    for available, room in ((8000, True), (7999, False)):
-        monkeypatch.setattr(run.psutil, "virtual_memory", lambda n=available: free._replace(available=n))
+    model = nn.Linear(100, 10, bias=False)
+    for free, room in ((8000, True), (7999, False)):
+        monkeypatch.setattr(run, "free_memory", lambda device, free=free: free)
         assert run.has_room_for_two(model) == room
+        assert not run.has_room_for_two(model, 1)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
 from students.execution import tokens as some_tokens
+from students.execution.linear import RoutedLinear
 from students.kernels import devices, first_rows
 from students.kernels.capture import Fetched
 from students.libraries import cache_of
@@ -247,6 +248,19 @@ def test_what_is_counted_is_what_is_reported_and_what_nobody_waits_for(spec: Stu
 
 def products(counter: Launches) -> int:
     return sum(count for name, count in counter.launched.items() if "mm" in name)
+
+
+@pytest.mark.parametrize(("name", "grouped"), [("llama", True), ("llama", False), ("gpt2", True)])
+def test_corrections_that_are_added_to_weights_take_no_products(
+    name: str, grouped: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not grouped:
+        monkeypatch.setattr(first_rows, "possible", lambda x, outputs: False)
+    student = make(name, CORRECTED)
+    apart = student.model(tokens).logits
+    student.pack()
+    monkeypatch.setattr(RoutedLinear, "_correct", None)
+    torch.testing.assert_close(student.model(tokens).logits, apart, **CLOSE)
 
 
 def test_no_row_and_no_query_is_launched_for_alone() -> None:
