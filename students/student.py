@@ -152,9 +152,9 @@ class Student(nn.Module):
             self._pack()
 
     def pack(self) -> bool:
-        """Let frozen bfloat16 layers on a CPU have packed weights, and low-rank corrections be added to copies of their
-        weights (kernels/packing.py), which `prepare` or the next forward pass that reads them makes. Return False if no
-        layer can be packed."""
+        """Let frozen bfloat16 layers on a CPU have packed weights, and low-rank corrections of 16-bit weights be added
+        to copies of these (kernels/packing.py), which `prepare` or the next forward pass that reads them makes. Return
+        False if no layer can be packed."""
         for stamp in self._packed.values():
             stamp.reset()  # earlier calls have renewed it though they found nothing to pack
         self._most_packed = math.inf if any(x.packs_alone() for x in self._wrappers()) else MOST_ROWS

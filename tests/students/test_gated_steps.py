@@ -20,6 +20,7 @@ from students.recording.step import DecodeStep
 from tests.pico.vision_language import make_prompts
 from tests.students.tape import Tape
 from tests.students.test_decoding import CLOSE, SIX, SIX_LOGITS, student_for
+from tests.students.test_packing import add_corrections
 from tests.students.test_vision_language import student_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -103,7 +104,7 @@ def test_corrections_that_are_added_to_weights(kind: str, ahead: bool, monkeypat
     student = student_for("llama", ROUTERS[kind])
     student._decoding.recorder = Tape
     _, apart = generated(student, {"input_ids": prompts(1)})
-    student.pack()
+    add_corrections(student)
     torch.testing.assert_close(generated(student, {"input_ids": prompts(1)})[1], apart, **CLOSE)
 
 

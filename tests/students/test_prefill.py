@@ -30,6 +30,7 @@ from tests.students.test_execution import (
     in_both_ways,
     make,
 )
+from tests.students.test_packing import add_corrections
 from tests.students.test_students import left_over
 
 SKIPPING = [name for name, spec in SPECS.items() if spec.find("token") or spec.find("layer")]
@@ -258,7 +259,7 @@ def test_corrections_that_are_added_to_weights_take_no_products(
         monkeypatch.setattr(first_rows, "possible", lambda x, outputs: False)
     student = make(name, CORRECTED)
     apart = student.model(tokens).logits
-    student.pack()
+    add_corrections(student)
     monkeypatch.setattr(RoutedLinear, "_correct", None)
     torch.testing.assert_close(student.model(tokens).logits, apart, **CLOSE)
 
