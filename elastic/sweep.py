@@ -19,9 +19,10 @@ from elastic.evaluation.session import Session
 from elastic.files import Unwritable, require_place, write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
-from elastic.run import Run, surroundings
+from elastic.run import Run
 from elastic.settings import to_dict
 from elastic.sources import require_data
+from elastic.surroundings import surroundings
 from elastic.sweep_tasks import Task, plan
 
 
