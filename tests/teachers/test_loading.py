@@ -259,9 +259,14 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: (p / "tokenizer.json").unlink() or (p / "tokenizer_config.json").unlink(), "there is none beside"),
         (lambda p: configured(p, num_hidden_layers=4), "9 weights are missing"),
         (
-            lambda p: (index(p, INDEX), save_file({"a": torch.ones(32)}, p / "model.safetensors", PT)),
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(120, 32)}, p / "model.safetensors", PT)),
             r"missing from the checkpoint, such as .*; model\.safetensors is read",
         ),
+        (
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(32)}, p / "model.safetensors", PT)),
+            r"no embedding has that size; model\.safetensors is read",
+        ),
+        (lambda p: configured(p, hidden_size=48), "hidden_size is 48 there"),  # as is intermediate_size
         (lambda p: configured(p, intermediate_size=33), r"of another shape, such as .*: \[32.* and \[.*33.*\] by"),
         (lambda p: index(p, "{"), r"model\.safetensors\.index\.json cannot be read"),
         (lambda p: index(p, INDEX), "2 of 2 .* one"),
