@@ -102,9 +102,10 @@ def test_eval_prints_one_json_object(finished: Path, text_file: Path, capsys: py
 def test_several_budgets_are_announced_and_no_number_is_cut_in_a_narrow_terminal(
     finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "24")
     assert main(["eval", str(finished), "--compute", "0.7", "0.8"]) == 0
     out, err = capsys.readouterr()
+    assert "…" not in out
     assert err == "".join(f"measuring on 2 held-out windows at compute 0.{7 + n}, {n + 1} of 2 ...\n" for n in range(2))
     table = [line for line in out.splitlines() if "nats" in line]
     assert len(table) == 2 and "0.700 (decode)" in table[0] and "0.800 (decode)" in table[1]
