@@ -291,7 +291,7 @@ def routing_details(path: str, turn: float | None, session: Session | None = Non
     config, student = run.config, session.student(run)
     if turn is not None:
         student.set_compute(turn)
-    sample = families.data_of(replace(config, train=replace(config.train, seed=0)), session).held_out
+    sample = families.load_once(replace(config, train=replace(config.train, seed=0)), session).held_out
     return families.of(config.family).routing(student, sample, session.loaded(config), config)
 
 
