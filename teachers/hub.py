@@ -222,12 +222,14 @@ def require_weights(name: str, folder: Path, config: Any = None) -> None:
             raise ValueError(f"{name}: {path} cannot be read: permission denied")
         with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt") as opened:
             shapes += [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
-    if config is None or getattr(config, "quantization_config", None):  # embeddings may be quantized, and packed
+    if config is None:
         return
     text = config.get_text_config()
     rows, hidden = (getattr(text, key, None) for key in ("vocab_size", "hidden_size"))
-    width = getattr(text, "word_embed_proj_dim", hidden)  # OPT
-    if None not in (rows, hidden) and [rows, width] not in shapes:
+    fits = [rows, getattr(text, "word_embed_proj_dim", hidden)] in shapes  # the former in OPT
+    if getattr(config, "quantization_config", None):  # embeddings may be packed
+        fits = any(hidden in shape for shape in shapes)
+    if None not in (rows, hidden) and not fits:
         raise ValueError(
             f"{name}: config.json is of another model than the weights: vocab_size is {rows} and hidden_size is "
             f"{hidden} there (transformers' defaults, where it says nothing), and no embedding has that size"
