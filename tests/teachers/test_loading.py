@@ -277,6 +277,8 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
             r"weights cannot be loaded: .*model\.safetensors is damaged",
         ),
         (lambda p: (p / "config.json").write_text("[]"), r"config\.json cannot be read"),
+        (lambda p: configured(p, model_type=["llama"]), r"cannot be read: model_type is \['llama'\]; it must be text"),
+        (lambda p: configured(p, architectures=3), r"cannot be read: architectures is 3; it must be a list"),
         (lambda p: configured(p, hidden_size="32"), r"config\.json cannot be read: .*'hidden_size': .*expected int"),
         (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
@@ -306,7 +308,7 @@ def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
         teachers.load(str(tmp_path))
 
 
-def configured(folder: Path, **settings: int) -> None:
+def configured(folder: Path, **settings: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **settings}))
 
