@@ -64,7 +64,6 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
     student.restore(run.routers)
     data = families.of(config.family).load(config, teacher)
     _require_memory(student, data, workload, families.of(config.family).timing)
-
     return measure(student, lambda: load_teacher(config).model, data, config, workload, True, say)
 
 

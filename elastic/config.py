@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from configs import presets
-from elastic.settings import from_dict, merge, near, put, read_yaml, section_of
+from elastic.settings import from_dict, merge, near, parse_yaml, put, read_yaml, section_of
 from elastic.sources import NAMED_DATA, require_data
 from elastic.traits import SETTINGS, TRAITS
 from students.spec import RouterSpec, StudentSpec
@@ -345,7 +345,7 @@ def make_config(
         if not separator:
             raise ValueError(f"--set {setting}: write --set section.key=value, such as --set train.lr=0.01")
         try:
-            put(chosen, key.split("."), yaml.safe_load(value))
+            put(chosen, key.split("."), parse_yaml(value))
         except (yaml.YAMLError, RecursionError):
             raise ValueError(f"--set {setting[:200]}: the value is not YAML") from None
     user = read_yaml(Path(file)) if file else {}

@@ -105,9 +105,9 @@ def measure_run(
     for budget in compute:
         launch.in_step(partial(student.set_compute, budget))  # raises for an unreachable budget before the data is read
     if data is None:
-        held_out, whole = launch.main_process_first(lambda: session.data(config)).held_out, False
+        held_out, whole = launch.main_process_first(lambda: families.load_once(config, session)).held_out, False
     else:
-        held_out, whole = launch.main_process_first(lambda: session.all_of(data, config))
+        held_out, whole = launch.main_process_first(lambda: families.load_all_once(data, config, session))
     part = "all" if whole else "held-out"
     rows = measure(run, student, data or HELD_OUT, held_out, budgets, session.kept(held_out), part, say)
     row = rows[0]

@@ -69,9 +69,9 @@ def generate_text(
     """Continue a prompt greedily, as the answer to it if the model has a chat template.
 
     image: file of the image that a vision-language model is asked about. compute: budget to set first. max_new_tokens:
-    stop after so many (None: 128); ValueError for more than the model has positions for, or memory for keys and values.
-    lossless: the student only drafts, and the text is the dense model's (students/recording/lossless.py). stream:
-    called with each piece of text as soon as it is final.
+    stop after so many (None: 128), or where the model's positions end; ValueError if the prompt fills these, or if keys
+    and values do not fit into memory. lossless: the student only drafts, and the text is the dense model's
+    (students/recording/lossless.py). stream: called with each piece of text as soon as it is final.
 
     Returns a dictionary with the keys text; tokens, the number of new tokens; full, whether generation stopped at the
     model's maximum length; tokens_per_second, from the median time of a token; and compute, the student's FLOPs over
@@ -93,13 +93,16 @@ def generate_text(
     if length == 0:
         raise ValueError("--prompt is empty: give some text")
     require_rows(student.model, tokenizer, inputs["input_ids"])
-    most = most_tokens(student.trunk)
+    most = most_positions(student.trunk)
     if most is not None and length >= most:
-        raise ValueError(f"--prompt has {length} tokens, but the model reads at most {most}, answer included")
+        raise ValueError(
+            f"--prompt has {length} tokens, but the model reads at most {most}, answer included "
+            "(max_position_embeddings in its config.json)"
+        )
     wanted = max_new_tokens or NEW_TOKENS
     room = wanted if most is None else min(wanted, most - length)
     if max_new_tokens is not None:
-        _require_room(student, length, room)
+        _require_room(student, length, room if most_tokens(student.trunk) else wanted)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     streamer = _Stream(tokenizer, stream)
     with torch.no_grad():

@@ -13,14 +13,11 @@ import copy
 import json
 import logging
 import os
-import platform
 import shlex
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +26,16 @@ import yaml
 from torch import nn
 
 import teachers
-from elastic import __version__, launch, sharding
+from elastic import launch, sharding
 from elastic.accounting.memory import free_memory
 from elastic.config import RunConfig
 from elastic.files import require_place, require_run, write_text
 from elastic.settings import from_dict, read_yaml, to_dict
 from elastic.sources import NAMED_DATA
+from elastic.surroundings import surroundings
 from students import Student, elasticize
 from students.checkpoint import read_tensors
 from students.kernels import cpu, triton
-from students.kernels.trial import replaced
 from teachers import Teacher
 from teachers.cache import cache_folder
 from teachers.load import LOCAL
@@ -311,41 +308,6 @@ def has_room_for_two(model: nn.Module, besides: int = 0) -> bool:
     """Return whether a second copy of the weights takes at most half of the free memory of the device they are on,
     without the bytes that are needed `besides`."""
     return 2 * kept_bytes(model) <= free_memory(next(model.parameters()).device) - besides
-
-
-def surroundings() -> dict[str, Any]:
-    """Return the versions of libraries and the machine, which results depend on besides the configuration."""
-    names = ("transformers", "timm", "accelerate")
-    machine = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        machine["device"] = torch.cuda.get_device_name()
-    if replaced:
-        machine["replaced_kernels"] = ", ".join(sorted(replaced))
-    if launch.size() > 1:
-        machine["processes"] = launch.size()
-    # a checkout of Elastic may not be installed, and torch.__version__ also says which CUDA torch was built for
-    own = {"python": platform.python_version(), "elastic-distill": __version__ + _commit(), "torch": torch.__version__}
-    return {"versions": {**own, **{name: version(name) for name in names}}, "machine": machine}
-
-
-@cache
-def _commit() -> str:
-    """Return "+" and the commit, with "-dirty" after changes, if this is a checkout with git; else ""."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():  # git would find another repository that an environment lies in
-        return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return "+" + subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return ""
-
-
-def _processor() -> str:
-    """Return the processor's name, on Linux from /proc/cpuinfo, elsewhere from the module platform."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def load(folder: str | Path, *, pack: bool | None = None) -> Student:

@@ -118,12 +118,29 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class _Unique(yaml.SafeLoader):
+    """yaml's SafeLoader, which of a key that a mapping has twice would take the last value and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:number]]:
+                problem = f"{key.value} stands twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML text stands for, in plain data; yaml.YAMLError also for a key that a mapping has twice."""
+    return yaml.load(text, Loader=_Unique)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the settings in a YAML file; raise ValueError if it is missing, not YAML or not a mapping."""
     if not path.is_file():
         raise ValueError(f"no such configuration file: {path}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path} is not YAML: {error.problem}{place}") from None

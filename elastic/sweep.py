@@ -19,9 +19,10 @@ from elastic.evaluation.session import Session
 from elastic.files import Unwritable, require_place, write_text
 from elastic.reporting.progress import Say
 from elastic.reporting.results import Key, Row, SweepFolder, key_of
-from elastic.run import Run, surroundings
+from elastic.run import Run
 from elastic.settings import to_dict
 from elastic.sources import require_data
+from elastic.surroundings import surroundings
 from elastic.sweep_tasks import Task, plan
 
 
@@ -290,7 +291,7 @@ def routing_details(path: str, turn: float | None, session: Session | None = Non
     config, student = run.config, session.student(run)
     if turn is not None:
         student.set_compute(turn)
-    sample = session.data(replace(config, train=replace(config.train, seed=0))).held_out
+    sample = families.load_once(replace(config, train=replace(config.train, seed=0)), session).held_out
     return families.of(config.family).routing(student, sample, session.loaded(config), config)
 
 

@@ -162,7 +162,7 @@ def _load(
     say(f"teacher: {teacher.name}, {teacher.source}")
     student = launch.together(lambda: untrained(config, teacher))
     say(f"data: reading {config.data.source} ...")
-    data = launch.main_process_first(lambda: session.data(config))
+    data = launch.main_process_first(lambda: families.load_once(config, session))
     say(f"data: {families.of(config.family).summary(data, config)}")
     launch.together(lambda: require_reachable(student, data, config))
     if config.train.checkpointing:

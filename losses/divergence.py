@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -311,42 +310,18 @@ def mean_divergence(
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"unknown divergence {kind!r}; there are {', '.join(DIVERGENCES)}")
-    return _mean_of_rows(partial(DIVERGENCES[kind], **options), student, teacher, mask, chunk_rows)
+    for name, x in (("teacher", teacher), ("mask", mask)):
+        if x is not None and x.shape[: student.ndim - 1] != student.shape[:-1]:
+            raise ValueError(f"logits are {tuple(student.shape)}, but {name} {tuple(x.shape)}")
 
-
-def next_token_cross_entropy(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None = None, *, chunk_rows: int | None = None
-) -> Tensor:
-    """Return the mean cross-entropy in nats of logits [B, T, V] with the token that follows each, from tokens [B, T].
-
-    `mask` [B, T] marks the rows of `logits` that count, as in `mean_divergence`: mark position t where the token at
-    t + 1 is to be predicted. The last position has no successor and never counts.
-    """
-    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.clone()
-    counted[:, -1] = False
-    return _mean_of_rows(_cross_entropy, logits, tokens.roll(-1, dims=1), counted, chunk_rows)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="none")
-
-
-def _mean_of_rows(
-    row_loss: RowLoss, logits: Tensor, reference: Tensor, mask: Tensor | None, chunk_rows: int | None
-) -> Tensor:
-    for name, x in (("teacher or tokens", reference), ("mask", mask)):
-        if x is not None and x.shape[: logits.ndim - 1] != logits.shape[:-1]:
-            raise ValueError(f"logits are {tuple(logits.shape)}, but {name} {tuple(x.shape)}")
-
-    def chunk_loss(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        rows = row_loss(logits, reference)
+    def chunk_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        rows = DIVERGENCES[kind](student, teacher, **options)
         return rows.sum(), rows.new_tensor([len(rows)])
 
-    rows = logits.flatten(0, -2)
     total, count = chunked(
         chunk_loss,
-        [rows, reference.reshape(len(rows), *reference.shape[logits.ndim - 1 :])],
-        chunk_rows=chunk_rows or _block_rows(logits),
+        [student.flatten(0, -2), teacher.flatten(0, -2)],
+        chunk_rows=chunk_rows or _block_rows(student),
         mask=None if mask is None else mask.flatten(),
     )
     return total / count.clamp(min=1).squeeze()

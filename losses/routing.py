@@ -37,22 +37,16 @@ def capacity_hinge(open_share: Tensor, capacity: float) -> Tensor:
     return F.relu(open_share - capacity).mean()
 
 
-def load_balance(gates: Tensor, probabilities: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def load_balance(gates: Tensor) -> Tensor:
     """Return M * sum_i f_i P_i of gates [..., M]: 1 if all experts are used equally, M if one takes everything.
 
-    f_i is expert i's share of all open gates, a constant, and P_i its share of the routing probabilities (Switch
-    Transformers, arXiv 2101.03961). Without `probabilities` [..., M], P_i is the share of the gates as well, and the
-    value is 1 plus the squared coefficient of variation of the experts' use.
+    f_i is expert i's share of all open gates, a constant, and P_i the same share with a gradient, where Switch
+    Transformers (arXiv 2101.03961) have routing probabilities. The value is 1 plus the squared coefficient of variation
+    of the experts' use.
     """
-    f = _shares(gates.detach(), mask)
-    p = _shares(gates if probabilities is None else probabilities, mask)
-    return gates.shape[-1] * (f * p).sum()
-
-
-def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Return each expert's share [M] of the total of non-negative weights [..., M]."""
-    totals = (weights.flatten(0, -2) if mask is None else weights[mask]).float().sum(0)
-    return totals / totals.sum().clamp(min=torch.finfo(totals.dtype).tiny)
+    totals = gates.flatten(0, -2).float().sum(0)
+    shares = totals / totals.sum().clamp(min=torch.finfo(totals.dtype).tiny)
+    return gates.shape[-1] * (shares.detach() * shares).sum()
 
 
 def topk_bce(scores: Tensor, share: float, mask: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 def read_tensors(path: Path, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the description of a file that `write_tensors` wrote. ValueError if the file is missing,
-    truncated or none of Elastic's, or if its description lacks one of the keys `needed`."""
+    truncated or none of Elastic's, if a tensor holds NaN, or if its description lacks one of the keys `needed`."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["elastic"])
@@ -45,6 +45,8 @@ def read_tensors(path: Path, *needed: str) -> tuple[dict[str, Tensor], dict[str,
         about = about if isinstance(about, dict) else {}
         if missing := [key for key in needed if key not in about]:
             raise KeyError(f"its description lacks {', '.join(missing)}")
+        if odd := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+            raise KeyError(f"{odd[0]} holds NaN")
         return {".".join(FORMER_NAMES.get(part, part) for part in n.split(".")): x for n, x in tensors.items()}, about
     except FileNotFoundError:
         raise ValueError(f"{path} {'may not be read' if path.exists() else 'does not exist'}") from None

@@ -150,10 +150,8 @@ def read_model(
         weights = number_of(len(other), "weights") + (" is" if len(other) == 1 else " are")
         raise ValueError(f"{name}: {weights} of another shape, such as {key}: {shapes}")
     if missing := sorted(report["missing_keys"]):
-        there = [file for file in ("model.safetensors", "model.safetensors.index.json") if (folder / file).is_file()]
-        why = "; model.safetensors is read, not the files of the index beside it" if len(there) == 2 else ""
         weights = number_of(len(missing), "weights") + (" is" if len(missing) == 1 else " are")
-        raise ValueError(f"{name}: {weights} missing from the checkpoint, such as {missing[0]}{why}")
+        raise ValueError(f"{name}: {weights} missing from the checkpoint, such as {missing[0]}{_which_is_read(folder)}")
     return model, sorted(report["unexpected_keys"])
 
 
@@ -206,8 +204,8 @@ def weight_files(folder: Path) -> list[str]:
 
 def require_weights(name: str, folder: Path, config: Any = None) -> None:
     """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they cannot be read, or
-    none of the weights has the hidden size that `config`, of transformers, gives the language model: it has defaults of
-    gigabytes for what config.json does not say."""
+    none of the weights is an embedding of the size that `config`, of transformers, gives the language model: it has
+    defaults of gigabytes for what config.json does not say."""
     files = weight_files(folder)
     if not files:
         raise ValueError(
@@ -218,15 +216,28 @@ def require_weights(name: str, folder: Path, config: Any = None) -> None:
         files = ["model.safetensors"]
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")
-    sizes: set[int] = set()
+    shapes: list[list[int]] = []
     for path in (folder / file for file in files):
         if not os.access(path, os.R_OK):  # safetensors calls that file missing
             raise ValueError(f"{name}: {path} cannot be read: permission denied")
         with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt") as opened:
-            sizes.update(size for key in opened.keys() for size in opened.get_slice(key).get_shape())  # noqa: SIM118
-    hidden = None if config is None else getattr(config.get_text_config(), "hidden_size", None)
-    if hidden is not None and hidden not in sizes:
+            shapes += [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
+    if config is None:
+        return
+    text = config.get_text_config()
+    rows, hidden = (getattr(text, key, None) for key in ("vocab_size", "hidden_size"))
+    fits = [rows, getattr(text, "word_embed_proj_dim", hidden)] in shapes  # the former in OPT
+    if getattr(config, "quantization_config", None):  # embeddings may be packed
+        fits = any(hidden in shape for shape in shapes)
+    if None not in (rows, hidden) and not fits:
         raise ValueError(
-            f"{name}: config.json is of another model than the weights: hidden_size is {hidden} there (transformers' "
-            "default, if it says nothing), and no weight has that size"
+            f"{name}: config.json is of another model than the weights: vocab_size is {rows} and hidden_size is "
+            f"{hidden} there (transformers' defaults, where it says nothing), and no embedding has that size"
+            + _which_is_read(folder)
         )
+
+
+def _which_is_read(folder: Path) -> str:
+    """Return a remark for a message if a model has both one file of weights and an index of several; else ""."""
+    both = all((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
+    return "; model.safetensors is read, not the files of the index beside it" if both else ""

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachers import families, hub, wheel
-from teachers.quantize import keep_differentiable, kept_bytes, plain_parts, quantize, quantized_by, require
+from teachers.quantize import (
+    keep_differentiable,
+    kept_bytes,
+    plain_parts,
+    quantize,
+    quantized_by,
+    require,
+    require_quantized,
+)
 from teachers.quiet import quiet
 from teachers.registry import ModelEntry, models, resolve
 from teachers.wording import number_of
@@ -90,6 +98,7 @@ def load(
         source += f"; linear layers in {quantization}"
     else:
         if already:
+            require_quantized(name, model)
             keep_differentiable(model)
             source += f"; quantized by {already}"
         identity = fingerprint(model)

@@ -78,6 +78,18 @@ def keep_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def require_quantized(name: str, model: nn.Module) -> None:
+    """Raise ValueError if weights that config.json says bitsandbytes has quantized are plain ones."""
+    for key, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes.") and not any(
+            getattr(module.weight, scales, None) is not None for scales in ("quant_state", "SCB")
+        ):
+            raise ValueError(
+                f"{name}: config.json says that bitsandbytes has quantized the weights, and they are plain, such as "
+                f"{key}: take `quantization_config` out of config.json (--set quantization=nf4 quantizes them)"
+            )
+
+
 def quantized_by(name: str, folder: Path) -> str | None:
     """Return the name of the package that quantized the checkpoint in a folder, or None if it is not quantized, or in
     MXFP4, which is not kept (see `unpacking`).

@@ -141,6 +141,9 @@ def families_of(folder: Path) -> dict[str, Any]:
     with one_line(f"{folder}: config.json cannot be read"):
         config = json.loads((folder / "config.json").read_text("utf-8"))
         kind = config.get("model_type")
+        for key, kinds, wanted in (("model_type", str | None, "text"), ("architectures", list | None, "a list")):
+            if not isinstance(config.get(key), kinds):
+                raise ValueError(f"{key} is {config[key]!r}; it must be {wanted}")
     if kind in VISION_LANGUAGE_MODELS:
         return {"family": "vlm", "also": "llm" if kind in READ_ALONE else None}
     return {"family": "vit" if "architecture" in config or kind in IMAGE_MODELS else "llm"}

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_SIZES = (
+    {"hidden_size", "n_embd", "text_config", "vision_config"},
+    {"num_hidden_layers", "n_layer", "text_config", "vision_config"},
+)
+"""Keys of config.json that say how wide and how deep a model of transformers is, by their different names. Parts of a
+model, such as `text_config`, leave away what is their class's default; of whole models transformers writes all."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Settings that a model with random weights is built from, of transformers (`config`) or timm; see
@@ -45,7 +53,7 @@ def find_shape(name: str) -> Shape:
     """Return the shape called `name`, or the shape of the model called so (short name, hub id or folder), which is read
     from the model's config.json.
 
-    Raises ValueError if there is no such shape or model, or no config.json.
+    Raises ValueError if there is no such shape or model, no config.json, or no shape in it.
     """
     if name in shapes():
         return shapes()[name]
@@ -72,6 +80,12 @@ def find_shape(name: str) -> Shape:
         text: dict[str, Any] = find_shape(config.pop(LANGUAGE)).config or {}
         tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
         config |= {"text_config": text, "image_token_index": text["vocab_size"] - 1, **tied}
+    for keys in _SIZES:
+        if not keys & config.keys():
+            raise ValueError(
+                f"{name}: config.json does not say how large the model is (none of {', '.join(sorted(keys))}): take "
+                "the one that save_pretrained wrote"
+            )
     return Shape(name, entry.also or entry.family, config)
 
 

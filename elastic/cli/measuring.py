@@ -96,8 +96,8 @@ def bench_command(options: argparse.Namespace) -> None:
             options.model, preset=options.preset, settings=options.set, budget__target=options.target_compute
         )
     from elastic.bench import Stopped, bench_run
-    from elastic.run import surroundings
     from elastic.shapes import bench_shape
+    from elastic.surroundings import surroundings
 
     work = {
         name: getattr(options, name) for name in ("compute", "batch", "tokens", "new_tokens", "repeats", "lossless")

@@ -111,7 +111,7 @@ def print_rows(rows: list[dict[str, Any]], file: Path | None = None) -> None:
             ("checkpoint", lambda r: f"{r['checkpoint_bytes'] / 1e6:.2f} MB"),
         ]
         found = {name: [show(row) for row in rows] for name, show in lines}
-    common = Table("", Column(overflow="fold"), show_header=False)  # fold: paths are shown whole
+    common = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)  # shown whole, however narrow
     for name, values in found.items():
         if len(set(values)) == 1:
             common.add_row(name, values[0])

@@ -94,7 +94,7 @@ def info_command(options: argparse.Namespace) -> None:
             for part in ("versions", "machine")
         ),
     ]
-    table = Table("", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     for name, text in lines:
         if text != "none":
             table.add_row(name, text)

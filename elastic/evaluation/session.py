@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from elastic import families, launch
+from elastic import launch
 from elastic.accounting.memory import free_memory
 from elastic.accounting.peaks import Watch
 from elastic.config import RunConfig
@@ -79,20 +79,8 @@ class Session:
             self._forget(model)
         return self.once("teacher", lambda: load_teacher(config))
 
-    def data(self, config: RunConfig) -> Any:
-        """Return the run's training and held-out data, loaded once (see `Family.load`)."""
-        teacher = self.loaded(config)
-        key = "data", config.data, config.train.seed
-        return self.once(key, lambda: families.of(config.family).load(config, teacher))
-
-    def all_of(self, source: str, config: RunConfig) -> tuple[Any, bool]:
-        """Return the evaluation data of a source, loaded once, and whether it is all of it (see `Family.load_all`)."""
-        teacher = self.loaded(config)
-        key = "all", source, config.data.window
-        return self.once(key, lambda: families.of(config.family).load_all(source, config, teacher))
-
     def kept(self, data: Any) -> TeacherOutputs:
-        """Return the store of the teacher's outputs for this data object, which `data` or `all_of` returned."""
+        """Return the store of the teacher's outputs for this data object."""
         for known, kept in self._kept:
             if known is data:
                 return kept

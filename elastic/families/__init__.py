@@ -31,6 +31,21 @@ def of(family: str) -> Family:
     return cast(Family, import_module(TRAITS[family].module))
 
 
+def load_once(config: RunConfig, session: Session) -> Any:
+    """Return the run's training and held-out data (see `Family.load`), loaded once in a session."""
+    teacher = session.loaded(config)
+    key = "data", config.data, config.train.seed
+    return session.once(key, lambda: of(config.family).load(config, teacher))
+
+
+def load_all_once(source: str, config: RunConfig, session: Session) -> tuple[Any, bool]:
+    """Return the evaluation data of a source, and whether it is all of it (see `Family.load_all`), loaded once in a
+    session."""
+    teacher = session.loaded(config)
+    key = "all", source, config.data.window
+    return session.once(key, lambda: of(config.family).load_all(source, config, teacher))
+
+
 class Timing(Protocol):
     """The part of a family that `elastic bench` uses: a module of elastic/timing."""
 

@@ -23,7 +23,7 @@ from elastic.evaluation.language import evaluate as evaluate
 from elastic.evaluation.language import lines as lines
 from elastic.evaluation.language import routing as routing
 from elastic.evaluation.session import Session
-from elastic.families import Generation, Timing
+from elastic.families import Generation, Timing, load_once
 from elastic.generation import language as generation_language
 from elastic.objectives.language import Distillation as Distillation
 from elastic.reporting.progress import Say, Watched
@@ -164,7 +164,7 @@ def baseline(
         return measured_compute(other, first, config.budget.phase, config.data.prompt)
 
     def same_shares() -> baselines.SameShares:
-        train = launch.main_process_first(lambda: session.data(config)).train
+        train = launch.main_process_first(lambda: load_once(config, session)).train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
         own, shard = scatter(train[order[:DIAL_WINDOWS]].to(first.device).split(CALIBRATED))
         looked_at = Watched(f"calibrating {name}", own)

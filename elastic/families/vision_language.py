@@ -39,7 +39,7 @@ from teachers.data.prompts import Prompts, PromptSet
 from teachers.data.questions import QuestionData, QuestionSet, load_questions
 from teachers.data.questions import load_all as load_all_questions
 from teachers.data.synthetic import SyntheticData, random_questions
-from teachers.families.language import require_rows
+from teachers.families.language import most_positions, require_rows
 
 generation: Generation | None = generation_vision_language
 score_correlations = None
@@ -94,7 +94,8 @@ def _prompts(teacher: Teacher, questions: QuestionSet) -> PromptSet:
     known = [number for number in marks if number in range(len(tokenizer))]
     require_rows(model, tokenizer, torch.tensor(known))
     rows = model.get_input_embeddings().weight.shape[0]
-    return PromptSet(questions, teacher.processor, model.config.image_token_id, rows)
+    most = most_positions(model.get_decoder())
+    return PromptSet(questions, teacher.processor, model.config.image_token_id, rows, most)
 
 
 def summary(data: Data, config: RunConfig) -> str:

@@ -331,9 +331,16 @@ def details_of(row: Row) -> Details | None:
     """Return the routing profile saved for a row's point (see elastic/accounting/routing.py); None if there is none, as
     at compute 1.0, where nothing is routed. ValueError if its file is damaged."""
     path = row["folder"].details(row)
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+        details: Details = json.loads(path.read_text(encoding="utf-8"))
+        if any(len(block) != len(details["branches"]) for block in details["blocks"]):
+            raise ValueError("its blocks have not all of its branches")
+        if missing := {"sample", "outside", "tokens", "examples"} - details.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return details
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the report does without") from None
 
 

@@ -18,8 +18,19 @@ from elastic.files import append_line, write_text
 Row = dict[str, Any]
 Key = tuple[str, float, str | None, str]
 
-NEEDED = {"model", "preset", "compute", "metrics", "bench", "versions", "machine"}
-"""Keys that every row has, besides those of its point."""
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("run", "data", "model", "preset", "phase", "trained_for", "command", "measured_at"), str),
+    **dict.fromkeys(("compute", "compute_target"), int | float),
+    **dict.fromkeys(("versions", "machine"), dict),
+    **{"baseline": str | None, "seed": int, "metrics": list, "bench": list | None},
+    **{"train_seconds": int | float | None, "train_steps": int | None},
+}
+"""Entries that every row has, and the kind of their values."""
+TIMINGS: dict[str, Any] = {
+    "phase": str,
+    **dict.fromkeys(("batch", "tokens", "predicted_speedup", "measured_speedup", "seconds"), int | float),
+}
+"""Entries of each row of timings in `bench`."""
 
 
 class SweepFolder:
@@ -48,13 +59,11 @@ class SweepFolder:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                newest[key_of(row)] = row
-                numbers = "compute", "compute_target", *(name for name, *_ in row["metrics"])
-                whole = row.keys() >= NEEDED and all(isinstance(row[name], int | float) for name in numbers)
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
+            except ValueError:
+                row = None
+            if not _is_row(row):
                 raise ValueError(f"line {number} of {self.results} is no row of a sweep: remove it")
+            newest[key_of(row)] = row
         return list(newest.values())
 
     def prepare(self) -> None:
@@ -78,7 +87,7 @@ class SweepFolder:
         """Return the newest reason of every point that has failed and has no row."""
         lines = self._failures.read_text(encoding="utf-8").splitlines() if self._failures.exists() else ()
         try:
-            reasons = {tuple(key): reason for *key, reason in map(json.loads, lines)}
+            reasons = {(run, budget, kind, data): why for run, budget, kind, data, why in map(json.loads, lines)}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self._failures} is damaged ({error}): delete it") from None
         made = {key_of(row) for row in self.rows()}
@@ -91,6 +100,20 @@ class SweepFolder:
     def details(self, row: Row) -> Path:
         """Return the path of a row's routing profile; a baseline's row has the path of its student's profile."""
         return self.folder / "details" / Path(row["run"]).name / f"{row['compute_target']:g}.json"
+
+
+def _is_row(row: Any) -> bool:
+    """Return whether something is a row, with all that reports read of it."""
+    if not _has(row, KINDS) or not all(_has(part, TIMINGS) for part in row["bench"] or ()):
+        return False
+    metrics = row["metrics"]
+    named = all(isinstance(metric, list) and [*map(type, metric)] == [str, str, str] for metric in metrics)
+    return named and _has(row, dict.fromkeys((name for name, *_ in metrics), int | float))
+
+
+def _has(part: Any, kinds: dict[str, Any]) -> bool:
+    """Return whether something is a dictionary with these entries of these kinds."""
+    return isinstance(part, dict) and all(name in part and isinstance(part[name], kinds[name]) for name in kinds)
 
 
 def key_of(row: Row) -> Key:

@@ -19,6 +19,10 @@ ROUNDS = 5
 """Rounds of this iteration."""
 FEW = 8
 """The iteration is used for matrices with more than this many times as many columns as vectors that it carries."""
+JUDGED = 512
+"""Number of hidden states on which a preview's quality is measured."""
+CLUSTERINGS = 8
+"""Rounds of k-means in `cluster_neurons`."""
 
 
 def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> Tensor:
@@ -119,10 +123,10 @@ class VocabFit:
 
 
 @torch.no_grad()
-def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 1.0) -> list[VocabFit]:
+def fit_vocab(head: RoutedHead, hidden: Tensor, scale: float = 1.0) -> list[VocabFit]:
     """Fit the preview of the LM head to final hidden states [n, D]; return its quality at several shares of exact rows.
 
-    rows: number of hidden states on which quality is measured. scale: factor from the head's outputs to logits.
+    scale: factor from the head's outputs to logits.
 
     The preview is the rank-r map of h with the least squared error of all logits: a truncation in the metric of the
     head's weight on one side and of the hidden states' second moments on the other. Its basis is orthonormal in the
@@ -151,7 +155,7 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     preview_weight = router.preview_weight(weight).float()
     router.slope.copy_(preview_weight.mean(0))
     fits = []
-    picked = hidden[torch.linspace(0, len(hidden) - 1, min(rows, len(hidden)), device=hidden.device).long()]
+    picked = hidden[torch.linspace(0, len(hidden) - 1, min(JUDGED, len(hidden)), device=hidden.device).long()]
     shares = (0.03, 0.06, 0.09, 0.12, 0.18, 0.25)
     sums = torch.zeros(len(shares), 3)  # KL, spread, tail
     for part in picked.split(64):
@@ -175,7 +179,7 @@ def fit_vocab(head: RoutedHead, hidden: Tensor, rows: int = 512, scale: float = 
     return fits
 
 
-def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor:
+def cluster_neurons(activations: Tensor, groups: int) -> Tensor:
     """Return the group [F] of each neuron: neurons that are active together in activations [rows, F] share a group.
 
     Groups are of equal size (within one). Balanced k-means on the direction of each neuron's |activation| over the
@@ -185,7 +189,7 @@ def cluster_neurons(activations: Tensor, groups: int, rounds: int = 8) -> Tensor
     neurons = len(profiles)
     centres = profiles[torch.linspace(0, neurons - 1, groups).long()]
     member = torch.zeros(neurons, dtype=torch.long)
-    for _ in range(rounds):
+    for _ in range(CLUSTERINGS):
         likeness = profiles @ F.normalize(centres, dim=1).T
         best = likeness.topk(min(2, groups), dim=1).values
         order = (best[:, 0] - best[:, -1]).argsort(descending=True).tolist()

@@ -72,8 +72,28 @@ class LanguageStudent(Student):
         """
         kwargs.setdefault("use_cache", False)
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
+        self._require_ids(input_ids)
         with self._deciding_from(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
+
+    def _require_ids(self, ids: Any) -> None:
+        """Raise ValueError unless ids are token ids [B, T] that the model knows (None: the call has something else). On
+        a GPU their size is not looked at, because the host would wait for it."""
+        if ids is None:
+            return
+        if not (isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() and ids.dtype in (torch.long, torch.int)):
+            given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(
+                f"input_ids is {given}: give token ids, torch.long [batch, tokens], such as those of "
+                "tokenizer(text, return_tensors='pt').input_ids"
+            )
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            words: Any = self.model.get_input_embeddings()
+            last = words.num_embeddings - 1
+            least, most = map(int, ids.aminmax())
+            if least < 0 or most > max(last, getattr(self.model.config, "image_token_id", None) or 0):
+                worst = least if least < 0 else most
+                raise ValueError(f"input_ids holds {worst}: the model's tokens are numbered from 0 to {last}")
 
     def generate(self, *args: Any, lossless: bool = False, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the routed model, on GPUs through recorded steps (recording/decoding.py).
@@ -91,6 +111,7 @@ class LanguageStudent(Student):
                 "routers with `granularity: sequence` decide from the whole prompt, and from nothing else: generate "
                 f"without {', '.join(parts)}"
             )
+        self._require_ids(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")))
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
         if lossless and not self.runtime.bypass:
             return self.lossless.generate(*args, **kwargs)

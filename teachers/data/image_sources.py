@@ -124,6 +124,10 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
         files = [file for file in every if is_held_out(Path(file.name)) != train]
     if not files:
         return None
+    with one_line(f"{path} cannot be read"):
+        ends = list(accumulate(pyarrow.parquet.read_metadata(file).num_rows for file in files))
+    if not ends[-1]:
+        raise ValueError(f"{path} has no rows")
     datasets.disable_progress_bars()
     with one_line(f"{path} cannot be read"), quiet():
         rows = datasets.load_dataset(
@@ -132,7 +136,6 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
             split="train",
             cache_dir=str(cache_folder() / "datasets"),
         )
-        ends = list(accumulate(pyarrow.parquet.read_metadata(file).num_rows for file in files))
     image, label = _columns(rows.column_names, str(path))
     names = _label_names(rows.features, label)
     values = rows[label][:] if label else [None] * len(rows)
@@ -143,7 +146,8 @@ def from_parquet(path: Path, train: bool, preprocess: Preprocess, model_classes:
         place = bisect_right(ends, number)
         return f"{files[place]}, row {number - [0, *ends][place] + 1}"
 
-    rows = rows.cast_column(image, datasets.Image(decode=False))
+    with one_line(f"{path} has no images in its column {image}"), quiet():
+        rows = rows.cast_column(image, datasets.Image(decode=False))
     labels = labels_of_column(values, names, model_classes, list(chain.from_iterable(known)))
     return _table(str(path), partial(_decode_nth, rows, image), preprocess, labels, name)
 

@@ -139,6 +139,8 @@ class PromptSet:
     image_token: int
     rows: int
     """Number of rows of the model's token embedding; larger token ids are refused."""
+    most: int | None = None
+    """Number of tokens that the model has positions for, of which longer prompts are refused; None: any number."""
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -173,6 +175,9 @@ class PromptSet:
         prompts = encode(self.processor, samples, self.image_token)
         if int(prompts.inputs["input_ids"].max()) >= self.rows:
             raise ValueError(f"a token has no row in the model's embedding, which has {self.rows}")
+        length = prompts.image.shape[1]
+        if self.most is not None and length > self.most:
+            raise ValueError(f"with its image it has {length} tokens, and the model reads at most {self.most}")
         return prompts
 
     def _leave_out(self, found: list[tuple[int, Example]]) -> bool:

@@ -206,6 +206,7 @@ def _open(source: str, train: bool, most: int | None) -> QuestionSet | None:
 
 def _files(files: Sequence[Path], root: Path) -> QuestionSet:
     """Return the questions in the records of files; paths of images are relative to `root`."""
+    root = root.absolute()
     found = LeftOut(str(files[0]) if len(files) == 1 else str(root), "records")
     records = (record for file in files for record in local_records(file, found))
     return _set(records, found, root)

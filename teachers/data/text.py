@@ -61,17 +61,17 @@ def load_text(
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int,
-    held_out: float | int,
+    held_out: int,
     seed: int,
     max_tokens: int | None = None,
 ) -> TextData:
-    """Read `source`, and pack the part to train on and a part set aside into windows.
+    """Read `source`, and pack the part to train on and a part set aside, `held_out` windows, into windows.
 
-    `held_out` is a number of windows or, as a float below 1, a share of all tokens. They come from the source's own
-    held-out part, as many as it has, or else from the training part: documents chosen by `seed` are set aside whole,
-    and of the last one chosen only the end, so that a single long text gives up its tail. A document that occurs twice
-    counts once. Reading a part stops after `max_tokens` tokens. Raises a one-line ValueError for a source that does not
-    exist, cannot be read, is too short, or has mostly records that cannot be used.
+    Those set aside come from the source's own held-out part, as many as it has, or else from the training part:
+    documents chosen by `seed` are set aside whole, and of the last one chosen only the end, so that a single long text
+    gives up its tail. A document that occurs twice counts once. Reading a part stops after `max_tokens` tokens. Raises
+    a one-line ValueError for a source that does not exist, cannot be read, is too short, or has mostly records that
+    cannot be used.
     """
     part, other = _parts(source)
     if part is None:
@@ -87,11 +87,10 @@ def load_text(
     left_out.finish()
     bos, separator = _bos(tokenizer), _separator(tokenizer)
     body, tokens = window - len(bos), sum(map(len, (*named, *documents)))
-    wanted = held_out if isinstance(held_out, int) else max(1, round(held_out * tokens / body))
-    train, aside = _set_aside(documents if other is None else named, wanted * body, seed)
+    train, aside = _set_aside(documents if other is None else named, held_out * body, seed)
     data = TextData(
         train=_windows(_joined(train if other is None else documents, separator), window, bos),
-        held_out=_windows(_joined(aside, separator), window, bos)[:wanted],
+        held_out=_windows(_joined(aside, separator), window, bos)[:held_out],
         description=_describe(source, tokens),
         tokens=tokens,
         left_out=(left_out,),
@@ -102,12 +101,12 @@ def load_text(
             f"{source} is too short: {sum(map(len, named)):,} tokens found in its held-out part ({_named(other)}), "
             f"{body:,} needed for one window; files of other names are trained on"
         )
-    if len(data.train) == 0 or (other is None and len(data.held_out) < wanted):
-        need, fewer = (wanted + 1) * body, tokens // body // 2
+    if len(data.train) == 0 or (other is None and len(data.held_out) < held_out):
+        need, fewer = (held_out + 1) * body, tokens // body // 2
         raise ValueError(
-            f"{source} is too short: {tokens:,} tokens found, {need:,} needed "
-            f"({wanted} held-out windows and one training window of {window}; a document that occurs twice counts once)"
-            + (f"; --set data.held_out={fewer} would do" if 0 < fewer < wanted else "")
+            f"{source} is too short: {tokens:,} tokens found, {need:,} needed ({held_out} held-out windows and one "
+            f"training window of {window}; a document that occurs twice counts once)"
+            + (f"; --set data.held_out={fewer} would do" if 0 < fewer < held_out else "")
             + (f"; {left_out}, {left_out.example}" if len(left_out) else "")
         )
     return data

@@ -1,4 +1,4 @@
-"""Fixtures for runs of tiny image models and vision-language models, with their data and configurations."""
+"""Fixtures for commands, and for runs of tiny image models and vision-language models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,24 @@ from safetensors.torch import save_file
 from elastic.families import language
 from teachers.families.image import pack
 from teachers.families.vision_language import CHAT_TEMPLATE, IMAGE_TOKEN
-from tests.elastic.runs import FEW_STEPS, Configure, configurations, write_images
+from tests.elastic.runs import FEW_STEPS, Configure, as_options, configurations, write_images
+from tests.pico.language import RUN_SETTINGS
 from tests.pico.processors import COLORS, make_question_tokenizer
 from tests.pico.vision_language import make_vlm
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory of the test's own; the value is its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELASTIC_TRACEBACK", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(model_folder: Path, text_file: Path) -> list[str]:
+    """The arguments of a distillation that takes about a second."""
+    return ["distill", "--model", str(model_folder), "--data", str(text_file), *as_options(RUN_SETTINGS)]
 
 
 @pytest.fixture(scope="session")

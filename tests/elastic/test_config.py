@@ -107,6 +107,7 @@ def test_steps_and_minutes_exclude_each_other(tmp_path: Path):
         ("train=[1]", ["train is [1]", "section"]),
         ("train.lr", ["--set train.lr:", "section.key=value"]),
         ("train.lr=[", ["--set train.lr=[", "not YAML"]),
+        ("train={lr: 1, lr: 2}", ["--set train={lr: 1, lr: 2}", "not YAML"]),
         ("model.name=x", ["model has a value already"]),
     ],
 )
@@ -204,6 +205,7 @@ def test_settings_with_effect_are_accepted():
         ("a: [", "is not YAML: "),
         ("a: 1\nb: {", "in line 2"),
         ("a: \x00", "is not YAML: unacceptable character"),
+        ("train: {}\nmodel: m\ntrain: {}", "is not YAML: train stands twice in line 3"),
         ("a: " + "[" * 2_000, "is not YAML: brackets are nested too deeply"),
         ("", "holds no settings"),
         ("just text", "holds no settings"),

@@ -185,6 +185,9 @@ def test_records_of_routers_and_checkpoints_that_are_of_another_kind(copied: Pat
         checkpoint.write_tensors(copied / "routers.safetensors", tensors, record)
         with pytest.raises(ValueError, match=rf"{copied}/routers\.safetensors is damaged.*{said}"):
             elastic.load(copied)
+    checkpoint.write_tensors(copied / "routers.safetensors", {n: x * torch.nan for n, x in tensors.items()}, about)
+    with pytest.raises(ValueError, match=r"routers\.safetensors is damaged .* holds NaN\)"):
+        elastic.load(copied)
     (copied / "routers.safetensors").unlink()
     checkpoint.write_tensors(copied / "checkpoint.safetensors", tensors, {})
     with pytest.raises(ValueError, match=rf"{copied}/checkpoint\.safetensors is damaged .*lacks step\)"):

@@ -196,7 +196,12 @@ def test_models_that_only_a_configuration_says_the_sizes_of(
         assert f"data.window is 512, but {tmp_path / name} reads at most 64 tokens" in capsys.readouterr().err
         windows = "--set", "data.window=64", "--set", "train.window=64"
         assert planned("--model", tmp_path / name, *windows, capsys=capsys)["fits"]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {}}))
+    for kind in ("llama", "vit"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert main(["plan", "--model", str(tmp_path / kind)]) == 2
+        assert "config.json does not say how large the model is (none of hidden_size" in capsys.readouterr().err
     monkeypatch.setattr(hub, "config_file", lambda _: None)
     monkeypatch.setattr(hub, "unreachable", lambda: "no network")
     for name, why in ((str(tmp_path), "of LLaVA alone"), ("org/model", "cannot be downloaded: no network")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_what_is_quantized_already_is_read_as_it_is(method: str, tmp_path: Path)
         teachers.load(name, quantization="int8")
 
 
+def labelled(folder: Path, model_folder: Path, about: dict[str, object]) -> str:
+    """Copy a model whose weights are plain, with a `quantization_config`, and return the copy's folder."""
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("about", "problem"),
     [
@@ -101,14 +110,20 @@ def test_what_is_quantized_otherwise_is_refused(
     about: dict[str, object], problem: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "find_spec", lambda name: name)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in model_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
+    name = labelled(tmp_path / "model", model_folder, about)
     with pytest.raises(ValueError, match=problem):
-        teachers.load(str(folder))
+        teachers.load(name)
+
+
+@pytest.mark.parametrize("about", [{"load_in_4bit": True}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}])
+def test_plain_weights_that_are_said_to_be_quantized_are_refused(
+    about: dict[str, object], model_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    name = labelled(tmp_path / "model", model_folder, {"quant_method": "bitsandbytes", **about})
+    with pytest.raises(ValueError, match="bitsandbytes has quantized the weights, and they are plain") as error:
+        teachers.load(name)
+    assert "take `quantization_config` out of config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_image_models_too() -> None:

@@ -279,6 +279,8 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ),
         ("results.jsonl", b"\xb5\xff\n", r"line 1 of .*results.jsonl is no row of a sweep: remove it"),
         ("failures.jsonl", b"[1\n", r"failures.jsonl is damaged \(.*\): delete it"),
+        ("failures.jsonl", b"[1]\n", r"failures.jsonl is damaged \(.*\): delete it"),
+        ("details", b'{"blocks": [[1]], "branches": ["a", "b"]}', r"json is damaged \(its blocks have not"),
         ("details", b'{"layers": [', r"json is damaged \(.*\): delete it, and the report does without"),
     ],
 )

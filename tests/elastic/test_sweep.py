@@ -195,7 +195,8 @@ def test_a_baseline_that_fails_costs_no_other(
 
 def test_results_that_are_no_rows(swept: Path, tmp_path: Path):
     row = json.loads((swept / "results.jsonl").read_text().partition("\n")[0])
-    for line in (b'{"run": 1}\n', b"\xff\n", json.dumps({**row, "kl": None}).encode() + b"\n"):
+    odd = {"kl": None}, {"seed": "0"}, {"machine": []}, {"metrics": [["kl"]]}, {"bench": [{"phase": "decode"}]}
+    for line in (b'{"run": 1}\n', b"\xff\n", *(json.dumps({**row, **entry}).encode() + b"\n" for entry in odd)):
         (tmp_path / "results.jsonl").write_bytes(line)
         SweepFolder(tmp_path).prepare()
         with pytest.raises(ValueError, match=r"line 1 of .*results.jsonl is no row"):

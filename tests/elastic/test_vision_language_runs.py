@@ -186,6 +186,18 @@ def test_questions_that_the_processor_refuses_are_left_out(
     }
 
 
+def test_a_question_that_is_longer_than_the_positions_is_left_out(
+    llava_folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    rows = [{"image": str(questions / "0.png"), "question": "w1 " * words, "answer": "w2"} for words in (3, 128, 4)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = load_all(str(tmp_path / "some.jsonl"))
+    prompts = vision_language._prompts(teachers.load(str(llava_folder), dtype=torch.float32), asked)
+    assert len(prompts.read_readable(range(3))[1]) == 2
+    ((name, reason),) = asked.left_out.reasons.items()
+    assert name.endswith("line 2") and reason.endswith(" tokens, and the model reads at most 128")
+
+
 def test_a_layer_that_the_vision_tower_does_not_have(llava_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llava_folder, tmp_path / "llava")
     config = json.loads((folder / "config.json").read_text())

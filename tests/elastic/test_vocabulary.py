@@ -56,10 +56,12 @@ def test_a_token_without_a_row(grown: Path, configure: Configure, text_file: Pat
         generate_text(str(tmp_path / "run"), "w3 <|im_end|>")
 
 
-def test_a_prompt_that_is_longer_than_the_positions(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (64, 80):
+def test_a_prompt_that_is_longer_than_the_positions(
+    short: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, words in ((short, 64), (short, 80), (finished, 64)):  # learned embeddings of positions, and rotary ones
         with pytest.raises(ValueError, match=f"--prompt has {words} tokens, but the model reads at most 64"):
-            generate_text(str(short), "w3 " * words)
+            generate_text(str(run), "w3 " * words)
     made = generate_text(str(short), "w3 " * 60, max_new_tokens=20)
     assert made["tokens"] <= 4 and made["full"] == (made["tokens"] == 4)
     assert not generate_text(str(short), "w3", max_new_tokens=2)["full"]
@@ -86,8 +88,8 @@ def test_timing_stays_within_the_positions(short: Path, finished: Path) -> None:
 def test_more_new_tokens_than_there_are_positions_or_room_for(
     finished: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny Llama has 64 positions and computes beyond them, as it is asked to by default and where that is little."""
-    assert generate_text(str(finished), "w3 w4", max_new_tokens=64)["tokens"] <= 64
+    """A tiny Llama has 64 positions, where its text ends; to ask for more than there are at all is a mistake."""
+    assert generate_text(str(finished), "w3 w4", max_new_tokens=64)["tokens"] <= 62
     with pytest.raises(ValueError, match=r"is 100000000, but .* positions for 64 tokens.*: say --max-new-tokens 62"):
         generate_text(str(finished), "w3 w4", max_new_tokens=100_000_000)
     assert generate_text(str(short), "w3 w4", max_new_tokens=100_000_000)["tokens"] <= 62  # ends where positions do

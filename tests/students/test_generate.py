@@ -40,6 +40,21 @@ def without_cache(student: Student, ids: Tensor) -> Tensor:
     return ids
 
 
+def test_what_are_no_token_ids_is_refused_before_anything_runs():
+    student = make("llama", SPECS["channel"])
+    for ids, said in (
+        (torch.tensor([[3, 120]]), "holds 120: the model's tokens are numbered from 0 to 119"),
+        (torch.tensor([[3, -1]]), "holds -1: the model's tokens"),
+        (torch.ones(1, 4), r"is torch\.float32 \[1, 4\]: give token ids, torch\.long"),
+        (torch.ones(4, dtype=torch.long), r"is torch\.int64 \[4\]: give"),
+        (torch.ones(1, 0, dtype=torch.long), r"is torch\.int64 \[1, 0\]: give"),
+        ([3, 4], "is list: give"),
+    ):
+        for call in (student, student.generate):
+            with pytest.raises(ValueError, match="input_ids " + said):
+                call(ids)
+
+
 def test_greedy(student: Student, tokens: Tensor):
     for row in (tokens[:1], tokens):
         assert torch.equal(generate(student, row), without_cache(student, row))

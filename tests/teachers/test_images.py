@@ -167,6 +167,12 @@ def parquet(path: Path, values: list[int], labels: list | None = None) -> None:
     datasets.Dataset.from_dict(columns).to_parquet(path)
 
 
+def table(path: Path, images: list[int]) -> Path:
+    """Write a parquet file with this column `image`, and return its path."""
+    datasets.Dataset.from_dict({"image": images}).to_parquet(path)
+    return path
+
+
 def test_labels_of_parquet_may_be_names_or_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "tables [1]"  # characters with a meaning in glob patterns
     folder.mkdir()
@@ -274,6 +280,8 @@ def test_images_of_a_kind_that_cannot_be_read_are_named(folder: Path) -> None:
     ("make", "message"),
     [
         (lambda p: (p / "a.parquet").write_text("x") and p / "a.parquet", r"a\.parquet cannot be read"),
+        (lambda p: table(p / "a.parquet", [1, 2]), r"a\.parquet has no images in its column image"),
+        (lambda p: table(p / "a.parquet", []), r"a\.parquet has no rows"),
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "has no class sub-folders"),
         (lambda p: (p / "notes.txt").write_text("x") and p / "notes.txt", "unknown kind of file"),

@@ -259,9 +259,14 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: (p / "tokenizer.json").unlink() or (p / "tokenizer_config.json").unlink(), "there is none beside"),
         (lambda p: configured(p, num_hidden_layers=4), "9 weights are missing"),
         (
-            lambda p: (index(p, INDEX), save_file({"a": torch.ones(32)}, p / "model.safetensors", PT)),
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(120, 32)}, p / "model.safetensors", PT)),
             r"missing from the checkpoint, such as .*; model\.safetensors is read",
         ),
+        (
+            lambda p: (index(p, INDEX), save_file({"a": torch.ones(32)}, p / "model.safetensors", PT)),
+            r"no embedding has that size; model\.safetensors is read",
+        ),
+        (lambda p: configured(p, hidden_size=48), "hidden_size is 48 there"),  # as is intermediate_size
         (lambda p: configured(p, intermediate_size=33), r"of another shape, such as .*: \[32.* and \[.*33.*\] by"),
         (lambda p: index(p, "{"), r"model\.safetensors\.index\.json cannot be read"),
         (lambda p: index(p, INDEX), "2 of 2 .* one"),
@@ -272,6 +277,8 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
             r"weights cannot be loaded: .*model\.safetensors is damaged",
         ),
         (lambda p: (p / "config.json").write_text("[]"), r"config\.json cannot be read"),
+        (lambda p: configured(p, model_type=["llama"]), r"cannot be read: model_type is \['llama'\]; it must be text"),
+        (lambda p: configured(p, architectures=3), r"cannot be read: architectures is 3; it must be a list"),
         (lambda p: configured(p, hidden_size="32"), r"config\.json cannot be read: .*'hidden_size': .*expected int"),
         (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
@@ -301,7 +308,7 @@ def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
         teachers.load(str(tmp_path))
 
 
-def configured(folder: Path, **settings: int) -> None:
+def configured(folder: Path, **settings: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **settings}))
 

@@ -172,6 +172,13 @@ def test_broken_images_are_left_out_and_others_stand_in(folder: Path, caplog: py
         whole.subset([2, 3]).filled([0])
 
 
+def test_a_file_may_be_named_from_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, [{"image": "0.png", "question": "what is it?", "answer": "a thing"}])
+    monkeypatch.chdir(folder.parent)
+    (read,) = load_all(f"{folder.name}/train.jsonl").read([0])
+    assert read[1:] == ("what is it?", "a thing")
+
+
 def test_photos_are_upright_and_paths_are_the_folders_own(folder: Path) -> None:
     image = Image.new("RGB", (10, 6))
     exif = image.getexif()
