@@ -52,8 +52,8 @@ class Deferred(Tensor):
 
     compute: returns the computed tensor. read: returns the input of layers that read the tensor (None: the computed
     tensor). close: maps limits [I] to the tensor as rows [B, I], computed with channels below the limits set to 0.
-    joins: by torch function that can be deferred in turn, the options that the function must have, and a function that
-    maps the other tensor argument to the resulting Deferred.
+    joins: by torch function that can be deferred in turn, or run in the same launch, the options that the function must
+    have, and a function that maps the other tensor argument to the result.
     """
 
     made: Tensor | None = None
@@ -70,7 +70,7 @@ class Deferred(Tensor):
         like: Tensor,
         compute: Callable[[], Any],
         read: Callable[[], Entering] | None = None,
-        joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Deferred]]] = MappingProxyType({}),
+        joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Tensor]]] = MappingProxyType({}),
         close: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.compute, self.read, self.joins, self.close = compute, read, joins, close
@@ -179,6 +179,11 @@ def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
         return Stream(shape, residual, launch)
 
     return Deferred(shape, like, lambda: launch(None)[0], joins=dict.fromkeys(ADD, ({}, add)))
+
+
+def addend(like: Tensor, launch: Callable[[Tensor | None], Tensor]) -> Deferred:
+    """Return launch(None), a tensor like `like`, deferred: its sum with a residual stream is launch(stream)."""
+    return Deferred(like.shape, like, partial(launch, None), joins=dict.fromkeys(ADD, ({}, launch)))
 
 
 def gate(x: Tensor) -> Deferred:

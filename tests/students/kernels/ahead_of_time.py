@@ -124,7 +124,7 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield call("put_open", make(1408, 4096), *places, None)
     yield call("put_open", make(1408, 4096), *places, make(2048, 4096))
     for rows, before in ((2048, places[0]), (1, None)):
-        product, open_ = make(1, rows, 104), make(1, rows, kind=torch.bool)
+        product, open_ = make(1, rows, 112), make(1, rows, kind=torch.bool)
         yield call("open_by_score", product[..., 64:], make(32), scalar, make(1, rows, kind=torch.int64), 16)
         added = product[0, :, :64], make(narrow, 64), make(narrow)
         for residual in (make(rows, narrow), None):
