@@ -21,6 +21,7 @@ from students.architectures.lookup import (
 )
 from students.architectures.record import Architecture
 from students.compute import BlockShape
+from students.execution.activation import FusedActivation, kind_of
 from students.execution.attention import route_attention
 from students.execution.block import BlockGather
 from students.execution.block_context import BlockContext
@@ -30,6 +31,7 @@ from students.execution.linear import GatedLinear, RoutedLinear, join_product
 from students.execution.linear_group import LinearGroup
 from students.execution.mixture import HeldMixture, RoutedExperts, WithMixture
 from students.execution.runtime import Runtime
+from students.execution.wrapper import Wrapper
 from students.families.image_pruning import PruningPoint
 from students.routers import ChannelRouter, ImageRouter, Lora, Router, Substitute
 from students.sites import BRANCHES, LINEAR_SITES, Branch
@@ -272,10 +274,22 @@ class BlockPlace:
             # timm does not look its attention function up by name, as transformers does
             route_attention(wrapper.base_layer, self.runtime, self.sizes.window)
         if wrapper.routers or wrapper.decided:
+            if branch == "mlp":
+                self._fuse_activation()
             self.block.set_submodule(path, wrapper)
             if late is not None:
                 exit_ = self.block.get_submodule(late)
                 self.block.set_submodule(late, RoutedExit(exit_, self.runtime, wrapper.context))
+
+    def _fuse_activation(self) -> None:
+        """Wrap the activation of a gated MLP that no other wrapper takes part in."""
+        record = self.record
+        name = f"{record.mlp}.{record.activation}"
+        if len(record.mlp_in) == 2 and record.activation is not None:
+            activation = self.block.get_submodule(name)
+            kind = None if isinstance(activation, Wrapper) else kind_of(activation)
+            if kind is not None:
+                self.block.set_submodule(name, FusedActivation(activation, self.runtime, kind))
 
     def _elasticize_site(self, end: str) -> None:
         """Wrap the linear layers of one site, "in" or "out" of the branch, that run in part or have a correction."""

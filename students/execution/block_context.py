@@ -9,7 +9,8 @@ from torch import Tensor
 
 from students.execution.room import Room
 from students.execution.tokens import Chosen, Listed, Partition, scatter_rows
-from students.kernels import devices
+from students.kernels import devices, direct
+from students.kernels.deferred import addend
 from students.routers import Substitute
 from students.spec import RouterSpec
 
@@ -30,6 +31,7 @@ class Gates:
         count: int | None = None,
         listed: list[Tensor] | None = None,
         partition: Partition | None = None,
+        low: Tensor | None = None,
         **forms: Tensor,
     ) -> None:
         """forms: either `open`, or `gate` and `closed` in this dtype; `gate` and `closed` made later have it too."""
@@ -40,6 +42,8 @@ class Gates:
         """Places of the open tokens: the last three results of `ops.list_open`, if it has run; otherwise None."""
         self.partition = partition
         """The open and the closed tokens, if `ops.open_tokens` has run; otherwise None."""
+        self.low = low
+        """The products [N, r] of all tokens with the substitute's `down`, if they have been made with the scores."""
         for name, form in forms.items():
             setattr(self, name, form)
 
@@ -120,6 +124,8 @@ class Exits:
             return self.of_open(out)
         if self.rows is not None:
             return self._scatter(out, self.rows)
+        if self.substitutes_once:
+            return self._substituted(out, None)
         for gates, substitute in self.gates:
             gate = gates.gate
             out = out * gate if substitute is None else torch.addcmul(substitute(self.x) * gates.closed, out, gate)
@@ -143,8 +149,32 @@ class Exits:
     def begin(self) -> None:
         """Launch the substitutes on all tokens, to run while the host waits for the number of open tokens."""
         for number, (_, substitute) in enumerate(self.gates):
-            if substitute is not None:
+            if substitute is not None and not self.substitutes_once:
                 self.begun[number] = substitute(self.x)
+
+    @property
+    def substitutes_once(self) -> bool:
+        """Whether one launch puts a substitute, begun with the scores, in the places of all closed tokens."""
+        begun = all(gates.low is not None and substitute is not None for gates, substitute in self.gates)
+        return begun and len(self.gates) == 1
+
+    def _substituted(self, out: Tensor, rows: Chosen | None) -> Tensor:
+        """Return the output [B, T, D] of all tokens, from that of the open ones (rows), or of all (None), and the only
+        gates' substitute. The residual stream is added in the same launch, where the block adds it next."""
+        ((gates, substitute),) = self.gates
+        assert gates.low is not None and substitute is not None, "the substitute has been begun"
+        _, *parts = substitute.parts(out.dtype)
+        some, given = out.reshape(-1, self.x.shape[-1]), (gates.low, *parts)
+
+        def launch(residual: Tensor | None) -> Tensor:
+            residual = None if residual is None else residual.flatten(0, -2)
+            if rows is None:
+                made: Tensor = direct.substitute_closed(some, None, gates.open, *given, residual)
+            else:
+                made = rows.substituted(some, *given, residual)
+            return made.view(self.x.shape)
+
+        return addend(self.x, launch)
 
     def of_open(self, out: Tensor) -> Tensor:
         """Return the output [B, T, D], of open tokens, multiplied by the weights of the gates, if routers weigh."""
@@ -153,6 +183,8 @@ class Exits:
         return out
 
     def _scatter(self, out: Tensor, rows: Tensor | Chosen) -> Tensor:
+        if isinstance(rows, Chosen) and self.substitutes_once and not self.whole:
+            return self._substituted(out, rows)
         if isinstance(rows, Chosen) or devices.runs_ahead(out.device):
             return self._fill_all(out if self.whole else self.spread(out))
         out = out.reshape(-1, self.x.shape[-1])

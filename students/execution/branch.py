@@ -160,10 +160,12 @@ class RoutedBranch(Wrapper):
         for name, router in self.routers.items():
             kind = router.spec.of_kind
             if kind.over_tokens:
-                gates = self.runtime.decide(kind.key(self.block, self.branch), router, features)
+                substitute = self.substitutes.get(name)
+                beside = substitute if features is x else None
+                gates = self.runtime.decide(kind.key(self.block, self.branch), router, features, beside)
                 if kind.over_blocks:
                     self.of_block.gates = gates
-                exits.gates.append((gates, self.substitutes.get(name)))
+                exits.gates.append((gates, substitute))
                 exits.specs.append(router.spec)
         for router in self.decided:
             handed, self.of_block.gates = self.of_block.gates, None

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from students.architectures.lookup import Linear, shape_of, weight_of
 from students.architectures.record import Architecture
+from students.execution.activation import kind_of
 from students.execution.block_context import BranchContext, Narrow
 from students.execution.linear_group import LinearGroup
 from students.execution.runtime import Runtime
 from students.execution.tokens import Chosen, scatter_rows
 from students.execution.wrapper import Named, Wrapper
 from students.kernels import first_rows, ops
-from students.kernels.deferred import ACTIVATIONS
 from students.kernels.packing import CorrectedProduct
 from students.routers import ChannelRouter, Lora
 
@@ -363,16 +363,8 @@ def join_product(block: nn.Module, record: Architecture) -> None:
         return
     gate, up, behind = routed
     static = behind.routers["channel"].spec.network == "static"
-    kind = _kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
+    kind = kind_of(block.get_submodule(f"{record.mlp}.{record.activation}"))
     gate.group.gates = kind is not None and behind.selects
     if kind is not None and not (static or behind.part or behind.lora is not None):
         behind.activation = kind
         gate.multiplies = up.multiplies = True
-
-
-@torch.no_grad()
-def _kind_of(activation: nn.Module) -> int | None:
-    x = torch.linspace(-6, 6, 97)
-    found = activation(x)
-    known = (function(x, **options) for function, options in ACTIVATIONS)
-    return next((kind for kind, y in enumerate(known) if torch.equal(y, found)), None)

@@ -18,8 +18,11 @@ from students.execution.patch_counts import PatchCounts, SoFar
 from students.execution.room import Room
 from students.execution.tokens import Partition
 from students.kernels import devices, direct, ops
-from students.routers import Router, selection
+from students.routers import Router, Substitute, selection
 from students.spec import RouterSpec
+
+JOINT_OUTPUTS = 16
+"""The products of router and substitute are a multiple of so many, so that GPUs read and write them in wide words."""
 
 
 @dataclass
@@ -172,8 +175,9 @@ class Runtime:
         """Return how many tokens of x [B, T, D] are not padding."""
         return x.shape[:2].numel() - self.call.padded
 
-    def decide(self, key: str, router: Router, x: Tensor) -> Gates:
-        """Return one router's gates for the branch input x [B, T, D]: [B, T, N] or [B, 1, N], in x's dtype."""
+    def decide(self, key: str, router: Router, x: Tensor, substitute: Substitute | None = None) -> Gates:
+        """Return one router's gates for the branch input x [B, T, D]: [B, T, N] or [B, 1, N], in x's dtype. substitute:
+        what replaces tokens that the router closes, if it reads x too; it may be begun with the router."""
         dtype = x.dtype
         spec = router.spec
         if self.probed is not None:
@@ -181,15 +185,14 @@ class Runtime:
             gate = torch.ones(len(x), tokens, router.gates, dtype=dtype, device=x.device, requires_grad=True)
             self.probed[key] = gate, x.detach()
             return Gates(dtype, gate=gate, closed=1 - gate)
-        if self._only_lists(router, x):
-            product, *bias = router.linear.parts(x)
-            open_, *listed = direct.list_open(product, bias[0] if bias else None, self.limit)  # as raised >= 0 below
-            return Gates(dtype, listed=listed, open=open_)
-        if self._only_opens(router, x):
-            shift, position = router.shift(self.dial_of(x)), self.call.position if spec.prefix else None
-            open_, order, place, number = direct.open_tokens(x, *router.joined(dtype), shift, position, spec.prefix)
-            partition = None if self.call.fixed else Partition(order, place, int(number))
-            return Gates(dtype, partition=partition, open=open_.unsqueeze(-1))
+        if self._only_opens(router):
+            if devices.runs_ahead(x.device) and (router.only_compares or not torch.compiler.is_compiling()):
+                return self._open_ahead(router, x, substitute)
+            if ops.compiled(x) and not ops.observed():
+                shift, position = self._raised_by(router, x)
+                open_, order, place, number = direct.open_tokens(x, *router.joined(dtype), shift, position, spec.prefix)
+                partition = None if self.call.fixed else Partition(order, place, int(number))
+                return Gates(dtype, partition=partition, open=open_.unsqueeze(-1))
         if spec.granularity == "sequence" and spec.network != "static":
             score = self._score_prompt(key, router, x)
         else:
@@ -232,19 +235,31 @@ class Runtime:
         """Whether neither scores nor weights nor gradients of a router are wanted."""
         return self.decisions is None and spec.weight == "none" and not torch.is_grad_enabled()
 
-    def _only_lists(self, router: Router, x: Tensor) -> bool:
-        """Whether one launch can decide and list the open tokens (`ops.list_open`): in a causal model, where nobody
-        else needs the scores, on a device that the host runs ahead of."""
-        listed = router.only_compares and self.causal and devices.runs_ahead(x.device)
-        return listed and self._on_device and self._asked_for_gates_alone(router.spec)
-
-    def _only_opens(self, router: Router, x: Tensor) -> bool:
-        """Whether one call can decide which tokens are open (`ops.open_tokens`): in a causal model, where nobody else
-        needs the scores, on a CPU with compiled kernels."""
-        spec, in_c = router.spec, ops.compiled(x) and not (devices.runs_ahead(x.device) or ops.observed())
-        asked = in_c and self.causal and self._on_device and self._asked_for_gates_alone(spec)
+    def _only_opens(self, router: Router) -> bool:
+        """Whether all that is asked of a router is which tokens are open: in a causal model, where nobody else needs
+        the scores. One call then decides it."""
+        spec = router.spec
         by_token = spec.of_kind.over_tokens and spec.granularity == "token"
-        return asked and by_token and spec.network != "static" and spec.selection == "threshold"
+        decides = by_token and spec.network != "static" and spec.selection == "threshold"
+        return decides and self.causal and self._on_device and self._asked_for_gates_alone(spec)
+
+    def _raised_by(self, router: Router, x: Tensor) -> tuple[float | Tensor, Tensor | None]:
+        """Return what raises the scores of tokens x: the dial's shift, and positions if the first ones are open."""
+        return router.shift(self.dial_of(x)), self.call.position if router.spec.prefix else None
+
+    def _open_ahead(self, router: Router, x: Tensor, substitute: Substitute | None) -> Gates:
+        """Return the gates of a router that `_only_opens`, on a device that the host runs ahead of: layers that read x,
+        those of a substitute among them, are one product there, and what follows is one launch."""
+        if router.only_compares and (substitute is None or torch.compiler.is_compiling()):
+            product, *added = router.linear.parts(x)
+            open_, *listed = direct.list_open(product, added[0] if added else None, self.limit)  # as score + shift >= 0
+            return Gates(x.dtype, listed=listed, open=open_)
+        down = None if substitute is None else substitute.down
+        weight, bias, up = router.joined(x.dtype, down, JOINT_OUTPUTS)
+        rank = 0 if down is None else len(down)
+        low, product = F.linear(x, weight, bias).tensor_split([rank], -1)
+        open_ = direct.open_by_score(product, up, *self._raised_by(router, x), router.spec.prefix)
+        return Gates(x.dtype, low=None if down is None else low.flatten(0, -2), open=open_.unsqueeze(-1))
 
     def _patches(self, router: Router, score: Tensor) -> tuple[Tensor, int | None]:
         """Return gates [B, T, 1] of an image's tokens, those of the prefix open, or [B, 1, 1], one for all tokens; and

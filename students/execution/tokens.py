@@ -226,6 +226,12 @@ class Chosen:
             return other.index_copy(0, self.rows, some)
         return scatter_rows(some, self.rows, self._open.numel())
 
+    def substituted(self, some: Tensor, *given: Tensor | None) -> Tensor:
+        """As `scatter`, but with substitutes at closed tokens; given: the last arguments of `ops.substitute_closed`.
+        Only on devices that the host runs ahead of."""
+        out: Tensor = direct.substitute_closed(some, self._before, self._open, *given)
+        return out
+
     def spread(self, some: Tensor) -> Tensor:
         """As `scatter`, but with arbitrary rows at closed tokens where that is faster."""
         return self.scatter(some) if self._partition is None else self._partition.spread(some)

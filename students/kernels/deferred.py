@@ -52,8 +52,8 @@ class Deferred(Tensor):
 
     compute: returns the computed tensor. read: returns the input of layers that read the tensor (None: the computed
     tensor). close: maps limits [I] to the tensor as rows [B, I], computed with channels below the limits set to 0.
-    joins: by torch function that can be deferred in turn, the options that the function must have, and a function that
-    maps the other tensor argument to the resulting Deferred.
+    joins: by torch function that can be deferred in turn, or run in the same launch, the options that the function must
+    have, and a function that maps the other tensor argument to the result.
     """
 
     made: Tensor | None = None
@@ -70,7 +70,7 @@ class Deferred(Tensor):
         like: Tensor,
         compute: Callable[[], Any],
         read: Callable[[], Entering] | None = None,
-        joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Deferred]]] = MappingProxyType({}),
+        joins: Mapping[Any, tuple[dict[str, Any], Callable[..., Tensor]]] = MappingProxyType({}),
         close: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.compute, self.read, self.joins, self.close = compute, read, joins, close
@@ -181,6 +181,11 @@ def output(shape: torch.Size, like: Tensor, launch: Launch) -> Deferred:
     return Deferred(shape, like, lambda: launch(None)[0], joins=dict.fromkeys(ADD, ({}, add)))
 
 
+def addend(like: Tensor, launch: Callable[[Tensor | None], Tensor]) -> Deferred:
+    """Return launch(None), a tensor like `like`, deferred: its sum with a residual stream is launch(stream)."""
+    return Deferred(like.shape, like, partial(launch, None), joins=dict.fromkeys(ADD, ({}, launch)))
+
+
 def gate(x: Tensor) -> Deferred:
     """Return x [..., I], the output of an MLP's gate, as a tensor that defers its activation and product with up."""
 
@@ -199,6 +204,16 @@ def gate(x: Tensor) -> Deferred:
 
     joins = {function: (options, partial(active, kind)) for kind, (function, options) in enumerate(ACTIVATIONS)}
     return Deferred(x.shape, x, lambda: x, joins=joins)
+
+
+def activated(x: Tensor, kind: int) -> Deferred:
+    """Return the activation of this kind of x [..., I], as a tensor whose product with another one is one launch."""
+    function, options = ACTIVATIONS[kind]
+
+    def times(other: Tensor) -> Tensor:
+        return ops.fused_gate(_rows(x), _rows(other), None, 0.0, 3 + kind, None)[0].view(x.shape)
+
+    return Deferred(x.shape, x, lambda: function(x, **options), joins=dict.fromkeys(_MULTIPLY, ({}, times)))
 
 
 def settled(x: Any) -> Any:

@@ -43,6 +43,8 @@ def on_host(operator: Any) -> Callable[..., Any]:
 open_tokens, thin_product = map(on_host, (ops.open_tokens, ops.thin_product))
 list_open = launched(ops.list_open)
 put_open = launched(ops.put_open)
+open_by_score = launched(ops.open_by_score)
+substitute_closed = launched(ops.substitute_closed)
 _rms_norm = launched(ops.rms_norm)
 
 

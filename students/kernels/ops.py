@@ -204,12 +204,12 @@ channel_gate: Pair = _operator(
 [B, T, C]."""
 
 fused_gate: Pair = _operator(
-    "fused_gate(Tensor x, Tensor other, Tensor? residual, float epsilon, int kind, Tensor limit) -> (Tensor, Tensor)",
+    "fused_gate(Tensor x, Tensor other, Tensor? residual, float epsilon, int kind, Tensor? limit) -> (Tensor, Tensor)",
     lambda x, other, residual, *_: (_like(x), x.new_empty(0 if residual is None else x.shape)),
 )
-"""x [B, I], after an operator, with 0 where the magnitude is below limit [I] (float32). kind: as in `fused_channels`.
-0 to 2: the RMS norm of x + residual [B, I], with weight `other` [I]; 3 and 4: activation(x) times other [B, I]. The
-second result is x + residual; empty without `residual`."""
+"""x [B, I], after an operator, with 0 where the magnitude is below limit [I] (float32; None: nowhere). kind: as in
+`fused_channels`. 0 to 2: the RMS norm of x + residual [B, I], with weight `other` [I]; 3 and 4: activation(x) times
+other [B, I]. The second result is x + residual; empty without `residual`."""
 
 sum_norm: Pair = _operator(
     "sum_norm(Tensor x, Tensor other, Tensor weight, Tensor? bias, float epsilon) -> (Tensor, Tensor)",
@@ -422,6 +422,25 @@ put_open: Callable[..., Tensor] = _operator(
 """The rows [N, D] of all tokens: of open ones, in their order, those of some [n, D], and of closed ones those of other
 [N, D], or zeros. before [N] (int32) and is_open, bool of N numbers, as `list_open` returns them. Where more tokens are
 open than n, the last row stands for those behind it; without any row, all count as closed."""
+
+open_by_score: One = _operator(
+    "open_by_score(Tensor low, Tensor? up, Tensor shift, Tensor? position, int prefix) -> Tensor",
+    lambda low, *_: low.new_empty(low.shape[:-1], dtype=torch.bool),
+    lambda low, up, *_, out_val: 0 if up is None else 2 * out_val.numel() * len(up),
+    lambda low, up, *_, out_val: _size(up),
+)
+"""Whether each token [...] is open, as by `open_tokens`, from low [..., L]: the products of that operator's layers with
+the token, and what does not matter behind them."""
+
+substitute_closed: One = _operator(
+    "substitute_closed(Tensor some, Tensor? before, Tensor is_open, Tensor low, Tensor up, Tensor bias,"
+    " Tensor? residual) -> Tensor",
+    lambda some, before, is_open, low, *_: some.new_empty(len(low), some.shape[1]),
+    lambda some, before, is_open, low, up, *_, out_val: 2 * len(low) * up.numel(),
+    lambda some, before, is_open, low, up, *_, out_val: _size(up),
+)
+"""The rows [N, D] of all tokens: of open ones as of `put_open` (before None: those of some [N, D]), and of closed ones
+low [N, r] @ up^T + bias, with up [D, r] and bias [D]. residual [N, D]: added to these; both are rounded."""
 
 
 def exact_together(x: Tensor) -> int:

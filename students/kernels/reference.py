@@ -105,14 +105,14 @@ def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fused_gate(
-    x: Tensor, other: Tensor, residual: Tensor | None, epsilon: float, kind: int, limit: Tensor
+    x: Tensor, other: Tensor, residual: Tensor | None, epsilon: float, kind: int, limit: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     stream = x.new_empty(0) if residual is None else x + residual
     if kind < 3:
         x = rms_norm(x if residual is None else stream, other, epsilon, kind)
     else:
         x = entering(x, other, None, epsilon, kind)
-    return channel_gate(x, limit)[0], stream
+    return x if limit is None else channel_gate(x, limit)[0], stream
 
 
 def sum_norm(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -316,12 +316,15 @@ def open_tokens(
     position: Tensor | None,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low = F.linear(x, weight, bias)
-    score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1:]) @ up
-    open_ = score.float() + shift >= 0
-    open_ = open_ if position is None else open_ | (position < prefix)
+    open_ = open_by_score(F.linear(x, weight, bias), up, shift, position, prefix)
     order = (~open_).flatten().int().argsort(stable=True)
     return open_, order, order.argsort(), open_.sum()
+
+
+def open_by_score(low: Tensor, up: Tensor | None, shift: Tensor, position: Tensor | None, prefix: int) -> Tensor:
+    score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1 : 1 + len(up)]) @ up
+    open_ = score.float() + shift >= 0
+    return open_ if position is None else open_ | (position < prefix)
 
 
 def thin_product(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -342,3 +345,20 @@ def put_open(some: Tensor, before: Tensor, is_open: Tensor, other: Tensor | None
         return rest.expand(len(before), some.shape[1]).clone()
     rows = some.index_select(0, before.clamp(max=len(some) - 1))
     return torch.where(is_open.flatten().unsqueeze(1), rows, rest)
+
+
+def substitute_closed(
+    some: Tensor,
+    before: Tensor | None,
+    is_open: Tensor,
+    low: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    rest = F.linear(low, up, bias)
+    if before is None:
+        out = torch.where(is_open.flatten().unsqueeze(1), some, rest)
+    else:
+        out = put_open(some, before, is_open, rest)
+    return out if residual is None else residual + out

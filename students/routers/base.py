@@ -76,7 +76,7 @@ class Router(Added):
         plain = spec.selection == "threshold" and spec.network == "linear" and spec.weight == "none"
         self.only_compares = by_token and plain and not gains
         """Whether all that is asked of the router is for which tokens a linear score reaches one limit."""
-        self._joined: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._joined: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor, Tensor | None]] = {}
         self.register_buffer("members", members)
         self.register_buffer("levels", torch.zeros(LEVELS) if spec.selection == "quota" else None)
         self._quota, self._stamp = 0.0, Stamp()
@@ -103,26 +103,32 @@ class Router(Added):
             score = score + self.mlp(x)
         return score.float()
 
-    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def joined(
+        self, dtype: torch.dtype, beside: Tensor | None = None, unit: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what `ops.open_tokens` reads: weight, bias and up of the layers that read the input, as one layer in
-        this dtype. They are kept until `separate`, because recorded steps read them (recording/step.py)."""
-        if self._joined is None or self._joined[0].dtype != dtype:
-            with torch.inference_mode(False), torch.no_grad():
-                self._joined = self._join(dtype)
-        return self._joined
+        this dtype. They are kept until `separate`, because recorded steps read them (recording/step.py).
 
-    def _join(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        beside [r, D]: weight of another layer, without a bias, that reads the same input; its outputs come first, and
+        zeros behind all others make the number of outputs a multiple of `unit`."""
+        if (dtype, unit) not in self._joined:
+            with torch.inference_mode(False), torch.no_grad():
+                self._joined[dtype, unit] = self._join(dtype, beside, unit)
+        return self._joined[dtype, unit]
+
+    def _join(self, dtype: torch.dtype, beside: Tensor | None, unit: int) -> tuple[Tensor, Tensor, Tensor | None]:
         names, up = ["linear"], None
         if self.spec.network == "mlp":
             names, up = ["linear", "mlp.0"], self.get_parameter("mlp.2.weight")[0].to(dtype)
-        weight, bias = (
-            torch.cat([self.get_parameter(f"{name}.{part}") for name in names]).to(dtype) for part in ("weight", "bias")
-        )
-        return weight, bias, up
+        weight, bias = (torch.cat([self.get_parameter(f"{x}.{part}") for x in names]) for part in ("weight", "bias"))
+        first = 0 if beside is None else len(beside)
+        weight = weight if beside is None else torch.cat([beside, weight])
+        behind = -len(weight) % unit
+        return F.pad(weight, (0, 0, 0, behind)).to(dtype), F.pad(bias, (first, behind)).to(dtype), up
 
     def separate(self) -> None:
         """Drop what `joined` has kept, as where a parameter has changed."""
-        self._joined = None
+        self._joined.clear()
 
     def of_stream(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
         """Return scores [B, T] of tokens x [B, T, D] of the residual stream, each divided by its root mean square.

@@ -40,9 +40,13 @@ class Substitute(Added):
 
     def of(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Return the substitutes [n, D] of the tokens `rows` [n] (None: all) of x [N, D]."""
-        down, up, bias = self._precise(x.dtype, self.down, self.up, self.bias)
+        down, up, bias = self.parts(x.dtype)
         out: Tensor = direct.thin_product(direct.thin_product(x, rows, down, None), None, up, bias)
         return out
+
+    def parts(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return down [r, D], up [D, r] and bias [D] in this dtype."""
+        return self._precise(dtype, self.down, self.up, self.bias)
 
     def macs(self) -> int:
         """Return the multiply-accumulates for one token."""

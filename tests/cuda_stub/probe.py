@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from students import StudentSpec
+from students import RouterSpec, StudentSpec
 from students.families.language import LanguageStudent
 from students.kernels.capture import CudaGraph
 from tests.cuda_stub.run import graphs
@@ -18,12 +18,14 @@ from tests.students.test_launches import DEFAULT
 OPTIONS = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=128)
 """Those of the shape tiny-llm, whose kernels are compiled where a bench of it ran before."""
+TOKENS = (RouterSpec("token", network="mlp", substitute=16, prefix=4),)
 
 
 def step(blocks: int, rows: int, kind: str) -> int:
-    """Return the launches in a recorded decoding step; kind: gates are "open", or as they are ("routed")."""
+    """Return the launches in a recorded decoding step; kind: gates are "open", or as they are ("routed"), or routers
+    decide on "tokens"."""
     tokens = torch.randint(3, 120, (rows, 7), generator=torch.Generator().manual_seed(0)).cuda()
-    student = make("llama", StudentSpec(DEFAULT), num_hidden_layers=blocks, **SIZES)
+    student = make("llama", StudentSpec(TOKENS if kind == "tokens" else DEFAULT), num_hidden_layers=blocks, **SIZES)
     assert isinstance(student, LanguageStudent)
     student.to("cuda", torch.bfloat16)
     student.prepare()
@@ -63,7 +65,7 @@ def main() -> None:
         "after": refused(lambda: one + 1),
         "mask": torch.allclose(mask_gradient("cuda"), mask_gradient("cpu"), atol=1e-5),
     }
-    for kind, rows in (("routed", 1), ("open", 1), ("routed", 17)):
+    for kind, rows in (("routed", 1), ("open", 1), ("routed", 17), ("tokens", 1)):
         found[f"{kind} {rows}"] = step(3, rows, kind) - step(2, rows, kind)
     print(json.dumps(found))
 

@@ -112,6 +112,7 @@ def test_a_block_launches_what_is_said(probed: dict[str, Any]) -> None:
     """A block of a recorded decoding step has the launches that students/README.md gives."""
     assert (probed["routed 1"], probed["open 1"]) == (7, 7)
     assert probed["routed 17"] == 11
+    assert probed["tokens 1"] == 19
 
 
 def test_a_capture_refuses_to_wait(probed: dict[str, Any]) -> None:

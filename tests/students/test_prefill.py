@@ -15,7 +15,7 @@ from elastic.accounting.counters import count
 from students import LoraSpec, RouterSpec, Student, StudentSpec
 from students.execution import tokens as some_tokens
 from students.execution.linear import RoutedLinear
-from students.kernels import devices, first_rows
+from students.kernels import devices, first_rows, ops
 from students.kernels.capture import Fetched
 from students.libraries import cache_of
 from students.sites import BRANCHES
@@ -141,6 +141,7 @@ DROPPED = StudentSpec((RouterSpec("layer", kv="drop"),))
 KEPT = StudentSpec((RouterSpec("token", sites=("mlp",)),))
 BOTH = StudentSpec((RouterSpec("token"),))
 CORRECTED = StudentSpec((RouterSpec("token", substitute=2),), LoraSpec(2))
+WEIGHTED = StudentSpec((RouterSpec("token", substitute=2, weight="score"),))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
@@ -180,10 +181,11 @@ def test_products_over_the_first_rows(device: str) -> None:
         torch.testing.assert_close(out[:137], F.linear(x[:137], weight, added), atol=0.3, rtol=0.05)
 
 
-@pytest.mark.parametrize("spec", [BOTH, CORRECTED])
+@pytest.mark.parametrize(("spec", "filled"), [(BOTH, 0), (WEIGHTED, 2), (CORRECTED, 0)])
 def test_substitutes_run_while_the_host_waits(
-    spec: StudentSpec, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    spec: StudentSpec, filled: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where scores are weights: elsewhere substitutes begin with the scores, and end in the block's last launch."""
     student, counter, between = make("llama", spec), Launches(), []
 
     class Asked(Fetched):
@@ -198,8 +200,24 @@ def test_substitutes_run_while_the_host_waits(
     monkeypatch.setattr(some_tokens, "Fetched", Asked)
     with counter:
         student.model(tokens, use_cache=True)
-    filled = 2 * any(router.substitute for router in spec.routers)
     assert between == [filled] * len(student.blocks)
+
+
+def test_a_branch_decides_in_three_launches_and_ends_in_one(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product for scores and substitute, the decision, and the list of open tokens; then one launch puts outputs
+    and substitutes in their places on the residual stream. An MLP's gated product is one launch, too."""
+    routers = (RouterSpec("token", network="mlp", substitute=2, prefix=2),)
+    student = make("llama", StudentSpec(routers))
+    given = student.model(tokens, use_cache=True).logits
+    monkeypatch.setattr(ops, "compiled", lambda x: True)
+    _, launches = of_blocks(student, tokens, use_cache=True)
+    for block in launches:
+        for name in ("open_by_score", "list_open", "substitute_closed"):
+            assert block[f"elastic.{name}.default"] == 2, name
+        assert block["elastic.fused_gate.default"] == 1 and block["aten.addmm.default"] == 2
+        assert not block.keys() & {"aten.silu.default", "aten.addcmul_.default"}
+        assert (block["aten.add.Tensor"], block["aten.mul.Tensor"]) == (2, 4), "those of the two norms"
+    torch.testing.assert_close(student.model(tokens, use_cache=True).logits, given, **CLOSE)
 
 
 @pytest.mark.parametrize(("spec", "norm"), [(DROPPED, 6), (KEPT, 0), (BOTH, 0), (CORRECTED, 0)])

@@ -32,6 +32,8 @@ _FILES = {
     "biased_attention": ("biased_attention",),
     "decode_attention": ("decode_attention",),
     "list_open": ("list_open",),
+    "open_by_score": ("open_by_score",),
+    "substitute_closed": ("substitute_closed",),
     "put_open": ("put_open",),
     "merge_lowest": ("merge_lowest", "merge_normed", "merge_below"),
 }

@@ -16,9 +16,11 @@ BLOCK = 2048
 
 @triton.jit
 def _store(value, limit, out, place, channel, here):
-    """Write value where its magnitude reaches the channel's limit, else 0."""
-    least = tl.load(limit + channel, mask=here, other=0.0).to(value.dtype).to(tl.float32)
-    tl.store(out + place, tl.where(tl.abs(value.to(tl.float32)) >= least, value, 0.0), mask=here)
+    """Write value where its magnitude reaches the channel's limit, if there is one, else 0."""
+    if limit is not None:
+        least = tl.load(limit + channel, mask=here, other=0.0).to(value.dtype).to(tl.float32)
+        value = tl.where(tl.abs(value.to(tl.float32)) >= least, value, 0.0)
+    tl.store(out + place, value, mask=here)
 
 
 @launched()
@@ -49,11 +51,11 @@ def _active_gate(x, other, limit, out, width, by_row, KIND: tl.constexpr, BLOCK:
 
 
 def fused_gate(
-    x: Tensor, other: Tensor, residual: Tensor | None, epsilon: float, kind: int, limit: Tensor
+    x: Tensor, other: Tensor, residual: Tensor | None, epsilon: float, kind: int, limit: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`ops.fused_gate` in Triton."""
     rows, width = x.shape
-    limit, out = limit.contiguous(), x.new_empty(rows, width)
+    limit, out = None if limit is None else limit.contiguous(), x.new_empty(rows, width)
     stream = x.new_empty(0 if residual is None else x.shape)
     if not rows:
         return out, stream

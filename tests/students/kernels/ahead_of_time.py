@@ -123,6 +123,13 @@ def work(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     places = make(2048, kind=torch.int32), make(1, 2048, kind=torch.bool)
     yield call("put_open", make(1408, 4096), *places, None)
     yield call("put_open", make(1408, 4096), *places, make(2048, 4096))
+    for rows, before in ((2048, places[0]), (1, None)):
+        product, open_ = make(1, rows, 112), make(1, rows, kind=torch.bool)
+        yield call("open_by_score", product[..., 64:], make(32), scalar, make(1, rows, kind=torch.int64), 16)
+        added = product[0, :, :64], make(narrow, 64), make(narrow)
+        for residual in (make(rows, narrow), None):
+            yield call("substitute_closed", make(min(rows, 1408), narrow), before, open_, *added, residual)
+    yield call("fused_gate", make(1408, wide), make(1408, wide), None, 0.0, 3, None)
     kept, one = make(2, 8, 1024, 128), make(2, 8, 1, 128)
     yield call("write_slot", kept, kept, one, one, make(1, kind=torch.int64))
     for rows, heads, groups, size in ((1, 32, 8, 128), (64, 40, 8, 128), (1, 28, 4, 128), (1, 8, 4, 256)):

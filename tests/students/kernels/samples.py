@@ -97,6 +97,7 @@ def fused_gate(draw: Draw) -> Iterator[Arguments]:
             x, other = draw(5, 2 * width).chunk(2, 1)
             limit = torch.full_like(draw.single(width), 0.5)
             yield x, draw(width) if kind < 3 else other, draw(5, width) if kind < 2 else None, 1e-3, kind, limit
+        yield x, draw(width) if kind < 3 else other, None, 1e-3, kind, None
 
 
 def sum_norm(draw: Draw) -> Iterator[Arguments]:
@@ -242,14 +243,28 @@ def open_tokens(draw: Draw) -> Iterator[Arguments]:
     for tokens, width, hidden in ((1, 70, 0), (3, 33, 16), (300, 64, 32)):  # the last too many for C
         x, weight, bias = draw(2, tokens, width), draw(1 + hidden, width) / width**0.5, draw(1 + hidden)
         up = draw(hidden) if hidden else None
-        low = F.linear(x.double(), weight.double(), bias.double())
-        score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1:]) @ up.double()
-        order = score.flatten().sort().values
-        most = order.diff().argmax()  # the widest gap, so that rounding changes no decision
-        shift = -(order[most] + order[most + 1]).float() / 2
+        shift = between(F.linear(x.double(), weight.double(), bias.double()), up)
         yield x, weight, bias, up, shift, None, 0
         yield x, weight, bias, up, shift, torch.arange(tokens).to(draw.device)[None], 2
         yield x, weight, bias, up, torch.full_like(shift, torch.inf), None, 0
+
+
+def between(low: Tensor, up: Tensor | None) -> Tensor:
+    """Return a shift for which rounding changes no decision on tokens with these products: in the widest gap between
+    two scores."""
+    low = low.double()
+    score = low[..., 0] if up is None else low[..., 0] + F.gelu(low[..., 1 : 1 + len(up)]) @ up.double()
+    order = score.flatten().sort().values
+    most = order.diff().argmax()
+    return -(order[most] + order[most + 1]).float() / 2
+
+
+def open_by_score(draw: Draw) -> Iterator[Arguments]:
+    for tokens, hidden in ((1, 0), (3, 16), (45, 21)):
+        low, up = draw(2, tokens, 7 + 1 + hidden + 3)[..., 7:], draw(hidden) if hidden else None
+        yield low, up, between(low, up), None, 0
+        yield low, up, between(low, up), torch.arange(2, tokens + 2).to(draw.device)[None], 3
+        yield low, up, between(low, up) - torch.inf, torch.arange(2 * tokens).to(draw.device).view(2, tokens), 3
 
 
 def thin_product(draw: Draw) -> Iterator[Arguments]:
@@ -276,6 +291,16 @@ def put_open(draw: Draw) -> Iterator[Arguments]:
         for some in (draw(count, width), draw(rows * tokens, width), draw(count // 2, width)):
             yield some, before, is_open, None
             yield some, before, is_open, other
+
+
+def substitute_closed(draw: Draw) -> Iterator[Arguments]:
+    for rows, tokens, width, rank in ((1, 1, 5, 3), (3, 70, 24, 32), (2, 9, 300, 64)):
+        is_open, _, before, upto = reference.list_open(draw(rows, tokens, 1) > 0, None, None)
+        low, up, bias = draw(rows * tokens, 2 * rank + 1)[:, :rank], draw(width, rank) / rank**0.5, draw(width)
+        given, residual = (is_open, low, up, bias), draw(rows * tokens, width)
+        for count, added in ((int(upto[-1]), None), (rows * tokens, residual), (tokens // 3, None)):
+            yield draw(count, width), before, *given, added
+        yield draw(rows * tokens, width), None, *given, residual
 
 
 SAMPLES: dict[str, Samples] = {
@@ -308,6 +333,8 @@ SAMPLES: dict[str, Samples] = {
     "thin_product": thin_product,
     "list_open": list_open,
     "put_open": put_open,
+    "open_by_score": open_by_score,
+    "substitute_closed": substitute_closed,
     "merge_lowest": merge_lowest,
     "merge_normed": merge_normed,
     "merge_below": merge_below,

@@ -28,7 +28,7 @@ CLOSE = {
     torch.bfloat16: dict(atol=0.3, rtol=0.05),
 }
 IN_TORCH = {"fused_channels", "fused_gate", "sum_norm", "rotary_grad", "biased_attention", "merge_normed"}
-IN_TORCH |= {"list_open", "put_open", "gated_rows"}
+IN_TORCH |= {"list_open", "put_open", "gated_rows", "open_by_score", "substitute_closed"}
 """Operators without a C function: they save launches or waits, or compute the gradient of rotary embeddings, which
 matters on GPUs, or replace masks in attention, which torch's attention takes on CPUs."""
 
