@@ -283,7 +283,7 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
         (lambda p: (p / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda p: (p / "config.json").write_text("[" * 10_000), r"config\.json cannot be read: .* too deeply"),
+        (lambda p: (p / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* too deeply"),
         # transformers would make a model of 27 GB
         (lambda p: (p / "config.json").write_text('{"model_type": "llama"}'), "hidden_size is 4096 there"),
     ],
