@@ -3,6 +3,8 @@ launch: only its result has the size of the tokens' outputs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -61,16 +63,9 @@ def _substitute_closed(
         tl.store(out + place, chosen, mask=both)
 
 
-def substitute_closed(
-    some: Tensor,
-    before: Tensor | None,
-    is_open: Tensor,
-    low: Tensor,
-    up: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-) -> Tensor:
+def substitute_closed(some: Tensor, before: Tensor | None, is_open: Tensor, *rest: Any) -> Tensor:
     """`ops.substitute_closed` in Triton."""
+    low, up, bias, residual = rest
     (tokens, rank), width = low.shape, some.shape[1]
     out = some.new_empty(tokens, width)
     if low.stride(1) != 1:
