@@ -100,8 +100,8 @@ class RoutedLinear(Wrapper):
     def packs_alone(self) -> bool:
         """As in Wrapper: the sum of weight and correction. In float32 these stay apart, so that whoever measures a
         student again gets the same numbers."""
-        read = self.group.opaque or "channel" in self.routers
-        return self.lora is not None and not read and weight_of(self.base_layer).dtype.itemsize == 2
+        apart = self.group.opaque or "channel" in self.routers
+        return self.lora is not None and not apart and weight_of(self.base_layer).dtype.itemsize == 2
 
     def forget(self) -> None:
         """Give the weight the memory layout that the model had, and drop slices, sums and converted corrections."""
