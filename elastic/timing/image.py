@@ -18,8 +18,7 @@ from elastic.reporting.progress import Say
 from elastic.timing.passes import Contender, Models, Row, medians, row_of
 from elastic.timing.workload import InputSizes, StepSizes, TrainingBatch, Workload
 from students.calibration.image import CALIBRATED
-from students.families.image import ImageStudent, call, tokens_of
-from students.kernels.capture import Forward
+from students.families.image import ImageStudent, call, recorded_pass, tokens_of
 from teachers.data.image_set import ImageSet
 from teachers.data.images import ImageData
 from teachers.wording import number_of
@@ -54,8 +53,8 @@ def contenders(student: ImageStudent, dense: nn.Module) -> dict[str, Contender]:
 
 
 def recorded(model: nn.Module) -> Contender:
-    """Return a dense model whose forward pass runs through CUDA graphs on GPUs, as a student's does."""
-    return Contender(model, Forward(partial(call, model)))
+    """Return a dense model whose forward pass runs through recordings, as a student's does."""
+    return Contender(model, recorded_pass(model))
 
 
 def inference(student: ImageStudent, models: Models, data: ImageData, workload: Workload, say: Say) -> Iterator[Row]:

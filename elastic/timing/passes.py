@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from elastic.accounting.counters import count
 from elastic.reporting.progress import Watched
 from students.execution.kv_cache import cache_bytes
+from students.kernels.replay import RECORDED
 from students.libraries import cache_of, with_cache
 
 Work = Callable[[], object]
@@ -44,7 +45,7 @@ class Contender:
     model: Any
     run: Callable[..., Any]
     reader: Callable[..., Work] | None = None
-    """Maps a prompt to a function that prefills it through CUDA graphs; None if prefill does not use CUDA graphs."""
+    """Maps a prompt to a function that prefills it as `run` does, through recorded passes; None if there are none."""
 
 
 Models = dict[str, Contender]
@@ -124,10 +125,11 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int | None) -> R
     for name, contender in models.items():
         works[name] = partial(contender.model, **inputs, use_cache=True, logits_to_keep=1)
     both: Any = works["student"], works["dense"]
-    if device.type == "cuda":
+    if device.type == "cuda" or "pixel_values" in inputs:
         works |= {name: m.reader(**inputs) for name, m in models.items() if m.reader is not None}
         for work in works.values():
-            work()  # texts are read through recorded passes from the second of a length on
+            for _ in range(1 if device.type == "cuda" else RECORDED):  # until the pass is recorded
+                work()
     timed = medians(works, repeats, device)
     batch, tokens = inputs["input_ids"].shape
     row = row_of("prefill", batch, tokens, [count(work) for work in both], *timed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from students.architectures.lookup import architecture_of, trunk_of
@@ -67,16 +68,17 @@ class ImageStudent(Student):
         self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
         trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
-        self._recorded = Forward(partial(call, self.model), self._recorded_for)
+        self._recorded = recorded_pass(self.model, self._recorded_for)
         self.tokens, self.compute = self.at(image_shape(self.model)[1:])
         """Number of tokens, prefix included, and compute model of an image of the size that the model is configured
         for; for other sizes see `at`."""
         self.runtime.own_multiple = 32 if self.tokens >= 6 * 32 else 4
 
     def predict(self, pixel_values: Tensor) -> Any:
-        """Return the model's own output, without gradients; on GPUs through recorded passes (kernels/capture.py),
-        whose output the next call overwrites. For many batches of few shapes."""
-        return self._recorded(pixel_values)
+        """Return the model's own output, without gradients, through recorded passes (kernels/capture.py): on GPUs, and
+        on CPUs for few images. For many batches of few shapes."""
+        out = self._recorded(pixel_values)
+        return tree_map_only(Tensor, Tensor.clone, out)  # the next call overwrites it
 
     def _recorded_for(self, pixel_values: Tensor) -> Any:
         """Return the state that a recorded pass depends on besides shapes. Raises ValueError if the pass cannot be
@@ -251,6 +253,16 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
         patches = (height // down) * (width // across)
         kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(len(pixel_values), -1)
     return model(pixel_values=pixel_values, **kwargs)
+
+
+def recorded_pass(model: nn.Module, state: Callable[[Tensor], Hashable] = lambda pixels: None) -> Forward:
+    """Return the forward pass of an image model through recordings; state: as in Forward."""
+    return Forward(partial(call, model), state, tokens=partial(_tokens_in, model), model=model)
+
+
+def _tokens_in(model: nn.Module, pixels: Tensor) -> float:
+    _, height, width = image_shape(model)
+    return tokens_of(model) * pixels[:, 0].numel() / (height * width)
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:

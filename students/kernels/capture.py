@@ -1,18 +1,22 @@
-"""Work that is recorded once into a CUDA graph and replayed: one launch where there were some two thousand."""
+"""Work that is recorded once and replayed: on GPUs as a CUDA graph, one launch where there were some two thousand; on
+CPUs as a list of calls."""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from students.kernels import ops
+from students.kernels.replay import Replay
 from students.kernels.triton import counters
 
 T = TypeVar("T")
@@ -21,6 +25,11 @@ WARM_UP = 2
 """Number of warm-up runs before capture, in which libraries allocate workspaces and kernels are compiled."""
 KEPT = 4
 """Number of recordings of one kind that are kept, with their tensors; the least recently used is dropped first."""
+FEW = 512
+"""Maximum number of tokens of a pass that is recorded on a CPU. With more, what modules take is little beside what
+operators take, and a replay copies some of their results."""
+OURS = "students.", "transformers."
+"""Modules, by the start of their names, whose hooks may be left out when work is replayed."""
 THREAD = "thread_local"
 """Capture mode in which other threads may make calls that would break a capture, as a thread that pins memory does."""
 
@@ -88,9 +97,18 @@ class CudaGraph:
         return self._out
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """Return the recorder for work on this device; None if there is none."""
-    return partial(CudaGraph, device=device) if device.type == "cuda" else None
+def recorder_for(device: torch.device, tokens: float = math.inf) -> Recorder | None:
+    """Return the recorder for work on this device over so many tokens; None if there is none."""
+    if device.type == "cuda":
+        return partial(CudaGraph, device=device)
+    return Replay if device.type == "cpu" and tokens <= FEW else None
+
+
+def are_watched(modules: Iterable[nn.Module]) -> bool:
+    """Return whether somebody counts operations or has put hooks on modules, which no replay would run."""
+    hooked = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
+    hooks = (hook for m in hooked for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return ops.observed() or not all(hook.__module__.startswith(OURS) for hook in hooks)
 
 
 def check_types(device: torch.device) -> None:
@@ -138,8 +156,9 @@ class Forward:
     """A forward pass on one tensor, such as images, through recordings, one for each shape.
 
     run: the function of pixels [B, C, H, W] that is recorded. state: as in Decoding, called with the pixels. recorder:
-    None for the device's default. Without any, or where `state` raises ValueError, `run` is called directly; one
-    warning then gives the error's reason, behind `what`.
+    None for the device's default. Without any, or where `state` raises ValueError, `run` is called directly; on GPUs
+    one warning then gives the error's reason, behind `what`. tokens: returns the number of tokens of pixels; without
+    it no CPU records. model: what runs; while its modules are watched, nothing is replayed.
     """
 
     def __init__(
@@ -148,36 +167,43 @@ class Forward:
         state: Callable[[Tensor], Hashable] = lambda pixels: None,
         recorder: Recorder | None = None,
         what: str = "images without recorded passes",
+        tokens: Callable[[Tensor], float] = lambda pixels: math.inf,
+        model: nn.Module | None = None,
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings[Tensor](what)
+        self.kept = Recordings[tuple[Tensor, list[nn.Module]]](what)
         self._what = what
         self._run = run
         self._state = state
+        self._tokens = tokens
+        self._model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        return Forward(copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo), self.recorder, self._what)
+        run, state = copy.deepcopy(self._run, memo), copy.deepcopy(self._state, memo)
+        tokens, model = copy.deepcopy(self._tokens, memo), copy.deepcopy(self._model, memo)
+        return Forward(run, state, self.recorder, self._what, tokens, model)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:
         """Return the result of `run`; the next call overwrites it."""
-        record, key = self.recorder or recorder_for(pixels.device), None
+        record, key = self.recorder or recorder_for(pixels.device, self._tokens(pixels)), None
         try:
             if record is not None:
                 check_types(pixels.device)
                 key = pixels.shape, pixels.dtype, pixels.device, self._state(pixels)
         except ValueError as reason:
-            self.kept.warn(str(reason))
+            if record is not Replay:
+                self.kept.warn(str(reason))
         if record is None or key is None:
             return self._run(pixels)
 
-        def make() -> tuple[Tensor, Callable[[], Any]]:
+        def make() -> tuple[tuple[Tensor, list[nn.Module]], Callable[[], Any]]:
             with torch.inference_mode(False):
                 own = pixels.clone()
-            return own, lambda: self._run(own)
+            return (own, [*(self._model.modules() if self._model else ())]), lambda: self._run(own)
 
-        own, replay = self.kept.take(key, record, make)
-        if replay is None:
+        (own, modules), replay = self.kept.take(key, record, make)
+        if replay is None or (modules and are_watched(modules)):
             return self._run(pixels)
         own.copy_(pixels)
         return replay()

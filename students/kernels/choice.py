@@ -18,7 +18,7 @@ Calls = list[Callable[[int], Any]]
 def either(condition: Tensor, if_true: Callable[[], Tensor], if_false: Callable[[], Tensor]) -> Tensor:
     """Return the result of one of two functions, as condition [1] (bool, on a CPU) says.
 
-    While calls are recorded (recording/replay.py), both functions run, and a replay runs the calls of one of them.
+    While calls are recorded (replay.py), both functions run, and a replay runs the calls of one of them.
     Their results have one shape, and neither is needed elsewhere. What else one writes, the other may have written.
     """
     parent = recording.calls

@@ -23,10 +23,10 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from students.architectures.lookup import is_hybrid, windows_of
 from students.execution.kv_cache import keys_and_values, memory_of
 from students.kernels import ops
-from students.kernels.capture import Fetched, Recorder, Recordings, check_types, recorder_for
+from students.kernels.capture import Fetched, Recorder, Recordings, are_watched, check_types, recorder_for
+from students.kernels.replay import Replay
 from students.libraries import CACHE_NAMES, cache_in, cache_of
 from students.recording.prompt import PromptPruning, Prompts, Read, following
-from students.recording.replay import Replay
 from students.recording.step import DecodeStep, initialize
 from students.recording.text import TextRouting, Texts
 
@@ -38,8 +38,6 @@ OWN_WAY = (*CACHE_NAMES, "custom_generate", "assistant_model", "inputs_embeds", 
 """Arguments of `generate` with which the caller controls decoding; recorded steps are then not used."""
 OF_A_TEXT = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 """Arguments of a model, besides the cache, that `generate` makes by itself for a text."""
-OURS = "students.", "transformers."
-"""Modules, by the start of their names, whose hooks may be left out when a step is replayed."""
 
 
 def slots_for(tokens: int) -> int:
@@ -63,12 +61,6 @@ def scored(ids: Tensor, logits: Tensor, processor: Any, config: Any, kept: dict[
 def drawn(scores: Tensor, sample: bool) -> Tensor:
     """Return tokens [B] of scores [B, V]: sampled, or the likeliest."""
     return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks of the caller's, which a replayed step would not run."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return not all(hook.__module__.startswith(OURS) for hook in hooks)
 
 
 class Decoding:
@@ -132,7 +124,7 @@ class Decoding:
         """A context in which the model's own `generate`, called with the arguments `asked`, reads its prompt through
         recorded passes where that is possible."""
         own, reads = self.model._prefill, not (self.replays or self._texts is None or self._goes_own_way(asked))
-        if not reads or self._is_watched():
+        if not reads or are_watched(self.model.modules()):
             yield
             return
         self.model._prefill = partial(self._prefilled, own)
@@ -204,19 +196,15 @@ class Decoding:
         """Whether steps are recorded as lists of calls, on a CPU: only for few rows, and without warnings otherwise."""
         return self.recorder is None and recorder_for(self.model.device) is None
 
-    def _is_watched(self) -> bool:
-        """Return whether somebody counts operations or has put hooks on modules, which no replay would run."""
-        return ops.observed() or any(map(_has_hooks, self.model.modules()))
-
     def _goes_own_way(self, kwargs: dict[str, Any]) -> bool:
         """Return whether the caller of `generate` controls decoding."""
         return any(kwargs.get(name) is not None for name in OWN_WAY) or bool(kwargs.get("synced_gpus"))
 
     def _possible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether this call decodes through recorded steps. ValueError where it cannot and a warning is due."""
-        if self.replays and (self._prompts is not None or not ops.compiled(next(self.model.parameters()))):
+        if self.replays and not ops.compiled(next(self.model.parameters())):
             return False
-        if self._is_watched():
+        if are_watched(self.model.modules()):
             return False
         if self._goes_own_way(kwargs):
             return False

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from students.kernels.capture import Recorder, Recordings, recorder_for
+from students.kernels.replay import Replay
 from students.recording.decoding import Decoding, drawn, scored
-from students.recording.replay import Replay
 from students.recording.step import DecodeStep
 
 DRAFTED = 4

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from students.architectures.lookup import is_hybrid, windows_of
 from students.execution.kv_cache import DroppedLayer, memory_of
 from students.kernels.capture import Fetched, Forward, Recorder, Recordings, recorder_for
+from students.kernels.replay import Replay
 from students.libraries import with_cache
 from students.routers import selection
 
@@ -257,12 +259,17 @@ class Prompts:
         self.model: Any = model
         self.pruning = pruning
         self.kept = Recordings[PromptPass]("prompts without recorded passes")
-        self.tower = Forward(self._look, pruning.tower_state)
+        self.tower = Forward(self._look, pruning.tower_state, tokens=self._patches)
         """Recorded passes from pixels to embeddings of image tokens, where images come as pixels alone."""
         self._settle = settle
 
     def _look(self, pixels: Tensor) -> Any:
         return self.model.base_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+
+    def _patches(self, pixels: Tensor) -> float:
+        """Return the number of patches of images [B, C, H, W]."""
+        size = self.model.config.vision_config.patch_size
+        return pixels[:, 0].numel() / (size**2 if isinstance(size, int) else math.prod(size))
 
     def seen(self, kwargs: dict[str, Any], recorder: Recorder | None) -> dict[str, Any]:
         """Return the arguments of `generate` with the images' pixels replaced by the vision tower's output."""
@@ -282,14 +289,15 @@ class Prompts:
         """Read a prompt through a recorded pass; inputs: those of the model. None if there is nothing to record, or if
         recording is impossible, of which a warning gives the reason."""
         ids, made = inputs["input_ids"], (inputs.get("mm_encoder_outputs") or {}).get("image")
-        record = recorder or recorder_for(ids.device)
+        record = recorder or recorder_for(ids.device, ids.numel())
         if record is None or made is None:
             return None
         try:
             self._settle(len(ids), ids.device)
             state = self._state()
         except ValueError as reason:
-            self.kept.warn(str(reason))
+            if record is not Replay:
+                self.kept.warn(str(reason))
             return None
         images = torch.cat(
             [_joined(part) for part in (made.pooler_output, *(made.get("deepstack_features") or ()))], -1

@@ -13,11 +13,11 @@ from transformers import StoppingCriteria, TextStreamer
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.families.language import LanguageStudent
+from students.kernels import replay as replaying
+from students.kernels.replay import Replay
 from students.libraries import cache_of
 from students.recording import decoding, lossless
-from students.recording import replay as replaying
 from students.recording.lossless import verified
-from students.recording.replay import Replay
 from tests.backends import running_on
 from tests.students.tape import Tape
 from tests.students.test_execution import make

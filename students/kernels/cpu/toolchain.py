@@ -29,7 +29,7 @@ loaded: ctypes.CDLL | None = None
 
 
 class Recording(threading.local):
-    """The C calls of this thread, while they are recorded for a replay (see recording/replay.py)."""
+    """The C calls of this thread, while they are recorded for a replay (see ../replay.py)."""
 
     calls: list[Callable[[int], Any]] | None = None
     """The recorded calls, as functions of the number of threads; None while nothing is recorded."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from students.kernels import ops
 from students.kernels.cpu import toolchain
@@ -23,9 +25,40 @@ class DependsOnData(Exception):
     """Raised when work that is being recorded reads a number or shape that a replay could not update."""
 
 
+ALIGNED = 64
+"""Multiple of bytes that blocks of memory have."""
 RECORDED = 8
 """Number of the run that is recorded. Recording costs about as much as so many replays save; earlier runs make what is
 made only once."""
+
+
+class Blocks:
+    """Memory for the results of recorded calls. A block is free for a later result when the work that is being recorded
+    holds no tensor in it any more: replayed in the same order, each call finds its arguments where they were."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, tuple[Tensor, StorageWeakRef]] = {}
+        """By address, the bytes of a block and what the work holds of it."""
+
+    def __contains__(self, x: Tensor) -> bool:
+        return x.layout == torch.strided and x.untyped_storage().data_ptr() in self._blocks
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return a tensor with the shape, strides and type of x, whose block is taken until no view of it is held."""
+        end = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        size = -(-max(1, end) * x.element_size() // ALIGNED) * ALIGNED
+        free = [block for block, held in self._blocks.values() if size <= len(block) <= 2 * size and held.expired()]
+        block = min(free, key=len) if free else torch.empty(size, dtype=torch.uint8)
+        held = torch.from_numpy(block.numpy())  # a storage of its own at the same address
+        self._blocks[block.data_ptr()] = block, StorageWeakRef(held.untyped_storage())
+        return held.view(x.dtype).as_strided(x.shape, x.stride())
+
+    def unheld(self, x: Tensor) -> Tensor:
+        """Return a tensor at the same place as x, for calls to keep: one in a block leaves the block free."""
+        if x not in self:
+            return x
+        block = self._blocks[x.untyped_storage().data_ptr()][0]
+        return block.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class Replay(TorchDispatchMode):
@@ -43,8 +76,9 @@ class Replay(TorchDispatchMode):
         self._runs = 0
         self._calls: list[Callable[[int], Any]] = []
         """The recorded calls; each takes the number of threads."""
+        self._blocks = Blocks()
         self._kept: list[Any] = []
-        """Results of operators, kept alive because recorded calls hold their addresses."""
+        """Results of operators in other memory, kept alive because recorded calls hold their addresses."""
 
     def __call__(self) -> Any:
         if not self.recorded:
@@ -78,15 +112,29 @@ class Replay(TorchDispatchMode):
         if function.namespace == "elastic":
             with self:
                 return ops.on_cpu(function)(*args, **kwargs)
-        out = function(*args, **kwargs)
-        self._kept.append(out)
-        calls = toolchain.recording.calls
+        out, calls = function(*args, **kwargs), toolchain.recording.calls
         assert calls is not None, "work is being recorded"
-        if function._schema.is_mutable:
-            calls.append(lambda threads: function(*args, **kwargs))
-        elif "empty" not in function.__name__ and not _is_view(out, tree_leaves((args, kwargs))):
-            calls.append(_again(function, args, kwargs, out))
+        if not any(isinstance(x, Tensor) for x in tree_leaves(out)):
+            return out  # a type, for example
+        is_new = not (function._schema.is_mutable or _is_view(out, tree_leaves((args, kwargs))))
+        empty = "empty" in function.__name__
+        if is_new:
+            out = tree_map_only(Tensor, partial(self._in_a_block, empty), out)
+        else:
+            self._kept += [x for x in tree_leaves(out) if isinstance(x, Tensor) and x not in self._blocks]
+        if not empty and (is_new or function._schema.is_mutable):
+            args, kwargs, into = tree_map_only(Tensor, self._blocks.unheld, (args, kwargs, out))
+            calls.append(_again(function, args, kwargs, into) if is_new else partial(_run, function, args, kwargs))
         return out
+
+    def _in_a_block(self, empty: bool, x: Tensor) -> Tensor:
+        """Return a result, which nothing was written to if `empty`, in memory that later results may get."""
+        mine = self._blocks.like(x)
+        return mine if empty else mine.copy_(x)
+
+
+def _run(function: Any, args: Any, kwargs: Any, threads: int) -> None:
+    function(*args, **kwargs)
 
 
 def _is_view(out: Any, given: list[Any]) -> bool:
