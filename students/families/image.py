@@ -257,12 +257,9 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
 
 def recorded_pass(model: nn.Module, state: Callable[[Tensor], Hashable] = lambda pixels: None) -> Forward:
     """Return the forward pass of an image model through recordings; state: as in Forward."""
-    return Forward(partial(call, model), state, tokens=partial(_tokens_in, model), model=model)
-
-
-def _tokens_in(model: nn.Module, pixels: Tensor) -> float:
     _, height, width = image_shape(model)
-    return tokens_of(model) * pixels[:, 0].numel() / (height * width)
+    density = tokens_of(model) / (height * width)
+    return Forward(partial(call, model), state, tokens=lambda pixels: density * pixels[:, 0].numel(), model=model)
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:

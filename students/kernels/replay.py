@@ -19,17 +19,17 @@ from students.kernels.cpu import toolchain
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operators that return numbers or shapes that depend on data."""
-
-
-class DependsOnData(Exception):
-    """Raised when work that is being recorded reads a number or shape that a replay could not update."""
-
-
+COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
+"""Operators whose result is that of `copy_` into a tensor of its type, which allocates nothing."""
 ALIGNED = 64
 """Multiple of bytes that blocks of memory have."""
 RECORDED = 8
 """Number of the run that is recorded. Recording costs about as much as so many replays save; earlier runs make what is
 made only once."""
+
+
+class DependsOnData(Exception):
+    """Raised when work that is being recorded reads a number or shape that a replay could not update."""
 
 
 class Blocks:
@@ -64,8 +64,8 @@ class Blocks:
 class Replay(TorchDispatchMode):
     """A recorder for CPUs: work on tensors that stay where they are; a replay runs its operators on the same tensors.
 
-    C functions are called directly, with the recorded addresses. The next call overwrites the result. Work that turns
-    out to depend on data, other than by `kernels.choice.either`, is started again and never recorded.
+    C functions are called directly, with the recorded addresses. The next call overwrites the result. Work that cannot
+    be recorded, as when it depends on data other than by `kernels.choice.either`, is started again and never recorded.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -98,8 +98,8 @@ class Replay(TorchDispatchMode):
                 self._out = self._work()
             self.recorded = True
             return self._out
-        except DependsOnData:
-            pass
+        except (DependsOnData, RuntimeError):  # an operator may not take tensors of a dispatch mode
+            self._calls, self._blocks, self._kept = [], Blocks(), []
         finally:
             toolchain.recording.calls = None
         return self._work()
@@ -154,6 +154,8 @@ def _again(function: Any, args: Any, kwargs: Any, out: Any) -> Callable[[int], A
                     old.copy_(new)
 
         return run
+    if function in COPIES:
+        return lambda threads: out.copy_(args[0])
     packet, takes = function._overloadpacket, [f"{x.type} {x.name}" for x in function._schema.arguments]
     for into in (getattr(packet, name) for name in packet.overloads()):
         if [f"{x.type} {x.name}" for x in into._schema.arguments] == [*takes, "Tensor out"]:
