@@ -153,6 +153,7 @@ class RoutedBranch(Wrapper):
         nobody = Listed(torch.empty(0, dtype=torch.long, device=x.device))
         self.context.rows, self.context.queries = Rows(None, nobody, x.shape[:2]), nobody
         self.base_layer(x, *args, **{**kwargs, "routed": Plan(queries=nobody.rows)})
+        self.context.rows = self.context.queries = None
 
     def _decide(self, x: Tensor, features: Tensor) -> Exits:
         """Decide the token and layer gates. Layer gates are decided in front of attention and passed on to the MLP."""

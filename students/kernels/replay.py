@@ -79,6 +79,8 @@ class Replay(TorchDispatchMode):
         self._blocks = Blocks()
         self._kept: list[Any] = []
         """Results of operators in other memory, kept alive because recorded calls hold their addresses."""
+        self._before: list[tuple[Tensor, Tensor]] = []
+        """While work is being recorded: tensors in other memory that operators have written to, and what they held."""
 
     def __call__(self) -> Any:
         if not self.recorded:
@@ -100,8 +102,10 @@ class Replay(TorchDispatchMode):
             return self._out
         except (DependsOnData, RuntimeError):  # an operator may not take tensors of a dispatch mode
             self._calls, self._blocks, self._kept = [], Blocks(), []
+            for tensor, before in reversed(self._before):
+                tensor.copy_(before)  # such as a state, which a step advances
         finally:
-            toolchain.recording.calls = None
+            toolchain.recording.calls, self._before = None, []
         return self._work()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,6 +116,7 @@ class Replay(TorchDispatchMode):
         if function.namespace == "elastic":
             with self:
                 return ops.on_cpu(function)(*args, **kwargs)
+        self._before += [(x, x.clone()) for x in _written(function, args, kwargs) if x not in self._blocks]
         out, calls = function(*args, **kwargs), toolchain.recording.calls
         assert calls is not None, "work is being recorded"
         if not any(isinstance(x, Tensor) for x in tree_leaves(out)):
@@ -135,6 +140,14 @@ class Replay(TorchDispatchMode):
 
 def _run(function: Any, args: Any, kwargs: Any, threads: int) -> None:
     function(*args, **kwargs)
+
+
+def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors to which an operator writes."""
+    about = function._schema.arguments
+    given = {**dict(zip((x.name for x in about), args, strict=False)), **kwargs}
+    writes = [x.name for x in about if x.alias_info is not None and x.alias_info.is_write]
+    return [x for name in writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
 
 
 def _is_view(out: Any, given: list[Any]) -> bool:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students import LoraSpec, RouterSpec, StudentSpec
 from students.kernels import replay as replaying
+from students.kernels.choice import either
 from students.kernels.replay import Replay
 from students.recording.decoding import Decoding
 from tests.backends import running_on
@@ -106,6 +107,38 @@ def test_what_depends_on_data_is_decoded_without_a_word(tokens: Tensor, recwarn:
     assert not recwarn.list
     replay = Replay(tokens.nonzero)
     assert all(torch.equal(replay(), tokens.nonzero()) for _ in range(RECORDED + 1)) and not replay.recorded
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_both_ways_find_what_was_there_before(recorded: bool) -> None:
+    """What only one of two functions needs may be overwritten by the other, of which a replay runs one."""
+    x, condition = torch.randn(64), torch.tensor([recorded])
+
+    def work() -> Tensor:
+        only = [x * 2]
+        return either(condition, lambda: (only.pop() + 1).exp() * x, lambda: (x - 1).sin() + x.cos()) / 2
+
+    replay = Replay(work)
+    for _ in range(RECORDED):
+        replay()
+    for now in (recorded, not recorded, recorded):
+        condition.fill_(now)
+        x.normal_()
+        assert torch.equal(replay(), ((x * 2 + 1).exp() * x if now else (x - 1).sin() + x.cos()) / 2)
+    assert replay.recorded
+
+
+def test_what_cannot_be_recorded_advances_a_state_once() -> None:
+    state, tokens = torch.zeros(4), torch.arange(4)
+
+    def work() -> Tensor:
+        torch.add(state, 1, out=state)
+        return tokens.masked_select(state.mul_(2) > 1)
+
+    replay = Replay(work)
+    for run in range(1, RECORDED + 2):
+        assert torch.equal(replay(), tokens) and not replay.recorded
+        assert state[0] == 2 ** (run + 1) - 2
 
 
 def test_operators_of_every_sort_run_again() -> None:
