@@ -45,9 +45,9 @@ def bench_run(folder: str, *, say: Say = print, **asked: Any) -> list[Row]:
       products read, since decoding is limited by memory bandwidth; efficiency: measured_speedup over predicted_speedup.
     - seconds, dense_seconds, tuned_seconds: medians; in decoding of one new token.
     - tuned_speedup: the speed-up over a dense model with the student's faster execution: on CPUs packed weights, fused
-      norms and attention from one token (packing.py and norms.py in students/kernels, attention.py in
-      students/execution), if a second copy of the weights fits into half of the free memory; on GPUs that attention,
-      and CUDA graphs for decode steps, images and prompts (students/recording).
+      norms, attention from one token and recorded passes (packing.py, norms.py and replay.py in students/kernels,
+      attention.py in students/execution), if a second copy of the weights fits into half of the free memory; on GPUs
+      that attention, and CUDA graphs for decode steps, images and prompts (students/recording).
     - lossless_seconds, with `lossless` at batch 1: of lossless decoding (students/recording/lossless.py).
     - tome_speedup, for ViTs of timm: the speed-up over the dense model with ToMe's merging (arXiv 2210.09461) at the
       student's FLOPs, executed as the student is.

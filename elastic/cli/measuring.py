@@ -189,7 +189,7 @@ def _print_timings(rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     print(
         "compute: FLOPs over the dense model's; by FLOPs, by bytes: the speed-up that either predicts; efficiency: "
         "measured over the first\n"
-        "dense: the model as its library ships it; tuned: with the student's own packing, norms and attention\n"
+        "dense: the model as its library ships it; tuned: with all of the student's execution but routing\n"
         "peak: memory in use while the one or the other ran, all loaded"
     )
     if first["phase"] == "prefill":
