@@ -25,6 +25,8 @@ WARM_UP = 2
 """Number of warm-up runs before capture, in which libraries allocate workspaces and kernels are compiled."""
 KEPT = 4
 """Number of recordings of one kind that are kept, with their tensors; the least recently used is dropped first."""
+KEPT_ON_CPU = 16
+"""The same of passes over images and prompts on a CPU, where each takes a few megabytes."""
 FEW = 512
 """Maximum number of tokens of a pass that is recorded on a CPU. With more, what modules take is little beside what
 operators take, and a replay copies some of their results."""
@@ -119,12 +121,12 @@ def check_types(device: torch.device) -> None:
 
 class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Generic[T]):
     """The most recently used recordings, by the key that each was made for: the tensors that the work reads, and its
-    replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once; most: how
-    many are kept (None: the caller drops them)."""
+    replay, None if it could not be recorded. what: the beginning of warnings, of which each is given once; most,
+    on_cpu: how many are kept on a GPU (None: the caller drops them) and on a CPU."""
 
-    def __init__(self, what: str, most: int | None = KEPT) -> None:
+    def __init__(self, what: str, most: int | None = KEPT, on_cpu: int = KEPT) -> None:
         super().__init__()
-        self._most = most
+        self._most, self._on_cpu = most, on_cpu
         self._what = what
         self._said: set[str] = set()
 
@@ -147,7 +149,8 @@ class Recordings(OrderedDict[Hashable, tuple[T, Callable[[], Any] | None]], Gene
                 self.warn(f"recording failed ({reason})")
                 self[key] = own, None
         self.move_to_end(key)
-        while self._most is not None and len(self) > self._most:
+        most = self._on_cpu if record is Replay else self._most
+        while most is not None and len(self) > most:
             self.popitem(last=False)
         return self[key]
 
@@ -171,7 +174,7 @@ class Forward:
         model: nn.Module | None = None,
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings[tuple[Tensor, list[nn.Module]]](what)
+        self.kept = Recordings[tuple[Tensor, list[nn.Module]]](what, on_cpu=KEPT_ON_CPU)
         self._what = what
         self._run = run
         self._state = state

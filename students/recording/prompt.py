@@ -1,8 +1,8 @@
 """Prompts with images through recorded passes: one launch for the vision tower, one for pruning and all tokens.
 
 Where no image token is pruned, or a quota says how many are, the numbers of tokens determine every shape. The host asks
-for these numbers once, before a pass, which then never waits. Prompts are padded at the end, so that few lengths are
-recorded.
+for these numbers once, before a pass, which then never waits. Prompts are padded at the end on GPUs, so that few
+lengths are recorded.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from students.architectures.lookup import is_hybrid, windows_of
 from students.execution.kv_cache import DroppedLayer, memory_of
-from students.kernels.capture import Fetched, Forward, Recorder, Recordings, recorder_for
+from students.kernels.capture import KEPT_ON_CPU, Fetched, Forward, Recorder, Recordings, recorder_for
 from students.kernels.replay import Replay
 from students.libraries import with_cache
 from students.routers import selection
 
 MULTIPLE = 16
-"""Prompts are padded to a multiple of so many tokens."""
+"""Prompts are padded to a multiple of so many tokens on GPUs; on CPUs, where padding takes time, to none."""
 TEXT = ("input_ids", "position_ids", "token_type_ids")
 """Inputs with one entry for each token that a pass gives to the model."""
 
@@ -258,7 +258,7 @@ class Prompts:
     ) -> None:
         self.model: Any = model
         self.pruning = pruning
-        self.kept = Recordings[PromptPass]("prompts without recorded passes")
+        self.kept = Recordings[PromptPass]("prompts without recorded passes", on_cpu=KEPT_ON_CPU)
         self.tower = Forward(self._look, pruning.tower_state, tokens=self._patches)
         """Recorded passes from pixels to embeddings of image tokens, where images come as pixels alone."""
         self._settle = settle
@@ -302,7 +302,7 @@ class Prompts:
         images = torch.cat(
             [_joined(part) for part in (made.pooler_output, *(made.get("deepstack_features") or ()))], -1
         )
-        mask, fill = inputs.get("attention_mask"), -ids.shape[1] % MULTIPLE
+        mask, fill = inputs.get("attention_mask"), 0 if record is Replay else -ids.shape[1] % MULTIPLE
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         valid = F.pad(valid, (0, fill), value=True)
         image = ids == self.model.config.image_token_id
