@@ -110,6 +110,7 @@ def generate_text(
             **inputs,
             max_new_tokens=room,
             do_sample=False,
+            num_beams=1,
             pad_token_id=padding,
             streamer=streamer,
             lossless=lossless,

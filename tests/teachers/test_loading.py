@@ -284,6 +284,8 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
         (lambda p: (p / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda p: (p / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* too deeply"),
+        (lambda p: generating(p, eos_token_id=["</s>"]), r"config\.json cannot be used: eos_token_id is \['</s>'\]"),
+        (lambda p: generating(p, max_new_tokens="many"), r"generation_config\.json cannot be used: '<=' not supported"),
         # transformers would make a model of 27 GB
         (lambda p: (p / "config.json").write_text('{"model_type": "llama"}'), "hidden_size is 4096 there"),
     ],
@@ -311,6 +313,10 @@ def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
 def configured(folder: Path, **settings: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+
+def generating(folder: Path, **settings: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
 def index(folder: Path, content: str) -> None:
