@@ -229,18 +229,19 @@ class Student(nn.Module):
         buffers = {n: b for n, b in self.model.named_buffers() if ADDED & set(n.split("."))}
         return {**self.added_parameters(), **buffers}
 
-    def load_added_state(self, state: dict[str, Tensor]) -> None:
-        """Copy the result of `added_state` back into the added modules. ValueError if names or shapes differ."""
+    def load_added_state(self, state: dict[str, Tensor], source: str | Path = "the checkpoint") -> None:
+        """Copy the result of `added_state` back into the added modules. ValueError, which names the `source`, if names
+        or shapes differ, or some hold integers where others hold fractions."""
         own = self.added_state()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"the checkpoint does not fit this student: {len(odd)} names differ, such as {odd[0]}")
+            names = "1 name differs" if len(odd) == 1 else f"{len(odd)} names differ"
+            raise ValueError(f"{source} does not fit this student: {names}, such as {odd[0]}")
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"the checkpoint does not fit this student: {name} is {list(state[name].shape)}, "
-                    f"this student needs {list(tensor.shape)}"
-                )
+            given = state[name]
+            if tensor.shape != given.shape or tensor.is_floating_point() != given.is_floating_point():
+                found, needed = (f"{x.dtype} {list(x.shape)}" for x in (given, tensor))
+                raise ValueError(f"{source} does not fit this student: {name} is {found}, this student needs {needed}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
@@ -274,13 +275,13 @@ class Student(nn.Module):
         write_tensors(Path(path), self.added_state(), self.setting)
 
     def restore(self, path: str | Path) -> None:
-        """Load a file that `save` wrote. ValueError if it is damaged or belongs to another student."""
+        """Load a file that `save` wrote. ValueError, which names it, if it is damaged or belongs to another student."""
         tensors, about = read_tensors(Path(path), "offset", "capacity", "dial", "span")
         try:
             self.setting = about
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged (its dial cannot be read: {error}): distil again") from None
-        self.load_added_state(tensors)
+        self.load_added_state(tensors, path)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:

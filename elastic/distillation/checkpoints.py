@@ -53,7 +53,8 @@ def restore(run: Run, student: Student, device: torch.device) -> State | None:
     if not launch.on_main((run.folder / FILE).exists):
         return None
     tensors, about = _read(run)
-    student.load_added_state({n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")})
+    routers = {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
+    student.load_added_state(routers, run.folder / FILE)
     multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
     return State(about["step"], multiplier, price, tensors["offsets"])
 

@@ -129,8 +129,11 @@ def test_student_with_other_routers_is_refused(copied: Path):
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["student"]["lora"]["rank"] = 3
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="does not fit this student"):
+    with pytest.raises(ValueError, match=rf"{copied}/routers\.safetensors does not fit this student: \d+ names differ"):
         elastic.load(copied)
+    (copied / "routers.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{copied}/checkpoint\.safetensors does not fit this student"):
+        resume(copied)
 
 
 def test_settings_and_files_of_another_kind_are_named(copied: Path):
@@ -187,6 +190,9 @@ def test_records_of_routers_and_checkpoints_that_are_of_another_kind(copied: Pat
             elastic.load(copied)
     checkpoint.write_tensors(copied / "routers.safetensors", {n: x * torch.nan for n, x in tensors.items()}, about)
     with pytest.raises(ValueError, match=r"routers\.safetensors is damaged .* holds NaN\)"):
+        elastic.load(copied)
+    checkpoint.write_tensors(copied / "routers.safetensors", {n: x.long() for n, x in tensors.items()}, about)
+    with pytest.raises(ValueError, match=r"is torch\.int64 \[.*\], this student needs torch\.float32 \["):
         elastic.load(copied)
     (copied / "routers.safetensors").unlink()
     checkpoint.write_tensors(copied / "checkpoint.safetensors", tensors, {})
