@@ -166,6 +166,7 @@ class LanguageStudent(Student):
     ) -> tuple[Any, Decisions]:
         """Run `forward` without the LM head: return the base model's output, whose last_hidden_state `logits` takes,
         and the routers' decisions."""
+        self._require_ids(input_ids)
         alone = attention_mask is None and kwargs.get("position_ids") is None
         with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

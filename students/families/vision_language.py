@@ -73,6 +73,7 @@ class VisionLanguageStudent(LanguageStudent):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
         """Run `forward` without the LM head: return the base model's output and the routers' decisions."""
+        self._require_ids(input_ids)
         self.count_vision(kwargs)
         with self._deciding_from(prompt) as decisions:
             out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

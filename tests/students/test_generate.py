@@ -50,7 +50,7 @@ def test_what_are_no_token_ids_is_refused_before_anything_runs():
         (torch.ones(1, 0, dtype=torch.long), r"is torch\.int64 \[1, 0\]: give"),
         ([3, 4], "is list: give"),
     ):
-        for call in (student, student.generate):
+        for call in (student, student.features, student.generate):
             with pytest.raises(ValueError, match="input_ids " + said):
                 call(ids)
 
