@@ -136,6 +136,7 @@ def test_folders_that_are_no_run(command: list[str], refused: Callable[..., str]
     (here / "folder").mkdir()
     for folder in ("folder", "missing"):
         assert f"{folder} is not a run folder" in refused(*command, folder)
+    assert "elastic: error: two\\nlines is not a run folder" in refused(*command, "two\nlines")
 
 
 def test_a_run_that_another_process_trains_is_left_alone(
