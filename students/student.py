@@ -294,10 +294,10 @@ class Student(nn.Module):
         Offsets are interpolated between the measured points of `dial`. ValueError for a budget outside of these points
         or of the range that the student was trained for.
         """
-        budgets = compute.tolist() if isinstance(compute, Tensor) else compute
-        budgets = [budgets] if isinstance(budgets, int | float) else list(budgets)
-        if not budgets:
-            raise ValueError("set_compute needs a budget, or one for each row of a batch")
+        given: Any = compute.tolist() if hasattr(compute, "tolist") else compute  # also of numpy
+        budgets = list(given) if isinstance(given, Sequence) else [given]
+        if not budgets or not all(isinstance(budget, int | float) for budget in budgets):
+            raise ValueError(f"set_compute needs a budget such as 0.7, or one for each row of a batch, not {compute!r}")
         offsets = [math.inf if budget == 1.0 else self._offset(budget) for budget in budgets]
         if len(set(offsets)) > 1 and any(router.selection == "topk" for router in self.spec.routers):
             raise ValueError("top-k routers keep the same share for all rows of a batch: set one budget for all")

@@ -16,6 +16,7 @@ from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.room import Room
 from students.execution.tokens import Order
+from students.families.language_inputs import require_inputs
 from students.kernels import devices, ops
 from students.kernels.autograd import forward_kl
 from students.kernels.capture import Forward
@@ -71,29 +72,10 @@ class LanguageStudent(Student):
         decisions may read (default: all that are not padding); kwargs go to the model, with use_cache False by default.
         """
         kwargs.setdefault("use_cache", False)
+        require_inputs(self.model, input_ids, {"attention_mask": attention_mask, "prompt": prompt, **kwargs})
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
-        self._require_ids(input_ids)
         with self._deciding_from(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
-
-    def _require_ids(self, ids: Any) -> None:
-        """Raise ValueError unless ids are token ids [B, T] that the model knows (None: the call has something else). On
-        a GPU their size is not looked at, because the host would wait for it."""
-        if ids is None:
-            return
-        if not (isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() and ids.dtype in (torch.long, torch.int)):
-            given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(
-                f"input_ids is {given}: give token ids, torch.long [batch, tokens], such as those of "
-                "tokenizer(text, return_tensors='pt').input_ids"
-            )
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            words: Any = self.model.get_input_embeddings()
-            last = words.num_embeddings - 1
-            least, most = map(int, ids.aminmax())
-            if least < 0 or most > max(last, getattr(self.model.config, "image_token_id", None) or 0):
-                worst = least if least < 0 else most
-                raise ValueError(f"input_ids holds {worst}: the model's tokens are numbered from 0 to {last}")
 
     def generate(self, *args: Any, lossless: bool = False, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the routed model, on GPUs through recorded steps (recording/decoding.py).
@@ -111,7 +93,7 @@ class LanguageStudent(Student):
                 "routers with `granularity: sequence` decide from the whole prompt, and from nothing else: generate "
                 f"without {', '.join(parts)}"
             )
-        self._require_ids(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")))
+        require_inputs(self.model, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), kwargs)
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
         if lossless and not self.runtime.bypass:
             return self.lossless.generate(*args, **kwargs)
@@ -166,7 +148,7 @@ class LanguageStudent(Student):
     ) -> tuple[Any, Decisions]:
         """Run `forward` without the LM head: return the base model's output, whose last_hidden_state `logits` takes,
         and the routers' decisions."""
-        self._require_ids(input_ids)
+        require_inputs(self.model, input_ids, {"attention_mask": attention_mask, "prompt": prompt, **kwargs})
         alone = attention_mask is None and kwargs.get("position_ids") is None
         with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

@@ -126,8 +126,9 @@ def test_outside_the_range_is_one_line(finished: Path, capsys: pytest.CaptureFix
     for wrong in (0.59, 1.01, (0.7, 0.3)):
         with pytest.raises(ValueError, match=r"outside what this student can be set to: from 0\.600 to 1\.000"):
             student.set_compute(wrong)
-    with pytest.raises(ValueError, match="needs a budget"):
-        student.set_compute([])
+    for wrong in ([], "0.8", [[0.8]], [0.8, None]):
+        with pytest.raises(ValueError, match="needs a budget"):
+            student.set_compute(wrong)
     for command in (["eval", str(finished)], ["bench", str(finished)], ["generate", str(finished), "--prompt", "w3"]):
         assert main([*command, "--compute", "0.3"]) == 2
         assert "from 0.600 to 1.000" in capsys.readouterr().err.strip().splitlines()[-1]

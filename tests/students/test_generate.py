@@ -55,6 +55,19 @@ def test_what_are_no_token_ids_is_refused_before_anything_runs():
                 call(ids)
 
 
+def test_what_does_not_go_with_token_ids_is_refused_before_anything_runs(tokens: Tensor):
+    student = make("llama", SPECS["channel"])
+    for name, value, said in (
+        ("attention_mask", tokens[:1], r"attention_mask is \[1, 12\]: it goes with input_ids \[2, 12\]"),
+        ("attention_mask", tokens[:, None], r"attention_mask is \[2, 1, 12\]"),
+        ("position_ids", torch.arange(4)[None], r"position_ids is \[1, 4\]"),  # the kernel read what was behind them
+        ("past_key_values", ((tokens,),), "the cache is a tuple: give one of transformers"),
+    ):
+        for call in (student, student.features, student.generate):
+            with pytest.raises(ValueError, match=said):
+                call(tokens, **{name: value})
+
+
 def test_greedy(student: Student, tokens: Tensor):
     for row in (tokens[:1], tokens):
         assert torch.equal(generate(student, row), without_cache(student, row))
