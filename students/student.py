@@ -26,6 +26,7 @@ from students.kernels.packing import MOST_ROWS, pack_linears, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
 from students.spec import StudentSpec
+from students.turns import Turn
 
 ADDED = {"routers", "substitutes", "lora"}
 """Names of the children that hold added modules in a wrapper; nothing else in the model is trainable or saved."""
@@ -57,6 +58,7 @@ class Student(nn.Module):
         """Measured points (compute ratio, offset), ascending, between which `set_compute` interpolates."""
         self.span: tuple[float, float] | None = None
         """The lowest and highest budget of the range that the student was trained for; None: not for a range."""
+        self._turn = Turn()
         self._lengths = AnyLength()
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
@@ -85,14 +87,15 @@ class Student(nn.Module):
 
     @contextmanager
     def _deciding(self) -> Iterator[Decisions]:
-        """Context that records the routers' decisions, with fast gradients of attention."""
+        """Context that records the routers' decisions, with fast gradients of attention, of one thread at a time."""
         run = self.runtime
-        run.decisions = Decisions(bypassed=run.bypass)
-        try:
-            with attention_gradients(self._frozen.device, self.masks):
-                yield run.decisions
-        finally:
-            run.decisions = None
+        with self._turn:
+            run.decisions = Decisions(bypassed=run.bypass)
+            try:
+                with attention_gradients(self._frozen.device, self.masks):
+                    yield run.decisions
+            finally:
+                run.decisions = None
 
     def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
         """Start a forward pass: begin a call, and prepare what skip execution reads.
@@ -170,13 +173,19 @@ class Student(nn.Module):
             return
         self._layouts += moved
         self._choices += any(router.network == "static" for router in self.spec.routers)
-        with torch.inference_mode(False), torch.no_grad():  # so that passes in and out of inference mode can read it
+        with self._plainly():
             run.set_dial(self._frozen.device)
             wrappers = self._wrappers()
             for wrapper in wrappers if moved else ():
                 wrapper.lay_out()
             for wrapper in wrappers:
                 wrapper.set_dial()
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Context for what later passes read, whether they are in inference mode or not, and never under autocast."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._frozen.device.type, enabled=False):
+            yield
 
     def _pack_for(self, rows: int) -> None:
         """Pack weights before a forward pass with about `rows` rows, if such a pass reads them: with few rows, or with
@@ -189,7 +198,7 @@ class Student(nn.Module):
         """Pack the weights that the routed model reads, or those of the teacher if routers are bypassed, if stale."""
         bypass = self.runtime.bypass
         if self._packed[bypass].renew([self._frozen], self._layouts):
-            with torch.inference_mode(False), torch.no_grad():
+            with self._plainly():
                 needless = set() if bypass else {x.base_layer for x in self._wrappers() if x.pack()}
                 prepare_linears(self.model, but=needless)
 

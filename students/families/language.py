@@ -82,6 +82,7 @@ class LanguageStudent(Student):
 
         lossless: the student only drafts, and the text is the dense model's (recording/lossless.py); one sequence at a
         time, greedy or sampled. `student.lossless.counts` then says what it took. At compute 1.0 nothing is drafted.
+        Calls from several threads take turns.
 
         Pipelines take `student.model`. Raises ValueError where nothing can be drafted, or if there are routers of
         sequence granularity and an argument would have the prompt read in parts or with guessed tokens, since these
@@ -95,9 +96,10 @@ class LanguageStudent(Student):
             )
         require_inputs(self.model, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), kwargs)
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
-        if lossless and not self.runtime.bypass:
-            return self.lossless.generate(*args, **kwargs)
-        return self._decoding.generate(*args, **kwargs)
+        with self._turn:
+            if lossless and not self.runtime.bypass:
+                return self.lossless.generate(*args, **kwargs)
+            return self._decoding.generate(*args, **kwargs)
 
     def _recorded_step(self, rows: int) -> Any:
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
@@ -239,12 +241,13 @@ class LanguageStudent(Student):
     @contextmanager
     def _deciding_from(self, prompt: Tensor | None) -> Iterator[Decisions]:
         """Record the routers' decisions within the block; prompt as in `forward`."""
-        self._prompt = prompt
-        try:
-            with self._deciding() as decisions:
-                yield decisions
-        finally:
-            self._prompt = None
+        with self._turn:
+            self._prompt = prompt
+            try:
+                with self._deciding() as decisions:
+                    yield decisions
+            finally:
+                self._prompt = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start a forward pass (a hook, so that it works whoever calls the model): find padding, prompt and cache."""

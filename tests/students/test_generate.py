@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +70,16 @@ def test_what_does_not_go_with_token_ids_is_refused_before_anything_runs(tokens:
         for call in (student, student.features, student.generate):
             with pytest.raises(ValueError, match=said):
                 call(tokens, **{name: value})
+
+
+def test_calls_of_several_threads_take_turns(tokens: Tensor):
+    student = make("llama", SPECS["channel"])
+    prompts = [tokens[:1, :count] for count in (3, 5, 8, 12)] * 3
+    alone = [generate(student, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(partial(generate, student), prompts))
+    assert all(map(torch.equal, together, alone))
+    assert torch.equal(generate(copy.deepcopy(student), prompts[0]), alone[0])
 
 
 def test_greedy(student: Student, tokens: Tensor):
