@@ -318,4 +318,5 @@ def load(folder: str | Path, *, pack: bool | None = None) -> Student:
     fits into half of the free memory. Raises ValueError if the run is not finished or its weights differ.
     """
     run = Run.open(folder, finished=True)
-    return run.load_student(run.teacher(), pack=pack)
+    with torch.inference_mode(False):  # whose tensors a student cannot be made of
+        return run.load_student(run.teacher(), pack=pack)

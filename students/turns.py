@@ -9,8 +9,10 @@ import torch
 
 
 class Turn:
-    """Context that one thread at a time is in, as often as it likes; a copy of it is one of its own. torch.compile, which
-    cannot trace locks, goes without."""
+    """Context that one thread at a time is in, as often as it likes; a copy of it is one of its own.
+
+    Nothing waits under torch.compile, which cannot trace locks.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

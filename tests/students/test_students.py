@@ -333,6 +333,18 @@ def test_parts_that_a_record_does_not_name_are_refused(make: Callable[[str], nn.
         elasticize(model, StudentSpec((RouterSpec("head"),)))
 
 
+def test_models_that_torch_makes_unusable_are_refused(llama: PreTrainedModel) -> None:
+    spec = StudentSpec((RouterSpec("channel"),))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"default type is torch\.float64, and routers are in torch\.float32"):
+            elasticize(llama, spec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"made within torch\.inference_mode"):
+        elasticize(make_tiny("llama"), spec)
+
+
 def test_attention_to_tokens_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"GPT2Block 0 of this model \(gpt2\) .* in crossattention: .*only attn, mlp"):
         elasticize(make_tiny("gpt2", add_cross_attention=True), MIXED)
