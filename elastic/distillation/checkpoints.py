@@ -68,6 +68,17 @@ def restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimiz
             optimizer.state[parameter] = {"step": torch.tensor(float(about["step"])), **moments}
 
 
+def require_same_data(run: Run, source: str, samples: list[int]) -> None:
+    """Raise ValueError if a run has other numbers of samples, to train on and held out, than when it began."""
+    then = run.about.get("samples", samples)
+    if then != samples:
+        (had, kept), (has, keeps) = then, samples
+        raise ValueError(
+            f"{source} has changed since {run.folder} began: {had:,} samples to train on and {kept:,} held out were "
+            f"there, and {has:,} and {keeps:,} are now: put it back, or distil anew"
+        )
+
+
 def _read(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return launch.on_main(lambda: read_tensors(run.folder / FILE, "step"))
 

@@ -109,6 +109,7 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
             for value in ({"folder": 3}, {"data": []})
         ),
         *(({"plan": value}, "pairs of whole numbers") for value in ([3], [[5, "6"]], [[1, 2, 3]])),
+        *(({"samples": value}, "pairs of whole numbers") for value in ([], [5, "6"])),
         ({"results": [3]}, "its results cannot be shown"),
         ({"results": [{**row, "kl": None}]}, "its results cannot be shown"),
         ({"results": [{key: value for key, value in row.items() if key != "kl"}]}, "shown: 'kl' is missing"),
@@ -123,6 +124,15 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
     assert f"{copied} is of format 2, and this Elastic reads 1: install a newer one" in capsys.readouterr().err
     file.write_text(json.dumps({key: value for key, value in about.items() if key not in ("versions", "machine")}))
     assert main(["info", str(copied)]) == 0
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(copied: Path, text_file: Path, tmp_path: Path):
+    (copied / "routers.safetensors").unlink()
+    config, cut = yaml.safe_load((copied / "config.yaml").read_text()), tmp_path / "cut.txt"
+    cut.write_text(" ".join(text_file.read_text().split()[:2000]))
+    (copied / "config.yaml").write_text(yaml.safe_dump(config | {"data": config["data"] | {"source": str(cut)}}))
+    with pytest.raises(ValueError, match=rf"{cut} has changed since {copied} began: 123 samples to train on and 2"):
+        resume(copied)
 
 
 def test_student_with_other_routers_is_refused(copied: Path):
