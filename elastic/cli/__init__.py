@@ -40,6 +40,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where HOME cannot be written to, and needs nothing
     if not os.environ.get("ELASTIC_TRACEBACK"):
         warnings.formatwarning = _warning
+    if os.environ.get("COLUMNS") == "0":  # an unknown width, for which rich would print no table
+        del os.environ["COLUMNS"]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
