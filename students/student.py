@@ -286,11 +286,11 @@ class Student(nn.Module):
     def restore(self, path: str | Path) -> None:
         """Load a file that `save` wrote. ValueError, which names it, if it is damaged or belongs to another student."""
         tensors, about = read_tensors(Path(path), "offset", "capacity", "dial", "span")
+        self.load_added_state(tensors, path)
         try:
             self.setting = about
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged (its dial cannot be read: {error}): distil again") from None
-        self.load_added_state(tensors, path)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:

@@ -286,10 +286,13 @@ def test_added_state_round_trip(llama, tokens):
     assert not [n for n in student.added_state() if "base_layer.weight" in n]
 
 
-def test_checkpoint_of_another_student_is_refused(llama):
-    student = elasticize(llama, StudentSpec((RouterSpec("token"),)))
-    with pytest.raises(ValueError, match="does not fit"):
-        student.load_added_state(elasticize(make_tiny("llama"), MIXED).added_state())
+def test_checkpoint_of_another_student_is_refused(llama, tmp_path):
+    student, other = elasticize(llama, StudentSpec((RouterSpec("token"),))), elasticize(make_tiny("llama"), MIXED)
+    other.runtime.offset = 3.0
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors does not fit this student"):
+        student.restore(tmp_path / "other.safetensors")
+    assert student.runtime.offset == 0.0
 
 
 def test_the_dial_turns_top_k_shares_too(llama, tokens):
