@@ -6,8 +6,13 @@ student = elastic.load("runs/smollm2-135m-0.7")
 outputs, decisions = student(input_ids)
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import takes most of the time in which Ctrl-C cannot be caught yet
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 

@@ -82,6 +82,8 @@ def generate_text(
     generation = families.of(run.config.family).generation
     if generation is None:
         raise ValueError(f"{run.config.model} is an image model: it generates no text (elastic eval measures it)")
+    if not prompt:
+        raise ValueError("--prompt is empty: give some text")
     picture = generation.read_image(run.config.model, image)
     teacher = run.teacher()
     student: Any = run.load_student(teacher)
@@ -110,6 +112,7 @@ def generate_text(
             **inputs,
             max_new_tokens=room,
             do_sample=False,
+            num_beams=1,
             pad_token_id=padding,
             streamer=streamer,
             lossless=lossless,

@@ -56,7 +56,7 @@ KINDS: dict[str, Any] = {"model": str, "identity": str, "source": str}
 """Entries that every elastic.json has, and the kind of their values."""
 OPTIONAL_KINDS: dict[str, Any] = {
     **dict.fromkeys(("beside", "versions", "machine", "result", "teacher_cache"), dict),
-    **dict.fromkeys(("results", "plan", "peak_memory"), list),
+    **dict.fromkeys(("results", "plan", "peak_memory", "samples"), list),
     **dict.fromkeys(("steps", "seconds", "trained"), int | float),
     "format": int,
 }
@@ -210,9 +210,9 @@ class Run:
             paths = [*found.get("beside", {}).values(), found.get("teacher_cache", {"folder": ""}).get("folder")]
             if not all(isinstance(path, str) for path in paths):
                 raise ValueError("beside or teacher_cache has no path where it should")
-            pairs = (isinstance(pair, list) and [type(number) for number in pair] for pair in found.get("plan", []))
-            if not all(kinds == [int, int] for kinds in pairs):
-                raise ValueError("plan has something else than pairs of whole numbers")
+            pairs = [*found.get("plan", []), found.get("samples", [0, 0])]
+            if not all(isinstance(pair, list) and [type(number) for number in pair] == [int, int] for pair in pairs):
+                raise ValueError("plan or samples has something else than pairs of whole numbers")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged ({error}): restore it or distil again") from error
         return found
@@ -318,4 +318,5 @@ def load(folder: str | Path, *, pack: bool | None = None) -> Student:
     fits into half of the free memory. Raises ValueError if the run is not finished or its weights differ.
     """
     run = Run.open(folder, finished=True)
-    return run.load_student(run.teacher(), pack=pack)
+    with torch.inference_mode(False):  # whose tensors a student cannot be made of
+        return run.load_student(run.teacher(), pack=pack)

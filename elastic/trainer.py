@@ -329,9 +329,12 @@ def _start(
     set_capacity(student, data, config)
     state = checkpoints.restore(run, student, device)
     launch.on_main(lambda: checkpoints.cut_metrics(run, state.step if state else 0))
+    samples = [len(data.train), len(data.held_out)]
     if state is not None:
+        launch.together(lambda: checkpoints.require_same_data(run, config.data.source, samples))
         say(f"resuming at step {state.step}")
         return state
+    launch.on_main(lambda: run.record(samples=samples))
     knots = trained_budgets(budget)
     price = offsets = torch.zeros(len(knots))
     if config.calibration.windows:

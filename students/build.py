@@ -48,15 +48,23 @@ def elasticize(model: nn.Module, spec: StudentSpec) -> Student:
     """
     if any(isinstance(module, Wrapper) for module in model.modules()):
         raise ValueError("this model has routers already; load a fresh one")
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default type is {torch.get_default_dtype()}, and routers are in torch.float32: set it back with "
+            "torch.set_default_dtype (the model's own type is chosen where it is loaded)"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("this model was made within torch.inference_mode, whose tensors never learn: make it outside")
     _check_place(model)
-    use = unchecked_use(model, spec)
-    check = _self_check(model) if use else None
-    student = _elasticize(model, spec).train(False)
-    if are_spread(model):
-        student.runtime.execution = "mask"
-    if use and check:
-        check.compare(student)
-        remember(use)
+    with torch.inference_mode(False):
+        use = unchecked_use(model, spec)
+        check = _self_check(model) if use else None
+        student = _elasticize(model, spec).train(False)
+        if are_spread(model):
+            student.runtime.execution = "mask"
+        if use and check:
+            check.compare(student)
+            remember(use)
     return student
 
 

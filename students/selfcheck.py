@@ -71,7 +71,7 @@ class SelfCheck:
     """
 
     def __init__(self, model: nn.Module, run: Callable[..., Any], inputs: Tensor, language: bool) -> None:
-        self._model, self._call, self._inputs, self._language = model, run, inputs, language
+        self._model, self._reads, self._inputs, self._language = model, run, inputs, language
         asked = "a few tokens" if language else "images of noise"
         try:
             with fresh_positions(model):
@@ -121,6 +121,10 @@ class SelfCheck:
         finally:
             run.execution = before
             student.forget_layouts()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self._inputs.device.type, enabled=False):  # under which students refuse to skip
+            return self._reads(*args, **kwargs)
 
     @torch.no_grad()
     def _run(self, inputs: Tensor, **kwargs: Any) -> Tensor:

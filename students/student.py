@@ -26,6 +26,7 @@ from students.kernels.packing import MOST_ROWS, pack_linears, prepare_linears
 from students.prepared import Stamp, writes
 from students.shards import are_spread
 from students.spec import StudentSpec
+from students.turns import Turn
 
 ADDED = {"routers", "substitutes", "lora"}
 """Names of the children that hold added modules in a wrapper; nothing else in the model is trainable or saved."""
@@ -57,6 +58,7 @@ class Student(nn.Module):
         """Measured points (compute ratio, offset), ascending, between which `set_compute` interpolates."""
         self.span: tuple[float, float] | None = None
         """The lowest and highest budget of the range that the student was trained for; None: not for a range."""
+        self._turn = Turn()
         self._lengths = AnyLength()
         self._laid_out, self._dialled = Stamp(), Stamp()
         self._layouts = 0
@@ -85,14 +87,15 @@ class Student(nn.Module):
 
     @contextmanager
     def _deciding(self) -> Iterator[Decisions]:
-        """Context that records the routers' decisions, with fast gradients of attention."""
+        """Context that records the routers' decisions, with fast gradients of attention, of one thread at a time."""
         run = self.runtime
-        run.decisions = Decisions(bypassed=run.bypass)
-        try:
-            with attention_gradients(self._frozen.device, self.masks):
-                yield run.decisions
-        finally:
-            run.decisions = None
+        with self._turn:
+            run.decisions = Decisions(bypassed=run.bypass)
+            try:
+                with attention_gradients(self._frozen.device, self.masks):
+                    yield run.decisions
+            finally:
+                run.decisions = None
 
     def _enter(self, tokens: int, batch: int, device: torch.device, prepared: bool = False) -> None:
         """Start a forward pass: begin a call, and prepare what skip execution reads.
@@ -170,13 +173,19 @@ class Student(nn.Module):
             return
         self._layouts += moved
         self._choices += any(router.network == "static" for router in self.spec.routers)
-        with torch.inference_mode(False), torch.no_grad():  # so that passes in and out of inference mode can read it
+        with self._plainly():
             run.set_dial(self._frozen.device)
             wrappers = self._wrappers()
             for wrapper in wrappers if moved else ():
                 wrapper.lay_out()
             for wrapper in wrappers:
                 wrapper.set_dial()
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Context for what later passes read, whether they are in inference mode or not, and never under autocast."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._frozen.device.type, enabled=False):
+            yield
 
     def _pack_for(self, rows: int) -> None:
         """Pack weights before a forward pass with about `rows` rows, if such a pass reads them: with few rows, or with
@@ -189,7 +198,7 @@ class Student(nn.Module):
         """Pack the weights that the routed model reads, or those of the teacher if routers are bypassed, if stale."""
         bypass = self.runtime.bypass
         if self._packed[bypass].renew([self._frozen], self._layouts):
-            with torch.inference_mode(False), torch.no_grad():
+            with self._plainly():
                 needless = set() if bypass else {x.base_layer for x in self._wrappers() if x.pack()}
                 prepare_linears(self.model, but=needless)
 
@@ -229,18 +238,19 @@ class Student(nn.Module):
         buffers = {n: b for n, b in self.model.named_buffers() if ADDED & set(n.split("."))}
         return {**self.added_parameters(), **buffers}
 
-    def load_added_state(self, state: dict[str, Tensor]) -> None:
-        """Copy the result of `added_state` back into the added modules. ValueError if names or shapes differ."""
+    def load_added_state(self, state: dict[str, Tensor], source: str | Path = "the checkpoint") -> None:
+        """Copy the result of `added_state` back into the added modules. ValueError, which names the `source`, if names
+        or shapes differ, or some hold integers where others hold fractions."""
         own = self.added_state()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
-            raise ValueError(f"the checkpoint does not fit this student: {len(odd)} names differ, such as {odd[0]}")
+            names = "1 name differs" if len(odd) == 1 else f"{len(odd)} names differ"
+            raise ValueError(f"{source} does not fit this student: {names}, such as {odd[0]}")
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"the checkpoint does not fit this student: {name} is {list(state[name].shape)}, "
-                    f"this student needs {list(tensor.shape)}"
-                )
+            given = state[name]
+            if tensor.shape != given.shape or tensor.is_floating_point() != given.is_floating_point():
+                found, needed = (f"{x.dtype} {list(x.shape)}" for x in (given, tensor))
+                raise ValueError(f"{source} does not fit this student: {name} is {found}, this student needs {needed}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
@@ -274,13 +284,13 @@ class Student(nn.Module):
         write_tensors(Path(path), self.added_state(), self.setting)
 
     def restore(self, path: str | Path) -> None:
-        """Load a file that `save` wrote. ValueError if it is damaged or belongs to another student."""
+        """Load a file that `save` wrote. ValueError, which names it, if it is damaged or belongs to another student."""
         tensors, about = read_tensors(Path(path), "offset", "capacity", "dial", "span")
+        self.load_added_state(tensors, path)
         try:
             self.setting = about
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged (its dial cannot be read: {error}): distil again") from None
-        self.load_added_state(tensors)
         self.runtime.bypass = False
 
     def set_compute(self, compute: float | Sequence[float] | Tensor) -> None:
@@ -293,10 +303,10 @@ class Student(nn.Module):
         Offsets are interpolated between the measured points of `dial`. ValueError for a budget outside of these points
         or of the range that the student was trained for.
         """
-        budgets = compute.tolist() if isinstance(compute, Tensor) else compute
-        budgets = [budgets] if isinstance(budgets, int | float) else list(budgets)
-        if not budgets:
-            raise ValueError("set_compute needs a budget, or one for each row of a batch")
+        given: Any = compute.tolist() if hasattr(compute, "tolist") else compute  # also of numpy
+        budgets = list(given) if isinstance(given, Sequence) else [given]
+        if not budgets or not all(isinstance(budget, int | float) for budget in budgets):
+            raise ValueError(f"set_compute needs a budget such as 0.7, or one for each row of a batch, not {compute!r}")
         offsets = [math.inf if budget == 1.0 else self._offset(budget) for budget in budgets]
         if len(set(offsets)) > 1 and any(router.selection == "topk" for router in self.spec.routers):
             raise ValueError("top-k routers keep the same share for all rows of a batch: set one budget for all")

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from teachers.quantize import plain
 from teachers.quiet import first_line, one_line, quiet
 from teachers.wording import number_of
 
@@ -137,6 +138,7 @@ def read_model(
             **options,
         )
 
+    _require_generation_config(name, folder)
     with one_line(f"{name}: weights cannot be loaded"):
         try:
             model, report = read("sdpa")
@@ -153,6 +155,22 @@ def read_model(
         weights = number_of(len(missing), "weights") + (" is" if len(missing) == 1 else " are")
         raise ValueError(f"{name}: {weights} missing from the checkpoint, such as {missing[0]}{_which_is_read(folder)}")
     return model, sorted(report["unexpected_keys"])
+
+
+def _require_generation_config(name: str, folder: Path) -> None:
+    """Raise ValueError if the folder's generation_config.json cannot be used: transformers would call the weights
+    wrong, read config.json in its place, or find out when it generates."""
+    if not (folder / "generation_config.json").is_file():
+        return
+    from transformers import GenerationConfig
+
+    with one_line(f"{name}: generation_config.json cannot be used"):
+        config = GenerationConfig.from_pretrained(folder)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, key)
+            numbers = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(number) is int for number in numbers):
+                raise ValueError(f"{key} is {value!r}; it must be the number of a token, or a list of such")
 
 
 def read_beside(name: str, folder: Path, what: str, loader: Any, trust_remote_code: bool, *patterns: str) -> Any:
@@ -205,7 +223,7 @@ def weight_files(folder: Path) -> list[str]:
 def require_weights(name: str, folder: Path, config: Any = None) -> None:
     """Raise ValueError, naming the model, if `folder` lacks safetensors files of the model, or they cannot be read, or
     none of the weights is an embedding of the size that `config`, of transformers, gives the language model: it has
-    defaults of gigabytes for what config.json does not say."""
+    defaults of gigabytes for what config.json does not say; or if it says wrongly that torchao has quantized them."""
     files = weight_files(folder)
     if not files:
         raise ValueError(
@@ -217,17 +235,22 @@ def require_weights(name: str, folder: Path, config: Any = None) -> None:
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise ValueError(f"{name}: {len(missing)} of {len(files)} weight files are missing, such as {missing[0]}")
     shapes: list[list[int]] = []
+    described: dict[str, str] = {}
     for path in (folder / file for file in files):
         if not os.access(path, os.R_OK):  # safetensors calls that file missing
             raise ValueError(f"{name}: {path} cannot be read: permission denied")
         with one_line(f"{name}: weights cannot be loaded: {path} is damaged"), safe_open(path, "pt") as opened:
             shapes += [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
+            described |= opened.metadata() or {}
     if config is None:
         return
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "torchao" and "tensor_names" not in described:  # of its packed tensors
+        raise plain(name, "torchao")
     text = config.get_text_config()
     rows, hidden = (getattr(text, key, None) for key in ("vocab_size", "hidden_size"))
     fits = [rows, getattr(text, "word_embed_proj_dim", hidden)] in shapes  # the former in OPT
-    if getattr(config, "quantization_config", None):  # embeddings may be packed
+    if quantized:  # embeddings may be packed
         fits = any(hidden in shape for shape in shapes)
     if None not in (rows, hidden) and not fits:
         raise ValueError(

@@ -84,10 +84,16 @@ def require_quantized(name: str, model: nn.Module) -> None:
         if type(module).__module__.startswith("bitsandbytes.") and not any(
             getattr(module.weight, scales, None) is not None for scales in ("quant_state", "SCB")
         ):
-            raise ValueError(
-                f"{name}: config.json says that bitsandbytes has quantized the weights, and they are plain, such as "
-                f"{key}: take `quantization_config` out of config.json (--set quantization=nf4 quantizes them)"
-            )
+            raise plain(name, "bitsandbytes", f", such as {key}")
+
+
+def plain(name: str, package: str, such: str = "") -> ValueError:
+    """Return the error about weights that config.json says `package` has quantized, and that are plain ones."""
+    scheme = next(scheme for scheme, known in PACKAGES.items() if known == package)
+    return ValueError(
+        f"{name}: config.json says that {package} has quantized the weights, and they are plain{such}: take "
+        f"`quantization_config` out of config.json (--set quantization={scheme} quantizes them)"
+    )
 
 
 def quantized_by(name: str, folder: Path) -> str | None:

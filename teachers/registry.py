@@ -101,7 +101,7 @@ def models() -> Mapping[str, ModelEntry]:
 def resolve(name: str) -> ModelEntry:
     """Return the entry of the model called `name`: a short name, else a local folder, else a hub id such as `org/name`.
 
-    Raises ValueError for a folder without config.json and for a name that is none of the three.
+    Raises ValueError for a file, a folder without config.json and a name that is none of the three.
     """
     folder = Path(name).expanduser()
     if name in models():
@@ -110,8 +110,13 @@ def resolve(name: str) -> ModelEntry:
         return models()[name]
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} is a folder without config.json: --model takes one written by save_pretrained")
+            run = f"{name} is a run (`elastic info` names its model)" if (folder / "elastic.json").is_file() else None
+            raise ValueError(
+                f"{run or f'{name} is a folder without config.json'}: --model takes one written by save_pretrained"
+            )
         return ModelEntry(name=name, folder=folder, **families_of(folder))
+    if folder.is_file():
+        raise ValueError(f"{name} is a file: --model takes the folder that save_pretrained wrote it to, or a name")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ValueError(
             f"no such folder: {name}; --model takes a short name (`elastic models`), hub id or local folder"

@@ -40,6 +40,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where HOME cannot be written to, and needs nothing
     if not os.environ.get("ELASTIC_TRACEBACK"):
         warnings.formatwarning = _warning
+    if os.environ.get("COLUMNS") == "0":  # an unknown width, for which rich would print no table
+        del os.environ["COLUMNS"]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -66,7 +68,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         if launch.is_said_here(error):
-            print(f"elastic: error: {_line(error)}", file=sys.stderr, flush=True)
+            print(f"elastic: error: {_line(error, options.line)}", file=sys.stderr, flush=True)
         launch.wait_until_said(error)
         return 2
 
@@ -82,13 +84,15 @@ def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, given: Sequence[str]) -> str:
     """Return an error in one line: of an error of the system what it concerns and what it is, without its number; and
-    its notes, which say how to go on."""
+    its notes, which say how to go on. Arguments that were `given` with line breaks have escapes in their place."""
+    said = str(error)
     if isinstance(error, OSError) and error.strerror:
-        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    for text in (part for argument in given for part in (argument, argument.rpartition("=")[2])):
+        said = said if text.isprintable() else said.replace(text, repr(text)[1:-1])
+    line = next((part.strip() for part in said.splitlines() if part.strip()), type(error).__name__)
     return "; ".join([line, *getattr(error, "__notes__", ())])
 
 

@@ -58,6 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         launch.let_the_first_speak()
+        message = "\\n".join(message.splitlines())
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             from elastic.settings import near
 

@@ -53,7 +53,8 @@ def restore(run: Run, student: Student, device: torch.device) -> State | None:
     if not launch.on_main((run.folder / FILE).exists):
         return None
     tensors, about = _read(run)
-    student.load_added_state({n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")})
+    routers = {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
+    student.load_added_state(routers, run.folder / FILE)
     multiplier, price = (tensors[name].to(device) for name in ("multiplier", "price"))
     return State(about["step"], multiplier, price, tensors["offsets"])
 
@@ -65,6 +66,17 @@ def restore_optimizer(run: Run, student: Student, optimizer: torch.optim.Optimiz
         if f"exp_avg.{name}" in tensors:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.tensor(float(about["step"])), **moments}
+
+
+def require_same_data(run: Run, source: str, samples: list[int]) -> None:
+    """Raise ValueError if a run has other numbers of samples, to train on and held out, than when it began."""
+    then = run.about.get("samples", samples)
+    if then != samples:
+        (had, kept), (has, keeps) = then, samples
+        raise ValueError(
+            f"{source} has changed since {run.folder} began: {had:,} samples to train on and {kept:,} held out were "
+            f"there, and {has:,} and {keeps:,} are now: put it back, or distil anew"
+        )
 
 
 def _read(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,7 +26,8 @@ def inputs(tokenizer: Any, prompt: str, picture: None) -> tuple[dict[str, Tensor
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
     else:
-        found = tokenizer(prompt, return_tensors="pt")
+        with one_line("the model's tokenizer refuses the prompt"):
+            found = tokenizer(prompt, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}, tokenizer
 
 

@@ -336,7 +336,8 @@ def _each(offsets: tuple[float, ...], batch: int, device: torch.device) -> Tenso
             f"this batch has {batch} rows, and budgets were set for {len(offsets)}: call set_compute with one "
             "budget for all rows, or one for each"
         )
-    return torch.tensor(offsets).to(device, non_blocking=True).repeat_interleave(batch // len(offsets))
+    each = torch.tensor(offsets, dtype=torch.float32).to(device, non_blocking=True)
+    return each.repeat_interleave(batch // len(offsets))
 
 
 def _for_tokens(rows: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from students.execution.head import RoutedHead
 from students.execution.kv_cache import RoutedCache, memory_of
 from students.execution.room import Room
 from students.execution.tokens import Order
+from students.families.language_inputs import require_inputs
 from students.kernels import devices, ops
 from students.kernels.autograd import forward_kl
 from students.kernels.capture import Forward
@@ -71,35 +72,17 @@ class LanguageStudent(Student):
         decisions may read (default: all that are not padding); kwargs go to the model, with use_cache False by default.
         """
         kwargs.setdefault("use_cache", False)
+        require_inputs(self.model, input_ids, {"attention_mask": attention_mask, "prompt": prompt, **kwargs})
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
-        self._require_ids(input_ids)
         with self._deciding_from(prompt) as decisions:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs), decisions
-
-    def _require_ids(self, ids: Any) -> None:
-        """Raise ValueError unless ids are token ids [B, T] that the model knows (None: the call has something else). On
-        a GPU their size is not looked at, because the host would wait for it."""
-        if ids is None:
-            return
-        if not (isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() and ids.dtype in (torch.long, torch.int)):
-            given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(
-                f"input_ids is {given}: give token ids, torch.long [batch, tokens], such as those of "
-                "tokenizer(text, return_tensors='pt').input_ids"
-            )
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            words: Any = self.model.get_input_embeddings()
-            last = words.num_embeddings - 1
-            least, most = map(int, ids.aminmax())
-            if least < 0 or most > max(last, getattr(self.model.config, "image_token_id", None) or 0):
-                worst = least if least < 0 else most
-                raise ValueError(f"input_ids holds {worst}: the model's tokens are numbered from 0 to {last}")
 
     def generate(self, *args: Any, lossless: bool = False, **kwargs: Any) -> Any:
         """Run transformers' `generate` on the routed model, on GPUs through recorded steps (recording/decoding.py).
 
         lossless: the student only drafts, and the text is the dense model's (recording/lossless.py); one sequence at a
         time, greedy or sampled. `student.lossless.counts` then says what it took. At compute 1.0 nothing is drafted.
+        Calls from several threads take turns.
 
         Pipelines take `student.model`. Raises ValueError where nothing can be drafted, or if there are routers of
         sequence granularity and an argument would have the prompt read in parts or with guessed tokens, since these
@@ -111,11 +94,12 @@ class LanguageStudent(Student):
                 "routers with `granularity: sequence` decide from the whole prompt, and from nothing else: generate "
                 f"without {', '.join(parts)}"
             )
-        self._require_ids(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")))
+        require_inputs(self.model, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), kwargs)
         kwargs = with_cache(self.model, kwargs, cache_in(kwargs))
-        if lossless and not self.runtime.bypass:
-            return self.lossless.generate(*args, **kwargs)
-        return self._decoding.generate(*args, **kwargs)
+        with self._turn:
+            if lossless and not self.runtime.bypass:
+                return self.lossless.generate(*args, **kwargs)
+            return self._decoding.generate(*args, **kwargs)
 
     def _recorded_step(self, rows: int) -> Any:
         """Return the state that a recorded decode step for so many rows depends on besides shapes. Raises ValueError if
@@ -166,6 +150,7 @@ class LanguageStudent(Student):
     ) -> tuple[Any, Decisions]:
         """Run `forward` without the LM head: return the base model's output, whose last_hidden_state `logits` takes,
         and the routers' decisions."""
+        require_inputs(self.model, input_ids, {"attention_mask": attention_mask, "prompt": prompt, **kwargs})
         alone = attention_mask is None and kwargs.get("position_ids") is None
         with self._deciding_from(prompt) as decisions, one_sequence_a_row() if alone else nullcontext():
             out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
@@ -256,12 +241,13 @@ class LanguageStudent(Student):
     @contextmanager
     def _deciding_from(self, prompt: Tensor | None) -> Iterator[Decisions]:
         """Record the routers' decisions within the block; prompt as in `forward`."""
-        self._prompt = prompt
-        try:
-            with self._deciding() as decisions:
-                yield decisions
-        finally:
-            self._prompt = None
+        with self._turn:
+            self._prompt = prompt
+            try:
+                with self._deciding() as decisions:
+                    yield decisions
+            finally:
+                self._prompt = None
 
     def _before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start a forward pass (a hook, so that it works whoever calls the model): find padding, prompt and cache."""

@@ -16,6 +16,7 @@ from students.execution.kv_cache import memory_of
 from students.families.image import ImageStudent
 from students.families.image_pruning import ImagePruner, is_flat
 from students.families.language import LanguageStudent
+from students.families.language_inputs import require_inputs
 from students.flops import flop_counter
 from students.kernels.capture import Fetched
 from students.libraries import cache_in, with_cache
@@ -73,6 +74,7 @@ class VisionLanguageStudent(LanguageStudent):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Decisions]:
         """Run `forward` without the LM head: return the base model's output and the routers' decisions."""
+        require_inputs(self.model, input_ids, {"attention_mask": attention_mask, "prompt": prompt, **kwargs})
         self.count_vision(kwargs)
         with self._deciding_from(prompt) as decisions:
             out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)

@@ -48,6 +48,8 @@ class Rotary:
                 return False
         if not ops.compiled(query) or not query.dtype == key.dtype == cos.dtype == sin.dtype:
             return False
+        if cos.shape != sin.shape or cos.shape[-2] != query.shape[-2] or cos.shape[0] not in (1, len(query)):
+            return False  # the model's function broadcasts or refuses them; the kernel would read what is not theirs
         about = query.dtype, query.device, query.shape[-1], cos.shape[-1], query.ndim, cos.ndim
         if about not in self._same:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():

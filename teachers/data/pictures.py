@@ -31,12 +31,14 @@ def open_image(file: str | Path | BinaryIO) -> Image:
 
 def open_row(row: Any) -> Image:
     """Return the image in a cell of a table, as `open_image` does; row: a dictionary with encoded bytes or a path, as
-    `datasets` stores it, or the bytes alone. Raises ValueError if the cell is empty."""
+    `datasets` stores it, or the bytes alone. Raises ValueError if the cell holds neither."""
     data = row["bytes"] if isinstance(row, dict) else row
     if data is None and isinstance(row, dict):
         data = row["path"]
     if data is None:
         raise ValueError("there is no image")
+    if not isinstance(data, bytes | str | Path):
+        raise ValueError(f"its image is neither a path nor bytes but {str(data)[:60]!r}")
     return open_image(io.BytesIO(data) if isinstance(data, bytes) else data)
 
 

@@ -212,7 +212,7 @@ def _tokenized(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iter
     bos, eos = _bos(tokenizer), _separator(tokenizer)
     while batch := list(islice(texts, _BATCH)):
         pieces = [list(_pieces(text)) for text in batch]
-        with quiet():
+        with quiet(), one_line("the model's tokenizer refuses the text"):
             flat = iter(tokenizer([p for group in pieces for p in group], add_special_tokens=False)["input_ids"])
         for group in pieces:
             ids = [token for piece in islice(flat, len(group)) for token in piece]

@@ -44,6 +44,8 @@ def load(name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         unused = [key for key in unused if ".".join(key.split(".")[:2]) in parts]
     patterns = "*token*", "*vocab*", "*.model"
     tokenizer = hub.read_beside(name, folder, "tokenizer", AutoTokenizer, trust_remote_code, *patterns)
+    with one_line(f"{name}: tokenizer cannot be used"):
+        tokenizer("")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Loaded(model, tokenizer, unused)

@@ -66,6 +66,7 @@ def pretrain(
         raise ValueError(f"{source} has images of {width} x {height}; squares are needed whose side {PATCH} divides")
     arguments: dict[str, Any] = {"img_size": height, "patch_size": PATCH, "in_chans": channels}
     classes = len(train.classes) if train.classes else int(labels.max()) + 1
+    test, answers = _all(load_all(source, _as_bytes))  # before an hour of training, in case they cannot be used
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, num_classes=classes, **arguments)
     if start is not None:
@@ -83,7 +84,6 @@ def pretrain(
     mean, std = channel_statistics(images)
     state = pack(model.state_dict())
     model.load_state_dict(unpack(state))
-    test, answers = _all(load_all(source, _as_bytes))
     accuracy = top1(model, normalise(test, mean, std), answers)
     with published(final) as workshop:
         folder = workshop / final.name
@@ -140,7 +140,8 @@ def _all(images: ImageSet) -> tuple[Tensor, Tensor]:
         raise ValueError(f"none of {len(images):,} images can be used, {images.left_out.example}")
     pixels, labels = found
     if int(labels.min()) < 0:
-        raise ValueError("the images have no labels, and this recipe needs them")
+        why = f": {images.unlabelled}" if images.unlabelled else ""
+        raise ValueError(f"some images have no label, and this recipe needs one for each{why}")
     return pixels, labels
 
 

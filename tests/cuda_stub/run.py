@@ -2,8 +2,8 @@
 
 Writes a list to the file REPORT as JSON, with one record for each command: its exit code and output, its launches,
 waits, replays and graphs (launches of each), its launches outside of a capture while their thread was capturing, calls
-that a capture refused, how often each kernel was executed, and problems: operators without numbers, and what ptx.c
-refuses. The environment is that of `tests.cuda_stub.build.environment`.
+that a capture refused, how often each kernel was executed, operators whose kernels were replaced and why, and problems:
+operators without numbers, and what ptx.c refuses. The environment is that of `tests.cuda_stub.build.environment`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from students.kernels import ops
+from students.kernels import ops, trial
 from tests.cuda_stub.build import KERNELS
 from tests.cuda_stub.computing import Computing
 from tests.cuda_stub.executing import Executing
@@ -43,6 +43,7 @@ def graphs() -> list[int]:
 def run(command: str, computing: Computing, executing: Executing) -> dict[str, Any]:
     """Run a command and return its record."""
     executing.kernels.clear()
+    trial.replaced.clear()
     before, known, out, code = counted(), len(computing.problems), io.StringIO(), 0
     sys.argv = shlex.split(command)
     with contextlib.redirect_stdout(out):
@@ -56,6 +57,7 @@ def run(command: str, computing: Computing, executing: Executing) -> dict[str, A
     record: dict[str, Any] = {name: count - before[name] for name, count in counted().items()}
     record["graphs"] = graphs()[before["graphs"] :]
     record["kernels"] = dict(executing.kernels)
+    record["replaced"] = dict(trial.replaced)
     return {"code": code, "out": out.getvalue(), "problems": computing.problems[known:], **record}
 
 

@@ -82,6 +82,11 @@ def together(on_stub: RunOnStub, training: list[str], tmp_path_factory: pytest.T
     return dict(zip(commands, on_stub(*commands.values()), strict=True)), run
 
 
+def test_no_kernel_is_replaced(together: Together) -> None:
+    """A kernel that does not compile, or is wrong, costs a command one warning, not its exit code."""
+    assert not {name: record["replaced"] for name, record in together[0].items() if record["replaced"]}
+
+
 @pytest.fixture(scope="module")
 def probed(together: Together) -> dict[str, Any]:
     """What probe.py has found out."""

@@ -189,12 +189,15 @@ def test_models(capsys: pytest.CaptureFixture[str]):
     ]
 
 
-def test_info(finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_info(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert main(["info", str(finished)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) < 50 and "router channel; attn_in, attn_out, mlp_in, mlp_out of all blocks" in lines
     assert "target compute 0.8 (decode)" in lines and any(line.startswith("training 6 steps of ") for line in lines)
     assert any("compute asked" in line for line in lines)
+    monkeypatch.setenv("COLUMNS", "0")
+    assert main(["info", str(finished)]) == 0
+    assert "compute asked" in capsys.readouterr().out
     assert main(["info", str(finished), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["run"] == str(finished) and about["identity"].startswith("llama-")

@@ -109,6 +109,7 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
             for value in ({"folder": 3}, {"data": []})
         ),
         *(({"plan": value}, "pairs of whole numbers") for value in ([3], [[5, "6"]], [[1, 2, 3]])),
+        *(({"samples": value}, "pairs of whole numbers") for value in ([], [5, "6"])),
         ({"results": [3]}, "its results cannot be shown"),
         ({"results": [{**row, "kl": None}]}, "its results cannot be shown"),
         ({"results": [{key: value for key, value in row.items() if key != "kl"}]}, "shown: 'kl' is missing"),
@@ -125,12 +126,24 @@ def test_values_of_another_kind_in_elastic_json_cost_one_line(copied: Path, caps
     assert main(["info", str(copied)]) == 0
 
 
+def test_a_run_goes_on_with_the_data_that_it_began_with(copied: Path, text_file: Path, tmp_path: Path):
+    (copied / "routers.safetensors").unlink()
+    config, cut = yaml.safe_load((copied / "config.yaml").read_text()), tmp_path / "cut.txt"
+    cut.write_text(" ".join(text_file.read_text().split()[:2000]))
+    (copied / "config.yaml").write_text(yaml.safe_dump(config | {"data": config["data"] | {"source": str(cut)}}))
+    with pytest.raises(ValueError, match=rf"{cut} has changed since {copied} began: 123 samples to train on and 2"):
+        resume(copied)
+
+
 def test_student_with_other_routers_is_refused(copied: Path):
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["student"]["lora"]["rank"] = 3
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="does not fit this student"):
+    with pytest.raises(ValueError, match=rf"{copied}/routers\.safetensors does not fit this student: \d+ names differ"):
         elastic.load(copied)
+    (copied / "routers.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{copied}/checkpoint\.safetensors does not fit this student"):
+        resume(copied)
 
 
 def test_settings_and_files_of_another_kind_are_named(copied: Path):
@@ -187,6 +200,9 @@ def test_records_of_routers_and_checkpoints_that_are_of_another_kind(copied: Pat
             elastic.load(copied)
     checkpoint.write_tensors(copied / "routers.safetensors", {n: x * torch.nan for n, x in tensors.items()}, about)
     with pytest.raises(ValueError, match=r"routers\.safetensors is damaged .* holds NaN\)"):
+        elastic.load(copied)
+    checkpoint.write_tensors(copied / "routers.safetensors", {n: x.long() for n, x in tensors.items()}, about)
+    with pytest.raises(ValueError, match=r"is torch\.int64 \[.*\], this student needs torch\.float32 \["):
         elastic.load(copied)
     (copied / "routers.safetensors").unlink()
     checkpoint.write_tensors(copied / "checkpoint.safetensors", tensors, {})

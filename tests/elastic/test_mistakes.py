@@ -37,9 +37,13 @@ def refused(capfd: pytest.CaptureFixture[str], here: Path) -> Callable[..., str]
     return run
 
 
-def test_unknown_and_missing_models(refused: Callable[..., str]):
+def test_unknown_and_missing_models(finished: Path, refused: Callable[..., str]):
     assert "unknown model 'smollm2-135': did you mean smollm2-135m" in refused("distill", "--model", "smollm2-135")
     assert "--model smollm2-135m" in refused("distill")
+    assert f"{finished} is a run (`elastic info` names its model): --model takes" in refused(
+        "distill", "--model", finished
+    )
+    assert "elastic.json is a file: --model takes the folder" in refused("plan", "--model", finished / "elastic.json")
 
 
 def test_errors_of_the_system_are_named_by_what_they_concern(
@@ -136,6 +140,7 @@ def test_folders_that_are_no_run(command: list[str], refused: Callable[..., str]
     (here / "folder").mkdir()
     for folder in ("folder", "missing"):
         assert f"{folder} is not a run folder" in refused(*command, folder)
+    assert "elastic: error: two\\nlines is not a run folder" in refused(*command, "two\nlines")
 
 
 def test_a_run_that_another_process_trains_is_left_alone(

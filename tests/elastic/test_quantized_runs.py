@@ -115,13 +115,20 @@ def test_what_is_quantized_otherwise_is_refused(
         teachers.load(name)
 
 
-@pytest.mark.parametrize("about", [{"load_in_4bit": True}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}])
+@pytest.mark.parametrize(
+    ("method", "about"),
+    [
+        ("bitsandbytes", {"load_in_4bit": True}),
+        ("bitsandbytes", {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
+        ("torchao", {}),
+    ],
+)
 def test_plain_weights_that_are_said_to_be_quantized_are_refused(
-    about: dict[str, object], model_folder: Path, tmp_path: Path
+    method: str, about: dict[str, object], model_folder: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes")
-    name = labelled(tmp_path / "model", model_folder, {"quant_method": "bitsandbytes", **about})
-    with pytest.raises(ValueError, match="bitsandbytes has quantized the weights, and they are plain") as error:
+    pytest.importorskip(method)
+    name = labelled(tmp_path / "model", model_folder, {"quant_method": method, **about})
+    with pytest.raises(ValueError, match=f"{method} has quantized the weights, and they are plain") as error:
         teachers.load(name)
     assert "take `quantization_config` out of config.json" in str(error.value) and "\n" not in str(error.value)
 

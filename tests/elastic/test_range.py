@@ -121,13 +121,27 @@ def test_at_full_compute_it_is_the_teacher_bit_for_bit(finished: Path, tokens: t
     assert torch.equal(student(tokens)[0].logits, low)
 
 
+def test_a_student_is_the_same_wherever_it_is_loaded(finished: Path, tokens: torch.Tensor):
+    with torch.inference_mode():
+        learns = elastic.load(finished)
+        learns(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = elastic.load(finished)
+    with torch.no_grad():
+        expected = elastic.load(finished)(tokens)[0].logits
+        assert all(torch.equal(student(tokens)[0].logits, expected) for student in (learns, cast))
+    learns.train()(tokens)[0].logits.sum().backward()
+    assert any(parameter.grad is not None for parameter in learns.added_parameters().values())
+
+
 def test_outside_the_range_is_one_line(finished: Path, capsys: pytest.CaptureFixture):
     student = elastic.load(finished)
     for wrong in (0.59, 1.01, (0.7, 0.3)):
         with pytest.raises(ValueError, match=r"outside what this student can be set to: from 0\.600 to 1\.000"):
             student.set_compute(wrong)
-    with pytest.raises(ValueError, match="needs a budget"):
-        student.set_compute([])
+    for wrong in ([], "0.8", [[0.8]], [0.8, None]):
+        with pytest.raises(ValueError, match="needs a budget"):
+            student.set_compute(wrong)
     for command in (["eval", str(finished)], ["bench", str(finished)], ["generate", str(finished), "--prompt", "w3"]):
         assert main([*command, "--compute", "0.3"]) == 2
         assert "from 0.600 to 1.000" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -61,6 +61,16 @@ def test_a_teacher_that_was_trained_here_knows_its_classes(image_folder: Path, t
     assert set(images.load_all(str(tmp_path / "dogs"), teacher.processor, classes_of(teacher.model)).labels) == {1}
 
 
+def test_images_that_cannot_be_tested_on_are_refused_before_training(image_folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for image in (data / "val").rglob("*.png"):
+        image.write_text("no image")
+    said: list[str] = []
+    with pytest.raises(ValueError, match="cannot be used"):
+        pretrain(str(data), tmp_path / "model", epochs=1, say=said.append)
+    assert not said and not (tmp_path / "model").exists()
+
+
 def test_a_teacher_can_be_trained_and_trained_on(image_folder: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     accuracy = pretrain(str(image_folder), first, epochs=1, say=silent)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,9 +54,32 @@ def test_what_are_no_token_ids_is_refused_before_anything_runs():
         (torch.ones(1, 0, dtype=torch.long), r"is torch\.int64 \[1, 0\]: give"),
         ([3, 4], "is list: give"),
     ):
-        for call in (student, student.generate):
+        for call in (student, student.features, student.generate):
             with pytest.raises(ValueError, match="input_ids " + said):
                 call(ids)
+
+
+def test_what_does_not_go_with_token_ids_is_refused_before_anything_runs(tokens: Tensor):
+    student = make("llama", SPECS["channel"])
+    for name, value, said in (
+        ("attention_mask", tokens[:1], r"attention_mask is \[1, 12\]: it goes with input_ids \[2, 12\]"),
+        ("attention_mask", tokens[:, None], r"attention_mask is \[2, 1, 12\]"),
+        ("position_ids", torch.arange(4)[None], r"position_ids is \[1, 4\]"),  # the kernel read what was behind them
+        ("past_key_values", ((tokens,),), "the cache is a tuple: give one of transformers"),
+    ):
+        for call in (student, student.features, student.generate):
+            with pytest.raises(ValueError, match=said):
+                call(tokens, **{name: value})
+
+
+def test_calls_of_several_threads_take_turns(tokens: Tensor):
+    student = make("llama", SPECS["channel"])
+    prompts = [tokens[:1, :count] for count in (3, 5, 8, 12)] * 3
+    alone = [generate(student, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(partial(generate, student), prompts))
+    assert all(map(torch.equal, together, alone))
+    assert torch.equal(generate(copy.deepcopy(student), prompts[0]), alone[0])
 
 
 def test_greedy(student: Student, tokens: Tensor):

@@ -286,10 +286,13 @@ def test_added_state_round_trip(llama, tokens):
     assert not [n for n in student.added_state() if "base_layer.weight" in n]
 
 
-def test_checkpoint_of_another_student_is_refused(llama):
-    student = elasticize(llama, StudentSpec((RouterSpec("token"),)))
-    with pytest.raises(ValueError, match="does not fit"):
-        student.load_added_state(elasticize(make_tiny("llama"), MIXED).added_state())
+def test_checkpoint_of_another_student_is_refused(llama, tmp_path):
+    student, other = elasticize(llama, StudentSpec((RouterSpec("token"),))), elasticize(make_tiny("llama"), MIXED)
+    other.runtime.offset = 3.0
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors does not fit this student"):
+        student.restore(tmp_path / "other.safetensors")
+    assert student.runtime.offset == 0.0
 
 
 def test_the_dial_turns_top_k_shares_too(llama, tokens):
@@ -331,6 +334,18 @@ def test_parts_that_a_record_does_not_name_are_refused(make: Callable[[str], nn.
     last.adapter = part
     with pytest.raises(ValueError, match=r"(Block|Layer) 2 of .*\(\w+\) .* in adapter: .*only (self_)?attn, mlp can"):
         elasticize(model, StudentSpec((RouterSpec("head"),)))
+
+
+def test_models_that_torch_makes_unusable_are_refused(llama: PreTrainedModel) -> None:
+    spec = StudentSpec((RouterSpec("channel"),))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"default type is torch\.float64, and routers are in torch\.float32"):
+            elasticize(llama, spec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"made within torch\.inference_mode"):
+        elasticize(make_tiny("llama"), spec)
 
 
 def test_attention_to_tokens_of_another_model_is_refused() -> None:

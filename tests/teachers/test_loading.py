@@ -281,9 +281,12 @@ PT, INDEX = {"format": "pt"}, '{"weight_map": {"a": "one.safetensors", "b": "two
         (lambda p: configured(p, architectures=3), r"cannot be read: architectures is 3; it must be a list"),
         (lambda p: configured(p, hidden_size="32"), r"config\.json cannot be read: .*'hidden_size': .*expected int"),
         (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded: 'added_tokens' is missing"),
+        (lambda p: configured(p, "tokenizer_config", model_max_length="4"), "tokenizer cannot be used: .>. not"),
         (lambda p: index(p, "{}"), r"index\.json cannot be read: 'weight_map' is missing"),
         (lambda p: (p / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda p: (p / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* too deeply"),
+        (lambda p: generating(p, eos_token_id=["</s>"]), r"config\.json cannot be used: eos_token_id is \['</s>'\]"),
+        (lambda p: generating(p, max_new_tokens="many"), r"generation_config\.json cannot be used: '<=' not supported"),
         # transformers would make a model of 27 GB
         (lambda p: (p / "config.json").write_text('{"model_type": "llama"}'), "hidden_size is 4096 there"),
     ],
@@ -308,9 +311,13 @@ def test_an_image_model_without_its_processor_costs_one_line(tmp_path: Path):
         teachers.load(str(tmp_path))
 
 
-def configured(folder: Path, **settings: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+def configured(folder: Path, name: str = "config", **settings: object) -> None:
+    config = json.loads((folder / f"{name}.json").read_text())
+    (folder / f"{name}.json").write_text(json.dumps({**config, **settings}))
+
+
+def generating(folder: Path, **settings: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
 def index(folder: Path, content: str) -> None:

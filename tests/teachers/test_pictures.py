@@ -84,6 +84,8 @@ def test_rows_are_bytes_or_paths(tmp_path: Path) -> None:
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="there is no image"):
             open_row(nothing)
+    with pytest.raises(ValueError, match="neither a path nor bytes but '3'"):
+        open_row(3)
 
 
 def test_values_that_are_no_numbers_count_for_nothing() -> None:

@@ -107,7 +107,7 @@ def exact_rows(
 
 @_in_c
 def channel_gate(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    out, share = x.new_empty(x.shape), torch.empty(x.shape[:-1])
+    out, share = x.new_empty(x.shape), torch.empty(x.shape[:-1], dtype=torch.float32)
     toolchain.call("channel_gate", x, share.numel(), x.shape[-1], limit, _each(x, limit), out, share)
     return out, share
 
@@ -137,7 +137,7 @@ def gated_grad(
 
 @_in_c
 def row_gate(exact: Tensor, preview: Tensor, limit: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    out, share = exact.new_empty(exact.shape), torch.empty(exact.shape[:-1])
+    out, share = exact.new_empty(exact.shape), torch.empty(exact.shape[:-1], dtype=torch.float32)
     added = float(tail.to(exact.dtype))
     toolchain.call("row_gate", exact, preview, share.numel(), exact.shape[-1], limit, added, out, share)
     return out, share
@@ -155,7 +155,7 @@ def row_gate_grad(
 
 @_in_c
 def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    value, logs = torch.empty(len(student)), torch.empty(2, len(student))
+    value, logs = (torch.empty(*shape, len(student), dtype=torch.float32) for shape in ((), (2,)))
     toolchain.call("forward_kl", student, teacher, *student.shape, value, logs)
     return value, logs
 
@@ -171,7 +171,7 @@ def forward_kl_grad(student: Tensor, teacher: Tensor, logs: Tensor, grad: Tensor
 def routed_kl(
     exact: Tensor, preview: Tensor, teacher: Tensor, limit: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value, share, logs = torch.empty(len(exact)), torch.empty(len(exact)), torch.empty(2, len(exact))
+    value, share, logs = (torch.empty(*shape, len(exact), dtype=torch.float32) for shape in ((), (), (2,)))
     added = float(tail.to(exact.dtype))
     toolchain.call("routed_kl", exact, preview, teacher, *exact.shape, limit, added, value, share, logs)
     return value, share, logs
@@ -252,7 +252,7 @@ def decode_attention(
     batch, groups, slots, size = keys.shape
     each, width, threads = query.shape[1] // groups, values.shape[3], torch.get_num_threads()
     ranges = max(1, min(4 * threads // (batch * groups), slots // 64))
-    partial = torch.empty(batch * groups * ranges, each, width + 2)
+    partial = torch.empty(batch * groups * ranges, each, width + 2, dtype=torch.float32)
     out = query.new_empty(batch, 1, query.shape[1], width)
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
     given = query, keys, values, batch, groups, each, slots, size, width
@@ -303,7 +303,7 @@ def _merge(
     image, the index [B, n] of the token that each old token is now part of, and the tensors `more`, filled as well."""
     batch, n, width = x.shape
     out = x.new_empty(batch, length, width)
-    sizes, scores = (torch.empty(batch, length) for _ in range(2))
+    sizes, scores = (torch.empty(batch, length, dtype=torch.float32) for _ in range(2))
     index, into = (torch.empty(batch, count, dtype=torch.long) for count in (length, n))
     found = out, sizes, scores, index, into, *more
     toolchain.call(name, x, *x.shape, *given, NOT_NOW, *scalars, *found)

@@ -32,6 +32,7 @@ def test_bits_are_the_model_s(
     monkeypatch.setattr(ops, "compiled", lambda x: True)
     assert at_once._fits(*given) == same
     assert all(map(torch.equal, at_once(*given), expected))
+    assert not at_once._fits(query, key, *(x[:, :2] for x in given[2:])), "a kernel would read beyond the last position"
     monkeypatch.setattr(devices, "runs_ahead", lambda device: True)  # then the gradient is one operator, too
     slopes = []
     for rotate in (at_once, plain):
