@@ -77,8 +77,9 @@ class ImageStudent(Student):
     def predict(self, pixel_values: Tensor) -> Any:
         """Return the model's own output, without gradients, through recorded passes (kernels/capture.py): on GPUs, and
         on CPUs for few images. For many batches of few shapes."""
-        out = self._recorded(pixel_values)
-        return tree_map_only(Tensor, Tensor.clone, out)  # the next call overwrites it
+        with self._turn:
+            out = self._recorded(pixel_values)
+            return tree_map_only(Tensor, Tensor.clone, out)  # the next call overwrites it
 
     def _recorded_for(self, pixel_values: Tensor) -> Any:
         """Return the state that a recorded pass depends on besides shapes. Raises ValueError if the pass cannot be
