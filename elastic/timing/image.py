@@ -54,7 +54,7 @@ def contenders(student: ImageStudent, dense: nn.Module) -> dict[str, Contender]:
 
 def recorded(model: nn.Module) -> Contender:
     """Return a dense model whose forward pass runs through recordings, as a student's does."""
-    return Contender(model, recorded_pass(model))
+    return Contender(model, recorded_pass(model, tokens_of(model)))
 
 
 def inference(student: ImageStudent, models: Models, data: ImageData, workload: Workload, say: Say) -> Iterator[Row]:
@@ -136,6 +136,9 @@ def _merging(dense: nn.Module, pixels: Tensor, share: float) -> dict[str, Conten
     """Return {"tome": dense model with ToMe's merging (arXiv 2210.09461) at this share of its FLOPs}; empty for models
     that cannot merge or not reach the share."""
     try:
-        return {} if share >= 1 else {"tome": recorded(merging(dense, pixels, share)[0])}
+        merged = None if share >= 1 else merging(dense, pixels, share)[0]
     except ValueError:  # not a timm ViT, or the share is below what merging reaches
         return {}
+    if merged is None:
+        return {}
+    return {"tome": Contender(merged, recorded_pass(merged, tokens_of(dense), has_hooks=True))}

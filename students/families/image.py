@@ -23,6 +23,7 @@ from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.kernels.capture import Forward
 from students.libraries import kept_rotary
+from students.prepared import writes
 from students.routers import Router
 from students.sites import BRANCHES
 from students.spec import RouterSpec
@@ -68,7 +69,7 @@ class ImageStudent(Student):
         self.runtime.restores = not reads_prefix_only(self.model)
         trunk_of(self.model).register_forward_pre_hook(self._before, with_kwargs=True)
         trunk_of(self.model).register_forward_hook(self._leave, always_call=True)
-        self._recorded = recorded_pass(self.model, self._recorded_for)
+        self._recorded = recorded_pass(self.model, tokens_of(self.model), self._recorded_for)
         self.tokens, self.compute = self.at(image_shape(self.model)[1:])
         """Number of tokens, prefix included, and compute model of an image of the size that the model is configured
         for; for other sizes see `at`."""
@@ -90,8 +91,9 @@ class ImageStudent(Student):
         if not self._settled or run.execution != "skip":
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
-        levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
-        return self._layouts, self._choices, run.offset, run.capacity, run.multiples, levels
+        levels = (router.levels for router in self._with_scores)
+        quotas = writes([x for x in levels if x is not None])
+        return self._layouts, self._choices, run.offset, run.capacity, run.multiples, quotas
 
     @property
     def _settled(self) -> bool:
@@ -180,6 +182,11 @@ class ImageStudent(Student):
             found += [(number, branch, module) for branch, module in places if isinstance(module, Wrapper)]
         return found
 
+    @cached_property
+    def _with_scores(self) -> list[Router]:
+        """The routers of `routers`, for recorded passes."""
+        return [placed.router for placed in self.routers()]
+
     def routers(self) -> Iterator[Placed]:
         """Yield the routers that score tokens, heads or groups, block by block."""
         for number, branch, module in self._routed:
@@ -256,11 +263,18 @@ def call(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Any:
     return model(pixel_values=pixel_values, **kwargs)
 
 
-def recorded_pass(model: nn.Module, state: Callable[[Tensor], Hashable] = lambda pixels: None) -> Forward:
-    """Return the forward pass of an image model through recordings; state: as in Forward."""
+def recorded_pass(
+    model: nn.Module,
+    tokens: int,
+    state: Callable[[Tensor], Hashable] = lambda pixels: None,
+    has_hooks: bool = False,
+) -> Forward:
+    """Return the forward pass of an image model through recordings; tokens: of an image of the size that the model is
+    configured for; state: as in Forward; has_hooks: whether hooks are part of the model, and recorded with it."""
     _, height, width = image_shape(model)
-    density = tokens_of(model) / (height * width)
-    return Forward(partial(call, model), state, tokens=lambda pixels: density * pixels[:, 0].numel(), model=model)
+    density = tokens / (height * width)
+    watched = None if has_hooks else model
+    return Forward(partial(call, model), state, tokens=lambda pixels: density * pixels[:, 0].numel(), model=watched)
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from students.kernels import ops
 from students.kernels.replay import Replay
@@ -113,6 +114,21 @@ def are_watched(modules: Iterable[nn.Module]) -> bool:
     return ops.observed() or not all(hook.__module__.startswith(OURS) for hook in hooks)
 
 
+class Watch:
+    """Whether a model is watched, asked again and again: its modules are looked at after a hook was registered only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._newest = -1
+
+    def __call__(self) -> bool:
+        newest = RemovableHandle.next_id  # the number of hooks that have been registered, on any module
+        if newest != self._newest and are_watched(self._modules):
+            return True
+        self._newest = newest
+        return ops.observed()
+
+
 def check_types(device: torch.device) -> None:
     """Raise ValueError under torch.autocast, whose choice of types a recording would keep for calls without it."""
     if torch.is_autocast_enabled(device.type):
@@ -161,7 +177,7 @@ class Forward:
     run: the function of pixels [B, C, H, W] that is recorded. state: as in Decoding, called with the pixels. recorder:
     None for the device's default. Without any, or where `state` raises ValueError, `run` is called directly; on GPUs
     one warning then gives the error's reason, behind `what`. tokens: returns the number of tokens of pixels; without
-    it no CPU records. model: what runs; while its modules are watched, nothing is replayed.
+    it no CPU records. model: what runs; while it is watched, nothing is replayed.
     """
 
     def __init__(
@@ -174,7 +190,7 @@ class Forward:
         model: nn.Module | None = None,
     ) -> None:
         self.recorder = recorder
-        self.kept = Recordings[tuple[Tensor, list[nn.Module]]](what, on_cpu=KEPT_ON_CPU)
+        self.kept = Recordings[tuple[Tensor, Callable[[], bool]]](what, on_cpu=KEPT_ON_CPU)
         self._what = what
         self._run = run
         self._state = state
@@ -200,13 +216,13 @@ class Forward:
         if record is None or key is None:
             return self._run(pixels)
 
-        def make() -> tuple[tuple[Tensor, list[nn.Module]], Callable[[], Any]]:
+        def make() -> tuple[tuple[Tensor, Callable[[], bool]], Callable[[], Any]]:
             with torch.inference_mode(False):
                 own = pixels.clone()
-            return (own, [*(self._model.modules() if self._model else ())]), lambda: self._run(own)
+            return (own, Watch(self._model) if self._model else lambda: False), lambda: self._run(own)
 
-        (own, modules), replay = self.kept.take(key, record, make)
-        if replay is None or (modules and are_watched(modules)):
+        (own, is_watched), replay = self.kept.take(key, record, make)
+        if replay is None or is_watched():
             return self._run(pixels)
         own.copy_(pixels)
         return replay()

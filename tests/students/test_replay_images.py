@@ -85,7 +85,7 @@ def test_what_runs_as_ever(pixels: Tensor, recwarn: pytest.WarningsRecorder, mon
 
 def test_a_frozen_model(pixels: Tensor) -> None:
     model = MODELS["timm_fused"]()
-    run = recorded_pass(model)
+    run = recorded_pass(model, 17)
     assert all(torch.equal(run(pixels), call(model, pixels)) for _ in range(RECORDED + 1))
     assert [replay.recorded for _, replay in run.kept.values()] == [True]  # type: ignore[union-attr]
 
