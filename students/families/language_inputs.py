@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from students.kernels import devices
 from students.libraries import cache_in
 
 
@@ -40,7 +41,7 @@ def _require_ids(model: PreTrainedModel, ids: Any) -> None:
             f"input_ids is {given}: give token ids, torch.long [batch, tokens], such as those of "
             "tokenizer(text, return_tensors='pt').input_ids"
         )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not (devices.runs_ahead(ids.device) or torch.compiler.is_compiling()):
         words: Any = model.get_input_embeddings()
         last = words.num_embeddings - 1
         least, most = map(int, ids.aminmax())
