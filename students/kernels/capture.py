@@ -27,7 +27,7 @@ WARM_UP = 2
 KEPT = 4
 """Number of recordings of one kind that are kept, with their tensors; the least recently used is dropped first."""
 KEPT_ON_CPU = 16
-"""The same of passes over images and prompts on a CPU, where each takes a few megabytes."""
+"""The same of passes over images and prompts on a CPU, where each has few tokens."""
 FEW = 512
 """Maximum number of tokens of a pass that is recorded on a CPU. With more, what modules take is little beside what
 operators take, and a replay copies some of their results."""
