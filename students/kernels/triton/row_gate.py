@@ -178,11 +178,12 @@ def _gradients(
     to_limit, rest = torch.empty_like(limit), torch.zeros_like(limit, dtype=torch.float32)
     rows, vocabulary = grad_share.numel(), exact.shape[-1]
     if exact.numel():
-        block = min(4096, triton.next_power_of_2(vocabulary))
+        block = max(32, min(4096, triton.next_power_of_2(vocabulary)))
         _row_gate_grad[(rows,)](
             *(source, grad_share, exact, preview, limit, tail, *by, to_exact, to_preview, to_limit, rest),
             *(rows, vocabulary),
             BLOCK=block,
-            num_warps=8,
+            # results may overwrite logits: no two threads may hold one token, which the later would read overwritten
+            num_warps=min(8, block // 32),
         )
     return to_limit, rest.sum().to(tail.dtype)
