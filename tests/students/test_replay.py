@@ -28,7 +28,7 @@ RECORDED = 3
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _in_c(library: object) -> Iterator[None]:
+def in_c(library: object) -> Iterator[None]:
     with running_on("c", library), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(replaying, "RECORDED", RECORDED)
         yield

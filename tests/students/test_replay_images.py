@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,22 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students.families.image import ImageStudent, call, recorded_pass
 from students.kernels import capture
-from students.kernels import replay as replaying
 from students.kernels.replay import Replay
-from tests.backends import running_on
 from tests.pico.image import MODELS, first
 from tests.pico.vision_language import make_prompts
 from tests.students.test_prompts import ALIKE, FOUR, WHOLE, same
 from tests.students.test_recorded_images import student_for
 from tests.students.test_replay import RECORDED
+from tests.students.test_replay import in_c as in_c  # for all tests here
 from tests.students.test_vision_language import PRUNING, student_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_c(library: object) -> Iterator[None]:
-    with running_on("c", library), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replaying, "RECORDED", RECORDED)
-        yield
 
 
 def replays(student: Any) -> list[Replay]:
