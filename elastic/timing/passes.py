@@ -126,8 +126,9 @@ def prefill(models: Models, inputs: dict[str, Tensor], repeats: int | None) -> R
         works[name] = partial(contender.model, **inputs, use_cache=True, logits_to_keep=1)
     both: Any = works["student"], works["dense"]
     if device.type == "cuda" or "pixel_values" in inputs:
-        works |= {name: m.reader(**inputs) for name, m in models.items() if m.reader is not None}
-        for work in works.values():
+        readers = {name: m.reader(**inputs) for name, m in models.items() if m.reader is not None}
+        works |= readers
+        for work in readers.values():
             for _ in range(1 if device.type == "cuda" else RECORDED):  # until the pass is recorded
                 work()
     timed = medians(works, repeats, device)

@@ -23,7 +23,6 @@ from students.execution.wrapper import Wrapper
 from students.flops import flop_counter
 from students.kernels.capture import Forward
 from students.libraries import kept_rotary
-from students.prepared import writes
 from students.routers import Router
 from students.sites import BRANCHES
 from students.spec import RouterSpec
@@ -91,9 +90,8 @@ class ImageStudent(Student):
         if not self._settled or run.execution != "skip":
             raise ValueError("how many patches pass depends on the images, or differs between them")
         self._enter(0, len(pixel_values), pixel_values.device)
-        levels = (router.levels for router in self._with_scores)
-        quotas = writes([x for x in levels if x is not None])
-        return self._layouts, self._choices, run.offset, run.capacity, run.multiples, quotas
+        levels = tuple(p.router.levels._version for p in self.routers() if p.router.levels is not None)
+        return self._layouts, self._choices, run.offset, run.capacity, run.multiples, levels
 
     @property
     def _settled(self) -> bool:
@@ -181,11 +179,6 @@ class ImageStudent(Student):
             places = [("", block), *((b, block.get_submodule(getattr(self.record, b))) for b in BRANCHES)]
             found += [(number, branch, module) for branch, module in places if isinstance(module, Wrapper)]
         return found
-
-    @cached_property
-    def _with_scores(self) -> list[Router]:
-        """The routers of `routers`, for recorded passes."""
-        return [placed.router for placed in self.routers()]
 
     def routers(self) -> Iterator[Placed]:
         """Yield the routers that score tokens, heads or groups, block by block."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from students.kernels import ops
 from students.kernels.cpu import toolchain
+from students.kernels.trial import written
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operators that return numbers or shapes that depend on data."""
@@ -116,7 +117,7 @@ class Replay(TorchDispatchMode):
         if function.namespace == "elastic":
             with self:
                 return ops.on_cpu(function)(*args, **kwargs)
-        self._before += [(x, x.clone()) for x in _written(function, args, kwargs) if x not in self._blocks]
+        self._before += [(x, x.clone()) for x in written(function, args, kwargs) if x not in self._blocks]
         out, calls = function(*args, **kwargs), toolchain.recording.calls
         assert calls is not None, "work is being recorded"
         if not any(isinstance(x, Tensor) for x in tree_leaves(out)):
@@ -140,14 +141,6 @@ class Replay(TorchDispatchMode):
 
 def _run(function: Any, args: Any, kwargs: Any, threads: int) -> None:
     function(*args, **kwargs)
-
-
-def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the tensors to which an operator writes."""
-    about = function._schema.arguments
-    given = {**dict(zip((x.name for x in about), args, strict=False)), **kwargs}
-    writes = [x.name for x in about if x.alias_info is not None and x.alias_info.is_write]
-    return [x for name in writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
 
 
 def _is_view(out: Any, given: list[Any]) -> bool:

@@ -8,13 +8,14 @@ that, CUDA refuses every call of the process.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from students.kernels import reference, triton
 
@@ -60,7 +61,7 @@ class OnTrial:
             found = self._kernel(first, *rest)
             if not tried:
                 return found
-            results = [*_tensors(found), *(x for x in self._written((first, *rest)))]
+            results = [*_tensors(found), *self._written((first, *rest))]
             with _may_wait(first):
                 wrong = bool(expected) and not _agree(results, expected, first)
         except (ValueError, torch.OutOfMemoryError):
@@ -79,9 +80,7 @@ class OnTrial:
 
     def _written(self, given: tuple[Any, ...]) -> list[Tensor]:
         """Return the arguments that the operator writes to."""
-        known = getattr(torch.ops.elastic, self._name).default._schema.arguments
-        pairs = zip(given, known, strict=True)
-        return [x for x, one in pairs if one.alias_info is not None and one.alias_info.is_write]
+        return written(getattr(torch.ops.elastic, self._name).default, given, {})
 
     @torch.no_grad()
     def _expected(self, given: tuple[Any, ...]) -> list[Tensor]:
@@ -101,6 +100,14 @@ class OnTrial:
         )
         replaced[self._name] = reason
         self._passed[key] = False
+
+
+def written(operator: Any, given: Sequence[Any], named: Mapping[str, Any]) -> list[Tensor]:
+    """Return those of the arguments, given by place and by name, that an operator writes to."""
+    known = operator._schema.arguments
+    by_name = {**dict(zip((one.name for one in known), given, strict=False)), **named}
+    names = [one.name for one in known if one.alias_info is not None and one.alias_info.is_write]
+    return [x for name in names for x in tree_leaves(by_name.get(name)) if isinstance(x, Tensor)]
 
 
 @cache
